@@ -1,0 +1,51 @@
+# Every target makes its own environment first (scripts/setup.sh) and passes ARGS on:
+#   make demo ARGS="--episodes 40"      make test ARGS="-k jacobi -x"
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+export VENV
+ifeq ($(shell uname -s),Linux)
+export MUJOCO_GL ?= egl
+endif
+
+.PHONY: help demo test lint format install install-lint clean
+
+help:
+	@echo "make demo     the shipped policies in simulation: table, plots and clips in outputs/demo"
+	@echo "make test     the tests (ARGS=... goes to pytest)"
+	@echo "make lint     ruff check, ruff format --check, mypy"
+	@echo "make format   let ruff repair and format what it can"
+	@echo "make install  only the environment ($(VENV)); make install-lint adds ruff, mypy and pre-commit"
+	@echo "make clean    remove caches and build output; keeps $(VENV) and outputs"
+
+demo:
+	@scripts/setup.sh --gl
+	@$(VENV)/bin/ceed-vla demo $(ARGS)
+
+test:
+	@scripts/setup.sh --gl test
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+lint:
+	@scripts/setup.sh test lint
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+format:
+	@scripts/setup.sh test lint
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+install:
+	@scripts/setup.sh
+
+install-lint:
+	@scripts/setup.sh test lint
+
+clean:
+	rm -rf build dist install log .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf *.egg-info lerobot_policy_ceed_vla/*.egg-info lerobot_policy_ceed_vla/build
+	find . -name .venv -prune -o -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -1,0 +1,207 @@
+"""Continuous actions to tokens and back: one uniform grid of bin centres for every action dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ceed_vla.errors import ConfigError, TokenError
+
+RANGE_MODES = ("quantile", "min_max")
+_RANGE_KEYS = {"quantile": ("q01", "q99"), "min_max": ("min", "max")}
+_LEAST_WIDTH = 1e-3  # a dimension that never moves still needs distinct bins [action units]
+
+
+class ActionTokenizer:
+    """Writes a chunk of ``m`` actions of ``A`` dimensions as ``n = m * A`` tokens, step-major.
+
+    Token ``v`` of dimension ``d`` stands for ``low[d] + v * (high[d] - low[d]) / (num_bins - 1)``: the tokens
+    are bin centres and both ends are exact. With an odd `num_bins` and a range symmetric about zero, zero is
+    exactly the middle bin, so "do not move" costs no error. Values outside a range are clipped and counted.
+
+    Args:
+        low: Smallest value of every dimension [action units].
+        high: Largest value of every dimension [action units].
+        chunk_steps: Steps ``m``.
+        num_bins: Tokens ``V`` of the vocabulary.
+        gripper_dims: Two-valued dimensions; decoders never relax them, and their two values should be range
+            ends.
+
+    Attributes:
+        zero_bins: (A,) int64, the bin nearest zero in every dimension.
+        clipped: Values that `encode` clipped since construction.
+
+    Raises:
+        ConfigError: Sizes or ranges that define no grid.
+    """
+
+    def __init__(
+        self,
+        low: Sequence[float],
+        high: Sequence[float],
+        chunk_steps: int,
+        num_bins: int = 255,
+        gripper_dims: Sequence[int] = (),
+    ) -> None:
+        if len(low) != len(high) or len(low) == 0:
+            raise ConfigError(
+                f"low has {len(low)} values and high {len(high)}; give one of each for every dimension."
+            )
+        if chunk_steps < 1 or num_bins < 2:
+            raise ConfigError(
+                f"chunk_steps is {chunk_steps} (at least 1) and num_bins {num_bins} (at least 2)."
+            )
+        self.action_dim = len(low)
+        self.chunk_steps = int(chunk_steps)
+        self.block_length = self.chunk_steps * self.action_dim
+        self.num_bins = int(num_bins)
+        bad = [d for d in gripper_dims if not -self.action_dim <= d < self.action_dim]
+        if bad:
+            raise ConfigError(f"gripper_dims {bad} lie outside the {self.action_dim} action dimensions.")
+        self.gripper_dims = tuple(sorted({int(d) % self.action_dim for d in gripper_dims}))
+        # float64: rounding to a bin must not depend on how a float32 grid rounds.
+        self.low = torch.tensor([float(v) for v in low], dtype=torch.float64)  # (A,)
+        self.high = torch.tensor([float(v) for v in high], dtype=torch.float64)  # (A,)
+        ordered = torch.isfinite(self.low) & torch.isfinite(self.high) & (self.low < self.high)
+        if not bool(ordered.all()):
+            d = int((~ordered).nonzero()[0])
+            raise ConfigError(
+                f"Dimension {d} has the range [{low[d]}, {high[d]}]; low must be below high and both finite. "
+                "Widen it by hand if the dimension never moves."
+            )
+        self.step = (self.high - self.low) / (self.num_bins - 1)  # (A,) distance of two bin centres
+        self._centres = self._grid()  # (V, A) float32
+        self._by_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self.zero_bins = (-self.low / self.step).round().clamp(0, self.num_bins - 1).long()  # (A,)
+        self.clipped = 0
+
+    def encode(self, actions: Tensor) -> Tensor:
+        """Nearest bins of `actions`.
+
+        Args:
+            actions: (B, m, A) [action units]. Out-of-range values are clipped and counted in `clipped`.
+
+        Returns:
+            Tokens (B, n) int64, step-major.
+
+        Raises:
+            TokenError: Another shape, or NaN or infinity.
+        """
+        if actions.ndim != 3 or tuple(actions.shape[1:]) != (self.chunk_steps, self.action_dim):
+            raise TokenError(
+                f"actions have shape {tuple(actions.shape)}, expected "
+                f"(B, {self.chunk_steps}, {self.action_dim})."
+            )
+        actions = actions.double()
+        finite = torch.isfinite(actions)
+        if not bool(finite.all()):
+            b, step, d = (~finite).nonzero()[0].tolist()
+            raise TokenError(
+                f"actions[{b}, {step}, {d}] is {actions[b, step, d].item()} (batch row {b}, step {step}, "
+                f"dimension {d}); only finite actions can become tokens. Clean the data or stop the robot."
+            )
+        _, low, step_size = self._on(actions.device)
+        bins = (actions - low) / step_size  # (B, m, A), in bins
+        # A float32 value at a range end must not count as out of range.
+        slack = 1e-3
+        self.clipped += int(((bins < -slack) | (bins > self.num_bins - 1 + slack)).sum())
+        return bins.round().clamp(0, self.num_bins - 1).long().flatten(1)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Bin centres of `tokens` (B, n).
+
+        Returns:
+            Actions (B, m, A) float32 [action units].
+
+        Raises:
+            TokenError: Another shape, not integers, or a token outside the vocabulary.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] != self.block_length:
+            raise TokenError(f"tokens have shape {tuple(tokens.shape)}, expected (B, {self.block_length}).")
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise TokenError(f"tokens are {tokens.dtype}; they must be integers.")
+        outside = (tokens < 0) | (tokens >= self.num_bins)
+        if bool(outside.any()):
+            b, slot = outside.nonzero()[0].tolist()
+            raise TokenError(
+                f"tokens[{b}, {slot}] is {tokens[b, slot].item()}; tokens lie in [0, {self.num_bins - 1}]."
+            )
+        centres, _, _ = self._on(tokens.device)
+        steps = tokens.long().view(-1, self.chunk_steps, self.action_dim)  # (B, m, A)
+        return centres.gather(0, steps.reshape(-1, self.action_dim)).view(steps.shape)
+
+    def _grid(self) -> Tensor:
+        """Bin centres (V, A) float32; both ends, and zero where it is a centre, are exact."""
+        v = torch.arange(self.num_bins, dtype=torch.float64).unsqueeze(1)  # (V, 1)
+        top = self.num_bins - 1
+        # A weighted mean of the ends is symmetric: v and top - v of a symmetric range are exactly opposite.
+        return (((top - v) * self.low + v * self.high) / top).float()
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Centres, lows and bin widths on `device`."""
+        if device not in self._by_device:
+            self._by_device[device] = (self._centres.to(device), self.low.to(device), self.step.to(device))
+        return self._by_device[device]
+
+
+def ranges_from_stats(
+    stats: Mapping[str, Any], mode: str, gripper_dims: Sequence[int] = (), num_bins: int = 255
+) -> tuple[list[float], list[float]]:
+    """Ranges of an `ActionTokenizer` from the statistics of a LeRobot data set.
+
+    With an odd `num_bins` every range is made symmetric about zero, so zero is a bin centre. Gripper
+    dimensions keep their minimum and maximum, which decode exactly. Dimensions that never move get a small
+    range around their value.
+
+    Args:
+        stats: ``dataset.meta.stats["action"]``: "min" and "max", and "q01" and "q99" for quantiles, (A,)
+            each.
+        mode: "quantile" (1 % to 99 %; robust, but wrong for dimensions that are nearly always zero) or
+            "min_max".
+        gripper_dims: Two-valued dimensions.
+        num_bins: Tokens of the vocabulary.
+
+    Returns:
+        Lows and highs, ``A`` values each [action units].
+
+    Raises:
+        ConfigError: Unknown mode, statistics that are missing or not finite, or gripper dimensions outside.
+    """
+    if mode not in RANGE_MODES:
+        raise ConfigError(f"The range mode is {mode!r}; choose one of {', '.join(RANGE_MODES)}.")
+    low, high = (_statistic(stats, key) for key in _RANGE_KEYS[mode])
+    least, most = _statistic(stats, "min"), _statistic(stats, "max")
+    if not len(low) == len(high) == len(least) == len(most):
+        raise ConfigError(
+            "The action statistics have different lengths; recompute the statistics of the data set."
+        )
+    action_dim = len(low)
+    bad = [d for d in gripper_dims if not -action_dim <= d < action_dim]
+    if bad:
+        raise ConfigError(f"gripper_dims {bad} lie outside the {action_dim} action dimensions.")
+    grippers = {d % action_dim for d in gripper_dims}
+    for d in range(action_dim):
+        if d in grippers:
+            low[d], high[d] = least[d], most[d]
+        elif num_bins % 2:
+            reach = max(abs(low[d]), abs(high[d]))
+            low[d], high[d] = -reach, reach
+        if high[d] - low[d] < _LEAST_WIDTH:
+            middle = (low[d] + high[d]) / 2
+            low[d], high[d] = middle - _LEAST_WIDTH / 2, middle + _LEAST_WIDTH / 2
+    return low, high
+
+
+def _statistic(stats: Mapping[str, Any], key: str) -> list[float]:
+    if key not in stats:
+        raise ConfigError(
+            f"The action statistics lack {key!r} (they have {', '.join(sorted(stats)) or 'nothing'}); "
+            'recompute the statistics of the data set, or use action_range "fixed".'
+        )
+    values = torch.as_tensor(stats[key], dtype=torch.float64).flatten()
+    if not bool(torch.isfinite(values).all()):
+        raise ConfigError(f"The action statistic {key!r} is {values.tolist()}; all values must be finite.")
+    return [float(v) for v in values]

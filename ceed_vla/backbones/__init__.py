@@ -1,0 +1,1 @@
+"""Models behind the decoder: each file is one family, all behind the protocol of `base`."""

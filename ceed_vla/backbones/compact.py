@@ -1,0 +1,274 @@
+"""The embedded default: a small vision-language-action transformer, trained from scratch.
+
+    cameras --stem--> 16 tokens each \\
+    words   --embed--> L tokens        }--> prefix (bidirectional) --> [state token] predicts action token 0
+    state   --linear--> 1 token       /                                      |
+                                              block tokens 0..n-2 (causal) --+--> action tokens 1..n-1
+
+Positions are learned: one embedding for every prefix position and one for every block slot, so that one step of the
+decoder is a handful of kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from ceed_vla.backbones.base import Prefix
+from ceed_vla.cache import KVCache
+
+LANGUAGE_KEY = "observation.language.tokens"
+STATE_KEY = "observation.state"
+
+
+class CameraStem(nn.Module):
+    """Four convolutions that turn an image into ``grid ** 2`` tokens; the instruction modulates the middle (FiLM)."""
+
+    def __init__(self, channels: Sequence[int], grid: int, image_size: int, width: int) -> None:
+        super().__init__()
+        c1, c2, c3, c4 = channels
+        self.convolutions = nn.ModuleList(
+            [
+                nn.Conv2d(3, c1, 3, stride=2, padding=1),
+                nn.Conv2d(c1, c2, 3, stride=2, padding=1),
+                nn.Conv2d(c2, c3, 3, stride=2, padding=1),
+                nn.Conv2d(c3, c4, 3, stride=1, padding=1),
+            ]
+        )
+        self.norms = nn.ModuleList([nn.GroupNorm(4, c) for c in channels])
+        self.film = nn.Linear(width, 2 * (c2 + c3))
+        nn.init.zeros_(self.film.weight)
+        nn.init.zeros_(self.film.bias)
+        cell = image_size // (8 * grid)
+        self.cells = nn.Conv2d(c4, width, cell, stride=cell)
+        self.film_sizes = [2 * c2, 2 * c3]
+        self.to(memory_format=torch.channels_last)  # the layout that images come in, and the faster one on a CPU
+
+    def forward(self, image: Tensor, instruction: Tensor) -> Tensor:
+        """Image (B, 3, S, S) in [-1, 1] and mean word embedding (B, d) to tokens (B, grid ** 2, d)."""
+        films = self.film(instruction).split(self.film_sizes, dim=-1)
+        x = image
+        for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
+            x = norm(convolution(x))
+            if i in (1, 2):
+                scale, shift = films[i - 1][..., None, None].chunk(2, dim=1)  # (B, C, 1, 1)
+                x = x * (1 + scale) + shift
+            x = F.silu(x)
+        return self.cells(x).flatten(2).transpose(1, 2)
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and gated MLP."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.mlp_norm = nn.LayerNorm(width, bias=False)
+        self.gate_up = nn.Linear(width, 2 * mlp_width, bias=False)
+        self.down = nn.Linear(mlp_width, width, bias=False)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, t, d / H) of x (B, t, d)."""
+        batch, length, width = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend, then the MLP; mask (t, T) is True where attention is allowed, None allows all."""
+        batch, length, width = x.shape
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, t, d / H)
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class CompactBackbone(nn.Module):
+    """Small VLA trunk behind the `Backbone` protocol.
+
+    Args:
+        cameras: Feature names of the cameras, in prefix order.
+        state_dim: Length of ``observation.state``.
+        block_length: Tokens ``n`` of a block.
+        vocabulary_size: Action bins ``V``.
+        words: Rows of the word embedding.
+        max_words: Instruction tokens ``L``.
+        image_size: Side of the images [px].
+        image_grid: Tokens a side of the camera grid.
+        stem_channels: Channels of the stem.
+        width, layers, heads, mlp_width: Trunk sizes.
+        auxiliary_dim: Outputs of the auxiliary regression; 0 for none.
+    """
+
+    def __init__(
+        self,
+        *,
+        cameras: Sequence[str],
+        state_dim: int,
+        block_length: int,
+        vocabulary_size: int,
+        words: int = 256,
+        max_words: int = 12,
+        image_size: int = 96,
+        image_grid: int = 4,
+        stem_channels: Sequence[int] = (32, 64, 96, 128),
+        width: int = 192,
+        layers: int = 4,
+        heads: int = 6,
+        mlp_width: int = 512,
+        auxiliary_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        self.cameras, self.image_size = tuple(cameras), image_size
+        self.block_length, self.vocabulary_size = block_length, vocabulary_size
+        self.prefix_length = max_words + len(self.cameras) * image_grid**2 + 1
+        self.words = nn.Embedding(words, width)
+        self.stems = nn.ModuleList(
+            [CameraStem(stem_channels, image_grid, image_size, width) for _ in self.cameras]
+        )
+        self.state = nn.Linear(state_dim, width)
+        self.prefix_positions = nn.Parameter(torch.zeros(self.prefix_length, width))
+        self.action_tokens = nn.Embedding(vocabulary_size, width)
+        self.slots = nn.Parameter(torch.zeros(block_length, width))
+        self.layers = nn.ModuleList([Layer(width, heads, mlp_width) for _ in range(layers)])
+        self.final_norm = nn.LayerNorm(width, bias=False)
+        self.head = nn.Linear(width, vocabulary_size)
+        self.auxiliary = (
+            nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, auxiliary_dim))
+            if auxiliary_dim
+            else None
+        )
+        self._initialise(layers)
+
+    def _initialise(self, layers: int) -> None:
+        for embedding in (self.words.weight, self.prefix_positions, self.action_tokens.weight, self.slots):
+            nn.init.normal_(embedding, std=0.02 if embedding is not self.words.weight else 0.5)
+        for layer in self.layers:
+            for linear in (layer.qkv, layer.gate_up):
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            for linear in (layer.out, layer.down):
+                nn.init.normal_(linear.weight, std=(linear.in_features * 2 * layers) ** -0.5)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    # ---- prefix -------------------------------------------------------------------------------------------------
+
+    def embed_prefix(self, observation: dict[str, Tensor]) -> Tensor:
+        """Embeddings (B, P, d) of words, cameras and state (the state token comes last)."""
+        words = observation[LANGUAGE_KEY]  # (B, L)
+        word_embeddings = self.words(words)  # (B, L, d)
+        present = (words != 0).unsqueeze(-1).to(word_embeddings.dtype)
+        instruction = (word_embeddings * present).sum(1) / present.sum(1).clamp(min=1)  # (B, d)
+        tokens = [word_embeddings]
+        for camera, stem in zip(self.cameras, self.stems, strict=True):
+            tokens.append(stem(self._resize(observation[camera]) * 2 - 1, instruction))  # (B, g * g, d)
+        tokens.append(self.state(observation[STATE_KEY].clamp(-5, 5)).unsqueeze(1))  # (B, 1, d)
+        return torch.cat(tokens, dim=1) + self.prefix_positions
+
+    def _resize(self, image: Tensor) -> Tensor:
+        if image.shape[-2:] == (self.image_size, self.image_size):
+            return image
+        return F.interpolate(image, size=(self.image_size, self.image_size), mode="bilinear", antialias=True)
+
+    def prefill(self, observation: dict[str, Tensor]) -> Prefix:
+        """Run the prefix once.
+
+        Args:
+            observation: Cameras (B, 3, S, S) in [0, 1], state (B, D), instruction ids (B, L).
+
+        Returns:
+            Logits (B, V) of action token 0 and the cache with the prefix in it.
+        """
+        return self.prefill_embeddings(self.embed_prefix(observation))
+
+    def prefill_embeddings(self, embeddings: Tensor) -> Prefix:
+        """`prefill` from embeddings (B, P, d) that `embed_prefix` made."""
+        batch, length, width = embeddings.shape
+        heads = self.layers[0].heads
+        cache = KVCache(
+            len(self.layers),
+            batch,
+            heads,
+            length + self.block_length,
+            width // heads,
+            device=embeddings.device,
+            dtype=embeddings.dtype,
+        )
+        x = embeddings
+        for index, layer in enumerate(self.layers):
+            q, k, v = layer.project(x)
+            keys, values = cache.write(index, k, v)
+            x = layer.finish(x, q, keys, values, None)
+        cache.seal_prefix(length)
+        return Prefix(logits=self.head(self.final_norm(x[:, -1])), cache=cache)
+
+    # ---- block --------------------------------------------------------------------------------------------------
+
+    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
+        """Logits (B, k, V) for the slots after `tokens` (B, k), which follow the committed tokens of the cache."""
+        cache = prefix.cache
+        start, length = cache.committed, tokens.shape[1]
+        x = self.action_tokens(tokens) + self.slots[start : start + length]  # (B, k, d)
+        mask = None if length == 1 else self._block_mask(cache.length, length, x.device)
+        for index, layer in enumerate(self.layers):
+            q, k, v = layer.project(x)
+            keys, values = cache.write(index, k, v)  # (B, H, T, d / H)
+            x = layer.finish(x, q, keys, values, mask)
+        return self.head(self.final_norm(x))
+
+    @staticmethod
+    def _block_mask(past: int, length: int, device: torch.device) -> Tensor:
+        """(k, past + k) boolean: everything past, causal among the new tokens."""
+        return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    def packed_logits(self, embeddings: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Teacher-forced logits of several blocks behind one prefix, in one forward.
+
+        The blocks do not see each other and share their slots, so each sees exactly what `block_logits` shows it.
+
+        Args:
+            embeddings: Prefix embeddings (B, P, d).
+            blocks: Token blocks (B, n) each.
+
+        Returns:
+            The state token's final hidden vector (B, d), and for every block logits (B, n, V) that predict its own
+            tokens 0..n-1.
+        """
+        n = self.block_length
+        inputs = [self.action_tokens(block[:, : n - 1]) + self.slots[: n - 1] for block in blocks]
+        x = torch.cat([embeddings, *inputs], dim=1)  # (B, P + b * (n - 1), d)
+        mask = self._packed_mask(embeddings.shape[1], n - 1, len(blocks), x.device)
+        for layer in self.layers:
+            q, k, v = layer.project(x)
+            x = layer.finish(x, q, k, v, mask)
+        x = self.final_norm(x)
+        state = x[:, embeddings.shape[1] - 1]  # (B, d)
+        parts = x[:, embeddings.shape[1] :].split(n - 1, dim=1)
+        return state, [self.head(torch.cat([state.unsqueeze(1), part], dim=1)) for part in parts]
+
+    @staticmethod
+    def _packed_mask(prefix: int, block: int, count: int, device: torch.device) -> Tensor:
+        """(T, T) boolean: prefix bidirectional and blind to blocks; blocks causal and blind to each other."""
+        total = prefix + count * block
+        mask = torch.zeros(total, total, dtype=torch.bool, device=device)
+        mask[:, :prefix] = True
+        for i in range(count):
+            rows = slice(prefix + i * block, prefix + (i + 1) * block)
+            mask[rows, rows] = torch.ones(block, block, dtype=torch.bool, device=device).tril()
+        return mask
+
+    def prefix_state(self, embeddings: Tensor) -> Tensor:
+        """The state token's final hidden vector (B, d), without any block."""
+        x = embeddings
+        for layer in self.layers:
+            q, k, v = layer.project(x)
+            x = layer.finish(x, q, k, v, None)
+        return self.final_norm(x[:, -1])

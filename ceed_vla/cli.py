@@ -1,0 +1,203 @@
+"""`ceed-vla <command> [--flag value ...]`: one entry for the whole pipeline.
+
+A command's module, and with it torch or MuJoCo, is imported when that command runs.
+Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ceed_vla import __version__
+from ceed_vla.cli_flags import UsageError, format_help, parse_flags
+from ceed_vla.errors import CeedVLAError
+
+PROGRAM = "ceed-vla"
+TRACEBACK = "CEED_VLA_TRACEBACK"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One row of the command table.
+
+    Attributes:
+        summary: One line for `ceed-vla --help`.
+        module: Where the command lives; imported when it runs.
+        config: Name of its configuration dataclass there: its flags.
+        function: Name of its function there, called with the configuration.
+        kept: What an interrupt leaves behind; formatted with the configuration's fields.
+        simulator: Gives the function's further arguments, for commands that may not import the simulator.
+    """
+
+    summary: str
+    module: str
+    config: str
+    function: str
+    kept: str
+    simulator: Callable[[Any], dict[str, Any]] | None = None
+
+
+def teacher_simulator(config: Any) -> dict[str, Any]:
+    """How `train` validates a policy in simulation, and how it records takeover rounds."""
+    from sim.hooks import ClosedLoopValidation, TakeoverRecorder
+
+    return {
+        "closed_loop": ClosedLoopValidation(decoding="ar"),
+        "record_takeover": TakeoverRecorder(config.takeover_episodes),
+    }
+
+
+def student_simulator(config: Any) -> dict[str, Any]:
+    """How `distill` validates a policy in simulation."""
+    from sim.hooks import ClosedLoopValidation
+
+    return {"closed_loop": ClosedLoopValidation(decoding="ceed")}
+
+
+_RESUMABLE = "go on with the same command and --resume=true"
+COMMANDS = {
+    "record": Command(
+        summary="record demonstrations of the scripted experts as a LeRobot data set",
+        module="sim.record",
+        config="RecordConfig",
+        function="record",
+        kept=f"complete attempts are in {{root}}; {_RESUMABLE}",
+    ),
+    "train": Command(
+        summary="train the autoregressive teacher on recorded data",
+        module="training.teacher",
+        config="TrainConfig",
+        function="train",
+        kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
+        simulator=teacher_simulator,
+    ),
+    "collect": Command(
+        summary="write the teacher's Jacobi trajectories over a data set",
+        module="training.trajectories",
+        config="CollectConfig",
+        function="collect",
+        kept=f"complete shards are in {{output_dir}}; {_RESUMABLE}",
+    ),
+    "distill": Command(
+        summary="distill the teacher into a student that decodes in few forwards",
+        module="training.distill",
+        config="DistillConfig",
+        function="distill",
+        kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
+        simulator=student_simulator,
+    ),
+    "eval": Command(
+        summary="compare decoders in closed loop: success, forwards, latency, clips",
+        module="sim.evaluate",
+        config="EvalConfig",
+        function="evaluate",
+        kept="a report of the finished episodes, if any, is in {output_dir}",
+    ),
+    "show": Command(
+        summary="draw how one observation's tokens settle over the iterations",
+        module="sim.show",
+        config="ShowConfig",
+        function="show",
+        kept="nothing was written",
+    ),
+    "demo": Command(
+        summary="run the shipped policies: table, plots and clips in a few minutes",
+        module="sim.demo",
+        config="DemoConfig",
+        function="demo",
+        kept="a report of the finished episodes, if any, is in {output_dir}",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: Command line without the program's name; None takes `sys.argv`.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    name, flags = words[0], words[1:]
+    if name not in COMMANDS:
+        close = get_close_matches(name, COMMANDS, n=1)
+        guess = f" (did you mean {close[0]}?)" if close else ""
+        return _complain(PROGRAM, f"unknown command {name!r}{guess}; choose one of {', '.join(COMMANDS)}", 2)
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+    _configure_logging()
+    return _run(name, COMMANDS[name], flags)
+
+
+def _configure_logging() -> None:
+    """Our own progress, others' warnings; LeRobot's remarks on missing accelerators are left out."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    for name in ("ceed_vla", "training", "sim"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(
+            lambda record: record.levelno >= logging.ERROR or "lerobot" not in Path(record.pathname).parts
+        )
+
+
+def overview() -> str:
+    """Text of `ceed-vla --help`."""
+    rows = "\n".join(f"  {name:<9}{command.summary}" for name, command in COMMANDS.items())
+    return (
+        f"usage: {PROGRAM} <command> [--flag value ...]\n\n"
+        f"Vision-language-action policies that decode their action tokens in parallel.\n\n"
+        f"commands:\n{rows}\n\n"
+        f"{PROGRAM} <command> --help lists the flags of a command; {PROGRAM} --version names the version.\n"
+        f"{TRACEBACK}=1 in the environment shows where an error comes from."
+    )
+
+
+def _run(name: str, command: Command, flags: list[str]) -> int:
+    program, config = f"{PROGRAM} {name}", None
+    try:
+        module = importlib.import_module(command.module)
+        config_class = getattr(module, command.config)
+        if "-h" in flags or "--help" in flags:
+            print(format_help(program, config_class))
+            return 0
+        config = parse_flags(config_class, flags)
+        injected = command.simulator(config) if command.simulator else {}
+        result = getattr(module, command.function)(config, **injected)
+    except UsageError as error:
+        return _complain(program, f"{error} ({program} --help lists the flags)", 2)
+    except (CeedVLAError, OSError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        return _complain(program, str(error), 1)
+    except KeyboardInterrupt:
+        kept = command.kept.format_map(vars(config)) if config is not None else "nothing was started"
+        print(f"\n{program}: interrupted; {kept}", file=sys.stderr)
+        return 130
+    if result is not None and not isinstance(result, dict):  # a dict is a report that the command has printed
+        print(result)
+    return 0
+
+
+def _complain(program: str, message: str, code: int) -> int:
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

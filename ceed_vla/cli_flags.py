@@ -1,0 +1,236 @@
+"""Flags of a command from its configuration dataclass: parsed by draccus as in LeRobot, help from docstrings."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shutil
+import textwrap
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ceed_vla.errors import CeedVLAError
+
+_COLUMN = 34  # where a flag's description starts
+
+
+class UsageError(Exception):
+    """The command line cannot be read."""
+
+
+def parse_flags[T](config_class: type[T], flags: Sequence[str]) -> T:
+    """Build a configuration from `--key value`, `--key=value` and `--config_path FILE` (YAML or JSON).
+
+    Args:
+        config_class: A dataclass; nested dataclasses give flags such as `--policy.path`. Setting one of these
+            leaves the others at the defaults that the outer class gives them.
+        flags: The words after the command's name. A switch without a value means true.
+
+    Raises:
+        UsageError: Unknown flag, missing flag, or a value of another type.
+        CeedVLAError: A value that the configuration itself refuses.
+    """
+    import draccus
+    from draccus.utils import DraccusException
+
+    given = _read_words(config_class, flags)
+    file = given.pop("config_path", None)
+    try:
+        return draccus.decode(
+            config_class, _over(_over(_nested_defaults(config_class), _read_config(file)), given)
+        )
+    except DraccusException as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, CeedVLAError):
+                raise cause from None
+            cause = cause.__cause__
+        raise UsageError(_explain(error)) from error
+
+
+def format_help(program: str, config_class: type[Any]) -> str:
+    """Text of `--help`: what the command does, then every flag with type, meaning and default."""
+    width = max(60, min(shutil.get_terminal_size((110, 24)).columns, 120))
+    introduction, _ = _split_docstring(config_class)
+    lines, others = (
+        [
+            f"usage: {program} [--flag value | --flag=value ...] [--config_path FILE]",
+            "",
+            introduction,
+            "",
+            "flags:",
+        ],
+        [],
+    )
+    for name, kind, meaning, default in _describe(config_class):
+        if not meaning:
+            others.append(f"--{name}")
+            continue
+        head = f"  --{name} {kind}"
+        wrapped = textwrap.wrap(f"{meaning} {default}", width - _COLUMN)
+        if len(head) + 2 > _COLUMN:
+            lines.append(head)
+        else:
+            lines.append(f"{head:<{_COLUMN}}{wrapped.pop(0)}")
+        lines += [" " * _COLUMN + line for line in wrapped]
+    lines.append(
+        f"{'  --config_path FILE':<{_COLUMN}}Read flags from a YAML or JSON file; those given here win."
+    )
+    if others:
+        lines += [
+            "",
+            *textwrap.wrap(
+                f"also: {', '.join(others)}", width, subsequent_indent="  ", break_on_hyphens=False
+            ),
+        ]
+    return "\n".join(lines)
+
+
+def _describe(
+    config_class: type[Any], prefix: str = "", defaults: Any = None
+) -> Iterator[tuple[str, str, str, str]]:
+    """(name, type, meaning, default) of every flag, nested ones as `outer.inner`."""
+    _, meanings = _split_docstring(config_class)
+    hints = _type_hints(config_class)
+    for item in fields(config_class):
+        if not item.init:
+            continue
+        value = getattr(defaults, item.name, MISSING) if defaults is not None else _default(item)
+        kind = hints.get(item.name, item.type)
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from _describe(kind, f"{prefix}{item.name}.", None if value is MISSING else value)
+            continue
+        shown = "(required)" if value is MISSING else "" if value in (None, "") else f"[{_plain(value)}]"
+        yield prefix + item.name, _type_name(kind), meanings.get(item.name, ""), shown
+
+
+def _default(item: Field[Any]) -> Any:
+    return item.default_factory() if item.default_factory is not MISSING else item.default
+
+
+def _plain(value: Any) -> str:
+    text = {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)
+    return textwrap.shorten(text, 60, placeholder=" ...")
+
+
+def _type_hints(config_class: type[Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(config_class)
+    except (NameError, TypeError):  # a type that is imported for checkers only
+        return {}
+
+
+def _type_name(kind: Any) -> str:
+    name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+    return re.sub(r"\b\w+\.(?=\w)", "", name.replace(" | None", "")).upper()
+
+
+def _split_docstring(config_class: type[Any]) -> tuple[str, dict[str, str]]:
+    """A Google docstring's introduction, and what it says of each name under "Attributes:" (bases included)."""
+    meanings: dict[str, str] = {}
+    introduction = ""
+    for owner in reversed(config_class.__mro__):
+        text = inspect.cleandoc(owner.__dict__.get("__doc__") or "")
+        introduction, _, attributes = text.partition("Attributes:\n")
+        for entry in re.split(r"\n(?=\S)", textwrap.dedent(attributes)):
+            name, colon, meaning = entry.partition(":")
+            if colon and name.strip().isidentifier():
+                meanings[name.strip()] = " ".join(meaning.split())
+    return introduction.strip(), meanings
+
+
+def _read_words(config_class: type[Any], flags: Sequence[str]) -> dict[str, Any]:
+    """The given flags as nested mappings; values are read as YAML, as draccus does."""
+    kinds = {name: kind for name, kind, *_ in _describe(config_class)} | {"config_path": "FILE"}
+    values: dict[str, Any] = {}
+    words = list(flags)
+    while words:
+        word = words.pop(0)
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in kinds:
+            close = get_close_matches(name, kinds, n=1) if word.startswith("--") else []
+            raise UsageError(f"unknown flag {word!r}" + (f"; did you mean --{close[0]}?" if close else ""))
+        if not equals:
+            if words and not words[0].startswith("--"):
+                text = words.pop(0)
+            elif kinds[name] == "BOOL":
+                text = "true"
+            else:
+                raise UsageError(f"--{name} needs a value")
+        *outer, last = name.split(".")
+        place = values
+        for part in outer:
+            place = place.setdefault(part, {})
+        place[last] = text if kinds[name] in ("STR", "PATH", "FILE") else _yaml(text, f"--{name}")
+    return values
+
+
+def _yaml(text: str, source: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{source} cannot be read: {error}") from error
+
+
+def _read_config(file: str | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        values = _yaml(Path(file).read_text(encoding="utf-8"), f"--config_path {file}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config_path {file} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--config_path {file} holds no mapping of flags to values")
+    return values
+
+
+def _nested_defaults(config_class: type[Any]) -> dict[str, Any]:
+    """Values in which the default of a nested dataclass differs from that class's own defaults.
+
+    Without them, `--policy.width=96` would build a new policy configuration without the outer class's choices.
+    """
+    hints = _type_hints(config_class)
+    nested = [item for item in fields(config_class) if is_dataclass(hints.get(item.name))]
+    changes = {
+        item.name: _changes(_default(item), hints[item.name])
+        for item in nested
+        if _default(item) is not MISSING
+    }
+    return {name: values for name, values in changes.items() if values}
+
+
+def _changes(value: Any, kind: type[Any]) -> dict[str, Any]:
+    import draccus
+
+    plain, hints, changed = kind(), _type_hints(kind), {}
+    for item in fields(kind):
+        own, usual = getattr(value, item.name), getattr(plain, item.name)
+        if item.init and own != usual:
+            inner = hints.get(item.name)
+            changed[item.name] = _changes(own, inner) if is_dataclass(inner) else draccus.encode(own)  # type: ignore[arg-type]
+    return changed
+
+
+def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `top` in their place, mapping by mapping."""
+    merged = {**base, **top}
+    for name in base.keys() & top.keys():
+        if isinstance(base[name], dict) and isinstance(top[name], dict):
+            merged[name] = _over(base[name], top[name])
+    return merged
+
+
+def _explain(error: Exception) -> str:
+    """One line about values that draccus refused."""
+    text = str(error)
+    missing = re.match(r".*Missing required field\(s\) (.+) for", text)
+    if missing:
+        return "missing " + ", ".join(f"--{name}" for name in re.findall(r"`(\w+)`", missing[1]))
+    cause = error.__cause__
+    return f"{text} ({cause})" if cause is not None and str(cause) not in text else text

@@ -1,0 +1,129 @@
+"""How to decode a block: the method, its initial guess and its exit rules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+from ceed_vla.errors import ConfigError
+
+METHODS = ("ar", "jacobi")
+GUESSES = ("previous", "mid", "random")
+NAMES = ("ar", "jacobi", "ceed")
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """Decoding of one block of ``n = m * A`` tokens.
+
+    The defaults are strict Jacobi decoding: exactly the autoregressive greedy tokens. Every other field
+    relaxes that, and says so in the result. Exit rules only watch the *must-converge slots*: the first
+    ``executed_steps * A`` tokens, or the whole block.
+
+    Attributes:
+        method: "ar" (one token a forward) or "jacobi" (the whole block a forward).
+        guess: First state: "previous" (the previous chunk, shifted; "mid" in rows that have none), "mid" (the
+            bins nearest zero), or "random" (uniform bins).
+        max_iterations: Hard cap, the paper's sigma; None for no cap.
+        tolerance_bins: Largest move [bins] of a must-converge slot that still counts as quiet; one number for
+            all dimensions but the gripper (always 0), or one a dimension.
+        stable_iterations: Quiet iterations in a row before the tolerance ends a row; None is 1. With a
+            tolerance of 0 it changes nothing: in a causal model one iteration without any change already
+            proves the fixed point.
+        confidence: Stop when the smallest probability mass within +-2 bins of the argmax, over the
+            must-converge slots, exceeds this. In (0, 1]; 1 never fires.
+        executed_steps: Steps ``h`` that are executed before the next replan. Jacobi: only these must
+            converge, and iterations after the first compute only these. AR: stop after ``h * A`` tokens, the
+            rest is the guess.
+        deadline_s: Time for the block, counted from the start of decoding, after the prefill [s]. No further
+            iteration starts when it would end later, judged by the last one. The first is always run.
+        seed: Seed of random guesses.
+    """
+
+    method: str = "jacobi"
+    guess: str = "previous"
+    max_iterations: int | None = None
+    tolerance_bins: int | tuple[int, ...] = 0
+    stable_iterations: int | None = None
+    confidence: float | None = None
+    executed_steps: int | None = None
+    deadline_s: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        _one_of("guess", self.guess, GUESSES)
+        for name in ("max_iterations", "stable_iterations", "executed_steps"):
+            value = getattr(self, name)
+            if value is not None and not _is_int(value, 1):
+                raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1, or None.")
+        if isinstance(self.tolerance_bins, Iterable) and not isinstance(self.tolerance_bins, str):
+            object.__setattr__(self, "tolerance_bins", tuple(self.tolerance_bins))
+        tolerances = self.tolerance_bins if isinstance(self.tolerance_bins, tuple) else (self.tolerance_bins,)
+        if not tolerances or not all(_is_int(t, 0) for t in tolerances):
+            raise ConfigError(
+                f"tolerance_bins is {self.tolerance_bins!r}; "
+                "give a number of bins of at least 0, or one for every dimension."
+            )
+        if self.confidence is not None and not (_is_real(self.confidence) and 0 < self.confidence <= 1):
+            raise ConfigError(f"confidence is {self.confidence!r}; it is a probability in (0, 1], or None.")
+        if self.deadline_s is not None and not (_is_real(self.deadline_s) and 0 < self.deadline_s < math.inf):
+            raise ConfigError(
+                f"deadline_s is {self.deadline_s!r}; it must be a positive time in seconds, or None."
+            )
+        if not _is_int(self.seed, 0):
+            raise ConfigError(f"seed is {self.seed!r}; it must be an integer of at least 0.")
+        if self.method == "ar" and self._exit_rules():
+            raise ConfigError(
+                f'method "ar" has no iterations to end early, but {", ".join(self._exit_rules())} is set. '
+                'Use executed_steps to decode fewer tokens, or method "jacobi".'
+            )
+
+    @property
+    def strict(self) -> bool:
+        """Whether the result is the autoregressive greedy block for certain: no rule relaxes anything."""
+        return not self._exit_rules() and self.executed_steps is None
+
+    def _exit_rules(self) -> list[str]:
+        tolerances = self.tolerance_bins if isinstance(self.tolerance_bins, tuple) else (self.tolerance_bins,)
+        rules = {
+            "max_iterations": self.max_iterations is not None,
+            "tolerance_bins": any(tolerances),
+            "confidence": self.confidence is not None,
+            "deadline_s": self.deadline_s is not None,
+        }
+        return [name for name, active in rules.items() if active]
+
+
+def named_config(decoding: str | DecodingConfig, ceed: DecodingConfig) -> DecodingConfig:
+    """Resolve a decoder's name.
+
+    Args:
+        decoding: "ar" (greedy, token by token), "jacobi" (strict, from the previous chunk), "ceed" (the early
+            exit of a checkpoint), or a configuration, which is returned as it is.
+        ceed: What "ceed" stands for.
+
+    Raises:
+        ConfigError: Unknown name.
+    """
+    if isinstance(decoding, DecodingConfig):
+        return decoding
+    _one_of("decoding", decoding, NAMES)
+    return {"ar": DecodingConfig(method="ar"), "jacobi": DecodingConfig(method="jacobi"), "ceed": ceed}[
+        decoding
+    ]
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

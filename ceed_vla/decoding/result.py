@@ -1,0 +1,50 @@
+"""What a decoder returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+EXIT_REASONS = ("complete", "converged", "stable", "tolerance", "confidence", "max_iterations", "deadline")
+
+
+@dataclass
+class DecodeResult:
+    """Decoded block and how it came about.
+
+    Attributes:
+        tokens: (B, n) int64.
+        forwards: Model calls after the prefill, shared by all rows: block forwards (Jacobi) or single-token
+            forwards (AR). The forward that verifies the fixed point is counted.
+        iterations: (B,) int64, forwards until this row was done. A row that is done is frozen.
+        exit_reason: Why each row stopped.
+
+            - "complete": AR decoded every token it was asked for.
+            - "converged": every token of the block is proven equal to greedy AR.
+            - "stable": every token of the executed steps is proven, the tail is not (only with
+              ``executed_steps``).
+            - "tolerance": for ``stable_iterations`` iterations no must-converge slot moved more than its
+              tolerance.
+            - "confidence": the must-converge slots are confident enough.
+            - "max_iterations": the cap.
+            - "deadline": the next iteration would have ended too late.
+        exact_tokens: (B,) int64, leading tokens that are proven equal to greedy AR, at least 1. Those behind
+            may agree too, nobody checked. "Proven" is up to floating-point ties, and for causal backbones.
+        exact: (B,) bool, ``exact_tokens == n``.
+        states: With ``record_states`` the states y(0), y(1), ..., each (B, n); y(0) is the guess with the
+            exact first token in it, the last one is `tokens`. For strict Jacobi this is the trajectory to
+            train on.
+        actions: (B, m, A) in the tokenizer's units, filled by the policy.
+        seconds: Times "prefill" and "decode" [s]; a decoder fills the second.
+    """
+
+    tokens: Tensor
+    forwards: int
+    iterations: Tensor
+    exit_reason: list[str]
+    exact_tokens: Tensor
+    exact: Tensor
+    states: list[Tensor] | None = None
+    actions: Tensor | None = None
+    seconds: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,31 @@
+"""Exceptions of the project. Messages say what was wrong (the value), what is allowed and what to do."""
+
+from __future__ import annotations
+
+
+class CeedVLAError(Exception):
+    """Base class of every error that this project raises on purpose."""
+
+
+class ConfigError(CeedVLAError, ValueError):
+    """A setting has a value that cannot work."""
+
+
+class CheckpointError(CeedVLAError):
+    """A checkpoint is missing, incomplete, damaged or of another format."""
+
+
+class DatasetError(CeedVLAError):
+    """A data set is missing, damaged, or lacks what the caller needs."""
+
+
+class TokenError(CeedVLAError, ValueError):
+    """Actions or tokens do not fit the action vocabulary or the block."""
+
+
+class ObservationError(CeedVLAError, ValueError):
+    """An observation lacks a feature, or a feature has another shape or type."""
+
+
+class SimulationError(CeedVLAError):
+    """The simulation was asked for something it does not have, or got an invalid action."""

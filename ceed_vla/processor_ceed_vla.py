@@ -1,0 +1,149 @@
+"""Pre- and post-processing: instruction words to ids, state normalisation, batching. Loads offline."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lerobot.configs import FeatureType, PipelineFeatureType, PolicyFeature
+from lerobot.processor import (
+    ObservationProcessorStep,
+    PolicyAction,
+    PolicyProcessorPipeline,
+    ProcessorStepRegistry,
+    make_default_policy_processor_steps,
+    make_policy_processor_pipelines,
+)
+from lerobot.lerobot_types import RobotObservation, TransitionKey
+from lerobot.utils.constants import OBS_LANGUAGE_TOKENS
+
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.errors import ConfigError, ObservationError
+
+logger = logging.getLogger(__name__)
+
+PAD_ID, UNKNOWN_ID, FIRST_WORD_ID = 0, 1, 2
+
+
+def split_words(instruction: str) -> list[str]:
+    """Lower-case words of an instruction; punctuation separates."""
+    return re.findall(r"[a-z0-9]+", instruction.lower())
+
+
+def build_vocabulary(instructions: Iterable[str]) -> list[str]:
+    """The sorted words of all `instructions`."""
+    return sorted({word for instruction in instructions for word in split_words(instruction)})
+
+
+@ProcessorStepRegistry.register(name="ceed_vla_instruction_words")
+@dataclass
+class InstructionWordsStep(ObservationProcessorStep):
+    """Turn ``task`` strings into ``observation.language.tokens`` (B, L) int64, padded with 0; unknown words are 1.
+
+    The whole vocabulary is saved with the pipeline, so that a checkpoint loads without a network.
+    """
+
+    vocabulary: list[str] = field(default_factory=list)
+    max_words: int = 12
+
+    def __post_init__(self) -> None:
+        self._ids = {word: FIRST_WORD_ID + i for i, word in enumerate(self.vocabulary)}
+        self._warned: set[str] = set()
+
+    def encode(self, instruction: str) -> list[int]:
+        """Ids of one instruction, padded to `max_words`.
+
+        Raises:
+            ObservationError: The instruction is empty or longer than `max_words`.
+        """
+        words = split_words(instruction)
+        if not words:
+            raise ObservationError(f"The instruction {instruction!r} has no word; say what to do, e.g. 'put the red cube in the bin'.")
+        if len(words) > self.max_words:
+            raise ObservationError(
+                f"The instruction has {len(words)} words, this policy reads at most {self.max_words}: {instruction!r}."
+            )
+        for word in words:
+            if word not in self._ids and word not in self._warned:
+                self._warned.add(word)
+                logger.warning("The policy has never seen the word %r; it is read as an unknown word.", word)
+        ids = [self._ids.get(word, UNKNOWN_ID) for word in words]
+        return ids + [PAD_ID] * (self.max_words - len(ids))
+
+    def observation(self, observation: RobotObservation) -> RobotObservation:
+        task = (self.transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}).get("task")
+        if task is None:
+            raise ObservationError("The observation has no 'task'; pass the instruction as a string or a list of strings.")
+        tasks = [task] if isinstance(task, str) else list(task)
+        ids = torch.tensor([self.encode(t) for t in tasks], dtype=torch.long)  # (B, L)
+        return {**observation, OBS_LANGUAGE_TOKENS: ids}
+
+    def get_config(self) -> dict[str, Any]:
+        return {"vocabulary": self.vocabulary, "max_words": self.max_words}
+
+    def transform_features(
+        self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
+    ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
+        features[PipelineFeatureType.OBSERVATION][OBS_LANGUAGE_TOKENS] = PolicyFeature(
+            type=FeatureType.LANGUAGE, shape=(self.max_words,)
+        )
+        return features
+
+
+def make_instruction_step(config: CeedVLAConfig, instructions: Iterable[str]) -> InstructionWordsStep:
+    """The instruction step for a data set's instructions.
+
+    Raises:
+        ConfigError: An instruction is too long, or the words do not fit the embedding.
+    """
+    instructions = list(instructions)
+    vocabulary = build_vocabulary(instructions)
+    longest = max(instructions, key=lambda text: len(split_words(text)), default="")
+    if len(split_words(longest)) > config.max_instruction_words:
+        raise ConfigError(
+            f"The longest instruction has {len(split_words(longest))} words, max_instruction_words is "
+            f"{config.max_instruction_words}; raise it: {longest!r}."
+        )
+    if len(vocabulary) + FIRST_WORD_ID > config.vocabulary_size:
+        raise ConfigError(
+            f"The instructions use {len(vocabulary)} words; vocabulary_size {config.vocabulary_size} holds "
+            f"{config.vocabulary_size - FIRST_WORD_ID}. Raise vocabulary_size."
+        )
+    return InstructionWordsStep(vocabulary=vocabulary, max_words=config.max_instruction_words)
+
+
+def make_ceed_vla_pre_post_processors(
+    config: CeedVLAConfig,
+    dataset_stats: dict[str, dict[str, torch.Tensor]] | None = None,
+    dataset_meta: Any | None = None,
+    instructions: Iterable[str] | None = None,
+) -> tuple[
+    PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
+    PolicyProcessorPipeline[PolicyAction, PolicyAction],
+]:
+    """Pre- and post-processor of a policy that is new.
+
+    Args:
+        config: The policy's configuration.
+        dataset_stats: LeRobot statistics; the state is normalised with its mean and standard deviation.
+        dataset_meta: LeRobot metadata; gives the instructions that make up the vocabulary.
+        instructions: The instructions, where there is no `dataset_meta`.
+
+    Returns:
+        LeRobot pipelines (pre-processor, post-processor).
+
+    Raises:
+        ConfigError: Instructions that do not fit the configuration.
+    """
+    if instructions is None:
+        instructions = [] if dataset_meta is None else [str(task) for task in dataset_meta.tasks.index]
+    steps = make_default_policy_processor_steps(config, dataset_stats)
+    words = make_instruction_step(config, instructions)
+    return make_policy_processor_pipelines(
+        [steps.rename_observations, steps.add_batch_dim, words, steps.to_device, steps.normalize],
+        [steps.unnormalize, steps.to_cpu],
+    )

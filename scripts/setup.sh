@@ -1,0 +1,216 @@
+#!/usr/bin/env bash
+# Makes the virtual environment ready; does nothing when it is.
+#
+#   scripts/setup.sh [--gl] [extra ...]      extras of setup.py: test, lint
+#
+#   --gl              also make sure that MuJoCo can render
+#   VENV              folder of the environment (.venv)
+#   PYTHON            interpreter to use instead of searching for one
+#   UV_TORCH_BACKEND  "cpu" installs the small build of torch, where its index can be reached
+#   CEED_VLA_INSTALL_GL=1  install missing GL libraries with apt-get (root only)
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VENV=${VENV:-.venv}
+WANTED="Python 3.12 or 3.13"
+GL_PACKAGES="libegl1 libegl-mesa0 libgl1-mesa-dri libgl1"
+DISK_GB=7 # of a complete environment with the CUDA build of torch
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() {
+    printf 'setup: %s\n' "$@" >&2
+    exit 1
+}
+
+# ---- Python --------------------------------------------------------------------------------------------------------
+
+# Prints the version of interpreter $1; fails unless it runs (shims may not) and packages exist for it.
+supported() {
+    "$1" -c 'import sys, sysconfig
+print("%d.%d.%d" % sys.version_info[:3])
+sys.exit(sys.version_info[:2] not in ((3, 12), (3, 13)) or bool(sysconfig.get_config_var("Py_GIL_DISABLED")))' \
+        2>/dev/null </dev/null
+}
+
+# Interpreters by the order in which they are tried, one path a line.
+pythons() {
+    local name
+    for name in python3.12 python3.13 python3 python; do type -aP "$name" || true; done
+    ls -d "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.1[23]*/bin/python 2>/dev/null || true
+    ls -d "${HOME:-}"/.local/share/uv/python/cpython-3.1[23]*/bin/python3 2>/dev/null || true
+    ls -d /usr/bin/python3.1[32] /usr/local/bin/python3.1[32] /opt/homebrew/bin/python3.1[32] 2>/dev/null || true
+}
+
+find_python() {
+    local candidate version second="" tried=""
+    if [ -n "${PYTHON:-}" ]; then
+        version=$(supported "$PYTHON") || die "PYTHON=$PYTHON is ${version:-no interpreter that runs}; $WANTED is needed."
+        printf '%s\n' "$PYTHON"
+        return
+    fi
+    while read -r candidate; do
+        if version=$(supported "$candidate"); then
+            case $version in
+            3.12.*) printf '%s\n' "$candidate" && return ;; # the one that constraints.txt was made with
+            *) second=${second:-$candidate} ;;
+            esac
+        else
+            tried="$tried
+setup:   $candidate (${version:-does not run})"
+        fi
+    done < <(pythons | awk '!seen[$0]++')
+    [ -z "$second" ] || { printf '%s\n' "$second" && return; }
+    die "$WANTED was not found. Tried on PATH, under pyenv, uv, /usr/bin and /usr/local/bin:${tried:-
+setup:   nothing called python there}" \
+        "Install one, for example with \`apt-get install python3 python3-venv\` (Debian 13, Ubuntu 24.04)," \
+        "\`pyenv install 3.12\` or \`uv python install 3.12\`, or name one with PYTHON=/path/to/python."
+}
+
+# ---- uv and the environment ----------------------------------------------------------------------------------------
+
+uv_requirement() { sed -n 's/^\(uv==.*\)$/\1/p' constraints.txt; }
+
+# Prints the path of a uv from outside the environment: one that is installed, or one put into folder $1 by the pip of
+# any Python at hand.
+borrow_uv() {
+    local candidate
+    while read -r candidate; do
+        if "$candidate" --version >/dev/null 2>&1; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done < <({ type -aP uv; ls "${HOME:-}"/.local/bin/uv "${HOME:-}"/.cargo/bin/uv; } 2>/dev/null)
+    while read -r candidate; do
+        "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 8))' >/dev/null 2>&1 </dev/null || continue
+        "$candidate" -m pip --version >/dev/null 2>&1 </dev/null || continue
+        say "installing uv with the pip of $candidate"
+        if "$candidate" -m pip install --quiet --target "$1" "$(uv_requirement)" </dev/null >&2; then
+            printf '%s\n' "$1/bin/uv"
+            return
+        fi
+    done < <({ printf '%s\n' "$PYTHON_FOUND"; pythons; ls "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3*/bin/python; } \
+        2>/dev/null | awk '!seen[$0]++')
+    die "cannot install uv: $PYTHON_FOUND has neither ensurepip nor pip, and no other Python here could get it." \
+        "Either the network is down, or install one of them: \`apt-get install python3-venv python3-pip\`."
+}
+
+has_pip() { "$VENV/bin/python" -m pip --version >/dev/null 2>&1; }
+
+make_environment() {
+    local version
+    if [ -e "$VENV" ] && version=$(supported "$VENV/bin/python"); then
+        :
+    elif [ -x "$VENV/bin/python" ] && [ -n "${version:-}" ]; then
+        die "$VENV has Python $version; $WANTED is needed. Remove it, or choose another folder with VENV=..."
+    else
+        if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ]; then
+            die "$VENV exists and is no virtual environment; choose another folder with VENV=..."
+        fi
+        PYTHON_FOUND=$(find_python)
+        say "making $VENV with $PYTHON_FOUND ($(supported "$PYTHON_FOUND"))"
+        if "$PYTHON_FOUND" -c 'import ensurepip, venv' 2>/dev/null; then
+            "$PYTHON_FOUND" -m venv --clear "$VENV"
+        else
+            BORROWED=$(borrow_uv "$SCRATCH")
+            "$BORROWED" venv --quiet --clear --python "$PYTHON_FOUND" "$VENV"
+        fi
+    fi
+    [ -x "$VENV/bin/uv" ] && return
+    if has_pip; then
+        say "installing uv"
+        "$VENV/bin/python" -m pip install --quiet "$(uv_requirement)" ||
+            die "pip could not install uv (above); without a package index nothing can be installed." \
+                "Check the network and HTTPS_PROXY, or set PIP_INDEX_URL to a mirror."
+    else
+        PYTHON_FOUND=$VENV/bin/python
+        BORROWED=${BORROWED:-$(borrow_uv "$SCRATCH")}
+        "$BORROWED" pip install --quiet --python "$VENV/bin/python" "$(uv_requirement)"
+    fi
+}
+
+# ---- packages ------------------------------------------------------------------------------------------------------
+
+# What an installation depends on; it is repeated when this changes.
+fingerprint() {
+    {
+        printf '%s\n' "$PWD" "$@" ./*/__init__.py
+        cat setup.py setup.cfg pyproject.toml constraints.txt lerobot_policy_ceed_vla/pyproject.toml
+    } | cksum
+}
+
+free_gb() { df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }'; }
+
+uv_install() {
+    local extras
+    extras=$(IFS=,; printf '%s' "$*")
+    "$VENV/bin/uv" pip install --python "$VENV/bin/python" --constraints constraints.txt \
+        --build-constraints constraints.txt $DRY_RUN --editable ".${extras:+[$extras]}" --editable ./lerobot_policy_ceed_vla
+}
+
+# Says why an installation failed, as far as that can be told.
+explain_failure() {
+    local output
+    [ "$(free_gb)" -ge 1 ] || die "the disk is full: an environment takes up to $DISK_GB GB here and in uv's cache." \
+        "Free some, or move the cache with UV_CACHE_DIR."
+    DRY_RUN=--dry-run
+    output=$(uv_install "$@" 2>&1) || true
+    case $output in
+    *"dns error"* | *"error sending request"* | *"Failed to fetch"* | *"timed out"* | *"onnection"*)
+        die "the package index cannot be reached. Check the network and HTTPS_PROXY, or set UV_DEFAULT_INDEX to a mirror." ;;
+    *) die "the installation failed; uv's message above says why. The next run continues where this one stopped." ;;
+    esac
+}
+
+install_packages() {
+    local stamp
+    stamp=$VENV/.installed-$(IFS=-; printf '%s' "${*:-base}")
+    DRY_RUN=
+    [ "$(cat "$stamp" 2>/dev/null)" = "$(fingerprint "$@")" ] && return
+    if [ -n "${PIP_INDEX_URL:-}" ] && [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
+        export UV_DEFAULT_INDEX=$PIP_INDEX_URL
+    fi
+    [ "$(free_gb)" -ge "$DISK_GB" ] || say "only $(free_gb) GB are free; a complete installation takes up to $DISK_GB GB"
+    say "installing ceed_vla${*:+ with $*} into $VENV (the first time downloads up to 3 GB)"
+    uv_install "$@" || explain_failure "$@"
+    fingerprint "$@" >"$stamp"
+}
+
+# ---- rendering -----------------------------------------------------------------------------------------------------
+
+check_gl() {
+    local stamp=$VENV/.renders-with-${MUJOCO_GL:-egl}
+    [ -e "$stamp" ] && return
+    if ! "$VENV/bin/python" scripts/check_gl.py; then
+        if [ "${CEED_VLA_INSTALL_GL:-}" = 1 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+            say "installing $GL_PACKAGES"
+            apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $GL_PACKAGES
+            "$VENV/bin/python" scripts/check_gl.py || die "MuJoCo still cannot render; see the message above."
+        else
+            die "MuJoCo cannot render here: GL is missing (message above). It needs no screen, but these libraries:" \
+                "  sudo apt-get install -y $GL_PACKAGES" \
+                "Elsewhere install Mesa's EGL, or choose another backend, e.g. MUJOCO_GL=osmesa."
+        fi
+    fi
+    touch "$stamp"
+}
+
+main() {
+    local gl=0
+    if [ "${1:-}" = --gl ]; then
+        gl=1
+        shift
+    fi
+    # Two makes at once must not set up the same folder: the lock is this file, and ends with this process.
+    if command -v flock >/dev/null; then
+        exec 9<scripts/setup.sh
+        flock -n 9 || { say "waiting for another set-up" && flock 9; }
+    fi
+    SCRATCH=$(mktemp -d)
+    trap 'rm -rf "$SCRATCH"' EXIT
+    make_environment
+    install_packages "$@"
+    [ "$gl" = 0 ] || check_gl
+}
+
+main "$@"

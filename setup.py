@@ -1,0 +1,82 @@
+"""Distribution ceed_vla: what pip, uv and colcon install. (`package.xml` tells ROS the same.)"""
+
+import re
+from glob import glob
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+NAME = "ceed_vla"
+PACKAGES = ("ceed_vla", "training", "sim", "ros_nodes", "benchmarks")
+HERE = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """The version in ceed_vla/__init__.py, read without importing it."""
+    text = (HERE / NAME / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    if match is None:
+        raise RuntimeError(f'{NAME}/__init__.py has no line __version__ = "..."')
+    return match.group(1)
+
+
+# The versions that work together; constraints.txt has the exact ones that were tested.
+REQUIREMENTS = [
+    "lerobot[dataset,training]>=0.6.1,<0.7",
+    "torch>=2.7,<2.12",
+    "transformers>=5.4,<5.6",
+    "mujoco>=3.8,<3.9",
+    "gymnasium>=1.1.1,<2",
+    "numpy>=2,<2.3",
+    "accelerate>=1.14,<2",
+    "draccus>=0.11.6,<0.12",
+    "imageio>=2.37",
+    "imageio-ffmpeg>=0.6",
+    "matplotlib>=3.10",
+    "pillow>=11",
+    "pyarrow>=21,<30",
+    "rich>=14",
+    "safetensors>=0.5,<1",
+    "tensorboard>=2.19",
+    "tqdm>=4.66,<5",
+]
+EXTRAS = {
+    "test": ["hypothesis>=6.130", "pytest>=8.4", "pytest-timeout>=2.4"],
+    "lint": ["mypy>=1.16", "pre-commit>=4.2", "ruff>=0.12"],
+}
+
+DATA_FILES = [
+    ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
+    (f"share/{NAME}", ["package.xml"]),
+    (f"share/{NAME}/launch", sorted(glob("launch/*.launch.py"))),
+    (f"share/{NAME}/launch/config", sorted(glob("launch/config/*.yaml"))),
+]
+
+setup(
+    name=NAME,
+    version=read_version(),
+    description="Vision-language-action policies that decode their action tokens in parallel (CEED-VLA)",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="CEED-VLA maintainers",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=[
+        "robotics",
+        "vision-language-action",
+        "consistency distillation",
+        "Jacobi decoding",
+        "LeRobot",
+        "ROS 2",
+    ],
+    python_requires=">=3.12,<3.14",
+    packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
+    package_data={
+        NAME: ["py.typed", "pretrained/**/*.safetensors", "pretrained/**/*.json", "pretrained/**/*.md"]
+    },
+    data_files=[(folder, files) for folder, files in DATA_FILES if files],
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["ceed-vla = ceed_vla.cli:main"]},
+    zip_safe=False,
+)

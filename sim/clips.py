@@ -1,0 +1,183 @@
+"""Clips of single episodes: what the policy sees, what it was told, how it decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from sim.closed_loop import Replan, drive
+from sim.rollout import PolicyRunner
+
+Frame = NDArray[np.uint8]
+
+# Sides in pixels; width and height are multiples of 16, as the encoder wants.
+VIEW, INSET, HEADER = 384, 192, 48
+WIDTH, HEIGHT = VIEW + INSET, VIEW + HEADER
+_INK, _PAPER, _FAINT, _ACCENT, _GOOD = (
+    (236, 239, 244),
+    (24, 27, 33),
+    (140, 148, 160),
+    (230, 159, 0),
+    (86, 180, 233),
+)
+_MARGIN = 14
+_MOST_SQUARES = 12
+END_FRAMES = 12  # the outcome stays readable
+
+
+def compose_frame(
+    front: Frame,
+    wrist: Frame,
+    *,
+    instruction: str,
+    decoder: str,
+    forwards: int,
+    mean_forwards: float,
+    unit: str,
+    step: int,
+    status: str = "",
+) -> Frame:
+    """One picture of a clip.
+
+    Args:
+        front: (S, S, 3) uint8, enlarged without smoothing: the pixels the policy gets.
+        wrist: (S, S, 3) uint8.
+        instruction: The episode's instruction.
+        decoder: Name of the decoder.
+        forwards: Forwards that the current chunk took.
+        mean_forwards: Mean over the chunks so far.
+        unit: What a forward is: "block" or "token".
+        step: Control steps done.
+        status: Shown at the bottom, e.g. "solved".
+
+    Returns:
+        (`HEIGHT`, `WIDTH`, 3) uint8.
+    """
+    picture = Image.new("RGB", (WIDTH, HEIGHT), _PAPER)
+    picture.paste(Image.fromarray(front).resize((VIEW, VIEW), Image.Resampling.NEAREST), (0, HEADER))
+    picture.paste(Image.fromarray(wrist).resize((INSET, INSET), Image.Resampling.NEAREST), (VIEW, HEADER))
+    draw = ImageDraw.Draw(picture)
+    draw.text((_MARGIN, HEADER // 2), instruction, fill=_INK, font=_fitting_font(instruction), anchor="lm")
+
+    left, top = VIEW + _MARGIN, HEADER + INSET + _MARGIN
+    draw.text((left, top), decoder, fill=_INK, font=_font(22))
+    draw.text(
+        (left, top + 36),
+        f"this chunk: {forwards} {unit} forward{'s' if forwards != 1 else ''}",
+        _FAINT,
+        _font(13),
+    )
+    _draw_forwards(draw, left, top + 58, forwards)
+    draw.text((left, top + 84), f"mean so far: {mean_forwards:.1f}", fill=_FAINT, font=_font(13))
+    draw.text((left, top + 106), f"step {step}", fill=_FAINT, font=_font(13))
+    if status:
+        draw.text((left, top + 136), status, fill=_GOOD if status == "solved" else _ACCENT, font=_font(22))
+    return np.asarray(picture)
+
+
+def write_clip(path: Path, frames: Iterable[Frame], fps: int = 10) -> Path:
+    """Encode frames as H.264 in MP4.
+
+    Args:
+        path: File to write.
+        frames: Pictures of (`HEIGHT`, `WIDTH`, 3) uint8.
+        fps: Frames a second; the control rate gives real time.
+
+    Returns:
+        `path`.
+    """
+    writer = imageio_ffmpeg.write_frames(
+        str(path),
+        (WIDTH, HEIGHT),
+        fps=fps,
+        codec="libx264",
+        quality=7,
+        macro_block_size=16,
+        ffmpeg_log_level="error",
+        output_params=["-preset", "veryfast"],
+    )
+    writer.send(None)
+    try:
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame))
+    finally:
+        writer.close()
+    return path
+
+
+def record_clip(
+    path: Path,
+    runner: PolicyRunner,
+    env: Any,
+    *,
+    name: str,
+    unit: str,
+    seed: int,
+    task: str,
+    executed_steps: int,
+) -> Path:
+    """Run one episode with a decoder and write its clip, in real time of the robot.
+
+    Args:
+        path: File to write.
+        runner: Policy and decoding.
+        env: An unwrapped environment with front and wrist cameras.
+        name: Name of the decoder.
+        unit: What a forward is: "block" or "token".
+        seed: Seed of the episode.
+        task: Its family, or "mixed".
+        executed_steps: Steps executed of each chunk.
+
+    Returns:
+        `path`.
+    """
+    replans = drive(runner, env, seed, executed_steps, task)
+    return write_clip(path, _episode_frames(replans, name, unit))
+
+
+def _episode_frames(replans: Iterable[Replan], name: str, unit: str) -> Iterator[Frame]:
+    counts: list[int] = []
+    for replan in replans:
+        counts.append(replan.chunk.forwards)
+        for i, pixels in enumerate(replan.views, start=1):
+            last = replan.finished and i == len(replan.views)
+            frame = compose_frame(
+                pixels["front"],
+                pixels["wrist"],
+                instruction=replan.instruction,
+                decoder=name,
+                forwards=counts[-1],
+                mean_forwards=sum(counts) / len(counts),
+                unit=unit,
+                step=replan.step + i,
+                status=("solved" if replan.success else "not solved") if last else "",
+            )
+            yield from [frame] * (END_FRAMES if last else 1)
+
+
+def _draw_forwards(draw: ImageDraw.ImageDraw, left: int, top: int, forwards: int) -> None:
+    """One square a forward; a full bar stands for more than fit."""
+    if forwards > _MOST_SQUARES:
+        draw.rectangle((left, top, WIDTH - _MARGIN, top + 10), fill=_ACCENT)
+        return
+    for i in range(forwards):
+        draw.rectangle((left + 14 * i, top, left + 14 * i + 10, top + 10), fill=_ACCENT)
+
+
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def _fitting_font(text: str) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """The largest font in which `text` fits the width of the picture."""
+    for size in range(22, 10, -1):
+        font = _font(size)
+        if font.getlength(text) <= WIDTH - 2 * _MARGIN:
+            break
+    return font

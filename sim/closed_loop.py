@@ -1,0 +1,77 @@
+"""One episode at batch 1, chunk by chunk: for clips, pictures and the observations of the timing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from sim.rollout import MAX_EPISODE_STEPS, Chunk, PolicyRunner
+
+
+@dataclass
+class Replan:
+    """A moment at which a new chunk was decoded, and what followed until the next one.
+
+    Attributes:
+        observation: As the environment gave it.
+        instruction: The episode's instruction.
+        previous: Tokens (n,) of the chunk before; None at the start.
+        chunk: The decoded chunk.
+        step: Control steps done before this chunk.
+        views: ``pixels`` after each executed step.
+        success: Whether the episode was solved while this chunk ran.
+        finished: Whether the episode ended.
+    """
+
+    observation: dict[str, Any]
+    instruction: str
+    previous: Tensor | None
+    chunk: Chunk
+    step: int
+    views: list[dict[str, np.ndarray]]
+    success: bool
+    finished: bool
+
+
+def drive(
+    runner: PolicyRunner,
+    env: Any,
+    seed: int,
+    executed_steps: int,
+    task: str = "mixed",
+    max_episode_steps: int = MAX_EPISODE_STEPS,
+) -> Iterator[Replan]:
+    """Run one episode, the same as `sim.rollout.rollout` does, and yield every replan after its steps.
+
+    Args:
+        runner: Policy and decoding.
+        env: An unwrapped tabletop environment with cameras.
+        seed: Seed of the episode.
+        executed_steps: Steps ``h`` of each chunk that are executed.
+        task: A family, or "mixed" for the environment's own draw.
+        max_episode_steps: Control steps after which the episode ends.
+
+    Yields:
+        One `Replan` a chunk.
+    """
+    observation, _ = env.reset(seed=seed, options={} if task == "mixed" else {"task": task})
+    instruction = str(env.instruction)
+    previous, step, success = None, 0, False
+    while not success and step < max_episode_steps:
+        start = observation
+        chunk = runner.decode([start], [instruction], [previous])[0]
+        views: list[dict[str, np.ndarray]] = []
+        for action in chunk.actions[: min(executed_steps, max_episode_steps - step)]:
+            env.advance(action)
+            success = env.is_success()
+            observation = env.observe()
+            views.append(observation["pixels"])
+            if success:
+                break
+        finished = success or step + len(views) >= max_episode_steps
+        yield Replan(start, instruction, previous, chunk, step, views, success, finished)
+        previous, step = chunk.tokens, step + len(views)

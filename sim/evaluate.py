@@ -1,0 +1,356 @@
+"""``ceed-vla eval``: closed-loop success and latency of decoders on the same seeds."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ceed_vla.checkpoints import load, resolve_checkpoint, weights_hash
+from ceed_vla.errors import ConfigError
+from sim.clips import record_clip
+from sim.decoders import Row, parse_decoders, resolve_rows
+from sim.plots import write_plots
+from sim.report import console_table, markdown
+from sim.rollout import Bundle, EnvPool, EpisodeResult, rollout
+from sim.summary import hardware, paired_entries, row_entry, versions
+from sim.tabletop.tasks import SPLITS, TASKS
+from sim.timing import Samples, collect_observations, make_runner, measure, summarise
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENTS = ("tabletop",)
+EVALUATION_SEEDS = 50_000  # nothing is recorded, trained or tuned on seeds from here on
+GROUP_BATCHES = 5  # a decoder runs so many batches of seeds before the next decoder
+
+
+@dataclass
+class CheckpointPath:
+    """Where a checkpoint lies.
+
+    Attributes:
+        path: Checkpoint folder, or "teacher" / "student" for the shipped ones.
+    """
+
+    path: str = ""
+
+
+@dataclass
+class EvalConfig:
+    """Options of ``ceed-vla eval``.
+
+    Attributes:
+        policy: The policy to evaluate.
+        teacher: Its autoregressive teacher; adds the rows teacher_ar and teacher_cap4, and allows others.
+        env: Simulation, "tabletop".
+        decoders: Comma-separated names: ar, ar_h (stops after the executed steps), jacobi (strict), ceed (the
+            checkpoint's early exit), cap1 to cap4, conf; Jacobi ones also with _mid or _random; all with
+            teacher_ in front.
+        episodes: Episodes a decoder.
+        seed: First seed; every decoder runs seed, seed + 1, ... Seeds from 50000 up are for evaluation only.
+        output_dir: Folder for the report, plots and clips.
+        task: "mixed", a task family, or families separated by commas, which take turns.
+        split: Colour and phrase combinations: "train", "heldout" or "all".
+        batch: Episodes that run in lock-step.
+        executed_steps: Steps executed of each chunk.
+        clips: Whether to write one clip a decoder.
+        timing_chunks: Chunks on which latency is measured; 0 skips it.
+        threads: Threads of torch; None leaves torch's choice.
+        device: Overrides the checkpoints' device.
+    """
+
+    policy: CheckpointPath = field(default_factory=CheckpointPath)
+    teacher: CheckpointPath = field(default_factory=CheckpointPath)
+    env: str = "tabletop"
+    decoders: str = "ar,jacobi,ceed"
+    episodes: int = 20
+    seed: int = EVALUATION_SEEDS
+    output_dir: str = "outputs/eval"
+    task: str = "mixed"
+    split: str = "train"
+    batch: int = 20
+    executed_steps: int = 4
+    clips: bool = True
+    timing_chunks: int = 100
+    threads: int | None = None
+    device: str | None = None
+
+
+@dataclass
+class _Run:
+    """What an evaluation has gathered so far."""
+
+    config: EvalConfig
+    rows: list[Row]
+    bundles: dict[str, Bundle]
+    results: dict[str, list[EpisodeResult]]
+    samples: dict[str, Samples] = field(default_factory=dict)
+    timing: dict[str, Any] = field(default_factory=dict)
+
+
+def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, Any]:
+    """Run every decoder on the same seeds, measure latency, write report, plots and clips.
+
+    An interrupt leaves a report of the finished episodes, marked ``"complete": false``, and is raised on.
+
+    Args:
+        config: Options.
+        console: Where progress and the table go; the terminal if None.
+
+    Returns:
+        The content of ``report.json``.
+
+    Raises:
+        ConfigError: An option that cannot work, e.g. an unknown decoder.
+        CheckpointError: A checkpoint that cannot be loaded.
+        SimulationError: An unknown task.
+    """
+    console = console or default_console()
+    names = check(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    bundles = load_bundles(config)
+    rows = resolve_rows(
+        names, {model: bundle[0].config for model, bundle in bundles.items()}, config.executed_steps
+    )
+    run = _Run(config, rows, bundles, {row.name: [] for row in rows})
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    complete = False
+    try:
+        _run_episodes(run, console, folder)
+        _run_timing(run, console)
+        complete = True
+    finally:
+        report = _build_report(run, complete=complete)
+        files = _write_report(report, folder)
+        if not complete:
+            console.print(f"Stopped early; the partial report is in {files[1]}.")
+    if config.clips:
+        files += _write_clips(run, folder, console)
+    console.print(console_table(report, console.width))
+    console.print("Written: " + ", ".join(str(file) for file in files), soft_wrap=True, highlight=False)
+    return report
+
+
+def check(config: EvalConfig) -> list[str]:
+    """Check the options before anything is loaded, and return the names of the rows.
+
+    Raises:
+        ConfigError: Names the option, its value and what is allowed.
+    """
+    if not config.policy.path:
+        raise ConfigError(
+            "--policy.path is missing; give a checkpoint folder, or student or teacher for the shipped ones."
+        )
+    names = parse_decoders(config.decoders, has_teacher=bool(config.teacher.path))
+    if config.env not in ENVIRONMENTS:
+        raise ConfigError(f"--env is {config.env!r}; choose one of {', '.join(ENVIRONMENTS)}.")
+    if config.split not in SPLITS:
+        raise ConfigError(f"--split is {config.split!r}; choose one of {', '.join(SPLITS)}.")
+    least = {"episodes": 1, "seed": 0, "batch": 1, "executed_steps": 1, "timing_chunks": 0}
+    for option, smallest in least.items():
+        if getattr(config, option) < smallest:
+            raise ConfigError(f"--{option} is {getattr(config, option)}; it must be at least {smallest}.")
+    if config.threads is not None and config.threads < 1:
+        raise ConfigError(f"--threads is {config.threads}; it must be at least 1.")
+    if config.seed < EVALUATION_SEEDS:
+        logger.warning(
+            "Seeds below %d may have been recorded or tuned on; do not report them as results.",
+            EVALUATION_SEEDS,
+        )
+    _families(config.task)
+    return names
+
+
+def load_bundles(config: Any) -> dict[str, Bundle]:
+    """Load ``policy`` and, where it is given, ``teacher``; both replan after ``config.executed_steps`` steps.
+
+    Raises:
+        CheckpointError: A checkpoint that cannot be loaded.
+        ConfigError: More steps are to be executed than a chunk has.
+    """
+    paths = {"policy": config.policy.path, "teacher": config.teacher.path}
+    bundles = {model: load(path, device=config.device) for model, path in paths.items() if path}
+    for model, (policy, _, _) in bundles.items():
+        if config.executed_steps > policy.config.chunk_size:
+            raise ConfigError(
+                f"--executed_steps is {config.executed_steps}; "
+                f"a chunk of {paths[model]} has {policy.config.chunk_size} steps."
+            )
+        policy.config.n_action_steps = config.executed_steps  # the shift of the warm start
+    return bundles
+
+
+def default_console() -> Console:
+    """The terminal; wide enough for the table where the output is a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+def _families(task: str) -> list[str]:
+    """Families that take turns over the seeds; ["mixed"] leaves the draw to the environment."""
+    names = [part.strip() for part in task.split(",") if part.strip()]
+    allowed = ("mixed", *TASKS)
+    unknown = [name for name in names if name not in allowed]
+    if unknown or not names or ("mixed" in names and len(names) > 1):
+        raise ConfigError(
+            f"--task is {task!r}; choose mixed, or families separated by commas: {', '.join(TASKS)}."
+        )
+    return names
+
+
+def _plan(config: EvalConfig) -> list[tuple[int, str]]:
+    """(seed, task) of every episode."""
+    families = _families(config.task)
+    return [(config.seed + i, families[i % len(families)]) for i in range(config.episodes)]
+
+
+def _run_episodes(run: _Run, console: Console, folder: Path) -> None:
+    """All decoders on one group of seeds after the other, so that an early stop leaves comparable rows."""
+    config = run.config
+    plan, group = _plan(config), GROUP_BATCHES * config.batch
+    with _progress(console) as progress, EnvPool(min(config.batch, len(plan)), config.split) as pool:
+        bar = progress.add_task("episodes", total=len(plan) * len(run.rows))
+        for start in range(0, len(plan), group):
+            seeds, tasks = zip(*plan[start : start + group], strict=True)
+            for row in run.rows:
+                progress.update(bar, description=row.name)
+
+                def finish(episode: EpisodeResult, name: str = row.name) -> None:
+                    run.results[name].append(episode)
+                    progress.advance(bar)
+
+                rollout(
+                    run.bundles[row.model],
+                    seeds,
+                    tasks,
+                    decoding=row.decoding,
+                    executed_steps=config.executed_steps,
+                    pool=pool,
+                    generator=make_runner(row, run.bundles).generator,
+                    on_episode=finish,
+                )
+            _write_json(_build_report(run, complete=False), folder)
+
+
+def _run_timing(run: _Run, console: Console) -> None:
+    """Latency of all rows and their autoregressive references, on observations of the last row's episodes."""
+    config = run.config
+    if not config.timing_chunks:
+        return
+    references = resolve_rows(
+        sorted({row.reference for row in run.rows} - {row.name for row in run.rows}),
+        {model: bundle[0].config for model, bundle in run.bundles.items()},
+        config.executed_steps,
+    )
+    driver = run.rows[-1]
+    with EnvPool(1, config.split) as pool:
+        episodes = collect_observations(
+            make_runner(driver, run.bundles),
+            pool.env(0),
+            _plan(config),
+            config.executed_steps,
+            config.timing_chunks,
+        )
+    chunks = sum(len(episode) for episode in episodes)
+    with _progress(console) as progress:
+        bar = progress.add_task("latency", total=chunks)
+        run.samples = measure([*run.rows, *references], run.bundles, episodes, lambda: progress.advance(bar))
+    run.timing = {"chunks": chunks, "episodes": len(episodes), "driver": driver.name, "batch": 1}
+
+
+def _build_report(run: _Run, *, complete: bool) -> dict[str, Any]:
+    config = run.config
+    policy = run.bundles["policy"][0]
+    entries = {}
+    for row in run.rows:
+        entry = row_entry(run.results[row.name])
+        if row.name in run.samples:
+            executed_tokens = config.executed_steps * policy.config.action_dim
+            reference = run.samples[row.reference]
+            entry |= summarise(run.samples[row.name], reference, executed_tokens, config.executed_steps)
+        entry["paired"] = paired_entries(row.name, run.results, ("ar", "teacher_ar"))
+        entry["decoding"] = asdict(row.decoding)
+        entries[row.name] = entry
+    return {
+        "complete": complete,
+        "env": config.env,
+        "task": config.task,
+        "split": config.split,
+        "seeds": {"first": config.seed, "count": config.episodes},
+        "executed_steps": config.executed_steps,
+        "chunk_size": policy.config.chunk_size,
+        "block_length": policy.config.block_length,
+        "policy": _checkpoint_entry(config.policy.path),
+        "teacher": _checkpoint_entry(config.teacher.path) if config.teacher.path else None,
+        "decoders": entries,
+        "timing": run.timing,
+        "versions": versions(),
+        "hardware": hardware(str(policy.config.device)),
+    }
+
+
+def _checkpoint_entry(path: str) -> dict[str, str]:
+    return {"name": resolve_checkpoint(path).name, "sha256": weights_hash(path)}
+
+
+def _write_json(report: dict[str, Any], folder: Path) -> Path:
+    path = folder / "report.json"
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(report, indent=2) + "\n")
+    return partial.replace(path)
+
+
+def _write_report(report: dict[str, Any], folder: Path) -> list[Path]:
+    files = [_write_json(report, folder), folder / "report.md"]
+    plots = write_plots(report, folder)
+    files[1].write_text(markdown(report))
+    return files + plots
+
+
+def _write_clips(run: _Run, folder: Path, console: Console) -> list[Path]:
+    """One clip a decoder, all of the same episode: the first one that the first decoder solved."""
+    config, first = run.config, run.results[run.rows[0].name]
+    shown = next((episode for episode in first if episode.success), first[0])
+    task = dict(_plan(config))[shown.seed]
+    files = []
+    with EnvPool(1, config.split) as pool, _progress(console) as progress:
+        for row in progress.track(run.rows, description="clips"):
+            clip = record_clip(
+                folder / f"clip_{row.name}.mp4",
+                make_runner(row, run.bundles),
+                pool.env(0),
+                name=row.name,
+                unit="token" if row.decoding.method == "ar" else "block",
+                seed=shown.seed,
+                task=task,
+                executed_steps=config.executed_steps,
+            )
+            files.append(clip)
+    return files
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:>14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+    )

@@ -1,0 +1,108 @@
+"""What training needs of the simulator, as plain callables: closed-loop validation and takeover recording.
+
+`ceed_vla.cli` hands these to `training`, which never imports `sim`. Both start `python -m sim....` processes with one
+thread each: two such processes use two cores better than two threads in one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ceed_vla.errors import SimulationError
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_SEED = 40_000
+TAKEOVER_SEED = 30_000
+
+
+class ClosedLoopValidation:
+    """Success of a checkpoint on validation seeds: a `training.teacher.ClosedLoop`.
+
+    Args:
+        episodes: Episodes a validation; 0 skips it.
+        decoding: Decoder to validate with.
+        processes: Processes that share the episodes.
+    """
+
+    def __init__(self, episodes: int = 40, decoding: str = "ar", processes: int = 2) -> None:
+        self.episodes, self.decoding, self.processes = episodes, decoding, processes
+
+    def __call__(self, policy: Path) -> tuple[int, int]:
+        """(successes, episodes) of the checkpoint folder `policy`."""
+        shares = _shares(self.episodes, self.processes)
+        commands = [
+            [sys.executable, "-m", "sim.validate", str(policy), str(VALIDATION_SEED + first), str(count), self.decoding]
+            for first, count in shares
+        ]
+        counts = [json.loads(text.strip().splitlines()[-1]) for text in _run_all(commands)]
+        return sum(count["successes"] for count in counts), sum(count["episodes"] for count in counts)
+
+
+class TakeoverRecorder:
+    """Records one takeover (DAgger) round: a `training.teacher.RecordTakeover`.
+
+    Args:
+        episodes: Attempts a round.
+        decoding: Decoder of the driving policy.
+        processes: Processes, each with a data set of its own.
+        tasks: Task families, as `ceed-vla record` takes them.
+    """
+
+    def __init__(self, episodes: int, decoding: str = "ar", processes: int = 2, tasks: str = "all") -> None:
+        self.episodes, self.decoding, self.processes, self.tasks = episodes, decoding, processes, tasks
+
+    def __call__(self, policy: Path, index: int, folder: Path) -> list[Path]:
+        """Record round `index` with the checkpoint `policy` into new roots under `folder`; resumes broken ones."""
+        roots, commands = [], []
+        for process, (first, count) in enumerate(_shares(self.episodes, self.processes)):
+            root = folder / f"round_{index}_{process}"
+            options = {
+                "root": root,
+                "mode": "takeover",
+                "tasks": self.tasks,
+                "episodes": count,
+                "seed": TAKEOVER_SEED + index * self.episodes + first,
+                "policy_path": policy,
+                "decoding": self.decoding,
+                "resume": "true",
+                "progress": "true" if process == 0 else "false",
+            }
+            roots.append(root)
+            commands.append([sys.executable, "-m", "sim.record", *(f"--{k}={v}" for k, v in options.items())])
+        folder.mkdir(parents=True, exist_ok=True)
+        for line in _run_all(commands):
+            logger.info(line.strip())
+        return roots
+
+
+def _shares(total: int, parts: int) -> list[tuple[int, int]]:
+    """(first, count) of `parts` nearly equal ranges of `total`; empty ones are left out."""
+    edges = [total * i // parts for i in range(parts + 1)]
+    return [(a, b - a) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+
+
+def _run_all(commands: Sequence[Sequence[str]]) -> list[str]:
+    """Run all commands side by side; their standard outputs.
+
+    Raises:
+        SimulationError: One of them failed.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}
+    running = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True, env=environment) for c in commands]
+    try:
+        outputs = [process.communicate()[0] for process in running]
+    except BaseException:
+        for process in running:
+            process.terminate()
+        raise
+    for command, process in zip(commands, running, strict=True):
+        if process.returncode:
+            raise SimulationError(f"{' '.join(command[1:])} failed with exit status {process.returncode}; see above.")
+    return outputs

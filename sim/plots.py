@@ -1,0 +1,171 @@
+"""Figures of an evaluation report, drawn without a screen, safe for colour-blind readers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette.
+BLUE, SKY, GREEN, ORANGE, VERMILLION, GREY = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#8A8F98"
+INK, FAINT = "#23262B", "#DDE1E6"
+STYLE = {
+    "font.size": 10,
+    "font.family": "DejaVu Sans",
+    "axes.edgecolor": "#A9AFB8",
+    "axes.labelcolor": INK,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 12,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def row_color(name: str) -> str:
+    """Colour of a decoder: grey is autoregressive, light blue the teacher, the others the policy."""
+    if name.removeprefix("teacher_") in ("ar", "ar_h"):
+        return GREY
+    if name.startswith("teacher_"):
+        return SKY
+    return VERMILLION if name.startswith(("ceed", "conf")) else BLUE if name.startswith("jacobi") else GREEN
+
+
+def write_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write ``success.png``, ``latency.png`` and ``forwards.png``.
+
+    Args:
+        report: What ``report.json`` holds.
+        folder: Existing folder.
+
+    Returns:
+        The files written; figures without data are left out.
+    """
+    with mpl.rc_context(STYLE):
+        figures = {
+            "success.png": success_figure(report),
+            "latency.png": latency_figure(report),
+            "forwards.png": forwards_figure(report),
+        }
+        return [save_figure(figure, folder / name) for name, figure in figures.items() if figure is not None]
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 150) -> Path:
+    """Save as PNG without a display backend."""
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=dpi, facecolor="white", bbox_inches="tight", pad_inches=0.15)
+    return path
+
+
+def success_figure(report: Mapping[str, Any]) -> Figure | None:
+    """Success rate with its Wilson interval; per-task rates as small dots."""
+    rows = {name: entry for name, entry in report["decoders"].items() if entry["episodes"]}
+    if not rows:
+        return None
+    figure, axes = _bar_canvas(rows)
+    for y, (name, entry) in enumerate(rows.items()):
+        rate, (low, high) = 100 * entry["success_rate"], (100 * v for v in entry["success_ci95"])
+        axes.barh(y, rate, height=0.62, color=row_color(name), alpha=0.85, zorder=2)
+        axes.errorbar(
+            rate,
+            y,
+            xerr=[[max(rate - low, 0)], [max(high - rate, 0)]],
+            color=INK,
+            capsize=4,
+            lw=1.3,
+            zorder=4,
+        )
+        axes.text(103, y, f"{entry['success']}/{entry['episodes']}", va="center", ha="left", fontsize=9)
+        tasks = [100 * task["success_rate"] for task in entry["per_task"].values()]
+        if len(tasks) > 1:
+            axes.scatter(tasks, [y] * len(tasks), s=16, facecolor="white", edgecolor=INK, lw=0.8, zorder=3)
+    axes.set(
+        xlim=(0, 112),
+        xticks=range(0, 101, 20),
+        xlabel="success [%]   bar: 95 % Wilson interval   dots: task families",
+    )
+    axes.set_title("Success on the same seeds")
+    return figure
+
+
+def latency_figure(report: Mapping[str, Any]) -> Figure | None:
+    """p50, p95 and p99 of the end-to-end latency of a chunk, with the prefill part and the speed-up."""
+    rows = {name: entry for name, entry in report["decoders"].items() if entry.get("latency_ms")}
+    if not rows:
+        return None
+    figure, axes = _bar_canvas(rows)
+    longest = max(entry["latency_ms"]["p99"] for entry in rows.values())
+    for y, (name, entry) in enumerate(rows.items()):
+        latency, color = entry["latency_ms"], row_color(name)
+        axes.barh(y, latency["p50"], height=0.62, color=color, alpha=0.85, zorder=2)
+        rest = latency["p50"] - entry["decode_ms"]["p50"]
+        axes.barh(
+            y, rest, height=0.62, color="white", alpha=0.45, zorder=3, hatch="////", edgecolor=color, lw=0
+        )
+        axes.plot([latency["p50"], latency["p99"]], [y, y], color=INK, lw=1.2, zorder=4)
+        axes.plot(latency["p95"], y, "o", color=INK, ms=4.5, zorder=5)
+        axes.plot(latency["p99"], y, "|", color=INK, ms=10, mew=1.6, zorder=5)
+        text = f"{latency['p50']:.1f} ms   {entry['speedup_vs_ar']:.1f}x"
+        axes.text(longest * 1.03, y, text, va="center", ha="left", fontsize=9)
+    axes.set(
+        xlim=(0, longest * 1.28),
+        xlabel="latency of one chunk [ms]   bar: p50, hatched: before decoding   dot: p95   tick: p99",
+    )
+    threads, device = report["hardware"]["threads"], report["hardware"]["device"]
+    axes.set_title(f"Latency at batch 1, {device}, {threads} thread{'s' if threads != 1 else ''}")
+    return figure
+
+
+def forwards_figure(report: Mapping[str, Any]) -> Figure | None:
+    """How many block forwards the chunks took; autoregressive rows are only named in the note."""
+    rows = {name: entry for name, entry in report["decoders"].items() if entry.get("forwards_histogram")}
+    block = {
+        name: entry for name, entry in rows.items() if name.removeprefix("teacher_") not in ("ar", "ar_h")
+    }
+    if not block:
+        return None
+    counts = {
+        name: {int(k): v for k, v in entry["forwards_histogram"].items()} for name, entry in block.items()
+    }
+    longest = max(max(histogram) for histogram in counts.values())
+    figure = Figure(figsize=(8.2, 0.85 * len(block) + 1.4))
+    panels: Sequence[Axes] = np.atleast_1d(figure.subplots(len(block), 1, sharex=True))
+    for axes, (name, histogram) in zip(panels, counts.items(), strict=True):
+        total = sum(histogram.values())
+        for k, count in histogram.items():
+            axes.bar(k, 100 * count / total, width=0.78, color=row_color(name), alpha=0.88, zorder=2)
+        mean = block[name]["forwards_mean"]
+        axes.axvline(mean, color=INK, lw=1.2, ls=(0, (3, 2)), zorder=3)
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=12)
+        axes.set(ylim=(0, 112), yticks=(0, 100), yticklabels=("0", "100 %"))
+        axes.tick_params(axis="y", labelsize=7.5, length=0)
+        axes.text(1.01, 0.5, f"mean {mean:.2f}", transform=axes.transAxes, va="center", fontsize=9)
+    step = 1 if longest <= 16 else 5
+    panels[-1].set(xlim=(0.3, longest + 0.7), xticks=range(step if step > 1 else 1, longest + 1, step))
+    single = [f"{name} {entry['forwards_mean']:.0f}" for name, entry in rows.items() if name not in block]
+    note = f"   (single-token forwards: {', '.join(single)})" if single else ""
+    panels[-1].set_xlabel("block forwards of one chunk after the prefill" + note)
+    panels[0].set_title("Forwards per chunk in the closed loop")
+    figure.subplots_adjust(hspace=0.45)
+    return figure
+
+
+def _bar_canvas(rows: Mapping[str, Any]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8.2, 0.48 * len(rows) + 1.5))
+    axes = figure.subplots()
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.grid(True, color=FAINT, zorder=0)
+    axes.set_axisbelow(True)
+    return figure, axes

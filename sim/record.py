@@ -1,0 +1,281 @@
+"""`ceed-vla record`: demonstrations of the scripted experts as a LeRobotDataset v3.
+
+    python -m sim.record --root data/clean --tasks all --episodes 100 --seed 0 --mode clean
+
+See `sim.recording.config.RecordConfig` for all options.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+from tqdm import tqdm
+
+import sim  # noqa: F401  (registers the environment)
+from ceed_vla.errors import CeedVLAError, ConfigError, DatasetError
+from sim.recording.attempts import (
+    Attempt,
+    clean_attempt,
+    frame_features,
+    grounding_scenes,
+    perturb_attempt,
+)
+from sim.recording.commits import is_recording
+from sim.recording.config import RecordConfig
+from sim.recording.interrupts import InterruptGuard
+
+logger = logging.getLogger(__name__)
+
+FPS = 10  # [Hz] the control rate
+ROBOT_TYPE = "ceed_tabletop"
+
+Bundle = tuple[Any, Any, Any]
+Hook = Callable[[Attempt], None]
+
+
+@dataclass
+class RecordSummary:
+    """What is in the data set now.
+
+    Attributes:
+        root: Its folder.
+        episodes: Stored LeRobot episodes.
+        frames: Stored frames.
+        attempts: Attempts made, earlier runs of a resumed set included.
+        outcomes: Attempts by "family/outcome".
+        seconds: Wall time of this run.
+    """
+
+    root: Path
+    episodes: int
+    frames: int
+    attempts: int
+    outcomes: dict[str, int]
+    seconds: float
+
+    def __str__(self) -> str:
+        outcomes = ", ".join(f"{name} {count}" for name, count in sorted(self.outcomes.items()))
+        stored = f"{self.frames} frames in {self.episodes} episodes"
+        return f"{self.root}: {stored} of {self.attempts} attempts ({outcomes})"
+
+
+def record(
+    config: RecordConfig, policy_bundle: Bundle | None = None, on_attempt: Hook | None = None
+) -> RecordSummary:
+    """Record a data set, or the rest of one.
+
+    Args:
+        config: What to record and where.
+        policy_bundle: Policy with processors for mode takeover; None = load `config.policy_path`.
+        on_attempt: Called after every attempt, before it is stored.
+
+    Returns:
+        Totals of the data set.
+
+    Raises:
+        ConfigError: `root` exists (without `resume`), or was recorded with other options.
+        DatasetError: `root` is no recording, or the disk is full. What was stored stays readable.
+        KeyboardInterrupt: Interrupted; all complete units of work are stored, `resume` goes on after them.
+    """
+    _check_root(config, policy_bundle)
+    from sim.recording.dataset_writer import DatasetWriter
+
+    started = time.perf_counter()
+    with _recorder(config, policy_bundle) as (run_unit, features), InterruptGuard() as guard:
+        writer = DatasetWriter(
+            config.root, repo_id=config.repo_id, fps=FPS, features=features, robot_type=ROBOT_TYPE
+        )
+        session = _Session(config, writer, guard)
+        try:
+            session.run(run_unit, on_attempt)
+        finally:
+            session.close()
+    return session.summary(time.perf_counter() - started)
+
+
+def _check_root(config: RecordConfig, policy_bundle: Bundle | None) -> None:
+    occupied = config.root.exists() and (not config.root.is_dir() or any(config.root.iterdir()))
+    if occupied and not config.resume:
+        raise ConfigError(f"{config.root} exists; add --resume to continue it, or choose a new --root")
+    if occupied and not is_recording(config.root):
+        raise ConfigError(f"{config.root} was not written by `ceed-vla record`; choose a new --root")
+    if config.mode == "takeover" and policy_bundle is None and config.policy_path is None:
+        raise ConfigError(
+            "mode takeover needs --policy_path, the checkpoint folder of the policy that drives"
+        )
+
+
+@contextmanager
+def _recorder(
+    config: RecordConfig, policy_bundle: Bundle | None
+) -> Iterator[tuple[Callable[[range], list[Attempt]], dict[str, Any]]]:
+    """The function that records one unit of seeds in the configured mode, and the features of its frames."""
+    if config.mode == "takeover":
+        import ceed_vla
+        from sim.recording.takeover import takeover_attempts
+        from sim.rollout import EnvPool, PolicyRunner
+
+        bundle = policy_bundle or ceed_vla.load(config.policy_path or "")
+        runner = PolicyRunner(bundle, config.decoding)
+        with EnvPool(config.batch, image_size=config.image_size) as pool:
+            features = frame_features(pool.env(0), with_action=True)
+            yield lambda seeds: takeover_attempts(runner, pool, seeds, config), features
+        return
+    wrapped = gymnasium.make(
+        "ceed_vla/Tabletop-v0",
+        task="mixed",
+        split="train",
+        image_size=config.image_size,
+        disable_env_checker=True,
+    )
+    env: Any = wrapped.unwrapped
+    attempt = {"clean": clean_attempt, "perturb": perturb_attempt}.get(config.mode)
+
+    def run_unit(seeds: range) -> list[Attempt]:
+        if attempt is None:
+            return grounding_scenes(env, seeds, config)
+        return [attempt(env, seed, config) for seed in seeds]
+
+    try:
+        yield run_unit, frame_features(env, with_action=config.mode != "grounding")
+    finally:
+        wrapped.close()
+
+
+class _Session:
+    """The loop over units of seeds, with progress on screen and on disk."""
+
+    def __init__(self, config: RecordConfig, writer: Any, guard: InterruptGuard) -> None:
+        self.config, self.writer, self.guard = config, writer, guard
+        stored = writer.progress
+        if stored and stored["config"] != config.identity():
+            changed = [
+                name for name, value in config.identity().items() if stored["config"].get(name) != value
+            ]
+            raise ConfigError(
+                f"{config.root} was recorded with other options ({', '.join(changed)}); repeat the first "
+                "command with --resume (only --episodes may grow), or choose a new --root"
+            )
+        self._load(stored)
+        self.bar = tqdm(
+            total=config.episodes,
+            initial=min(self.attempts, config.episodes),
+            unit="attempt",
+            desc=f"record {config.mode}",
+            disable=not config.progress,
+            dynamic_ncols=True,
+        )
+        self.started, self.first_frame = time.perf_counter(), writer.frames
+
+    def _load(self, stored: dict[str, Any]) -> None:
+        self.attempts: int = stored.get("attempts", 0)
+        self.outcomes = Counter(stored.get("outcomes", {}))
+        self.failed_seeds: list[int] = list(stored.get("failed_seeds", []))
+        self.episode_seeds: list[int] = list(stored.get("episode_seeds", []))
+
+    def run(self, run_unit: Callable[[range], list[Attempt]], on_attempt: Hook | None) -> None:
+        """Record all units that are not done yet."""
+        first, last = self.config.first_seed, self.config.first_seed + self.config.episodes
+        while (seed := first + self.attempts) < last:
+            attempts = run_unit(range(seed, min(seed + self.config.unit_size, last)))
+            for attempt in attempts:
+                if on_attempt is not None:
+                    on_attempt(attempt)
+            self._store(attempts)
+
+    def _store(self, attempts: list[Attempt]) -> None:
+        """Write one unit; counters change together with the frames they count."""
+        with self.guard.critical(), self._disk_errors():
+            if not self.writer.has_room():
+                self.writer.commit(self._progress())  # while there is still room for it
+                raise OSError(errno.ENOSPC, "too little room left")
+            for attempt in attempts:
+                for segment in attempt.segments:
+                    self.writer.add_episode(segment)
+                    self.episode_seeds.append(attempt.seed)
+            for attempt in attempts:
+                self.outcomes[f"{attempt.task}/{attempt.outcome}"] += 1
+                if attempt.outcome in ("failed", "unfinished"):
+                    self.failed_seeds.append(attempt.seed)
+            self.attempts += len(attempts)
+            if self.writer.pending_frames >= self.config.commit_frames:
+                self.writer.commit(self._progress())
+        self.bar.update(len(attempts))
+        rate = (self.writer.frames - self.first_frame) / (time.perf_counter() - self.started)
+        lost = len(self.failed_seeds)
+        self.bar.set_postfix_str(f"{self.writer.frames} frames, {rate:.0f} frames/s, {lost} not finished")
+
+    def close(self) -> None:
+        """Bring the data set on disk up to date; also after an interrupt or an error."""
+        try:
+            if self._progress() != self.writer.progress:
+                with self.guard.critical(), self._disk_errors():
+                    self.writer.commit(self._progress())
+        finally:
+            self.bar.close()
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Any failure while writing: return to the last commit and say so."""
+        try:
+            yield
+        except Exception as error:
+            self.writer.rollback()
+            self._load(self.writer.progress)
+            if not isinstance(error, OSError):
+                raise
+            reason = "the disk is full" if error.errno == errno.ENOSPC else f"writing failed: {error}"
+            raise DatasetError(
+                f"{self.config.root}: {reason}. {self.writer.episodes} episodes ({self.writer.frames} "
+                "frames) are stored and readable; make room and repeat the command with --resume"
+            ) from error
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "config": self.config.identity(),
+            "attempts": self.attempts,
+            "outcomes": dict(self.outcomes),
+            "failed_seeds": self.failed_seeds,
+            "episode_seeds": self.episode_seeds,
+        }
+
+    def summary(self, seconds: float) -> RecordSummary:
+        """Totals after the last commit."""
+        writer = self.writer
+        return RecordSummary(
+            self.config.root, writer.episodes, writer.frames, self.attempts, dict(self.outcomes), seconds
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    import draccus
+
+    try:
+        config = draccus.parse(RecordConfig, args=arguments)
+        summary = record(config)
+    except CeedVLAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "interrupted; complete attempts are stored, repeat the command with --resume to go on",
+            file=sys.stderr,
+        )
+        return 130
+    print(f"{summary} in {summary.seconds:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,165 @@
+"""Options of `ceed-vla record`, and every check that can be made before a simulator starts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ceed_vla.errors import ConfigError
+
+MODES = ("clean", "perturb", "grounding", "takeover")
+
+# Seed ranges: recording | closed-loop data | validation | evaluation. Data never comes from the last two.
+RECORDING_SEEDS = (0, 30_000)
+TAKEOVER_SEEDS = (30_000, 40_000)
+
+# Fields that a resumed run may change; all others decide what is recorded.
+_FREE = ("root", "episodes", "resume", "commit_frames", "progress")
+
+
+@dataclass
+class RecordConfig:
+    """Record demonstrations of the scripted expert into one LeRobotDataset v3 folder.
+
+    Change first: `tasks`, `episodes`, `mode`, `root`. Every attempt has its own seed, `seed + i`, and the
+    task families take turns, so an interrupted set is balanced. **Sharding:** processes with disjoint ranges
+    `[seed, seed + episodes)` and different roots record disjoint data; training reads several roots.
+
+    Attributes:
+        root: Folder of the data set. Must not exist, unless `resume`.
+        tasks: "all" or a comma-separated list of task families.
+        episodes: Number of attempts (scenes, in mode grounding), one seed each. Attempts that fail are
+            counted, not recorded, so a set may hold fewer episodes (or more: perturb splits at bursts).
+        mode: "clean", "perturb", "grounding" or "takeover" (see `sim.recording.attempts` and its neighbours).
+        seed: First seed; default 0, or 30000 in mode takeover.
+        resume: Go on with an interrupted or finished root; a missing root is started.
+        image_size: Side of both camera images [px].
+        max_steps: Control steps allowed per attempt.
+        action_noise: Standard deviation of Gaussian noise added to the executed action; the stored label
+            stays the clean expert action. Mode clean only. Labels later in a chunk then correct for noise
+            that the policy cannot see, so prefer mode perturb for recovery data.
+        burst_every_min: Fewest expert steps between two bursts of 1-3 random steps in mode perturb; the length
+            of the shorter segments. Chunks that reach over a segment's end are padded, so keep it above m.
+        burst_every_max: Most expert steps between two bursts.
+        excursion_fraction: Share of perturb attempts that begin with 0-5 unrecorded random steps.
+        poses_per_scene: Arm poses (frames) per grounding scene.
+        scenes_per_episode: Grounding scenes per stored episode (storing an episode has a fixed cost).
+        policy_path: Checkpoint folder of the policy that drives in mode takeover.
+        decoding: Decoder of that policy: "ar", "jacobi" or "ceed".
+        executed_steps: Actions executed per chunk in mode takeover.
+        batch: Environments driven in lock step in mode takeover.
+        max_chunks: The policy drives 1 to `max_chunks` chunks before the expert takes over.
+        takeover_steps: Control steps within which the expert must finish after (the last) takeover.
+        switches: Times the expert takes over within one attempt; all but the last hand back after 8-16 steps.
+        commit_frames: Frames after which the data set on disk is brought up to date. A killed process
+            (SIGKILL, power cut) loses at most these; an interrupt, an error or a full disk lose less.
+        progress: Show a progress bar.
+    """
+
+    root: Path
+    tasks: str = "all"
+    episodes: int = 100
+    mode: str = "clean"
+    seed: int | None = None
+    resume: bool = False
+    image_size: int = 96
+    max_steps: int = 120
+    action_noise: float = 0.0
+    burst_every_min: int = 11
+    burst_every_max: int = 19
+    excursion_fraction: float = 0.25
+    poses_per_scene: int = 2
+    scenes_per_episode: int = 200
+    policy_path: Path | None = None
+    decoding: str = "ar"
+    executed_steps: int = 4
+    batch: int = 16
+    max_chunks: int = 15
+    takeover_steps: int = 60
+    switches: int = 1
+    commit_frames: int = 3000
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        self.root = Path(self.root)
+        if self.mode not in MODES:
+            raise ConfigError(f"unknown mode {self.mode!r}; choose one of {', '.join(MODES)}")
+        if self.seed is None:
+            self.seed = TAKEOVER_SEEDS[0] if self.mode == "takeover" else RECORDING_SEEDS[0]
+        self.families()
+        self._check_seeds()
+        self._check_numbers()
+        if self.mode != "clean" and self.action_noise:
+            raise ConfigError(f"action_noise={self.action_noise} works in mode clean only, not {self.mode!r}")
+
+    def _check_seeds(self) -> None:
+        low, high = TAKEOVER_SEEDS if self.mode == "takeover" else RECORDING_SEEDS
+        first, last = self.first_seed, self.first_seed + self.episodes - 1
+        if first < low or last >= high:
+            raise ConfigError(
+                f"seeds {first}..{last} are not all in [{low}, {high}), the range of mode {self.mode!r}; "
+                "seeds from 40000 are for validation, from 50000 for evaluation, and are never recorded. "
+                "Lower --seed or --episodes"
+            )
+
+    def _check_numbers(self) -> None:
+        positive = "image_size max_steps poses_per_scene scenes_per_episode executed_steps batch max_chunks"
+        for name in [
+            *positive.split(),
+            "takeover_steps",
+            "switches",
+            "commit_frames",
+            "episodes",
+            "burst_every_min",
+        ]:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0.0 <= self.excursion_fraction <= 1.0:
+            raise ConfigError(f"excursion_fraction={self.excursion_fraction} must lie in [0, 1]")
+        if self.burst_every_max < self.burst_every_min:
+            raise ConfigError(
+                f"burst_every_max={self.burst_every_max} must be at least {self.burst_every_min=}"
+            )
+        if not 0.0 <= self.action_noise <= 1.0:
+            raise ConfigError(f"action_noise={self.action_noise} must lie in [0, 1] (actions are in [-1, 1])")
+
+    @property
+    def first_seed(self) -> int:
+        """The first seed, resolved."""
+        return int(self.seed or 0)
+
+    @property
+    def repo_id(self) -> str:
+        """LeRobot's name of the data set: "local/" and the folder's name."""
+        return f"local/{self.root.resolve().name}"
+
+    @property
+    def unit_size(self) -> int:
+        """Consecutive seeds recorded as one unit of work: stored completely or, after an interrupt, again."""
+        return {"grounding": self.scenes_per_episode, "takeover": self.batch}.get(self.mode, 1)
+
+    def families(self) -> tuple[str, ...]:
+        """The task families to record, in the order in which they take turns."""
+        from sim.tabletop.tasks import TASKS
+
+        names = [name.strip() for name in self.tasks.split(",") if name.strip()]
+        if names == ["all"]:
+            return tuple(TASKS)
+        unknown = [name for name in names if name not in TASKS]
+        if unknown or not names:
+            raise ConfigError(
+                f"unknown task {', '.join(unknown) or self.tasks!r}; choose 'all' or a comma-separated "
+                f"list of {', '.join(TASKS)}"
+            )
+        return tuple(dict.fromkeys(names))
+
+    def family(self, seed: int) -> str:
+        """Task family of one seed (round robin)."""
+        families = self.families()
+        return families[(seed - self.first_seed) % len(families)]
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the first one, as plain JSON types."""
+        values = {name: value for name, value in asdict(self).items() if name not in _FREE}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

@@ -1,0 +1,275 @@
+"""Write a LeRobotDataset v3 so that whatever is on disk can always be read.
+
+Two choices differ from `LeRobotDataset.add_frame` / `save_episode` (the format is the same, LeRobot's own
+helpers write the metadata):
+
+* Images are encoded in memory. LeRobot's way over temporary PNG files costs more time than rendering them,
+  and an image that cannot be written (full disk) is only logged.
+* Episodes go to a pending parquet file outside `data/`; `commit()` makes them part of the data set
+  (`commits.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+from lerobot.datasets.compute_stats import aggregate_stats
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.datasets.feature_utils import get_hf_features_from_features
+from lerobot.datasets.io_utils import load_info, load_stats, load_tasks, write_info, write_stats, write_tasks
+from lerobot.datasets.utils import DEFAULT_EPISODES_PATH
+from lerobot.utils.constants import DEFAULT_FEATURES
+from lerobot.utils.utils import flatten_dict
+
+from ceed_vla.errors import DatasetError
+from sim.recording import commits
+from sim.recording.statistics import Statistics, episode_statistics
+
+_PNG_LEVEL = 3  # smaller and as fast as level 1 on rendered scenes
+_FREE_SPACE = 64 * 2**20  # [bytes] stop in time: with less, a commit may not fit any more
+
+Frame = dict[str, Any]
+
+
+class DatasetWriter:
+    """Append episodes to one data set.
+
+    Args:
+        root: Folder; a new data set is made in it, or an existing one continued from its last commit.
+        repo_id: LeRobot's name of the data set.
+        fps: Frames per second [Hz].
+        features: LeRobot features without the default ones: image, float32 and int64 columns.
+        robot_type: Name stored with a new data set.
+
+    Raises:
+        DatasetError: `root` holds something else, or a data set with other features.
+    """
+
+    def __init__(
+        self, root: Path, *, repo_id: str, fps: int, features: Mapping[str, Mapping], robot_type: str
+    ) -> None:
+        self.root = root
+        if commits.is_recording(root):
+            self._load()
+            self._check_features(features)
+            return
+        if root.exists():
+            if not root.is_dir() or any(root.iterdir()):
+                raise DatasetError(f"{root} exists and is no recording; choose a new root")
+            root.rmdir()
+        LeRobotDatasetMetadata.create(
+            repo_id=repo_id,
+            fps=fps,
+            features=dict(features),
+            robot_type=robot_type,
+            root=root,
+            use_videos=False,
+        )
+        commits.write_progress(root, 0, {})
+        self._load()
+
+    def _load(self) -> None:
+        """Read the last commit; pending episodes are dropped."""
+        commits.undo_incomplete_commit(self.root)
+        self._pending_file.unlink(missing_ok=True)
+        self._info = load_info(self.root)
+        self._stats = load_stats(self.root)
+        known = load_tasks(self.root).sort_values("task_index").index if self._info.total_tasks else []
+        self._task_ids = {task: index for index, task in enumerate(known)}
+        self._schema = get_hf_features_from_features(self._info.features).arrow_schema
+        self._batches = len(list(self.root.glob("data/*/*.parquet")))  # one data and one episodes file each
+        self._start_batch()
+
+    def _start_batch(self) -> None:
+        self._pending: list[tuple[int, list[str], dict[str, Statistics]]] = []  # (length, tasks, statistics)
+        self.pending_frames = 0
+        self._parquet: pq.ParquetWriter | None = None
+
+    @property
+    def _pending_file(self) -> Path:
+        return self.root / commits.WORK_FOLDER / "pending.parquet"
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What the caller stored with the last commit."""
+        return commits.read_progress(self.root)["progress"]
+
+    @property
+    def episodes(self) -> int:
+        """Stored episodes, pending ones included."""
+        return self._info.total_episodes + len(self._pending)
+
+    @property
+    def frames(self) -> int:
+        """Stored frames, pending ones included."""
+        return self._info.total_frames + self.pending_frames
+
+    def has_room(self) -> bool:
+        """Whether the disk certainly has room for a commit and some more episodes."""
+        return shutil.disk_usage(self.root).free >= _FREE_SPACE
+
+    def add_episode(self, frames: Sequence[Frame]) -> None:
+        """Append one episode to the pending file.
+
+        Args:
+            frames: Per frame every feature (images (H, W, 3) uint8, vectors float32) and `task`.
+
+        Raises:
+            DatasetError: Features are missing, unknown, not finite, or have another shape or type.
+            OSError: The disk is full or fails. `rollback()` then returns to the last commit.
+        """
+        if not frames:
+            raise DatasetError("an episode needs at least one frame")
+        columns = self._stack(frames)
+        tasks = [frame["task"] for frame in frames]
+        for task in tasks:
+            self._task_ids.setdefault(task, len(self._task_ids))
+        columns.update(self._default_columns(tasks))
+        statistics = episode_statistics(columns, self._info.features)
+        if self._parquet is None:
+            self._pending_file.parent.mkdir(exist_ok=True)
+            plain = [name for name in columns if self._info.features[name]["dtype"] != "image"]
+            self._parquet = pq.ParquetWriter(
+                self._pending_file, schema=self._schema, compression="snappy", use_dictionary=plain
+            )
+        self._parquet.write_table(self._table(columns))
+        self._pending.append((len(frames), list(dict.fromkeys(tasks)), statistics))
+        self.pending_frames += len(frames)
+
+    def commit(self, progress: Mapping[str, Any]) -> None:
+        """Make the pending episodes part of the data set, together with the caller's `progress`.
+
+        Args:
+            progress: JSON-able; `self.progress` returns it, also after a restart.
+
+        Raises:
+            OSError: The disk is full or fails. `rollback()` then returns to the last commit.
+        """
+        if self._parquet is not None:
+            commits.begin_commit(self.root, self._info.total_episodes)
+            self._parquet.close()
+            chunk, file = divmod(self._batches, self._info.chunks_size)
+            target = self.root / self._info.data_path.format(chunk_index=chunk, file_index=file)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self._pending_file, target)
+            self._write_metadata(chunk, file)
+            self._batches += 1
+        commits.write_progress(self.root, self._info.total_episodes, progress)
+        commits.end_commit(self.root)
+        self._start_batch()
+
+    def rollback(self) -> None:
+        """Forget everything since the last commit, on disk and here."""
+        if self._parquet is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._parquet.close()
+        self._load()
+
+    def _write_metadata(self, chunk: int, file: int) -> None:
+        """Bring `meta/` up to date with the pending episodes, stored in data file (chunk, file)."""
+        info, rows = self._info, []
+        for length, tasks, statistics in self._pending:
+            row = {
+                "episode_index": info.total_episodes,
+                "tasks": tasks,
+                "length": length,
+                "data/chunk_index": chunk,
+                "data/file_index": file,
+                "dataset_from_index": info.total_frames,
+                "dataset_to_index": info.total_frames + length,
+                "meta/episodes/chunk_index": chunk,
+                "meta/episodes/file_index": file,
+            }
+            flat = flatten_dict({"stats": statistics})
+            rows.append(row | {name: value.tolist() for name, value in flat.items()})
+            info.total_episodes += 1
+            info.total_frames += length
+        info.total_tasks = len(self._task_ids)
+        info.splits = {"train": f"0:{info.total_episodes}"}
+        known = [] if self._stats is None else [self._stats]
+        self._stats = aggregate_stats([*known, *(statistics for _, _, statistics in self._pending)])
+
+        path = self.root / DEFAULT_EPISODES_PATH.format(chunk_index=chunk, file_index=file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), path, compression="snappy")
+        index = pd.Index(list(self._task_ids), name="task")
+        write_tasks(pd.DataFrame({"task_index": range(len(index))}, index=index), self.root)
+        write_stats(self._stats, self.root)
+        write_info(info, self.root)
+
+    def _own_features(self) -> dict[str, Mapping]:
+        return {
+            name: feature for name, feature in self._info.features.items() if name not in DEFAULT_FEATURES
+        }
+
+    def _check_features(self, features: Mapping[str, Mapping]) -> None:
+        stored = {name: (ft["dtype"], tuple(ft["shape"])) for name, ft in self._own_features().items()}
+        wanted = {name: (ft["dtype"], tuple(ft["shape"])) for name, ft in features.items()}
+        if stored != wanted:
+            raise DatasetError(f"{self.root} stores {stored}; this recording writes {wanted}. Use a new root")
+
+    def _stack(self, frames: Sequence[Frame]) -> dict[str, np.ndarray]:
+        """Check and stack the caller's features: name -> (T, ...)."""
+        own = self._own_features()
+        columns = {}
+        for frame in frames:
+            if set(frame) != {*own, "task"} or not frame["task"]:
+                raise DatasetError(
+                    f"a frame has {sorted(frame)}; this data set stores {sorted([*own, 'task'])}"
+                )
+        for name, feature in own.items():
+            shape = tuple(feature["shape"])
+            dtype = np.dtype("uint8" if feature["dtype"] == "image" else feature["dtype"])
+            for value in (frame[name] for frame in frames):
+                if value.shape != shape or value.dtype != dtype:
+                    raise DatasetError(
+                        f"{name} is {value.dtype}{value.shape}; this data set stores {dtype}{shape}"
+                    )
+            columns[name] = np.stack([frame[name] for frame in frames])
+            if dtype.kind == "f" and not np.isfinite(columns[name]).all():
+                raise DatasetError(f"{name} holds NaN or infinite values; this episode is not stored")
+        return columns
+
+    def _default_columns(self, tasks: list[str]) -> dict[str, np.ndarray]:
+        """LeRobot's bookkeeping columns of the next episode, each (T,)."""
+        steps = np.arange(len(tasks))
+        return {
+            "timestamp": (steps / self._info.fps).astype(np.float32),
+            "frame_index": steps,
+            "episode_index": np.full(len(tasks), self.episodes),
+            "index": steps + self.frames,
+            "task_index": np.array([self._task_ids[task] for task in tasks]),
+        }
+
+    def _table(self, columns: Mapping[str, np.ndarray]) -> pa.Table:
+        arrays = []
+        for field in self._schema:
+            values = columns[field.name]
+            if self._info.features[field.name]["dtype"] == "image":
+                images = [
+                    {"bytes": _png(image), "path": f"frame-{i:06d}.png"} for i, image in enumerate(values)
+                ]
+                arrays.append(pa.array(images, type=field.type))
+            elif values.ndim == 1:
+                arrays.append(pa.array(values, type=field.type))
+            else:
+                flat = pa.array(values.reshape(-1), type=field.type.value_type)
+                arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
+        return pa.Table.from_arrays(arrays, schema=self._schema)
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(image).save(buffer, "PNG", compress_level=_PNG_LEVEL)
+    return buffer.getvalue()

@@ -1,0 +1,76 @@
+"""Exact per-episode statistics in the form LeRobot stores them.
+
+LeRobot's own `compute_episode_stats` reads the images back from temporary files and fits 5000-bin histograms;
+that took longer than rendering. Pixels have 256 values, so counting them is exact and about 30 times faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
+
+Statistics = dict[str, np.ndarray]
+
+
+def vector_statistics(values: np.ndarray) -> Statistics:
+    """Statistics over the frames of one numeric feature.
+
+    Args:
+        values: Array (T,) or (T, D), T >= 1.
+
+    Returns:
+        min, max, mean, std and quantiles, each (D,) (or (1,)), and count (1,).
+    """
+    table = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
+    stats: Statistics = {
+        "min": table.min(axis=0),
+        "max": table.max(axis=0),
+        "mean": table.mean(axis=0),
+        "std": table.std(axis=0),
+        "count": np.array([len(table)]),
+    }
+    stats.update(zip(QUANTILES, np.quantile(table, list(QUANTILES.values()), axis=0), strict=True))
+    return stats
+
+
+def image_statistics(images: np.ndarray, max_frames: int = 100) -> Statistics:
+    """Per-channel statistics of uint8 images, scaled to [0, 1].
+
+    Args:
+        images: Array (T, H, W, 3), uint8.
+        max_frames: Evenly spaced frames that are looked at (LeRobot samples 100 as well).
+
+    Returns:
+        min, max, mean, std and quantiles, each (3, 1, 1), and count (1,) = frames looked at.
+    """
+    picked = np.unique(np.linspace(0, len(images) - 1, min(len(images), max_frames)).round().astype(int))
+    pixels = images[picked].reshape(-1, 3)
+    counts = np.stack([np.bincount(pixels[:, channel], minlength=256) for channel in range(3)])  # (3, 256)
+    levels = np.arange(256) / 255.0
+    total = counts.sum(axis=1)
+    mean = counts @ levels / total
+    cumulative = counts.cumsum(axis=1)
+    stats: Statistics = {
+        "min": levels[(counts > 0).argmax(axis=1)],
+        "max": levels[255 - (counts[:, ::-1] > 0).argmax(axis=1)],
+        "mean": mean,
+        "std": np.sqrt(np.maximum(counts @ levels**2 / total - mean**2, 0.0)),
+    }
+    for name, q in QUANTILES.items():
+        stats[name] = levels[(cumulative >= q * total[:, None]).argmax(axis=1)]
+    stats = {name: value.reshape(3, 1, 1) for name, value in stats.items()}
+    stats["count"] = np.array([len(picked)])
+    return stats
+
+
+def episode_statistics(
+    columns: Mapping[str, np.ndarray], features: Mapping[str, Mapping]
+) -> dict[str, Statistics]:
+    """Statistics of all columns of one episode (arrays with the frames along axis 0)."""
+    return {
+        name: (image_statistics if features[name]["dtype"] == "image" else vector_statistics)(values)
+        for name, values in columns.items()
+    }

@@ -1,0 +1,221 @@
+"""The report of an evaluation as text: Markdown for the file, the same rows for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+COLUMNS = (  # a line break is a space in Markdown
+    "decoder",
+    "success\n[95 %]",
+    "forwards\nmean / p95",
+    "latency [ms]\np50 / p95 / p99",
+    "rate\n[Hz]",
+    "speed\n-up",
+    "decode\nspeed-up",
+    "tokens\n= AR",
+)
+NOTES = (
+    "success: 95 % Wilson interval; every row ran the same seeds.",
+    "forwards: after the prefill, per chunk, in the closed loop; single-token forwards for ar and ar_h.",
+    "latency: pre-processing, prefill and decoding of one chunk at batch 1; same observations, interleaved.",
+    "rate: executed steps per p50 latency, the rate at which the policy can feed a robot without pausing.",
+    "speed-up: p50 latency of the same model's full autoregressive decoder in this run / own p50 latency; "
+    "decode speed-up: the same without pre-processing and prefill.",
+    "tokens = AR: executed tokens equal to the same model's own greedy ones, on the timing observations.",
+)
+_MISSING = "-"
+
+
+def table_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Cells of the main table, one tuple of `COLUMNS` for every decoder."""
+    return [_cells(name, entry) for name, entry in report["decoders"].items()]
+
+
+def per_task_rows(report: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and cells of the success table by task family."""
+    decoders = report["decoders"]
+    families = sorted({family for entry in decoders.values() for family in entry.get("per_task", {})})
+    rows = [
+        (name, *(_success(entry["per_task"].get(family)) for family in families))
+        for name, entry in decoders.items()
+    ]
+    return ("decoder", *families), rows
+
+
+def paired_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Cells of the paired comparisons: row, reference, difference, discordant episodes, p."""
+    rows = []
+    for name, entry in report["decoders"].items():
+        for reference, pair in entry.get("paired", {}).items():
+            low, high = pair["ci95_points"]
+            rows.append(
+                (
+                    name,
+                    reference,
+                    f"{pair['difference_points']:+.1f} [{low:+.1f}, {high:+.1f}]",
+                    f"{pair['only_this']} : {pair['only_reference']} of {pair['episodes']}",
+                    f"{pair['sign_test_p']:.2g}",
+                )
+            )
+    return rows
+
+
+PAIRED_COLUMNS = ("decoder", "against", "points [95 %]", "only this : only reference", "sign test p")
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The whole of ``report.md``.
+
+    Args:
+        report: What `sim.evaluate.evaluate` returns and ``report.json`` holds.
+    """
+    parts = [f"# Evaluation on {report['env']}", ""]
+    if not report["complete"]:
+        parts += [
+            "**Partial: the evaluation was interrupted; only the episodes that finished are counted.**",
+            "",
+        ]
+    parts += [
+        _conditions(report),
+        "",
+        _markdown_table(
+            tuple(column.replace("\n", " ").replace(" -up", "-up") for column in COLUMNS), table_rows(report)
+        ),
+        "",
+    ]
+    parts += [f"- {note}" for note in NOTES]
+    header, rows = per_task_rows(report)
+    if len(header) > 1:
+        parts += ["", "## Success by task", "", _markdown_table(header, rows)]
+    pairs = paired_rows(report)
+    if pairs:
+        parts += [
+            "",
+            "## Paired comparison on common seeds",
+            "",
+            "Difference of the success rates in percentage points (Newcombe's paired interval); "
+            "episodes that only one of the two solved.",
+            "",
+            _markdown_table(PAIRED_COLUMNS, pairs),
+        ]
+    parts += ["", "## How the chunks ended", "", _markdown_table(*_exit_table(report)), ""]
+    parts += ["![success](success.png)", "", "![latency](latency.png)", "", "![forwards](forwards.png)", ""]
+    return "\n".join(parts)
+
+
+def console_table(report: Mapping[str, Any], width: int = 120) -> Table:
+    """The main table for the terminal, with the rows of ``report.md``.
+
+    Args:
+        report: What ``report.json`` holds.
+        width: Characters a line; columns from the right are left out where they do not fit.
+    """
+    rows = table_rows(report)
+    keep = len(COLUMNS)
+    while keep > 2 and _table_width(rows, keep) > width:
+        keep -= 1
+    table = Table(title=_title(report), header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(COLUMNS[:keep]):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row[:keep])
+    return table
+
+
+def _table_width(rows: list[tuple[str, ...]], columns: int) -> int:
+    heads = [max(column.split("\n"), key=len) for column in COLUMNS]
+    return sum(3 + max(len(row[i]) for row in (heads, *rows)) for i in range(columns))
+
+
+def _title(report: Mapping[str, Any]) -> str:
+    state = "" if report["complete"] else " (partial: interrupted)"
+    return f"{report['env']}, {report['task']}, {_seed_range(report)}{state}"
+
+
+def _cells(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
+    def number(key: str, form: str) -> str:
+        value = entry.get(key)
+        return _MISSING if value is None else form.format(value)
+
+    latency = entry.get("latency_ms")
+    forwards = entry.get("forwards_mean")
+    return (
+        name,
+        _success(entry),
+        _MISSING if forwards is None else f"{forwards:.2f} / {entry['forwards_p95']:.0f}",
+        _MISSING
+        if latency is None
+        else f"{latency['p50']:.1f} / {latency['p95']:.1f} / {latency['p99']:.1f}",
+        number("control_rate_hz", "{:.0f}"),
+        number("speedup_vs_ar", "{:.1f}x"),
+        number("decode_speedup_vs_ar", "{:.1f}x"),
+        _agreement(entry.get("ar_agreement")),
+    )
+
+
+def _agreement(value: float | None) -> str:
+    """Percent, cut rather than rounded: only full agreement shows as 100 %."""
+    if value is None:
+        return _MISSING
+    return "100 %" if value == 1 else f"{int(1000 * value) / 10:.1f} %"
+
+
+def _rate(entry: Mapping[str, Any]) -> str:
+    if not entry["episodes"]:
+        return _MISSING
+    low, high = entry["success_ci95"]
+    return f"{100 * entry['success_rate']:.1f} % [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def _success(entry: Mapping[str, Any] | None) -> str:
+    return _MISSING if entry is None else f"{entry['success']}/{entry['episodes']} = {_rate(entry)}"
+
+
+def _exit_table(report: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    decoders = report["decoders"]
+    reasons = sorted({reason for entry in decoders.values() for reason in entry.get("exit_reasons", {})})
+    rows = [
+        (name, *(str(entry.get("exit_reasons", {}).get(reason, 0)) for reason in reasons))
+        for name, entry in decoders.items()
+    ]
+    return ("decoder", *reasons), rows
+
+
+def _conditions(report: Mapping[str, Any]) -> str:
+    hardware, timing, seeds = report["hardware"], report.get("timing"), report["seeds"]
+    models = [
+        f"{role} {report[role]['name']} ({report[role]['sha256']})"
+        for role in ("policy", "teacher")
+        if report[role]
+    ]
+    threads = hardware["threads"]
+    lines = [
+        f"- Task {report['task']}, split {report['split']}, {seeds['count']} episodes a decoder, "
+        f"{_seed_range(report)}; {report['executed_steps']} of {report['chunk_size']} steps of a chunk are "
+        "executed before the next one.",
+        f"- Checkpoints: {', '.join(models)}.",
+        f"- Machine: {hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gb']} GB; "
+        f"device {hardware['device']}, {threads} thread{'s' if threads != 1 else ''} of torch.",
+        "- Versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + ".",
+    ]
+    if timing:
+        lines.append(
+            f"- Latency: {timing['chunks']} consecutive chunks from {timing['episodes']} closed-loop "
+            f"episodes of {timing['driver']}, each decoder warm-started from its own chunk before."
+        )
+    return "\n".join(lines)
+
+
+def _seed_range(report: Mapping[str, Any]) -> str:
+    first, count = report["seeds"]["first"], report["seeds"]["count"]
+    return f"seeds {first} to {first + count - 1}"
+
+
+def _markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)

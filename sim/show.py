@@ -1,0 +1,287 @@
+"""``ceed-vla show``: how the tokens of one chunk settle, one by one and in parallel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+from ceed_vla.decoding import DecodingConfig
+from ceed_vla.errors import ConfigError
+from sim.closed_loop import Replan, drive
+from sim.evaluate import EVALUATION_SEEDS, CheckpointPath, load_bundles
+from sim.plots import BLUE, FAINT, GREY, INK, SKY, STYLE, VERMILLION, save_figure
+from sim.rollout import Bundle, EnvPool, PolicyRunner, observation_batch, stack_previous
+
+UNKNOWN, WRONG, AHEAD, SETTLED = range(4)
+_COLORS = (FAINT, "#F0A46A", SKY, BLUE)
+_LABELS = {
+    SETTLED: "final, as is everything before it",
+    AHEAD: "final before an earlier token is",
+    WRONG: "will still change",
+    UNKNOWN: "not decoded yet",
+}
+_EXIT_NOTES = {"max_iterations": "cap reached", "stable": "executed steps\nare final"}
+
+
+@dataclass
+class ShowConfig:
+    """Options of ``ceed-vla show``.
+
+    Attributes:
+        policy: The (distilled) policy.
+        teacher: Its autoregressive teacher; without one the policy's own autoregressive decoding is shown.
+        output: PNG file to write.
+        seed: Seed of the episode.
+        chunk: Which chunk of the episode is shown; the policy drives until then. 0 has no warm start.
+        env: Simulation, "tabletop".
+        task: "mixed" or a task family.
+        split: "train", "heldout" or "all".
+        executed_steps: Steps executed of each chunk.
+        device: Overrides the checkpoints' device.
+    """
+
+    policy: CheckpointPath = field(default_factory=CheckpointPath)
+    teacher: CheckpointPath = field(default_factory=CheckpointPath)
+    output: str = "show.png"
+    seed: int = EVALUATION_SEEDS
+    chunk: int = 3
+    env: str = "tabletop"
+    task: str = "mixed"
+    split: str = "train"
+    executed_steps: int = 4
+    device: str | None = None
+
+
+@dataclass
+class Panel:
+    """One decoding of the block, as drawn.
+
+    Attributes:
+        title: What is decoded how.
+        status: (rows, n) codes; row 0 is the state before the first forward.
+        exit_row: Forwards after which the decoder stopped.
+        exit_note: Why it stopped there; empty for no mark.
+        start: What row 0 is.
+    """
+
+    title: str
+    status: NDArray[np.int_]
+    exit_row: int
+    exit_note: str = ""
+    start: str = ""
+
+
+def show(config: ShowConfig) -> Path:
+    """Draw the tokens of one chunk over the forwards that decode it.
+
+    Args:
+        config: Options.
+
+    Returns:
+        The PNG file.
+
+    Raises:
+        ConfigError: An option that cannot work.
+        CheckpointError: A checkpoint that cannot be loaded.
+    """
+    if not config.policy.path:
+        raise ConfigError(
+            "--policy.path is missing; give a checkpoint folder, or student for the shipped one."
+        )
+    if config.chunk < 0:
+        raise ConfigError(f"--chunk is {config.chunk}; it must be at least 0.")
+    bundles = load_bundles(config)
+    early_exit = bundles["policy"][0].config.decoding
+    with EnvPool(1, config.split) as pool:
+        replan = _replan(PolicyRunner(bundles["policy"], early_exit), pool.env(0), config)
+    panels = build_panels(bundles, replan, early_exit)
+    path = Path(config.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    policy_config = bundles["policy"][0].config
+    with mpl.rc_context(STYLE):
+        figure = draw(panels, replan, policy_config.action_dim, config.executed_steps)
+        save_figure(figure, path, dpi=170)
+    return path
+
+
+def build_panels(bundles: dict[str, Bundle], replan: Replan, early_exit: DecodingConfig) -> list[Panel]:
+    """Decode the observation of `replan` in three ways and find out when every token settled.
+
+    Args:
+        bundles: "policy" and, optionally, "teacher".
+        replan: The moment that is shown.
+        early_exit: The policy's early exit.
+
+    Returns:
+        Token by token, the teacher's Jacobi (where there is a teacher), the policy's Jacobi with its exit.
+    """
+    first = "teacher" if "teacher" in bundles else "policy"
+    name = "Teacher" if first == "teacher" else "Policy"
+    block = int(bundles[first][0].config.block_length)
+    title = f"{name}, token by token: {block - 1} forwards"
+    panels = [Panel(title, autoregressive_status(block), block - 1)]
+    strict = DecodingConfig(method="jacobi", guess=early_exit.guess)
+    if first == "teacher":
+        panels.append(_jacobi_panel("Teacher, Jacobi to convergence", bundles["teacher"], replan, strict))
+        name = "Student"
+    if early_exit.method != "jacobi":
+        early_exit = strict
+    panels.append(_jacobi_panel(f"{name}, Jacobi with early exit", bundles["policy"], replan, early_exit))
+    return panels
+
+
+def _jacobi_panel(title: str, bundle: Bundle, replan: Replan, decoding: DecodingConfig) -> Panel:
+    """All states on the way to the fixed point, and where `decoding` leaves it."""
+    policy, preprocessor, _ = bundle
+    batch = preprocessor(observation_batch([replan.observation], [replan.instruction]))
+    previous = stack_previous([replan.previous])
+    strict = DecodingConfig(method="jacobi", guess=decoding.guess, seed=decoding.seed)
+    result = policy.decode(batch, strict, previous=previous, record_states=True)
+    early = policy.decode(batch, decoding, previous=previous)
+    states = torch.cat(result.states).cpu().numpy()  # (iterations + 1, n)
+    count, all_forwards = int(early.iterations[0]), int(result.iterations[0])
+    title += f": {count} block forward{'s' if count != 1 else ''}"
+    if all_forwards > count:
+        title += f" (to convergence: {all_forwards})"
+    warm = decoding.guess == "previous" and previous is not None
+    return Panel(
+        title,
+        jacobi_status(states),
+        exit_row=count,
+        exit_note=_EXIT_NOTES.get(early.exit_reason[0], early.exit_reason[0]),
+        start="previous chunk" if warm else "guess",
+    )
+
+
+def jacobi_status(states: NDArray[np.integer]) -> NDArray[np.int_]:
+    """When every token took its final value for good.
+
+    Args:
+        states: (iterations + 1, n) tokens; the last row is the fixed point.
+
+    Returns:
+        (iterations + 1, n): `SETTLED` in the prefix where every token is final, `AHEAD` for final tokens behind
+        one that is not, `WRONG` elsewhere.
+    """
+    equal = states == states[-1]  # (k + 1, n)
+    final = np.logical_and.accumulate(equal[::-1], axis=0)[::-1]  # equal from here on
+    prefix = np.logical_and.accumulate(final, axis=1)
+    return np.where(prefix, SETTLED, np.where(final, AHEAD, WRONG))
+
+
+def autoregressive_status(block: int) -> NDArray[np.int_]:
+    """(n, n): after j forwards the first j + 1 tokens are there (the first comes with the prefill)."""
+    return np.where(np.tri(block, dtype=bool), SETTLED, UNKNOWN)
+
+
+def draw(panels: list[Panel], replan: Replan, action_dim: int, executed_steps: int) -> Figure:
+    """The whole picture: what the policy sees, and one map of tokens over forwards a panel."""
+    row_inches, gap = 0.135, 0.95
+    heights = [row_inches * max(len(panel.status), 3) for panel in panels]
+    height = sum(heights) + gap * len(panels) + 1.2
+    figure = Figure(figsize=(13.0, height))
+    left, width = 0.285, 0.655
+    top = height - 1.0
+    for i, (panel, inches) in enumerate(zip(panels, heights, strict=True)):
+        axes = figure.add_axes((left, (top - inches) / height, width, inches / height))
+        _draw_panel(axes, panel, action_dim, executed_steps, last=i == len(panels) - 1)
+        top -= inches + gap
+    figure.text(
+        0.025, 1 - 0.38 / height, f"“{replan.instruction}”", fontsize=16, fontweight="bold", va="center"
+    )
+    _draw_cameras(figure, replan, height)
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel, action_dim: int, executed_steps: int, *, last: bool) -> None:
+    rows, block = panel.status.shape
+    axes.pcolormesh(
+        np.arange(block + 1),
+        np.arange(rows + 1) - 0.5,
+        panel.status,
+        cmap=ListedColormap(list(_COLORS)),
+        vmin=-0.5,
+        vmax=3.5,
+        edgecolors="white",
+        linewidth=0.5,
+    )
+    for boundary in range(action_dim, block, action_dim):
+        axes.axvline(boundary, color="white", lw=2.2)
+    axes.axvline(executed_steps * action_dim, color=INK, lw=1.4, ls=(0, (4, 2)))
+    if panel.exit_row < rows - 1:  # what would follow without the exit
+        axes.axhspan(panel.exit_row + 0.5, rows - 0.5, color="white", alpha=0.62, lw=0, zorder=3)
+    if panel.exit_note:
+        axes.plot([0, block], [panel.exit_row + 0.5] * 2, color=VERMILLION, lw=2.2, clip_on=False, zorder=4)
+        axes.text(
+            block + 0.4,
+            panel.exit_row + 0.5,
+            f"exit\n{panel.exit_note}",
+            color=VERMILLION,
+            fontsize=9,
+            va="center",
+            fontweight="bold",
+        )
+        axes.text(block + 0.4, 0, panel.start, color=GREY, fontsize=9, va="center")
+    axes.set(xlim=(0, block), ylim=(rows - 0.5, -0.5))
+    axes.set_title(panel.title)
+    axes.set_ylabel("forwards")
+    axes.set_yticks(range(rows) if rows <= 16 else [*range(0, rows - 2, 10), rows - 1])
+    steps = block // action_dim
+    labels = [f"step {i + 1}" if last or rows > 16 else "" for i in range(steps)]
+    axes.set_xticks([action_dim * (i + 0.5) for i in range(steps)], labels)
+    axes.tick_params(length=0, labelsize=8.5)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if last:
+        axes.annotate(
+            "executed before the next chunk",
+            (executed_steps * action_dim, 0),
+            (-6, -24),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            style="italic",
+        )
+
+
+def _draw_cameras(figure: Figure, replan: Replan, height: float) -> None:
+    side = 2.55  # [inch]
+    width = figure.get_figwidth()
+    top = height - 1.0
+    for camera, pixels in replan.observation["pixels"].items():
+        axes = figure.add_axes((0.025, (top - side) / height, side / width, side / height))
+        axes.imshow(pixels, interpolation="nearest")
+        axes.set_axis_off()
+        figure.text(
+            0.025, (top - side - 0.16) / height, f"{camera} camera", fontsize=9, color=GREY, va="center"
+        )
+        top -= side + 0.42
+    handles = [Patch(facecolor=_COLORS[code], label=label) for code, label in _LABELS.items()]
+    figure.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(0.018, (top + 0.1) / height),
+        frameon=False,
+        fontsize=9,
+        labelspacing=0.9,
+        handlelength=1.2,
+        handleheight=1.1,
+    )
+
+
+def _replan(runner: PolicyRunner, env: Any, config: ShowConfig) -> Replan:
+    """The wanted chunk, or the last one of a shorter episode."""
+    *_, replan = islice(drive(runner, env, config.seed, config.executed_steps, config.task), config.chunk + 1)
+    return replan

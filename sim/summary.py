@@ -1,0 +1,107 @@
+"""From episodes and timing samples to the dictionary that ``report.json`` holds."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sim.paired import compare_paired
+from sim.rollout import EpisodeResult, wilson_interval
+
+
+def row_entry(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
+    """Closed-loop entries of one decoder.
+
+    Args:
+        episodes: Its finished episodes.
+
+    Returns:
+        Success with its Wilson interval, overall and per task family; forwards of the chunks; how they ended.
+    """
+    forwards = np.array([count for episode in episodes for count in episode.forwards])
+    iterations = np.array([count for episode in episodes for count in episode.iterations])
+    families = sorted({episode.task for episode in episodes})
+    entry = _success(episodes)
+    if len(forwards):
+        entry |= {
+            "chunks": len(forwards),
+            "forwards_mean": round(float(forwards.mean()), 4),
+            "forwards_p95": float(np.percentile(forwards, 95)),
+            "iterations_mean": round(float(iterations.mean()), 4),
+            "forwards_histogram": {str(k): v for k, v in sorted(Counter(forwards.tolist()).items())},
+        }
+    solved = [episode.steps for episode in episodes if episode.success]
+    entry["steps_mean_of_successes"] = round(float(np.mean(solved)), 2) if solved else None
+    entry["exit_reasons"] = dict(
+        sorted(Counter(r for episode in episodes for r in episode.exit_reasons).items())
+    )
+    entry["per_task"] = {family: _success([e for e in episodes if e.task == family]) for family in families}
+    entry["failed_seeds"] = sorted(episode.seed for episode in episodes if not episode.success)
+    return entry
+
+
+def paired_entries(
+    name: str, results: Mapping[str, Sequence[EpisodeResult]], references: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Paired comparison of decoder `name` with every one of `references` that ran on common seeds."""
+    outcomes = {
+        row: {episode.seed: episode.success for episode in episodes} for row, episodes in results.items()
+    }
+    return {
+        reference: compare_paired(outcomes[name], outcomes[reference])
+        for reference in references
+        if reference != name and outcomes.get(reference, {}).keys() & outcomes[name].keys()
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("mujoco", "lerobot", "ceed_vla"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            import ceed_vla
+
+            found[package] = ceed_vla.__version__ if package == "ceed_vla" else "unknown"
+    return found
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """Processor, cores, memory [GB], threads and device of this run."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(memory, 1),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+    }
+
+
+def _success(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
+    success, count = sum(episode.success for episode in episodes), len(episodes)
+    low, high = wilson_interval(success, count)
+    return {
+        "success": success,
+        "episodes": count,
+        "success_rate": round(success / count, 4) if count else None,
+        "success_ci95": [round(low, 4), round(high, 4)],
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,210 @@
+"""Scripted experts: a pure function of the current simulator state, so they can take over at any moment.
+
+There is no phase variable. Where the arm is, what the fingers hold and where the cube lies decide what comes next:
+
+    fingers closed on the target    -> carry it down a funnel to the goal, then open
+    cube in place                   -> open and rise
+    fingers closed on nothing       -> open while approaching
+    otherwise                       -> approach the target down a funnel with open fingers, then close (or push)
+
+A *funnel* is a target height that grows with the horizontal error: far away the gripper travels high, near the target
+it comes down. Moves are proportional and saturate, so the motion is smooth and never waits on anything that images and
+`agent_pos` do not show.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.tabletop import tasks
+from sim.tabletop.tasks import CUBE_HALF, Command, Situation
+
+if TYPE_CHECKING:
+    from sim.tabletop.env import TabletopEnv
+
+Array = NDArray[np.float64]
+
+_POSITION_STEP, _ROTATION_STEP = 0.05, 0.25  # of a full action [m], [rad]
+_GAIN = 0.6  # share of the remaining way per step
+_SPEED = 0.55  # largest horizontal and vertical action
+_FUNNEL_SLOPE = 4.0  # height per horizontal error
+_FUNNEL_FLOOR = 0.014  # horizontal error without extra height [m]
+_APPROACH_HEIGHT = 0.085  # above the grasp [m]: the finger tips clear other cubes
+_TRAVEL_HEIGHT = 0.105  # TCP height from which a carried cube clears everything [m]
+_GRASP_ACROSS, _GRASP_ALONG = 0.011, 0.016  # largest error across and along the opening axis when closing [m]
+_GRASP_LOW, _GRASP_HIGH, _GRASP_YAW = 0.008, 0.012, 0.2  # height below and above the grasp [m], yaw error [rad]
+_HELD_OPENING = (0.038, 0.0485)  # finger opening while a cube is held [m]
+_HELD_DISTANCE = 0.028  # largest distance of a held cube from the TCP [m]
+_PUSH_SPEED = 0.4  # largest push action
+_PAD_OFFSET = 0.05 - CUBE_HALF  # TCP to centre of a cube that touches an open finger [m]
+
+
+def expert_action(env: TabletopEnv) -> NDArray[np.float32]:
+    """Action of the expert in the current state (7,) in [-1, 1].
+
+    Args:
+        env: Unwrapped environment after a reset.
+    """
+    command, now = env.command, env.situation()
+    action = _push(command, now) if command.family == "push_cube" else _pick_and_place(command, now)
+    return np.clip(action, -1.0, 1.0).astype(np.float32)
+
+
+def is_holding(command: Command, now: Situation) -> bool:
+    """Whether the closed fingers hold the target cube."""
+    low, high = _HELD_OPENING
+    near = np.linalg.norm(now.cubes[command.target] - now.tcp) < _HELD_DISTANCE
+    return bool(not now.gripper_open and low < now.opening < high and near)
+
+
+def _pick_and_place(command: Command, now: Situation) -> Array:
+    cube, goal = now.cubes[command.target], tasks.goal_position(command, now)
+    if is_holding(command, now):
+        return _carry(command, now, cube, goal)
+    if tasks.in_place(command, now):
+        return _release(now)
+    return _approach(command, now, cube)
+
+
+def _carry(command: Command, now: Situation, cube: Array, goal: Array) -> Array:
+    """Lift the held cube, bring it over the goal, lower it and open the fingers."""
+    drop, tolerance = _placement(command)
+    offset = goal[:2] - cube[:2]
+    far = float(np.hypot(*offset))
+    grip = now.tcp[2] - cube[2]  # the cube may sit a little off the TCP
+    place = goal[2] + drop + grip
+    height = place + np.clip(_FUNNEL_SLOPE * (far - tolerance), 0.0, max(_TRAVEL_HEIGHT - place, 0.03))
+    if far < tolerance and cube[2] + grip - place < 0.008:
+        return _action(now, now.command_position, 0.0, gripper_open=True)
+    target = np.array([*(now.command_position[:2] + offset - _lag(now)), height])
+    return _action(now, _slow_below(now, target), _goal_yaw(command, now), gripper_open=False)
+
+
+def _placement(command: Command) -> tuple[float, float]:
+    """Height above the rest position [m] and horizontal error [m] at which the cube is let go."""
+    if command.family == "cube_in_bin":
+        return 0.025, 0.022
+    if command.family == "cube_on_plate":
+        return 0.004, 0.015
+    return 0.003, 0.009
+
+
+def _goal_yaw(command: Command, now: Situation) -> float:
+    """Yaw of the gripper at which the cube is laid down [rad]."""
+    if command.family != "stack_cubes":
+        return 0.0
+    held = now.cube_yaws[command.target] - now.tcp_yaw
+    return _nearest_quarter(now.cube_yaws[command.base] - held, now.command_rpy[2])
+
+
+def _release(now: Situation) -> Array:
+    """Open, and rise once the fingers are apart."""
+    target = now.command_position + [0.0, 0.0, 0.04 if now.opening > 0.06 else 0.0]
+    return _action(now, target, now.command_rpy[2], gripper_open=True)
+
+
+def _approach(command: Command, now: Situation, cube: Array) -> Array:
+    """Come down over the cube with open fingers; close them around it."""
+    yaw = _grasp_yaw(command, now, cube)
+    grasp = max(cube[2], CUBE_HALF - 0.003)
+    if _may_close(now, cube, grasp, yaw):
+        return _action(now, np.array([*cube[:2], grasp]), yaw, gripper_open=False)
+    return _descend(now, cube, grasp, yaw)
+
+
+def _may_close(now: Situation, cube: Array, grasp: float, yaw: float) -> bool:
+    """Whether the fingers are around the cube; more lenient once they have begun to close."""
+    along, across = _in_gripper(now, cube)
+    above = now.tcp[2] - grasp
+    if not now.gripper_open:
+        near = abs(across) < 1.5 * _GRASP_ACROSS and abs(along) < 1.5 * _GRASP_ALONG
+        return bool(now.opening > _HELD_OPENING[0] and near and -2 * _GRASP_LOW < above < 2 * _GRASP_HIGH)
+    near = abs(across) < _GRASP_ACROSS and abs(along) < _GRASP_ALONG
+    ready = now.opening > 0.085 and abs(now.tcp_yaw - yaw) < _GRASP_YAW
+    return bool(near and ready and -_GRASP_LOW < above < _GRASP_HIGH)
+
+
+def _descend(now: Situation, cube: Array, grasp: float, yaw: float) -> Array:
+    """One step down the funnel that ends at a cube, with open fingers.
+
+    The funnel adds to the grasp height what the horizontal error, the yaw error and half-open fingers need.
+    """
+    error, turn = float(np.hypot(*(cube - now.tcp)[:2])), abs(now.tcp_yaw - yaw)
+    extra = _FUNNEL_SLOPE * max(error - _FUNNEL_FLOOR, 0.0) + 0.15 * max(turn - 0.15, 0.0)
+    extra += 2.0 * max(0.085 - now.opening, 0.0)
+    height = grasp + min(extra, _APPROACH_HEIGHT)
+    return _action(now, _slow_below(now, np.array([*cube[:2], height])), yaw, gripper_open=True)
+
+
+def _in_gripper(now: Situation, cube: Array) -> tuple[float, float]:
+    """Position of a cube along and across the opening axis of the gripper [m]."""
+    offset, sine, cosine = cube - now.tcp, np.sin(now.tcp_yaw), np.cos(now.tcp_yaw)
+    return float(cosine * offset[1] - sine * offset[0]), float(cosine * offset[0] + sine * offset[1])
+
+
+def _push(command: Command, now: Situation) -> Array:
+    """Straddle the cube with open fingers and move it sideways with the trailing one."""
+    cube, goal = now.cubes[command.target], tasks.goal_position(command, now)
+    along, across = _in_gripper(now, cube)
+    low = now.tcp[2] < cube[2] + 0.018
+    if not (now.gripper_open and low and abs(along) < 0.045 and abs(across) < 0.02 and now.opening > 0.075):
+        yaw = _nearest_quarter(now.cube_yaws[command.target], 0.0)
+        return _descend(now, cube, CUBE_HALF - 0.003, yaw)
+    stop = goal[1] + np.sign(goal[1] - cube[1]) * _PAD_OFFSET
+    action = _action(now, np.array([cube[0], stop, CUBE_HALF - 0.003]), 0.0, gripper_open=True)
+    action[1] = np.clip(action[1], -_PUSH_SPEED, _PUSH_SPEED)
+    return action
+
+
+def _slow_below(now: Situation, target: Array) -> Array:
+    """Scale the horizontal way down while the gripper is clearly below the target height: rise first, then travel."""
+    missing = target[2] - now.tcp[2]
+    share = np.clip(1.0 - (missing - 0.01) / 0.04, 0.0, 1.0)
+    horizontal = now.command_position[:2] + share * (target[:2] - now.command_position[:2])
+    return np.array([*horizontal, target[2]])
+
+
+def _lag(now: Situation) -> Array:
+    """Horizontal way (2,) that the arm still has to go to reach its command [m]."""
+    return now.command_position[:2] - now.tcp[:2]
+
+
+def _grasp_yaw(command: Command, now: Situation, cube: Array) -> float:
+    """Gripper yaw along a pair of cube faces: near zero, unless a finger would land on something there."""
+    first = now.cube_yaws[command.target]
+    second = first - np.copysign(np.pi / 2, first)
+    return float(first if _finger_room(command, now, cube, first) >= _finger_room(command, now, cube, second) else second)
+
+
+def _finger_room(command: Command, now: Situation, cube: Array, yaw: float) -> float:
+    """Free way [m] between the open fingers at a grasp and the nearest thing, cut off at 5 mm."""
+    axis = np.array([-np.sin(yaw), np.cos(yaw)])
+    tips = [cube[:2] + sign * 0.056 * axis for sign in (-1.0, 1.0)]
+    room = 0.005
+    for index, other in enumerate(now.cubes):
+        if index != command.target and other.any() and abs(other[2] - cube[2]) < 2 * CUBE_HALF:
+            room = min(room, *(float(np.hypot(*(tip - other[:2]))) - 0.036 for tip in tips))
+    outer = tasks.BIN_INNER_HALF + tasks.BIN_WALL
+    if cube[2] < tasks.BIN_HEIGHT + 0.01:
+        for tip in tips:
+            depth = float(np.abs(tip - now.bin[:2]).max())
+            room = min(room, max(depth - outer, tasks.BIN_INNER_HALF - depth) - 0.011)
+    return room
+
+
+def _nearest_quarter(angle: float, reference: float) -> float:
+    """The angle equal to `angle` modulo a quarter turn that is nearest to `reference` [rad]."""
+    quarter = np.pi / 2
+    return float(reference + (angle - reference + quarter / 2) % quarter - quarter / 2)
+
+
+def _action(now: Situation, target: Array, yaw: float, gripper_open: bool) -> Array:
+    """Proportional step of the commanded pose towards a target; straight, level, saturating."""
+    way = _GAIN * (target - now.command_position) / _POSITION_STEP
+    way[:2] *= min(1.0, _SPEED / max(float(np.hypot(way[0], way[1])), 1e-9))
+    way[2] = np.clip(way[2], -_SPEED, _SPEED)
+    turn = _GAIN * (np.array([0.0, 0.0, yaw]) - now.command_rpy) / _ROTATION_STEP
+    return np.array([*way, *turn, 1.0 if gripper_open else -1.0])

@@ -1,0 +1,142 @@
+"""Random scenes: which cubes are present, where everything stands, and what the robot is told to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ceed_vla.errors import SimulationError
+from sim.tabletop.tasks import (
+    COLORS,
+    CUBE_HALF,
+    PHRASES,
+    SIDES,
+    TASKS,
+    Command,
+    check_choice,
+    combinations,
+)
+
+NEAR_X, NEAR_Y = (0.36, 0.54), (-0.14, 0.14)  # where cubes start [m]
+FAR_X, FAR_Y = (0.63, 0.66), (-0.165, 0.165)  # where bin and plate stand [m]
+CUBE_SPACING = 0.11  # smallest distance of two cube centres [m]: open fingers must fit between
+FAR_SPACING = 0.17  # smallest distance of bin and plate along y [m]
+CUBE_YAW = 0.3  # largest start yaw [rad]
+LANE = 0.085  # half width of the strip that a pushed cube needs free [m]
+ALL_CUBES_CHANCE = 0.25
+
+_OPTIONS = ("task", "color", "other", "phrase")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One scene.
+
+    Attributes:
+        present: Whether each colour of `COLORS` is on the table (4,).
+        cubes: Cube positions x, y (4, 2) [m].
+        yaws: Cube yaws (4,) [rad].
+        bin: Bin position x, y (2,) [m].
+        plate: Plate position x, y (2,) [m].
+    """
+
+    present: tuple[bool, ...]
+    cubes: NDArray[np.float64]
+    yaws: NDArray[np.float64]
+    bin: NDArray[np.float64]
+    plate: NDArray[np.float64]
+
+    @property
+    def colors(self) -> tuple[str, ...]:
+        """Colours on the table."""
+        return tuple(color for color, here in zip(COLORS, self.present, strict=True) if here)
+
+
+def draw_command(
+    rng: np.random.Generator, task: str, split: str, colors: tuple[str, ...], options: dict[str, Any]
+) -> Command:
+    """Draw an instruction.
+
+    Args:
+        rng: Source of randomness.
+        task: A family or "mixed".
+        split: "train", "heldout" or "all".
+        colors: Colours that may be named.
+        options: Fixed parts: "task", "color", "other" (second colour or side), "phrase" (index or template).
+
+    Raises:
+        SimulationError: On unknown options or values, or when the split has no such combination.
+    """
+    for key in options:
+        check_choice("reset option", key, _OPTIONS)
+    task = options.get("task", task)
+    check_choice("task", task, (*TASKS, "mixed"))
+    family = str(rng.choice(TASKS)) if task == "mixed" else task
+    choices = combinations(family, split, colors)
+    if options.get("color") is not None:
+        check_choice("color", options["color"], COLORS)
+        choices = [c for c in choices if c.color == options["color"]]
+    if options.get("other") is not None:
+        check_choice("other", options["other"], SIDES if family == "push_cube" else COLORS)
+        choices = [c for c in choices if c.other == options["other"]]
+    if options.get("phrase") is not None:
+        phrase = _phrase_index(family, options["phrase"])
+        choices = [c for c in choices if c.phrase == phrase]
+    if not choices:
+        raise SimulationError(
+            f"No combination of {family} in split {split!r} fits the options {options!r} with the cubes "
+            f'{", ".join(colors)}; drop an option or use split="all".'
+        )
+    return choices[int(rng.integers(len(choices)))]
+
+
+def draw_layout(rng: np.random.Generator, command: Command) -> Layout:
+    """Draw a scene in which `command` can be carried out: its cubes are present and a push lane is free."""
+    needed = {command.target} | ({command.base} if command.family == "stack_cubes" else set())
+    present = np.ones(len(COLORS), dtype=bool)
+    if rng.random() >= ALL_CUBES_CHANCE:
+        present[rng.choice([i for i in range(len(COLORS)) if i not in needed])] = False
+    cubes = np.zeros((len(COLORS), 2))
+    here = np.flatnonzero(present)
+    while True:
+        cubes[here] = rng.uniform(*zip(NEAR_X, NEAR_Y, strict=True), size=(len(here), 2))
+        gaps = np.linalg.norm(cubes[here, None] - cubes[None, here], axis=-1) + np.eye(len(here))
+        if gaps.min() >= CUBE_SPACING and (command.family != "push_cube" or _lane_is_free(command, cubes, here)):
+            break
+    far_y = np.zeros(2)
+    while abs(far_y[0] - far_y[1]) < FAR_SPACING:
+        far_y = rng.uniform(*FAR_Y, size=2)
+    far_x = rng.uniform(*FAR_X, size=2)
+    return Layout(
+        present=tuple(bool(p) for p in present),
+        cubes=cubes,
+        yaws=rng.uniform(-CUBE_YAW, CUBE_YAW, size=len(COLORS)),
+        bin=np.array([far_x[0], far_y[0]]),
+        plate=np.array([far_x[1], far_y[1]]),
+    )
+
+
+def _lane_is_free(command: Command, cubes: NDArray[np.float64], here: NDArray[np.int64]) -> bool:
+    """Whether no other cube stands between the target and its edge zone, with room for the open fingers."""
+    own = cubes[command.target]
+    for index in here:
+        ahead = command.side * (cubes[index, 1] - own[1])
+        if index != command.target and ahead > -CUBE_HALF and abs(cubes[index, 0] - own[0]) < LANE:
+            return False
+    return True
+
+
+def _phrase_index(family: str, phrase: object) -> int:
+    """Index of a phrasing given as an index or as its template."""
+    templates = PHRASES[family]
+    if isinstance(phrase, int | np.integer) and 0 <= phrase < len(templates):
+        return int(phrase)
+    if phrase in templates:
+        return templates.index(str(phrase))
+    raise SimulationError(
+        f"Unknown phrase {phrase!r} of {family}; give an index below {len(templates)} or one of: "
+        f"{'; '.join(templates)}."
+    )

@@ -1,0 +1,156 @@
+"""Small random models whose answers are known by independent routes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation import LogitsProcessor, LogitsProcessorList
+
+from ceed_vla.backbones.base import Prefix
+from ceed_vla.backbones.llama import PREFIX_KEY, LlamaBackbone
+from ceed_vla.cache import KVCache
+
+
+class ToyBackbone(nn.Module):
+    """A random two-layer attention model over a continuous prefix, with strong dependence on earlier tokens."""
+
+    def __init__(
+        self, seed: int, block_length: int, vocabulary_size: int, width: int = 16, heads: int = 2
+    ) -> None:
+        super().__init__()
+        self.block_length, self.vocabulary_size, self.heads = block_length, vocabulary_size, heads
+        self.calls: list[int] = []
+        generator = torch.Generator().manual_seed(seed)
+
+        def weight(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator) * 2 / shape[-1] ** 0.5
+
+        self.tokens = weight(vocabulary_size, width) * width**0.5
+        self.slots = weight(block_length, width) * width**0.5
+        self.qkv = [weight(3 * width, width) for _ in range(2)]
+        self.head = weight(vocabulary_size, width)
+
+    def _project(self, x: Tensor, weight: Tensor) -> Tensor:
+        x = F.layer_norm(x, x.shape[-1:])
+        batch, length, width = x.shape
+        return (
+            F.linear(x, weight).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        )
+
+    @staticmethod
+    def _attend(x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return x + attended.transpose(1, 2).flatten(2)
+
+    def _scores(self, x: Tensor) -> Tensor:
+        return F.linear(F.layer_norm(x, x.shape[-1:]), self.head)
+
+    def prefill(self, observation: dict[str, Tensor]) -> Prefix[KVCache]:
+        x = observation["prefix"]  # (B, P, d)
+        batch, length, width = x.shape
+        shape = (2, batch, self.heads, length + self.block_length, width // self.heads)
+        cache = KVCache(*shape, device=x.device, dtype=x.dtype)
+        for layer, weight in enumerate(self.qkv):
+            q, k, v = self._project(x, weight)
+            x = self._attend(x, q, *cache.write(layer, k, v), None)
+        cache.seal_prefix(length)
+        return Prefix(logits=self._scores(x[:, -1]), cache=cache)
+
+    def block_logits(self, prefix: Prefix[KVCache], tokens: Tensor) -> Tensor:
+        self.calls.append(tokens.shape[1])
+        start, length = prefix.cache.committed, tokens.shape[1]
+        mask = torch.ones(length, prefix.cache.length + length, dtype=torch.bool).tril(prefix.cache.length)
+        x = self.tokens[tokens] + self.slots[start : start + length]
+        for layer, weight in enumerate(self.qkv):
+            q, k, v = self._project(x, weight)
+            x = self._attend(x, q, *prefix.cache.write(layer, k, v), mask)
+        return self._scores(x)
+
+    def full_logits(self, observation: dict[str, Tensor], tokens: Tensor) -> Tensor:
+        """Logits (B, k + 1, V) of slots 0..k after `tokens` (B, k), all recomputed, without any cache."""
+        prefix = observation["prefix"]
+        p, total = prefix.shape[1], prefix.shape[1] + tokens.shape[1]
+        mask = torch.ones(total, total, dtype=torch.bool).tril()
+        mask[:p, :p] = True
+        x = torch.cat([prefix, self.tokens[tokens] + self.slots[: tokens.shape[1]]], dim=1)
+        for weight in self.qkv:
+            x = self._attend(x, *self._project(x, weight), mask)
+        return self._scores(x[:, p - 1 :])
+
+
+class OnlyActions(LogitsProcessor):
+    """Lets `generate()` choose action ids only."""
+
+    def __init__(self, action_ids: Tensor, vocabulary: int) -> None:
+        self.forbidden = torch.ones(vocabulary, dtype=torch.bool)
+        self.forbidden[action_ids] = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.masked_fill(self.forbidden, -torch.inf)
+
+
+def _toy(seed: int, batch: int, block_length: int, vocabulary: int) -> tuple[ToyBackbone, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed + 1)
+    observation = {"prefix": torch.randn(batch, 5, 16, generator=generator)}
+    return ToyBackbone(seed, block_length, vocabulary), observation
+
+
+def _llama(
+    seed: int, batch: int, block_length: int, vocabulary: int
+) -> tuple[LlamaBackbone, dict[str, Tensor]]:
+    words = vocabulary + 23
+    config = LlamaConfig(
+        vocab_size=words,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.4,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config).eval()
+        observation = {PREFIX_KEY: torch.randint(words, (batch, 6))}
+    return LlamaBackbone(model, block_length, num_actions=vocabulary), observation
+
+
+def _generate(backbone: LlamaBackbone, observation: dict[str, Tensor]) -> Tensor:
+    ids = observation[PREFIX_KEY]
+    output = backbone.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=backbone.block_length,
+        do_sample=False,
+        logits_processor=LogitsProcessorList(
+            [OnlyActions(backbone.action_ids, backbone.model.config.vocab_size)]
+        ),
+    )
+    return output[:, ids.shape[1] :] - backbone.action_ids[0]
+
+
+@pytest.fixture(scope="session")
+def toy() -> Callable[[int, int, int, int], tuple[ToyBackbone, dict[str, Tensor]]]:
+    """(seed, batch, block_length, vocabulary) -> random toy backbone and an observation for it."""
+    return _toy
+
+
+@pytest.fixture(scope="session")
+def llama() -> Callable[[int, int, int, int], tuple[LlamaBackbone, dict[str, Tensor]]]:
+    """(seed, batch, block_length, vocabulary) -> random Llama backbone and an observation for it."""
+    return _llama
+
+
+@pytest.fixture(scope="session")
+def generate() -> Callable[[LlamaBackbone, dict[str, Tensor]], Tensor]:
+    """Tokens (B, n) of transformers' own greedy `generate()`, restricted to action ids."""
+    return _generate

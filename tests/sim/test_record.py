@@ -1,0 +1,316 @@
+"""Recording: what is stored per mode, and what interrupts, full disks and wrong options leave behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+from ceed_vla.errors import ConfigError, DatasetError
+from sim.record import main, record
+from sim.recording.config import RecordConfig
+from sim.recording.dataset_writer import DatasetWriter
+from sim.recording.statistics import image_statistics, vector_statistics
+from sim.tabletop.tasks import TASKS
+
+FEATURES = {
+    "observation.images.front": {
+        "dtype": "image",
+        "shape": (8, 8, 3),
+        "names": ["height", "width", "channels"],
+    },
+    "action": {"dtype": "float32", "shape": (2,), "names": ["x", "y"]},
+}
+
+
+def config(root: Path, **options: Any) -> RecordConfig:
+    return RecordConfig(root=root, progress=False, **({"episodes": 2, "tasks": "push_cube"} | options))
+
+
+def read(root: Path, **options: Any) -> LeRobotDataset:
+    return LeRobotDataset("local/test", root=root, video_backend="pyav", **options)
+
+
+def rows(root: Path) -> list[dict[str, Any]]:
+    """All rows as stored (images as PNG bytes), whatever the files they lie in."""
+    return [row for path in sorted(root.glob("data/*/*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def fake_frames(length: int, task: str = "do it", seed: int = 0) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "observation.images.front": rng.integers(0, 256, (8, 8, 3), dtype=np.uint8),
+            "action": rng.normal(size=2).astype(np.float32),
+            "task": task,
+        }
+        for _ in range(length)
+    ]
+
+
+def new_writer(root: Path) -> DatasetWriter:
+    return DatasetWriter(root, repo_id="local/test", fps=10, features=FEATURES, robot_type="test")
+
+
+# -- modes --
+
+
+def test_clean_episodes_read_back_as_action_chunks(tmp_path: Path) -> None:
+    root = tmp_path / "clean"
+    summary = record(config(root, episodes=4, tasks="all"))
+    data = read(root, delta_timestamps={"action": [i / 10 for i in range(8)]})
+    assert len(data) == summary.frames
+    assert data.num_episodes == summary.episodes == sum("recorded" in name for name in summary.outcomes)
+    assert {name.split("/")[0] for name in summary.outcomes} == set(TASKS)
+    first, last = data[0], data[len(data) - 1]
+    assert first["observation.images.front"].shape == (3, 96, 96)
+    assert float(first["observation.images.front"].max()) <= 1.0
+    assert first["observation.state"].shape == (14,)
+    assert first["action"].shape == (8, 7)
+    assert first["task"]
+    assert not first["action_is_pad"].any()
+    assert last["action_is_pad"].tolist() == [False] + [True] * 7
+    assert "observation.environment_state" in data.meta.features
+    assert data.meta.fps == 10
+    assert data.meta.robot_type == "ceed_tabletop"
+    assert set(data.meta.stats["action"]) >= {"min", "max", "mean", "std", "q01", "q99"}
+
+
+def test_recorded_actions_replay_to_success(tmp_path: Path) -> None:
+    import gymnasium
+
+    root = tmp_path / "clean"
+    record(config(root, episodes=1))
+    env = gymnasium.make("ceed_vla/Tabletop-v0", task="push_cube", cameras=())
+    env.reset(seed=0)
+    solved = [env.step(np.array(row["action"], dtype=np.float32))[2] for row in rows(root)]
+    env.close()
+    assert solved[-1]
+    assert not any(solved[:-1])
+
+
+def test_action_noise_keeps_clean_labels(tmp_path: Path) -> None:
+    record(config(tmp_path / "clean", episodes=1))
+    record(config(tmp_path / "noisy", episodes=1, action_noise=0.1))
+    clean, noisy = rows(tmp_path / "clean"), rows(tmp_path / "noisy")
+    assert clean[0]["action"] == noisy[0]["action"]  # same state, clean label
+    assert clean[1]["observation.state"] != noisy[1]["observation.state"]  # another action was executed
+
+
+def test_perturbed_attempts_split_at_bursts(tmp_path: Path) -> None:
+    root = tmp_path / "perturb"
+    summary = record(config(root, mode="perturb", tasks="cube_in_bin", excursion_fraction=1.0))
+    seeds = json.loads((root / "recording.json").read_text())["progress"]["episode_seeds"]
+    assert summary.episodes == len(seeds) > len(set(seeds))
+    lengths = Counter(row["episode_index"] for row in rows(root))
+    assert max(lengths.values()) <= 19
+    assert next(row["frame_index"] for row in rows(root) if row["episode_index"] == 1) == 0
+
+
+def test_grounding_frames_have_own_tasks_and_no_action(tmp_path: Path) -> None:
+    root = tmp_path / "grounding"
+    summary = record(config(root, mode="grounding", tasks="all", episodes=10, scenes_per_episode=6))
+    data = read(root)
+    assert (summary.episodes, summary.frames) == (2, 20)
+    assert "action" not in data.meta.features
+    assert len({data[i]["task"] for i in range(12)}) > 3
+    states = np.stack([row["observation.state"] for row in rows(root)])
+    assert len(np.unique(states[:, :3].round(4), axis=0)) == 20
+
+
+# -- interrupts, full disks, resume --
+
+
+@pytest.mark.parametrize(("mode", "options"), [("clean", {}), ("grounding", {"scenes_per_episode": 2})])
+def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, mode: str, options: dict[str, Any]) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    record(config(whole, episodes=4, mode=mode, **options))
+
+    def interrupt(attempt: Any) -> None:
+        if attempt.seed == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record(config(broken, episodes=4, mode=mode, **options), on_attempt=interrupt)
+    assert 0 < len(read(broken)) < len(rows(whole))
+    summary = record(config(broken, episodes=4, mode=mode, resume=True, **options))
+    assert rows(broken) == rows(whole)
+    assert summary.attempts == 4
+    statistics = [json.loads((root / "meta" / "stats.json").read_text()) for root in (whole, broken)]
+    np.testing.assert_allclose(
+        statistics[0]["observation.state"]["mean"], statistics[1]["observation.state"]["mean"], rtol=1e-6
+    )
+    assert record(config(broken, episodes=4, mode=mode, resume=True, **options)).frames == summary.frames
+
+
+def test_sigterm_is_an_interrupt(tmp_path: Path) -> None:
+    def kill(attempt: Any) -> None:
+        if attempt.seed == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        record(config(tmp_path / "set", episodes=3), on_attempt=kill)
+    assert read(tmp_path / "set").num_episodes == 1
+
+
+def test_full_disk_leaves_readable_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "set"
+    written = []
+    write_table = pq.ParquetWriter.write_table
+
+    def failing(self: pq.ParquetWriter, table: Any, *args: Any, **kwargs: Any) -> None:
+        if "frame_index" in table.column_names:
+            if len(written) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written.append(table)
+        write_table(self, table, *args, **kwargs)
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", failing)
+    with pytest.raises(DatasetError, match=r"disk is full.*2 episodes"):
+        record(config(root, episodes=4, commit_frames=1))
+    monkeypatch.undo()
+    assert read(root).num_episodes == 2
+    assert record(config(root, episodes=4, resume=True)).episodes == 4
+    assert len(read(root)) == len(rows(root))
+
+
+def test_little_room_stops_without_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([True, True, False])
+    monkeypatch.setattr(DatasetWriter, "has_room", lambda self: next(answers))
+    with pytest.raises(DatasetError, match=r"disk is full.*2 episodes"):
+        record(config(tmp_path / "set", episodes=4))
+    assert read(tmp_path / "set").num_episodes == 2
+
+
+@pytest.mark.parametrize("victim", ["write_tasks", "write_stats", "write_info"])
+def test_half_done_commit_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str) -> None:
+    root = tmp_path / "set"
+    writer = new_writer(root)
+    writer.add_episode(fake_frames(5, "first"))
+    writer.commit({"done": 1})
+
+    def broken(value: Any, folder: Path) -> None:
+        name = {"write_tasks": "tasks.parquet", "write_stats": "stats.json", "write_info": "info.json"}[
+            victim
+        ]
+        (folder / "meta" / name).write_text("")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"sim.recording.dataset_writer.{victim}", broken)
+    writer.add_episode(fake_frames(7, "second"))
+    with pytest.raises(OSError, match="No space"):
+        writer.commit({"done": 2})
+    monkeypatch.undo()
+    writer = new_writer(root)  # what a new process does after a kill at this point
+    assert (writer.episodes, writer.frames, writer.progress) == (1, 5, {"done": 1})
+    assert len(read(root)) == 5
+    writer.add_episode(fake_frames(3, "third"))
+    writer.commit({"done": 2})
+    assert [read(root)[i]["task"] for i in (0, 5)] == ["first", "third"]
+
+
+# -- the writer and its numbers --
+
+
+def test_writer_stores_images_without_loss(tmp_path: Path) -> None:
+    writer = new_writer(tmp_path / "set")
+    frames = fake_frames(4)
+    writer.add_episode(frames)
+    writer.commit({})
+    stored = (read(tmp_path / "set")[2]["observation.images.front"] * 255).round().byte().numpy()
+    np.testing.assert_array_equal(stored.transpose(1, 2, 0), frames[2]["observation.images.front"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"action": np.zeros(3, np.float32)},
+        {"action": np.zeros(2, np.float64)},
+        {"action": np.array([np.nan, 0], np.float32)},
+        {"observation.images.front": np.zeros((8, 9, 3), np.uint8)},
+        {"task": ""},
+        {"extra": np.zeros(1, np.float32)},
+    ],
+)
+def test_writer_refuses_malformed_frames(tmp_path: Path, change: dict[str, Any]) -> None:
+    writer = new_writer(tmp_path / "set")
+    with pytest.raises(DatasetError):
+        writer.add_episode([{**fake_frames(1)[0], **change}])
+    assert writer.episodes == 0
+
+
+def test_statistics_match_numpy() -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (7, 5, 4, 3), dtype=np.uint8)
+    stats, pixels = image_statistics(images), images.reshape(-1, 3) / 255
+    np.testing.assert_allclose(stats["mean"].ravel(), pixels.mean(axis=0))
+    np.testing.assert_allclose(stats["std"].ravel(), pixels.std(axis=0))
+    np.testing.assert_allclose(stats["q90"].ravel(), np.quantile(pixels, 0.9, axis=0), atol=2 / 255)
+    np.testing.assert_allclose(stats["min"].ravel(), pixels.min(axis=0))
+    np.testing.assert_allclose(stats["max"].ravel(), pixels.max(axis=0))
+    assert vector_statistics(np.arange(5))["q50"] == [2]
+    assert vector_statistics(np.ones((1, 3)))["std"].tolist() == [0, 0, 0]
+
+
+# -- refusals --
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 50_000}, "never recorded"),
+        ({"seed": 49_999, "episodes": 2}, "never recorded"),
+        ({"seed": 40_000, "mode": "takeover"}, "never recorded"),
+        ({"seed": 29_999, "episodes": 2}, "range of mode 'clean'"),
+        ({"seed": 0, "mode": "takeover"}, "range of mode 'takeover'"),
+        ({"seed": -1}, "not all in"),
+        ({"mode": "dirty"}, "clean, perturb, grounding, takeover"),
+        ({"tasks": "juggle"}, "cube_in_bin, cube_on_plate, push_cube, stack_cubes"),
+        ({"tasks": ""}, "choose 'all'"),
+        ({"episodes": 0}, "at least 1"),
+        ({"mode": "perturb", "action_noise": 0.1}, "mode clean only"),
+        ({"action_noise": -0.1}, r"\[0, 1\]"),
+    ],
+)
+def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(tmp_path / "set", **options)
+
+
+def test_existing_root_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("keep me")
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match="choose a new --root"):
+            record(config(tmp_path, resume=resume))
+    assert (tmp_path / "notes.txt").read_text() == "keep me"
+
+
+def test_resume_with_other_options_is_refused(tmp_path: Path) -> None:
+    record(config(tmp_path / "set", episodes=1))
+    with pytest.raises(ConfigError, match="max_steps"):
+        record(config(tmp_path / "set", episodes=1, max_steps=50, resume=True))
+    with pytest.raises(ConfigError, match="--resume"):
+        record(config(tmp_path / "set", episodes=1))
+
+
+def test_takeover_needs_a_policy(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--policy_path"):
+        record(config(tmp_path / "set", mode="takeover"))
+    assert not (tmp_path / "set").exists()
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "set"
+    assert main(["--root", str(root), "--tasks", "push_cube", "--episodes", "1", "--progress", "false"]) == 0
+    assert "push_cube/recorded 1" in capsys.readouterr().out
+    assert main(["--root", str(root), "--episodes", "1"]) == 1
+    assert "--resume" in capsys.readouterr().err

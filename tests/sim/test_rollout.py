@@ -1,0 +1,192 @@
+"""Lock-step rollouts with scripted policies behind the policy interface, and takeover recordings of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from ceed_vla.errors import ConfigError
+from sim.record import record
+from sim.recording.config import RecordConfig
+from sim.rollout import EnvPool, EpisodeResult, rollout, stack_previous, success_rate, wilson_interval
+
+CHUNK, DIMS = 8, 7
+
+
+class FakePolicy:
+    """Answers like `CeedVLAPolicy.decode`; remembers what it was asked.
+
+    Args:
+        act: From state (14,) to action (7,), repeated over the chunk; None = zero actions.
+    """
+
+    def __init__(self, act: Callable[[np.ndarray], np.ndarray] | None = None) -> None:
+        self.config = SimpleNamespace(n_action_steps=4, chunk_size=CHUNK)
+        self.act = act
+        self.calls: list[SimpleNamespace] = []
+
+    def decode(
+        self, batch: dict[str, Any], decoding: Any, previous: Any = None, generator: Any = None
+    ) -> Any:
+        states = batch["observation.state"]
+        rows = len(states)
+        self.calls.append(SimpleNamespace(batch=batch, decoding=decoding, previous=previous))
+        actions = torch.zeros(rows, CHUNK, DIMS)
+        if self.act is not None:
+            actions += torch.from_numpy(np.stack([self.act(state) for state in states.numpy()]))[:, None]
+        return SimpleNamespace(
+            tokens=torch.full((rows, CHUNK * DIMS), len(self.calls)),
+            actions=actions,
+            forwards=3,
+            iterations=torch.arange(rows) + 1,
+            exit_reason=["converged"] * rows,
+            seconds={"prefill": 0.1, "decode": 0.2},
+        )
+
+
+def bundle(policy: FakePolicy) -> tuple[Any, Any, Any]:
+    return policy, None, None
+
+
+def reach(state: np.ndarray) -> np.ndarray:
+    """A moving policy: up and to the left, by the measured position, so that it differs between scenes."""
+    return np.array([0, 0.5 * np.sign(0.2 - state[1]), 0.3, 0, 0, 0, 1], dtype=np.float32)
+
+
+def test_counts_of_failing_episodes() -> None:
+    policy = FakePolicy()
+    seen: list[tuple[int, int]] = []
+    results = rollout(
+        bundle(policy),
+        range(40_000, 40_003),
+        decoding="jacobi",
+        batch=2,
+        max_episode_steps=10,
+        on_chunk=lambda slot, observation, chunk: seen.append(
+            (slot, observation["pixels"]["front"].shape[0])
+        ),
+    )
+    assert [r.seed for r in results] == [40_000, 40_001, 40_002]
+    assert not any(r.success for r in results)
+    assert [r.steps for r in results] == [10, 10, 10]
+    assert [r.chunks for r in results] == [3, 3, 3]  # 4 + 4 + 2 steps
+    assert [r.forwards for r in results] == [[1] * 3, [2] * 3, [1] * 3]  # the row's own iterations
+    assert results[0].exit_reasons == ["converged"] * 3
+    assert results[0].seconds[0] == {"prefill": 0.1, "decode": 0.2, "rows": 2}
+    assert all(r.instruction and r.task for r in results)
+    assert len(seen) == 9
+    assert seen[0] == (0, 96)
+    assert [len(call.batch["task"]) for call in policy.calls] == [2] * 3 + [1] * 3
+    assert policy.calls[0].batch["observation.images.front"].shape == (2, 3, 96, 96)
+    assert policy.calls[0].decoding == "jacobi"
+
+
+def test_previous_is_reset_with_the_episode() -> None:
+    policy = FakePolicy()
+    results = rollout(bundle(policy), [1, 2, 3], "push_cube", batch=2, executed_steps=8, max_episode_steps=16)
+    assert [r.task for r in results] == ["push_cube"] * 3
+    assert policy.calls[0].previous is None
+    assert policy.calls[1].previous.tolist() == [[1] * 56] * 2
+    assert policy.calls[2].previous is None  # the third episode, alone
+
+
+def test_stack_previous_marks_missing_rows() -> None:
+    stacked = stack_previous([None, torch.tensor([4, 5])])
+    assert stacked is not None
+    assert stacked.tolist() == [[-1, -1], [4, 5]]
+    assert stack_previous([None, None]) is None
+
+
+def test_episodes_do_not_depend_on_their_neighbours() -> None:
+    def trace(batch: int) -> dict[int, list[list[float]]]:
+        states: dict[int, list[list[float]]] = {}
+
+        def note(slot: int, observation: dict[str, Any], chunk: Any) -> None:
+            states.setdefault(slot, []).append(observation["agent_pos"].tolist())
+
+        return_value = rollout(
+            bundle(FakePolicy(reach)), [7, 8], batch=batch, max_episode_steps=12, on_chunk=note
+        )
+        steps = sum(math.ceil(r.steps / 4) for r in return_value)
+        flat = [state for slot in sorted(states) for state in states[slot]]
+        assert len(flat) == steps
+        return {index: flat[3 * index : 3 * index + 3] for index in range(2)}
+
+    assert trace(1) == trace(2)
+
+
+def test_success_ends_an_episode_early() -> None:
+    with EnvPool(1) as pool:
+        env = pool.env(0)
+        env.reset(seed=11, options={"task": "push_cube"})
+
+        class Expert(FakePolicy):
+            def decode(self, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+                result = super().decode(batch, *args, **kwargs)
+                result.actions[:, 0] = torch.as_tensor(np.asarray(env.expert_action()), dtype=torch.float32)
+                return result
+
+        results = rollout(bundle(Expert()), [11], "push_cube", executed_steps=1, pool=pool)
+    assert results[0].success
+    assert results[0].steps == results[0].chunks < 120
+    assert success_rate(results) == 1.0
+
+
+def test_one_family_per_seed() -> None:
+    tasks = ["stack_cubes", "cube_in_bin"]
+    results = rollout(bundle(FakePolicy()), [5, 6], tasks, max_episode_steps=4)
+    assert [r.task for r in results] == tasks
+    with pytest.raises(ConfigError, match="2 tasks for 1 seeds"):
+        rollout(bundle(FakePolicy()), [5], tasks)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"batch": 0}, "at least 1"), ({"executed_steps": 0}, "at least 1")]
+)
+def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        rollout(bundle(FakePolicy()), [1], **options)
+
+
+def test_success_rate_and_interval() -> None:
+    results = [EpisodeResult(seed, success=seed < 3) for seed in range(4)]
+    assert success_rate(results) == 0.75
+    assert math.isnan(success_rate([]))
+    low, high = wilson_interval(87, 100)
+    assert (round(low, 3), round(high, 3)) == (0.790, 0.922)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert wilson_interval(0, 20)[0] == 0.0
+    assert wilson_interval(20, 20)[1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("switches", [1, 2])
+def test_takeover_stores_only_finished_corrections(tmp_path: Path, switches: int) -> None:
+    root = tmp_path / "takeover"
+    options = {"tasks": "push_cube", "episodes": 3, "batch": 2, "max_chunks": 3, "switches": switches}
+    config = RecordConfig(root=root, mode="takeover", progress=False, **options)
+    summary = record(config, policy_bundle=bundle(FakePolicy(reach)))
+    assert summary.attempts == sum(summary.outcomes.values()) == 3
+    recorded = summary.outcomes.get("push_cube/recorded", 0)
+    assert recorded > 0
+    assert recorded <= summary.episodes <= recorded * switches
+    progress = json.loads((root / "recording.json").read_text())["progress"]
+    assert set(progress["episode_seeds"]) <= {30_000, 30_001, 30_002}
+    table = pq.read_table(next(root.glob("data/*/*.parquet"))).to_pydict()
+    assert len(table["action"]) == summary.frames
+    lengths = np.bincount(table["episode_index"])
+    assert lengths.max() <= config.takeover_steps
+    # The first stored frame is where the policy left the arm, not the pose after reset.
+    pool = EnvPool(1)
+    pool.env(0).reset(seed=progress["episode_seeds"][0], options={"task": "push_cube"})
+    start = pool.env(0).observe()["agent_pos"]
+    pool.close()
+    assert not np.allclose(table["observation.state"][0], start, atol=1e-3)

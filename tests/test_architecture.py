@@ -1,0 +1,150 @@
+"""Rules that hold for the whole repository: who imports whom, no machine's paths, no registries, short files."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_LINES = 450
+
+# Package -> what it may import of the others. `cli.py` may import all of them while a command runs.
+ARROWS: dict[str, set[str]] = {
+    "ceed_vla": set(),
+    "training": {"ceed_vla"},
+    "sim": {"ceed_vla"},
+    "ros_nodes": {"ceed_vla", "sim"},
+    "benchmarks": {"ceed_vla", "training", "sim"},
+}
+FORBIDDEN_ANYWHERE = {"ceed_vla": {"rclpy", "mujoco"}, "training": {"rclpy", "mujoco"}, "sim": {"rclpy"}}
+LAZY_IMPORTS = {"ceed_vla/cli.py"}
+
+# Spelled so that this file does not match itself.
+MACHINE_PATHS = re.compile(r"(?<![\w.~$}])/(?:home|Users|root|work|farm|mnt|scratch)/\w")
+REGISTRIES = re.compile(
+    r"pypi\.(?:org|python\.org)|pythonhosted\.org|download\.pytorch\.org|registry\.npmjs|anaconda\.org"
+    r"|-(?:extra-)?index-url|^\s*index-url",
+    re.IGNORECASE | re.MULTILINE,
+)
+UNSAFE_LOADING = re.compile(r"\btorch\.load\(|\bpickle\.loads?\(|trust_remote_code\s*=\s*True")
+
+
+def tracked_files() -> list[Path]:
+    """Files under version control or about to be; without git, all but environments and output."""
+    try:
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listing = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+        files = [ROOT / name for name in listing.split("\0") if name]
+    except (OSError, subprocess.CalledProcessError):
+        skipped = {".git", ".venv", "outputs", "data", "runs", "build", "dist", "__pycache__"}
+        files = [path for path in ROOT.rglob("*") if not skipped & set(path.relative_to(ROOT).parts)]
+    return sorted(path for path in files if path.is_file())
+
+
+FILES = tracked_files()
+SOURCES = [path for path in FILES if path.suffix == ".py"]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def text_of(path: Path) -> str | None:
+    """The text of a file, None if it is binary."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def imports(tree: ast.AST, *, lazy: bool) -> Iterator[tuple[int, str]]:
+    """(line, top-level package) of every import; with `lazy=False` only of those that run at import time."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.partition(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if not node.level and node.module:
+                yield node.lineno, node.module.partition(".")[0]
+        elif lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from imports(node, lazy=lazy)
+
+
+@pytest.mark.parametrize("package", ARROWS)
+def test_import_arrows(package: str) -> None:
+    forbidden = (set(ARROWS) - ARROWS[package] - {package}) | FORBIDDEN_ANYWHERE.get(package, set())
+    wrong = [
+        f"{name_of(path)}:{line} imports {imported}"
+        for path in SOURCES
+        if name_of(path).startswith(f"{package}/")
+        for line, imported in imports(ast.parse(path.read_text()), lazy=name_of(path) not in LAZY_IMPORTS)
+        if imported in forbidden
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_import_arrows_see_what_they_should() -> None:
+    source = "import sim.rollout\nclass A:\n  import mujoco\ndef f():\n  from training import data\nif x:\n  import y"
+    tree = ast.parse(source)
+    assert [name for _, name in imports(tree, lazy=False)] == ["sim", "mujoco", "y"]
+    assert [name for _, name in imports(tree, lazy=True)] == ["sim", "mujoco", "training", "y"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "what"), [(MACHINE_PATHS, "path of a machine"), (REGISTRIES, "package registry")]
+)
+def test_nothing_names_a_machine_or_registry(pattern: re.Pattern[str], what: str) -> None:
+    wrong = [
+        f"{name_of(path)}:{text.count(chr(10), 0, match.start()) + 1}: {what}: {match[0]!r}"
+        for path in FILES
+        if path != Path(__file__).resolve() and (text := text_of(path)) is not None
+        for match in pattern.finditer(text)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_weights_are_never_unpickled() -> None:
+    wrong = [
+        name_of(path)
+        for path in SOURCES
+        if path != Path(__file__).resolve() and UNSAFE_LOADING.search(path.read_text())
+    ]
+    assert not wrong, "unpickles, or runs code from elsewhere: " + ", ".join(wrong)
+
+
+def test_files_are_short() -> None:
+    long = {
+        name_of(path): lines for path in SOURCES if (lines := len(path.read_text().splitlines())) > MAX_LINES
+    }
+    assert not long, f"over {MAX_LINES} lines: {long}"
+
+
+def test_large_files_are_few() -> None:
+    large = {name_of(path): path.stat().st_size for path in FILES if path.stat().st_size > 20_000_000}
+    assert not large, f"over 20 MB: {large}"
+
+
+@pytest.mark.parametrize("folder", ["launch", "tests"])
+def test_folder_is_no_package(folder: str) -> None:
+    found = [
+        name_of(path)
+        for path in SOURCES
+        if path.name == "__init__.py" and name_of(path).startswith(f"{folder}/")
+    ]
+    assert not found, f"{found} would shadow another module called {folder!r}"
+
+
+def test_versions_agree() -> None:
+    version = re.search(r'^__version__ = "(.+)"', (ROOT / "ceed_vla/__init__.py").read_text(), re.MULTILINE)
+    assert version is not None
+    assert f"<version>{version[1]}</version>" in (ROOT / "package.xml").read_text()
+    assert f'version = "{version[1]}"' in (ROOT / "lerobot_policy_ceed_vla/pyproject.toml").read_text()
+
+
+def test_constraints_pin_exact_public_versions() -> None:
+    lines = (ROOT / "constraints.txt").read_text().split()
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9.-]+==[\w.]+", line)] == []

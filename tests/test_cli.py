@@ -1,0 +1,255 @@
+"""The command-line entry: exit codes, messages, flags and help."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ceed_vla
+from ceed_vla import cli
+from ceed_vla.cli_flags import UsageError, parse_flags
+from ceed_vla.errors import ConfigError, DatasetError
+
+
+@dataclass
+class Inner:
+    """A nested configuration.
+
+    Attributes:
+        path: Where it lies.
+        width: Its width.
+        sizes: Its sizes.
+    """
+
+    path: str = ""
+    width: int = 8
+    sizes: list[int] = field(default_factory=list)
+
+
+@dataclass
+class ToyConfig:
+    """Do something to a folder.
+
+    Attributes:
+        root: The folder.
+        steps: How often; a sentence that is long enough to need a second line of text, so that wrapping is seen,
+            even on a terminal that is as wide as the help text may become.
+        mode: "good" or "fine".
+        resume: Go on.
+        inner: What is inside.
+    """
+
+    root: Path
+    steps: int = 3
+    mode: str = "good"
+    resume: bool = False
+    unexplained: int = 0
+    inner: Inner = field(default_factory=lambda: Inner(width=16, sizes=[1, 2]))
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("good", "fine"):
+            raise ConfigError(f"unknown mode {self.mode!r}; choose good or fine")
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A module behind the command `toy`; a test sets its function `run`."""
+    module = types.ModuleType("toy_command")
+    module.ToyConfig = ToyConfig  # type: ignore[attr-defined]
+    module.run = lambda config: f"ran {config.root} {config.steps}"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "toy_command", module)
+    command = cli.Command("a toy", "toy_command", "ToyConfig", "run", kept="units are in {root}")
+    monkeypatch.setitem(cli.COMMANDS, "toy", command)
+    monkeypatch.delenv(cli.TRACEBACK, raising=False)
+    return module
+
+
+def run_in_new_process(*words: str) -> subprocess.CompletedProcess[str]:
+    script = (
+        "import sys; from ceed_vla import cli; code = cli.main(sys.argv[1:]); "
+        "print('HEAVY', [m for m in ('torch', 'lerobot', 'mujoco', 'numpy') if m in sys.modules]); sys.exit(code)"
+    )
+    root = Path(cli.__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=root, timeout=120
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["nonsense"]])
+def test_top_level_imports_nothing_heavy(words: list[str]) -> None:
+    assert "HEAVY []" in run_in_new_process(*words).stdout
+
+
+def test_overview_has_one_line_per_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, command in cli.COMMANDS.items():
+        assert [line.split(maxsplit=1) for line in lines if line.startswith(f"  {name} ")] == [
+            [name, command.summary]
+        ]
+
+
+def test_no_command_prints_the_overview_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "commands:" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ceed-vla {ceed_vla.__version__}\n"
+
+
+def test_unknown_command_lists_the_valid_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 2
+    message = capsys.readouterr().err
+    assert "'trian'" in message
+    assert "did you mean train?" in message
+    assert ", ".join(cli.COMMANDS) in message
+
+
+def test_every_command_exists() -> None:
+    import importlib
+
+    for command in cli.COMMANDS.values():
+        module = importlib.import_module(command.module)
+        assert callable(getattr(module, command.function))
+        config_class = getattr(module, command.config)
+        names = {item.name for item in config_class.__dataclass_fields__.values()}
+        command.kept.format_map(dict.fromkeys(names, ""))  # the message of an interrupt must not fail
+
+
+def test_result_is_printed(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["toy", "--root", "here", "--steps=5"]) == 0
+    assert capsys.readouterr().out == "ran here 5\n"
+
+
+def test_report_is_not_printed(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    toy.run = lambda config: {"success": 1}
+    assert cli.main(["toy", "--root=here"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--root", "x", "--stesp=1"], "unknown flag '--stesp=1'; did you mean --steps?"),
+        (["--root", "x", "--steps", "many"], "`steps`: Couldn't parse 'many' into an int"),
+        (["--root"], "--root needs a value"),
+        (["--root", "--steps=1"], "--root needs a value"),
+        (["x"], "unknown flag 'x'"),
+        (["--root=x", "--inner.sizes=[1,"], "--inner.sizes cannot be read"),
+        ([], "missing --root"),
+        (["--root", "x", "--config_path", "no-such.yaml"], "no-such.yaml cannot be read"),
+        (["--root", "x", "--config_path"], "--config_path needs a value"),
+    ],
+)
+def test_wrong_usage(toy: Any, capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
+    assert cli.main(["toy", *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("ceed-vla toy: error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_refused_value_is_an_error_of_the_configuration(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["toy", "--root=x", "--mode=bad"]) == 1
+    assert capsys.readouterr().err == "ceed-vla toy: error: unknown mode 'bad'; choose good or fine\n"
+
+
+@pytest.mark.parametrize("error", [DatasetError("no frames\nin x"), PermissionError(13, "denied", "x")])
+def test_error_is_one_line(toy: Any, capsys: pytest.CaptureFixture[str], error: Exception) -> None:
+    def fail(config: ToyConfig) -> None:
+        raise error
+
+    toy.run = fail
+    assert cli.main(["toy", "--root=x"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("ceed-vla toy: error: ")
+    assert message.count("\n") == 1
+
+
+def test_traceback_on_request(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: ToyConfig) -> None:
+        raise DatasetError("no frames")
+
+    toy.run = fail
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    with pytest.raises(DatasetError):
+        cli.main(["toy", "--root=x"])
+
+
+def test_interrupt_says_what_is_kept(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(config: ToyConfig) -> None:
+        raise KeyboardInterrupt
+
+    toy.run = interrupt
+    assert cli.main(["toy", "--root=there"]) == 130
+    assert capsys.readouterr().err.strip() == "ceed-vla toy: interrupted; units are in there"
+
+
+def test_simulator_arguments_reach_the_function(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    toy.run = lambda config, closed_loop: seen.update(root=config.root, closed_loop=closed_loop)
+    command = cli.Command(
+        "a toy", "toy_command", "ToyConfig", "run", "", simulator=lambda config: {"closed_loop": config.steps}
+    )
+    monkeypatch.setitem(cli.COMMANDS, "toy", command)
+    assert cli.main(["toy", "--root=x", "--steps=7"]) == 0
+    assert seen == {"root": Path("x"), "closed_loop": 7}
+
+
+def test_help_describes_every_flag(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["toy", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: ceed-vla toy ")
+    assert "Do something to a folder." in text
+    assert "--root PATH                     The folder. (required)" in text
+    assert "--inner.width INT               Its width. [16]" in text
+    assert "also: --unexplained" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_setting_one_nested_flag_keeps_the_other_defaults() -> None:
+    config = parse_flags(ToyConfig, ["--root=x", "--inner.path=p"])
+    assert config.inner == Inner("p", 16, [1, 2])
+
+
+def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("root: from_file\nsteps: 4\ninner:\n  path: p\n  width: 2\n")
+    config = parse_flags(ToyConfig, ["--config_path", str(file), "--inner.width=5"])
+    assert config == ToyConfig(Path("from_file"), steps=4, inner=Inner("p", 5, [1, 2]))
+
+
+@pytest.mark.parametrize("value", ["007", "null", "a: b", "true", "-x"])
+def test_text_stays_text(value: str) -> None:
+    config = parse_flags(ToyConfig, ["--root", value, f"--inner.path={value}"])
+    assert (config.root, config.inner.path) == (Path(value), value)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "\xff"])
+def test_unusable_file(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UsageError, match=r"run\.yaml"):
+        parse_flags(ToyConfig, ["--root=x", f"--config_path={file}"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "resume"),
+    [
+        (["--resume"], True),
+        (["--resume", "--steps=2"], True),
+        (["--resume", "false"], False),
+        (["--resume=true"], True),
+    ],
+)
+def test_switches(flags: list[str], resume: bool) -> None:
+    assert parse_flags(ToyConfig, ["--root=x", *flags]).resume is resume

@@ -1,0 +1,1 @@
+"""Offline training: teacher, Jacobi trajectories, consistency distillation."""

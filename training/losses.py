@@ -1,0 +1,134 @@
+"""Losses of consistency distillation.
+
+Notation: ``Y*`` is the fixed point (the teacher's greedy block), ``Y`` a Jacobi state on the way to it, ``f`` the
+first slot where they differ. All logits are aligned: entry ``i`` of (B, n, V) predicts token ``i`` from tokens
+``< i``. Entries up to and including ``f`` are therefore identical for ``Y`` and ``Y*`` and carry no information; the
+consistency terms start at ``f + 1``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ceed_vla.modeling_ceed_vla import soft_cross_entropy
+
+LOSSES = ("trust_region", "paper")
+
+
+@dataclass
+class DistillationTerms:
+    """Scalar parts of a distillation loss.
+
+    Attributes:
+        consistency: Divergence on the corrupted block.
+        anchor: What keeps the student's policy in place: KL to the teacher, or cross-entropy on mixed labels.
+        total: consistency + omega * anchor.
+    """
+
+    consistency: Tensor
+    anchor: Tensor
+    total: Tensor
+
+
+def forward_kl(target_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL(target || model) (B, n) of logits (B, n, V); the target gets no gradient."""
+    target = F.log_softmax(target_logits.detach().float(), dim=-1)
+    return (target.exp() * (target - F.log_softmax(logits.float(), dim=-1))).sum(-1)
+
+
+def after_first_divergence(states: Tensor, fixed_point: Tensor) -> Tensor:
+    """(B, n) float mask: 1 on slots after the first one where `states` and `fixed_point` differ."""
+    wrong = (states != fixed_point).int()  # (B, n)
+    return (wrong.cumsum(1) - wrong > 0).float()
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of (B, n) `values` where `mask` is 1; zero, with a gradient, where nothing is."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def trust_region_loss(
+    teacher_logits: Tensor,
+    fixed_logits: Tensor,
+    state_logits: Tensor,
+    states: Tensor,
+    fixed_point: Tensor,
+    omega: float,
+) -> DistillationTerms:
+    """Both blocks of the student stay near the frozen teacher; no demonstration is involved.
+
+        L = mean_{i > f} KL(p_T(. | Y*_<i) || q(. | Y_<i)) + omega * mean_i KL(p_T(. | Y*_<i) || q(. | Y*_<i))
+
+    Args:
+        teacher_logits: Frozen teacher on ``Y*`` (B, n, V).
+        fixed_logits: Student on ``Y*`` (B, n, V).
+        state_logits: Student on ``Y`` (B, n, V).
+        states: ``Y`` (B, n).
+        fixed_point: ``Y*`` (B, n).
+        omega: Weight of the anchor.
+    """
+    mask = after_first_divergence(states, fixed_point)
+    consistency = masked_mean(forward_kl(teacher_logits, state_logits), mask)
+    anchor = forward_kl(teacher_logits, fixed_logits).mean()
+    return DistillationTerms(consistency, anchor, consistency + omega * anchor)
+
+
+def paper_loss(
+    fixed_logits: Tensor,
+    state_logits: Tensor,
+    label_logits: Tensor,
+    states: Tensor,
+    fixed_point: Tensor,
+    labels: Tensor,
+    label_weight: Tensor,
+    omega: float,
+    sigma: float,
+) -> DistillationTerms:
+    """CEED-VLA (arXiv 2506.13725): self-consistency plus autoregression on mixed labels.
+
+        L = mean_{i > f} KL(sg q(. | Y*_<i) || q(. | Y_<i)) - omega * mean_i log q(label_i | label_<i)
+
+    Args:
+        fixed_logits: Student on ``Y*`` (B, n, V), the target (stop-gradient).
+        state_logits: Student on ``Y`` (B, n, V).
+        label_logits: Student on the label itself (B, n, V), so that prefix and target agree.
+        states: ``Y`` (B, n).
+        fixed_point: ``Y*`` (B, n).
+        labels: Mixed labels (B, n).
+        label_weight: (B, n) 0 on tokens past the end of the demonstration.
+        omega: Weight of the autoregressive term.
+        sigma: Width of the soft labels [bins], as in the teacher's training; 0 is the paper's hard label.
+    """
+    mask = after_first_divergence(states, fixed_point)
+    consistency = masked_mean(forward_kl(fixed_logits, state_logits), mask)
+    anchor = masked_mean(soft_cross_entropy(label_logits, labels, sigma), label_weight)
+    return DistillationTerms(consistency, anchor, consistency + omega * anchor)
+
+
+def chunk_distance(actions: Tensor, demonstration: Tensor, valid: Tensor, half_range: Tensor) -> Tensor:
+    """Mean absolute difference (B,) of two chunks (B, m, A) over valid steps (B, m), in normalised units.
+
+    Args:
+        actions: The teacher's chunk.
+        demonstration: The recorded chunk.
+        valid: 1 on steps before the end of the episode.
+        half_range: (A,) half the bin range of every dimension: a difference of it counts as 1.
+    """
+    difference = ((actions - demonstration).abs() / half_range).mean(-1)  # (B, m)
+    return (difference * valid).sum(1) / valid.sum(1).clamp(min=1)
+
+
+def mixed_labels(
+    fixed_point: Tensor, demonstration: Tensor, distance: Tensor, delta_max: float
+) -> tuple[Tensor, Tensor]:
+    """The paper's label choice: the teacher's block unless it strays more than `delta_max` from the demonstration.
+
+    Returns:
+        Labels (B, n) and the rows (B,) that were replaced by the demonstration.
+    """
+    replaced = distance > delta_max
+    return torch.where(replaced[:, None], demonstration, fixed_point), replaced

@@ -1,0 +1,113 @@
+"""Batches from several data sets: whether they go together, in which shares they are drawn, their statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.errors import DatasetError
+from training.data import ACTION, STATE, FrameStore
+
+
+class Mixture:
+    """Draws batches from several frame stores in fixed proportions; a step always gets the same frames.
+
+    Args:
+        stores: Data sets with the same features.
+        weights: Share of every store; proportional to the frames if None.
+        seed: Seed of the draws.
+        chunk_size: Steps of an action chunk.
+
+    Raises:
+        DatasetError: No data set, data sets that do not go together, or other than one positive weight each.
+    """
+
+    def __init__(
+        self, stores: Sequence[FrameStore], weights: Sequence[float] | None, seed: int, chunk_size: int
+    ) -> None:
+        if not stores:
+            raise DatasetError("No data set was given; name at least one recorded folder.")
+        check_compatible(stores)
+        self.stores, self.seed, self.chunk_size = list(stores), seed, chunk_size
+        shares = np.asarray(weights if weights else [len(s) for s in stores], dtype=np.float64)
+        if len(shares) != len(stores) or (shares < 0).any() or shares.sum() <= 0:
+            raise DatasetError(f"{len(shares)} weights for {len(stores)} data sets; give one positive number each.")
+        self.shares = shares / shares.sum()
+
+    def draw(self, size: int, step: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
+        """A raw batch of `size` frames; of `world` processes, each loads its own part of the same draw."""
+        random = np.random.default_rng([self.seed, step])
+        counts = random.multinomial(size, self.shares)
+        parts, seen = [], 0
+        for store, count in zip(self.stores, counts, strict=True):
+            frames = random.integers(len(store), size=count)[(rank - seen) % world :: world]
+            seen += int(count)
+            if len(frames):
+                parts.append(store.batch(frames, self.chunk_size))
+        return join_batches(parts)
+
+
+def join_batches(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One raw batch from several."""
+    joined: dict[str, Any] = {}
+    for key, value in parts[0].items():
+        values = [part[key] for part in parts]
+        joined[key] = list(chain.from_iterable(values)) if isinstance(value, list) else torch.cat(values)
+    return joined
+
+
+def check_compatible(stores: Sequence[FrameStore]) -> None:
+    """Raise `DatasetError` unless all stores have the features of the first, in the same shapes."""
+    for store in stores[1:]:
+        for name in sorted(store.shapes.keys() | stores[0].shapes.keys()):
+            have, first = store.shapes.get(name), stores[0].shapes.get(name)
+            if have != first:
+                raise DatasetError(
+                    f"{store.root} and {stores[0].root} differ in {name}: {_shape(have)} and {_shape(first)}; "
+                    "train on data sets with the same features."
+                )
+
+
+def check_fits(store: FrameStore, config: CeedVLAConfig) -> None:
+    """Raise `DatasetError` unless a policy with `config` can read the store; images of other sizes are resized."""
+    vectors = {STATE: config.robot_state_feature, ACTION: config.action_feature if ACTION in store.shapes else None}
+    wanted = {name: tuple(feature.shape) for name, feature in vectors.items() if feature is not None}
+    wanted |= {camera: store.shapes.get(camera, (0,)) for camera in config.cameras}
+    for name, shape in wanted.items():
+        if store.shapes.get(name) != shape:
+            raise DatasetError(
+                f"{store.root} does not fit the policy, which reads {', '.join(wanted)}: {name} is "
+                f"{_shape(store.shapes.get(name))}" + (f" instead of {shape}." if name in vectors else ".")
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else str(shape)
+
+
+def state_statistics(stores: Sequence[FrameStore]) -> dict[str, dict[str, Tensor]]:
+    """LeRobot-shaped statistics of state and action over all stores."""
+    stats: dict[str, dict[str, Tensor]] = {}
+    for key, arrays in (
+        (STATE, [s.state for s in stores]),
+        (ACTION, [s.action for s in stores if s.action is not None]),
+    ):
+        if not arrays:
+            continue
+        values = np.concatenate(arrays).astype(np.float64)
+        columns = {
+            "mean": values.mean(0),
+            "std": values.std(0).clip(1e-3),
+            "min": values.min(0),
+            "max": values.max(0),
+            "q01": np.quantile(values, 0.01, axis=0),
+            "q99": np.quantile(values, 0.99, axis=0),
+        }
+        stats[key] = {name: torch.from_numpy(column).float() for name, column in columns.items()}
+    return stats

@@ -1,0 +1,285 @@
+"""What every training run shares: output folder, loop, log, checkpoints, and states to resume from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ceed_vla.checkpoints import save
+from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
+from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from training.optim import build_optimizers, cosine_factor
+
+logger = logging.getLogger(__name__)
+
+# What a closed-loop check needs: policy folder -> (successes, episodes).
+ClosedLoop = Callable[[Path], tuple[int, int]]
+
+PROGRESS = "progress.json"
+STATES = ("state_a", "state_b")  # written in turns, so that the last complete one survives an interrupt
+
+
+@dataclass
+class RunConfig:
+    """Settings of every training run.
+
+    Attributes:
+        output_dir: Where checkpoints, logs and states go.
+        steps: Optimiser steps.
+        batch_size: Frames a step, over all processes.
+        lr: Peak learning rate of AdamW.
+        muon_lr: Peak learning rate of Muon (the trunk's matrices).
+        warmup: Warm-up steps.
+        validate_every: Steps between closed-loop validations (0: only at the end).
+        save_every: Steps between resumable states.
+        log_every: Steps between log lines.
+        mixed_precision: "bf16" or "no".
+        seed: Seed of weights, batches and augmentation.
+        threads: CPU threads; 0 leaves torch's default.
+        resume: Continue an interrupted run in `output_dir`.
+    """
+
+    output_dir: str = ""
+    steps: int = 1000
+    batch_size: int = 32
+    lr: float = 1e-3
+    muon_lr: float = 1e-3
+    warmup: int = 50
+    validate_every: int = 0
+    save_every: int = 200
+    log_every: int = 20
+    mixed_precision: str = "bf16"
+    seed: int = 0
+    threads: int = 0
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.mixed_precision not in ("bf16", "no"):
+            raise ConfigError(f"mixed_precision is {self.mixed_precision!r}; choose bf16 or no.")
+
+
+class Run:
+    """One training run. A subclass loads its data, then calls `prepare`.
+
+    Args:
+        config: Settings.
+        device: "cpu", or an accelerator as `accelerate` finds it.
+        closed_loop: Measures a checkpoint in simulation; skipped if None.
+
+    Raises:
+        ConfigError: No output folder, or one that holds another run.
+    """
+
+    name = "run"
+
+    def __init__(self, config: RunConfig, device: str, closed_loop: ClosedLoop | None) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
+
+        self.settings, self.closed_loop = config, closed_loop
+        self.output = Path(config.output_dir)
+        self._check_folder()
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with="tensorboard",
+            project_dir=str(self.output),
+            cpu=device == "cpu",
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=True),  # grounding frames use no action head
+                InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # the others wait while one validates or records
+            ],
+        )
+        set_seed(config.seed)
+        self.step, self.total = 0, config.steps
+
+    def _check_folder(self) -> None:
+        folder, started = self.settings.output_dir, (self.output / PROGRESS).exists()
+        if not folder:
+            raise ConfigError("No --output_dir; name the folder for checkpoints and logs.")
+        if started and not self.settings.resume:
+            raise ConfigError(f"{folder} already holds a run; continue it with --resume=true or choose another folder.")
+        if self.settings.resume and not started:
+            raise CheckpointError(f"{folder} has no {PROGRESS}; there is nothing to resume there.")
+
+    def prepare(
+        self, objective: nn.Module, policy: CeedVLAPolicy, pre: Any, post: Any, *, weight_decay: float
+    ) -> None:
+        """Build the optimisers of the policy's trainable parameters and hand everything to accelerate."""
+        self.policy, self.pre, self.post = policy, pre, post
+        optimizers = build_optimizers(
+            policy.named_parameters(), lr=self.settings.lr, muon_lr=self.settings.muon_lr, weight_decay=weight_decay
+        )
+        self.peak_lrs = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+        self.model, *self.optimizers = self.accelerator.prepare(objective, *optimizers)
+
+    # ---- what a subclass fills in -------------------------------------------------------------------------------
+
+    def train_step(self) -> dict[str, float]:
+        """One optimiser step; the values to log."""
+        raise NotImplementedError
+
+    def before_step(self) -> None:
+        """Called before every step."""
+
+    def after_step(self) -> None:
+        """Called after every step, when `step` counts it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs beside weights, optimisers and torch's random state; JSON types."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo `state_dict`."""
+
+    # ---- the loop -----------------------------------------------------------------------------------------------
+
+    def run(self) -> Path:
+        """Train to the end.
+
+        Returns:
+            Folder of the final checkpoint.
+        """
+        settings = self.settings
+        if settings.resume:
+            self.load_state()
+        self._trim_log()
+        self.accelerator.init_trackers("tensorboard")
+        if not settings.resume:
+            self.save_state()  # from here on an interrupt can be resumed
+        self.model.train()
+        with tqdm(
+            total=self.total, initial=self.step, desc=self.name, unit="step", dynamic_ncols=True,
+            disable=not self.accelerator.is_main_process,
+        ) as bar:  # fmt: skip
+            started, first = time.monotonic(), self.step
+            while self.step < self.total:
+                self.before_step()
+                values = self.train_step()
+                self.step += 1
+                bar.update()
+                if self.step % settings.log_every == 0:
+                    values["steps_per_s"] = (self.step - first) / (time.monotonic() - started)
+                    self.log(values)
+                    bar.set_postfix({key: f"{value:.3f}" for key, value in values.items()})
+                self.after_step()
+                if settings.validate_every and self.step % settings.validate_every == 0 and self.step < self.total:
+                    self.validate(self.save_policy("last"))
+                if self.step % settings.save_every == 0 or self.step == self.total:
+                    self.save_state()
+        final = self.save_policy("final")
+        self.validate(final)
+        self.accelerator.end_training()
+        return final
+
+    def optimize(self, loss: Tensor) -> None:
+        """Backward pass and one step of all optimisers at this step's learning rate.
+
+        Raises:
+            CeedVLAError: The loss is not finite.
+        """
+        if not math.isfinite(loss.item()):
+            raise CeedVLAError(
+                f"The loss is {loss.item()} at step {self.step}: training diverged. Lower --lr and --muon_lr; "
+                f"the last good state is in {self.output}."
+            )
+        factor = cosine_factor(self.step, self.total, self.settings.warmup)
+        for optimizer, lr in zip(self.optimizers, self.peak_lrs, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    # ---- log, checkpoints, states -------------------------------------------------------------------------------
+
+    def log(self, values: dict[str, float]) -> None:
+        """Write values of this step to tensorboard and ``log.jsonl``."""
+        self.accelerator.log(values, step=self.step)
+        if self.accelerator.is_main_process:
+            with (self.output / "log.jsonl").open("a") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
+
+    def _trim_log(self) -> None:
+        """Drop log lines of steps that will be taken (again)."""
+        file = self.output / "log.jsonl"
+        if self.accelerator.is_main_process and file.is_file():
+            lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if self.settings.resume and json.loads(line)["step"] <= self.step]
+            write_atomically(file, "".join(f"{line}\n" for line in kept))
+
+    def validate(self, folder: Path) -> None:
+        """Measure a checkpoint in closed loop, where there is a simulator."""
+        if self.closed_loop is not None and self.accelerator.is_main_process:
+            successes, episodes = self.closed_loop(folder)
+            self.log({"validation_success": successes / episodes})
+            tqdm.write(f"step {self.step}: {successes}/{episodes} validation episodes succeed")
+        self.accelerator.wait_for_everyone()
+
+    def save_policy(self, name: str) -> Path:
+        """Write the policy as a checkpoint folder."""
+        folder = self.output / "checkpoints" / name / "pretrained_model"
+        if self.accelerator.is_main_process:
+            save(folder, self.policy, self.pre, self.post)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def save_state(self) -> None:
+        """Write all that resuming needs. The state before it stays valid until this one is complete."""
+        progress = self.output / PROGRESS
+        current = json.loads(progress.read_text())["state"] if progress.is_file() else STATES[1]
+        name = STATES[1 - STATES.index(current)]
+        self.accelerator.wait_for_everyone()  # every process has read the name
+        self.accelerator.save_state(str(self.output / name))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            write_atomically(progress, json.dumps({"step": self.step, "state": name, **self.state_dict()}))
+        self.accelerator.wait_for_everyone()
+
+    def load_state(self) -> None:
+        """Continue from the last complete state.
+
+        Raises:
+            CheckpointError: The state cannot be read, or belongs to a policy of other sizes.
+        """
+        try:
+            state = json.loads((self.output / PROGRESS).read_text())
+            self.accelerator.load_state(str(self.output / state["state"]))
+        except Exception as error:  # json, torch, safetensors and accelerate each raise their own kinds
+            raise CheckpointError(
+                f"{self.output} cannot be resumed ({type(error).__name__}: {error}); "
+                "repeat the settings it was started with, or start again in another folder."
+            ) from error
+        self.step = state["step"]
+        self.load_state_dict(state)
+
+
+def split_list(text: str) -> list[str]:
+    """The non-empty parts of a comma-separated list."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Replace `file` in one step, so that an interrupt leaves the old or the new text."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(file)

@@ -1,0 +1,245 @@
+"""`ceed-vla train`: the autoregressive teacher, from demonstrations, grounding scenes and takeover rounds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lerobot.configs import FeatureType, PolicyFeature
+from torch import Tensor, nn
+
+from ceed_vla.checkpoints import load
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig, tabletop_config
+from ceed_vla.errors import ConfigError, DatasetError
+from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from training.data import ENVIRONMENT, STATE, FrameStore, open_dataset
+from training.mixture import Mixture, check_fits, state_statistics
+from training.run import ClosedLoop, Run, RunConfig, split_list
+
+logger = logging.getLogger(__name__)
+
+# What a takeover round needs: (policy folder, round, folder for the new data sets) -> the recorded roots.
+# It is called again when the run is resumed from a state before the end of that round.
+RecordTakeover = Callable[[Path, int, Path], list[Path]]
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """Settings of `ceed-vla train`.
+
+    Attributes:
+        roots: Comma-separated LeRobotDataset folders with demonstrations.
+        root_weights: Comma-separated shares of `roots`; proportional to their frames if empty.
+        grounding_roots: Comma-separated action-free data sets for the auxiliary target.
+        policy: The policy's configuration; features come from the data.
+        policy_path: Start from this checkpoint instead of random weights; it replaces `policy` (but for the device).
+        grounding_steps: Optimiser steps on grounding frames alone, first.
+        steps: Optimiser steps on demonstrations.
+        batch_size: Demonstration frames a step, over all processes.
+        grounding_batch: Grounding frames beside every step.
+        weight_decay: Decoupled weight decay.
+        rounds: Takeover (DAgger) rounds, spread over the first 3/4 of `steps`.
+        takeover_episodes: Takeovers a round.
+        takeover_weight: Share of a batch that comes from takeover data once there is some.
+    """
+
+    roots: str = ""
+    root_weights: str = ""
+    grounding_roots: str = ""
+    policy: CeedVLAConfig = field(default_factory=tabletop_config)
+    policy_path: str = ""
+    grounding_steps: int = 1000
+    steps: int = 8000
+    batch_size: int = 32
+    grounding_batch: int = 12
+    lr: float = 1e-3
+    muon_lr: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: int = 50
+    rounds: int = 2
+    takeover_episodes: int = 600
+    takeover_weight: float = 0.4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("grounding_steps", "grounding_batch", "rounds"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative.")
+        if not 0 <= self.takeover_weight < 1:
+            raise ConfigError(f"takeover_weight is {self.takeover_weight}; it is a share in [0, 1).")
+
+
+class TeacherObjective(nn.Module):
+    """Loss of demonstrations plus auxiliary loss of grounding frames, in one call (DDP needs that)."""
+
+    def __init__(self, policy: CeedVLAPolicy) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(
+        self, batch: dict[str, Tensor] | None, grounding: dict[str, Tensor] | None
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Scalar loss and its parts."""
+        parts: dict[str, float] = {}
+        total: Tensor | float = 0.0
+        if batch is not None:
+            total, parts = self.policy(batch)
+        if grounding is not None:
+            loss = self.policy.grounding_loss(grounding)
+            parts["grounding_loss"] = loss.item()
+            total = total + self.policy.config.auxiliary_weight * loss
+        if not isinstance(total, Tensor):
+            raise ConfigError("A training step got neither demonstrations nor grounding frames.")
+        return total, parts
+
+
+def train(
+    config: TrainConfig, closed_loop: ClosedLoop | None = None, record_takeover: RecordTakeover | None = None
+) -> Path:
+    """Train a teacher.
+
+    Args:
+        config: Settings.
+        closed_loop: Measures a checkpoint in simulation; skipped if None.
+        record_takeover: Records one takeover round; needed when ``config.rounds > 0``.
+
+    Returns:
+        Folder of the final checkpoint.
+
+    Raises:
+        ConfigError: Missing or contradicting settings.
+        DatasetError: Unreadable or incompatible data sets.
+        CheckpointError: Nothing to resume, or a state of other sizes.
+    """
+    return TeacherRun(config, closed_loop, record_takeover).run()
+
+
+class TeacherRun(Run):
+    """One training run of a teacher: data, policy, and the takeover rounds so far."""
+
+    name = "teacher"
+
+    def __init__(
+        self, config: TrainConfig, closed_loop: ClosedLoop | None, record_takeover: RecordTakeover | None
+    ) -> None:
+        if config.rounds and record_takeover is None:
+            raise ConfigError(
+                f"rounds is {config.rounds}, but nothing records takeovers; use `ceed-vla train` or rounds=0."
+            )
+        super().__init__(config, config.policy.device or "cpu", closed_loop)
+        self.config, self.record_takeover = config, record_takeover
+        with self.accelerator.main_process_first():  # the first one decodes the images
+            self.demonstrations = [open_dataset(root) for root in split_list(config.roots)]
+            self.grounding = [open_dataset(root) for root in split_list(config.grounding_roots)]
+        self._check_data()
+        policy, pre, post = self._policy()
+        for store in (*self.demonstrations, *self.grounding):
+            check_fits(store, policy.config)
+        self.prepare(TeacherObjective(policy), policy, pre, post, weight_decay=config.weight_decay)
+        chunk = policy.config.chunk_size
+        self.grounding_mixture = Mixture(self.grounding, None, config.seed + 1, chunk) if self.grounding else None
+        self.takeovers: list[list[str]] = []  # the roots of every round
+        self.mixture = self._mixture()
+        self.first = config.grounding_steps if self.grounding else 0  # the first step on demonstrations
+        self.total = self.first + config.steps
+
+    def _check_data(self) -> None:
+        if not self.demonstrations:
+            raise ConfigError("No data: set --roots to one or more recorded folders.")
+        for store in self.demonstrations:
+            if store.action is None:
+                raise ConfigError(f"{store.root} holds no actions; name it in --grounding_roots instead.")
+        if (self.config.grounding_steps or self.config.grounding_batch) and not self.grounding:
+            logger.warning("No --grounding_roots: training without grounding frames.")
+
+    def _policy(self) -> tuple[CeedVLAPolicy, Any, Any]:
+        config = self.config
+        if config.policy_path:
+            policy, pre, post = load(config.policy_path, device=config.policy.device)
+        else:
+            set_features(config.policy, self.demonstrations[0])
+            stats = state_statistics(self.demonstrations)
+            policy = CeedVLAPolicy(config.policy, dataset_stats=stats)
+            tasks = [task for store in (*self.demonstrations, *self.grounding) for task in store.tasks]
+            pre, post = make_ceed_vla_pre_post_processors(config.policy, stats, instructions=tasks)
+        needed = len(policy.config.auxiliary_scale)
+        for store in self.grounding:
+            have = store.shapes.get(ENVIRONMENT, (0,))[0]
+            if not 0 < needed <= have:
+                raise DatasetError(
+                    f"{store.root} cannot serve as grounding data: the policy's auxiliary_scale has {needed} entries, "
+                    f"the frames have {have} values of {ENVIRONMENT}."
+                )
+        return policy, pre, post
+
+    def _mixture(self) -> Mixture:
+        config = self.config
+        weights = [float(w) for w in split_list(config.root_weights)] or [float(len(s)) for s in self.demonstrations]
+        stores = list(self.demonstrations)
+        roots = [root for of_round in self.takeovers for root in of_round]
+        if roots:
+            with self.accelerator.main_process_first():
+                takeovers = [open_dataset(root) for root in roots]
+            frames = sum(len(s) for s in takeovers)
+            share = config.takeover_weight / (1 - config.takeover_weight) * sum(weights)
+            weights += [share * len(s) / frames for s in takeovers]
+            stores += takeovers
+        return Mixture(stores, weights, config.seed + 2, self.policy.config.chunk_size)
+
+    # ---- steps --------------------------------------------------------------------------------------------------
+
+    def before_step(self) -> None:
+        config = self.config
+        while len(self.takeovers) < config.rounds:
+            share = 0.75 * (len(self.takeovers) + 1) / (config.rounds + 1)
+            if self.step < self.first + int(config.steps * share):
+                return
+            self._takeover_round(len(self.takeovers))
+
+    def train_step(self) -> dict[str, float]:
+        config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
+        demonstrations = self.step >= self.first
+        batch = self.pre(self.mixture.draw(config.batch_size, self.step, rank, world)) if demonstrations else None
+        grounding = None
+        if self.grounding_mixture is not None:
+            size = config.grounding_batch if demonstrations else 2 * config.batch_size
+            grounding = self.pre(self.grounding_mixture.draw(size, self.step, rank, world)) if size else None
+        with self.accelerator.autocast():
+            loss, parts = self.model(batch, grounding)
+        self.optimize(loss)
+        return {"loss": loss.item(), **parts}
+
+    def _takeover_round(self, index: int) -> None:
+        """Record takeovers of the policy as it is now, and train on them from here on."""
+        from accelerate.utils import broadcast_object_list
+
+        folder = self.save_policy(f"round_{index}")
+        self.validate(folder)
+        roots: list[list[str]] = [[]]
+        if self.accelerator.is_main_process and self.record_takeover is not None:
+            roots = [[str(root) for root in self.record_takeover(folder, index, self.output / "takeover")]]
+        self.takeovers += broadcast_object_list(roots)
+        self.mixture = self._mixture()
+        self.save_state()
+        self.model.train()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"takeovers": self.takeovers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.takeovers = state["takeovers"]
+        self.mixture = self._mixture()
+
+
+def set_features(config: CeedVLAConfig, store: FrameStore) -> None:
+    """Take cameras, state and action of a data set into a policy configuration."""
+    if store.action is None:
+        raise ConfigError(f"{store.root} holds no actions.")
+    sizes = {name: images.shape[1:3] for name, images in store.images.items()}
+    cameras = {name: PolicyFeature(FeatureType.VISUAL, (3, *size)) for name, size in sizes.items()}
+    config.input_features = {**cameras, STATE: PolicyFeature(FeatureType.STATE, (store.state.shape[1],))}
+    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (store.action.shape[1],))}

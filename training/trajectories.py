@@ -1,0 +1,324 @@
+"""`ceed-vla collect`: Jacobi trajectories of a teacher over data sets, as parquet shards of integer tokens.
+
+A trajectory holds every state of strict Jacobi decoding from the initial guess to the fixed point ``Y*``. Guesses
+come from the mixture that inference uses; "previous" is the fixed point of the frame ``h`` steps earlier in the same
+episode, shifted by those ``h`` steps, so frames are visited in that order.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from ceed_vla.checkpoints import load, weights_hash
+from ceed_vla.decoding import DecodingConfig
+from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
+from training.data import FrameStore, open_dataset
+from training.mixture import check_fits
+from training.run import split_list, write_atomically
+
+logger = logging.getLogger(__name__)
+
+GUESSES = ("previous", "mid", "random")
+EPISODES_PER_SHARD = 64
+
+
+@dataclass
+class CollectConfig:
+    """Settings of `ceed-vla collect`.
+
+    Attributes:
+        policy_path: The teacher's checkpoint.
+        roots: Comma-separated LeRobotDataset folders.
+        output_dir: Where shards and ``meta.json`` go.
+        states: Keep every Jacobi state; false keeps only guess and fixed point (an AR decode, about twice as fast).
+        guesses: Shares of previous, mid and random guesses.
+        device: Where to decode.
+        frame_stride: Visit every k-th frame of an episode; it must divide the policy's ``n_action_steps``.
+        max_frames: Stop after about so many frames, spread evenly over the episodes (0: all).
+        batch_size: Frames decoded together.
+        shard_index: This process's part, from 0.
+        num_shards: Processes that share the work.
+        seed: Seed of episodes and guesses.
+        threads: CPU threads; 0 leaves torch's default.
+        resume: Skip shards that are complete.
+    """
+
+    policy_path: str = ""
+    roots: str = ""
+    output_dir: str = ""
+    states: bool = True
+    guesses: str = "0.7,0.2,0.1"
+    device: str = "cpu"
+    frame_stride: int = 2
+    max_frames: int = 0
+    batch_size: int = 64
+    shard_index: int = 0
+    num_shards: int = 1
+    seed: int = 0
+    threads: int = 0
+    resume: bool = False
+
+
+@dataclass
+class Trajectories:
+    """Collected trajectories of one or more data sets.
+
+    Attributes:
+        root: (N,) index of the data set.
+        frame: (N,) frame index in that data set.
+        fixed_point: (N, n) int16, ``Y*``.
+        guess: (N, n) int16, ``y(0)``.
+        previous: (N, n) int16, fixed point of the frame ``h`` steps earlier (not shifted); -1 where there is none.
+        states: For every row the states (k + 1, n) from guess to fixed point; empty when they were not kept.
+        meta: Contents of ``meta.json``.
+    """
+
+    root: NDArray[np.int64]
+    frame: NDArray[np.int64]
+    fixed_point: NDArray[np.int16]
+    guess: NDArray[np.int16]
+    previous: NDArray[np.int16]
+    states: list[NDArray[np.int16]]
+    meta: dict[str, Any]
+
+
+def collect(config: CollectConfig) -> Path:
+    """Collect trajectories; complete shards survive an interrupt and are skipped with ``resume``.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ConfigError: Bad settings, or a folder that belongs to another teacher, data set or mixture.
+    """
+    if not config.output_dir:
+        raise ConfigError("No --output_dir; name the folder for the trajectories.")
+    if not 0 <= config.shard_index < config.num_shards:
+        raise ConfigError(f"shard_index is {config.shard_index}; it must lie in 0..{config.num_shards - 1}.")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    shares = guess_shares(config.guesses)
+    policy, pre, _ = load(config.policy_path, device=config.device)
+    steps = policy.config.n_action_steps
+    if config.frame_stride < 1 or steps % config.frame_stride:
+        raise ConfigError(f"frame_stride {config.frame_stride} does not divide n_action_steps = {steps}.")
+    stores = [open_dataset(root) for root in split_list(config.roots)]
+    if not stores:
+        raise ConfigError("No data: set --roots to one or more recorded folders.")
+    for store in stores:
+        check_fits(store, policy.config)
+    units = list(_work_units(stores, config))
+    output = Path(config.output_dir)
+    _write_meta(config, policy, stores, len(units), output)
+    collector = _Collector(config, policy, pre, shares)
+    total = sum(len(frames) for _, _, frames in units)
+    with tqdm(total=total, desc="trajectories", unit="frame", dynamic_ncols=True) as progress:
+        for unit, (root, name, frames) in enumerate(units):
+            file = output / f"{name}.parquet"
+            if unit % config.num_shards == config.shard_index and not file.exists():
+                table = collector.run(stores[root], root, frames, progress)
+                temporary = file.with_suffix(".tmp")
+                pq.write_table(table, temporary, compression="zstd")
+                temporary.replace(file)
+            else:
+                progress.update(len(frames))
+    return output
+
+
+def guess_shares(text: str) -> NDArray[np.float64]:
+    """Three non-negative shares (previous, mid, random), normalised.
+
+    Raises:
+        ConfigError: Not three numbers, or none positive.
+    """
+    try:
+        shares = np.array([float(part) for part in split_list(text)])
+    except ValueError as error:
+        raise ConfigError(f"guesses is {text!r}; give three numbers, e.g. 0.7,0.2,0.1.") from error
+    if len(shares) != 3 or (shares < 0).any() or shares.sum() <= 0:
+        raise ConfigError(f"guesses is {text!r}; give the shares of {', '.join(GUESSES)}, e.g. 0.7,0.2,0.1.")
+    return shares / shares.sum()
+
+
+def _work_units(stores: Sequence[FrameStore], config: CollectConfig) -> Iterator[tuple[int, str, NDArray[np.int64]]]:
+    """(store index, shard name, frames): groups of episodes, thinned to `max_frames` over all stores."""
+    available = sum(len(s) for s in stores) / config.frame_stride
+    keep = min(1.0, config.max_frames / available) if config.max_frames else 1.0
+    random = np.random.default_rng(config.seed)
+    for index, store in enumerate(stores):
+        episodes = np.unique(store.episode)
+        chosen = np.sort(random.permutation(episodes)[: max(1, round(keep * len(episodes)))])
+        for part in range(0, len(chosen), EPISODES_PER_SHARD):
+            group = chosen[part : part + EPISODES_PER_SHARD]
+            frames = np.flatnonzero(np.isin(store.episode, group))
+            start = np.searchsorted(store.episode, store.episode[frames])
+            frames = frames[(frames - start) % config.frame_stride == 0]
+            yield index, f"data{index}-{part // EPISODES_PER_SHARD:05d}", frames
+
+
+class _Collector:
+    """Decodes the frames of one work unit in the order that "previous" guesses need."""
+
+    def __init__(self, config: CollectConfig, policy: Any, pre: Any, shares: NDArray[np.float64]) -> None:
+        self.config, self.policy, self.pre, self.shares = config, policy, pre, shares
+        self.steps = policy.config.n_action_steps
+        self.n = policy.config.block_length
+
+    def run(self, store: FrameStore, root: int, frames: NDArray[np.int64], progress: tqdm) -> pa.Table:
+        random = np.random.default_rng([self.config.seed, root, int(frames[0])])
+        start = np.searchsorted(store.episode, store.episode[frames])
+        waves = (frames - start) // self.steps
+        known: dict[int, NDArray[np.int16]] = {}
+        rows: list[dict[str, Any]] = []
+        for wave in range(int(waves.max()) + 1):
+            of_wave = frames[waves == wave]
+            for part in range(0, len(of_wave), self.config.batch_size):
+                chosen = of_wave[part : part + self.config.batch_size]
+                rows += self._decode(store, chosen, known, random)
+                progress.update(len(chosen))
+        columns = {key: _column(key, [row[key] for row in rows]) for key in rows[0]}
+        return pa.table({"root": pa.array([root] * len(rows), pa.int16()), **columns})
+
+    def _decode(
+        self,
+        store: FrameStore,
+        frames: NDArray[np.int64],
+        known: dict[int, NDArray[np.int16]],
+        random: np.random.Generator,
+    ) -> list[dict[str, Any]]:
+        batch = self.pre(store.batch(frames, self.policy.config.chunk_size))
+        previous = np.full((len(frames), self.n), -1, dtype=np.int16)
+        for i, frame in enumerate(frames.tolist()):
+            before = frame - self.steps
+            if before in known and store.episode[before] == store.episode[frame]:
+                previous[i] = known[before]
+        kinds = random.choice(3, size=len(frames), p=self.shares)
+        kinds[(kinds == 0) & (previous[:, 0] < 0)] = 2  # nothing to shift: a random guess instead
+        rows: list[dict[str, Any] | None] = [None] * len(frames)
+        for kind in np.unique(kinds):
+            chosen = np.flatnonzero(kinds == kind)
+            for i, states in zip(chosen, self._states(batch, chosen, previous, int(kind), random), strict=True):
+                known[int(frames[i])] = states[-1]
+                rows[i] = {
+                    "frame": int(frames[i]),
+                    "guess_kind": GUESSES[kind],
+                    "iterations": len(states) - 1,
+                    "guess": states[0],
+                    "previous": previous[i],
+                    "fixed_point": states[-1],
+                    "states": states.reshape(-1) if self.config.states else np.empty(0, np.int16),
+                }
+        return [row for row in rows if row is not None]
+
+    def _states(
+        self,
+        batch: dict[str, Any],
+        rows: NDArray[np.int64],
+        previous: NDArray[np.int16],
+        kind: int,
+        random: np.random.Generator,
+    ) -> list[NDArray[np.int16]]:
+        """The distinct states (k + 1, n) of every row, guess first, fixed point last."""
+        part = {key: value[rows] for key, value in batch.items() if isinstance(value, torch.Tensor)}
+        method = "jacobi" if self.config.states else "ar"
+        decoding = DecodingConfig(method=method, guess=GUESSES[kind], seed=int(random.integers(2**31)))
+        result = self.policy.decode(
+            part, decoding, previous=torch.from_numpy(previous[rows].astype(np.int64)), record_states=True
+        )
+        states = torch.stack([*result.states, result.tokens]).cpu().numpy().astype(np.int16)  # (k, B, n)
+        return [_distinct(states[:, i]) for i in range(len(rows))]
+
+
+def _distinct(states: NDArray[np.int16]) -> NDArray[np.int16]:
+    """Drop repeated states (k, n); a Jacobi trajectory repeats only its fixed point."""
+    keep = np.ones(len(states), dtype=bool)
+    keep[1:] = (states[1:] != states[:-1]).any(1)
+    kept = states[keep]
+    return kept if len(kept) > 1 else np.concatenate([kept, kept])
+
+
+def _column(name: str, values: list[Any]) -> pa.Array:
+    if name == "guess_kind":
+        return pa.array(values)
+    if name in ("frame", "iterations"):
+        return pa.array(values, pa.int64())
+    return pa.array(values, pa.list_(pa.int16()))
+
+
+def _write_meta(
+    config: CollectConfig, policy: Any, stores: Sequence[FrameStore], shards: int, output: Path
+) -> None:
+    meta = {
+        "teacher": weights_hash(config.policy_path),
+        "datasets": [{"name": s.root.name, "frames": len(s)} for s in stores],
+        "chunk_size": policy.config.chunk_size,
+        "action_dim": policy.config.action_dim,
+        "num_bins": policy.config.num_bins,
+        "shift_steps": policy.config.n_action_steps,
+        "states": config.states,
+        "guesses": dict(zip(GUESSES, map(float, guess_shares(config.guesses)), strict=True)),
+        "frame_stride": config.frame_stride,
+        "max_frames": config.max_frames,
+        "seed": config.seed,
+        "shards": shards,
+    }
+    file = output / "meta.json"
+    if file.exists():
+        found = json.loads(file.read_text())
+        different = [key for key in meta if found.get(key) != meta[key]]
+        if different:
+            raise ConfigError(f"{output} holds trajectories with other {', '.join(different)}; choose another folder.")
+        if not config.resume and config.num_shards == 1:
+            raise ConfigError(f"{output} already holds trajectories; continue them with --resume=true.")
+    write_atomically(file, json.dumps(meta, indent=2))
+
+
+def read_trajectories(folder: str | Path, teacher: str | Path | None = None) -> Trajectories:
+    """Read all complete shards.
+
+    Args:
+        folder: Output folder of `collect`.
+        teacher: Checkpoint that must have made them; not checked if None.
+
+    Raises:
+        DatasetError: Nothing to read.
+        CheckpointError: Made by another teacher.
+    """
+    folder = Path(folder)
+    files = sorted(folder.glob("*.parquet"))
+    if not (folder / "meta.json").is_file() or not files:
+        raise DatasetError(f"No trajectories at {folder}; make them with `ceed-vla collect`.")
+    meta = json.loads((folder / "meta.json").read_text())
+    if teacher is not None and weights_hash(teacher) != meta["teacher"]:
+        raise CheckpointError(f"{folder} was collected from teacher {meta['teacher']}, not from {teacher}.")
+    if len(files) < meta["shards"]:
+        logger.warning("%s has %d of %d shards; collect the others too.", folder, len(files), meta["shards"])
+    table = pa.concat_tables([pq.read_table(file) for file in files])
+    n = meta["chunk_size"] * meta["action_dim"]
+
+    def block(name: str) -> NDArray[np.int16]:
+        return table[name].combine_chunks().flatten().to_numpy().astype(np.int16).reshape(-1, n)
+
+    states = [s.reshape(-1, n) for s in table["states"].to_numpy()] if meta["states"] else []
+    return Trajectories(
+        root=table["root"].to_numpy().astype(np.int64),
+        frame=table["frame"].to_numpy().astype(np.int64),
+        fixed_point=block("fixed_point"),
+        guess=block("guess"),
+        previous=block("previous"),
+        states=states,
+        meta=meta,
+    )
+

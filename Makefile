@@ -6,6 +6,7 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 export VENV
+unexport PYTHONDONTWRITEBYTECODE # compiling torch and transformers anew in every process takes seconds
 ifeq ($(shell uname -s),Linux)
 export MUJOCO_GL ?= egl
 endif

@@ -60,7 +60,6 @@ setup(
     long_description_content_type="text/markdown",
     author="CEED-VLA maintainers",
     license="Apache-2.0",
-    license_files=["LICENSE"],
     keywords=[
         "robotics",
         "vision-language-action",

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ceed_vla.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+    from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+
+logger = logging.getLogger(__name__)
+
 PRETRAINED = ("teacher", "student")
-FILES = ("config.json", "model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json")
+POLICY_FILES = ("config.json", "model.safetensors")
+FILES = (*POLICY_FILES, "policy_preprocessor.json", "policy_postprocessor.json")
 
 
 def pretrained_path(name: str) -> Path:
@@ -23,15 +33,23 @@ def pretrained_path(name: str) -> Path:
         CheckpointError: Unknown name, or the package was installed without its weights.
     """
     if name not in PRETRAINED:
-        raise CheckpointError(f"No shipped checkpoint is called {name!r}; choose one of {', '.join(PRETRAINED)}.")
+        raise CheckpointError(
+            f"No shipped checkpoint is called {name!r}; choose one of {', '.join(PRETRAINED)}."
+        )
     path = Path(__file__).parent / "pretrained" / name
     if not (path / "model.safetensors").is_file():
-        raise CheckpointError(f"The shipped checkpoint {name!r} is missing from this installation ({path.name}/); reinstall.")
+        raise CheckpointError(
+            f"The shipped checkpoint {name!r} is missing from this installation ({path.name}/); reinstall."
+        )
     return path
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
+def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
     """A checkpoint folder from a path or a shipped name ("teacher", "student").
+
+    Args:
+        path: The folder, one above its ``pretrained_model``, or a name.
+        files: Files that must be in it.
 
     Raises:
         CheckpointError: No such folder, or files are missing from it.
@@ -43,21 +61,44 @@ def resolve_checkpoint(path: str | Path) -> Path:
         folder = folder / "pretrained_model"
     if not folder.is_dir():
         raise CheckpointError(
-            f"No checkpoint folder at {path}; give a folder that holds {FILES[0]} and {FILES[1]}, "
-            f"or a shipped name ({', '.join(PRETRAINED)})."
+            f"No checkpoint folder at {path}; give a local folder that holds {' and '.join(POLICY_FILES)}, "
+            f"or a shipped name ({', '.join(PRETRAINED)}). A model of a hub must be downloaded first."
         )
-    missing = [name for name in FILES if not (folder / name).is_file()]
+    missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"The checkpoint {path} lacks {', '.join(missing)}; it is incomplete.")
     return folder
 
 
-def load(path: str | Path, device: str | None = None) -> tuple[Any, Any, Any]:
+def read_config(folder: Path, device: str | None = None) -> CeedVLAConfig:
+    """The configuration in a checkpoint folder, for `device` if given.
+
+    Raises:
+        CheckpointError: Not JSON, another policy's, or with values that this version refuses.
+    """
+    import draccus
+
+    from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+
+    try:
+        values = json.loads((folder / "config.json").read_text())
+        kind = values.pop("type", None)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{folder}: config.json is not readable JSON ({error}).") from error
+    if kind != "ceed_vla":
+        raise CheckpointError(f"{folder} holds a policy of type {kind!r}; this loader reads type 'ceed_vla'.")
+    try:
+        return draccus.decode(CeedVLAConfig, values | ({"device": device} if device else {}))
+    except Exception as error:  # draccus raises its own kinds, and passes on those of the configuration
+        raise CheckpointError(f"{folder}: config.json cannot be used ({_reason(error)}).") from error
+
+
+def load(path: str | Path, device: str | None = None) -> tuple[CeedVLAPolicy, Any, Any]:
     """Load a policy with its pre- and post-processor, strictly and offline.
 
     Args:
         path: Checkpoint folder, or "teacher" / "student" for the shipped ones.
-        device: Overrides the checkpoint's device.
+        device: Where to run it; the CPU if None.
 
     Returns:
         (policy in eval mode, pre-processor, post-processor).
@@ -65,39 +106,58 @@ def load(path: str | Path, device: str | None = None) -> tuple[Any, Any, Any]:
     Raises:
         CheckpointError: Missing, foreign, truncated or corrupt files.
     """
-    from lerobot.configs import PreTrainedConfig
     from lerobot.policies.factory import make_pre_post_processors
 
     import ceed_vla.processor_ceed_vla  # noqa: F401  (registers the steps that a saved pipeline names)
     from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 
     folder = resolve_checkpoint(path)
+    config = read_config(folder, device or "cpu")
+    policy = CeedVLAPolicy.from_pretrained(folder, config=config)
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("type")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: config.json is not readable JSON ({error}).") from error
-    if kind != "ceed_vla":
-        raise CheckpointError(f"{path} holds a policy of type {kind!r}; this loader reads type 'ceed_vla'.")
-    try:
-        config = PreTrainedConfig.from_pretrained(folder, cli_overrides=[f"--device={device or 'cpu'}"])
-        policy = CeedVLAPolicy.from_pretrained(folder, config=config, strict=True)
         overrides = {"device_processor": {"device": config.device}}
         pre, post = make_pre_post_processors(config, str(folder), preprocessor_overrides=overrides)
-    except Exception as error:  # safetensors, torch and draccus each raise their own kinds
+    except Exception as error:  # LeRobot's pipelines raise many kinds
         raise CheckpointError(
-            f"The checkpoint {path} cannot be loaded ({type(error).__name__}: {_first_line(error)}); "
-            "copy it again or rebuild it."
+            f"The processors of {path} cannot be loaded ({_reason(error)}); copy it again."
         ) from error
-    return policy.eval(), pre, post
+    return policy, pre, post
 
 
-def save(path: str | Path, policy: Any, preprocessor: Any, postprocessor: Any) -> Path:
-    """Write a checkpoint folder; an existing one is replaced file by file."""
+def load_weights(policy: CeedVLAPolicy, folder: Path, strict: bool = True) -> None:
+    """Read a checkpoint's weights into a policy.
+
+    Args:
+        policy: Built from the checkpoint's configuration.
+        folder: The checkpoint.
+        strict: Refuse missing and additional weights; otherwise they are only logged.
+
+    Raises:
+        CheckpointError: Truncated or corrupt weights, or those of other sizes.
+    """
+    from safetensors.torch import load_model
+
+    file = folder / "model.safetensors"
+    try:
+        missing, unexpected = load_model(policy, file, strict=strict, device=str(policy.config.device))
+    except Exception as error:  # safetensors and torch each raise their own kinds
+        raise CheckpointError(
+            f"The weights {file} do not load ({_reason(error)}); copy the checkpoint again or rebuild it."
+        ) from error
+    for kind, names in (("misses", missing), ("has unknown", unexpected)):
+        if names:
+            logger.warning("The checkpoint %s %s weights: %s", folder, kind, ", ".join(sorted(names)))
+
+
+def save(path: str | Path, policy: CeedVLAPolicy, preprocessor: Any, postprocessor: Any) -> Path:
+    """Write a checkpoint folder; each file of an existing one is replaced in one step."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    policy.save_pretrained(folder)
-    preprocessor.save_pretrained(folder)
-    postprocessor.save_pretrained(folder)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        for part in (policy, preprocessor, postprocessor):
+            part.save_pretrained(temporary)
+        for file in Path(temporary).iterdir():
+            file.replace(folder / file.name)
     return folder
 
 
@@ -106,5 +166,9 @@ def weights_hash(path: str | Path) -> str:
     return hashlib.sha256((resolve_checkpoint(path) / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:200]
+def _reason(error: BaseException) -> str:
+    """Kind and first line of the error that caused `error`."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = (str(error).strip().splitlines() or ["no message"])[0][:200]
+    return f"{type(error).__name__}: {line}"

@@ -97,7 +97,16 @@ class CeedVLAConfig(PreTrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive = ("chunk_size", "n_action_steps", "image_size", "image_grid", "width", "layers", "heads", "mlp_width")
+        positive = (
+            "chunk_size",
+            "n_action_steps",
+            "image_size",
+            "image_grid",
+            "width",
+            "layers",
+            "heads",
+            "mlp_width",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -106,19 +115,30 @@ class CeedVLAConfig(PreTrainedConfig):
                 f"n_action_steps is {self.n_action_steps}, more than chunk_size = {self.chunk_size}: "
                 "a chunk cannot be executed past its end."
             )
+        if (self.decoding.executed_steps or 1) > self.chunk_size:
+            raise ConfigError(
+                f"decoding.executed_steps is {self.decoding.executed_steps}, more than chunk_size = {self.chunk_size}; "
+                "set it to n_action_steps."
+            )
         if self.num_bins < 2:
-            raise ConfigError(f"num_bins is {self.num_bins}; at least 2 bins are needed (255 is the default).")
+            raise ConfigError(
+                f"num_bins is {self.num_bins}; at least 2 bins are needed (255 is the default)."
+            )
         if self.width % self.heads:
             raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}.")
         if len(self.stem_channels) != 4:
-            raise ConfigError(f"stem_channels has {len(self.stem_channels)} entries; a stem has exactly 4 convolutions.")
+            raise ConfigError(
+                f"stem_channels has {len(self.stem_channels)} entries; a stem has exactly 4 convolutions."
+            )
         if self.image_size % (8 * self.image_grid):
             raise ConfigError(
                 f"image_size {self.image_size} is not a multiple of 8 * image_grid = {8 * self.image_grid}; "
                 "the stem halves the image three times and then cuts it into the grid."
             )
         if self.action_range not in ACTION_RANGES:
-            raise ConfigError(f"action_range is {self.action_range!r}; choose one of {', '.join(ACTION_RANGES)}.")
+            raise ConfigError(
+                f"action_range is {self.action_range!r}; choose one of {', '.join(ACTION_RANGES)}."
+            )
         if len(self.action_low) != len(self.action_high):
             raise ConfigError(
                 f"action_low has {len(self.action_low)} values and action_high {len(self.action_high)}; "
@@ -133,7 +153,9 @@ class CeedVLAConfig(PreTrainedConfig):
     def action_dim(self) -> int:
         """Action dimensions ``A``."""
         if self.action_feature is None:
-            raise ConfigError("The configuration names no action feature; set output_features or build it from a data set.")
+            raise ConfigError(
+                "The configuration names no action feature; set output_features or build it from a data set."
+            )
         return int(self.action_feature.shape[0])
 
     @property
@@ -165,7 +187,10 @@ class CeedVLAConfig(PreTrainedConfig):
 
     def get_optimizer_preset(self) -> AdamWConfig:
         return AdamWConfig(
-            lr=self.optimizer_lr, betas=(0.9, 0.95), weight_decay=self.optimizer_weight_decay, grad_clip_norm=1.0
+            lr=self.optimizer_lr,
+            betas=(0.9, 0.95),
+            weight_decay=self.optimizer_weight_decay,
+            grad_clip_norm=1.0,
         )
 
     def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig:
@@ -196,7 +221,7 @@ class CeedVLAConfig(PreTrainedConfig):
             raise ConfigError(f"gripper_dims {bad} lie outside the {self.action_dim} action dimensions.")
         if self.action_low and len(self.action_low) != self.action_dim:
             raise ConfigError(
-                f"action_low/action_high have {len(self.action_low)} values, the action has {self.action_dim} dimensions."
+                f"action_low/action_high have {len(self.action_low)} values, the action has {self.action_dim}."
             )
         if self.auxiliary_scale and self.env_state_feature is not None:
             available = int(self.env_state_feature.shape[0])

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
+from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import ACTION
 from torch import Tensor
 
 from ceed_vla.action_tokens import ActionTokenizer, ranges_from_stats
 from ceed_vla.backbones.compact import LANGUAGE_KEY, STATE_KEY, CompactBackbone
+from ceed_vla.checkpoints import POLICY_FILES, load_weights, read_config, resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_block, named_config
 from ceed_vla.errors import ConfigError, ObservationError
@@ -65,6 +69,31 @@ class CeedVLAPolicy(PreTrainedPolicy):
             auxiliary_dim=len(config.auxiliary_scale),
         )
         self.reset()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_name_or_path: str | Path,
+        *,
+        config: PreTrainedConfig | None = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> CeedVLAPolicy:
+        """Load a local checkpoint in evaluation mode; never asks a hub.
+
+        Args:
+            pretrained_name_or_path: A checkpoint folder, or "teacher" / "student" for the shipped ones.
+            config: Used instead of the checkpoint's own.
+            strict: Refuse missing and additional weights.
+            kwargs: What LeRobot's tools pass besides; only ``dataset_stats`` is read.
+
+        Raises:
+            CheckpointError: Missing, foreign, truncated or corrupt files.
+        """
+        folder = resolve_checkpoint(pretrained_name_or_path, POLICY_FILES)
+        policy = cls(config if isinstance(config, CeedVLAConfig) else read_config(folder), **kwargs)
+        load_weights(policy, folder, strict)
+        return policy.to(policy.config.device).eval()
 
     # ---- acting -------------------------------------------------------------------------------------------------
 
@@ -122,20 +151,33 @@ class CeedVLAPolicy(PreTrainedPolicy):
         return named_config(decoding, ceed=self.config.decoding)
 
     def check_observation(self, batch: dict[str, Tensor]) -> None:
-        """Raise `ObservationError` unless every feature is there with its shape."""
-        wanted = {STATE_KEY: tuple(self.config.robot_state_feature.shape)}  # type: ignore[union-attr]
-        for key in (*self.config.cameras, STATE_KEY, LANGUAGE_KEY):
+        """Raise `ObservationError` unless every feature is there, finite and in its shape, with equal rows."""
+        state = self.config.robot_state_feature
+        wanted: dict[str, tuple[int | None, ...]] = {
+            **dict.fromkeys(self.config.cameras, (3, None, None)),
+            STATE_KEY: tuple(state.shape) if state else (),
+            LANGUAGE_KEY: (self.config.max_instruction_words,),
+        }
+        for key, shape in wanted.items():
             if key not in batch:
                 have = ", ".join(sorted(k for k in batch if k.startswith("observation."))) or "none"
                 raise ObservationError(
-                    f"The observation lacks {key!r}; it has {have}. Pass it through the checkpoint's pre-processor first."
+                    f"The observation lacks {key!r}; it has {have}. "
+                    "Pass it through the checkpoint's pre-processor first."
                 )
-        for key, shape in wanted.items():
-            if tuple(batch[key].shape[1:]) != shape:
-                raise ObservationError(f"{key} has shape {tuple(batch[key].shape)}, expected (B, {shape[0]}).")
+            rows, *sizes = batch[key].shape
+            fits = len(sizes) == len(shape) and all(b in (None, a) for a, b in zip(sizes, shape, strict=True))
+            if not fits or rows != batch[self.config.cameras[0]].shape[0]:
+                expected = ", ".join("any" if size is None else str(size) for size in shape)
+                raise ObservationError(
+                    f"{key} has shape {tuple(batch[key].shape)}, expected (B, {expected}) "
+                    f"with the rows B of {self.config.cameras[0]}."
+                )
         for camera in self.config.cameras:
-            if batch[camera].ndim != 4 or batch[camera].shape[1] != 3:
-                raise ObservationError(f"{camera} has shape {tuple(batch[camera].shape)}, expected (B, 3, H, W) in [0, 1].")
+            if not batch[camera].is_floating_point():
+                raise ObservationError(f"{camera} is {batch[camera].dtype}; images are floats in [0, 1].")
+        if not torch.isfinite(batch[STATE_KEY]).all():
+            raise ObservationError(f"{STATE_KEY} is not finite: {batch[STATE_KEY].tolist()}.")
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Tensor], **_: Any) -> Tensor:
@@ -151,6 +193,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
     @torch.no_grad()
     def select_action(self, batch: dict[str, Tensor], **_: Any) -> Tensor:
         """The next action (B, A); decodes a new chunk every ``n_action_steps`` calls."""
+        if self._action_queue and self._action_queue[0].shape[0] != batch[STATE_KEY].shape[0]:
+            self.reset()  # another number of environments
         if not self._action_queue:
             chunk = self.predict_action_chunk(batch)
             self._action_queue.extend(chunk[:, : self.config.n_action_steps].unbind(dim=1))
@@ -173,9 +217,13 @@ class CeedVLAPolicy(PreTrainedPolicy):
             The loss and its parts as floats.
         """
         self.check_observation(batch)
+        if batch.get(ACTION) is None:
+            raise ObservationError(
+                f"The batch has no {ACTION!r} to learn from; it has {', '.join(sorted(batch))}."
+            )
         if self.training:
             batch = self.augment(batch)
-        tokens = self.tokenizer.encode(batch["action"])  # (B, n)
+        tokens = self.tokenizer.encode(batch[ACTION])  # (B, n)
         embeddings = self.backbone.embed_prefix(batch)
         state, (logits,) = self.backbone.packed_logits(embeddings, [tokens])  # (B, n, V)
         weight = self._token_weight(batch, tokens)
@@ -195,7 +243,9 @@ class CeedVLAPolicy(PreTrainedPolicy):
         assert self.backbone.auxiliary is not None
         scale = torch.tensor(self.config.auxiliary_scale, device=state.device)
         target = environment_state[:, : len(scale)] * scale
-        return F.smooth_l1_loss(self.backbone.auxiliary(state).float(), target, beta=0.1, reduction="none").mean(1)
+        return F.smooth_l1_loss(
+            self.backbone.auxiliary(state).float(), target, beta=0.1, reduction="none"
+        ).mean(1)
 
     def grounding_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The auxiliary loss alone (scalar), for frames that have no action."""
@@ -214,7 +264,9 @@ class CeedVLAPolicy(PreTrainedPolicy):
             if config.augment_shift:
                 image = random_shift(image, config.augment_shift)
             if config.augment_brightness:
-                gain = 1 + config.augment_brightness * (2 * torch.rand(len(image), 1, 1, 1, device=image.device) - 1)
+                gain = 1 + config.augment_brightness * (
+                    2 * torch.rand(len(image), 1, 1, 1, device=image.device) - 1
+                )
                 image = (image * gain).clamp(0, 1)
             batch[camera] = image
         if config.augment_state:

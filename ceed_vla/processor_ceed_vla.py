@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lerobot.configs import FeatureType, PipelineFeatureType, PolicyFeature
+from lerobot.lerobot_types import RobotObservation, TransitionKey
 from lerobot.processor import (
     ObservationProcessorStep,
     PolicyAction,
@@ -18,8 +19,7 @@ from lerobot.processor import (
     make_default_policy_processor_steps,
     make_policy_processor_pipelines,
 )
-from lerobot.lerobot_types import RobotObservation, TransitionKey
-from lerobot.utils.constants import OBS_LANGUAGE_TOKENS
+from lerobot.utils.constants import OBS_LANGUAGE_TOKENS, OBS_STATE
 
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import ConfigError, ObservationError
@@ -62,7 +62,9 @@ class InstructionWordsStep(ObservationProcessorStep):
         """
         words = split_words(instruction)
         if not words:
-            raise ObservationError(f"The instruction {instruction!r} has no word; say what to do, e.g. 'put the red cube in the bin'.")
+            raise ObservationError(
+                f"The instruction {instruction!r} has no word; say what to do, e.g. 'put the red cube in the bin'."
+            )
         if len(words) > self.max_words:
             raise ObservationError(
                 f"The instruction has {len(words)} words, this policy reads at most {self.max_words}: {instruction!r}."
@@ -77,9 +79,14 @@ class InstructionWordsStep(ObservationProcessorStep):
     def observation(self, observation: RobotObservation) -> RobotObservation:
         task = (self.transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}).get("task")
         if task is None:
-            raise ObservationError("The observation has no 'task'; pass the instruction as a string or a list of strings.")
+            raise ObservationError(
+                "The observation has no 'task'; pass the instruction as a string or a list of strings."
+            )
         tasks = [task] if isinstance(task, str) else list(task)
         ids = torch.tensor([self.encode(t) for t in tasks], dtype=torch.long)  # (B, L)
+        state = observation.get(OBS_STATE)
+        if len(tasks) == 1 and state is not None:
+            ids = ids.expand(len(state), -1)  # one instruction for the whole batch
         return {**observation, OBS_LANGUAGE_TOKENS: ids}
 
     def get_config(self) -> dict[str, Any]:
@@ -98,10 +105,14 @@ def make_instruction_step(config: CeedVLAConfig, instructions: Iterable[str]) ->
     """The instruction step for a data set's instructions.
 
     Raises:
-        ConfigError: An instruction is too long, or the words do not fit the embedding.
+        ConfigError: No instruction, one that is too long, or words that do not fit the embedding.
     """
     instructions = list(instructions)
     vocabulary = build_vocabulary(instructions)
+    if not vocabulary:
+        raise ConfigError(
+            "There is no instruction to take the vocabulary from; pass the data set's metadata."
+        )
     longest = max(instructions, key=lambda text: len(split_words(text)), default="")
     if len(split_words(longest)) > config.max_instruction_words:
         raise ConfigError(
@@ -140,7 +151,8 @@ def make_ceed_vla_pre_post_processors(
         ConfigError: Instructions that do not fit the configuration.
     """
     if instructions is None:
-        instructions = [] if dataset_meta is None else [str(task) for task in dataset_meta.tasks.index]
+        meta = dataset_meta or getattr(config, "_runtime_dataset_meta", None)  # where lerobot-train leaves it
+        instructions = [] if meta is None else [str(task) for task in meta.tasks.index]
     steps = make_default_policy_processor_steps(config, dataset_stats)
     words = make_instruction_step(config, instructions)
     return make_policy_processor_pipelines(

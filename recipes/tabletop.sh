@@ -1,29 +1,52 @@
 #!/usr/bin/env bash
 # Rebuild the shipped tabletop checkpoints: record, train, collect, distil, evaluate. About two hours on two cores.
-# Every step resumes where an interrupt left it: run the script again.
+# Every step goes on where an interrupt left it: run the script again.
 #
 #   bash recipes/tabletop.sh [OUTPUT_FOLDER]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-outputs/tabletop}
-export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 PATH="$PWD/.venv/bin:$PATH"
+export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
 
-both() { # run two commands side by side, one thread each
-  OMP_NUM_THREADS=1 bash -c "$1" & local first=$!
-  OMP_NUM_THREADS=1 bash -c "$2"
-  wait "$first"
+record() { ceed-vla record --resume true --root "$out/data/$1" --mode "$2" --episodes "$3" --seed "$4"; }
+started() { [ -e "$out/$1/progress.json" ] && echo true || echo false; }
+finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors" ]; }
+
+# 1. Demonstrations and action-free grounding scenes: two processes side by side, one thread each.
+(record perturb0 perturb 1000 1000; record clean clean 300 0; record ground0 grounding 8000 6000) &
+(record perturb1 perturb 1200 3000; record ground1 grounding 9000 18000)
+wait
+demos="$out/data/clean,$out/data/perturb0,$out/data/perturb1"
+
+# 2. The teacher, with three takeover (DAgger) rounds; two processes.
+finished teacher || torchrun --nproc_per_node 2 -m ceed_vla.cli train \
+  --roots "$demos" --grounding_roots "$out/data/ground0,$out/data/ground1" --output_dir "$out/teacher" \
+  --grounding_steps 800 --steps 7500 --rounds 3 --takeover_episodes 480 --resume "$(started teacher)"
+teacher="$out/teacher/checkpoints/final"
+
+# 3. Its Jacobi trajectories on demonstrations and takeovers; two processes share the shards.
+takeovers=$(printf ",%s" "$out"/teacher/takeover/round_?_?)
+roots="$demos$takeovers"
+collect() {
+  ceed-vla collect --policy_path "$teacher" --roots "$roots" --output_dir "$out/trajectories" \
+    --max_frames 24000 --num_shards 2 --shard_index "$1" --resume true
 }
+collect 0 & collect 1
+wait
 
-# 1. Demonstrations (a quarter without disturbance) and action-free grounding scenes.
-both "ceed-vla record --mode clean --episodes 400 --seed 0 --root $out/data/clean --resume true &&
-      ceed-vla record --mode perturb --episodes 800 --seed 1000 --root $out/data/perturb0 --resume true" \
-     "ceed-vla record --mode perturb --episodes 1200 --seed 3000 --root $out/data/perturb1 --resume true"
-both "ceed-vla record --mode grounding --episodes 12000 --seed 6000 --root $out/data/ground0 --resume true" \
-     "ceed-vla record --mode grounding --episodes 12000 --seed 18000 --root $out/data/ground1 --resume true"
+# 4. Students: both losses, three seeds each, two runs side by side.
+student() { # loss seed
+  finished "student_$1_$2" || ceed-vla distill --teacher_path "$teacher" --trajectories "$out/trajectories" \
+    --roots "$roots" --output_dir "$out/student_$1_$2" --seed "$2" --resume "$(started "student_$1_$2")" \
+    --loss "$1" $([ "$1" = paper ] && echo "--states stored --omega 1")
+}
+for seed in 0 1 2; do
+  student trust_region $seed & student paper $seed
+  wait
+done
 
-# 2. The teacher, with three takeover (DAgger) rounds.
-resume=$([ -e "$out/teacher/progress.json" ] && echo true || echo false)
-[ -d "$out/teacher/checkpoints/final" ] || ceed-vla train \
-  --roots "$out/data/clean,$out/data/perturb0,$out/data/perturb1" \
-  --grounding_roots "$out/data/ground0,$out/data/ground1" \
-  --output_dir "$out/teacher" --resume "$resume"
+# 5. All of them against the teacher, on the same 400 evaluation seeds.
+for run in trust_region_0 trust_region_1 trust_region_2 paper_0 paper_1 paper_2; do
+  ceed-vla eval --policy.path "$out/student_$run/checkpoints/final" --teacher.path "$teacher" --env tabletop \
+    --decoders ar,ceed,cap1 --episodes 400 --seed 50000 --output_dir "$out/eval_$run"
+done

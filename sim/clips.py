@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from sim.closed_loop import Replan, drive
-from sim.rollout import PolicyRunner
+from sim.rollout import EnvPool, PolicyRunner
 
 Frame = NDArray[np.uint8]
 
@@ -69,7 +68,7 @@ def compose_frame(
     draw.text((left, top), decoder, fill=_INK, font=_font(22))
     draw.text(
         (left, top + 36),
-        f"this chunk: {forwards} {unit} forward{'s' if forwards != 1 else ''}",
+        f"chunk: {forwards} {unit} forward{'s' if forwards != 1 else ''}",
         _FAINT,
         _font(13),
     )
@@ -114,7 +113,7 @@ def write_clip(path: Path, frames: Iterable[Frame], fps: int = 10) -> Path:
 def record_clip(
     path: Path,
     runner: PolicyRunner,
-    env: Any,
+    pool: EnvPool,
     *,
     name: str,
     unit: str,
@@ -127,7 +126,7 @@ def record_clip(
     Args:
         path: File to write.
         runner: Policy and decoding.
-        env: An unwrapped environment with front and wrist cameras.
+        pool: Environments, of which the first is used.
         name: Name of the decoder.
         unit: What a forward is: "block" or "token".
         seed: Seed of the episode.
@@ -137,7 +136,7 @@ def record_clip(
     Returns:
         `path`.
     """
-    replans = drive(runner, env, seed, executed_steps, task)
+    replans = drive(runner, pool, seed, executed_steps, task)
     return write_clip(path, _episode_frames(replans, name, unit))
 
 

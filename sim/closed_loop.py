@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sim.rollout import MAX_EPISODE_STEPS, Chunk, PolicyRunner
+from sim.rollout import Chunk, EnvPool, PolicyRunner
 
 
 @dataclass
@@ -39,39 +39,38 @@ class Replan:
 
 def drive(
     runner: PolicyRunner,
-    env: Any,
+    pool: EnvPool,
     seed: int,
     executed_steps: int,
     task: str = "mixed",
-    max_episode_steps: int = MAX_EPISODE_STEPS,
 ) -> Iterator[Replan]:
     """Run one episode, the same as `sim.rollout.rollout` does, and yield every replan after its steps.
 
     Args:
         runner: Policy and decoding.
-        env: An unwrapped tabletop environment with cameras.
+        pool: Environments, of which the first is used, and their step limit.
         seed: Seed of the episode.
         executed_steps: Steps ``h`` of each chunk that are executed.
         task: A family, or "mixed" for the environment's own draw.
-        max_episode_steps: Control steps after which the episode ends.
 
     Yields:
         One `Replan` a chunk.
     """
+    env, limit = pool.env(0), pool.max_episode_steps
     observation, _ = env.reset(seed=seed, options={} if task == "mixed" else {"task": task})
     instruction = str(env.instruction)
     previous, step, success = None, 0, False
-    while not success and step < max_episode_steps:
+    while not success and step < limit:
         start = observation
         chunk = runner.decode([start], [instruction], [previous])[0]
         views: list[dict[str, np.ndarray]] = []
-        for action in chunk.actions[: min(executed_steps, max_episode_steps - step)]:
+        for action in chunk.actions[: min(executed_steps, limit - step)]:
             env.advance(action)
             success = env.is_success()
             observation = env.observe()
             views.append(observation["pixels"])
             if success:
                 break
-        finished = success or step + len(views) >= max_episode_steps
+        finished = success or step + len(views) >= limit
         yield Replan(start, instruction, previous, chunk, step, views, success, finished)
         previous, step = chunk.tokens, step + len(views)

@@ -25,7 +25,7 @@ from sim.clips import record_clip
 from sim.decoders import Row, parse_decoders, resolve_rows
 from sim.plots import write_plots
 from sim.report import console_table, markdown
-from sim.rollout import Bundle, EnvPool, EpisodeResult, rollout
+from sim.rollout import MAX_EPISODE_STEPS, Bundle, EnvPool, EpisodeResult, rollout
 from sim.summary import hardware, paired_entries, row_entry, versions
 from sim.tabletop.tasks import SPLITS, TASKS
 from sim.timing import Samples, collect_observations, make_runner, measure, summarise
@@ -64,6 +64,7 @@ class EvalConfig:
         output_dir: Folder for the report, plots and clips.
         task: "mixed", a task family, or families separated by commas, which take turns.
         split: Colour and phrase combinations: "train", "heldout" or "all".
+        max_episode_steps: Control steps after which an episode counts as failed.
         batch: Episodes that run in lock-step.
         executed_steps: Steps executed of each chunk.
         clips: Whether to write one clip a decoder.
@@ -81,6 +82,7 @@ class EvalConfig:
     output_dir: str = "outputs/eval"
     task: str = "mixed"
     split: str = "train"
+    max_episode_steps: int = MAX_EPISODE_STEPS
     batch: int = 20
     executed_steps: int = 4
     clips: bool = True
@@ -161,7 +163,14 @@ def check(config: EvalConfig) -> list[str]:
         raise ConfigError(f"--env is {config.env!r}; choose one of {', '.join(ENVIRONMENTS)}.")
     if config.split not in SPLITS:
         raise ConfigError(f"--split is {config.split!r}; choose one of {', '.join(SPLITS)}.")
-    least = {"episodes": 1, "seed": 0, "batch": 1, "executed_steps": 1, "timing_chunks": 0}
+    least = {
+        "episodes": 1,
+        "seed": 0,
+        "batch": 1,
+        "executed_steps": 1,
+        "max_episode_steps": 1,
+        "timing_chunks": 0,
+    }
     for option, smallest in least.items():
         if getattr(config, option) < smallest:
             raise ConfigError(f"--{option} is {getattr(config, option)}; it must be at least {smallest}.")
@@ -219,11 +228,15 @@ def _plan(config: EvalConfig) -> list[tuple[int, str]]:
     return [(config.seed + i, families[i % len(families)]) for i in range(config.episodes)]
 
 
+def _pool(config: EvalConfig, size: int) -> EnvPool:
+    return EnvPool(size, config.split, max_episode_steps=config.max_episode_steps)
+
+
 def _run_episodes(run: _Run, console: Console, folder: Path) -> None:
     """All decoders on one group of seeds after the other, so that an early stop leaves comparable rows."""
     config = run.config
     plan, group = _plan(config), GROUP_BATCHES * config.batch
-    with _progress(console) as progress, EnvPool(min(config.batch, len(plan)), config.split) as pool:
+    with _progress(console) as progress, _pool(config, min(config.batch, len(plan))) as pool:
         bar = progress.add_task("episodes", total=len(plan) * len(run.rows))
         for start in range(0, len(plan), group):
             seeds, tasks = zip(*plan[start : start + group], strict=True)
@@ -258,10 +271,10 @@ def _run_timing(run: _Run, console: Console) -> None:
         config.executed_steps,
     )
     driver = run.rows[-1]
-    with EnvPool(1, config.split) as pool:
+    with _pool(config, 1) as pool:
         episodes = collect_observations(
             make_runner(driver, run.bundles),
-            pool.env(0),
+            pool,
             _plan(config),
             config.executed_steps,
             config.timing_chunks,
@@ -293,6 +306,7 @@ def _build_report(run: _Run, *, complete: bool) -> dict[str, Any]:
         "split": config.split,
         "seeds": {"first": config.seed, "count": config.episodes},
         "executed_steps": config.executed_steps,
+        "max_episode_steps": config.max_episode_steps,
         "chunk_size": policy.config.chunk_size,
         "block_length": policy.config.block_length,
         "policy": _checkpoint_entry(config.policy.path),
@@ -318,7 +332,7 @@ def _write_json(report: dict[str, Any], folder: Path) -> Path:
 def _write_report(report: dict[str, Any], folder: Path) -> list[Path]:
     files = [_write_json(report, folder), folder / "report.md"]
     plots = write_plots(report, folder)
-    files[1].write_text(markdown(report))
+    files[1].write_text(markdown(report, [plot.name for plot in plots]))
     return files + plots
 
 
@@ -328,12 +342,12 @@ def _write_clips(run: _Run, folder: Path, console: Console) -> list[Path]:
     shown = next((episode for episode in first if episode.success), first[0])
     task = dict(_plan(config))[shown.seed]
     files = []
-    with EnvPool(1, config.split) as pool, _progress(console) as progress:
+    with _pool(config, 1) as pool, _progress(console) as progress:
         for row in progress.track(run.rows, description="clips"):
             clip = record_clip(
                 folder / f"clip_{row.name}.mp4",
                 make_runner(row, run.bundles),
-                pool.env(0),
+                pool,
                 name=row.name,
                 unit="token" if row.decoding.method == "ar" else "block",
                 seed=shown.seed,

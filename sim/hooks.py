@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from ceed_vla.errors import SimulationError
@@ -38,7 +39,15 @@ class ClosedLoopValidation:
         """(successes, episodes) of the checkpoint folder `policy`."""
         shares = _shares(self.episodes, self.processes)
         commands = [
-            [sys.executable, "-m", "sim.validate", str(policy), str(VALIDATION_SEED + first), str(count), self.decoding]
+            [
+                sys.executable,
+                "-m",
+                "sim.validate",
+                str(policy),
+                str(VALIDATION_SEED + first),
+                str(count),
+                self.decoding,
+            ]
             for first, count in shares
         ]
         counts = [json.loads(text.strip().splitlines()[-1]) for text in _run_all(commands)]
@@ -85,7 +94,7 @@ class TakeoverRecorder:
 def _shares(total: int, parts: int) -> list[tuple[int, int]]:
     """(first, count) of `parts` nearly equal ranges of `total`; empty ones are left out."""
     edges = [total * i // parts for i in range(parts + 1)]
-    return [(a, b - a) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+    return [(a, b - a) for a, b in pairwise(edges) if b > a]
 
 
 def _run_all(commands: Sequence[Sequence[str]]) -> list[str]:
@@ -104,5 +113,7 @@ def _run_all(commands: Sequence[Sequence[str]]) -> list[str]:
         raise
     for command, process in zip(commands, running, strict=True):
         if process.returncode:
-            raise SimulationError(f"{' '.join(command[1:])} failed with exit status {process.returncode}; see above.")
+            raise SimulationError(
+                f"{' '.join(command[1:])} failed with exit status {process.returncode}; see above."
+            )
     return outputs

@@ -36,7 +36,7 @@ def paired_interval(both: int, only_first: int, only_second: int, neither: int) 
     low_1, high_1 = wilson_interval(a + b, n)
     low_2, high_2 = wilson_interval(a + c, n)
     product = (a + b) * (c + d) * (a + c) * (b + d)
-    determinant = a * d - b * c
+    determinant = float(a * d - b * c)
     if determinant > 0:  # continuity correction
         determinant = max(determinant - n / 2, 0.0)
     phi = determinant / math.sqrt(product) if product else 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette.
 BLUE, SKY, GREEN, ORANGE, VERMILLION, GREY = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#8A8F98"
 INK, FAINT = "#23262B", "#DDE1E6"
-STYLE = {
+STYLE: Any = {  # rcParams
     "font.size": 10,
     "font.family": "DejaVu Sans",
     "axes.edgecolor": "#A9AFB8",
@@ -139,7 +139,7 @@ def forwards_figure(report: Mapping[str, Any]) -> Figure | None:
     }
     longest = max(max(histogram) for histogram in counts.values())
     figure = Figure(figsize=(8.2, 0.85 * len(block) + 1.4))
-    panels: Sequence[Axes] = np.atleast_1d(figure.subplots(len(block), 1, sharex=True))
+    panels: list[Axes] = list(np.atleast_1d(figure.subplots(len(block), 1, sharex=True)))
     for axes, (name, histogram) in zip(panels, counts.items(), strict=True):
         total = sum(histogram.values())
         for k, count in histogram.items():

@@ -22,6 +22,7 @@ import gymnasium
 from tqdm import tqdm
 
 import sim  # noqa: F401  (registers the environment)
+from ceed_vla.cli_flags import UsageError, format_help, parse_flags
 from ceed_vla.errors import CeedVLAError, ConfigError, DatasetError
 from sim.recording.attempts import (
     Attempt,
@@ -259,11 +260,15 @@ class _Session:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    import draccus
-
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(arguments):
+        print(format_help("python -m sim.record", RecordConfig))
+        return 0
     try:
-        config = draccus.parse(RecordConfig, args=arguments)
-        summary = record(config)
+        summary = record(parse_flags(RecordConfig, arguments))
+    except UsageError as error:
+        print(f"error: {error}; see --help", file=sys.stderr)
+        return 2
     except CeedVLAError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -48,7 +49,7 @@ def per_task_rows(report: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tupl
 
 def paired_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Cells of the paired comparisons: row, reference, difference, discordant episodes, p."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, entry in report["decoders"].items():
         for reference, pair in entry.get("paired", {}).items():
             low, high = pair["ci95_points"]
@@ -67,11 +68,12 @@ def paired_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
 PAIRED_COLUMNS = ("decoder", "against", "points [95 %]", "only this : only reference", "sign test p")
 
 
-def markdown(report: Mapping[str, Any]) -> str:
+def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
     """The whole of ``report.md``.
 
     Args:
         report: What `sim.evaluate.evaluate` returns and ``report.json`` holds.
+        figures: Files to show at the end, relative to the report.
     """
     parts = [f"# Evaluation on {report['env']}", ""]
     if not report["complete"]:
@@ -103,7 +105,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             _markdown_table(PAIRED_COLUMNS, pairs),
         ]
     parts += ["", "## How the chunks ended", "", _markdown_table(*_exit_table(report)), ""]
-    parts += ["![success](success.png)", "", "![latency](latency.png)", "", "![forwards](forwards.png)", ""]
+    parts += [f"![{Path(figure).stem}]({figure})\n" for figure in figures]
     return "\n".join(parts)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -104,7 +103,7 @@ def show(config: ShowConfig) -> Path:
     bundles = load_bundles(config)
     early_exit = bundles["policy"][0].config.decoding
     with EnvPool(1, config.split) as pool:
-        replan = _replan(PolicyRunner(bundles["policy"], early_exit), pool.env(0), config)
+        replan = _replan(PolicyRunner(bundles["policy"], early_exit), pool, config)
     panels = build_panels(bundles, replan, early_exit)
     path = Path(config.output)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -281,7 +280,9 @@ def _draw_cameras(figure: Figure, replan: Replan, height: float) -> None:
     )
 
 
-def _replan(runner: PolicyRunner, env: Any, config: ShowConfig) -> Replan:
+def _replan(runner: PolicyRunner, pool: EnvPool, config: ShowConfig) -> Replan:
     """The wanted chunk, or the last one of a shorter episode."""
-    *_, replan = islice(drive(runner, env, config.seed, config.executed_steps, config.task), config.chunk + 1)
+    *_, replan = islice(
+        drive(runner, pool, config.seed, config.executed_steps, config.task), config.chunk + 1
+    )
     return replan

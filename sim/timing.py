@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sim.closed_loop import drive
 from sim.decoders import Row
-from sim.rollout import Bundle, Chunk, PolicyRunner
+from sim.rollout import Bundle, Chunk, EnvPool, PolicyRunner
 
 WARM_UP = 3
 Observations = list[
@@ -34,7 +34,7 @@ class Samples:
 
 def collect_observations(
     runner: PolicyRunner,
-    env: Any,
+    pool: EnvPool,
     episodes: Iterable[tuple[int, str]],
     executed_steps: int,
     chunks: int,
@@ -44,7 +44,7 @@ def collect_observations(
 
     Args:
         runner: The policy that drives, with its decoding.
-        env: An unwrapped environment with cameras.
+        pool: Environments, of which the first is used.
         episodes: (seed, task) of the episodes, used one after the other until there are enough chunks.
         executed_steps: Steps executed of each chunk.
         chunks: Chunks wanted in all.
@@ -58,7 +58,7 @@ def collect_observations(
     longest = max(1, int(chunks * largest_share))
     for seed, task in episodes:
         most = min(wanted, longest)
-        replans = islice(drive(runner, env, seed, executed_steps, task), most)
+        replans = islice(drive(runner, pool, seed, executed_steps, task), most)
         collected.append([(replan.observation, replan.instruction) for replan in replans])
         wanted -= len(collected[-1])
         if wanted <= 0:

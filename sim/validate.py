@@ -1,6 +1,6 @@
 """Success of one checkpoint on a range of seeds, as one JSON line.
 
-    python -m sim.validate POLICY FIRST_SEED EPISODES [DECODER]
+python -m sim.validate POLICY FIRST_SEED EPISODES [DECODER]
 """
 
 from __future__ import annotations

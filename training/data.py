@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from tqdm import tqdm
 from ceed_vla.errors import DatasetError
 
 CACHE = ".frames"
+ImageMaps = dict[str, NDArray[np.uint8]]
+Decoder = Callable[[Path, Sequence[Path], ImageMaps], None]
 STATE, ACTION, ENVIRONMENT = "observation.state", "action", "observation.environment_state"
 
 
@@ -62,7 +65,9 @@ class FrameStore:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every feature of one frame."""
         vectors = {STATE: self.state, ACTION: self.action, ENVIRONMENT: self.environment_state}
-        return {name: array.shape[1:] for name, array in {**self.images, **vectors}.items() if array is not None}
+        return {
+            name: array.shape[1:] for name, array in {**self.images, **vectors}.items() if array is not None
+        }
 
     def batch(self, frames: NDArray[np.int64], chunk_size: int) -> dict[str, Any]:
         """Raw batch (before the pre-processor) of the given frames.
@@ -114,7 +119,9 @@ def open_dataset(root: str | Path) -> FrameStore:
     arrays = _read_columns(root, files, [c for c in (STATE, ACTION, ENVIRONMENT) if c in features])
     episode, task, tasks = arrays["episode_index"], arrays["task_index"], _read_tasks(root)
     if (np.diff(episode) < 0).any() or task.min() < 0 or task.max() >= len(tasks):
-        raise DatasetError(f"{root}: the episodes or the instructions of the frames are out of order; record it again.")
+        raise DatasetError(
+            f"{root}: the episodes or the instructions of the frames are out of order; record it again."
+        )
     return FrameStore(
         root=root,
         images=_images(root, files, features, cameras, len(episode)),
@@ -132,14 +139,18 @@ def open_dataset(root: str | Path) -> FrameStore:
 def _read_info(root: Path) -> dict[str, Any]:
     file = root / "meta" / "info.json"
     if not file.is_file():
-        raise DatasetError(f"No LeRobotDataset at {root}: no meta/info.json there. Record one with `ceed-vla record`.")
+        raise DatasetError(
+            f"No LeRobotDataset at {root}: no meta/info.json there. Record one with `ceed-vla record`."
+        )
     try:
         info = json.loads(file.read_text())
         version = str(info["codebase_version"])
     except (ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{file} is damaged ({type(error).__name__}: {error}).") from error
     if not version.startswith("v3."):
-        raise DatasetError(f"{root} has LeRobot's format {version}, this needs v3; convert it with LeRobot's tools.")
+        raise DatasetError(
+            f"{root} has LeRobot's format {version}, this needs v3; convert it with LeRobot's tools."
+        )
     return info
 
 
@@ -150,7 +161,9 @@ def _read_columns(root: Path, files: Sequence[Path], names: Sequence[str]) -> di
         table = pa.concat_tables([pq.read_table(file, columns=[*names, *indices]) for file in files])
         arrays = {name: np.stack(table[name].to_numpy()) for name in (*names, *indices)} if len(table) else {}
     except Exception as error:  # pyarrow raises its own kinds, and KeyError or ValueError for odd columns
-        raise DatasetError(f"{root}: a data file cannot be read ({error}); the recording was not finalised.") from error
+        raise DatasetError(
+            f"{root}: a data file cannot be read ({error}); the recording was not finalised."
+        ) from error
     if not arrays:
         raise DatasetError(f"{root}: the data set has no frame.")
     arrays |= {name: arrays[name].astype(np.float32).reshape(len(table), -1) for name in names}
@@ -179,34 +192,42 @@ def _images(
     root: Path, files: Sequence[Path], features: dict[str, Any], cameras: Sequence[str], frames: int
 ) -> dict[str, NDArray[np.uint8]]:
     """Memory maps of every camera, decoded first where that was not done for these very files."""
+    shapes = {c: (frames, *_image_shape(features[c])) for c in cameras}
+    sources = [*files, *sorted((root / "videos").rglob("*.mp4"))]
+    stamps = [[str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns] for f in sources]
+    key = json.dumps({"shapes": shapes, "files": stamps})
     cache = root / CACHE
     done = cache / "complete.json"
-    sources = [*files, *sorted((root / "videos").rglob("*.mp4"))]
-    key = {
-        "cameras": {c: [frames, *_image_shape(features[c])] for c in cameras},
-        "files": [[str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns] for f in sources],
-    }
-    if not (done.is_file() and done.read_text() == json.dumps(key)):
-        needed = sum(int(np.prod(shape)) for shape in key["cameras"].values())
+    if not (done.is_file() and done.read_text() == key):
         cache.mkdir(exist_ok=True)
-        if shutil.disk_usage(cache).free < needed:  # a full disk would kill the process: the files are memory maps
-            raise DatasetError(f"{cache} needs {needed / 1e9:.1f} GB for the decoded images; make room on that disk.")
-        # Decode beside the final name: another process may be reading, or decoding the same.
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            maps = {
-                c: np.lib.format.open_memmap(Path(folder) / f"{c}.npy", mode="w+", dtype=np.uint8, shape=tuple(shape))
-                for c, shape in key["cameras"].items()
-            }
-            decode = _decode_pngs if all(features[c]["dtype"] == "image" for c in cameras) else _decode_videos
-            try:
-                decode(root, files, maps, frames)
-            except Exception as error:  # Pillow, pyarrow and the video decoders each raise their own kinds
-                raise DatasetError(f"{root}: an image cannot be decoded ({type(error).__name__}: {error}).") from error
-            for camera, array in maps.items():
-                array.flush()
-                (Path(folder) / f"{camera}.npy").replace(cache / f"{camera}.npy")
-        done.write_text(json.dumps(key))
+        videos = any(features[c]["dtype"] == "video" for c in cameras)
+        _decode_images(root, files, shapes, cache, _decode_videos if videos else _decode_pngs)
+        done.write_text(key)
     return {c: np.load(cache / f"{c}.npy", mmap_mode="r") for c in cameras}
+
+
+def _decode_images(
+    root: Path, files: Sequence[Path], shapes: dict[str, tuple[int, ...]], cache: Path, decode: Decoder
+) -> None:
+    needed = sum(math.prod(shape) for shape in shapes.values())
+    if shutil.disk_usage(cache).free < needed:  # a memory map on a full disk would kill the process
+        raise DatasetError(f"{cache} needs {needed / 1e9:.1f} GB for the decoded images; make room there.")
+    # Decode beside the final names: another process may be reading, or decoding the same.
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        names = {camera: Path(folder) / f"{camera}.npy" for camera in shapes}
+        maps = {
+            camera: np.lib.format.open_memmap(names[camera], mode="w+", dtype=np.uint8, shape=shape)
+            for camera, shape in shapes.items()
+        }
+        try:
+            decode(root, files, maps)
+        except Exception as error:  # Pillow, pyarrow and the video decoders each raise their own kinds
+            raise DatasetError(
+                f"{root}: an image cannot be decoded ({type(error).__name__}: {error})."
+            ) from error
+        for camera, array in maps.items():
+            array.flush()
+            names[camera].replace(cache / names[camera].name)
 
 
 def _image_shape(feature: dict[str, Any]) -> list[int]:
@@ -215,13 +236,16 @@ def _image_shape(feature: dict[str, Any]) -> list[int]:
     return [*shape[1:], shape[0]] if str(names[0]).startswith("channel") else shape
 
 
-def _decode_pngs(root: Path, files: Sequence[Path], maps: dict[str, NDArray[np.uint8]], frames: int) -> None:
+def _decode_pngs(root: Path, files: Sequence[Path], maps: ImageMaps) -> None:
     def fill(item: tuple[str, int, bytes]) -> None:
         camera, index, data = item
         maps[camera][index] = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
     first = 0
-    with ThreadPoolExecutor(2) as pool, tqdm(total=frames, desc=f"decoding {root.name}", unit="frame") as progress:
+    with (
+        ThreadPoolExecutor(2) as pool,
+        tqdm(total=_frames(maps), desc=f"decoding {root.name}", unit="frame") as progress,
+    ):
         for file in files:
             for rows in pq.ParquetFile(file).iter_batches(256, columns=list(maps)):
                 items = [
@@ -234,11 +258,15 @@ def _decode_pngs(root: Path, files: Sequence[Path], maps: dict[str, NDArray[np.u
                 progress.update(rows.num_rows)
 
 
-def _decode_videos(root: Path, files: Sequence[Path], maps: dict[str, NDArray[np.uint8]], frames: int) -> None:
+def _decode_videos(root: Path, files: Sequence[Path], maps: ImageMaps) -> None:
     from lerobot.datasets import LeRobotDataset
 
     dataset = LeRobotDataset(repo_id=f"local/{root.name}", root=root)
-    for index in tqdm(range(frames), desc=f"decoding {root.name}", unit="frame"):
+    for index in tqdm(range(_frames(maps)), desc=f"decoding {root.name}", unit="frame"):
         item = dataset[index]
         for camera, array in maps.items():
             array[index] = (item[camera].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+
+
+def _frames(maps: ImageMaps) -> int:
+    return len(next(iter(maps.values())))

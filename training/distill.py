@@ -24,7 +24,8 @@ from training.run import ClosedLoop, Run, RunConfig
 from training.trajectories import guess_shares
 
 STATES = ("online", "stored")
-FROZEN = ("words", "stems", "state", "prefix_positions", "auxiliary")
+# Parts of the backbone that learn; the others make the prefix embeddings, which student and teacher share.
+TRAINED = ("action_tokens", "slots", "layers", "final_norm", "head")
 
 
 @dataclass
@@ -88,15 +89,13 @@ class DistillationObjective(nn.Module):
         super().__init__()
         self.student, self.config = student, config
         self.teacher = [teacher]  # in a list: not a submodule, so not wrapped, saved or trained
-        for name in FROZEN:
-            part = getattr(student.backbone, name)
-            if part is not None:
-                part.requires_grad_(False)
+        for name, parameter in student.backbone.named_parameters():
+            parameter.requires_grad_(name.partition(".")[0] in TRAINED)
 
     def forward(self, batch: dict[str, Tensor]) -> DistillationTerms:
         """Loss terms of a batch with ``fixed_point``, ``states``, ``labels`` (B, n) and ``label_weight`` (B, n)."""
         with torch.no_grad():
-            embeddings = self.student.backbone.embed_prefix(batch)  # (B, P, d), shared: the embeddings are frozen
+            embeddings = self.student.backbone.embed_prefix(batch)  # (B, P, d)
         fixed, states = batch["fixed_point"], batch["states"]
         if self.config.loss == "trust_region":
             with torch.no_grad():
@@ -104,10 +103,20 @@ class DistillationObjective(nn.Module):
             _, (on_fixed, on_states) = self.student.backbone.packed_logits(embeddings, [fixed, states])
             return trust_region_loss(teacher_logits, on_fixed, on_states, states, fixed, self.config.omega)
         labels = batch["labels"]
-        _, (on_fixed, on_states, on_labels) = self.student.backbone.packed_logits(embeddings, [fixed, states, labels])
+        _, (on_fixed, on_states, on_labels) = self.student.backbone.packed_logits(
+            embeddings, [fixed, states, labels]
+        )
         sigma = self.student.config.label_sigma
         return paper_loss(
-            on_fixed, on_states, on_labels, states, fixed, labels, batch["label_weight"], self.config.omega, sigma
+            on_fixed,
+            on_states,
+            on_labels,
+            states,
+            fixed,
+            labels,
+            batch["label_weight"],
+            self.config.omega,
+            sigma,
         )
 
 

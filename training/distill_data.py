@@ -80,7 +80,9 @@ class DistillData:
         for part in np.split(rows, range(4096, len(rows), 4096)):
             actions, pad = self._demonstration(part)
             fixed = self.policy.tokenizer.decode(as_tokens(self.trajectories.fixed_point[part]))
-            parts.append(chunk_distance(fixed, actions.clamp(low, high), (~pad).float(), (high - low) / 2).numpy())
+            parts.append(
+                chunk_distance(fixed, actions.clamp(low, high), (~pad).float(), (high - low) / 2).numpy()
+            )
         return np.concatenate(parts)
 
     def _demonstration(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -172,7 +174,8 @@ def guess_states(
     guesses = [
         make_guess(
             kind,
-            *previous.shape,
+            previous.shape[0],
+            previous.shape[1],
             policy.config.num_bins,
             policy.tokenizer.zero_bins,
             previous=previous,

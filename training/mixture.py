@@ -37,7 +37,9 @@ class Mixture:
         self.stores, self.seed, self.chunk_size = list(stores), seed, chunk_size
         shares = np.asarray(weights if weights else [len(s) for s in stores], dtype=np.float64)
         if len(shares) != len(stores) or (shares < 0).any() or shares.sum() <= 0:
-            raise DatasetError(f"{len(shares)} weights for {len(stores)} data sets; give one positive number each.")
+            raise DatasetError(
+                f"{len(shares)} weights for {len(stores)} data sets; give one positive number each."
+            )
         self.shares = shares / shares.sum()
 
     def draw(self, size: int, step: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
@@ -76,7 +78,10 @@ def check_compatible(stores: Sequence[FrameStore]) -> None:
 
 def check_fits(store: FrameStore, config: CeedVLAConfig) -> None:
     """Raise `DatasetError` unless a policy with `config` can read the store; images of other sizes are resized."""
-    vectors = {STATE: config.robot_state_feature, ACTION: config.action_feature if ACTION in store.shapes else None}
+    vectors = {
+        STATE: config.robot_state_feature,
+        ACTION: config.action_feature if ACTION in store.shapes else None,
+    }
     wanted = {name: tuple(feature.shape) for name, feature in vectors.items() if feature is not None}
     wanted |= {camera: store.shapes.get(camera, (0,)) for camera in config.cameras}
     for name, shape in wanted.items():

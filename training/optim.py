@@ -13,7 +13,8 @@ def build_optimizers(
     named_parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, muon_lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
     """Split trainable parameters between Muon (matrices of transformer layers) and AdamW (the rest)."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             (matrices if ".layers." in f".{name}" and parameter.ndim == 2 else rest).append(parameter)

@@ -102,8 +102,12 @@ class Run:
             project_dir=str(self.output),
             cpu=device == "cpu",
             kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=True),  # grounding frames use no action head
-                InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # the others wait while one validates or records
+                DistributedDataParallelKwargs(
+                    find_unused_parameters=True
+                ),  # grounding frames use no action head
+                InitProcessGroupKwargs(
+                    timeout=timedelta(hours=6)
+                ),  # the others wait while one validates or records
             ],
         )
         set_seed(config.seed)
@@ -114,7 +118,9 @@ class Run:
         if not folder:
             raise ConfigError("No --output_dir; name the folder for checkpoints and logs.")
         if started and not self.settings.resume:
-            raise ConfigError(f"{folder} already holds a run; continue it with --resume=true or choose another folder.")
+            raise ConfigError(
+                f"{folder} already holds a run; continue it with --resume=true or choose another folder."
+            )
         if self.settings.resume and not started:
             raise CheckpointError(f"{folder} has no {PROGRESS}; there is nothing to resume there.")
 
@@ -124,7 +130,10 @@ class Run:
         """Build the optimisers of the policy's trainable parameters and hand everything to accelerate."""
         self.policy, self.pre, self.post = policy, pre, post
         optimizers = build_optimizers(
-            policy.named_parameters(), lr=self.settings.lr, muon_lr=self.settings.muon_lr, weight_decay=weight_decay
+            policy.named_parameters(),
+            lr=self.settings.lr,
+            muon_lr=self.settings.muon_lr,
+            weight_decay=weight_decay,
         )
         self.peak_lrs = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
         self.model, *self.optimizers = self.accelerator.prepare(objective, *optimizers)
@@ -165,9 +174,13 @@ class Run:
             self.save_state()  # from here on an interrupt can be resumed
         self.model.train()
         with tqdm(
-            total=self.total, initial=self.step, desc=self.name, unit="step", dynamic_ncols=True,
+            total=self.total,
+            initial=self.step,
+            desc=self.name,
+            unit="step",
+            dynamic_ncols=True,
             disable=not self.accelerator.is_main_process,
-        ) as bar:  # fmt: skip
+        ) as bar:
             started, first = time.monotonic(), self.step
             while self.step < self.total:
                 self.before_step()
@@ -179,7 +192,11 @@ class Run:
                     self.log(values)
                     bar.set_postfix({key: f"{value:.3f}" for key, value in values.items()})
                 self.after_step()
-                if settings.validate_every and self.step % settings.validate_every == 0 and self.step < self.total:
+                if (
+                    settings.validate_every
+                    and self.step % settings.validate_every == 0
+                    and self.step < self.total
+                ):
                     self.validate(self.save_policy("last"))
                 if self.step % settings.save_every == 0 or self.step == self.total:
                     self.save_state()

@@ -141,7 +141,9 @@ class TeacherRun(Run):
             check_fits(store, policy.config)
         self.prepare(TeacherObjective(policy), policy, pre, post, weight_decay=config.weight_decay)
         chunk = policy.config.chunk_size
-        self.grounding_mixture = Mixture(self.grounding, None, config.seed + 1, chunk) if self.grounding else None
+        self.grounding_mixture = (
+            Mixture(self.grounding, None, config.seed + 1, chunk) if self.grounding else None
+        )
         self.takeovers: list[list[str]] = []  # the roots of every round
         self.mixture = self._mixture()
         self.first = config.grounding_steps if self.grounding else 0  # the first step on demonstrations
@@ -178,7 +180,9 @@ class TeacherRun(Run):
 
     def _mixture(self) -> Mixture:
         config = self.config
-        weights = [float(w) for w in split_list(config.root_weights)] or [float(len(s)) for s in self.demonstrations]
+        weights = [float(w) for w in split_list(config.root_weights)] or [
+            float(len(s)) for s in self.demonstrations
+        ]
         stores = list(self.demonstrations)
         roots = [root for of_round in self.takeovers for root in of_round]
         if roots:
@@ -203,7 +207,9 @@ class TeacherRun(Run):
     def train_step(self) -> dict[str, float]:
         config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
         demonstrations = self.step >= self.first
-        batch = self.pre(self.mixture.draw(config.batch_size, self.step, rank, world)) if demonstrations else None
+        batch = (
+            self.pre(self.mixture.draw(config.batch_size, self.step, rank, world)) if demonstrations else None
+        )
         grounding = None
         if self.grounding_mixture is not None:
             size = config.grounding_batch if demonstrations else 2 * config.batch_size

@@ -152,7 +152,9 @@ def guess_shares(text: str) -> NDArray[np.float64]:
     return shares / shares.sum()
 
 
-def _work_units(stores: Sequence[FrameStore], config: CollectConfig) -> Iterator[tuple[int, str, NDArray[np.int64]]]:
+def _work_units(
+    stores: Sequence[FrameStore], config: CollectConfig
+) -> Iterator[tuple[int, str, NDArray[np.int64]]]:
     """(store index, shard name, frames): groups of episodes, thinned to `max_frames` over all stores."""
     available = sum(len(s) for s in stores) / config.frame_stride
     keep = min(1.0, config.max_frames / available) if config.max_frames else 1.0
@@ -209,7 +211,9 @@ class _Collector:
         rows: list[dict[str, Any] | None] = [None] * len(frames)
         for kind in np.unique(kinds):
             chosen = np.flatnonzero(kinds == kind)
-            for i, states in zip(chosen, self._states(batch, chosen, previous, int(kind), random), strict=True):
+            for i, states in zip(
+                chosen, self._states(batch, chosen, previous, int(kind), random), strict=True
+            ):
                 known[int(frames[i])] = states[-1]
                 rows[i] = {
                     "frame": int(frames[i]),
@@ -279,7 +283,9 @@ def _write_meta(
         found = json.loads(file.read_text())
         different = [key for key in meta if found.get(key) != meta[key]]
         if different:
-            raise ConfigError(f"{output} holds trajectories with other {', '.join(different)}; choose another folder.")
+            raise ConfigError(
+                f"{output} holds trajectories with other {', '.join(different)}; choose another folder."
+            )
         if not config.resume and config.num_shards == 1:
             raise ConfigError(f"{output} already holds trajectories; continue them with --resume=true.")
     write_atomically(file, json.dumps(meta, indent=2))
@@ -321,4 +327,3 @@ def read_trajectories(folder: str | Path, teacher: str | Path | None = None) -> 
         states=states,
         meta=meta,
     )
-

@@ -1,6 +1,6 @@
-"""The embedded default: a small vision-language-action transformer, trained from scratch.
+r"""The embedded default: a small vision-language-action transformer, trained from scratch.
 
-    cameras --stem--> 16 tokens each \\
+    cameras --stem--> 16 tokens each \
     words   --embed--> L tokens        }--> prefix (bidirectional) --> [state token] predicts action token 0
     state   --linear--> 1 token       /                                      |
                                               block tokens 0..n-2 (causal) --+--> action tokens 1..n-1
@@ -12,9 +12,10 @@ decoder is a handful of kernels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ceed_vla.backbones.base import Prefix
@@ -22,12 +23,19 @@ from ceed_vla.cache import KVCache
 
 LANGUAGE_KEY = "observation.language.tokens"
 STATE_KEY = "observation.state"
+WORD_CODE = 16  # numbers a word that the camera stems see
 
 
 class CameraStem(nn.Module):
-    """Four convolutions that turn an image into ``grid ** 2`` tokens; the instruction modulates the middle (FiLM)."""
+    """Four convolutions that turn an image into ``grid ** 2`` tokens; the instruction modulates the middle (FiLM).
 
-    def __init__(self, channels: Sequence[int], grid: int, image_size: int, width: int) -> None:
+    The modulation sees every word at its place: a mean over words cannot tell "red on blue" from "blue on red", and
+    a policy that got one never learnt to find the named cube.
+    """
+
+    def __init__(
+        self, channels: Sequence[int], grid: int, image_size: int, width: int, instruction_width: int
+    ) -> None:
         super().__init__()
         c1, c2, c3, c4 = channels
         self.convolutions = nn.ModuleList(
@@ -39,16 +47,26 @@ class CameraStem(nn.Module):
             ]
         )
         self.norms = nn.ModuleList([nn.GroupNorm(4, c) for c in channels])
-        self.film = nn.Linear(width, 2 * (c2 + c3))
+        self.film = nn.Linear(instruction_width, 2 * (c2 + c3))
         nn.init.zeros_(self.film.weight)
         nn.init.zeros_(self.film.bias)
+        self.film_sizes = [2 * c2, 2 * c3]
         cell = image_size // (8 * grid)
         self.cells = nn.Conv2d(c4, width, cell, stride=cell)
-        self.film_sizes = [2 * c2, 2 * c3]
-        self.to(memory_format=torch.channels_last)  # the layout that images come in, and the faster one on a CPU
+
+    def train(self, mode: bool = True) -> CameraStem:
+        """Lay the weights out for inference (channels last is faster on a CPU) or for training.
+
+        Optimisers copy the layout into their state, and LeRobot's checkpoints take contiguous tensors only.
+        """
+        layout = torch.contiguous_format if mode else torch.channels_last
+        for convolution in (*self.convolutions, self.cells):
+            weight = cast("nn.Conv2d", convolution).weight
+            weight.data = weight.data.contiguous(memory_format=layout)
+        return super().train(mode)
 
     def forward(self, image: Tensor, instruction: Tensor) -> Tensor:
-        """Image (B, 3, S, S) in [-1, 1] and mean word embedding (B, d) to tokens (B, grid ** 2, d)."""
+        """Image (B, 3, S, S) in [-1, 1] and word codes (B, L * c) to tokens (B, grid ** 2, d)."""
         films = self.film(instruction).split(self.film_sizes, dim=-1)
         x = image
         for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
@@ -129,8 +147,12 @@ class CompactBackbone(nn.Module):
         self.block_length, self.vocabulary_size = block_length, vocabulary_size
         self.prefix_length = max_words + len(self.cameras) * image_grid**2 + 1
         self.words = nn.Embedding(words, width)
+        self.word_codes = nn.Embedding(words, WORD_CODE)
         self.stems = nn.ModuleList(
-            [CameraStem(stem_channels, image_grid, image_size, width) for _ in self.cameras]
+            [
+                CameraStem(stem_channels, image_grid, image_size, width, max_words * WORD_CODE)
+                for _ in self.cameras
+            ]
         )
         self.state = nn.Linear(state_dim, width)
         self.prefix_positions = nn.Parameter(torch.zeros(self.prefix_length, width))
@@ -144,16 +166,21 @@ class CompactBackbone(nn.Module):
             if auxiliary_dim
             else None
         )
-        self._initialise(layers)
+        self._initialise()
 
-    def _initialise(self, layers: int) -> None:
+    @property
+    def trunk(self) -> list[Layer]:
+        """The decoder layers, bottom first."""
+        return cast("list[Layer]", list(self.layers))
+
+    def _initialise(self) -> None:
         for embedding in (self.words.weight, self.prefix_positions, self.action_tokens.weight, self.slots):
-            nn.init.normal_(embedding, std=0.02 if embedding is not self.words.weight else 0.5)
-        for layer in self.layers:
+            nn.init.normal_(embedding, std=0.5 if embedding is self.words.weight else 0.02)
+        for layer in self.trunk:
             for linear in (layer.qkv, layer.gate_up):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
             for linear in (layer.out, layer.down):
-                nn.init.normal_(linear.weight, std=(linear.in_features * 2 * layers) ** -0.5)
+                nn.init.normal_(linear.weight, std=(linear.in_features * 2 * len(self.trunk)) ** -0.5)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
@@ -163,8 +190,7 @@ class CompactBackbone(nn.Module):
         """Embeddings (B, P, d) of words, cameras and state (the state token comes last)."""
         words = observation[LANGUAGE_KEY]  # (B, L)
         word_embeddings = self.words(words)  # (B, L, d)
-        present = (words != 0).unsqueeze(-1).to(word_embeddings.dtype)
-        instruction = (word_embeddings * present).sum(1) / present.sum(1).clamp(min=1)  # (B, d)
+        instruction = self.word_codes(words).flatten(1)  # (B, L * c)
         tokens = [word_embeddings]
         for camera, stem in zip(self.cameras, self.stems, strict=True):
             tokens.append(stem(self._resize(observation[camera]) * 2 - 1, instruction))  # (B, g * g, d)
@@ -190,9 +216,9 @@ class CompactBackbone(nn.Module):
     def prefill_embeddings(self, embeddings: Tensor) -> Prefix:
         """`prefill` from embeddings (B, P, d) that `embed_prefix` made."""
         batch, length, width = embeddings.shape
-        heads = self.layers[0].heads
+        heads = self.trunk[0].heads
         cache = KVCache(
-            len(self.layers),
+            len(self.trunk),
             batch,
             heads,
             length + self.block_length,
@@ -201,7 +227,7 @@ class CompactBackbone(nn.Module):
             dtype=embeddings.dtype,
         )
         x = embeddings
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.trunk):
             q, k, v = layer.project(x)
             keys, values = cache.write(index, k, v)
             x = layer.finish(x, q, keys, values, None)
@@ -216,7 +242,7 @@ class CompactBackbone(nn.Module):
         start, length = cache.committed, tokens.shape[1]
         x = self.action_tokens(tokens) + self.slots[start : start + length]  # (B, k, d)
         mask = None if length == 1 else self._block_mask(cache.length, length, x.device)
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.trunk):
             q, k, v = layer.project(x)
             keys, values = cache.write(index, k, v)  # (B, H, T, d / H)
             x = layer.finish(x, q, keys, values, mask)
@@ -246,7 +272,7 @@ class CompactBackbone(nn.Module):
         inputs = [self.action_tokens(block[:, : n - 1]) + self.slots[: n - 1] for block in blocks]
         x = torch.cat([embeddings, *inputs], dim=1)  # (B, P + b * (n - 1), d)
         mask = self._packed_mask(embeddings.shape[1], n - 1, len(blocks), x.device)
-        for layer in self.layers:
+        for layer in self.trunk:
             q, k, v = layer.project(x)
             x = layer.finish(x, q, k, v, mask)
         x = self.final_norm(x)
@@ -268,7 +294,7 @@ class CompactBackbone(nn.Module):
     def prefix_state(self, embeddings: Tensor) -> Tensor:
         """The state token's final hidden vector (B, d), without any block."""
         x = embeddings
-        for layer in self.layers:
+        for layer in self.trunk:
             q, k, v = layer.project(x)
             x = layer.finish(x, q, k, v, None)
         return self.final_norm(x[:, -1])

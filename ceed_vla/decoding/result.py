@@ -17,7 +17,7 @@ class DecodeResult:
         tokens: (B, n) int64.
         forwards: Model calls after the prefill, shared by all rows: block forwards (Jacobi) or single-token
             forwards (AR). The forward that verifies the fixed point is counted.
-        iterations: (B,) int64, forwards until this row was done. A row that is done is frozen.
+        iterations: (B,) int64 on the CPU, forwards until this row was done. A row that is done is frozen.
         exit_reason: Why each row stopped.
 
             - "complete": AR decoded every token it was asked for.
@@ -29,12 +29,12 @@ class DecodeResult:
             - "confidence": the must-converge slots are confident enough.
             - "max_iterations": the cap.
             - "deadline": the next iteration would have ended too late.
-        exact_tokens: (B,) int64, leading tokens that are proven equal to greedy AR, at least 1. Those behind
+        exact_tokens: (B,) int64 on the CPU, leading tokens proven equal to greedy AR, at least 1. Those behind
             may agree too, nobody checked. "Proven" is up to floating-point ties, and for causal backbones.
-        exact: (B,) bool, ``exact_tokens == n``.
+        exact: (B,) bool on the CPU, ``exact_tokens == n``.
         states: With ``record_states`` the states y(0), y(1), ..., each (B, n); y(0) is the guess with the
             exact first token in it, the last one is `tokens`. For strict Jacobi this is the trajectory to
-            train on.
+            train on; where the last forward only verified, the last two states are equal.
         actions: (B, m, A) in the tokenizer's units, filled by the policy.
         seconds: Times "prefill" and "decode" [s]; a decoder fills the second.
     """

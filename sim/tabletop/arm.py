@@ -30,10 +30,16 @@ JOINT_LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8
 JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])  # [rad]
 HOME = np.array([0.0, -0.60, 0.0, -2.55, 0.0, 1.95, np.pi / 4])  # gripper down, fingers open along y [rad]
 
-_DAMPING = 0.02  # [m]
+_DAMPING = (
+    1e-5,
+    0.2,
+)  # constant part [m^2] and share of the squared error: robust far away, quick at the end
 _POSTURE_GAIN = 0.1
 _MAX_STEP = 0.3  # of a joint per iteration [rad]
+_FAR_OFF = 0.01  # remaining error from which another start is tried [m]
+_UNWIND = 0.3  # of a joint per call on the way to another branch [rad]
 _LIMIT_MARGIN = 0.02  # [rad]
+_NEXT, _AFTER = [1, 2, 0], [2, 0, 1]  # cyclic successors of x, y, z, for cross products
 _ROTATION_WEIGHT = 0.3  # [m/rad]: how much one radian counts against one metre
 
 
@@ -107,25 +113,33 @@ class InverseKinematics:
         self._data = mujoco.MjData(model)  # scratch: the caller's state is never touched
         self._site = tcp_site
 
-    def solve(self, q: Array, position: Array, matrix: Array, iterations: int = 12) -> Array:
-        """Joint angles that bring the TCP to a pose.
+    def solve(self, q: Array, position: Array, matrix: Array) -> Array:
+        """Joint angles that bring the TCP to a pose, or as near as the limits allow.
 
         Args:
             q: Joint angles to start from (7,) [rad]; the last commanded ones keep the motion continuous.
             position: Wanted TCP position (3,) [m].
             matrix: Wanted TCP rotation matrix (3, 3).
-            iterations: Most iterations; it stops earlier within 0.1 mm and 0.5 mrad.
 
         Returns:
             Joint angles (7,) inside the limits [rad].
         """
+        solution, error = self._descend(q, position, matrix, 12)
+        if error < _FAR_OFF:
+            return solution
+        # Wound up against joint limits: go back towards the branch of the home posture, a little per call.
+        other, other_error = self._descend(HOME, position, matrix, 40)
+        return q + np.clip(other - q, -_UNWIND, _UNWIND) if other_error < 0.5 * error else solution
+
+    def _descend(self, q: Array, position: Array, matrix: Array, iterations: int) -> tuple[Array, float]:
+        """Iterate to within 0.1 mm and 0.5 mrad; the angles (7,) and the size of the remaining error [m]."""
         q = np.array(q, dtype=np.float64)
         for _ in range(iterations):
             error, jacobian = self._linearise(q, position, matrix)
             if np.abs(error[:3]).max() < 1e-4 and np.abs(error[3:]).max() < 5e-4 * _ROTATION_WEIGHT:
-                break
+                return q, 0.0
             q = q + _bounded_step(q, error, jacobian)
-        return q
+        return q, float(np.linalg.norm(self._linearise(q, position, matrix)[0]))
 
     def pose(self, q: Array) -> tuple[Array, Array]:
         """TCP position (3,) [m] and rotation matrix (3, 3) at joint angles `q` (7,) [rad]."""
@@ -137,17 +151,15 @@ class InverseKinematics:
         """Weighted pose error (6,) and Jacobian (6, 7) at `q`."""
         tip, current = self.pose(q)
         relative = matrix @ current.T
-        turn = 0.5 * np.array(
-            [relative[2, 1] - relative[1, 2], relative[0, 2] - relative[2, 0], relative[1, 0] - relative[0, 1]]
-        )
-        error = np.concatenate([position - tip, _ROTATION_WEIGHT * turn])
-        axes = self._data.xaxis[:7]
-        jacobian = np.vstack([np.cross(axes, tip - self._data.xanchor[:7]).T, _ROTATION_WEIGHT * axes.T])
-        return error, jacobian
+        turn = 0.5 * (relative[_NEXT, _AFTER] - relative[_AFTER, _NEXT])
+        error = np.concatenate([position - tip, -_ROTATION_WEIGHT * turn])
+        axes, arms = self._data.xaxis[:7], tip - self._data.xanchor[:7]
+        linear = axes[:, _NEXT] * arms[:, _AFTER] - axes[:, _AFTER] * arms[:, _NEXT]  # axes x arms
+        return error, np.concatenate([linear.T, _ROTATION_WEIGHT * axes.T])
 
 
 def _bounded_step(q: Array, error: Array, jacobian: Array) -> Array:
-    """Damped least-squares step (7,) [rad] with a null-space pull; joints that would leave their limits are held there."""
+    """Damped least-squares step (7,) [rad] with a null-space pull; joints at their limits are held there."""
     low, high = JOINT_LOW + _LIMIT_MARGIN - q, JOINT_HIGH - _LIMIT_MARGIN - q
     posture = _POSTURE_GAIN * (HOME - q)
     held = np.zeros(len(q), dtype=bool)
@@ -156,7 +168,7 @@ def _bounded_step(q: Array, error: Array, jacobian: Array) -> Array:
         free = ~held
         part = jacobian[:, free]
         remaining = error - jacobian[:, held] @ step[held]
-        regular = part @ part.T + _DAMPING**2 * np.eye(len(error))
+        regular = part @ part.T + (_DAMPING[0] + _DAMPING[1] * error @ error) * np.eye(len(error))
         step[free] = posture[free] + part.T @ np.linalg.solve(regular, remaining - part @ posture[free])
         size = np.abs(step[free]).max()
         if size > _MAX_STEP:

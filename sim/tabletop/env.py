@@ -39,8 +39,10 @@ PRIVILEGED_NAMES = (
 _SUBSTEPS = round(CTRL_DT / SIM_DT)
 _RAMP = 5  # the joint targets move in this many parts during a control step
 _SETTLE_SUBSTEPS = 20  # before the first image
+_TELEPORT_SOLVES = 8  # the first is enough nearly always; the rest cost nothing then
+_JOINT_STEP = 0.6  # largest change of a joint target per control step [rad]
 _REACHED = (0.005, 0.05)  # largest error of the joint targets against the commanded pose [m], [rad]
-_PARKED = np.array([3.0, 0.0, tasks.CUBE_HALF - 0.4])  # absent cubes lie on the floor behind the front camera [m]
+_PARKED = (3.0, tasks.CUBE_HALF - 0.4)  # x, z: absent cubes lie on the floor behind the front camera [m]
 
 
 class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
@@ -90,11 +92,11 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self.data = mujoco.MjData(self.scene.model)
         self._ik = arm.InverseKinematics(self.scene.model, self.scene.tcp_site)
         self._command: tasks.Command | None = None
-        self._present = np.zeros(len(tasks.COLORS), dtype=bool)
-        self.command_position = HOME_POSITION.copy()  # commanded TCP [m]
-        self.command_rpy = np.zeros(3)  # commanded roll, pitch, yaw [rad]
+        self._present: NDArray[np.bool_] = np.zeros(len(tasks.COLORS), dtype=bool)
+        self.command_position: arm.Array = HOME_POSITION.copy()  # commanded TCP [m]
+        self.command_rpy: arm.Array = np.zeros(3)  # commanded roll, pitch, yaw [rad]
         self.gripper_open = True
-        self._joints = arm.HOME.copy()
+        self._joints: arm.Array = arm.HOME.copy()
         self.action_space = spaces.Box(-1.0, 1.0, (len(ACTION_NAMES),), np.float32)
         self.observation_space = self._observation_space()
 
@@ -122,9 +124,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         mujoco.mj_forward(self.scene.model, self.data)
         return self.observe(), self._info()
 
-    def step(
-        self, action: NDArray[np.floating]
-    ) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+    def step(self, action: NDArray[np.floating]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Advance by 0.1 s. The reward is 1 on success, which ends the episode.
 
         Raises:
@@ -181,10 +181,13 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         position = self.command_position + POSITION_STEP * action[:3]
         self.command_position = np.clip(position, WORKSPACE_LOW, WORKSPACE_HIGH)
         limit = np.array([MAX_TILT, MAX_TILT, MAX_YAW])
-        self.command_rpy = np.clip(arm.rotate_rpy(self.command_rpy, ROTATION_STEP * action[3:6]), -limit, limit)
+        self.command_rpy = np.clip(
+            arm.rotate_rpy(self.command_rpy, ROTATION_STEP * action[3:6]), -limit, limit
+        )
         self.gripper_open = bool(action[6] > 0.0)
         start = self._joints
-        self._joints = self._ik.solve(start, self.command_position, arm.rpy_matrix(self.command_rpy))
+        wanted = self._ik.solve(start, self.command_position, arm.rpy_matrix(self.command_rpy))
+        self._joints = start + np.clip(wanted - start, -_JOINT_STEP, _JOINT_STEP)
         self._forget_unreachable()
         self.data.ctrl[7:9] = FINGER_STROKE if self.gripper_open else 0.0
         for part in range(1, _RAMP + 1):
@@ -228,8 +231,8 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         cubes = np.column_stack([now.cubes, now.cube_yaws])
         fixed = np.array([[*now.bin, 0.0], [*now.plate, 0.0]])
         goal = tasks.goal_position(self.command, now)
-        parts = (now.cubes[target] - now.tcp, [np.cos(angle), np.sin(angle)], goal - now.tcp, cubes.ravel(), fixed.ravel())
-        return np.concatenate(parts).astype(np.float32)
+        near = (now.cubes[target] - now.tcp, [np.cos(angle), np.sin(angle)], goal - now.tcp)
+        return np.concatenate([*near, cubes.ravel(), fixed.ravel()]).astype(np.float32)
 
     def is_success(self) -> bool:
         """Whether the instruction is fulfilled now."""
@@ -264,14 +267,18 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         parts: dict[str, spaces.Space[Any]] = {}
         if self.cameras:
             shape = (self.image_size, self.image_size, 3)
-            parts["pixels"] = spaces.Dict({name: spaces.Box(0, 255, shape, np.uint8) for name in self.cameras})
+            parts["pixels"] = spaces.Dict(
+                {name: spaces.Box(0, 255, shape, np.uint8) for name in self.cameras}
+            )
         parts["agent_pos"] = spaces.Box(-2.0, 2.0, (len(STATE_NAMES),), np.float32)
         return spaces.Dict(parts)
 
     def _checked(self, action: NDArray[np.floating]) -> NDArray[np.float64]:
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (len(ACTION_NAMES),):
-            raise SimulationError(f"Action of shape {action.shape}; give ({len(ACTION_NAMES)},): {ACTION_NAMES}.")
+            raise SimulationError(
+                f"Action of shape {action.shape}; give ({len(ACTION_NAMES)},): {ACTION_NAMES}."
+            )
         if not np.isfinite(action).all():
             raise SimulationError(f"Action {action.tolist()} is not finite; every value must be in [-1, 1].")
         return np.clip(action, -1.0, 1.0)
@@ -292,9 +299,9 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self._present = np.array(scene_layout.present)
         for index, address in enumerate(scene.cube_qpos):
             half_yaw = 0.5 * scene_layout.yaws[index]
-            position = _PARKED + [0.0, 0.2 * index, 0.0]
+            position: Any = _PARKED[0], 0.2 * index, _PARKED[1]
             if self._present[index]:
-                position = np.array([*scene_layout.cubes[index], tasks.CUBE_HALF])
+                position = *scene_layout.cubes[index], tasks.CUBE_HALF
             data.qpos[address : address + 7] = [*position, np.cos(half_yaw), 0.0, 0.0, np.sin(half_yaw)]
         data.mocap_pos[scene.bin_mocap] = [*scene_layout.bin, 0.0]
         data.mocap_pos[scene.plate_mocap] = [*scene_layout.plate, 0.0]
@@ -302,13 +309,16 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     def _teleport(self, position: NDArray[np.float64], yaw: float, open_gripper: bool) -> None:
         """Put the arm at rest in a pose and command it to stay there."""
         rpy = np.array([0.0, 0.0, yaw])
-        self._joints = self._ik.solve(arm.HOME, position, arm.rpy_matrix(rpy), iterations=40)
+        self._joints = arm.HOME
+        for _ in range(_TELEPORT_SOLVES):
+            self._joints = self._ik.solve(self._joints, position, arm.rpy_matrix(rpy))
         self.gripper_open = open_gripper
         finger = FINGER_STROKE if open_gripper else 0.0
         self.data.qpos[:9] = self.data.ctrl[:9] = [*self._joints, finger, finger]
         self.data.qvel[:9] = 0.0
         mujoco.mj_forward(self.scene.model, self.data)
         self.command_position, self.command_rpy = np.array(position), rpy
+        self._forget_unreachable()
 
     def _agent_pos(self) -> NDArray[np.float32]:
         data, site = self.data, self.scene.tcp_site
@@ -317,7 +327,13 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         quat *= np.copysign(1.0, quat[0])
         yaw, opening = self.command_rpy[2], data.qpos[7] + data.qpos[8]
         gripper = 1.0 if self.gripper_open else -1.0
-        parts = (data.site_xpos[site], quat, [opening], self.command_position, [np.cos(yaw), np.sin(yaw), gripper])
+        parts = (
+            data.site_xpos[site],
+            quat,
+            [opening],
+            self.command_position,
+            [np.cos(yaw), np.sin(yaw), gripper],
+        )
         return np.concatenate(parts).astype(np.float32)
 
     def _info(self) -> dict[str, Any]:

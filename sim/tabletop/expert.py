@@ -35,10 +35,22 @@ _FUNNEL_FLOOR = 0.014  # horizontal error without extra height [m]
 _APPROACH_HEIGHT = 0.085  # above the grasp [m]: the finger tips clear other cubes
 _TRAVEL_HEIGHT = 0.105  # TCP height from which a carried cube clears everything [m]
 _GRASP_ACROSS, _GRASP_ALONG = 0.011, 0.016  # largest error across and along the opening axis when closing [m]
-_GRASP_LOW, _GRASP_HIGH, _GRASP_YAW = 0.008, 0.012, 0.2  # height below and above the grasp [m], yaw error [rad]
-_HELD_OPENING = (0.038, 0.0485)  # finger opening while a cube is held [m]
+_GRASP_LOW, _GRASP_HIGH, _GRASP_YAW = (
+    0.008,
+    0.012,
+    0.2,
+)  # height below and above the grasp [m], yaw error [rad]
+_HELD_OPENING = (0.038, 0.055)  # finger opening while a cube is held [m]
 _HELD_DISTANCE = 0.028  # largest distance of a held cube from the TCP [m]
 _PUSH_SPEED = 0.4  # largest push action
+_PUSH_LIMIT_X = 0.555  # beyond it an open finger may land on the bin [m]
+_LANE = 0.06  # half width of the strip that a push needs free [m]
+_GRASP_SHIFTS = (0.0, -0.008, 0.008, -0.016, 0.016, -0.022, 0.022)  # along the opening axis [m]
+_ENOUGH_ROOM = 0.004  # around an open finger [m]
+_FINGER_CENTRE, _FINGER_HALF = (
+    0.056,
+    0.009,
+)  # of an open finger: distance from the TCP, half thickness with margin [m]
 _PAD_OFFSET = 0.05 - CUBE_HALF  # TCP to centre of a cube that touches an open finger [m]
 
 
@@ -102,23 +114,23 @@ def _goal_yaw(command: Command, now: Situation) -> float:
 
 def _release(now: Situation) -> Array:
     """Open, and rise once the fingers are apart."""
-    target = now.command_position + [0.0, 0.0, 0.04 if now.opening > 0.06 else 0.0]
+    target = now.command_position.copy()
+    target[2] += 0.04 if now.opening > 0.06 else 0.0
     return _action(now, target, now.command_rpy[2], gripper_open=True)
 
 
 def _approach(command: Command, now: Situation, cube: Array) -> Array:
     """Come down over the cube with open fingers; close them around it."""
-    yaw = _grasp_yaw(command, now, cube)
-    grasp = max(cube[2], CUBE_HALF - 0.003)
-    if _may_close(now, cube, grasp, yaw):
-        return _action(now, np.array([*cube[:2], grasp]), yaw, gripper_open=False)
-    return _descend(now, cube, grasp, yaw)
+    yaw, point = _grasp(command, now, cube)
+    if _may_close(now, point, yaw):
+        return _action(now, point, yaw, gripper_open=False)
+    return _descend(now, point, yaw)
 
 
-def _may_close(now: Situation, cube: Array, grasp: float, yaw: float) -> bool:
+def _may_close(now: Situation, point: Array, yaw: float) -> bool:
     """Whether the fingers are around the cube; more lenient once they have begun to close."""
-    along, across = _in_gripper(now, cube)
-    above = now.tcp[2] - grasp
+    along, across = _in_gripper(now, point)
+    above = now.tcp[2] - point[2]
     if not now.gripper_open:
         near = abs(across) < 1.5 * _GRASP_ACROSS and abs(along) < 1.5 * _GRASP_ALONG
         return bool(now.opening > _HELD_OPENING[0] and near and -2 * _GRASP_LOW < above < 2 * _GRASP_HIGH)
@@ -127,16 +139,16 @@ def _may_close(now: Situation, cube: Array, grasp: float, yaw: float) -> bool:
     return bool(near and ready and -_GRASP_LOW < above < _GRASP_HIGH)
 
 
-def _descend(now: Situation, cube: Array, grasp: float, yaw: float) -> Array:
-    """One step down the funnel that ends at a cube, with open fingers.
+def _descend(now: Situation, point: Array, yaw: float) -> Array:
+    """One step down the funnel that ends at a TCP position, with open fingers.
 
-    The funnel adds to the grasp height what the horizontal error, the yaw error and half-open fingers need.
+    The funnel adds to the final height what the horizontal error, the yaw error and half-open fingers need.
     """
-    error, turn = float(np.hypot(*(cube - now.tcp)[:2])), abs(now.tcp_yaw - yaw)
+    error, turn = float(np.hypot(*(point - now.tcp)[:2])), abs(now.tcp_yaw - yaw)
     extra = _FUNNEL_SLOPE * max(error - _FUNNEL_FLOOR, 0.0) + 0.15 * max(turn - 0.15, 0.0)
     extra += 2.0 * max(0.085 - now.opening, 0.0)
-    height = grasp + min(extra, _APPROACH_HEIGHT)
-    return _action(now, _slow_below(now, np.array([*cube[:2], height])), yaw, gripper_open=True)
+    height = point[2] + min(extra, _APPROACH_HEIGHT)
+    return _action(now, _slow_below(now, np.array([*point[:2], height])), yaw, gripper_open=True)
 
 
 def _in_gripper(now: Situation, cube: Array) -> tuple[float, float]:
@@ -146,17 +158,36 @@ def _in_gripper(now: Situation, cube: Array) -> tuple[float, float]:
 
 
 def _push(command: Command, now: Situation) -> Array:
-    """Straddle the cube with open fingers and move it sideways with the trailing one."""
+    """Straddle the cube with open fingers and move it sideways with the trailing one.
+
+    A cube that cannot be pushed (on something, among the far objects, or with something in its way) is carried.
+    """
     cube, goal = now.cubes[command.target], tasks.goal_position(command, now)
+    pushable = _can_push(command, now, cube, goal)
+    if not pushable or (is_holding(command, now) and cube[2] > CUBE_HALF + 0.008):
+        return _pick_and_place(command, now)
     along, across = _in_gripper(now, cube)
     low = now.tcp[2] < cube[2] + 0.018
-    if not (now.gripper_open and low and abs(along) < 0.045 and abs(across) < 0.02 and now.opening > 0.075):
-        yaw = _nearest_quarter(now.cube_yaws[command.target], 0.0)
-        return _descend(now, cube, CUBE_HALF - 0.003, yaw)
+    if not (now.gripper_open and low and abs(along) < 0.045 and abs(across) < 0.024 and now.opening > 0.075):
+        yaw = _nearest_quarter(now.cube_yaws[command.target], _sticky(now))
+        return _descend(now, np.array([*cube[:2], CUBE_HALF - 0.003]), yaw)
     stop = goal[1] + np.sign(goal[1] - cube[1]) * _PAD_OFFSET
     action = _action(now, np.array([cube[0], stop, CUBE_HALF - 0.003]), 0.0, gripper_open=True)
     action[1] = np.clip(action[1], -_PUSH_SPEED, _PUSH_SPEED)
     return action
+
+
+def _can_push(command: Command, now: Situation, cube: Array, goal: Array) -> bool:
+    """Whether the cube stands on the table in the near band and its way to the goal is free."""
+    if cube[2] > CUBE_HALF + 0.004 or not tasks.ZONE_X[0] < cube[0] < _PUSH_LIMIT_X:
+        return False
+    way = np.sign(goal[1] - cube[1])
+    for index, other in enumerate(now.cubes):
+        ahead = way * (other[1] - cube[1])
+        in_lane = abs(other[0] - cube[0]) < _LANE and -CUBE_HALF < ahead < abs(goal[1] - cube[1]) + 0.08
+        if index != command.target and other.any() and in_lane:
+            return False
+    return True
 
 
 def _slow_below(now: Situation, target: Array) -> Array:
@@ -172,27 +203,45 @@ def _lag(now: Situation) -> Array:
     return now.command_position[:2] - now.tcp[:2]
 
 
-def _grasp_yaw(command: Command, now: Situation, cube: Array) -> float:
-    """Gripper yaw along a pair of cube faces: near zero, unless a finger would land on something there."""
-    first = now.cube_yaws[command.target]
-    second = first - np.copysign(np.pi / 2, first)
-    return float(first if _finger_room(command, now, cube, first) >= _finger_room(command, now, cube, second) else second)
+def _grasp(command: Command, now: Situation, cube: Array) -> tuple[float, Array]:
+    """Gripper yaw [rad] and TCP position (3,) [m] of a grasp: centred, yaw near zero, where the fingers have room.
+
+    Beside a wall or another cube the grasp moves along the opening axis, or takes the other pair of faces.
+    """
+    first = _nearest_quarter(now.cube_yaws[command.target], _sticky(now))
+    best, choice = -np.inf, (first, cube[:2])
+    for yaw in (first, first - np.copysign(np.pi / 2, first)):
+        axis = np.array([-np.sin(yaw), np.cos(yaw)])
+        for shift in _GRASP_SHIFTS:
+            centre = cube[:2] + shift * axis
+            room = min(
+                _finger_room(command, now, cube[2], centre + end * _FINGER_CENTRE * axis) for end in (-1, 1)
+            )
+            if room > best + 1e-3:
+                best, choice = room, (yaw, centre)
+            if best >= _ENOUGH_ROOM:
+                return yaw, np.array([*centre, max(cube[2], CUBE_HALF - 0.003)])
+    yaw, centre = choice
+    return yaw, np.array([*centre, max(cube[2], CUBE_HALF - 0.003)])
 
 
-def _finger_room(command: Command, now: Situation, cube: Array, yaw: float) -> float:
-    """Free way [m] between the open fingers at a grasp and the nearest thing, cut off at 5 mm."""
-    axis = np.array([-np.sin(yaw), np.cos(yaw)])
-    tips = [cube[:2] + sign * 0.056 * axis for sign in (-1.0, 1.0)]
-    room = 0.005
+def _finger_room(command: Command, now: Situation, height: float, tip: Array) -> float:
+    """Free way [m] around an open finger at a grasp of that height, at most `_ENOUGH_ROOM`."""
+    room = _ENOUGH_ROOM
     for index, other in enumerate(now.cubes):
-        if index != command.target and other.any() and abs(other[2] - cube[2]) < 2 * CUBE_HALF:
-            room = min(room, *(float(np.hypot(*(tip - other[:2]))) - 0.036 for tip in tips))
-    outer = tasks.BIN_INNER_HALF + tasks.BIN_WALL
-    if cube[2] < tasks.BIN_HEIGHT + 0.01:
-        for tip in tips:
-            depth = float(np.abs(tip - now.bin[:2]).max())
-            room = min(room, max(depth - outer, tasks.BIN_INNER_HALF - depth) - 0.011)
+        if index != command.target and other.any() and abs(other[2] - height) < 2 * CUBE_HALF:
+            room = min(room, float(np.hypot(*(tip - other[:2]))) - 0.036)
+    if height < tasks.BIN_HEIGHT + 0.01:
+        depth = float(np.abs(tip - now.bin[:2]).max())
+        inside = tasks.BIN_INNER_HALF - depth - _FINGER_HALF
+        outside = depth - tasks.BIN_INNER_HALF - tasks.BIN_WALL - _FINGER_HALF
+        room = min(room, max(inside, outside))
     return room
+
+
+def _sticky(now: Situation) -> float:
+    """Reference yaw [rad] that keeps the choice between two pairs of faces near 45 degrees."""
+    return float(np.clip(now.command_rpy[2], -0.2, 0.2))
 
 
 def _nearest_quarter(angle: float, reference: float) -> float:

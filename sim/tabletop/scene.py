@@ -126,10 +126,11 @@ def scene_xml() -> str:
 
 
 def _zone(side: str, sign: int) -> str:
-    half = 0.5 * (tasks.ZONE_OUTER - tasks.ZONE_INNER)
+    half_x, half_y = 0.5 * (tasks.ZONE_X[1] - tasks.ZONE_X[0]), 0.5 * (tasks.ZONE_OUTER - tasks.ZONE_INNER)
+    centre = 0.5 * (tasks.ZONE_X[0] + tasks.ZONE_X[1])
     return (
-        f'<geom name="zone_{side}" type="box" size="0.12 {half} 0.0005" pos="0.45 {sign * tasks.ZONE_CENTRE} 0" '
-        f'rgba="{_RGBA[side]}" {_VISUAL}/>'
+        f'<geom name="zone_{side}" type="box" size="{half_x} {half_y} 0.0005" '
+        f'pos="{centre} {sign * tasks.ZONE_CENTRE} 0" rgba="{_RGBA[side]}" {_VISUAL}/>'
     )
 
 
@@ -151,7 +152,9 @@ def _bin() -> str:
 
 def _plate() -> str:
     radius, half = tasks.PLATE_RADIUS, tasks.PLATE_HEIGHT / 2
-    disc = f'<geom type="cylinder" size="{radius} {half}" pos="0 0 {half}" rgba="{_RGBA["plate"]}" {_STATIC}/>'
+    disc = (
+        f'<geom type="cylinder" size="{radius} {half}" pos="0 0 {half}" rgba="{_RGBA["plate"]}" {_STATIC}/>'
+    )
     return f'<body name="plate" mocap="true" pos="0.64 -0.1 0">{disc}</body>'
 
 

@@ -54,6 +54,7 @@ BIN_HEIGHT = 0.04
 PLATE_RADIUS = 0.07
 PLATE_HEIGHT = 0.01
 ZONE_INNER, ZONE_OUTER = 0.19, 0.26  # |y| of the edge zones
+ZONE_X = (0.33, 0.57)  # x of the edge zones
 ZONE_CENTRE = 0.5 * (ZONE_INNER + ZONE_OUTER)
 
 _RELEASED_OPENING = 0.055  # finger opening above which a cube is free [m]
@@ -172,12 +173,13 @@ class Situation:
 def goal_position(command: Command, now: Situation) -> NDArray[np.float64]:
     """Where the centre of the target cube shall come to rest (3,) [m]."""
     if command.family == "cube_in_bin":
-        return now.bin + [0.0, 0.0, BIN_WALL + CUBE_HALF]
+        return now.bin + np.array([0.0, 0.0, BIN_WALL + CUBE_HALF])
     if command.family == "cube_on_plate":
-        return now.plate + [0.0, 0.0, PLATE_HEIGHT + CUBE_HALF]
+        return now.plate + np.array([0.0, 0.0, PLATE_HEIGHT + CUBE_HALF])
     if command.family == "stack_cubes":
-        return now.cubes[command.base] + [0.0, 0.0, 2 * CUBE_HALF]
-    return np.array([now.cubes[command.target, 0], command.side * ZONE_CENTRE, CUBE_HALF])
+        return now.cubes[command.base] + np.array([0.0, 0.0, 2 * CUBE_HALF])
+    x = np.clip(now.cubes[command.target, 0], ZONE_X[0] + CUBE_HALF, ZONE_X[1] - CUBE_HALF)
+    return np.array([x, command.side * ZONE_CENTRE, CUBE_HALF])
 
 
 def in_place(command: Command, now: Situation) -> bool:
@@ -191,7 +193,8 @@ def in_place(command: Command, now: Situation) -> bool:
     if command.family == "stack_cubes":
         on_table = goal[2] < 3.3 * CUBE_HALF
         return bool(np.hypot(*offset[:2]) < 0.9 * CUBE_HALF and offset[2] < 0.006 and on_table)
-    return bool(ZONE_INNER < command.side * cube[1] < ZONE_OUTER and offset[2] < 0.006)
+    in_zone = ZONE_X[0] < cube[0] < ZONE_X[1] and ZONE_INNER < command.side * cube[1] < ZONE_OUTER
+    return bool(in_zone and offset[2] < 0.006)
 
 
 def is_success(command: Command, now: Situation) -> bool:

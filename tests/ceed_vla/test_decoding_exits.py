@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -12,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ceed_vla.decoding import DecodingConfig, decode_autoregressive, decode_block, decode_jacobi
-from ceed_vla.decoding.exits import ExitRules, window_mass
-from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.decoding import DecodingConfig, decode_autoregressive, decode_jacobi
+from ceed_vla.decoding.exits import ExitRules, Rows, window_mass
+from ceed_vla.errors import ConfigError
 
 A = 7
 
@@ -47,12 +44,9 @@ def reference(backbone, observation, guess: Tensor, config: DecodingConfig, grip
                 for s in range(must)
             )
             moved = (new != state)[0].nonzero().flatten().tolist()
-            done_watched = not [
-                s for s in moved if s < must - 1
-            ]  # a change of the last watched slot is its last
-            done_all = (iterations == 1 and not [s for s in moved if s < n - 1]) or (
-                must == n and done_watched
-            )
+            # A change of the last slot is the last there can be: what it depends on did not change.
+            done_watched = all(s >= must - 1 for s in moved)
+            done_all = all(s >= n - 1 for s in moved) and (iterations == 1 or must == n)
             state = new
             if done_all:
                 reason = "converged"
@@ -85,7 +79,7 @@ def random_guess(seed: int, batch: int, n: int, vocabulary: int) -> Tensor:
     return torch.randint(vocabulary, (batch, n), generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**16),
     batch=st.integers(1, 3),
@@ -193,7 +187,6 @@ def test_only_executed_steps_are_recomputed_and_the_tail_is_from_the_first_itera
     result = decode_jacobi(backbone, prefix, guess, DecodingConfig(executed_steps=4), action_dim=A)
     assert backbone.calls[0] == 55
     assert all(k <= 27 for k in backbone.calls[1:])
-    assert backbone.calls[1:] == sorted(backbone.calls[1:], reverse=True)  # committed tokens leave the block
     assert torch.equal(result.tokens[:, :28], answer[:, :28])
     assert torch.equal(result.tokens[:, 28:], one.tokens[:, 28:])
     assert result.exit_reason == ["stable", "stable"]
@@ -224,6 +217,31 @@ def test_gripper_is_never_relaxed_and_tolerances_are_per_dimension(toy) -> None:
         ExitRules.of(DecodingConfig(tolerance_bins=(1,) * A), 14, A, gripper_dims=(6,))
     with pytest.raises(ConfigError, match="3 entries; an action has 7"):
         ExitRules.of(DecodingConfig(tolerance_bins=(1, 2, 3)), 14, A)
+
+
+def test_quiet_iterations_must_be_in_a_row() -> None:
+    config = DecodingConfig(tolerance_bins=2, stable_iterations=2)
+    rows = Rows(ExitRules.of(config, 6, 3, gripper_dims=(2,)), batch=1)
+    state = np.full((1, 6), 9)
+    moves = [
+        (1, 2),
+        (1, 3),
+        (3, -2),
+        (1, 9),
+        (1, 1),
+        (1, -2),
+    ]  # (slot, bins): quiet, loud, quiet, loud, quiet, quiet
+    for iteration, (slot, bins) in enumerate(moves, start=1):
+        assert rows.any_running, iteration
+        new = state.copy()
+        new[0, slot] += bins
+        rows.update(iteration, state[:, 1:], new[:, 1:], 1, None)
+        state = new
+    assert (rows.reasons, rows.iterations.tolist(), rows.exact.tolist()) == (["tolerance"], [6], [2])
+    gripper = Rows(ExitRules.of(config, 6, 3, gripper_dims=(2,)), batch=1)
+    for iteration in range(1, 5):
+        gripper.update(iteration, np.zeros((1, 5), int), np.array([[0, 1, 0, 0, 0]]), 1, None)  # slot 2: loud
+    assert gripper.any_running
 
 
 def test_window_mass_at_the_ends_of_the_vocabulary() -> None:
@@ -289,124 +307,3 @@ def test_a_distant_deadline_changes_nothing(toy) -> None:
     late = decode_jacobi(backbone, prefix, guess, DecodingConfig(deadline_s=1e6), action_dim=A)
     assert torch.equal(strict.tokens, late.tokens)
     assert late.exit_reason == ["converged"] * 2
-
-
-def test_recorded_states_are_the_trajectory(toy) -> None:
-    backbone, observation = toy(6, 3, 28, 31)
-    prefix, guess = backbone.prefill(observation), random_guess(0, 3, 28, 31)
-    result = decode_jacobi(backbone, prefix, guess, DecodingConfig(), action_dim=A, record_states=True)
-    assert result.states is not None
-    assert len(result.states) == result.forwards + 1
-    assert torch.equal(result.states[0][:, 1:], guess[:, 1:])
-    assert torch.equal(result.states[0][:, 0], prefix.logits.argmax(-1))
-    assert torch.equal(result.states[-1], result.tokens)
-    for old, new in itertools.pairwise(result.states):
-        expected = backbone.full_logits(observation, old[:, :-1]).argmax(-1)
-        assert torch.equal(new, expected)
-    for row, last in enumerate(result.iterations.tolist()):  # frozen once done
-        assert all(torch.equal(state[row], result.tokens[row]) for state in result.states[last:])
-    assert decode_jacobi(backbone, prefix, guess, DecodingConfig(), action_dim=A).states is None
-
-
-def test_results_can_train_a_model(toy) -> None:
-    """Tokens are ordinary tensors, so an embedding can save them for its backward pass."""
-    backbone, observation = toy(6, 2, 14, 31)
-    result = decode_jacobi(
-        backbone, backbone.prefill(observation), random_guess(0, 2, 14, 31), DecodingConfig(), action_dim=A
-    )
-    torch.nn.Embedding(31, 4)(result.tokens).sum().backward()
-
-
-def test_autoregressive_stops_after_the_executed_steps(toy) -> None:
-    backbone, observation = toy(7, 2, 28, 31)
-    prefix = backbone.prefill(observation)
-    whole = decode_autoregressive(backbone, prefix, DecodingConfig(method="ar"))
-    guess, half = random_guess(0, 2, 28, 31), DecodingConfig(method="ar", executed_steps=2)
-    result = decode_autoregressive(backbone, prefix, half, guess, action_dim=A, record_states=True)
-    assert torch.equal(result.tokens[:, :14], whole.tokens[:, :14])
-    assert torch.equal(result.tokens[:, 14:], guess[:, 14:])
-    assert result.forwards == 13
-    assert result.exact_tokens.tolist() == [14, 14]
-    assert not result.exact.any()
-    assert result.states is not None
-    assert len(result.states) == 14
-    assert torch.equal(result.states[0][:, 1:], guess[:, 1:])
-    with pytest.raises(TokenError, match="pass a guess"):
-        decode_autoregressive(backbone, prefix, half, action_dim=A)
-
-
-@pytest.mark.parametrize("method", ["ar", "jacobi"])
-def test_a_block_of_one_token_needs_no_forward(toy, method: str) -> None:
-    backbone, observation = toy(7, 2, 1, 31)
-    prefix, guess = backbone.prefill(observation), torch.zeros(2, 1, dtype=torch.int64)
-    if method == "ar":
-        result = decode_autoregressive(backbone, prefix, DecodingConfig(method="ar"))
-    else:
-        result = decode_jacobi(backbone, prefix, guess, DecodingConfig(), action_dim=1)
-        assert result.exit_reason == ["converged"] * 2
-    assert torch.equal(result.tokens[:, 0], prefix.logits.argmax(-1))
-    assert (result.forwards, result.iterations.tolist(), result.exact.tolist()) == (0, [0, 0], [True, True])
-
-
-def test_bad_guesses_and_layouts_are_named(toy) -> None:
-    backbone, observation = toy(7, 2, 14, 31)
-    prefix, good = backbone.prefill(observation), torch.zeros(2, 14, dtype=torch.int64)
-    bad = {
-        "expected .2, 14. torch.int64": good[:, :7],
-        "torch.float32": good.float(),
-        r"from 0 to 31; .* \[0, 30\]": good.index_fill(1, torch.tensor([3]), 31),
-        "from -1 to 0": good.index_fill(1, torch.tensor([3]), -1),
-    }
-    for message, guess in bad.items():
-        with pytest.raises(TokenError, match=message):
-            decode_jacobi(backbone, prefix, guess, DecodingConfig(), action_dim=A)
-    with pytest.raises(ConfigError, match="executed_steps is 3, but a block has only 2"):
-        decode_jacobi(backbone, prefix, good, DecodingConfig(executed_steps=3), action_dim=A)
-    with pytest.raises(ConfigError, match="not a whole number of steps"):
-        decode_jacobi(backbone, prefix, good, DecodingConfig(), action_dim=4)
-
-
-def test_the_guess_is_left_alone(toy) -> None:
-    backbone, observation = toy(7, 2, 14, 31)
-    guess = random_guess(0, 2, 14, 31)
-    kept = guess.clone()
-    decode_jacobi(backbone, backbone.prefill(observation), guess, DecodingConfig(), action_dim=A)
-    assert torch.equal(guess, kept)
-
-
-def test_decode_block_makes_the_guess_of_the_configuration(toy) -> None:
-    from ceed_vla.action_tokens import ActionTokenizer
-
-    backbone, observation = toy(8, 2, 28, 255)
-    prefix = backbone.prefill(observation)
-    tokenizer = ActionTokenizer([-1.0] * A, [1.0] * A, 4, gripper_dims=(6,))
-    previous = random_guess(5, 2, 28, 255)
-    previous[1] = -1
-
-    def first_state(config: DecodingConfig, **more) -> Tensor:
-        states = decode_block(
-            backbone, prefix, config, tokenizer=tokenizer, record_states=True, shift_steps=2, **more
-        ).states
-        assert states is not None
-        return states[0][:, 1:]
-
-    warm = first_state(DecodingConfig(), previous=previous)
-    expected = torch.cat([previous[0, 14:], previous[0, 21:], previous[0, 21:]])
-    assert torch.equal(warm[0], expected[1:])
-    assert (warm[1] == 127).all()
-    assert (first_state(DecodingConfig()) == 127).all()
-    random = DecodingConfig(guess="random", seed=3)
-    assert torch.equal(first_state(random), first_state(random))
-    assert not torch.equal(first_state(random), first_state(replace(random, seed=4)))
-    generator = torch.Generator().manual_seed(0)
-    assert not torch.equal(first_state(random, generator=generator), first_state(random, generator=generator))
-    half = decode_block(
-        backbone,
-        prefix,
-        DecodingConfig(method="ar", executed_steps=2),
-        tokenizer=tokenizer,
-        previous=previous,
-        shift_steps=2,
-    )
-    assert torch.equal(half.tokens[0, 14:], expected[14:])
-    assert half.exit_reason == ["complete"] * 2

@@ -314,3 +314,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "push_cube/recorded 1" in capsys.readouterr().out
     assert main(["--root", str(root), "--episodes", "1"]) == 1
     assert "--resume" in capsys.readouterr().err
+    assert main(["--root", str(root), "--tasks", "push_cube", "--episodes", "1", "--resume"]) == 0
+    assert main(["--root", str(root), "--tasks", "juggle"]) == 1
+    assert "cube_in_bin" in capsys.readouterr().err
+    assert main(["--rot", str(root)]) == 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,11 @@ import numpy as np
 import pytest
 
 CAMERAS = ("observation.images.front", "observation.images.wrist")
-INSTRUCTIONS = ("put the red cube in the bin", "stack the blue cube on the green cube", "push the yellow cube")
+INSTRUCTIONS = (
+    "put the red cube in the bin",
+    "stack the blue cube on the green cube",
+    "push the yellow cube",
+)
 
 
 def write_dataset(
@@ -22,7 +28,6 @@ def write_dataset(
     cameras: Sequence[str] = CAMERAS,
     image_size: int = 96,
     seed: int = 0,
-    finalize: bool = True,
 ) -> Path:
     """Write a LeRobotDataset v3 whose actions depend on state and instruction; ``action_dim`` 0 leaves them out."""
     from lerobot.datasets import LeRobotDataset
@@ -49,7 +54,9 @@ def write_dataset(
             frame: dict[str, Any] = {
                 name: (base + 40 * phase + 15 * i).astype(np.uint8) for i, name in enumerate(cameras)
             }
-            frame["observation.state"] = (np.sin(phase * np.arange(1, state_dim + 1)) + which).astype(np.float32)
+            frame["observation.state"] = (np.sin(phase * np.arange(1, state_dim + 1)) + which).astype(
+                np.float32
+            )
             frame["observation.environment_state"] = random.normal(0, 0.1, 40).astype(np.float32)
             if action_dim:
                 action = 0.2 * np.cos(phase * 3 + which + np.arange(action_dim))
@@ -57,6 +64,142 @@ def write_dataset(
                 frame["action"] = action.astype(np.float32)
             dataset.add_frame({**frame, "task": INSTRUCTIONS[which]})
         dataset.save_episode()
-    if finalize:
-        dataset.finalize()
+    dataset.finalize()
     return root
+
+
+def tiny_policy(**changes: Any) -> Any:
+    """A policy configuration that trains in seconds."""
+    from ceed_vla.configuration_ceed_vla import tabletop_config
+
+    sizes = {"width": 32, "layers": 1, "heads": 2, "mlp_width": 32, "stem_channels": [8] * 4, "chunk_size": 4}
+    return tabletop_config(**{**sizes, "n_action_steps": 2, "num_bins": 63, **changes})
+
+
+def read_log(folder: Path, key: str = "loss") -> dict[int, float]:
+    """Values of `key` by step."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+@dataclass
+class Studio:
+    """What the tests of training share: data sets, a teacher trained on them, its trajectories."""
+
+    demo: Path
+    other: Path
+    grounding: Path
+    teacher_run: Path
+    teacher: Path
+    trajectories: Path
+
+    def train_config(self, output: Path, **changes: Any) -> Any:
+        """Settings of a short teacher run."""
+        from training.teacher import TrainConfig
+
+        settings = {
+            "roots": str(self.demo),
+            "grounding_roots": str(self.grounding),
+            "output_dir": str(output),
+            "policy": tiny_policy(),
+            "grounding_steps": 3,
+            "steps": 9,
+            "batch_size": 8,
+            "grounding_batch": 4,
+            "lr": 1e-2,
+            "muon_lr": 2e-2,
+            "warmup": 2,
+            "rounds": 0,
+            "save_every": 5,
+            "log_every": 1,
+            "mixed_precision": "no",
+        }
+        return TrainConfig(**{**settings, **changes})
+
+    def collect_config(self, output: Path, **changes: Any) -> Any:
+        """Settings of a collection with the shared teacher."""
+        from training.trajectories import CollectConfig
+
+        settings = {
+            "policy_path": str(self.teacher),
+            "roots": f"{self.demo},{self.other}",
+            "output_dir": str(output),
+            "batch_size": 8,
+            "frame_stride": 1,
+        }
+        return CollectConfig(**{**settings, **changes})
+
+    def distill_config(self, output: Path, **changes: Any) -> Any:
+        """Settings of a short distillation of the shared teacher."""
+        from training.distill import DistillConfig
+
+        settings = {
+            "teacher_path": str(self.teacher),
+            "trajectories": str(self.trajectories),
+            "roots": f"{self.demo},{self.other}",
+            "output_dir": str(output),
+            "steps": 5,
+            "batch_size": 8,
+            "eval_frames": 8,
+            "eval_every": 0,
+            "save_every": 3,
+            "log_every": 1,
+            "mixed_precision": "no",
+        }
+        return DistillConfig(**{**settings, **changes})
+
+
+@pytest.fixture(scope="session")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
+    """Data sets, teacher and trajectories; nothing may write into them."""
+    from training.teacher import train
+    from training.trajectories import collect
+
+    folder = tmp_path_factory.mktemp("studio")
+    studio = Studio(
+        demo=write_dataset(folder / "demo"),
+        other=write_dataset(folder / "other", (10, 3), seed=7),
+        grounding=write_dataset(folder / "grounding", (12,), action_dim=0, seed=1),
+        teacher_run=folder / "teacher",
+        teacher=folder / "teacher" / "checkpoints" / "final" / "pretrained_model",
+        trajectories=folder / "trajectories",
+    )
+    train(studio.train_config(studio.teacher_run, steps=60, save_every=30))
+    collect(studio.collect_config(studio.trajectories))
+    return studio
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Make training runs stop as by Ctrl-C before they take the given step; -1 lets them go on."""
+    from training.run import Run
+
+    original = Run.optimize
+
+    def arm(step: int) -> None:
+        def optimize(run: Any, loss: Any) -> None:
+            if run.step == step:
+                raise KeyboardInterrupt
+            original(run, loss)
+
+        monkeypatch.setattr(Run, "optimize", optimize)
+
+    return arm
+
+
+# Helpers, as fixtures: with import-mode importlib a test file cannot import this one.
+
+
+@pytest.fixture(scope="session", name="write_dataset")
+def _write_dataset() -> Callable[..., Path]:
+    return write_dataset
+
+
+@pytest.fixture(scope="session", name="tiny_policy")
+def _tiny_policy() -> Callable[..., Any]:
+    return tiny_policy
+
+
+@pytest.fixture(scope="session", name="read_log")
+def _read_log() -> Callable[..., dict[int, float]]:
+    return read_log

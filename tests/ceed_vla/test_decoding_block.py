@@ -1,0 +1,155 @@
+"""Decoding of one block: states, layouts, what leaves the block, the autoregressive reference, bad input."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ceed_vla.action_tokens import ActionTokenizer
+from ceed_vla.decoding import DecodingConfig, decode_autoregressive, decode_block, decode_jacobi
+from ceed_vla.errors import ConfigError, TokenError
+
+A = 7
+
+
+def random_guess(seed: int, batch: int, n: int, vocabulary: int) -> Tensor:
+    return torch.randint(vocabulary, (batch, n), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_proven_tokens_leave_the_block(toy, batch: int) -> None:
+    """Every forward starts at the last token that is proven in all running rows, found again from the states."""
+    backbone, observation = toy(9, batch, 28, 5)
+    prefix, guess = backbone.prefill(observation), random_guess(0, batch, 28, 5)
+    backbone.calls.clear()
+    result = decode_jacobi(backbone, prefix, guess, DecodingConfig(), action_dim=A, record_states=True)
+    assert result.states is not None
+    expected = [27]
+    for old, new in itertools.pairwise(result.states):
+        starts = [int((o != w).nonzero()[0]) for o, w in zip(old, new, strict=True) if (o != w)[:-1].any()]
+        expected += [27 - min(starts)] if starts else []
+    assert backbone.calls == expected
+    assert all(later < earlier for earlier, later in itertools.pairwise(backbone.calls))
+
+
+def test_recorded_states_are_the_trajectory(toy) -> None:
+    backbone, observation = toy(6, 3, 28, 31)
+    prefix, guess = backbone.prefill(observation), random_guess(0, 3, 28, 31)
+    result = decode_jacobi(backbone, prefix, guess, DecodingConfig(), action_dim=A, record_states=True)
+    assert result.states is not None
+    assert len(result.states) == result.forwards + 1
+    assert torch.equal(result.states[0][:, 1:], guess[:, 1:])
+    assert torch.equal(result.states[0][:, 0], prefix.logits.argmax(-1))
+    assert torch.equal(result.states[-1], result.tokens)
+    for old, new in itertools.pairwise(result.states):
+        expected = backbone.full_logits(observation, old[:, :-1]).argmax(-1)
+        assert torch.equal(new, expected)
+    for row, last in enumerate(result.iterations.tolist()):  # frozen once done
+        assert all(torch.equal(state[row], result.tokens[row]) for state in result.states[last:])
+    assert decode_jacobi(backbone, prefix, guess, DecodingConfig(), action_dim=A).states is None
+
+
+def test_results_can_train_a_model(toy) -> None:
+    """Tokens are ordinary tensors, so an embedding can save them for its backward pass."""
+    backbone, observation = toy(6, 2, 14, 31)
+    result = decode_jacobi(
+        backbone, backbone.prefill(observation), random_guess(0, 2, 14, 31), DecodingConfig(), action_dim=A
+    )
+    torch.nn.Embedding(31, 4)(result.tokens).sum().backward()
+
+
+def test_autoregressive_stops_after_the_executed_steps(toy) -> None:
+    backbone, observation = toy(7, 2, 28, 31)
+    prefix = backbone.prefill(observation)
+    whole = decode_autoregressive(backbone, prefix, DecodingConfig(method="ar"))
+    guess, half = random_guess(0, 2, 28, 31), DecodingConfig(method="ar", executed_steps=2)
+    result = decode_autoregressive(backbone, prefix, half, guess, action_dim=A, record_states=True)
+    assert torch.equal(result.tokens[:, :14], whole.tokens[:, :14])
+    assert torch.equal(result.tokens[:, 14:], guess[:, 14:])
+    assert result.forwards == 13
+    assert result.exact_tokens.tolist() == [14, 14]
+    assert not result.exact.any()
+    assert result.states is not None
+    assert len(result.states) == 14
+    assert torch.equal(result.states[0][:, 1:], guess[:, 1:])
+    with pytest.raises(TokenError, match="pass a guess"):
+        decode_autoregressive(backbone, prefix, half, action_dim=A)
+
+
+@pytest.mark.parametrize("method", ["ar", "jacobi"])
+def test_a_block_of_one_token_needs_no_forward(toy, method: str) -> None:
+    backbone, observation = toy(7, 2, 1, 31)
+    prefix, guess = backbone.prefill(observation), torch.zeros(2, 1, dtype=torch.int64)
+    if method == "ar":
+        result = decode_autoregressive(backbone, prefix, DecodingConfig(method="ar"))
+    else:
+        result = decode_jacobi(backbone, prefix, guess, DecodingConfig(), action_dim=1)
+        assert result.exit_reason == ["converged"] * 2
+    assert torch.equal(result.tokens[:, 0], prefix.logits.argmax(-1))
+    assert (result.forwards, result.iterations.tolist(), result.exact.tolist()) == (0, [0, 0], [True, True])
+
+
+def test_bad_guesses_and_layouts_are_named(toy) -> None:
+    backbone, observation = toy(7, 2, 14, 31)
+    prefix, good = backbone.prefill(observation), torch.zeros(2, 14, dtype=torch.int64)
+    bad = {
+        "expected .2, 14. torch.int64": good[:, :7],
+        "torch.float32": good.float(),
+        r"from 0 to 31; .* \[0, 30\]": good.index_fill(1, torch.tensor([3]), 31),
+        "from -1 to 0": good.index_fill(1, torch.tensor([3]), -1),
+    }
+    for message, guess in bad.items():
+        with pytest.raises(TokenError, match=message):
+            decode_jacobi(backbone, prefix, guess, DecodingConfig(), action_dim=A)
+    with pytest.raises(ConfigError, match="executed_steps is 3, but a block has only 2"):
+        decode_jacobi(backbone, prefix, good, DecodingConfig(executed_steps=3), action_dim=A)
+    with pytest.raises(ConfigError, match="not a whole number of steps"):
+        decode_jacobi(backbone, prefix, good, DecodingConfig(), action_dim=4)
+
+
+def test_the_guess_is_left_alone(toy) -> None:
+    backbone, observation = toy(7, 2, 14, 31)
+    guess = random_guess(0, 2, 14, 31)
+    kept = guess.clone()
+    decode_jacobi(backbone, backbone.prefill(observation), guess, DecodingConfig(), action_dim=A)
+    assert torch.equal(guess, kept)
+
+
+def test_decode_block_makes_the_guess_of_the_configuration(toy) -> None:
+    backbone, observation = toy(8, 2, 28, 255)
+    prefix = backbone.prefill(observation)
+    tokenizer = ActionTokenizer([-1.0] * A, [1.0] * A, 4, gripper_dims=(6,))
+    previous = random_guess(5, 2, 28, 255)
+    previous[1] = -1
+
+    def first_state(config: DecodingConfig, **more) -> Tensor:
+        states = decode_block(
+            backbone, prefix, config, tokenizer=tokenizer, record_states=True, shift_steps=2, **more
+        ).states
+        assert states is not None
+        return states[0][:, 1:]
+
+    warm = first_state(DecodingConfig(), previous=previous)
+    expected = torch.cat([previous[0, 14:], previous[0, 21:], previous[0, 21:]])
+    assert torch.equal(warm[0], expected[1:])
+    assert (warm[1] == 127).all()
+    assert (first_state(DecodingConfig()) == 127).all()
+    random = DecodingConfig(guess="random", seed=3)
+    assert torch.equal(first_state(random), first_state(random))
+    assert not torch.equal(first_state(random), first_state(replace(random, seed=4)))
+    generator = torch.Generator().manual_seed(0)
+    assert not torch.equal(first_state(random, generator=generator), first_state(random, generator=generator))
+    half = decode_block(
+        backbone,
+        prefix,
+        DecodingConfig(method="ar", executed_steps=2),
+        tokenizer=tokenizer,
+        previous=previous,
+        shift_steps=2,
+    )
+    assert torch.equal(half.tokens[0, 14:], expected[14:])
+    assert half.exit_reason == ["complete"] * 2

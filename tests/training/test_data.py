@@ -1,0 +1,267 @@
+"""Reading data sets and drawing batches, compared with LeRobot's own reader; then everything that can be wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from ceed_vla.errors import DatasetError
+from training.data import FrameStore, open_dataset
+from training.mixture import Mixture, check_compatible, check_fits, state_statistics
+
+FRONT, WRIST = "observation.images.front", "observation.images.wrist"
+CHUNK = 4
+
+
+@pytest.fixture(scope="module")
+def store(studio: Any) -> FrameStore:
+    return open_dataset(studio.demo)
+
+
+@pytest.fixture
+def copy(studio: Any, tmp_path: Path) -> Path:
+    """A copy of the demonstrations that a test may damage."""
+    return shutil.copytree(studio.demo, tmp_path / "copy", ignore=shutil.ignore_patterns(".frames"))
+
+
+def data_file(root: Path) -> Path:
+    return next((root / "data").rglob("*.parquet"))
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+def test_frames_are_what_lerobot_reads(studio: Any, store: FrameStore) -> None:
+    from lerobot.datasets import LeRobotDataset
+
+    deltas = {"action": [step / 10 for step in range(CHUNK)]}
+    dataset = LeRobotDataset("local/demo", root=studio.demo, delta_timestamps=deltas)
+    for frame in (0, 11, 12, 13, 14, 49):
+        expected = dataset[frame]
+        batch = store.batch(np.array([frame]), CHUNK)
+        assert batch.pop("task") == [expected["task"]]
+        for name, value in batch.items():
+            assert value.shape == (1, *expected[name].shape)
+            torch.testing.assert_close(value[0], expected[name], msg=name)
+
+
+def test_a_chunk_is_cut_at_the_end_of_its_episode(store: FrameStore) -> None:
+    actions, pad = store.chunks(np.array([9, 10, 11, 13]), CHUNK)  # episode 0 has frames 0 to 13
+    assert pad.tolist() == [[False] * 4, [False] * 4, [False] * 3 + [True], [False] + [True] * 3]
+    assert store.action is not None
+    np.testing.assert_array_equal(actions[3].numpy(), np.repeat(store.action[13:14], 4, axis=0))
+
+
+def test_an_action_free_set_has_no_chunks(studio: Any) -> None:
+    grounding = open_dataset(studio.grounding)
+    assert grounding.action is None
+    assert "action" not in grounding.batch(np.arange(2), CHUNK)
+    with pytest.raises(DatasetError, match="holds no actions"):
+        grounding.chunks(np.arange(2), CHUNK)
+
+
+def test_images_are_decoded_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = open_dataset(copy)
+    monkeypatch.setattr("training.data._decode_images", lambda *_: pytest.fail("decoded again"))
+    again = open_dataset(copy)
+    np.testing.assert_array_equal(first.images[FRONT], again.images[FRONT])
+
+
+def test_images_are_decoded_again_when_the_data_changed(studio: Any, copy: Path) -> None:
+    before = open_dataset(copy).images[WRIST][0].copy()
+    table = pq.read_table(data_file(copy))
+    front = table.column_names.index(FRONT)
+    table = table.set_column(table.column_names.index(WRIST), WRIST, table.column(front))  # as many frames
+    pq.write_table(table, data_file(copy))
+    after = open_dataset(copy)
+    np.testing.assert_array_equal(after.images[WRIST][0], after.images[FRONT][0])
+    assert (after.images[WRIST][0] != before).any()
+
+
+def test_video_features_are_read(tmp_path: Path) -> None:
+    from lerobot.datasets import LeRobotDataset
+
+    features = {
+        FRONT: {"dtype": "video", "shape": (64, 64, 3), "names": ["height", "width", "channels"]},
+        "observation.state": {"dtype": "float32", "shape": (2,), "names": None},
+        "action": {"dtype": "float32", "shape": (2,), "names": None},
+    }
+    dataset = LeRobotDataset.create("local/video", 10, features, root=tmp_path / "video", use_videos=True)
+    for step in range(4):
+        image = np.full((64, 64, 3), 50 * step, np.uint8)
+        vector = np.full(2, step, np.float32)
+        dataset.add_frame({FRONT: image, "observation.state": vector, "action": vector, "task": "go"})
+    dataset.save_episode()
+    dataset.finalize()
+    images = open_dataset(tmp_path / "video").images[FRONT]
+    assert np.abs(images.reshape(4, -1).mean(1) - [0, 50, 100, 150]).max() < 5
+
+
+# ---- broken data sets -------------------------------------------------------------------------------------------
+
+
+def edit_info(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    file = root / "meta" / "info.json"
+    info = json.loads(file.read_text())
+    change(info)
+    file.write_text(json.dumps(info))
+
+
+def edit_column(root: Path, name: str, values: Callable[[list[Any]], list[Any]]) -> None:
+    table = pq.read_table(data_file(root))
+    index = table.column_names.index(name)
+    column = pa.array(values(table.column(index).to_pylist()), table.schema.field(index).type)
+    pq.write_table(table.set_column(index, name, column), data_file(root))
+
+
+def rewrite_tasks(root: Path, names: list[str]) -> None:
+    import pandas as pd
+
+    frame = pd.DataFrame({"task_index": range(len(names))}, index=pd.Index(names, name="task"))
+    frame.to_parquet(root / "meta" / "tasks.parquet")
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no folder": (shutil.rmtree, "No LeRobotDataset"),
+    "damaged info": (lambda r: (r / "meta" / "info.json").write_text("{"), "damaged"),
+    "old format": (lambda r: edit_info(r, lambda i: i.update(codebase_version="v2.1")), "v2.1"),
+    "no state": (lambda r: edit_info(r, lambda i: i["features"].pop("observation.state")), "observation.state"),
+    "no camera": (lambda r: edit_info(r, lambda i: [i["features"].pop(c) for c in (FRONT, WRIST)]), "no camera"),
+    "no data": (lambda r: shutil.rmtree(r / "data"), "cannot be read|no frame"),
+    "not finalised": (lambda r: data_file(r).write_bytes(data_file(r).read_bytes()[:-300]), "not finalised"),
+    "no tasks file": (lambda r: (r / "meta" / "tasks.parquet").unlink(), "instruction"),
+    "empty task": (lambda r: rewrite_tasks(r, ["a", " ", "b"]), "without an instruction"),
+    "task index": (lambda r: rewrite_tasks(r, ["a"]), "out of order"),
+    "episode order": (lambda r: edit_column(r, "episode_index", lambda v: v[::-1]), "out of order"),
+    "NaN action": (lambda r: edit_column(r, "action", lambda v: [*v[:5], [np.nan] * 7, *v[6:]]), "action of frame 5"),
+    "bad image": (
+        lambda r: edit_column(r, FRONT, lambda v: [{"bytes": b"none", "path": None}, *v[1:]]),
+        "image cannot be decoded",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_broken_data_set_is_one_clear_error(copy: Path, damage: str) -> None:
+    break_it, message = DAMAGES[damage]
+    break_it(copy)
+    with pytest.raises(DatasetError, match=message) as error:
+        open_dataset(copy)
+    assert str(copy) in str(error.value)
+
+
+def test_a_full_disk_is_an_error_before_it_is_a_crash(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(copy)._replace(free=1000)
+    monkeypatch.setattr("training.data.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(DatasetError, match="make room"):
+        open_dataset(copy)
+
+
+# ---- data sets that do not go together ---------------------------------------------------------------------------
+
+
+def changed(store: FrameStore, **fields: Any) -> FrameStore:
+    return FrameStore(**{**vars(store), "root": Path("other"), **fields})
+
+
+OTHERS: dict[str, tuple[Callable[[FrameStore], FrameStore], str]] = {
+    "camera": (lambda s: changed(s, images={FRONT: s.images[FRONT], "top": s.images[WRIST]}), "wrist: missing"),
+    "image size": (lambda s: changed(s, images={k: v[:, ::2, ::2] for k, v in s.images.items()}), r"\(48, 48, 3\)"),
+    "state": (lambda s: changed(s, state=s.state[:, :6]), r"observation.state: \(6,\) and \(14,\)"),
+    "action": (lambda s: changed(s, action=s.action[:, :6]), r"action: \(6,\)"),  # type: ignore[index]
+    "no action": (lambda s: changed(s, action=None), "action: missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_mixed_features_are_refused(store: FrameStore, kind: str) -> None:
+    make, message = OTHERS[kind]
+    with pytest.raises(DatasetError, match=message):
+        check_compatible([store, make(store)])
+    check_compatible([store, changed(store)])
+
+
+@pytest.mark.parametrize("kind", ["camera", "state", "action"])
+def test_data_that_the_policy_cannot_read_are_refused(studio: Any, store: FrameStore, kind: str) -> None:
+    import ceed_vla
+
+    config = ceed_vla.load(studio.teacher)[0].config
+    check_fits(store, config)
+    check_fits(OTHERS["image size"][0](store), config)  # the policy resizes
+    check_fits(OTHERS["no action"][0](store), config)  # grounding frames
+    with pytest.raises(DatasetError, match="does not fit the policy"):
+        check_fits(OTHERS[kind][0](store), config)
+
+
+# ---- drawing ----------------------------------------------------------------------------------------------------
+
+
+def tagged(store: FrameStore, tag: float) -> FrameStore:
+    """A store whose states name store and frame."""
+    state = store.state.copy()
+    state[:, 0], state[:, 1] = tag, np.arange(len(store))
+    return changed(store, state=state)
+
+
+def drawn(mixture: Mixture, **arguments: int) -> list[tuple[float, float]]:
+    batch = mixture.draw(**arguments)
+    assert len(batch["task"]) == len(batch["action"]) == len(batch["observation.state"])
+    return [tuple(row[:2].tolist()) for row in batch["observation.state"]]
+
+
+def test_the_same_step_gives_the_same_frames(store: FrameStore) -> None:
+    stores = [tagged(store, 1), tagged(store, 2)]
+    one, two = (Mixture(stores, None, seed, CHUNK) for seed in (0, 0))
+    assert drawn(one, size=8, step=3) == drawn(two, size=8, step=3)
+    assert drawn(one, size=8, step=4) != drawn(one, size=8, step=3)
+    assert drawn(Mixture(stores, None, 1, CHUNK), size=8, step=3) != drawn(one, size=8, step=3)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_a_draw(store: FrameStore, world: int) -> None:
+    mixture = Mixture([tagged(store, 1), tagged(store, 2), tagged(store, 3)], [1, 5, 2], 0, CHUNK)
+    whole = drawn(mixture, size=12, step=5)
+    parts = [drawn(mixture, size=12, step=5, rank=rank, world=world) for rank in range(world)]
+    assert sorted(frame for part in parts for frame in part) == sorted(whole)
+    assert {len(part) for part in parts} == {12 // world}
+
+
+def test_weights_are_shares_of_the_batch(store: FrameStore) -> None:
+    mixture = Mixture([tagged(store, 1), tagged(store, 2)], [3, 1], 0, CHUNK)
+    tags = [tag for step in range(20) for tag, _ in drawn(mixture, size=20, step=step)]
+    assert tags.count(1) / len(tags) == pytest.approx(0.75, abs=0.06)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [0.0, 0.0]])
+def test_bad_weights(store: FrameStore, weights: list[float]) -> None:
+    with pytest.raises(DatasetError, match="weights"):
+        Mixture([store, changed(store)], weights, 0, CHUNK)
+
+
+def test_no_data() -> None:
+    with pytest.raises(DatasetError, match="name at least one"):
+        Mixture([], None, 0, CHUNK)
+
+
+def test_statistics(studio: Any, store: FrameStore) -> None:
+    other = open_dataset(studio.other)
+    assert store.action is not None
+    assert other.action is not None
+    stats = state_statistics([store, other, open_dataset(studio.grounding)])
+    actions = np.concatenate([store.action, other.action])
+    np.testing.assert_allclose(
+        stats["action"]["q01"], np.quantile(actions, 0.01, axis=0), rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_allclose(stats["action"]["max"], actions.max(0))
+    states = np.concatenate([store.state, other.state, open_dataset(studio.grounding).state])
+    np.testing.assert_allclose(stats["observation.state"]["mean"], states.mean(0), atol=1e-5)
+    np.testing.assert_allclose(stats["observation.state"]["std"], states.std(0).clip(1e-3), atol=1e-5)

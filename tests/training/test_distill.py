@@ -1,0 +1,229 @@
+"""Distillation: fewer iterations on a small set, resumable, the frozen parts untouched; the data that feed it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ceed_vla
+from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
+from training.data import open_dataset
+from training.distill import DistillConfig, DistillRun, distill
+from training.distill_data import DistillData, guess_states, online_states
+from training.trajectories import collect
+
+FINAL = Path("checkpoints/final/pretrained_model")
+TRUNK = tuple(f"backbone.{name}" for name in ("action_tokens", "slots", "layers", "final_norm", "head"))
+
+
+@pytest.fixture(scope="module")
+def teacher(studio: Any) -> tuple[Any, Any, Any]:
+    return ceed_vla.load(studio.teacher)
+
+
+@pytest.fixture(scope="module")
+def data(studio: Any, teacher: tuple[Any, Any, Any]) -> DistillData:
+    return DistillData(
+        str(studio.trajectories), f"{studio.demo},{studio.other}", str(studio.teacher), *teacher[:2],
+        eval_frames=8, delta_quantile=0.8,
+    )  # fmt: skip
+
+
+# ---- what distillation is for -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["trust_region", "paper"])
+def test_iterations_fall(
+    studio: Any, tmp_path: Path, loss: str, read_log: Callable[..., dict[int, float]]
+) -> None:
+    config = studio.distill_config(
+        tmp_path / "run", loss=loss, steps=60, batch_size=16, eval_frames=32, lr=1e-2, muon_lr=3e-2, warmup=5
+    )
+    run = DistillRun(config, None)
+    run.data.rows = np.concatenate([run.data.rows, run.data.held_out])  # over-fit: measure what it trains on
+    before = run._measure()
+    run.run()
+    after = read_log(tmp_path / "run", "iterations_mean")[60]
+    assert after < 0.75 * before["iterations_mean"]
+    assert read_log(tmp_path / "run", "one_forward_agreement")[60] > before["one_forward_agreement"]
+    assert before["teacher_agreement"] == 1.0  # the student starts as the teacher
+    assert read_log(tmp_path / "run", "teacher_agreement")[60] > 0.5
+
+
+@pytest.mark.parametrize("loss", ["trust_region", "paper"])
+@pytest.mark.parametrize("states", ["online", "stored"])
+def test_every_combination_trains_only_the_trunk(
+    studio: Any, teacher: tuple[Any, Any, Any], tmp_path: Path, loss: str, states: str,
+    read_log: Callable[..., dict[int, float]],
+) -> None:  # fmt: skip
+    distill(studio.distill_config(tmp_path / "run", loss=loss, states=states, max_iterations=3, lr=1e-2))
+    student, _, _ = ceed_vla.load(tmp_path / "run" / FINAL)
+    before, after = teacher[0].state_dict(), student.state_dict()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) != name.startswith(TRUNK), name
+    assert student.config.decoding.max_iterations == 3
+    assert all(np.isfinite(list(read_log(tmp_path / "run", "consistency_loss").values())))
+    assert bool(read_log(tmp_path / "run", "replacement_rate")) == (loss == "paper")
+
+
+def test_the_first_loss_of_the_trust_region_is_only_consistency(
+    studio: Any, tmp_path: Path, read_log: Callable[..., dict[int, float]]
+) -> None:
+    distill(studio.distill_config(tmp_path / "run", steps=1))
+    assert read_log(tmp_path / "run", "anchor_loss")[1] == pytest.approx(0, abs=1e-6)
+    assert read_log(tmp_path / "run", "consistency_loss")[1] > 1e-4
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_an_interrupted_run_resumes_to_the_same_losses(
+    studio: Any, tmp_path: Path, interrupt_at: Callable[[int], None], step: int,
+    read_log: Callable[..., dict[int, float]],
+) -> None:  # fmt: skip
+    settings = {"loss": "paper", "states": "online", "eval_every": 2}
+    distill(studio.distill_config(tmp_path / "whole", **settings))
+    interrupt_at(step)
+    with pytest.raises(KeyboardInterrupt):
+        distill(studio.distill_config(tmp_path / "run", **settings))
+    interrupt_at(-1)
+    distill(studio.distill_config(tmp_path / "run", **settings, resume=True))
+    for key in ("loss", "state_accuracy", "iterations_mean"):
+        assert read_log(tmp_path / "run", key) == read_log(tmp_path / "whole", key)
+
+
+# ---- labels -----------------------------------------------------------------------------------------------------
+
+
+def test_the_replaced_share_is_one_minus_the_quantile(data: DistillData) -> None:
+    replaced = (data.distance[data.rows] > data.delta_max).mean()
+    assert replaced == pytest.approx(0.2, abs=1 / len(data.rows))
+
+
+def test_distances_and_labels_equal_a_loop(
+    studio: Any, teacher: tuple[Any, Any, Any], data: DistillData
+) -> None:
+    policy = teacher[0]
+    stores = [open_dataset(studio.demo), open_dataset(studio.other)]
+    low, high = np.array(policy.config.action_low), np.array(policy.config.action_high)
+    rows = np.array([0, 12, 30, 49, 52, 62])
+    batch = data.batch(rows)
+    assert batch["rows"].tolist() == rows.tolist()
+    for i, row in enumerate(rows):
+        store, frame = stores[data.trajectories.root[row]], data.trajectories.frame[row]
+        fixed = policy.tokenizer.decode(
+            torch.from_numpy(data.trajectories.fixed_point[[row]].astype(np.int64))
+        )[0]
+        steps = min(4, store.episode_end[frame] - frame)
+        assert store.action is not None
+        differences = [
+            np.abs(fixed[k].numpy() - store.action[frame + k].clip(low, high)) / ((high - low) / 2)
+            for k in range(steps)
+        ]
+        assert data.distance[row] == pytest.approx(np.mean(differences), rel=1e-4)
+        replaced = data.distance[row] > data.delta_max
+        own = data.trajectories.fixed_point[row]
+        recorded = policy.tokenizer.encode(batch["action"][i : i + 1])[0].numpy()
+        np.testing.assert_array_equal(batch["labels"][i].numpy(), recorded if replaced else own)
+        assert batch["label_weight"][i].tolist() == [
+            1.0 if k // 7 < steps or not replaced else 0.0 for k in range(28)
+        ]
+
+
+# ---- states -----------------------------------------------------------------------------------------------------
+
+
+def test_stored_states_are_never_the_fixed_point(data: DistillData) -> None:
+    random = np.random.default_rng(0)
+    rows = torch.arange(len(data.trajectories.frame))
+    fixed = data.trajectories.fixed_point.astype(np.int64)
+    moving = [len(s) > 2 or (s[0] != s[-1]).any() for s in data.trajectories.states]
+    seen = [set() for _ in rows]
+    for _ in range(20):
+        drawn = data.stored_states(rows, random).numpy()
+        assert (drawn != fixed).any(axis=1)[moving].all()
+        for i, state in enumerate(drawn):
+            seen[i].add(state.tobytes())
+    assert max(len(s) for s in seen) > 3  # not always the guess
+
+
+def test_guesses_of_inference(data: DistillData, teacher: tuple[Any, Any, Any]) -> None:
+    batch = data.batch(np.arange(12))
+    previous, random = batch["previous"], np.random.default_rng(0)
+    has = previous[:, 0] >= 0
+    assert has.any()
+    assert not has.all()
+    states = guess_states(teacher[0], previous, np.array([1.0, 0.0, 0.0]), random)
+    shifted = torch.cat([previous[:, 14:], previous[:, -7:], previous[:, -7:]], dim=1)
+    assert torch.equal(states[has], shifted[has])
+    assert states[~has].min() >= 0
+    assert states[~has].max() < 63
+    mid = guess_states(teacher[0], previous, np.array([0.0, 1.0, 0.0]), random)
+    assert torch.equal(mid, teacher[0].tokenizer.zero_bins.repeat(4).expand(12, -1))
+
+
+@pytest.mark.parametrize("updates", [0, 1, 3])
+def test_online_states_are_jacobi_updates_of_a_guess(
+    data: DistillData, teacher: tuple[Any, Any, Any], updates: int
+) -> None:
+    policy, batch, shares = teacher[0], data.batch(np.arange(20)), np.array([0.5, 0.2, 0.3])
+    states = online_states(policy, batch, shares, updates, np.random.default_rng(4))
+    chain = [guess_states(policy, batch["previous"], shares, np.random.default_rng(4))]
+    with torch.no_grad():
+        embeddings = policy.backbone.embed_prefix(batch)
+        for _ in range(updates):
+            chain.append(policy.backbone.packed_logits(embeddings, [chain[-1]])[1][0].argmax(-1))
+    found = torch.stack([(states == link).all(1) for link in chain])  # (updates + 1, B)
+    assert found.any(0).float().mean() > 0.9  # up to ties in floating point
+    assert found.any(1).all()  # every number of updates occurs
+
+
+# ---- refusals ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": "l2"}, "trust_region, paper"),
+        ({"states": "none"}, "online, stored"),
+        ({"delta_quantile": 0.0}, "delta_quantile"),
+        ({"max_updates": -1}, "max_updates"),
+        ({"steps": 0}, "steps"),
+    ],
+)
+def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DistillConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"roots": "OTHER,DEMO"}, DatasetError, "same order"),
+        ({"roots": "DEMO"}, DatasetError, "same order"),
+        ({"trajectories": "MISSING"}, DatasetError, "No trajectories"),
+        ({"teacher_path": "MISSING"}, CheckpointError, "No checkpoint"),
+        ({"eval_frames": 63}, DatasetError, "more than eval_frames"),
+        ({"guesses": "1"}, ConfigError, "shares"),
+        ({"resume": True}, CheckpointError, "nothing to resume"),
+    ],
+)
+def test_settings_that_cannot_work(
+    studio: Any, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    places = {"DEMO": str(studio.demo), "OTHER": str(studio.other), "MISSING": str(tmp_path / "missing")}
+    for name, place in places.items():
+        changes = {k: v.replace(name, place) if isinstance(v, str) else v for k, v in changes.items()}
+    with pytest.raises(error, match=message):
+        distill(studio.distill_config(tmp_path / "run", **changes))
+
+
+def test_stored_states_must_have_been_kept(studio: Any, tmp_path: Path) -> None:
+    collect(studio.collect_config(tmp_path / "ar", states=False))
+    settings = {"trajectories": str(tmp_path / "ar"), "steps": 1}
+    with pytest.raises(DatasetError, match="--states=true"):
+        distill(studio.distill_config(tmp_path / "run", states="stored", **settings))
+    distill(studio.distill_config(tmp_path / "run", states="online", **settings))

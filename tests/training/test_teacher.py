@@ -1,0 +1,305 @@
+"""The teacher's training: it learns, resumes to the same losses, takes in takeover rounds, and refuses bad settings."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ceed_vla
+from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, DatasetError
+from training.teacher import TeacherRun, TrainConfig, train
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+def assert_same_run(one: Path, two: Path, read_log: Callable[..., dict[int, float]]) -> None:
+    assert read_log(one) == read_log(two)
+    final = "checkpoints/final/pretrained_model"
+    a, b = weights(one / final), weights(two / final)
+    assert all(torch.equal(a[name], b[name]) for name in a.keys() | b.keys())
+
+
+# ---- learning ---------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_falls(studio: Any, read_log: Callable[..., dict[int, float]]) -> None:
+    losses = list(read_log(studio.teacher_run, "ar_loss").values())
+    assert sum(losses[-5:]) / 5 < 0.75 * losses[0]
+    accuracy = list(read_log(studio.teacher_run, "token_accuracy").values())
+    assert accuracy[-1] > accuracy[0]
+
+
+def test_grounding_frames_come_first_and_then_beside(
+    studio: Any, read_log: Callable[..., dict[int, float]]
+) -> None:
+    assert sorted(read_log(studio.teacher_run, "grounding_loss")) == list(range(1, 64))
+    assert sorted(read_log(studio.teacher_run, "ar_loss")) == list(range(4, 64))
+
+
+def test_the_checkpoint_acts(studio: Any) -> None:
+    policy, pre, _ = ceed_vla.load(studio.teacher)
+    from training.data import open_dataset
+
+    result = policy.decode(pre(open_dataset(studio.demo).batch(np.array([0, 20]), 4)), "ar")
+    assert result.actions.shape == (2, 4, 7)
+
+
+def test_training_continues_from_a_checkpoint(
+    studio: Any, tmp_path: Path, read_log: Callable[..., dict[int, float]], tiny_policy: Callable[..., Any]
+) -> None:
+    other = tiny_policy(chunk_size=8, n_action_steps=4)  # the checkpoint's own chunk of 4 wins
+    config = studio.train_config(
+        tmp_path / "more", policy_path=str(studio.teacher), policy=other, steps=2, grounding_steps=0
+    )
+    train(config)
+    start = next(iter(read_log(studio.teacher_run, "ar_loss").values()))
+    assert read_log(tmp_path / "more", "ar_loss")[1] < 0.8 * start
+
+
+# ---- interrupts -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(studio: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of 12 steps."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    train(studio.train_config(output))
+    return output
+
+
+@pytest.mark.parametrize("step", [0, 4, 8])
+def test_an_interrupted_run_resumes_to_the_same_losses(
+    studio: Any, whole: Path, tmp_path: Path, interrupt_at: Callable[[int], None], step: int,
+    read_log: Callable[..., dict[int, float]],
+) -> None:  # fmt: skip
+    interrupt_at(step)
+    with pytest.raises(KeyboardInterrupt):
+        train(studio.train_config(tmp_path / "run"))
+    interrupt_at(-1)
+    train(studio.train_config(tmp_path / "run", resume=True))
+    assert_same_run(whole, tmp_path / "run", read_log)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interrupt_inside_a_save_leaves_the_state_before(
+    studio: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str,
+    read_log: Callable[..., dict[int, float]],
+) -> None:  # fmt: skip
+    from accelerate import Accelerator
+
+    original = Accelerator.save_state
+
+    def save_state(self: Accelerator, folder: str) -> Any:
+        if Path(folder).name != "state_a" or not (tmp_path / "run" / "state_b").exists():
+            return original(self, folder)
+        if moment == "after":
+            original(self, folder)  # everything is written but for the line that names it
+        else:
+            (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Accelerator, "save_state", save_state)
+    with pytest.raises(KeyboardInterrupt):
+        train(studio.train_config(tmp_path / "run"))
+    monkeypatch.setattr(Accelerator, "save_state", original)
+    train(studio.train_config(tmp_path / "run", resume=True))
+    assert_same_run(whole, tmp_path / "run", read_log)
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    studio: Any, whole: Path, read_log: Callable[..., dict[int, float]]
+) -> None:
+    before = read_log(whole)
+    train(studio.train_config(whole, resume=True))
+    assert read_log(whole) == before
+
+
+def test_a_damaged_state_is_an_error(studio: Any, tmp_path: Path) -> None:
+    train(studio.train_config(tmp_path / "run", steps=1, grounding_steps=0))
+    for state in (tmp_path / "run").glob("state_?"):
+        (state / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match="cannot be resumed"):
+        train(studio.train_config(tmp_path / "run", resume=True))
+
+
+# ---- takeover rounds --------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Records small data sets; raises in the middle of the given call."""
+
+    def __init__(self, write_dataset: Callable[..., Path], fail_at: int = -1) -> None:
+        self.write_dataset, self.fail_at, self.calls = write_dataset, fail_at, 0
+
+    def __call__(self, policy: Path, index: int, folder: Path) -> list[Path]:
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise KeyboardInterrupt
+        assert (policy / "model.safetensors").is_file()
+        assert policy.parent.name == f"round_{index}"
+        root = folder / f"round_{index}"
+        return [root if root.exists() else self.write_dataset(root, (5, 6), seed=20 + index)]
+
+
+def test_rounds_add_data(studio: Any, tmp_path: Path, write_dataset: Callable[..., Path]) -> None:
+    measured: list[str] = []
+
+    def closed_loop(policy: Path) -> tuple[int, int]:
+        measured.append(policy.parent.name)
+        return 1, 2
+
+    recorder = Recorder(write_dataset)
+    run = TeacherRun(studio.train_config(tmp_path / "run", rounds=2), closed_loop, recorder)
+    run.run()
+    assert recorder.calls == 2
+    assert measured == ["round_0", "round_1", "final"]
+    assert len(run.mixture.stores) == 3
+    assert run.mixture.shares.tolist() == pytest.approx([0.6, 0.2, 0.2])
+    assert {store.root.name for store in run.mixture.stores} == {"demo", "round_0", "round_1"}
+
+
+@pytest.mark.parametrize("fail_at", [1, 2])
+def test_an_interrupted_round_is_repeated(
+    studio: Any, tmp_path: Path, write_dataset: Callable[..., Path], fail_at: int,
+    read_log: Callable[..., dict[int, float]],
+) -> None:  # fmt: skip
+    train(studio.train_config(tmp_path / "whole", rounds=2), record_takeover=Recorder(write_dataset))
+    settings = {"rounds": 2, "save_every": 100}
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            studio.train_config(tmp_path / "run", **settings),
+            record_takeover=Recorder(write_dataset, fail_at=fail_at),
+        )
+    again = Recorder(write_dataset)
+    train(studio.train_config(tmp_path / "run", **settings, resume=True), record_takeover=again)
+    assert again.calls == 3 - fail_at
+    assert_same_run(tmp_path / "whole", tmp_path / "run", read_log)
+
+
+def test_takeover_data_with_other_features_are_refused(
+    studio: Any, tmp_path: Path, write_dataset: Callable[..., Path]
+) -> None:
+    def record(policy: Path, index: int, folder: Path) -> list[Path]:
+        return [write_dataset(folder / "other", (5,), state_dim=6)]
+
+    with pytest.raises(DatasetError, match=r"observation\.state"):
+        train(studio.train_config(tmp_path / "run", rounds=1), record_takeover=record)
+
+
+# ---- settings that cannot work ----------------------------------------------------------------------------------
+
+
+def test_an_output_folder_in_use_is_refused(studio: Any) -> None:
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(studio.train_config(studio.teacher_run))
+
+
+def test_nothing_to_resume(studio: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        train(studio.train_config(tmp_path, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"output_dir": ""}, ConfigError, "output_dir"),
+        ({"roots": ""}, ConfigError, "--roots"),
+        ({"roots": "GROUNDING"}, ConfigError, "holds no actions"),
+        ({"roots": "MISSING"}, DatasetError, "No LeRobotDataset"),
+        ({"rounds": 1}, ConfigError, "nothing records takeovers"),
+        ({"root_weights": "1,2"}, DatasetError, "weights"),
+    ],
+)
+def test_settings_that_cannot_work(
+    studio: Any, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    places = {"GROUNDING": str(studio.grounding), "MISSING": str(tmp_path / "missing")}
+    changes = {key: places.get(value, value) for key, value in changes.items()}
+    with pytest.raises(error, match=message):
+        train(studio.train_config(tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"steps": 0}, {"batch_size": 0}, {"save_every": 0}, {"mixed_precision": "fp8"}, {"takeover_weight": 1.0},
+     {"rounds": -1}],
+)  # fmt: skip
+def test_values_out_of_range(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        TrainConfig(**changes)
+
+
+def test_grounding_data_need_the_target(studio: Any, tmp_path: Path, tiny_policy: Callable[..., Any]) -> None:
+    with pytest.raises(DatasetError, match="auxiliary_scale has 0"):
+        train(studio.train_config(tmp_path / "run", policy=tiny_policy(auxiliary_scale=[])))
+    train(
+        studio.train_config(
+            tmp_path / "run", policy=tiny_policy(auxiliary_scale=[]), grounding_roots="", steps=1
+        )
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = ceed_vla.CeedVLAPolicy.forward
+
+    def forward(self: Any, batch: Any, reduction: str = "mean") -> Any:
+        loss, parts = original(self, batch, reduction)
+        return loss * float("nan"), parts
+
+    monkeypatch.setattr(ceed_vla.CeedVLAPolicy, "forward", forward)
+    with pytest.raises(CeedVLAError, match=r"nan at step 3.*lr"):
+        train(studio.train_config(tmp_path / "run"))
+
+
+# ---- other ways to run ------------------------------------------------------------------------------------------
+
+
+def test_bf16(studio: Any, tmp_path: Path, read_log: Callable[..., dict[int, float]]) -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # one precision a process, says accelerate
+    try:
+        train(studio.train_config(tmp_path / "run", mixed_precision="bf16", steps=2))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert len(read_log(tmp_path / "run")) == 5
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(
+    studio: Any, tmp_path: Path, read_log: Callable[..., dict[int, float]]
+) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = [{str(Path(__file__).parents[2])!r}]\n"
+        "from ceed_vla.configuration_ceed_vla import tabletop_config\n"
+        "from training.teacher import TrainConfig, train\n"
+        "policy = tabletop_config(width=32, layers=1, heads=2, mlp_width=32, stem_channels=[8] * 4, chunk_size=4,\n"
+        "                         n_action_steps=2, num_bins=63, augment_state=0.0, augment_shift=0)\n"
+        f"train(TrainConfig(roots={str(studio.demo)!r}, grounding_roots={str(studio.grounding)!r}, policy=policy,\n"
+        f"      output_dir={str(tmp_path / 'run')!r}, steps=4, grounding_steps=2, rounds=0, log_every=1,\n"
+        "      mixed_precision='no', threads=1, batch_size=8))\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    assert sorted(read_log(tmp_path / "run")) == list(range(1, 7))
+    ceed_vla.load(tmp_path / "run" / "checkpoints" / "final" / "pretrained_model")

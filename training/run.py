@@ -96,19 +96,17 @@ class Run:
         self._check_folder()
         if config.threads:
             torch.set_num_threads(config.threads)
+        # Grounding frames use no action head; while one process validates or records, the others wait.
+        handlers = [
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=timedelta(hours=6)),
+        ]
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             log_with="tensorboard",
             project_dir=str(self.output),
             cpu=device == "cpu",
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(
-                    find_unused_parameters=True
-                ),  # grounding frames use no action head
-                InitProcessGroupKwargs(
-                    timeout=timedelta(hours=6)
-                ),  # the others wait while one validates or records
-            ],
+            kwargs_handlers=handlers,
         )
         set_seed(config.seed)
         self.step, self.total = 0, config.steps
@@ -128,7 +126,7 @@ class Run:
         self, objective: nn.Module, policy: CeedVLAPolicy, pre: Any, post: Any, *, weight_decay: float
     ) -> None:
         """Build the optimisers of the policy's trainable parameters and hand everything to accelerate."""
-        self.policy, self.pre, self.post = policy, pre, post
+        self.policy, self.pre, self.post = policy.train(), pre, post
         optimizers = build_optimizers(
             policy.named_parameters(),
             lr=self.settings.lr,

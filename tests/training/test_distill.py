@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 import ceed_vla
+from ceed_vla.action_tokens import ActionTokenizer
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
 from training.data import open_dataset
 from training.distill import DistillConfig, DistillRun, distill
@@ -131,6 +134,20 @@ def test_distances_and_labels_equal_a_loop(
         assert batch["label_weight"][i].tolist() == [
             1.0 if k // 7 < steps or not replaced else 0.0 for k in range(28)
         ]
+
+
+def test_distances_in_ranges_that_are_not_symmetric(data: DistillData) -> None:
+    low, high = [-0.1] * 7, [0.3] * 7
+    config = SimpleNamespace(action_low=low, action_high=high, chunk_size=4, action_dim=7)
+    other = copy(data)
+    other.policy = SimpleNamespace(config=config, tokenizer=ActionTokenizer(low, high, 4, num_bins=63))  # type: ignore[assignment]
+    rows = np.flatnonzero(data.trajectories.frame < 9)[:3]
+    actions, _ = data._demonstration(rows)
+    fixed = other.policy.tokenizer.decode(
+        torch.from_numpy(data.trajectories.fixed_point[rows].astype(np.int64))
+    )
+    expected = np.abs(fixed.numpy() - actions.numpy().clip(-0.1, 0.3)).mean((1, 2)) / 0.2
+    np.testing.assert_allclose(other._distances()[rows], expected, rtol=1e-4)
 
 
 # ---- states -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 import ceed_vla
 from ceed_vla import CeedVLAConfig, CeedVLAPolicy
 from ceed_vla.checkpoints import load
+from ceed_vla.errors import ConfigError
 
 FRONT, WRIST, STATE = "observation.images.front", "observation.images.wrist", "observation.state"
 TOKENS = "observation.language.tokens"
@@ -49,6 +50,31 @@ def test_lerobots_factory_builds_a_policy_from_an_environment(checkpoint: Path) 
     policy = lerobot_make_policy(config, env_cfg=environment)
     assert isinstance(policy, CeedVLAPolicy)
     assert policy.config.cameras == (FRONT, WRIST)  # the checkpoint's own features stay
+
+
+def test_the_vocabulary_comes_from_the_data_set_that_lerobot_train_opens(tiny_config: Any) -> None:
+    import pandas as pd
+    from lerobot.policies.factory import make_pre_post_processors
+
+    config, tasks = tiny_config(), pd.DataFrame({"task_index": [0]}, index=["wipe the table"])
+    with pytest.raises(ConfigError, match="no instruction"):
+        make_pre_post_processors(config)
+    config._runtime_dataset_meta = SimpleNamespace(tasks=tasks)
+    pre, _ = make_pre_post_processors(config)
+    assert pre.steps[2].vocabulary == ["table", "the", "wipe"]
+
+
+def test_optimisers_keep_contiguous_states(make_policy: Any, training_batch: dict[str, Any]) -> None:
+    policy = make_policy()  # in evaluation mode the camera stems lie channels-last
+    weight = policy.backbone.stems[0].convolutions[1].weight
+    assert not weight.is_contiguous()
+    expected = policy(training_batch)[0]
+    optimizer = torch.optim.AdamW(policy.get_optim_params())
+    torch.testing.assert_close(policy.train().eval()(training_batch)[0], expected)
+    policy.train()(training_batch)[0].backward()
+    optimizer.step()
+    tensors = [t for state in optimizer.state_dict()["state"].values() for t in state.values()]
+    assert all(t.is_contiguous() for t in tensors)  # LeRobot's checkpoints take no others
 
 
 def test_the_package_names_its_parts() -> None:

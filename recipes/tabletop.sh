@@ -21,7 +21,7 @@ demos="$out/data/clean,$out/data/perturb0,$out/data/perturb1"
 # 2. The teacher, with three takeover (DAgger) rounds; two processes.
 finished teacher || torchrun --nproc_per_node 2 -m ceed_vla.cli train \
   --roots "$demos" --grounding_roots "$out/data/ground0,$out/data/ground1" --output_dir "$out/teacher" \
-  --grounding_steps 800 --steps 7500 --rounds 3 --takeover_episodes 480 --resume "$(started teacher)"
+  --grounding_steps 1500 --steps 6000 --grounding_batch 16 --rounds 3 --takeover_episodes 480 --resume "$(started teacher)"
 teacher="$out/teacher/checkpoints/final"
 
 # 3. Its Jacobi trajectories on demonstrations and takeovers; two processes share the shards.
@@ -29,7 +29,7 @@ takeovers=$(printf ",%s" "$out"/teacher/takeover/round_?_?)
 roots="$demos$takeovers"
 collect() {
   ceed-vla collect --policy_path "$teacher" --roots "$roots" --output_dir "$out/trajectories" \
-    --max_frames 24000 --num_shards 2 --shard_index "$1" --resume true
+    --max_frames 16000 --num_shards 2 --shard_index "$1" --resume true
 }
 collect 0 & collect 1
 wait

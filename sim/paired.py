@@ -85,5 +85,5 @@ def compare_paired(first: Mapping[int, bool], second: Mapping[int, bool]) -> dic
         "only_reference": only_second,
         "difference_points": round(100 * difference, 2),
         "ci95_points": [round(100 * low, 2), round(100 * high, 2)],
-        "sign_test_p": round(sign_test(only_first, only_second), 4),
+        "sign_test_p": sign_test(only_first, only_second),
     }

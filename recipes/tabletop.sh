@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Rebuild the shipped tabletop checkpoints: record, train, collect, distil, evaluate. About two hours on two cores.
+# Rebuild the shipped tabletop checkpoints: record, train, collect, distil, evaluate. Two to three hours on two cores are
+# expected: its parts were run with these commands, the whole has not been run in one piece yet.
 # Every step goes on where an interrupt left it: run the script again.
 #
 #   bash recipes/tabletop.sh [OUTPUT_FOLDER]

@@ -16,7 +16,7 @@ finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors"
 # 1. Demonstrations and action-free grounding scenes: two processes side by side, one thread each.
 (record perturb0 perturb 1000 1000; record clean clean 300 0; record ground0 grounding 8000 6000) &
 (record perturb1 perturb 1200 3000; record ground1 grounding 9000 18000)
-wait
+wait $! # with its exit status: a plain wait would hide a failure
 demos="$out/data/clean,$out/data/perturb0,$out/data/perturb1"
 
 # 2. The teacher, with three takeover (DAgger) rounds; two processes.
@@ -33,21 +33,21 @@ collect() {
     --max_frames 16000 --num_shards 2 --shard_index "$1" --resume true
 }
 collect 0 & collect 1
-wait
+wait $!
 
 # 4. Students: both losses, three seeds each, two runs side by side.
 student() { # loss seed
   finished "student_$1_$2" || ceed-vla distill --teacher_path "$teacher" --trajectories "$out/trajectories" \
     --roots "$roots" --output_dir "$out/student_$1_$2" --seed "$2" --resume "$(started "student_$1_$2")" \
-    --loss "$1" $([ "$1" = paper ] && echo "--states stored --omega 1")
+    --loss "$1" $([ "$1" = paper ] && echo "--states stored --omega 1" || true)
 }
 for seed in 0 1 2; do
   student trust_region $seed & student paper $seed
-  wait
+  wait $!
 done
 
 # 5. All of them against the teacher, on the same 400 evaluation seeds.
 for run in trust_region_0 trust_region_1 trust_region_2 paper_0 paper_1 paper_2; do
   ceed-vla eval --policy.path "$out/student_$run/checkpoints/final" --teacher.path "$teacher" --env tabletop \
-    --decoders ar,ceed,cap1 --episodes 400 --seed 50000 --output_dir "$out/eval_$run"
+    --decoders jacobi,ceed,cap1,cap3,conf --episodes 400 --seed 50000 --output_dir "$out/eval_$run"
 done

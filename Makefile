@@ -11,10 +11,11 @@ ifeq ($(shell uname -s),Linux)
 export MUJOCO_GL ?= egl
 endif
 
-.PHONY: help demo test lint format install install-lint clean
+.PHONY: help demo ros-demo test lint format install install-lint clean
 
 help:
 	@echo "make demo     the shipped policies in simulation: table, plots and clips in outputs/demo"
+	@echo "make ros-demo the same behind ROS 2: two nodes, command rate, jitter, success, a bag"
 	@echo "make test     the tests (ARGS=... goes to pytest)"
 	@echo "make lint     ruff check, ruff format --check, mypy"
 	@echo "make format   let ruff repair and format what it can"
@@ -25,18 +26,22 @@ demo:
 	@scripts/setup.sh --gl
 	@$(VENV)/bin/ceed-vla demo $(ARGS)
 
+ros-demo:
+	@scripts/setup.sh --gl ros2
+	@$(VENV)/bin/ceed-vla ros-demo $(ARGS)
+
 test:
-	@scripts/setup.sh --gl test
+	@scripts/setup.sh --gl test ros2 vlm
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
 lint:
-	@scripts/setup.sh test lint
+	@scripts/setup.sh test lint ros2 vlm
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
 format:
-	@scripts/setup.sh test lint
+	@scripts/setup.sh test lint ros2 vlm
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
@@ -44,7 +49,7 @@ install:
 	@scripts/setup.sh
 
 install-lint:
-	@scripts/setup.sh test lint
+	@scripts/setup.sh test lint ros2 vlm
 
 clean:
 	rm -rf build dist install log .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -40,8 +40,29 @@ REQUIREMENTS = [
     "tensorboard>=2.19",
     "tqdm>=4.66,<5",
 ]
+ROS_WHEELS = "; platform_machine == 'x86_64' and sys_platform == 'linux'"  # elsewhere ROS comes from apt
 EXTRAS = {
-    "test": ["hypothesis>=6.130", "pytest>=8.4", "pytest-timeout>=2.4"],
+    # The policy and simulation nodes. On a robot rclpy and the messages are the distribution's.
+    "ros2": [
+        *(
+            f"{wheel}{ROS_WHEELS}"
+            for wheel in (
+                "ros-rclpy[fastrtps]>=7.1.6,<8",
+                "ros-diagnostic-msgs>=5.3,<6",
+                "ros-geometry-msgs>=5.3,<6",
+                "ros-lifecycle-msgs>=2,<3",
+                "ros-sensor-msgs>=5.3,<6",
+                "ros-std-msgs>=5.3,<6",
+                "ros-std-srvs>=5.3,<6",
+                "ros-trajectory-msgs>=5.3,<6",
+            )
+        ),
+        "mcap-ros2-support>=0.5.5,<1",
+        "mink>=1,<2",
+    ],
+    # Checkpoints of other families (OpenVLA, image-text-to-text models, pi0-FAST) and LoRA.
+    "vlm": ["peft>=0.18,<1", "sentencepiece>=0.2", "timm>=1,<2"],
+    "test": ["hypothesis>=6.130", "pytest>=8.4", "pytest-timeout>=2.4", "rosbags>=0.10", "rosless>=0.5"],
     "lint": ["mypy>=1.16", "pre-commit>=4.2", "ruff>=0.12"],
 }
 

@@ -108,6 +108,13 @@ COMMANDS = {
         function="show",
         kept="nothing was written",
     ),
+    "grounding": Command(
+        summary="how well a policy sees where cube and goal are, by distance",
+        module="sim.grounding",
+        config="GroundingConfig",
+        function="grounding",
+        kept="nothing was written",
+    ),
     "demo": Command(
         summary="run the shipped policies: table, plots and clips in a few minutes",
         module="sim.demo",
@@ -158,7 +165,7 @@ def _configure_logging() -> None:
 
 def overview() -> str:
     """Text of `ceed-vla --help`."""
-    rows = "\n".join(f"  {name:<9}{command.summary}" for name, command in COMMANDS.items())
+    rows = "\n".join(f"  {name:<11}{command.summary}" for name, command in COMMANDS.items())
     return (
         f"usage: {PROGRAM} <command> [--flag value ...]\n\n"
         f"Vision-language-action policies that decode their action tokens in parallel.\n\n"

@@ -92,10 +92,13 @@ class DistillationObjective(nn.Module):
         for name, parameter in student.backbone.named_parameters():
             parameter.requires_grad_(name.partition(".")[0] in TRAINED)
 
-    def forward(self, batch: dict[str, Tensor]) -> DistillationTerms:
-        """Loss terms of a batch with ``fixed_point``, ``states``, ``labels`` (B, n) and ``label_weight`` (B, n)."""
-        with torch.no_grad():
-            embeddings = self.student.backbone.embed_prefix(batch)  # (B, P, d)
+    def forward(self, embeddings: Tensor, batch: dict[str, Tensor]) -> DistillationTerms:
+        """Loss terms behind prefix embeddings (B, P, d).
+
+        Args:
+            embeddings: From the frozen part, which student and teacher share.
+            batch: ``fixed_point``, ``states``, ``labels`` and ``label_weight`` (B, n).
+        """
         fixed, states = batch["fixed_point"], batch["states"]
         if self.config.loss == "trust_region":
             with torch.no_grad():
@@ -171,12 +174,16 @@ class DistillRun(Run):
         random = np.random.default_rng([config.seed, self.step, rank])  # a step always gets the same states
         batch = self.data.batch(drawn[rank::world])
         with self.accelerator.autocast():
+            with torch.no_grad():
+                embeddings = self.policy.backbone.embed_prefix(batch)  # (B, P, d), once for all forwards
             if config.states == "stored":
                 states = self.data.stored_states(batch["rows"], random).to(batch["fixed_point"].device)
             else:
-                states = online_states(self.policy, batch, self.shares, config.max_updates, random)
+                states = online_states(
+                    self.policy, embeddings, batch["previous"], self.shares, config.max_updates, random
+                )
             tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
-            terms = self.model({**tensors, "states": states})
+            terms = self.model(embeddings, {**tensors, "states": states})
         self.optimize(terms.total)
         values = {
             "loss": terms.total.item(),

@@ -139,7 +139,8 @@ class DistillData:
 @torch.no_grad()
 def online_states(
     policy: CeedVLAPolicy,
-    batch: dict[str, Any],
+    embeddings: Tensor,
+    previous: Tensor,
     shares: NDArray[np.float64],
     max_updates: int,
     random: np.random.Generator,
@@ -148,14 +149,14 @@ def online_states(
 
     Args:
         policy: The student.
-        batch: From `DistillData.batch`.
+        embeddings: Prefix embeddings (B, P, d).
+        previous: Previous chunks (B, n); rows of -1 have none.
         shares: Shares of previous, mid and random guesses.
         max_updates: Most updates; every row draws its number.
         random: Random source.
     """
-    states = guess_states(policy, batch["previous"], shares, random)
+    states = guess_states(policy, previous, shares, random)
     updates = torch.from_numpy(random.integers(max_updates + 1, size=len(states))).to(states.device)
-    embeddings = policy.backbone.embed_prefix(batch)
     for update in range(max_updates):
         rows = torch.nonzero(updates > update).squeeze(1)
         if len(rows):

@@ -187,10 +187,11 @@ def test_online_states_are_jacobi_updates_of_a_guess(
     data: DistillData, teacher: tuple[Any, Any, Any], updates: int
 ) -> None:
     policy, batch, shares = teacher[0], data.batch(np.arange(20)), np.array([0.5, 0.2, 0.3])
-    states = online_states(policy, batch, shares, updates, np.random.default_rng(4))
-    chain = [guess_states(policy, batch["previous"], shares, np.random.default_rng(4))]
     with torch.no_grad():
         embeddings = policy.backbone.embed_prefix(batch)
+    states = online_states(policy, embeddings, batch["previous"], shares, updates, np.random.default_rng(4))
+    chain = [guess_states(policy, batch["previous"], shares, np.random.default_rng(4))]
+    with torch.no_grad():
         for _ in range(updates):
             chain.append(policy.backbone.packed_logits(embeddings, [chain[-1]])[1][0].argmax(-1))
     found = torch.stack([(states == link).all(1) for link in chain])  # (updates + 1, B)

@@ -1,0 +1,49 @@
+"""`ceed-vla grounding`: errors by distance, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ceed_vla.cli import main
+from ceed_vla.errors import ConfigError
+from sim.evaluate import CheckpointPath
+from sim.grounding import GroundingConfig, error_rows, grounding
+
+
+def test_errors_are_listed_by_distance() -> None:
+    truth = np.zeros((4, 8), np.float32)
+    truth[:, 0] = (0.05, 0.12, 0.12, 0.3)
+    found = truth.copy()
+    found[1, 1] += 0.02  # 2 cm beside the cube
+    found[3, 5] += 0.05  # 5 cm before the goal
+    rows = error_rows(found, truth, [0.1, 0.2])
+    assert [row["frames"] for row in rows] == [1, 2, 1, 4]
+    assert [row["target_p50_cm"] for row in rows] == pytest.approx([0, 1, 0, 0], abs=0.01)
+    assert rows[2]["goal_p50_cm"] == pytest.approx(5, abs=0.01)
+    assert rows[0]["distance_m"] == [0.0, 0.1]
+    assert rows[-1]["distance_m"] == [0.0, None]
+
+
+def test_the_shipped_teacher_sees_the_named_cube(tmp_path: Path) -> None:
+    output = tmp_path / "grounding.json"
+    assert main(["grounding", "--policy.path=teacher", "--scenes=40", f"--output={output}"]) == 0
+    row = json.loads(output.read_text())["rows"][-1]
+    assert row["frames"] == 40
+    assert row["target_p50_cm"] < 0.4 * row["chance_cm"]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (GroundingConfig(), "--policy.path is missing"),
+        (GroundingConfig(policy=CheckpointPath("teacher"), scenes=0), "--scenes is 0"),
+        (GroundingConfig(policy=CheckpointPath("teacher"), edges=[0.2, 0.1]), "increasing distances"),
+    ],
+)
+def test_refusals(config: GroundingConfig, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        grounding(config)

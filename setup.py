@@ -70,7 +70,7 @@ DATA_FILES = [
     ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
     (f"share/{NAME}", ["package.xml"]),
     (f"share/{NAME}/launch", sorted(glob("launch/*.launch.py"))),
-    (f"share/{NAME}/launch/config", sorted(glob("launch/config/*.yaml"))),
+    (f"share/{NAME}/launch/config", sorted(glob("launch/config/*.yaml") + glob("launch/config/*.xml"))),
 ]
 
 setup(
@@ -97,6 +97,12 @@ setup(
     data_files=[(folder, files) for folder, files in DATA_FILES if files],
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["ceed-vla = ceed_vla.cli:main"]},
+    entry_points={
+        "console_scripts": [
+            "ceed-vla = ceed_vla.cli:main",
+            "policy_node = ros_nodes.policy_node:main",
+            "sim_node = ros_nodes.sim_node:main",
+        ]
+    },
     zip_safe=False,
 )

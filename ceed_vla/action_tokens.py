@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,38 @@ from ceed_vla.errors import ConfigError, TokenError
 RANGE_MODES = ("quantile", "min_max")
 _RANGE_KEYS = {"quantile": ("q01", "q99"), "min_max": ("min", "max")}
 _LEAST_WIDTH = 1e-3  # a dimension that never moves still needs distinct bins [action units]
+
+
+class ActionTokens(Protocol):
+    """What decoders, training and policies need of any scheme that writes actions as tokens.
+
+    Attributes:
+        action_dim: Action dimensions ``A``.
+        chunk_steps: Steps ``m`` of a chunk.
+        block_length: Tokens ``n`` of a chunk.
+        num_bins: Values ``V`` of one token.
+        gripper_dims: Two-valued dimensions, as non-negative indices; decoders never relax them.
+        zero_bins: (A,) or (n,) int64, the tokens nearest "do not move".
+        low: (A,) float64, smallest action [action units].
+        high: (A,) float64, largest action [action units].
+    """
+
+    action_dim: int
+    chunk_steps: int
+    block_length: int
+    num_bins: int
+    gripper_dims: tuple[int, ...]
+    zero_bins: Tensor
+    low: Tensor
+    high: Tensor
+
+    def encode(self, actions: Tensor) -> Tensor:
+        """Actions (B, m, A) to tokens (B, n) int64."""
+        ...
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, n) to actions (B, m, A) float32."""
+        ...
 
 
 class ActionTokenizer:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ceed_vla.errors import CheckpointError
+from ceed_vla.lora import is_adapter
 
 if TYPE_CHECKING:
     from ceed_vla.configuration_ceed_vla import CeedVLAConfig
@@ -93,12 +94,15 @@ def read_config(folder: Path, device: str | None = None) -> CeedVLAConfig:
         raise CheckpointError(f"{folder}: config.json cannot be used ({_reason(error)}).") from error
 
 
-def load(path: str | Path, device: str | None = None) -> tuple[CeedVLAPolicy, Any, Any]:
+def load(
+    path: str | Path, device: str | None = None, merge_adapters: bool = True
+) -> tuple[CeedVLAPolicy, Any, Any]:
     """Load a policy with its pre- and post-processor, strictly and offline.
 
     Args:
         path: Checkpoint folder, or "teacher" / "student" for the shipped ones.
         device: Where to run it; the CPU if None.
+        merge_adapters: See `CeedVLAPolicy.from_pretrained`.
 
     Returns:
         (policy in eval mode, pre-processor, post-processor).
@@ -113,7 +117,7 @@ def load(path: str | Path, device: str | None = None) -> tuple[CeedVLAPolicy, An
 
     folder = resolve_checkpoint(path)
     config = read_config(folder, device or "cpu")
-    policy = CeedVLAPolicy.from_pretrained(folder, config=config)
+    policy = CeedVLAPolicy.from_pretrained(folder, config=config, merge_adapters=merge_adapters)
     try:
         overrides = {"device_processor": {"device": config.device}}
         pre, post = make_pre_post_processors(config, str(folder), preprocessor_overrides=overrides)
@@ -130,40 +134,104 @@ def load_weights(policy: CeedVLAPolicy, folder: Path, strict: bool = True) -> No
     Args:
         policy: Built from the checkpoint's configuration.
         folder: The checkpoint.
-        strict: Refuse missing and additional weights; otherwise they are only logged.
+        strict: Refuse missing and additional weights; otherwise they are only logged. Weights that the policy
+            refers to elsewhere (`CeedVLAPolicy.referenced`) are not missing.
 
     Raises:
         CheckpointError: Truncated or corrupt weights, or those of other sizes.
     """
+    from safetensors import safe_open
     from safetensors.torch import load_model
 
     file = folder / "model.safetensors"
     try:
-        missing, unexpected = load_model(policy, file, strict=strict, device=str(policy.config.device))
+        missing, unexpected = load_model(policy, file, strict=False, device=str(policy.config.device))
+        with safe_open(file, "pt") as weights:
+            own = set(weights.keys())
+            policy.adapters = {name: weights.get_tensor(name) for name in own if is_adapter(name)}
     except Exception as error:  # safetensors and torch each raise their own kinds
         raise CheckpointError(
             f"The weights {file} do not load ({_reason(error)}); copy the checkpoint again or rebuild it."
         ) from error
-    for kind, names in (("misses", missing), ("has unknown", unexpected)):
+    lost, unknown = set(missing) - policy.referenced, set(unexpected) - policy.adapters.keys()
+    policy.referenced -= own
+    for kind, names in (("misses", lost), ("has unknown", unknown)):
+        if names and strict:
+            raise CheckpointError(
+                f"The weights {file} do not load: the checkpoint {kind} {', '.join(sorted(names)[:8])}; "
+                "copy it again or rebuild it."
+            )
         if names:
             logger.warning("The checkpoint %s %s weights: %s", folder, kind, ", ".join(sorted(names)))
 
 
-def save(path: str | Path, policy: CeedVLAPolicy, preprocessor: Any, postprocessor: Any) -> Path:
-    """Write a checkpoint folder; each file of an existing one is replaced in one step."""
+def save_weights(policy: CeedVLAPolicy, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
+    """Write a policy's weights, without those that it refers to and has not trained.
+
+    Args:
+        policy: The policy.
+        folder: Existing folder.
+        state_dict: The weights, gathered by whoever sharded them; the policy's own if None.
+    """
+    from safetensors.torch import save_file, save_model
+
+    file = folder / "model.safetensors"
+    if state_dict is None and not policy.referenced:
+        save_model(policy, str(file))
+        return
+    kept = policy.referenced - {name for name, p in policy.named_parameters() if p.requires_grad}
+    weights = policy.state_dict() if state_dict is None else state_dict
+    own = {name: tensor.contiguous() for name, tensor in weights.items() if _weight(name) not in kept}
+    save_file(own, file, metadata={"format": "pt"})
+
+
+def save(
+    path: str | Path,
+    policy: CeedVLAPolicy,
+    preprocessor: Any,
+    postprocessor: Any,
+    weights: dict[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint folder; each file of an existing one is replaced in one step.
+
+    Args:
+        path: The folder.
+        policy: Its configuration and, without `weights`, its weights are written.
+        preprocessor: The policy's.
+        postprocessor: The policy's.
+        weights: Written instead, for instance gathered from several processes.
+    """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        for part in (policy, preprocessor, postprocessor):
+        policy.save_pretrained(temporary, state_dict=weights)
+        for part in (preprocessor, postprocessor):
             part.save_pretrained(temporary)
         for file in Path(temporary).iterdir():
             file.replace(folder / file.name)
     return folder
 
 
+def _weight(name: str) -> str:
+    """The weight that an entry belongs to: itself, but for the scales and states of bitsandbytes."""
+    module, _, last = name.rpartition(".")
+    if last in ("SCB", "weight_format"):
+        return f"{module}.weight"
+    return f"{name.partition('.weight.')[0]}.weight" if ".weight." in name else name
+
+
 def weights_hash(path: str | Path) -> str:
-    """First 12 hex digits of the SHA-256 of the weights: names a checkpoint in reports and trajectories."""
-    return hashlib.sha256((resolve_checkpoint(path) / "model.safetensors").read_bytes()).hexdigest()[:12]
+    """First 12 hex digits of the SHA-256 of the weights: names a checkpoint in reports and trajectories.
+
+    Of weights that lie elsewhere, the configured reference counts instead of the weights.
+    """
+    folder = resolve_checkpoint(path)
+    with (folder / "model.safetensors").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    backbone = json.loads((folder / "config.json").read_text()).get("backbone", {})
+    if backbone.get("weights") == "reference":
+        digest.update(json.dumps(backbone, sort_keys=True).encode())
+    return digest.hexdigest()[:12]
 
 
 def _reason(error: BaseException) -> str:

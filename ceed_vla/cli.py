@@ -34,6 +34,7 @@ class Command:
         config: Name of its configuration dataclass there: its flags.
         function: Name of its function there, called with the configuration.
         kept: What an interrupt leaves behind; formatted with the configuration's fields.
+        positional: The flag that a word without ``--`` stands for.
         simulator: Gives the function's further arguments, for commands that may not import the simulator.
     """
 
@@ -42,6 +43,7 @@ class Command:
     config: str
     function: str
     kept: str
+    positional: str = ""
     simulator: Callable[[Any], dict[str, Any]] | None = None
 
 
@@ -78,6 +80,13 @@ COMMANDS = {
         function="train",
         kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
         simulator=teacher_simulator,
+    ),
+    "fit-tokens": Command(
+        summary="fit FAST action tokens (DCT and BPE) on recorded data",
+        module="training.fit_tokens",
+        config="FitTokensConfig",
+        function="fit_tokens",
+        kept="nothing was written",
     ),
     "collect": Command(
         summary="write the teacher's Jacobi trajectories over a data set",
@@ -122,6 +131,29 @@ COMMANDS = {
         function="demo",
         kept="a report of the finished episodes, if any, is in {output_dir}",
     ),
+    "ros-demo": Command(
+        summary="drive the simulated robot through ROS 2: success, command rate, a bag",
+        module="ros_nodes.demo",
+        config="RosDemoConfig",
+        function="ros_demo",
+        kept="the bag and the nodes' output, as far as they came, are in {output_dir}",
+    ),
+    "convert": Command(
+        summary="make a checkpoint from a published model (OpenVLA, pi0-FAST)",
+        module="ceed_vla.convert",
+        config="ConvertConfig",
+        function="convert",
+        kept="nothing was written",
+        positional="path",
+    ),
+    "verify": Command(
+        summary="check a published model against its reference outputs",
+        module="ceed_vla.verify",
+        config="VerifyConfig",
+        function="verify",
+        kept="nothing was written",
+        positional="folder",
+    ),
 }
 
 
@@ -155,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _configure_logging() -> None:
     """Our own progress, others' warnings; LeRobot's remarks on missing accelerators are left out."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    for name in ("ceed_vla", "training", "sim"):
+    for name in ("ceed_vla", "training", "sim", "ros_nodes"):
         logging.getLogger(name).setLevel(logging.INFO)
     for handler in logging.getLogger().handlers:
         handler.addFilter(
@@ -181,9 +213,9 @@ def _run(name: str, command: Command, flags: list[str]) -> int:
         module = importlib.import_module(command.module)
         config_class = getattr(module, command.config)
         if "-h" in flags or "--help" in flags:
-            print(format_help(program, config_class))
+            print(format_help(program, config_class, command.positional))
             return 0
-        config = parse_flags(config_class, flags)
+        config = parse_flags(config_class, flags, command.positional)
         injected = command.simulator(config) if command.simulator else {}
         result = getattr(module, command.function)(config, **injected)
     except UsageError as error:

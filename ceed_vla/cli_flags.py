@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ceed_vla.choices import Choice
 from ceed_vla.errors import CeedVLAError
 
 _COLUMN = 34  # where a flag's description starts
@@ -22,13 +23,16 @@ class UsageError(Exception):
     """The command line cannot be read."""
 
 
-def parse_flags[T](config_class: type[T], flags: Sequence[str]) -> T:
+def parse_flags[T](config_class: type[T], flags: Sequence[str], positional: str = "") -> T:
     """Build a configuration from `--key value`, `--key=value` and `--config_path FILE` (YAML or JSON).
 
     Args:
         config_class: A dataclass; nested dataclasses give flags such as `--policy.path`. Setting one of these
             leaves the others at the defaults that the outer class gives them.
-        flags: The words after the command's name. A switch without a value means true.
+        flags: The words after the command's name. A switch without a value means true, and the path may be given to
+            a group that has one (`--trajectories FOLDER` is `--trajectories.path FOLDER`). Where Python reserves a
+            flag's name, the field has an underscore behind it.
+        positional: The flag that one word without ``--`` stands for; none if empty.
 
     Raises:
         UsageError: Unknown flag, missing flag, or a value of another type.
@@ -37,8 +41,10 @@ def parse_flags[T](config_class: type[T], flags: Sequence[str]) -> T:
     import draccus
     from draccus.utils import DraccusException
 
-    given = _read_words(config_class, flags)
+    given = _read_words(config_class, flags, positional)
     file = given.pop("config_path", None)
+    reserved = {f"{name}_" for name in given} & {item.name for item in fields(config_class)}  # type: ignore[arg-type]
+    given |= {name: given.pop(name.removesuffix("_")) for name in reserved}
     try:
         return draccus.decode(
             config_class, _over(_over(_nested_defaults(config_class), _read_config(file)), given)
@@ -52,13 +58,14 @@ def parse_flags[T](config_class: type[T], flags: Sequence[str]) -> T:
         raise UsageError(_explain(error)) from error
 
 
-def format_help(program: str, config_class: type[Any]) -> str:
+def format_help(program: str, config_class: type[Any], positional: str = "") -> str:
     """Text of `--help`: what the command does, then every flag with type, meaning and default."""
     width = max(60, min(shutil.get_terminal_size((110, 24)).columns, 120))
     introduction, _ = _split_docstring(config_class)
+    word = f"{positional.upper()} " if positional else ""
     lines, others = (
         [
-            f"usage: {program} [--flag value | --flag=value ...] [--config_path FILE]",
+            f"usage: {program} {word}[--flag value | --flag=value ...] [--config_path FILE]",
             "",
             introduction,
             "",
@@ -101,11 +108,37 @@ def _describe(
             continue
         value = getattr(defaults, item.name, MISSING) if defaults is not None else _default(item)
         kind = hints.get(item.name, item.type)
+        if _is_choice(kind):
+            yield from _describe_choice(kind, prefix + item.name, meanings.get(item.name, ""), value)
+            continue
         if isinstance(kind, type) and is_dataclass(kind):
             yield from _describe(kind, f"{prefix}{item.name}.", None if value is MISSING else value)
             continue
         shown = "(required)" if value is MISSING else "" if value in (None, "") else f"[{_plain(value)}]"
-        yield prefix + item.name, _type_name(kind), meanings.get(item.name, ""), shown
+        yield prefix + item.name.removesuffix("_"), _type_name(kind), meanings.get(item.name, ""), shown
+
+
+def _describe_choice(
+    kind: type[Any], name: str, meaning: str, value: Any
+) -> Iterator[tuple[str, str, str, str]]:
+    """`name.type`, then the flags of the usual kind, then those that only other kinds have."""
+    usual = kind.get_choice_class(kind.default_choice_name()) if value is MISSING else value.__class__
+    known = kind.get_known_choices()
+    others = [choice for choice in known.values() if choice is not usual]
+    yield f"{name}.type", "|".join(known), meaning, f"[{kind.get_choice_name(usual)}]"
+    seen = set()
+    for choice in (usual, *others):
+        of = "" if choice is usual else f"{kind.get_choice_name(choice)}: "
+        defaults = value if choice is usual and value is not MISSING else None
+        for flag, flag_kind, text, shown in _describe(choice, f"{name}.", defaults):
+            if flag not in seen:
+                seen.add(flag)
+                yield flag, flag_kind, text and of + text, shown
+
+
+def _is_choice(kind: Any) -> bool:
+    """Whether a dataclass of several kinds is meant, which ``type`` chooses."""
+    return isinstance(kind, type) and Choice in kind.__bases__
 
 
 def _default(item: Field[Any]) -> Any:
@@ -143,14 +176,18 @@ def _split_docstring(config_class: type[Any]) -> tuple[str, dict[str, str]]:
     return introduction.strip(), meanings
 
 
-def _read_words(config_class: type[Any], flags: Sequence[str]) -> dict[str, Any]:
+def _read_words(config_class: type[Any], flags: Sequence[str], positional: str) -> dict[str, Any]:
     """The given flags as nested mappings; values are read as YAML, as draccus does."""
     kinds = {name: kind for name, kind, *_ in _describe(config_class)} | {"config_path": "FILE"}
     values: dict[str, Any] = {}
     words = list(flags)
     while words:
         word = words.pop(0)
+        if positional and not word.startswith("--") and positional not in values:
+            word = f"--{positional}={word}"
         name, equals, text = word.removeprefix("--").partition("=")
+        if name not in kinds and f"{name}.path" in kinds:
+            name = f"{name}.path"  # --policy FOLDER
         if not word.startswith("--") or name not in kinds:
             close = get_close_matches(name, kinds, n=1) if word.startswith("--") else []
             raise UsageError(f"unknown flag {word!r}" + (f"; did you mean --{close[0]}?" if close else ""))
@@ -196,7 +233,7 @@ def _nested_defaults(config_class: type[Any]) -> dict[str, Any]:
     Without them, `--policy.width=96` would build a new policy configuration without the outer class's choices.
     """
     hints = _type_hints(config_class)
-    nested = [item for item in fields(config_class) if is_dataclass(hints.get(item.name))]
+    nested = [item for item in fields(config_class) if _is_nested(hints.get(item.name))]
     changes = {
         item.name: _changes(_default(item), hints[item.name])
         for item in nested
@@ -208,17 +245,26 @@ def _nested_defaults(config_class: type[Any]) -> dict[str, Any]:
 def _changes(value: Any, kind: type[Any]) -> dict[str, Any]:
     import draccus
 
+    if _is_choice(kind):
+        chosen = value.__class__
+        return {"type": kind.get_choice_name(chosen), **_changes(value, chosen)}
     plain, hints, changed = kind(), _type_hints(kind), {}
     for item in fields(kind):
         own, usual = getattr(value, item.name), getattr(plain, item.name)
         if item.init and own != usual:
             inner = hints.get(item.name)
-            changed[item.name] = _changes(own, inner) if is_dataclass(inner) else draccus.encode(own)  # type: ignore[arg-type]
+            changed[item.name] = _changes(own, inner) if _is_nested(inner) else draccus.encode(own)  # type: ignore[arg-type]
     return changed
 
 
+def _is_nested(kind: Any) -> bool:
+    return is_dataclass(kind) or _is_choice(kind)
+
+
 def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `top` in their place, mapping by mapping."""
+    """`base` with the values of `top` in their place, mapping by mapping; another `type` starts from nothing."""
+    if "type" in base and top.get("type", base["type"]) != base["type"]:
+        return top
     merged = {**base, **top}
     for name in base.keys() & top.keys():
         if isinstance(base[name], dict) and isinstance(top[name], dict):

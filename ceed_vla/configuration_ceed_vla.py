@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 
+import ceed_vla.backbones.openvla_config  # these register their families
+import ceed_vla.backbones.pi0_fast_config
+import ceed_vla.backbones.vlm_config
+import ceed_vla.fast_tokens_config  # noqa: F401
+from ceed_vla.action_tokens_config import ActionTokensConfig, UniformTokensConfig
+from ceed_vla.backbones.config import BackboneConfig, CompactConfig
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.errors import ConfigError
-
-ACTION_RANGES = ("quantile", "min_max", "fixed")
 
 
 def _early_exit() -> DecodingConfig:
@@ -23,27 +27,14 @@ def _early_exit() -> DecodingConfig:
 class CeedVLAConfig(PreTrainedConfig):
     """Sizes, action vocabulary, losses and decoding of a CEED-VLA policy.
 
-    What to change first for another robot: `action_range` (or `action_low` / `action_high`), `gripper_dims`, then
-    `chunk_size` and `n_action_steps`. The other fields are sizes that the shipped checkpoints were trained with.
+    What to change first for another robot: `action_tokens` (ranges, grippers), then `chunk_size` and
+    `n_action_steps`. `backbone` names the model and its sizes.
 
     Attributes:
-        chunk_size: Steps ``m`` of one action chunk; a block has ``n = m * A`` tokens.
+        chunk_size: Steps ``m`` of one action chunk; with "uniform" tokens a block has ``n = m * A`` tokens.
         n_action_steps: Steps ``h <= m`` executed before the next replan.
-        num_bins: Values of one action token. Odd numbers put zero exactly on a bin centre.
-        action_range: Where the bins end: "quantile" (1 % and 99 %), "min_max" (of the data), or "fixed"
-            (`action_low`, `action_high`). Quantiles break dimensions that are nearly always zero.
-        action_low: Lower end of every action dimension [the data set's units]; filled from the data unless fixed.
-        action_high: Upper end of every action dimension [the data set's units].
-        gripper_dims: Two-valued action dimensions; always min/max, decoded exactly, never relaxed by a tolerance.
-        image_size: Side of the square images that the stems see [px]; other sizes are resized.
-        image_grid: A camera gives ``image_grid ** 2`` prefix tokens.
-        stem_channels: Channels of the four convolutions of a camera stem.
-        max_instruction_words: Longest instruction [words].
-        vocabulary_size: Rows of the word embedding (padding and unknown included).
-        width: Model width ``d``.
-        layers: Decoder layers.
-        heads: Attention heads.
-        mlp_width: Hidden width of the gated MLP.
+        backbone: The model.
+        action_tokens: How actions become tokens.
         label_sigma: Width of the soft labels [bins]; 0 gives hard labels.
         auxiliary_scale: Factors of the leading dimensions of ``observation.environment_state`` that the state token
             regresses during training (the grounding target); empty switches it off.
@@ -56,21 +47,8 @@ class CeedVLAConfig(PreTrainedConfig):
 
     chunk_size: int = 8
     n_action_steps: int = 4
-    num_bins: int = 255
-    action_range: str = "quantile"
-    action_low: list[float] = field(default_factory=list)
-    action_high: list[float] = field(default_factory=list)
-    gripper_dims: list[int] = field(default_factory=lambda: [-1])
-
-    image_size: int = 96
-    image_grid: int = 4
-    stem_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
-    max_instruction_words: int = 12
-    vocabulary_size: int = 256
-    width: int = 192
-    layers: int = 4
-    heads: int = 6
-    mlp_width: int = 512
+    backbone: BackboneConfig = field(default_factory=CompactConfig)
+    action_tokens: ActionTokensConfig = field(default_factory=UniformTokensConfig)
 
     label_sigma: float = 1.0
     auxiliary_scale: list[float] = field(default_factory=list)
@@ -97,17 +75,7 @@ class CeedVLAConfig(PreTrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive = (
-            "chunk_size",
-            "n_action_steps",
-            "image_size",
-            "image_grid",
-            "width",
-            "layers",
-            "heads",
-            "mlp_width",
-        )
-        for name in positive:
+        for name in ("chunk_size", "n_action_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.n_action_steps > self.chunk_size:
@@ -115,39 +83,17 @@ class CeedVLAConfig(PreTrainedConfig):
                 f"n_action_steps is {self.n_action_steps}, more than chunk_size = {self.chunk_size}: "
                 "a chunk cannot be executed past its end."
             )
+        if not self.action_tokens.ordered:
+            self.label_sigma = 0.0  # no token is near another
+            if self.decoding == _early_exit():
+                self.decoding = DecodingConfig()  # half a block of variable length is no chunk
         if (self.decoding.executed_steps or 1) > self.chunk_size:
             raise ConfigError(
                 f"decoding.executed_steps is {self.decoding.executed_steps}, more than chunk_size = {self.chunk_size}; "
                 "set it to n_action_steps."
             )
-        if self.num_bins < 2:
-            raise ConfigError(
-                f"num_bins is {self.num_bins}; at least 2 bins are needed (255 is the default)."
-            )
-        if self.width % self.heads:
-            raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}.")
-        if len(self.stem_channels) != 4:
-            raise ConfigError(
-                f"stem_channels has {len(self.stem_channels)} entries; a stem has exactly 4 convolutions."
-            )
-        if self.image_size % (8 * self.image_grid):
-            raise ConfigError(
-                f"image_size {self.image_size} is not a multiple of 8 * image_grid = {8 * self.image_grid}; "
-                "the stem halves the image three times and then cuts it into the grid."
-            )
-        if self.action_range not in ACTION_RANGES:
-            raise ConfigError(
-                f"action_range is {self.action_range!r}; choose one of {', '.join(ACTION_RANGES)}."
-            )
-        if len(self.action_low) != len(self.action_high):
-            raise ConfigError(
-                f"action_low has {len(self.action_low)} values and action_high {len(self.action_high)}; "
-                "give one of each for every action dimension."
-            )
-        if self.action_range == "fixed" and not self.action_low:
-            raise ConfigError('action_range "fixed" needs action_low and action_high, one value a dimension.')
-        if not all(math.isfinite(v) for v in (*self.action_low, *self.action_high, *self.auxiliary_scale)):
-            raise ConfigError("action_low, action_high and auxiliary_scale must be finite.")
+        if not all(math.isfinite(scale) for scale in self.auxiliary_scale):
+            raise ConfigError(f"auxiliary_scale is {self.auxiliary_scale}; all factors must be finite.")
 
     @property
     def action_dim(self) -> int:
@@ -160,13 +106,13 @@ class CeedVLAConfig(PreTrainedConfig):
 
     @property
     def block_length(self) -> int:
-        """Tokens ``n = m * A`` of one block."""
-        return self.chunk_size * self.action_dim
+        """Tokens ``n`` of one block."""
+        return self.action_tokens.block_length(self.chunk_size, self.action_dim)
 
     @property
-    def gripper_indices(self) -> tuple[int, ...]:
-        """`gripper_dims` as non-negative indices."""
-        return tuple(sorted({d % self.action_dim for d in self.gripper_dims}))
+    def num_bins(self) -> int:
+        """Values ``V`` of one action token."""
+        return self.action_tokens.vocabulary
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -205,24 +151,17 @@ class CeedVLAConfig(PreTrainedConfig):
         """Check that the features can be served.
 
         Raises:
-            ConfigError: No camera, no ``observation.state``, no action, or ranges of another action dimension.
+            ConfigError: No camera, no action, or what the backbone or the action tokens miss.
         """
         if not self.image_features:
             raise ConfigError(
                 "The data have no camera: ceed_vla needs at least one observation.images.<camera> feature with "
                 "names ['height', 'width', 'channels']."
             )
-        if self.robot_state_feature is None:
-            raise ConfigError("The data have no observation.state; ceed_vla reads one state vector.")
         if self.action_feature is None or len(self.action_feature.shape) != 1:
             raise ConfigError("The data have no one-dimensional action feature.")
-        bad = [d for d in self.gripper_dims if not -self.action_dim <= d < self.action_dim]
-        if bad:
-            raise ConfigError(f"gripper_dims {bad} lie outside the {self.action_dim} action dimensions.")
-        if self.action_low and len(self.action_low) != self.action_dim:
-            raise ConfigError(
-                f"action_low/action_high have {len(self.action_low)} values, the action has {self.action_dim}."
-            )
+        self.action_tokens.validate_features(self.action_dim)
+        self.backbone.validate_features(self)
         if self.auxiliary_scale and self.env_state_feature is not None:
             available = int(self.env_state_feature.shape[0])
             if len(self.auxiliary_scale) > available:
@@ -233,7 +172,18 @@ class CeedVLAConfig(PreTrainedConfig):
 
 
 def tabletop_config(**changes: object) -> CeedVLAConfig:
-    """The configuration of the shipped tabletop checkpoints, with `changes` on top."""
+    """The configuration of the shipped tabletop checkpoints, with `changes` on top.
+
+    Args:
+        changes: Fields of `CeedVLAConfig`, of its compact backbone, or of its uniform action tokens.
+    """
+    tokens: dict[str, object] = {
+        "action_range": "fixed",
+        "action_low": [-1.0, -1.0, -1.0, -0.25, -0.25, -1.0, -1.0],
+        "action_high": [1.0, 1.0, 1.0, 0.25, 0.25, 1.0, 1.0],
+    }
+    tokens |= {name: changes.pop(name) for name in _names(UniformTokensConfig) & changes.keys()}
+    sizes = {name: changes.pop(name) for name in _names(CompactConfig) & changes.keys()}
     values: dict[str, object] = {
         "input_features": {
             "observation.images.front": PolicyFeature(FeatureType.VISUAL, (3, 96, 96)),
@@ -241,11 +191,14 @@ def tabletop_config(**changes: object) -> CeedVLAConfig:
             "observation.state": PolicyFeature(FeatureType.STATE, (14,)),
         },
         "output_features": {"action": PolicyFeature(FeatureType.ACTION, (7,))},
-        "action_range": "fixed",
-        "action_low": [-1.0, -1.0, -1.0, -0.25, -0.25, -1.0, -1.0],
-        "action_high": [1.0, 1.0, 1.0, 0.25, 0.25, 1.0, 1.0],
+        "backbone": CompactConfig(**sizes),  # type: ignore[arg-type]
+        "action_tokens": UniformTokensConfig(**tokens),  # type: ignore[arg-type]
         "auxiliary_scale": [10.0, 10.0, 10.0, 1.0, 1.0, 10.0, 10.0, 10.0],
         "device": "cpu",
         "push_to_hub": False,
     }
     return CeedVLAConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def _names(config_class: type[CompactConfig | UniformTokensConfig]) -> set[str]:
+    return {item.name for item in fields(config_class)}

@@ -23,9 +23,21 @@ class TokenError(CeedVLAError, ValueError):
     """Actions or tokens do not fit the action vocabulary or the block."""
 
 
+class MalformedChunkError(TokenError):
+    """Decoded tokens that stand for no chunk of ``m`` steps of ``A`` dimensions. On a robot: hold."""
+
+
 class ObservationError(CeedVLAError, ValueError):
     """An observation lacks a feature, or a feature has another shape or type."""
 
 
+class VerificationError(CeedVLAError):
+    """A model does not give the outputs of its reference implementation."""
+
+
 class SimulationError(CeedVLAError):
     """The simulation was asked for something it does not have, or got an invalid action."""
+
+
+class NodeError(CeedVLAError):
+    """A ROS node ended, refused a request or did not answer."""

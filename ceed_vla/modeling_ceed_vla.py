@@ -11,17 +11,18 @@ import torch
 import torch.nn.functional as F
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.utils.constants import ACTION
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
-from ceed_vla.action_tokens import ActionTokenizer, ranges_from_stats
-from ceed_vla.backbones.compact import LANGUAGE_KEY, STATE_KEY, CompactBackbone
-from ceed_vla.checkpoints import POLICY_FILES, load_weights, read_config, resolve_checkpoint
+from ceed_vla.checkpoints import POLICY_FILES, load_weights, read_config, resolve_checkpoint, save_weights
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_block, named_config
 from ceed_vla.errors import ConfigError, ObservationError
+from ceed_vla.lora import merge
+from ceed_vla.variable_length import VariableLengthTokenizer
 
 ENVIRONMENT_STATE_KEY = "observation.environment_state"
+AUGMENTATION_NOISE = "augmentation_noise"
 
 
 class CeedVLAPolicy(PreTrainedPolicy):
@@ -29,7 +30,13 @@ class CeedVLAPolicy(PreTrainedPolicy):
 
     Args:
         config: Sizes and vocabulary; ``input_features`` and ``output_features`` must be set.
-        dataset_stats: LeRobot statistics, needed once for ``action_range`` "quantile" and "min_max".
+        dataset_stats: LeRobot statistics, needed once for action ranges that come from the data.
+
+    Attributes:
+        tokenizer: Actions to tokens and back.
+        backbone: The model.
+        referenced: Weights that a checkpoint leaves in the folder the backbone was read from.
+        adapters: Low-rank adapters of the checkpoint that have not been added to the weights (`ceed_vla.lora`).
 
     Raises:
         ConfigError: Features that the policy cannot serve, or action ranges that nothing defines.
@@ -42,32 +49,11 @@ class CeedVLAPolicy(PreTrainedPolicy):
     def __init__(self, config: CeedVLAConfig, dataset_stats: dict[str, Any] | None = None, **_: Any) -> None:
         super().__init__(config)
         config.validate_features()
-        if not config.action_low:
-            _fill_action_ranges(config, dataset_stats)
-        self.tokenizer = ActionTokenizer(
-            config.action_low,
-            config.action_high,
-            config.chunk_size,
-            num_bins=config.num_bins,
-            gripper_dims=config.gripper_indices,
-        )
-        state = config.robot_state_feature
-        self.backbone = CompactBackbone(
-            cameras=config.cameras,
-            state_dim=int(state.shape[0]) if state else 0,
-            block_length=config.block_length,
-            vocabulary_size=config.num_bins,
-            words=config.vocabulary_size,
-            max_words=config.max_instruction_words,
-            image_size=config.image_size,
-            image_grid=config.image_grid,
-            stem_channels=config.stem_channels,
-            width=config.width,
-            layers=config.layers,
-            heads=config.heads,
-            mlp_width=config.mlp_width,
-            auxiliary_dim=len(config.auxiliary_scale),
-        )
+        config.action_tokens.fit(config.action_dim, (dataset_stats or {}).get(ACTION))
+        self.tokenizer = config.action_tokens.build(config.chunk_size, config.action_dim)
+        self.backbone = config.backbone.build(config)
+        self.referenced = {f"backbone.{name}" for name in self.backbone.referenced()}
+        self.adapters: dict[str, Tensor] = {}
         self.reset()
 
     @classmethod
@@ -77,6 +63,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         *,
         config: PreTrainedConfig | None = None,
         strict: bool = True,
+        merge_adapters: bool = True,
         **kwargs: Any,
     ) -> CeedVLAPolicy:
         """Load a local checkpoint in evaluation mode; never asks a hub.
@@ -85,6 +72,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
             pretrained_name_or_path: A checkpoint folder, or "teacher" / "student" for the shipped ones.
             config: Used instead of the checkpoint's own.
             strict: Refuse missing and additional weights.
+            merge_adapters: Add low-rank adapters in the checkpoint to the weights; otherwise they are in `adapters`.
             kwargs: What LeRobot's tools pass besides; only ``dataset_stats`` is read.
 
         Raises:
@@ -93,7 +81,15 @@ class CeedVLAPolicy(PreTrainedPolicy):
         folder = resolve_checkpoint(pretrained_name_or_path, POLICY_FILES)
         policy = cls(config if isinstance(config, CeedVLAConfig) else read_config(folder), **kwargs)
         load_weights(policy, folder, strict)
+        if merge_adapters and policy.adapters:
+            merge(policy, policy.adapters)
+            policy.adapters = {}
         return policy.to(policy.config.device).eval()
+
+    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Configuration and weights; weights that the backbone refers to stay where they are."""
+        self.config._save_pretrained(save_directory)
+        save_weights(self, save_directory, state_dict)
 
     # ---- acting -------------------------------------------------------------------------------------------------
 
@@ -110,6 +106,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
         previous: Tensor | None = None,
         generator: torch.Generator | None = None,
         record_states: bool = False,
+        shift_steps: int | None = None,
+        frozen: Tensor | None = None,
     ) -> DecodeResult:
         """Decode one action chunk for every row of a pre-processed batch. Keeps no state.
 
@@ -119,6 +117,9 @@ class CeedVLAPolicy(PreTrainedPolicy):
             previous: Tokens (B, n) of the chunk before, for the warm start; rows of -1 have none.
             generator: Random source of random guesses; the configuration's seed if None.
             record_states: Keep every Jacobi state.
+            shift_steps: Steps of `previous` that were executed since; ``config.n_action_steps`` if None.
+            frozen: Tokens (B, k * A) of the first ``k`` steps, which stay: they are executed before this chunk
+                is ready.
 
         Returns:
             Tokens (B, n), actions (B, m, A) in the environment's units, forwards, iterations, exit reasons and times.
@@ -126,6 +127,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         Raises:
             ConfigError: Unknown decoding.
             ObservationError: A feature is missing or has another shape.
+            TokenError: A previous chunk or frozen tokens that do not fit.
         """
         self.check_observation(batch)
         config = self.decoding_config(decoding)
@@ -138,7 +140,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
             config,
             tokenizer=self.tokenizer,
             previous=previous,
-            shift_steps=self.config.n_action_steps,
+            shift_steps=self.config.n_action_steps if shift_steps is None else shift_steps,
+            frozen=frozen,
             generator=generator,
             record_states=record_states,
         )
@@ -150,39 +153,18 @@ class CeedVLAPolicy(PreTrainedPolicy):
         """Resolve a decoder's name for this checkpoint."""
         return named_config(decoding, ceed=self.config.decoding)
 
-    def check_observation(self, batch: dict[str, Tensor]) -> None:
-        """Raise `ObservationError` unless every feature is there, finite and in its shape, with equal rows."""
-        state = self.config.robot_state_feature
-        wanted: dict[str, tuple[int | None, ...]] = {
-            **dict.fromkeys(self.config.cameras, (3, None, None)),
-            STATE_KEY: tuple(state.shape) if state else (),
-            LANGUAGE_KEY: (self.config.max_instruction_words,),
-        }
-        for key, shape in wanted.items():
-            if key not in batch:
-                have = ", ".join(sorted(k for k in batch if k.startswith("observation."))) or "none"
-                raise ObservationError(
-                    f"The observation lacks {key!r}; it has {have}. "
-                    "Pass it through the checkpoint's pre-processor first."
-                )
-            rows, *sizes = batch[key].shape
-            fits = len(sizes) == len(shape) and all(b in (None, a) for a, b in zip(sizes, shape, strict=True))
-            if not fits or rows != batch[self.config.cameras[0]].shape[0]:
-                expected = ", ".join("any" if size is None else str(size) for size in shape)
-                raise ObservationError(
-                    f"{key} has shape {tuple(batch[key].shape)}, expected (B, {expected}) "
-                    f"with the rows B of {self.config.cameras[0]}."
-                )
-        for camera in self.config.cameras:
-            if not batch[camera].is_floating_point():
-                raise ObservationError(f"{camera} is {batch[camera].dtype}; images are floats in [0, 1].")
-        if not torch.isfinite(batch[STATE_KEY]).all():
-            raise ObservationError(f"{STATE_KEY} is not finite: {batch[STATE_KEY].tolist()}.")
+    def check_observation(self, batch: dict[str, Tensor]) -> int:
+        """The rows ``B`` of a pre-processed batch.
+
+        Raises:
+            ObservationError: A feature is missing, has another shape or type, or is not finite.
+        """
+        return self.backbone.check_observation(batch)
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Tensor], **_: Any) -> Tensor:
         """Actions (B, m, A) in the environment's units; warm-started from the chunk of the last call."""
-        rows = batch[STATE_KEY].shape[0]
+        rows = self.check_observation(batch)
         if self._previous is not None and self._previous.shape[0] != rows:
             self._previous = None
         result = self.decode(batch, "ceed", previous=self._previous)
@@ -193,7 +175,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
     @torch.no_grad()
     def select_action(self, batch: dict[str, Tensor], **_: Any) -> Tensor:
         """The next action (B, A); decodes a new chunk every ``n_action_steps`` calls."""
-        if self._action_queue and self._action_queue[0].shape[0] != batch[STATE_KEY].shape[0]:
+        if self._action_queue and self._action_queue[0].shape[0] != self.check_observation(batch):
             self.reset()  # another number of environments
         if not self._action_queue:
             chunk = self.predict_action_chunk(batch)
@@ -227,7 +209,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
         embeddings = self.backbone.embed_prefix(batch)
         state, (logits,) = self.backbone.packed_logits(embeddings, [tokens])  # (B, n, V)
         weight = self._token_weight(batch, tokens)
-        losses = soft_cross_entropy(logits, tokens, self.config.label_sigma)
+        sigma = self.config.label_sigma if self.config.action_tokens.ordered else 0.0
+        losses = soft_cross_entropy(logits, tokens, sigma)
         rows = (losses * weight).sum(1) / weight.sum(1).clamp(min=1)  # (B,)
         with torch.no_grad():
             hits = ((logits.argmax(-1) == tokens) * weight).sum() / weight.sum().clamp(min=1)
@@ -257,23 +240,42 @@ class CeedVLAPolicy(PreTrainedPolicy):
         return self.auxiliary_loss(state, batch[ENVIRONMENT_STATE_KEY]).mean()
 
     def augment(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Random shift and brightness of every image, noise on the state."""
+        """Random shift and brightness of every image that the backbone sees as such, noise on the state.
+
+        ``batch["augmentation_noise"]`` (B, `augmentation_size`), uniform in [0, 1), decides where it is given: then
+        the augmentation of a frame does not depend on how a batch is split over processes.
+        """
         config, batch = self.config, dict(batch)
-        for camera in config.cameras:
-            image = batch[camera]
+        images = {camera: batch[camera] for camera in self.backbone.augmented_images}
+        noise = batch.pop(AUGMENTATION_NOISE, None)
+        if not self.augmentation_size:
+            return batch
+        if noise is None:
+            rows = len(next(iter(images.values()))) if images else len(batch[OBS_STATE])
+            noise = torch.rand(rows, self.augmentation_size)
+        for i, (camera, image) in enumerate(images.items()):
+            own = noise[:, 3 * i : 3 * i + 3].to(image.device)  # (B, 3)
             if config.augment_shift:
-                image = random_shift(image, config.augment_shift)
+                image = random_shift(image, config.augment_shift, own[:, :2])
             if config.augment_brightness:
-                gain = 1 + config.augment_brightness * (
-                    2 * torch.rand(len(image), 1, 1, 1, device=image.device) - 1
-                )
+                gain = 1 + config.augment_brightness * (2 * own[:, 2, None, None, None] - 1)
                 image = (image * gain).clamp(0, 1)
             batch[camera] = image
-        if config.augment_state:
-            batch[STATE_KEY] = batch[STATE_KEY] + config.augment_state * torch.randn_like(batch[STATE_KEY])
+        if config.augment_state and config.robot_state_feature is not None:
+            state = batch[OBS_STATE]  # (B, D)
+            uniform = noise[:, 3 * len(images) :].to(state.device, state.dtype).clamp(1e-6, 1 - 1e-6)
+            batch[OBS_STATE] = state + config.augment_state * torch.special.ndtri(uniform)
         return batch
 
+    @property
+    def augmentation_size(self) -> int:
+        """Random numbers a row that `augment` needs: shift (2) and brightness of every image, noise of the state."""
+        state = self.config.robot_state_feature
+        return 3 * len(self.backbone.augmented_images) + (int(state.shape[0]) if state else 0)
+
     def _token_weight(self, batch: dict[str, Tensor], tokens: Tensor) -> Tensor:
+        if isinstance(self.tokenizer, VariableLengthTokenizer):
+            return self.tokenizer.weight(tokens)
         padded = batch.get("action_is_pad")
         if padded is None:
             return torch.ones_like(tokens, dtype=torch.float32)
@@ -294,24 +296,19 @@ def label_table(num_bins: int, sigma: float, device: torch.device) -> Tensor:
     return torch.softmax(-0.5 * ((bins[:, None] - bins[None, :]) / sigma) ** 2, dim=-1)
 
 
-def random_shift(image: Tensor, pixels: int) -> Tensor:
-    """Shift every image (B, 3, H, W) by up to `pixels` in both directions, repeating the edge."""
+def random_shift(image: Tensor, pixels: int, noise: Tensor | None = None) -> Tensor:
+    """Shift every image (B, 3, H, W) by up to `pixels` in both directions, repeating the edge.
+
+    Args:
+        image: The images.
+        pixels: Largest shift [px].
+        noise: (B, 2) uniform in [0, 1), which decide; drawn if None.
+    """
     batch, _, height, width = image.shape
     padded = F.pad(image, (pixels,) * 4, mode="replicate")
-    offsets = torch.randint(0, 2 * pixels + 1, (batch, 2), device=image.device)
+    noise = torch.rand(batch, 2, device=image.device) if noise is None else noise
+    offsets = (noise * (2 * pixels + 1)).long().clamp(max=2 * pixels)  # (B, 2)
     rows = offsets[:, :1] + torch.arange(height, device=image.device)  # (B, H)
     columns = offsets[:, 1:] + torch.arange(width, device=image.device)  # (B, W)
     index = torch.arange(batch, device=image.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _fill_action_ranges(config: CeedVLAConfig, dataset_stats: dict[str, Any] | None) -> None:
-    if dataset_stats is None or "action" not in dataset_stats:
-        raise ConfigError(
-            f'action_range "{config.action_range}" needs the data set\'s action statistics, or set '
-            'action_range="fixed" with action_low and action_high.'
-        )
-    low, high = ranges_from_stats(
-        dataset_stats["action"], config.action_range, config.gripper_indices, config.num_bins
-    )
-    config.action_low, config.action_high = [float(v) for v in low], [float(v) for v in high]

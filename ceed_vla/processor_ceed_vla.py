@@ -21,6 +21,9 @@ from lerobot.processor import (
 )
 from lerobot.utils.constants import OBS_LANGUAGE_TOKENS, OBS_STATE
 
+import ceed_vla.backbones.openvla_inputs  # these register their steps
+import ceed_vla.backbones.vlm_inputs  # noqa: F401
+from ceed_vla.backbones.config import CompactConfig
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import ConfigError, ObservationError
 
@@ -101,7 +104,7 @@ class InstructionWordsStep(ObservationProcessorStep):
         return features
 
 
-def make_instruction_step(config: CeedVLAConfig, instructions: Iterable[str]) -> InstructionWordsStep:
+def make_instruction_step(config: CompactConfig, instructions: Iterable[str]) -> InstructionWordsStep:
     """The instruction step for a data set's instructions.
 
     Raises:
@@ -141,7 +144,7 @@ def make_ceed_vla_pre_post_processors(
     Args:
         config: The policy's configuration.
         dataset_stats: LeRobot statistics; the state is normalised with its mean and standard deviation.
-        dataset_meta: LeRobot metadata; gives the instructions that make up the vocabulary.
+        dataset_meta: LeRobot metadata; gives the instructions (the compact backbone takes its vocabulary from them).
         instructions: The instructions, where there is no `dataset_meta`.
 
     Returns:
@@ -154,8 +157,8 @@ def make_ceed_vla_pre_post_processors(
         meta = dataset_meta or getattr(config, "_runtime_dataset_meta", None)  # where lerobot-train leaves it
         instructions = [] if meta is None else [str(task) for task in meta.tasks.index]
     steps = make_default_policy_processor_steps(config, dataset_stats)
-    words = make_instruction_step(config, instructions)
+    inputs = config.backbone.processor_steps(config, list(instructions))
     return make_policy_processor_pipelines(
-        [steps.rename_observations, steps.add_batch_dim, words, steps.to_device, steps.normalize],
+        [steps.rename_observations, steps.add_batch_dim, *inputs, steps.to_device, steps.normalize],
         [steps.unnormalize, steps.to_cpu],
     )

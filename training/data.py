@@ -101,6 +101,24 @@ class FrameStore:
         return torch.from_numpy(self.action[np.minimum(steps, last)]), torch.from_numpy(steps > last)
 
 
+def read_chunks(root: str | Path, chunk_size: int) -> Tensor:
+    """The action chunk (N, m, A) that starts at every frame of a data set; its images are not decoded.
+
+    Raises:
+        DatasetError: The folder holds no readable data set, or one without actions.
+    """
+    root = Path(root)
+    features = _read_info(root)["features"]
+    if ACTION not in features:
+        raise DatasetError(f"{root} holds no actions; it has {', '.join(features)}.")
+    arrays = _read_columns(root, sorted((root / "data").rglob("*.parquet")), [ACTION])
+    episode, frames = arrays["episode_index"], np.arange(len(arrays[ACTION]))
+    last = np.searchsorted(episode, episode, side="right") - 1
+    return torch.from_numpy(
+        arrays[ACTION][np.minimum(frames[:, None] + np.arange(chunk_size), last[:, None])]
+    )
+
+
 def open_dataset(root: str | Path) -> FrameStore:
     """Read a LeRobotDataset v3 from a local folder; images are decoded once into ``<root>/.frames``.
 

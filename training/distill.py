@@ -1,31 +1,33 @@
 """`ceed-vla distill`: make a teacher reach its fixed point in a few Jacobi iterations.
 
-One packed forward of ``[prefix | Y* | Y]`` gives the student's logits on the fixed point and on a Jacobi state; the
-camera stems and the prefix embeddings stay frozen. States come from stored teacher trajectories (the paper) or from the
-student itself while it trains ("online": a guess and 0-2 of its own updates).
+One packed forward of ``[prefix | Y* | Y]`` gives the student's logits on the fixed point and on a Jacobi state; what
+makes the prefix embeddings stays frozen. States come from the teacher's trajectories (the paper) or from the student
+itself while it trains ("online": a guess and 0-2 of its own updates).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ceed_vla.checkpoints import load
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError, DatasetError
-from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
-from training.distill_data import DistillData, online_states
-from training.losses import LOSSES, DistillationTerms, paper_loss, trust_region_loss
+from training.adapters import attach_student
+from training.corruption import StateDraw, draw_states
+from training.distill_data import DistillData, OnlineData, StoredData, TrajectoriesConfig
+from training.losses import LOSSES, after_first_divergence
+from training.objective import DistillationObjective
 from training.run import ClosedLoop, Run, RunConfig
 from training.trajectories import guess_shares
 
 STATES = ("online", "stored")
-# Parts of the backbone that learn; the others make the prefix embeddings, which student and teacher share.
-TRAINED = ("action_tokens", "slots", "layers", "final_norm", "head")
 
 
 @dataclass
@@ -34,10 +36,10 @@ class DistillConfig(RunConfig):
 
     Attributes:
         teacher_path: The teacher; the student starts from it.
-        trajectories: Folder made by `ceed-vla collect` with this teacher.
-        roots: Comma-separated data sets the trajectories were collected on, in the same order.
+        trajectories: Where the teacher's trajectories come from.
+        roots: Comma-separated data sets; those that stored trajectories were collected on, in the same order.
         loss: "trust_region" (KL to the frozen teacher) or "paper" (self-consistency and mixed labels).
-        states: "online" (the student's own) or "stored" (the teacher's trajectories, as the paper).
+        states: "online" (the student's own) or "stored" (of the teacher's trajectories, as the paper).
         omega: Weight of the anchoring term.
         delta_quantile: "paper": demonstrations replace the share of labels beyond this quantile of the observed
             distance between teacher and demonstration.
@@ -45,12 +47,12 @@ class DistillConfig(RunConfig):
         max_updates: "online": at most so many own Jacobi updates of the guess.
         max_iterations: Iteration cap of the student's early-exit decoding.
         device: Where to train: "cpu", or an accelerator such as "cuda".
-        eval_every: Steps between measurements of iterations and agreement (0: at the end only).
+        eval_every: Steps between measurements of iterations and agreement, from step 0 on (0: at the end only).
         eval_frames: Held-out frames of that measurement.
     """
 
     teacher_path: str = ""
-    trajectories: str = ""
+    trajectories: TrajectoriesConfig = field(default_factory=TrajectoriesConfig)
     roots: str = ""
     loss: str = "trust_region"
     states: str = "online"
@@ -82,47 +84,6 @@ class DistillConfig(RunConfig):
             raise ConfigError("max_updates must be at least 0, eval_frames at least 1.")
 
 
-class DistillationObjective(nn.Module):
-    """The distillation loss of one batch of student and frozen teacher."""
-
-    def __init__(self, student: CeedVLAPolicy, teacher: CeedVLAPolicy, config: DistillConfig) -> None:
-        super().__init__()
-        self.student, self.config = student, config
-        self.teacher = [teacher]  # in a list: not a submodule, so not wrapped, saved or trained
-        for name, parameter in student.backbone.named_parameters():
-            parameter.requires_grad_(name.partition(".")[0] in TRAINED)
-
-    def forward(self, embeddings: Tensor, batch: dict[str, Tensor]) -> DistillationTerms:
-        """Loss terms behind prefix embeddings (B, P, d).
-
-        Args:
-            embeddings: From the frozen part, which student and teacher share.
-            batch: ``fixed_point``, ``states``, ``labels`` and ``label_weight`` (B, n).
-        """
-        fixed, states = batch["fixed_point"], batch["states"]
-        if self.config.loss == "trust_region":
-            with torch.no_grad():
-                _, (teacher_logits,) = self.teacher[0].backbone.packed_logits(embeddings, [fixed])
-            _, (on_fixed, on_states) = self.student.backbone.packed_logits(embeddings, [fixed, states])
-            return trust_region_loss(teacher_logits, on_fixed, on_states, states, fixed, self.config.omega)
-        labels = batch["labels"]
-        _, (on_fixed, on_states, on_labels) = self.student.backbone.packed_logits(
-            embeddings, [fixed, states, labels]
-        )
-        sigma = self.student.config.label_sigma
-        return paper_loss(
-            on_fixed,
-            on_states,
-            on_labels,
-            states,
-            fixed,
-            labels,
-            batch["label_weight"],
-            self.config.omega,
-            sigma,
-        )
-
-
 def distill(config: DistillConfig, closed_loop: ClosedLoop | None = None) -> Path:
     """Distil a student.
 
@@ -148,53 +109,98 @@ class DistillRun(Run):
 
     def __init__(self, config: DistillConfig, closed_loop: ClosedLoop | None) -> None:
         super().__init__(config, config.device, closed_loop)
-        self.config = config
+        self.config, adapted = config, config.lora.rank > 0
         self.shares = guess_shares(config.guesses)
-        student, pre, post = load(config.teacher_path, device=config.device)
-        student.config.decoding = replace(student.config.decoding, max_iterations=config.max_iterations)
-        teacher, _, _ = load(config.teacher_path, device=config.device)
-        teacher.requires_grad_(False).to(self.accelerator.device)
-        with self.accelerator.main_process_first():  # the first one decodes the images
-            self.data = DistillData(
-                config.trajectories,
-                config.roots,
-                config.teacher_path,
-                student,
-                pre,
-                eval_frames=config.eval_frames,
-                delta_quantile=config.delta_quantile,
+        if self.sharded and adapted and config.trajectories.online:
+            raise ConfigError(
+                "Processes that share one sharded model cannot each decode with it; collect the trajectories first, "
+                "or leave out FSDP: a frozen base with adapters takes little memory."
             )
-        if config.states == "stored" and not self.data.trajectories.states:
-            raise DatasetError(f"{config.trajectories} keeps no states; collect them with --states=true.")
-        self.prepare(DistillationObjective(student, teacher, config), student, pre, post, weight_decay=0.0)
+        student, pre, post = load(config.teacher_path, device=config.device, merge_adapters=not adapted)
+        student.config.decoding = replace(student.config.decoding, max_iterations=config.max_iterations)
+        teacher = None
+        if adapted:
+            attach_student(student, config.lora)
+        else:
+            teacher, _, _ = load(config.teacher_path, device=config.device)
+            teacher.to(self.accelerator.device)
+        student.to(self.accelerator.device)
+        self.objective = DistillationObjective(student, teacher, config.loss, config.omega)
+        with self.accelerator.main_process_first():  # the first one decodes the images
+            self.data = self._data(student, pre)
+        self.prepare(self.objective, student, pre, post, weight_decay=0.0)
+
+    def _data(self, student: Any, pre: Any) -> DistillData:
+        config, chosen = self.config, self.config.trajectories
+        sizes = {"eval_frames": config.eval_frames, "delta_quantile": config.delta_quantile}
+        stored = config.states == "stored"
+        if chosen.online:
+            decode = self.objective.decode_teacher
+            return OnlineData(config.roots, student, pre, decode, teacher_states=stored, **sizes)  # type: ignore[arg-type]
+        data = StoredData(chosen.path, config.roots, config.teacher_path, student, pre, **sizes)  # type: ignore[arg-type]
+        if stored and not data.trajectories.states:
+            raise DatasetError(f"{chosen.path} keeps no states; collect them with --states=true.")
+        return data
+
+    # ---- steps --------------------------------------------------------------------------------------------------
 
     def train_step(self) -> dict[str, float]:
-        config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
-        drawn = np.random.default_rng([config.seed, self.step]).choice(self.data.rows, size=config.batch_size)
-        random = np.random.default_rng([config.seed, self.step, rank])  # a step always gets the same states
-        batch = self.data.batch(drawn[rank::world])
-        with self.accelerator.autocast():
-            with torch.no_grad():
-                embeddings = self.policy.backbone.embed_prefix(batch)  # (B, P, d), once for all forwards
-            if config.states == "stored":
-                states = self.data.stored_states(batch["rows"], random).to(batch["fixed_point"].device)
-            else:
-                states = online_states(
-                    self.policy, embeddings, batch["previous"], self.shares, config.max_updates, random
-                )
-            tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
-            terms = self.model(embeddings, {**tensors, "states": states})
-        self.optimize(terms.total)
-        values = {
-            "loss": terms.total.item(),
-            "consistency_loss": terms.consistency.item(),
-            "anchor_loss": terms.anchor.item(),
-            "state_accuracy": (states == batch["fixed_point"]).float().mean().item(),
-        }
+        config, size = self.config, self.config.batch_size
+        rows = self.data.draw(size, np.random.default_rng([config.seed, self.step]))
+        # Drawn for the whole batch: a row gets the same state however the batch is split.
+        random = np.random.default_rng([config.seed, self.step, 1])
+        draw = draw_states(self.policy, size, self.shares, config.max_updates, random)
+        parts = [self._part(rows[p :: self.num_parts], draw[p :: self.num_parts]) for p in self.parts]
+        counts = self._counts(parts)
+        values: dict[str, float] = defaultdict(float)
+
+        def loss(part: dict[str, Any]) -> Tensor:
+            terms = self.model("losses", part["embeddings"], part, counts)
+            share = self.share(len(part["states"]), size)
+            for name, value in {
+                "loss": terms.total,
+                "consistency_loss": terms.consistency,
+                "anchor_loss": terms.anchor,
+                "state_accuracy": share * (part["states"] == part["fixed_point"]).float().mean(),
+                "replacement_rate": share * part["replaced"].float().mean(),
+            }.items():
+                values[name] += value.item()
+            return terms.total  # type: ignore[no-any-return]
+
+        self.optimize(parts, loss)
         if config.loss == "paper":
-            values["replacement_rate"] = batch["replaced"].float().mean().item()
-            values["delta_max"] = self.data.delta_max
-        return values
+            return {**values, "delta_max": self.data.delta_max}
+        values.pop("replacement_rate")
+        return dict(values)
+
+    def _part(self, rows: Any, draw: StateDraw) -> dict[str, Any]:
+        """A part of the batch with its prefix embeddings and states, before the forward that learns."""
+        batch = self.data.batch(rows, draw)
+        own = None if self.config.states == "stored" else (draw, self.config.max_updates)
+        with torch.no_grad():
+            embeddings, states = self.model("prepare", batch, own)
+        return {**batch, "embeddings": embeddings, "states": states}
+
+    def _counts(self, parts: list[dict[str, Any]]) -> Tensor:
+        """(2,) slots that the two loss terms are means of in the whole batch, divided by the processes."""
+        each = [
+            torch.stack(
+                [
+                    after_first_divergence(part["states"], part["fixed_point"]).sum(),
+                    part["label_weight"].sum()
+                    if self.config.loss == "paper"
+                    else torch.ones_like(part["label_weight"]).sum(),
+                ]
+            )
+            for part in parts
+        ]
+        return self.accelerator.reduce(torch.stack(each).sum(0), reduction="mean")  # type: ignore[no-any-return]
+
+    # ---- measurements -------------------------------------------------------------------------------------------
+
+    def before_step(self) -> None:
+        if self.step == 0 and self.config.eval_every:
+            self.log(self._measure())  # the student is the teacher still: what the others are compared with
 
     def after_step(self) -> None:
         every = self.config.eval_every
@@ -204,12 +210,12 @@ class DistillRun(Run):
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
         """Strict iterations, agreement with the teacher and accuracy after one forward, on held-out frames."""
-        self.policy.eval()
         batch = self.data.batch(self.data.held_out)
         strict = DecodingConfig(method="jacobi", guess="previous")
-        result = self.policy.decode(batch, strict, previous=batch["previous"])
-        once = self.policy.decode(batch, replace(strict, max_iterations=1), previous=batch["previous"])
-        self.policy.train()
+        # Sharded weights come together in the model's own forward only.
+        measure = self.model if self.sharded else self.objective.run
+        result = measure("decode_student", batch, strict, batch["previous"])
+        once = measure("decode_student", batch, replace(strict, max_iterations=1), batch["previous"])
         iterations = result.iterations.float()
         return {
             "iterations_mean": iterations.mean().item(),

@@ -1,7 +1,9 @@
-"""Batches for distillation: frames with fixed points, mixed labels, and the states to distil from."""
+"""Batches for distillation: observations with the teacher's fixed points, stored or decoded on the fly."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,32 +11,150 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ceed_vla.decoding import make_guess
-from ceed_vla.errors import DatasetError
+from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from ceed_vla.variable_length import VariableLengthTokenizer
+from training.corruption import PREVIOUS, StateDraw, guess_states
 from training.data import open_dataset
 from training.losses import chunk_distance, mixed_labels
 from training.mixture import check_fits, join_batches
 from training.run import split_list
-from training.trajectories import GUESSES, read_trajectories
+from training.trajectories import distinct_states, read_trajectories
+
+# The teacher: (observation, guesses (B, n) or None) -> the fixed points (B, n) and, from guesses, all states (k, B, n).
+Decode = Callable[[dict[str, Any], Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+@dataclass
+class TrajectoriesConfig:
+    """Where the teacher's trajectories come from.
+
+    Attributes:
+        path: Folder made by `ceed-vla collect` with this teacher.
+        online: The teacher decodes each batch as it is trained on; nothing is stored.
+    """
+
+    path: str = ""
+    online: bool = False
+
+    def __post_init__(self) -> None:
+        if self.path and self.online:
+            raise ConfigError(
+                f"trajectories.path is {self.path!r} and trajectories.online is set; choose one of the two."
+            )
 
 
 class DistillData:
-    """Frames with their fixed points.
+    """Frames of data sets, and what is distilled on each.
 
     Args:
-        trajectories: Folder of `ceed-vla collect`.
-        roots: Comma-separated data sets it was collected on, in the same order.
-        teacher: Checkpoint that must have made it.
+        roots: Comma-separated data sets.
         policy: The student; gives vocabulary and chunk.
         pre: Its pre-processor.
-        eval_frames: Frames held out for measurements.
-        delta_quantile: Share of the training frames whose distance between teacher and demonstration is acceptable.
 
     Attributes:
-        rows: Rows of the trajectories to train on.
+        root: (N,) data set of every row.
+        frame: (N,) frame of every row there.
+        rows: Rows to train on.
         held_out: Rows to measure on.
         delta_max: Distance beyond which the demonstration replaces the teacher's block.
+
+    Raises:
+        DatasetError: Data sets that the policy cannot read, or without actions.
+    """
+
+    root: NDArray[np.int64]
+    frame: NDArray[np.int64]
+
+    def __init__(self, roots: str, policy: CeedVLAPolicy, pre: Any) -> None:
+        self.policy, self.pre = policy, pre
+        self.stores = [open_dataset(root) for root in split_list(roots)]
+        if not self.stores:
+            raise ConfigError("No data: set --roots to one or more recorded folders.")
+        for store in self.stores:
+            check_fits(store, policy.config)
+            if store.action is None:
+                raise DatasetError(f"{store.root} holds no actions; distil on demonstrations.")
+        self.delta_max = float("inf")
+
+    def split(self, eval_frames: int) -> None:
+        """Hold out rows for measurements.
+
+        Raises:
+            DatasetError: Too few frames.
+        """
+        order = np.random.default_rng(0).permutation(len(self.frame))
+        self.held_out, self.rows = self._by_store(order[:eval_frames]), order[eval_frames:]
+        if not len(self.rows):
+            raise DatasetError(f"There are {len(order)} frames; more than eval_frames are needed.")
+
+    def draw(self, size: int, random: np.random.Generator) -> NDArray[np.int64]:
+        """Rows of a batch, grouped by data set: so are those of any part of it."""
+        return self._by_store(random.choice(self.rows, size=size))
+
+    def _by_store(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return rows[np.argsort(self.root[rows], kind="stable")]
+
+    def observations(self, rows: NDArray[np.int64]) -> dict[str, Any]:
+        """Pre-processed observations and actions of rows that are grouped by data set."""
+        parts = []
+        for index, store in enumerate(self.stores):
+            own = rows[self.root[rows] == index]
+            if len(own):
+                parts.append(store.batch(self.frame[own], self.policy.config.chunk_size))
+        return self.pre(join_batches(parts))  # type: ignore[no-any-return]
+
+    def fixed_points(
+        self, rows: NDArray[np.int64], observation: dict[str, Any], draw: StateDraw | None
+    ) -> dict[str, Tensor]:
+        """``fixed_point`` and ``previous`` (B, n; -1: none), and ``teacher_states`` where the teacher's are used."""
+        raise NotImplementedError
+
+    def batch(self, rows: NDArray[np.int64], draw: StateDraw | None = None) -> dict[str, Any]:
+        """What a part of a step needs, on the policy's device.
+
+        Args:
+            rows: Grouped by data set.
+            draw: The random part of the states; without it every row gets its previous chunk.
+
+        Returns:
+            What the pre-processor gives and `fixed_points`, and ``labels``, ``label_weight`` (B, n), ``replaced`` (B,).
+        """
+        batch = self.observations(rows)
+        found = self.fixed_points(rows, batch, draw)
+        fixed, dim = found["fixed_point"], self.policy.config.action_dim
+        demonstration = self.policy.tokenizer.encode(batch["action"])
+        distance = self.distance(fixed, batch)
+        labels, replaced = mixed_labels(fixed, demonstration, distance, self.delta_max)
+        if isinstance(self.policy.tokenizer, VariableLengthTokenizer):
+            valid = self.policy.tokenizer.weight(labels).bool()  # (B, n)
+        else:
+            valid = (~batch["action_is_pad"]).repeat_interleave(dim, dim=1)  # (B, n)
+        weight = torch.where(replaced[:, None], valid, torch.ones_like(valid)).float()
+        return {**batch, **found, "labels": labels, "replaced": replaced, "label_weight": weight}
+
+    def distance(self, fixed: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Distance (B,) between the teacher's chunk and the demonstration, in normalised units."""
+        tokenizer, actions = self.policy.tokenizer, batch["action"]
+        low, high = (
+            tokenizer.low.float().to(actions.device),
+            tokenizer.high.float().to(actions.device),
+        )  # (A,)
+        valid = (~batch["action_is_pad"]).float()
+        return chunk_distance(tokenizer.decode(fixed), actions.clamp(low, high), valid, (high - low) / 2)
+
+
+class StoredData(DistillData):
+    """Trajectories of `ceed-vla collect`.
+
+    Args:
+        path: Their folder.
+        roots: The data sets they were collected on, in the same order.
+        teacher: Checkpoint that must have made them.
+        policy: The student.
+        pre: Its pre-processor.
+        eval_frames: Frames held out.
+        delta_quantile: Share of the training frames whose distance between teacher and demonstration is acceptable.
 
     Raises:
         DatasetError: Trajectories and data sets that do not fit each other, or too few frames.
@@ -43,7 +163,7 @@ class DistillData:
 
     def __init__(
         self,
-        trajectories: str,
+        path: str,
         roots: str,
         teacher: str,
         policy: CeedVLAPolicy,
@@ -52,140 +172,112 @@ class DistillData:
         eval_frames: int,
         delta_quantile: float,
     ) -> None:
-        self.policy, self.pre = policy, pre
-        self.stores = [open_dataset(root) for root in split_list(roots)]
-        self.trajectories = read_trajectories(trajectories, teacher)
+        super().__init__(roots, policy, pre)
+        self.trajectories = read_trajectories(path, teacher)
         found = [{"name": s.root.name, "frames": len(s)} for s in self.stores]
         if found != self.trajectories.meta["datasets"]:
             raise DatasetError(
                 f"The trajectories were collected on {self.trajectories.meta['datasets']}, --roots gives {found}; "
                 "name the same folders in the same order."
             )
-        for store in self.stores:
-            check_fits(store, policy.config)
-            if store.action is None:
-                raise DatasetError(f"{store.root} holds no actions; distil on demonstrations.")
-        order = np.random.default_rng(0).permutation(len(self.trajectories.frame))
-        self.held_out, self.rows = order[:eval_frames], order[eval_frames:]
-        if not len(self.rows):
-            raise DatasetError(f"{trajectories} has {len(order)} frames; more than eval_frames are needed.")
-        self.distance = self._distances()
-        self.delta_max = float(np.quantile(self.distance[self.rows], delta_quantile))
+        self.root, self.frame = self.trajectories.root, self.trajectories.frame
+        self.split(eval_frames)
+        self.delta_max = float(np.quantile(self.distances(self.rows), delta_quantile))
 
-    def _distances(self) -> NDArray[np.float32]:
-        """Distance (N,) between the teacher's chunk and the demonstration, in normalised units."""
-        low, high = torch.tensor(self.policy.config.action_low), torch.tensor(self.policy.config.action_high)
-        rows = np.arange(len(self.trajectories.frame))
-        parts = []
-        for part in np.split(rows, range(4096, len(rows), 4096)):
-            actions, pad = self._demonstration(part)
-            fixed = self.policy.tokenizer.decode(as_tokens(self.trajectories.fixed_point[part]))
-            parts.append(
-                chunk_distance(fixed, actions.clamp(low, high), (~pad).float(), (high - low) / 2).numpy()
-            )
-        return np.concatenate(parts)
-
-    def _demonstration(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Recorded chunks (B, m, A) and their padding (B, m)."""
-        m = self.policy.config.chunk_size
-        actions = torch.empty(len(rows), m, self.policy.config.action_dim)
-        pad = torch.empty(len(rows), m, dtype=torch.bool)
+    def distances(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """`distance` (N,) of many rows, from their actions alone."""
+        found = np.empty(len(rows), np.float32)
         for index, store in enumerate(self.stores):
-            own = np.flatnonzero(self.trajectories.root[rows] == index)
-            if len(own):
-                actions[own], pad[own] = store.chunks(self.trajectories.frame[rows[own]], m)
-        return actions, pad
+            own = np.flatnonzero(self.root[rows] == index)
+            for part in np.split(own, range(4096, len(own), 4096)):
+                fixed = as_tokens(self.trajectories.fixed_point[rows[part]])
+                action, pad = store.chunks(self.frame[rows[part]], self.policy.config.chunk_size)
+                found[part] = self.distance(fixed, {"action": action, "action_is_pad": pad}).numpy()
+        return found
 
-    def batch(self, rows: NDArray[np.int64]) -> dict[str, Any]:
-        """Pre-processed observations of `rows` with fixed points, labels and previous chunks, on the policy's device.
-
-        Returns:
-            What the pre-processor gives, and ``fixed_point``, ``previous``, ``labels``, ``label_weight`` (B, n),
-            ``replaced`` (B,) and ``rows`` (B,); the rows come grouped by data set.
-        """
-        m, dim = self.policy.config.chunk_size, self.policy.config.action_dim
-        groups = [rows[self.trajectories.root[rows] == index] for index in range(len(self.stores))]
-        parts = [
-            store.batch(self.trajectories.frame[own], m)
-            for store, own in zip(self.stores, groups, strict=True)
-            if len(own)
-        ]
-        batch, rows = self.pre(join_batches(parts)), np.concatenate(groups)
-        device = batch["action"].device
-        fixed = as_tokens(self.trajectories.fixed_point[rows]).to(device)
-        distance = torch.from_numpy(self.distance[rows]).to(device)
-        demonstration = self.policy.tokenizer.encode(batch["action"])
-        labels, replaced = mixed_labels(fixed, demonstration, distance, self.delta_max)
-        valid = (~batch["action_is_pad"]).repeat_interleave(dim, dim=1)  # (B, n)
-        extra = {
-            "rows": torch.from_numpy(rows),
-            "fixed_point": fixed,
-            "previous": as_tokens(self.trajectories.previous[rows]).to(device),
-            "labels": labels,
-            "replaced": replaced,
-            "label_weight": torch.where(replaced[:, None], valid, torch.ones_like(valid)).float(),
+    def fixed_points(
+        self, rows: NDArray[np.int64], observation: dict[str, Any], draw: StateDraw | None
+    ) -> dict[str, Tensor]:
+        found = {
+            "fixed_point": self.trajectories.fixed_point[rows],
+            "previous": self.trajectories.previous[rows],
         }
-        return {**batch, **extra}
-
-    def stored_states(self, rows: Tensor, random: np.random.Generator) -> Tensor:
-        """One state of each teacher trajectory (B, n), drawn uniformly; the fixed point itself is never drawn."""
-        chosen = []
-        for row in rows.tolist():
-            states = self.trajectories.states[row]
-            chosen.append(states[random.integers(len(states) - 1)])
-        return as_tokens(np.stack(chosen))
+        if draw is not None and self.trajectories.states:
+            picked = zip(rows.tolist(), draw.pick, strict=True)
+            found["teacher_states"] = np.stack([_pick(self.trajectories.states[r], u) for r, u in picked])
+        device = observation["action"].device
+        return {name: as_tokens(tokens).to(device) for name, tokens in found.items()}
 
 
-@torch.no_grad()
-def online_states(
-    policy: CeedVLAPolicy,
-    embeddings: Tensor,
-    previous: Tensor,
-    shares: NDArray[np.float64],
-    max_updates: int,
-    random: np.random.Generator,
-) -> Tensor:
-    """Guesses (B, n) of inference's mixture after 0 to `max_updates` of the student's own Jacobi updates.
+class OnlineData(DistillData):
+    """The teacher decodes as it is asked, also the chunk before where a row's guess starts from it.
 
     Args:
+        roots: The data sets.
         policy: The student.
-        embeddings: Prefix embeddings (B, P, d).
-        previous: Previous chunks (B, n); rows of -1 have none.
-        shares: Shares of previous, mid and random guesses.
-        max_updates: Most updates; every row draws its number.
-        random: Random source.
+        pre: Its pre-processor.
+        decode: The teacher.
+        teacher_states: Give states of the teacher's trajectories, which takes Jacobi decoding.
+        eval_frames: Frames held out.
+        delta_quantile: See `StoredData`; of a sample of four times `eval_frames`.
     """
-    states = guess_states(policy, previous, shares, random)
-    updates = torch.from_numpy(random.integers(max_updates + 1, size=len(states))).to(states.device)
-    for update in range(max_updates):
-        rows = torch.nonzero(updates > update).squeeze(1)
-        if len(rows):
-            _, (logits,) = policy.backbone.packed_logits(embeddings[rows], [states[rows]])
-            states[rows] = logits.argmax(-1)
-    return states
+
+    def __init__(
+        self,
+        roots: str,
+        policy: CeedVLAPolicy,
+        pre: Any,
+        decode: Decode,
+        *,
+        teacher_states: bool,
+        eval_frames: int,
+        delta_quantile: float,
+    ) -> None:
+        super().__init__(roots, policy, pre)
+        self.decode, self.teacher_states = decode, teacher_states
+        self.root = np.concatenate([np.full(len(s), i) for i, s in enumerate(self.stores)])
+        self.frame = np.concatenate([np.arange(len(s)) for s in self.stores])
+        self.episode = np.concatenate([s.episode for s in self.stores])
+        self.split(eval_frames)
+        distances = []
+        sample = self._by_store(self.rows[: 4 * eval_frames])
+        for part in np.split(sample, range(eval_frames, len(sample), eval_frames)):
+            observation = self.observations(part)
+            distances.append(self.distance(decode(observation, None)[0], observation).cpu())
+        self.delta_max = float(torch.cat(distances).quantile(delta_quantile))
+
+    def fixed_points(
+        self, rows: NDArray[np.int64], observation: dict[str, Any], draw: StateDraw | None
+    ) -> dict[str, Tensor]:
+        previous = self._previous(rows, draw).to(observation["action"].device)
+        if draw is None or not self.teacher_states:
+            fixed, _ = self.decode(observation, None)
+            return {"fixed_point": fixed, "previous": previous}
+        fixed, states = self.decode(observation, guess_states(self.policy, previous, draw))
+        assert states is not None
+        found = states.cpu().numpy().astype(np.int16)  # (k, B, n)
+        picked = [_pick(distinct_states(found[:, i]), u) for i, u in enumerate(draw.pick)]
+        chosen = as_tokens(np.stack(picked)).to(fixed.device)
+        return {"fixed_point": fixed, "previous": previous, "teacher_states": chosen}
+
+    def _previous(self, rows: NDArray[np.int64], draw: StateDraw | None) -> Tensor:
+        """Fixed points (B, n) of the frames that come the executed steps earlier; -1 where none is needed or there."""
+        before = rows - self.policy.config.n_action_steps
+        there = before >= 0
+        there[there] = (self.episode[before] == self.episode[rows])[there]
+        there[there] = (self.root[before] == self.root[rows])[there]
+        if draw is not None:
+            there &= draw.kind == PREVIOUS
+        previous = torch.full((len(rows), self.policy.config.block_length), -1)
+        if there.any():
+            fixed, _ = self.decode(self.observations(before[there]), None)
+            previous[torch.from_numpy(there)] = fixed.cpu()
+        return previous
 
 
-def guess_states(
-    policy: CeedVLAPolicy, previous: Tensor, shares: NDArray[np.float64], random: np.random.Generator
-) -> Tensor:
-    """Initial guesses (B, n) in the given shares; rows without a previous chunk (-1) get random bins instead."""
-    kinds = torch.from_numpy(random.choice(len(GUESSES), size=len(previous), p=shares)).to(previous.device)
-    kinds[(kinds == GUESSES.index("previous")) & (previous[:, 0] < 0)] = GUESSES.index("random")
-    generator = torch.Generator().manual_seed(int(random.integers(2**31)))
-    guesses = [
-        make_guess(
-            kind,
-            previous.shape[0],
-            previous.shape[1],
-            policy.config.num_bins,
-            policy.tokenizer.zero_bins,
-            previous=previous,
-            shift_tokens=policy.config.n_action_steps * policy.config.action_dim,
-            generator=generator,
-        )
-        for kind in GUESSES
-    ]
-    return torch.stack(guesses)[kinds, torch.arange(len(previous), device=previous.device)]  # (B, n)
+def _pick(states: NDArray[np.int16], share: float) -> NDArray[np.int16]:
+    """One state (n,) of a trajectory (k + 1, n), but never the fixed point, which is the last."""
+    return states[int(share * (len(states) - 1))]
 
 
 def as_tokens(tokens: NDArray[np.int16]) -> Tensor:

@@ -46,9 +46,15 @@ def after_first_divergence(states: Tensor, fixed_point: Tensor) -> Tensor:
     return (wrong.cumsum(1) - wrong > 0).float()
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of (B, n) `values` where `mask` is 1; zero, with a gradient, where nothing is."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
+    """Mean of (B, n) `values` where `mask` is 1; zero, with a gradient, where nothing is.
+
+    Args:
+        values: (B, n).
+        mask: (B, n).
+        count: Ones in the mask of the whole batch, of which this is a part; those of `mask` if None.
+    """
+    return (values * mask).sum() / (mask.sum() if count is None else count).clamp(min=1)
 
 
 def trust_region_loss(
@@ -58,6 +64,7 @@ def trust_region_loss(
     states: Tensor,
     fixed_point: Tensor,
     omega: float,
+    counts: Tensor | None = None,
 ) -> DistillationTerms:
     """Both blocks of the student stay near the frozen teacher; no demonstration is involved.
 
@@ -70,10 +77,11 @@ def trust_region_loss(
         states: ``Y`` (B, n).
         fixed_point: ``Y*`` (B, n).
         omega: Weight of the anchor.
+        counts: (2,) slots that consistency and anchor are means of in the whole batch, where this is a part.
     """
-    mask = after_first_divergence(states, fixed_point)
-    consistency = masked_mean(forward_kl(teacher_logits, state_logits), mask)
-    anchor = forward_kl(teacher_logits, fixed_logits).mean()
+    mask, whole = after_first_divergence(states, fixed_point), counts if counts is not None else (None, None)
+    consistency = masked_mean(forward_kl(teacher_logits, state_logits), mask, whole[0])
+    anchor = masked_mean(forward_kl(teacher_logits, fixed_logits), torch.ones_like(mask), whole[1])
     return DistillationTerms(consistency, anchor, consistency + omega * anchor)
 
 
@@ -87,6 +95,7 @@ def paper_loss(
     label_weight: Tensor,
     omega: float,
     sigma: float,
+    counts: Tensor | None = None,
 ) -> DistillationTerms:
     """CEED-VLA (arXiv 2506.13725): self-consistency plus autoregression on mixed labels.
 
@@ -102,10 +111,11 @@ def paper_loss(
         label_weight: (B, n) 0 on tokens past the end of the demonstration.
         omega: Weight of the autoregressive term.
         sigma: Width of the soft labels [bins], as in the teacher's training; 0 is the paper's hard label.
+        counts: (2,) slots that consistency and anchor are means of in the whole batch, where this is a part.
     """
-    mask = after_first_divergence(states, fixed_point)
-    consistency = masked_mean(forward_kl(fixed_logits, state_logits), mask)
-    anchor = masked_mean(soft_cross_entropy(label_logits, labels, sigma), label_weight)
+    mask, whole = after_first_divergence(states, fixed_point), counts if counts is not None else (None, None)
+    consistency = masked_mean(forward_kl(fixed_logits, state_logits), mask, whole[0])
+    anchor = masked_mean(soft_cross_entropy(label_logits, labels, sigma), label_weight, whole[1])
     return DistillationTerms(consistency, anchor, consistency + omega * anchor)
 
 

@@ -12,12 +12,16 @@ from torch import nn
 def build_optimizers(
     named_parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, muon_lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Split trainable parameters between Muon (matrices of transformer layers) and AdamW (the rest)."""
+    """Split trainable parameters between Muon (matrices of transformer layers) and AdamW (the rest).
+
+    Adapters are AdamW's: Muon would give both factors of a product updates of full rank. So is all, if `muon_lr` is 0.
+    """
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            (matrices if ".layers." in f".{name}" and parameter.ndim == 2 else rest).append(parameter)
+            matrix = ".layers." in f".{name}" and parameter.ndim == 2 and ".lora_" not in name
+            (matrices if matrix and muon_lr else rest).append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         optimizers.append(

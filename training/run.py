@@ -7,8 +7,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from tqdm import tqdm
 from ceed_vla.checkpoints import save
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from training import states
+from training.adapters import LoRAConfig
 from training.optim import build_optimizers, cosine_factor
 
 logger = logging.getLogger(__name__)
@@ -38,9 +41,12 @@ class RunConfig:
     Attributes:
         output_dir: Where checkpoints, logs and states go.
         steps: Optimiser steps.
-        batch_size: Frames a step, over all processes.
+        batch_size: Frames a step, over all processes and all of its parts.
+        gradient_accumulation: Parts that a process's share of a batch is run in, one after another.
+        gradient_checkpointing: Keep only the layers' inputs for the backward pass; less memory, a third more time.
+        lora: Low-rank adapters instead of all weights.
         lr: Peak learning rate of AdamW.
-        muon_lr: Peak learning rate of Muon (the trunk's matrices).
+        muon_lr: Peak learning rate of Muon (the trunk's matrices); 0 gives these to AdamW too.
         warmup: Warm-up steps.
         validate_every: Steps between closed-loop validations (0: only at the end).
         save_every: Steps between resumable states.
@@ -54,6 +60,9 @@ class RunConfig:
     output_dir: str = ""
     steps: int = 1000
     batch_size: int = 32
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     lr: float = 1e-3
     muon_lr: float = 1e-3
     warmup: int = 50
@@ -66,7 +75,7 @@ class RunConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "log_every"):
+        for name in ("steps", "batch_size", "gradient_accumulation", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.mixed_precision not in ("bf16", "no"):
@@ -89,7 +98,12 @@ class Run:
 
     def __init__(self, config: RunConfig, device: str, closed_loop: ClosedLoop | None) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
+        from accelerate.utils import (
+            DistributedDataParallelKwargs,
+            DistributedType,
+            InitProcessGroupKwargs,
+            set_seed,
+        )
 
         self.settings, self.closed_loop = config, closed_loop
         self.output = Path(config.output_dir)
@@ -110,6 +124,10 @@ class Run:
         )
         set_seed(config.seed)
         self.step, self.total = 0, config.steps
+        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        self._check_split(config.batch_size, "batch_size")
+        if self.sharded and config.muon_lr:
+            raise ConfigError("Muon does not work on sharded weights; set --muon_lr=0 under FSDP.")
 
     def _check_folder(self) -> None:
         folder, started = self.settings.output_dir, (self.output / PROGRESS).exists()
@@ -125,8 +143,19 @@ class Run:
     def prepare(
         self, objective: nn.Module, policy: CeedVLAPolicy, pre: Any, post: Any, *, weight_decay: float
     ) -> None:
-        """Build the optimisers of the policy's trainable parameters and hand everything to accelerate."""
+        """Build the optimisers of the policy's trainable parameters and hand everything to accelerate.
+
+        Raises:
+            ConfigError: No parameter learns, or a backbone that cannot recompute activations should.
+        """
         self.policy, self.pre, self.post = policy.train(), pre, post
+        if self.settings.gradient_checkpointing:
+            policy.backbone.recompute_activations()
+        if not any(parameter.requires_grad for parameter in policy.parameters()):
+            raise ConfigError(
+                "No weight would learn: all are referred to. Set --lora.rank, or copy them (backbone.weights=copied)."
+            )
+        objective._no_split_modules = layer_classes(policy)  # type: ignore[assignment]  # what FSDP wraps
         optimizers = build_optimizers(
             policy.named_parameters(),
             lr=self.settings.lr,
@@ -135,11 +164,36 @@ class Run:
         )
         self.peak_lrs = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
         self.model, *self.optimizers = self.accelerator.prepare(objective, *optimizers)
+        if not self.sharded:
+            states.keep_in_states(self.accelerator, adapted=self.settings.lora.rank > 0)
+
+    # ---- a batch is split over processes and parts ------------------------------------------------------------------
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of every batch: one for each process and accumulated backward pass."""
+        return self.accelerator.num_processes * self.settings.gradient_accumulation
+
+    @property
+    def parts(self) -> range:
+        """Numbers of the parts that this process runs; part ``p`` holds the rows ``p, p + num_parts, ...``."""
+        return range(self.accelerator.process_index, self.num_parts, self.accelerator.num_processes)
+
+    def share(self, rows: int, size: int) -> float:
+        """Weight of a mean over `rows` of a batch of `size`, so that the processes' mean is that of the whole batch."""
+        return rows * self.accelerator.num_processes / size
+
+    def _check_split(self, size: int, name: str) -> None:
+        if size < self.num_parts:
+            raise ConfigError(
+                f"{name} is {size}, fewer than the {self.num_parts} parts of {self.accelerator.num_processes} "
+                f"processes and gradient_accumulation = {self.settings.gradient_accumulation}; make it larger."
+            )
 
     # ---- what a subclass fills in -------------------------------------------------------------------------------
 
     def train_step(self) -> dict[str, float]:
-        """One optimiser step; the values to log."""
+        """One optimiser step; values to log, whose mean over the processes is meant."""
         raise NotImplementedError
 
     def before_step(self) -> None:
@@ -186,6 +240,7 @@ class Run:
                 self.step += 1
                 bar.update()
                 if self.step % settings.log_every == 0:
+                    values = self._mean_over_processes(values)
                     values["steps_per_s"] = (self.step - first) / (time.monotonic() - started)
                     self.log(values)
                     bar.set_postfix({key: f"{value:.3f}" for key, value in values.items()})
@@ -203,28 +258,43 @@ class Run:
         self.accelerator.end_training()
         return final
 
-    def optimize(self, loss: Tensor) -> None:
-        """Backward pass and one step of all optimisers at this step's learning rate.
+    def optimize[T](self, parts: Sequence[T], loss: Callable[[T], Tensor]) -> None:
+        """One step of all optimisers at this step's learning rate.
+
+        Args:
+            parts: What this process runs, one backward pass each; gradients are exchanged after the last.
+            loss: Runs the model on a part; the losses of the parts add up.
 
         Raises:
-            CeedVLAError: The loss is not finite.
+            CeedVLAError: A loss is not finite.
         """
-        if not math.isfinite(loss.item()):
-            raise CeedVLAError(
-                f"The loss is {loss.item()} at step {self.step}: training diverged. Lower --lr and --muon_lr; "
-                f"the last good state is in {self.output}."
-            )
+        for index, part in enumerate(parts):
+            last = index == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                value = loss(part)
+                if not math.isfinite(value.item()):
+                    raise CeedVLAError(
+                        f"The loss is {value.item()} at step {self.step}: training diverged. Lower --lr and "
+                        f"--muon_lr; the last good state is in {self.output}."
+                    )
+                self.accelerator.backward(value)
         factor = cosine_factor(self.step, self.total, self.settings.warmup)
         for optimizer, lr in zip(self.optimizers, self.peak_lrs, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
-        self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
 
     # ---- log, checkpoints, states -------------------------------------------------------------------------------
+
+    def _mean_over_processes(self, values: dict[str, float]) -> dict[str, float]:
+        if self.accelerator.num_processes == 1:
+            return values
+        every = torch.tensor(list(values.values()), device=self.accelerator.device, dtype=torch.float32)
+        means = self.accelerator.reduce(every, reduction="mean")
+        return dict(zip(values, means.tolist(), strict=True))
 
     def log(self, values: dict[str, float]) -> None:
         """Write values of this step to tensorboard and ``log.jsonl``."""
@@ -252,8 +322,9 @@ class Run:
     def save_policy(self, name: str) -> Path:
         """Write the policy as a checkpoint folder."""
         folder = self.output / "checkpoints" / name / "pretrained_model"
+        weights = states.weights(self.accelerator, self.model, self.policy, self.settings.lora.rank > 0)
         if self.accelerator.is_main_process:
-            save(folder, self.policy, self.pre, self.post)
+            save(folder, self.policy, self.pre, self.post, weights)
         self.accelerator.wait_for_everyone()
         return folder
 
@@ -285,6 +356,12 @@ class Run:
             ) from error
         self.step = state["step"]
         self.load_state_dict(state)
+
+
+def layer_classes(policy: CeedVLAPolicy) -> list[str]:
+    """Names of the repeated layers of a policy's model: classes of the largest lists of equal modules."""
+    lists = [list(m) for m in policy.backbone.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
+    return sorted({type(m[0]).__name__ for m in lists if len(m) > 1 and len({type(x) for x in m}) == 1})
 
 
 def split_list(text: str) -> list[str]:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from torch import Tensor, nn
 
 from ceed_vla.checkpoints import load
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig, tabletop_config
 from ceed_vla.errors import ConfigError, DatasetError
-from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from ceed_vla.modeling_ceed_vla import AUGMENTATION_NOISE, CeedVLAPolicy
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from training.adapters import attach
 from training.data import ENVIRONMENT, STATE, FrameStore, open_dataset
+from training.fit_tokens import fit_action_tokens
 from training.mixture import Mixture, check_fits, state_statistics
 from training.run import ClosedLoop, Run, RunConfig, split_list
 
@@ -39,7 +44,6 @@ class TrainConfig(RunConfig):
         policy_path: Start from this checkpoint instead of random weights; it replaces `policy` (but for the device).
         grounding_steps: Optimiser steps on grounding frames alone, first.
         steps: Optimiser steps on demonstrations.
-        batch_size: Demonstration frames a step, over all processes.
         grounding_batch: Grounding frames beside every step.
         weight_decay: Decoupled weight decay.
         rounds: Takeover (DAgger) rounds, spread over the first 3/4 of `steps`.
@@ -81,15 +85,20 @@ class TeacherObjective(nn.Module):
         self.policy = policy
 
     def forward(
-        self, batch: dict[str, Tensor] | None, grounding: dict[str, Tensor] | None
+        self,
+        batch: dict[str, Tensor] | None,
+        grounding: dict[str, Tensor] | None,
+        share: float = 1.0,
+        grounding_share: float = 1.0,
     ) -> tuple[Tensor, dict[str, float]]:
-        """Scalar loss and its parts."""
+        """Scalar loss and its parts, weighted with the shares of the two in their whole batches (`Run.share`)."""
         parts: dict[str, float] = {}
         total: Tensor | float = 0.0
         if batch is not None:
-            total, parts = self.policy(batch)
+            loss, parts = self.policy(batch)
+            total, parts = share * loss, {name: share * value for name, value in parts.items()}
         if grounding is not None:
-            loss = self.policy.grounding_loss(grounding)
+            loss = grounding_share * self.policy.grounding_loss(grounding)
             parts["grounding_loss"] = loss.item()
             total = total + self.policy.config.auxiliary_weight * loss
         if not isinstance(total, Tensor):
@@ -136,9 +145,13 @@ class TeacherRun(Run):
             self.demonstrations = [open_dataset(root) for root in split_list(config.roots)]
             self.grounding = [open_dataset(root) for root in split_list(config.grounding_roots)]
         self._check_data()
+        if self.grounding and config.grounding_batch:
+            self._check_split(config.grounding_batch, "grounding_batch")
         policy, pre, post = self._policy()
         for store in (*self.demonstrations, *self.grounding):
             check_fits(store, policy.config)
+        if config.lora.rank:
+            attach(policy, config.lora)
         self.prepare(TeacherObjective(policy), policy, pre, post, weight_decay=config.weight_decay)
         chunk = policy.config.chunk_size
         self.grounding_mixture = (
@@ -161,10 +174,14 @@ class TeacherRun(Run):
     def _policy(self) -> tuple[CeedVLAPolicy, Any, Any]:
         config = self.config
         if config.policy_path:
-            policy, pre, post = load(config.policy_path, device=config.policy.device)
+            adapted = config.lora.rank > 0
+            policy, pre, post = load(
+                config.policy_path, device=config.policy.device, merge_adapters=not adapted
+            )
         else:
             set_features(config.policy, self.demonstrations[0])
             stats = state_statistics(self.demonstrations)
+            fit_action_tokens(config.policy, self.demonstrations)
             policy = CeedVLAPolicy(config.policy, dataset_stats=stats)
             tasks = [task for store in (*self.demonstrations, *self.grounding) for task in store.tasks]
             pre, post = make_ceed_vla_pre_post_processors(config.policy, stats, instructions=tasks)
@@ -205,19 +222,32 @@ class TeacherRun(Run):
             self._takeover_round(len(self.takeovers))
 
     def train_step(self) -> dict[str, float]:
-        config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
-        demonstrations = self.step >= self.first
-        batch = (
-            self.pre(self.mixture.draw(config.batch_size, self.step, rank, world)) if demonstrations else None
-        )
-        grounding = None
-        if self.grounding_mixture is not None:
-            size = config.grounding_batch if demonstrations else 2 * config.batch_size
-            grounding = self.pre(self.grounding_mixture.draw(size, self.step, rank, world)) if size else None
-        with self.accelerator.autocast():
-            loss, parts = self.model(batch, grounding)
-        self.optimize(loss)
-        return {"loss": loss.item(), **parts}
+        config = self.config
+        size = config.batch_size if self.step >= self.first else 0
+        beside = config.grounding_batch if size else 2 * config.batch_size
+        values: dict[str, float] = defaultdict(float)
+
+        def loss(part: int) -> Tensor:
+            batch, share = self._draw(self.mixture, size, part)
+            grounding, grounding_share = self._draw(self.grounding_mixture, beside, part)
+            total, parts = self.model(batch, grounding, share, grounding_share)
+            for name, value in {"loss": total.item(), **parts}.items():
+                values[name] += value
+            return total
+
+        self.optimize(self.parts, loss)
+        return dict(values)
+
+    def _draw(self, mixture: Mixture | None, size: int, part: int) -> tuple[dict[str, Any] | None, float]:
+        """One part of this step's batch, pre-processed, and its share in the batch; None of an empty one."""
+        if mixture is None or not size:
+            return None, 0.0
+        batch = self.pre(mixture.draw(size, self.step, part, self.num_parts))
+        # Drawn for the whole batch: a frame looks the same however the batch is split.
+        random = np.random.default_rng([mixture.seed, self.step, 1])
+        noise = random.random((size, self.policy.augmentation_size), dtype=np.float32)[part :: self.num_parts]
+        batch[AUGMENTATION_NOISE] = torch.from_numpy(noise)
+        return batch, self.share(len(noise), size)
 
     def _takeover_round(self, index: int) -> None:
         """Record takeovers of the policy as it is now, and train on them from here on."""

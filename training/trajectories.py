@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class CollectConfig:
         max_frames: Stop after about so many frames, spread evenly over the episodes (0: all).
         batch_size: Frames decoded together.
         shard_index: This process's part, from 0.
-        num_shards: Processes that share the work.
+        num_shards: Processes that share the work; under torchrun or `accelerate launch` leave both out.
         seed: Seed of episodes and guesses.
         threads: CPU threads; 0 leaves torch's default.
         resume: Skip shards that are complete.
@@ -105,6 +106,10 @@ def collect(config: CollectConfig) -> Path:
     """
     if not config.output_dir:
         raise ConfigError("No --output_dir; name the folder for the trajectories.")
+    if config.num_shards == 1:
+        ranks = {"shard_index": "RANK", "num_shards": "WORLD_SIZE"}  # set by torchrun and accelerate
+        found = {name: int(os.environ.get(v, getattr(config, name))) for name, v in ranks.items()}
+        config = replace(config, **found)  # type: ignore[arg-type]
     if not 0 <= config.shard_index < config.num_shards:
         raise ConfigError(f"shard_index is {config.shard_index}; it must lie in 0..{config.num_shards - 1}.")
     if config.threads:
@@ -112,6 +117,11 @@ def collect(config: CollectConfig) -> Path:
     shares = guess_shares(config.guesses)
     policy, pre, _ = load(config.policy_path, device=config.device)
     steps = policy.config.n_action_steps
+    if policy.config.num_bins > np.iinfo(np.int16).max:
+        raise ConfigError(
+            f"The policy's tokens have {policy.config.num_bins} values; trajectories store 16 bits. Restrict them to "
+            "actions (pi0-FAST: convert with --vocabulary=actions)."
+        )
     if config.frame_stride < 1 or steps % config.frame_stride:
         raise ConfigError(f"frame_stride {config.frame_stride} does not divide n_action_steps = {steps}.")
     stores = [open_dataset(root) for root in split_list(config.roots)]
@@ -242,10 +252,10 @@ class _Collector:
             part, decoding, previous=torch.from_numpy(previous[rows].astype(np.int64)), record_states=True
         )
         states = torch.stack([*result.states, result.tokens]).cpu().numpy().astype(np.int16)  # (k, B, n)
-        return [_distinct(states[:, i]) for i in range(len(rows))]
+        return [distinct_states(states[:, i]) for i in range(len(rows))]
 
 
-def _distinct(states: NDArray[np.int16]) -> NDArray[np.int16]:
+def distinct_states(states: NDArray[np.int16]) -> NDArray[np.int16]:
     """Drop repeated states (k, n); a Jacobi trajectory repeats only its fixed point."""
     keep = np.ones(len(states), dtype=bool)
     keep[1:] = (states[1:] != states[:-1]).any(1)
@@ -312,7 +322,7 @@ def read_trajectories(folder: str | Path, teacher: str | Path | None = None) -> 
     if len(files) < meta["shards"]:
         logger.warning("%s has %d of %d shards; collect the others too.", folder, len(files), meta["shards"])
     table = pa.concat_tables([pq.read_table(file) for file in files])
-    n = meta["chunk_size"] * meta["action_dim"]
+    n = len(table["fixed_point"][0])
 
     def block(name: str) -> NDArray[np.int16]:
         return table[name].combine_chunks().flatten().to_numpy().astype(np.int16).reshape(-1, n)

@@ -1,13 +1,17 @@
-"""What a decoder needs from a model: run the prefix once, then score block tokens behind it."""
+"""What a decoder and a policy need from a model: run the prefix once, then score block tokens behind it."""
 
 from __future__ import annotations
 
+import abc
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ceed_vla.cache import BlockCache
+from ceed_vla.errors import ConfigError, ObservationError
 
 
 @dataclass
@@ -52,3 +56,121 @@ class Backbone(Protocol):
             committed.
         """
         ...
+
+
+class TrainableBackbone(nn.Module, abc.ABC):
+    """A `Backbone` of a policy: it also knows what it observes, and how it learns.
+
+    Attributes:
+        auxiliary: Head of the grounding regression on the state of `packed_logits`; None where there is none.
+        augmented_images: Keys of image tensors (B, 3, H, W) in [0, 1] that training shifts and brightens.
+    """
+
+    block_length: int
+    vocabulary_size: int
+    auxiliary: nn.Module | None
+    augmented_images: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = None  # an attribute of the class would hide a submodule
+
+    @abc.abstractmethod
+    def prefill(self, observation: dict[str, Tensor]) -> Prefix:
+        """Run the prefix of every row once."""
+
+    @abc.abstractmethod
+    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
+        """Logits (B, k, V) of the successors of `tokens` (B, k); see `Backbone`."""
+
+    @abc.abstractmethod
+    def check_observation(self, batch: Mapping[str, Any]) -> int:
+        """Check a pre-processed batch.
+
+        Returns:
+            Its rows ``B``.
+
+        Raises:
+            ObservationError: A feature is missing, has another shape or type, or is not finite.
+        """
+
+    @abc.abstractmethod
+    def embed_prefix(self, batch: dict[str, Tensor]) -> Any:
+        """What the block is decoded behind, before the layers that learn in distillation.
+
+        Returns:
+            A tensor (B, ...) or an object that rows can be taken of: ``embeddings[rows]``.
+        """
+
+    @abc.abstractmethod
+    def packed_logits(self, embeddings: Any, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Teacher-forced logits of several blocks behind one prefix; the blocks do not see each other.
+
+        Args:
+            embeddings: From `embed_prefix`.
+            blocks: Token blocks (B, n) each.
+
+        Returns:
+            The hidden vector (B, d) that predicts slot 0, and for every block logits (B, n, V) that predict its
+            own tokens 0..n-1.
+        """
+
+    def recompute_activations(self) -> None:
+        """Keep only the layers' inputs for the backward pass and compute the rest again (gradient checkpointing).
+
+        Raises:
+            ConfigError: This family cannot.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} cannot recompute activations; leave out --gradient_checkpointing."
+        )
+
+    def prefix_state(self, embeddings: Any) -> Tensor:
+        """The hidden vector (B, d) of `packed_logits`, without any block."""
+        return self.packed_logits(embeddings, [])[0]
+
+    def distillation_parameters(self) -> list[str]:
+        """Names of the parameters that learn in distillation; the others make `embed_prefix`."""
+        return [name for name, _ in self.named_parameters()]
+
+    def referenced(self) -> list[str]:
+        """Names of the weights that a checkpoint leaves in the folder they were read from."""
+        return []
+
+
+def check_features(
+    batch: Mapping[str, Any], wanted: Mapping[str, tuple[int | None, ...]], finite: Sequence[str] = ()
+) -> int:
+    """Check the tensors of a pre-processed batch.
+
+    Args:
+        batch: What the pre-processor returned.
+        wanted: Feature -> its shape without the rows; None stands for any size.
+        finite: Features that may not hold NaN or infinity.
+
+    Returns:
+        The rows ``B``, which all features share.
+
+    Raises:
+        ObservationError: A feature is missing, has another shape or other rows, or is not finite.
+    """
+    first, rows = next(iter(wanted)), 0
+    for key, shape in wanted.items():
+        if key not in batch:
+            have = ", ".join(sorted(k for k in batch if k.startswith("observation."))) or "none"
+            raise ObservationError(
+                f"The observation lacks {key!r}; it has {have}. "
+                "Pass it through the checkpoint's pre-processor first."
+            )
+        found, *sizes = tuple(batch[key].shape) or (0,)
+        rows = found if key == first else rows
+        fits = len(sizes) == len(shape) and all(b in (None, a) for a, b in zip(sizes, shape, strict=True))
+        if not fits or found != rows:
+            expected = ", ".join("any" if size is None else str(size) for size in shape)
+            raise ObservationError(
+                f"{key} has shape {tuple(batch[key].shape)}, expected (B, {expected}) with the rows B of {first}."
+            )
+    for key in finite:
+        if not torch.isfinite(batch[key]).all():
+            raise ObservationError(f"{key} is not finite: {batch[key].tolist()}.")
+    return rows

@@ -11,19 +11,23 @@ decoder is a handful of kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ceed_vla.backbones.base import Prefix
+from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features
 from ceed_vla.cache import KVCache
+from ceed_vla.errors import ObservationError
 
 LANGUAGE_KEY = "observation.language.tokens"
 STATE_KEY = "observation.state"
 WORD_CODE = 16  # numbers a word that the camera stems see
+# Parts that learn in distillation; the others make the prefix embeddings, which student and teacher share.
+DISTILLED = ("action_tokens", "slots", "layers", "final_norm", "head")
 
 
 class CameraStem(nn.Module):
@@ -91,6 +95,11 @@ class Layer(nn.Module):
         self.gate_up = nn.Linear(width, 2 * mlp_width, bias=False)
         self.down = nn.Linear(mlp_width, width, bias=False)
 
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The layer without a cache."""
+        q, k, v = self.project(x)
+        return self.finish(x, q, k, v, mask)
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, t, d / H) of x (B, t, d)."""
         batch, length, width = x.shape
@@ -107,7 +116,7 @@ class Layer(nn.Module):
         return x + self.down(F.silu(gate) * up)
 
 
-class CompactBackbone(nn.Module):
+class CompactBackbone(TrainableBackbone):
     """Small VLA trunk behind the `Backbone` protocol.
 
     Args:
@@ -144,7 +153,10 @@ class CompactBackbone(nn.Module):
     ) -> None:
         super().__init__()
         self.cameras, self.image_size = tuple(cameras), image_size
+        self.augmented_images = self.cameras
+        self.state_dim, self.max_words = state_dim, max_words
         self.block_length, self.vocabulary_size = block_length, vocabulary_size
+        self._recompute = False
         self.prefix_length = max_words + len(self.cameras) * image_grid**2 + 1
         self.words = nn.Embedding(words, width)
         self.word_codes = nn.Embedding(words, WORD_CODE)
@@ -183,6 +195,25 @@ class CompactBackbone(nn.Module):
                 nn.init.normal_(linear.weight, std=(linear.in_features * 2 * len(self.trunk)) ** -0.5)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
+
+    def check_observation(self, batch: Mapping[str, Any]) -> int:
+        """Rows of a batch with cameras (B, 3, any, any) in [0, 1], a finite state (B, D) and words (B, L)."""
+        wanted: dict[str, tuple[int | None, ...]] = {
+            **dict.fromkeys(self.cameras, (3, None, None)),
+            STATE_KEY: (self.state_dim,),
+            LANGUAGE_KEY: (self.max_words,),
+        }
+        rows = check_features(batch, wanted, finite=[STATE_KEY])
+        for camera in self.cameras:
+            if not batch[camera].is_floating_point():
+                raise ObservationError(f"{camera} is {batch[camera].dtype}; images are floats in [0, 1].")
+        return rows
+
+    def recompute_activations(self) -> None:
+        self._recompute = True
+
+    def distillation_parameters(self) -> list[str]:
+        return [name for name, _ in self.named_parameters() if name.partition(".")[0] in DISTILLED]
 
     # ---- prefix -------------------------------------------------------------------------------------------------
 
@@ -273,8 +304,10 @@ class CompactBackbone(nn.Module):
         x = torch.cat([embeddings, *inputs], dim=1)  # (B, P + b * (n - 1), d)
         mask = self._packed_mask(embeddings.shape[1], n - 1, len(blocks), x.device)
         for layer in self.trunk:
-            q, k, v = layer.project(x)
-            x = layer.finish(x, q, k, v, mask)
+            if self._recompute and self.training:
+                x = checkpoint(layer, x, mask, use_reentrant=False)
+            else:
+                x = layer(x, mask)
         x = self.final_norm(x)
         state = x[:, embeddings.shape[1] - 1]  # (B, d)
         parts = x[:, embeddings.shape[1] :].split(n - 1, dim=1)
@@ -295,6 +328,5 @@ class CompactBackbone(nn.Module):
         """The state token's final hidden vector (B, d), without any block."""
         x = embeddings
         for layer in self.trunk:
-            q, k, v = layer.project(x)
-            x = layer.finish(x, q, k, v, None)
+            x = layer(x, None)
         return self.final_norm(x[:, -1])

@@ -13,14 +13,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ceed_vla.action_tokens import ActionTokenizer
+from ceed_vla.action_tokens import ActionTokens
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.decoding.autoregressive import decode_autoregressive
 from ceed_vla.decoding.config import DecodingConfig, named_config
-from ceed_vla.decoding.exits import must_converge
 from ceed_vla.decoding.guesses import make_guess
 from ceed_vla.decoding.jacobi import decode_jacobi
 from ceed_vla.decoding.result import DecodeResult
+from ceed_vla.decoding.variable import decode_variable_block
+from ceed_vla.errors import ConfigError
+from ceed_vla.variable_length import VariableLengthTokenizer
 
 __all__ = [
     "DecodeResult",
@@ -38,9 +40,10 @@ def decode_block(
     prefix: Prefix,
     config: DecodingConfig,
     *,
-    tokenizer: ActionTokenizer,
+    tokenizer: ActionTokens,
     previous: Tensor | None = None,
     shift_steps: int = 0,
+    frozen: Tensor | None = None,
     generator: torch.Generator | None = None,
     record_states: bool = False,
     clock: Callable[[], float] = time.perf_counter,
@@ -54,6 +57,9 @@ def decode_block(
         tokenizer: Layout of the block: dimensions, steps, bins, grippers.
         previous: Tokens (B, n) of the previous chunk; rows of -1 have none.
         shift_steps: Steps of `previous` that were executed since.
+        frozen: Tokens (B, k * A) of the first ``k`` steps, which are given: they will have been executed before
+            this block is ready. The rest is decoded behind them, exactly as far as `config` is strict, and
+            the must-converge window starts after them.
         generator: Random source of random guesses; a new one from ``config.seed`` if None, so that equal
             calls give equal guesses.
         record_states: Keep every state.
@@ -64,11 +70,27 @@ def decode_block(
 
     Raises:
         ConfigError: Settings that do not fit the block.
-        TokenError: A previous chunk that does not fit the block or the vocabulary.
+        TokenError: A previous chunk or frozen tokens that do not fit the block or the vocabulary.
     """
     n, dim = backbone.block_length, tokenizer.action_dim
+    if isinstance(tokenizer, VariableLengthTokenizer):
+        if frozen is not None:
+            raise ConfigError(
+                "Tokens of variable length belong to no step, so none can be frozen; pass no frozen."
+            )
+        return decode_variable_block(
+            backbone,
+            prefix,
+            config,
+            tokenizer=tokenizer,
+            previous=previous,
+            shift_steps=shift_steps,
+            generator=generator,
+            record_states=record_states,
+            clock=clock,
+        )
     guess = None
-    if config.method == "jacobi" or record_states or must_converge(config, n, dim) < n:
+    if config.method == "jacobi" or record_states or config.executed_steps is not None:
         if config.guess == "random" and generator is None:
             generator = torch.Generator().manual_seed(config.seed)
         guess = make_guess(
@@ -84,7 +106,14 @@ def decode_block(
         )
     if config.method == "ar":
         return decode_autoregressive(
-            backbone, prefix, config, guess, action_dim=dim, record_states=record_states, clock=clock
+            backbone,
+            prefix,
+            config,
+            guess,
+            action_dim=dim,
+            frozen=frozen,
+            record_states=record_states,
+            clock=clock,
         )
     assert guess is not None
     return decode_jacobi(
@@ -94,6 +123,7 @@ def decode_block(
         config,
         action_dim=dim,
         gripper_dims=tokenizer.gripper_dims,
+        frozen=frozen,
         record_states=record_states,
         clock=clock,
     )

@@ -20,7 +20,7 @@ class DecodingConfig:
 
     The defaults are strict Jacobi decoding: exactly the autoregressive greedy tokens. Every other field
     relaxes that, and says so in the result. Exit rules only watch the *must-converge slots*: the first
-    ``executed_steps * A`` tokens, or the whole block.
+    ``executed_steps * A`` tokens behind a frozen prefix, if there is one, or the whole block.
 
     Attributes:
         method: "ar" (one token a forward) or "jacobi" (the whole block a forward).
@@ -40,6 +40,8 @@ class DecodingConfig:
         deadline_s: Time for the block, counted from the start of decoding, after the prefill [s]. No further
             iteration starts when it would end later, judged by the last one. The first is always run.
         seed: Seed of random guesses.
+        window: Jacobi: most slots that one forward computes; None for the whole block. A window slides over
+            blocks that are mostly longer than what is decoded, as variable-length ones with a stop token.
     """
 
     method: str = "jacobi"
@@ -51,11 +53,12 @@ class DecodingConfig:
     executed_steps: int | None = None
     deadline_s: float | None = None
     seed: int = 0
+    window: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         _one_of("guess", self.guess, GUESSES)
-        for name in ("max_iterations", "stable_iterations", "executed_steps"):
+        for name in ("max_iterations", "stable_iterations", "executed_steps", "window"):
             value = getattr(self, name)
             if value is not None and not _is_int(value, 1):
                 raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1, or None.")
@@ -75,6 +78,11 @@ class DecodingConfig:
             )
         if not _is_int(self.seed, 0):
             raise ConfigError(f"seed is {self.seed!r}; it must be an integer of at least 0.")
+        if self.window is not None and self.confidence is not None:
+            raise ConfigError(
+                f"confidence {self.confidence} judges the whole block, but window = {self.window} computes a part "
+                "of it a forward; set only one of the two."
+            )
         if self.method == "ar" and self._exit_rules():
             raise ConfigError(
                 f'method "ar" has no iterations to end early, but {", ".join(self._exit_rules())} is set. '

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,11 +21,13 @@ class ExitRules:
 
     Attributes:
         block_length: Tokens ``n``.
-        must_converge: The first tokens ``M <= n`` that the rules watch.
+        must_converge: End ``M <= n`` of the slots ``[frozen, M)`` that the rules watch.
         tolerance: (M,) largest quiet move of every watched slot [bins].
         quiet_needed: Quiet iterations in a row that end a row.
         confidence: Mass that the least certain watched slot must exceed; None for no such rule.
         max_iterations: Hard cap; None for none.
+        frozen: Leading tokens that are given and never change.
+        stop: Token that ends a block of variable length; None for none.
     """
 
     block_length: int
@@ -34,17 +36,29 @@ class ExitRules:
     quiet_needed: int
     confidence: float | None
     max_iterations: int | None
+    frozen: int = 0
+    stop: int | None = None
 
     @classmethod
     def of(
-        cls, config: DecodingConfig, block_length: int, action_dim: int, gripper_dims: tuple[int, ...] = ()
+        cls,
+        config: DecodingConfig,
+        block_length: int,
+        action_dim: int,
+        gripper_dims: tuple[int, ...] = (),
+        frozen: int = 0,
+        stop: int | None = None,
     ) -> ExitRules:
-        """The rules of `config` for blocks of `block_length` tokens, `action_dim` a step.
+        """The rules of `config` for blocks of `block_length` tokens, `action_dim` a step, the first `frozen` given.
 
         Raises:
-            ConfigError: Executed steps or tolerances that do not fit the block, or a tolerance on a gripper.
+            ConfigError: Executed steps or tolerances that do not fit the block, a tolerance on a gripper, or
+                rules that compare bins for a vocabulary with a stop token, whose tokens are no bins.
         """
-        watched = must_converge(config, block_length, action_dim)
+        if stop is not None:
+            check_variable_length(config, frozen)
+            action_dim, config = 1, replace(config, executed_steps=None)  # every step needs every token
+        watched = must_converge(config, block_length, action_dim, frozen)
         return cls(
             block_length=block_length,
             must_converge=watched,
@@ -52,6 +66,8 @@ class ExitRules:
             quiet_needed=config.stable_iterations or 1,
             confidence=config.confidence,
             max_iterations=config.max_iterations,
+            frozen=frozen,
+            stop=stop,
         )
 
     def reason(self, iteration: int, exact: int, quiet: int, mass: float) -> str | None:
@@ -93,7 +109,8 @@ class Rows:
     def __init__(self, rules: ExitRules, batch: int) -> None:
         self.rules = rules
         self.running = np.ones(batch, dtype=bool)
-        self.exact = np.ones(batch, dtype=np.int64)  # token 0 comes from the prefix
+        # Without frozen tokens the prefix gives token 0; behind them the first free token takes a forward.
+        self.exact = np.full(batch, max(rules.frozen, 1), dtype=np.int64)
         self.quiet = np.zeros(batch, dtype=np.int64)
         self.iterations = np.zeros(batch, dtype=np.int64)
         self.reasons: list[str | None] = [None] * batch
@@ -128,13 +145,24 @@ class Rows:
             moved = np.abs(new[row] - old[row])  # (k,) [bins]
             changed = moved.nonzero()[0]
             # The first changed slot is right now, as all slots before it were; no change proves every slot.
-            exact = first + (int(changed[0]) + 1 if len(changed) else len(moved))
-            calm = bool((moved[:watched] <= self.rules.tolerance[first:]).all())
+            # A window that ends before what this row has proven already takes nothing back.
+            exact = first + int(changed[0]) + 1 if len(changed) else max(first + len(moved), self.exact[row])
+            if self.rules.stop is not None and self.rules.stop in new[row, : exact - first]:
+                self._end(row, "stop", iteration)
+                continue
+            # A window that ends before the last watched slot has not seen whether that one is quiet.
+            calm = len(moved) >= watched and bool((moved[:watched] <= self.rules.tolerance[first:]).all())
             self.exact[row], self.quiet[row] = exact, self.quiet[row] + 1 if calm else 0
             mass = 0.0 if certainty is None else float(certainty[row].min())
             reason = self.rules.reason(iteration, exact, int(self.quiet[row]), mass)
             if reason is not None:
                 self._end(row, reason, iteration)
+
+    def stop_at_once(self, tokens: np.ndarray) -> None:
+        """End the rows whose first `tokens` (B,), which the prefix knows, are the stop token."""
+        if self.rules.stop is not None:
+            for row in np.flatnonzero(tokens == self.rules.stop):
+                self._end(row, "stop", 0)
 
     def stop(self, reason: str, iteration: int) -> None:
         """End every running row."""
@@ -143,11 +171,37 @@ class Rows:
 
     def _end(self, row: int, reason: str, iteration: int) -> None:
         self.reasons[row], self.iterations[row], self.running[row] = reason, iteration, False
+        if reason == "stop":
+            self.exact[row] = self.rules.block_length  # what follows is stop tokens by definition
         self._left -= 1
 
 
-def must_converge(config: DecodingConfig, block_length: int, action_dim: int) -> int:
-    """Tokens ``M`` that will be executed before the next replan.
+def check_variable_length(config: DecodingConfig, frozen: int = 0) -> None:
+    """Check that `config` reads nothing that variable-length tokens lack: steps, and neighbouring bins.
+
+    Raises:
+        ConfigError: A tolerance, a confidence or frozen tokens.
+    """
+    tolerances = (
+        config.tolerance_bins if isinstance(config.tolerance_bins, tuple) else (config.tolerance_bins,)
+    )
+    if any(tolerances) or config.confidence is not None or frozen:
+        raise ConfigError(
+            f"tolerance_bins is {config.tolerance_bins}, confidence {config.confidence} and {frozen} tokens are "
+            "frozen, but variable-length tokens are neither bins nor steps. Leave these at their defaults; "
+            "max_iterations and deadline_s work."
+        )
+
+
+def after_stop(block: Tensor, stop: int, *states: Tensor) -> list[Tensor]:
+    """`block` (B, n), then `states` (B, n), with `stop` in every slot behind the first `stop` of the block's row."""
+    ends = (block == stop).int()  # (B, n)
+    behind = ends.cumsum(1) - ends > 0
+    return [tokens.masked_fill(behind, stop) for tokens in (block, *states)]
+
+
+def must_converge(config: DecodingConfig, block_length: int, action_dim: int, frozen: int = 0) -> int:
+    """End ``M`` of the slots that will be executed before the next replan: `frozen` tokens and the steps behind them.
 
     Raises:
         ConfigError: `executed_steps` exceeds the block.
@@ -163,7 +217,7 @@ def must_converge(config: DecodingConfig, block_length: int, action_dim: int) ->
             f"executed_steps is {config.executed_steps}, "
             f"but a block has only {block_length // action_dim} steps."
         )
-    return config.executed_steps * action_dim
+    return min(frozen + config.executed_steps * action_dim, block_length)
 
 
 def window_mass(logits: Tensor, tokens: Tensor) -> Tensor:

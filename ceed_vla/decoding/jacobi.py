@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.decoding.config import DecodingConfig
-from ceed_vla.decoding.exits import ExitRules, Rows, window_mass
+from ceed_vla.decoding.exits import ExitRules, Rows, after_stop, window_mass
+from ceed_vla.decoding.frozen import frozen_length
 from ceed_vla.decoding.guesses import check_guess
 from ceed_vla.decoding.result import DecodeResult
 
@@ -33,24 +34,32 @@ def decode_jacobi(
     *,
     action_dim: int,
     gripper_dims: tuple[int, ...] = (),
+    frozen: Tensor | None = None,
+    stop: int | None = None,
     record_states: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> DecodeResult:
     """Decode a block from `guess` until every row meets an exit rule of `config`.
 
     The first iteration computes the whole block, so its tail is a useful warm start; the next ones stop at
-    the slots that must converge. Rows that are done are frozen while the others go on. The only look at the
-    host is the convergence test, once an iteration. Several blocks may be decoded behind one prefix: the
+    the slots that must converge. Rows that are done stay as they are while the others go on. The only look at
+    the host is the convergence test, once an iteration. Several blocks may be decoded behind one prefix: the
     cache is rolled back at the start.
+
+    A frozen prefix costs no forward of its own: the first iteration reads it together with the guess behind
+    it, keeps it, and proves the first free token.
 
     Args:
         backbone: The model.
         prefix: From ``backbone.prefill``.
-        guess: First state (B, n) int64; slot 0 is ignored, the prefix knows it.
+        guess: First state (B, n) int64; slot 0 is ignored, as the prefix knows it, and so are frozen slots.
         config: Exit rules; `DecodingConfig.strict` ones give greedy AR. Its `method` and `guess` are not
             read.
         action_dim: Tokens ``A`` of one step.
         gripper_dims: Dimensions whose tolerance is always 0.
+        frozen: (B, k * A) int64, given tokens of the first ``k`` steps; see `ceed_vla.decoding.frozen`.
+        stop: Token that ends a row of a variable-length vocabulary as soon as it is proven. Executed steps
+            are then not read, as every step needs every token.
         record_states: Keep every state.
         clock: Time in seconds, for the deadline.
 
@@ -58,30 +67,38 @@ def decode_jacobi(
         Tokens and what happened; `DecodeResult` explains the exit reasons.
 
     Raises:
-        TokenError: A guess of another shape or with tokens outside the vocabulary.
+        TokenError: A guess or frozen tokens of another shape or with tokens outside the vocabulary.
         ConfigError: Executed steps or tolerances that do not fit the block.
     """
     started = iteration_started = clock()
     batch, n = prefix.logits.shape[0], backbone.block_length
     check_guess(guess, batch, n, backbone.vocabulary_size)
-    rules = ExitRules.of(config, n, action_dim, gripper_dims)
+    given = frozen_length(frozen, batch, n, action_dim, backbone.vocabulary_size)
+    rules = ExitRules.of(config, n, action_dim, gripper_dims, given, stop)
     rows = Rows(rules, batch)
     prefix.cache.roll_back()
 
     tokens = guess.to(prefix.logits.device, copy=True)  # (B, n)
-    tokens[:, 0] = prefix.logits.argmax(-1)
+    if frozen is not None and given:
+        tokens[:, :given] = frozen
+    else:
+        tokens[:, 0] = prefix.logits.argmax(-1)
     host = tokens.cpu().numpy().copy()  # (B, n), the state that the convergence test compares with
     certainty = _first_certainty(rules, prefix.logits)  # (B, M), or None
     states = [tokens.clone()] if record_states else None
 
-    end, forwards = n, 0  # slots [0, end) are computed
-    while end > 1 and rows.any_running:
+    rows.stop_at_once(host[:, 0])
+
+    window = config.window or n
+    end, forwards = min(n, max(given, 1) + window), 0  # slots [0, end) are computed
+    while end > max(given, 1) and rows.any_running:
         start = prefix.cache.committed  # slots [0, start] are right in every running row
-        logits, new = jacobi_iteration(backbone, prefix, tokens, end, rows)  # slots start + 1 .. end - 1
+        first = max(start + 1, given)
+        logits, new = jacobi_iteration(backbone, prefix, tokens, first, end, rows)  # slots first .. end - 1
         forwards += 1
-        fresh = _to_host(rules, logits, new, certainty, start)  # (B, k), the one host synchronisation
-        rows.update(forwards, host[:, start + 1 : end], fresh, start + 1, certainty)
-        host[:, start + 1 : end] = fresh
+        fresh = _to_host(rules, logits, new, certainty, first)  # (B, k), the one host synchronisation
+        rows.update(forwards, host[:, first:end], fresh, first, certainty)
+        host[:, first:end] = fresh
         if states is not None:
             states.append(tokens.clone())
         if rows.any_running:
@@ -92,8 +109,11 @@ def decode_jacobi(
             if now + (now - iteration_started) - started > config.deadline_s:
                 rows.stop("deadline", forwards)
             iteration_started = now
-        end = rules.must_converge
+        end = min(rules.must_converge, prefix.cache.committed + 1 + window)
 
+    if stop is not None:
+        tokens, *ended = after_stop(tokens, stop, *(states or ()))
+        states = ended if record_states else None
     return DecodeResult(
         tokens=tokens,
         forwards=forwards,
@@ -107,40 +127,44 @@ def decode_jacobi(
 
 
 def jacobi_iteration(
-    backbone: Backbone, prefix: Prefix, tokens: Tensor, end: int, rows: Rows
+    backbone: Backbone, prefix: Prefix, tokens: Tensor, first: int, end: int, rows: Rows
 ) -> tuple[Tensor, Tensor]:
-    """Recompute all slots of `tokens` (B, n) after the committed ones and before `end`, at once and in place.
+    """Recompute the slots ``first .. end - 1`` of `tokens` (B, n) from all that are not committed, in place.
 
     Returns:
         Logits (B, k, V) and tokens (B, k) of those slots; rows that are done keep theirs.
     """
     start = prefix.cache.committed
-    logits = backbone.block_logits(prefix, tokens[:, start : end - 1])  # (B, k, V)
+    logits = backbone.block_logits(prefix, tokens[:, start : end - 1])  # of slots start + 1 .. end - 1
+    logits = logits[:, first - start - 1 :]  # (B, k, V)
     new = logits.argmax(-1)  # (B, k)
     if not rows.all_running:
         running = torch.from_numpy(rows.running).to(new.device).unsqueeze(1)  # (B, 1)
-        new = torch.where(running, new, tokens[:, start + 1 : end])
-    tokens[:, start + 1 : end] = new
+        new = torch.where(running, new, tokens[:, first:end])
+    tokens[:, first:end] = new
     return logits, new
 
 
 def _first_certainty(rules: ExitRules, logits: Tensor) -> np.ndarray | None:
-    """(B, M) window mass of every watched slot, slot 0 from the prefix logits (B, V); None if not needed."""
+    """(B, M) window mass of the slots before `M`: 1 where frozen, slot 0 from the prefix (B, V); None if not needed."""
     if rules.confidence is None:
         return None
     certainty = np.zeros((logits.shape[0], rules.must_converge))
+    if rules.frozen:
+        certainty[:, : rules.frozen] = 1.0
+        return certainty
     certainty[:, :1] = window_mass(logits[:, None], logits.argmax(-1)[:, None]).cpu().numpy()
     return certainty
 
 
 def _to_host(
-    rules: ExitRules, logits: Tensor, new: Tensor, certainty: np.ndarray | None, start: int
+    rules: ExitRules, logits: Tensor, new: Tensor, certainty: np.ndarray | None, first: int
 ) -> np.ndarray:
     """New tokens (B, k) on the host, in one copy with the watched ones' window mass, kept in `certainty`."""
     if certainty is None:
         return new.cpu().numpy()
-    k, watched = new.shape[1], rules.must_converge - 1 - start
+    k, watched = new.shape[1], rules.must_converge - first
     mass = window_mass(logits[:, :watched], new[:, :watched])  # (B, watched)
     both = torch.cat([new.double(), mass.double()], dim=1).cpu().numpy()  # (B, k + watched)
-    certainty[:, start + 1 :] = both[:, k:]
+    certainty[:, first:] = both[:, k:]
     return both[:, :k].astype(np.int64)

@@ -6,7 +6,16 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-EXIT_REASONS = ("complete", "converged", "stable", "tolerance", "confidence", "max_iterations", "deadline")
+EXIT_REASONS = (
+    "complete",
+    "stop",
+    "converged",
+    "stable",
+    "tolerance",
+    "confidence",
+    "max_iterations",
+    "deadline",
+)
 
 
 @dataclass
@@ -17,10 +26,12 @@ class DecodeResult:
         tokens: (B, n) int64.
         forwards: Model calls after the prefill, shared by all rows: block forwards (Jacobi) or single-token
             forwards (AR). The forward that verifies the fixed point is counted.
-        iterations: (B,) int64 on the CPU, forwards until this row was done. A row that is done is frozen.
+        iterations: (B,) int64 on the CPU, forwards until this row was done; it no longer changes then.
         exit_reason: Why each row stopped.
 
             - "complete": AR decoded every token it was asked for.
+            - "stop": the stop token of a variable-length vocabulary is proven; the rest of the block is
+              filled with it. Rows of such a vocabulary that end otherwise have no proven stop token.
             - "converged": every token of the block is proven equal to greedy AR.
             - "stable": every token of the executed steps is proven, the tail is not (only with
               ``executed_steps``).
@@ -29,8 +40,9 @@ class DecodeResult:
             - "confidence": the must-converge slots are confident enough.
             - "max_iterations": the cap.
             - "deadline": the next iteration would have ended too late.
-        exact_tokens: (B,) int64 on the CPU, leading tokens proven equal to greedy AR, at least 1. Those behind
-            may agree too, nobody checked. "Proven" is up to floating-point ties, and for causal backbones.
+        exact_tokens: (B,) int64 on the CPU, leading tokens proven equal to greedy AR (behind a frozen prefix:
+            to its greedy continuation), at least 1. Those behind may agree too, nobody checked. "Proven" is
+            up to floating-point ties, and for causal backbones.
         exact: (B,) bool on the CPU, ``exact_tokens == n``.
         states: With ``record_states`` the states y(0), y(1), ..., each (B, n); y(0) is the guess with the
             exact first token in it, the last one is `tokens`. For strict Jacobi this is the trajectory to

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from xml.etree import ElementTree
 
 import mujoco
 import numpy as np
@@ -100,12 +101,7 @@ def scene_xml() -> str:
     <headlight ambient="0.45 0.45 0.45" diffuse="0.25 0.25 0.25" specular="0 0 0"/>
     <map znear="0.01" zfar="10"/>
   </visual>
-  <default>
-    <geom solref="0.01 1" friction="1 0.01 0.0005"/>
-    <default class="arm"><joint axis="0 0 1" armature="0.1"/></default>
-    <default class="finger"><joint type="slide" armature="0.05" damping="{_FINGER_GAIN[1]}"
-      range="0 {FINGER_STROKE}"/></default>
-  </default>
+  {_defaults()}
   <worldbody>
     <light directional="true" pos="0.5 0 2" dir="-0.25 0.15 -1" diffuse="0.5 0.5 0.5" specular="0 0 0"/>
     <camera name="front" pos="1.5 0 0.95" xyaxes="0 1 0 -0.659 0 0.752" fovy="23.2"/>
@@ -123,6 +119,27 @@ def scene_xml() -> str:
     {_actuators()}
   </actuator>
 </mujoco>"""
+
+
+def arm_xml() -> str:
+    """The arm alone in MJCF: joints, fingers and TCP site, for kinematics outside the simulation."""
+    root = ElementTree.fromstring(f"""
+<mujoco model="tabletop_arm">
+  <compiler angle="radian" autolimits="true"/>
+  {_defaults()}
+  <worldbody>{_arm()}</worldbody>
+</mujoco>""")
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _defaults() -> str:
+    return f"""<default>
+    <geom solref="0.01 1" friction="1 0.01 0.0005"/>
+    <default class="arm"><joint axis="0 0 1" armature="0.1"/></default>
+    <default class="finger"><joint type="slide" armature="0.05" damping="{_FINGER_GAIN[1]}"
+      range="0 {FINGER_STROKE}"/></default>
+  </default>"""
 
 
 def _zone(side: str, sign: int) -> str:

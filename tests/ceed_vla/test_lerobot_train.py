@@ -64,11 +64,11 @@ def test_lerobot_train(dataset: Path, tmp_path: Path) -> None:
         "policy.type": "ceed_vla",
         "policy.device": "cpu",
         "policy.push_to_hub": "false",
-        "policy.width": 32,
-        "policy.layers": 1,
-        "policy.heads": 2,
-        "policy.mlp_width": 32,
-        "policy.stem_channels": "[8,8,8,8]",
+        "policy.backbone.width": 32,
+        "policy.backbone.layers": 1,
+        "policy.backbone.heads": 2,
+        "policy.backbone.mlp_width": 32,
+        "policy.backbone.stem_channels": "[8,8,8,8]",
         "policy.auxiliary_scale": "[10,10,10]",
         "dataset.repo_id": "local/data",
         "dataset.root": dataset,
@@ -89,7 +89,7 @@ def test_lerobot_train(dataset: Path, tmp_path: Path) -> None:
     lerobot_train(again, "--resume=true", "--steps=3", "--save_freq=1")
 
     policy, pre, _ = ceed_vla.load(output / "checkpoints" / "000003")
-    assert policy.config.action_high[:6] != [1.0] * 6  # quantiles of the data
+    assert policy.config.action_tokens.action_high[:6] != [1.0] * 6  # quantiles of the data
     observation = {f"observation.images.{name}": torch.rand(3, 96, 96) for name in ("front", "wrist")}
     batch = pre({**observation, "observation.state": torch.zeros(14), "task": TASKS[0]})
     assert policy.decode(batch, "ceed").actions.shape == (1, 8, 7)

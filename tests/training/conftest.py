@@ -131,11 +131,11 @@ class Studio:
 
     def distill_config(self, output: Path, **changes: Any) -> Any:
         """Settings of a short distillation of the shared teacher."""
-        from training.distill import DistillConfig
+        from training.distill import DistillConfig, TrajectoriesConfig
 
         settings = {
             "teacher_path": str(self.teacher),
-            "trajectories": str(self.trajectories),
+            "trajectories": TrajectoriesConfig(str(self.trajectories)),
             "roots": f"{self.demo},{self.other}",
             "output_dir": str(output),
             "steps": 5,
@@ -177,10 +177,10 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     original = Run.optimize
 
     def arm(step: int) -> None:
-        def optimize(run: Any, loss: Any) -> None:
+        def optimize(run: Any, *arguments: Any) -> None:
             if run.step == step:
                 raise KeyboardInterrupt
-            original(run, loss)
+            original(run, *arguments)
 
         monkeypatch.setattr(Run, "optimize", optimize)
 

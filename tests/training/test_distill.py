@@ -15,11 +15,13 @@ import torch
 import ceed_vla
 from ceed_vla.action_tokens import ActionTokenizer
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
+from training.corruption import draw_states, guess_states, online_states
 from training.data import open_dataset
 from training.distill import DistillConfig, DistillRun, distill
-from training.distill_data import DistillData, guess_states, online_states
+from training.distill_data import StoredData, TrajectoriesConfig
 from training.trajectories import collect
 
+SHARES = np.array([0.7, 0.2, 0.1])
 FINAL = Path("checkpoints/final/pretrained_model")
 TRUNK = tuple(f"backbone.{name}" for name in ("action_tokens", "slots", "layers", "final_norm", "head"))
 
@@ -30,8 +32,8 @@ def teacher(studio: Any) -> tuple[Any, Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def data(studio: Any, teacher: tuple[Any, Any, Any]) -> DistillData:
-    return DistillData(
+def data(studio: Any, teacher: tuple[Any, Any, Any]) -> StoredData:
+    return StoredData(
         str(studio.trajectories), f"{studio.demo},{studio.other}", str(studio.teacher), *teacher[:2],
         eval_frames=8, delta_quantile=0.8,
     )  # fmt: skip
@@ -101,20 +103,20 @@ def test_an_interrupted_run_resumes_to_the_same_losses(
 # ---- labels -----------------------------------------------------------------------------------------------------
 
 
-def test_the_replaced_share_is_one_minus_the_quantile(data: DistillData) -> None:
-    replaced = (data.distance[data.rows] > data.delta_max).mean()
+def test_the_replaced_share_is_one_minus_the_quantile(data: StoredData) -> None:
+    replaced = (data.distances(data.rows) > data.delta_max).mean()
     assert replaced == pytest.approx(0.2, abs=1 / len(data.rows))
 
 
 def test_distances_and_labels_equal_a_loop(
-    studio: Any, teacher: tuple[Any, Any, Any], data: DistillData
+    studio: Any, teacher: tuple[Any, Any, Any], data: StoredData
 ) -> None:
     policy = teacher[0]
     stores = [open_dataset(studio.demo), open_dataset(studio.other)]
-    low, high = np.array(policy.config.action_low), np.array(policy.config.action_high)
+    low, high = policy.tokenizer.low.numpy(), policy.tokenizer.high.numpy()
     rows = np.array([0, 12, 30, 49, 52, 62])
-    batch = data.batch(rows)
-    assert batch["rows"].tolist() == rows.tolist()
+    batch, distances = data.batch(rows), data.distances(rows)
+    np.testing.assert_allclose(data.distance(batch["fixed_point"], batch).numpy(), distances, rtol=1e-5)
     for i, row in enumerate(rows):
         store, frame = stores[data.trajectories.root[row]], data.trajectories.frame[row]
         fixed = policy.tokenizer.decode(
@@ -126,8 +128,8 @@ def test_distances_and_labels_equal_a_loop(
             np.abs(fixed[k].numpy() - store.action[frame + k].clip(low, high)) / ((high - low) / 2)
             for k in range(steps)
         ]
-        assert data.distance[row] == pytest.approx(np.mean(differences), rel=1e-4)
-        replaced = data.distance[row] > data.delta_max
+        assert distances[i] == pytest.approx(np.mean(differences), rel=1e-4)
+        replaced = distances[i] > data.delta_max
         own = data.trajectories.fixed_point[row]
         recorded = policy.tokenizer.encode(batch["action"][i : i + 1])[0].numpy()
         np.testing.assert_array_equal(batch["labels"][i].numpy(), recorded if replaced else own)
@@ -136,61 +138,68 @@ def test_distances_and_labels_equal_a_loop(
         ]
 
 
-def test_distances_in_ranges_that_are_not_symmetric(data: DistillData) -> None:
+def test_distances_in_ranges_that_are_not_symmetric(data: StoredData) -> None:
     low, high = [-0.1] * 7, [0.3] * 7
     config = SimpleNamespace(action_low=low, action_high=high, chunk_size=4, action_dim=7)
     other = copy(data)
     other.policy = SimpleNamespace(config=config, tokenizer=ActionTokenizer(low, high, 4, num_bins=63))  # type: ignore[assignment]
     rows = np.flatnonzero(data.trajectories.frame < 9)[:3]
-    actions, _ = data._demonstration(rows)
+    actions, _ = data.stores[0].chunks(data.trajectories.frame[rows], 4)
     fixed = other.policy.tokenizer.decode(
         torch.from_numpy(data.trajectories.fixed_point[rows].astype(np.int64))
     )
     expected = np.abs(fixed.numpy() - actions.numpy().clip(-0.1, 0.3)).mean((1, 2)) / 0.2
-    np.testing.assert_allclose(other._distances()[rows], expected, rtol=1e-4)
+    np.testing.assert_allclose(other.distances(rows), expected, rtol=1e-4)
 
 
 # ---- states -----------------------------------------------------------------------------------------------------
 
 
-def test_stored_states_are_never_the_fixed_point(data: DistillData) -> None:
+def test_stored_states_are_never_the_fixed_point(data: StoredData) -> None:
     random = np.random.default_rng(0)
-    rows = torch.arange(len(data.trajectories.frame))
+    rows, policy = np.arange(len(data.trajectories.frame)), data.policy
+    observation = data.observations(rows)
     fixed = data.trajectories.fixed_point.astype(np.int64)
     moving = [len(s) > 2 or (s[0] != s[-1]).any() for s in data.trajectories.states]
     seen = [set() for _ in rows]
     for _ in range(20):
-        drawn = data.stored_states(rows, random).numpy()
+        draw = draw_states(policy, len(rows), SHARES, 2, random)
+        drawn = data.fixed_points(rows, observation, draw)["teacher_states"].numpy()
         assert (drawn != fixed).any(axis=1)[moving].all()
         for i, state in enumerate(drawn):
             seen[i].add(state.tobytes())
     assert max(len(s) for s in seen) > 3  # not always the guess
 
 
-def test_guesses_of_inference(data: DistillData, teacher: tuple[Any, Any, Any]) -> None:
+def test_guesses_of_inference(data: StoredData, teacher: tuple[Any, Any, Any]) -> None:
     batch = data.batch(np.arange(12))
     previous, random = batch["previous"], np.random.default_rng(0)
+
+    def guesses(*shares: float) -> torch.Tensor:
+        return guess_states(teacher[0], previous, draw_states(teacher[0], 12, np.array(shares), 0, random))
+
     has = previous[:, 0] >= 0
     assert has.any()
     assert not has.all()
-    states = guess_states(teacher[0], previous, np.array([1.0, 0.0, 0.0]), random)
+    states = guesses(1.0, 0.0, 0.0)
     shifted = torch.cat([previous[:, 14:], previous[:, -7:], previous[:, -7:]], dim=1)
     assert torch.equal(states[has], shifted[has])
     assert states[~has].min() >= 0
     assert states[~has].max() < 63
-    mid = guess_states(teacher[0], previous, np.array([0.0, 1.0, 0.0]), random)
+    mid = guesses(0.0, 1.0, 0.0)
     assert torch.equal(mid, teacher[0].tokenizer.zero_bins.repeat(4).expand(12, -1))
 
 
 @pytest.mark.parametrize("updates", [0, 1, 3])
 def test_online_states_are_jacobi_updates_of_a_guess(
-    data: DistillData, teacher: tuple[Any, Any, Any], updates: int
+    data: StoredData, teacher: tuple[Any, Any, Any], updates: int
 ) -> None:
     policy, batch, shares = teacher[0], data.batch(np.arange(20)), np.array([0.5, 0.2, 0.3])
+    draw = draw_states(policy, 20, shares, updates, np.random.default_rng(4))
     with torch.no_grad():
         embeddings = policy.backbone.embed_prefix(batch)
-    states = online_states(policy, embeddings, batch["previous"], shares, updates, np.random.default_rng(4))
-    chain = [guess_states(policy, batch["previous"], shares, np.random.default_rng(4))]
+    states = online_states(policy, embeddings, batch["previous"], draw, updates)
+    chain = [guess_states(policy, batch["previous"], draw)]
     with torch.no_grad():
         for _ in range(updates):
             chain.append(policy.backbone.packed_logits(embeddings, [chain[-1]])[1][0].argmax(-1))
@@ -235,13 +244,15 @@ def test_settings_that_cannot_work(
     places = {"DEMO": str(studio.demo), "OTHER": str(studio.other), "MISSING": str(tmp_path / "missing")}
     for name, place in places.items():
         changes = {k: v.replace(name, place) if isinstance(v, str) else v for k, v in changes.items()}
+    if "trajectories" in changes:
+        changes["trajectories"] = TrajectoriesConfig(changes["trajectories"])
     with pytest.raises(error, match=message):
         distill(studio.distill_config(tmp_path / "run", **changes))
 
 
 def test_stored_states_must_have_been_kept(studio: Any, tmp_path: Path) -> None:
     collect(studio.collect_config(tmp_path / "ar", states=False))
-    settings = {"trajectories": str(tmp_path / "ar"), "steps": 1}
+    settings = {"trajectories": TrajectoriesConfig(str(tmp_path / "ar")), "steps": 1}
     with pytest.raises(DatasetError, match="--states=true"):
         distill(studio.distill_config(tmp_path / "run", states="stored", **settings))
     distill(studio.distill_config(tmp_path / "run", states="online", **settings))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,31 +273,3 @@ def test_bf16(studio: Any, tmp_path: Path, read_log: Callable[..., dict[int, flo
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     assert len(read_log(tmp_path / "run")) == 5
-
-
-@pytest.mark.slow
-def test_two_processes_train_together(
-    studio: Any, tmp_path: Path, read_log: Callable[..., dict[int, float]]
-) -> None:
-    script = tmp_path / "two.py"
-    script.write_text(
-        f"import sys; sys.path[:0] = [{str(Path(__file__).parents[2])!r}]\n"
-        "from ceed_vla.configuration_ceed_vla import tabletop_config\n"
-        "from training.teacher import TrainConfig, train\n"
-        "policy = tabletop_config(width=32, layers=1, heads=2, mlp_width=32, stem_channels=[8] * 4, chunk_size=4,\n"
-        "                         n_action_steps=2, num_bins=63, augment_state=0.0, augment_shift=0)\n"
-        f"train(TrainConfig(roots={str(studio.demo)!r}, grounding_roots={str(studio.grounding)!r}, policy=policy,\n"
-        f"      output_dir={str(tmp_path / 'run')!r}, steps=4, grounding_steps=2, rounds=0, log_every=1,\n"
-        "      mixed_precision='no', threads=1, batch_size=8))\n"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(script),
-    ]
-    subprocess.run(command, check=True, capture_output=True, timeout=240)
-    assert sorted(read_log(tmp_path / "run")) == list(range(1, 7))
-    ceed_vla.load(tmp_path / "run" / "checkpoints" / "final" / "pretrained_model")

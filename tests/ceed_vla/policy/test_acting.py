@@ -27,7 +27,7 @@ def test_decoders_agree(policy: CeedVLAPolicy, batch: dict[str, Any]) -> None:
     assert autoregressive.forwards == 27
     assert strict.forwards <= 28
     assert set(strict.seconds) == {"prefill", "decode"}
-    low, high = torch.tensor(policy.config.action_low), torch.tensor(policy.config.action_high)
+    low, high = policy.tokenizer.low, policy.tokenizer.high
     assert ((autoregressive.actions >= low - 1e-6) & (autoregressive.actions <= high + 1e-6)).all()
 
 

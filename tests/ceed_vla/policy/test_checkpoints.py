@@ -43,7 +43,7 @@ def test_a_saved_policy_acts_the_same(
     assert not loaded.training
     assert torch.equal(loaded.decode(batch, "ar").tokens, policy.decode(batch, "ar").tokens)
     assert loaded.config.decoding == policy.config.decoding
-    assert loaded.config.action_high == policy.config.action_high
+    assert loaded.config == policy.config
 
 
 def test_loading_is_quiet(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,11 +74,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (shutil.rmtree, "No checkpoint folder"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "lacks model.safetensors"),
     "truncated weights": (lambda f: truncate(f / "model.safetensors"), "do not load"),
-    "weights of other sizes": (lambda f: edit_config(f, width=64), "do not load"),
+    "weights of other sizes": (
+        lambda f: edit_config(f, backbone={"type": "compact", "width": 66}),
+        "do not load",
+    ),
     "damaged config": (lambda f: (f / "config.json").write_text("{"), "not readable JSON"),
     "config is no mapping": (lambda f: (f / "config.json").write_text("[]"), "not readable JSON"),
     "another policy": (lambda f: edit_config(f, type="act"), "type 'act'"),
     "unknown setting": (lambda f: edit_config(f, wheels=4), "wheels"),
+    "unknown backbone": (
+        lambda f: edit_config(f, backbone={"type": "gpt"}),
+        "backbone.type is 'gpt'; choose one of compact",
+    ),
+    "unknown size": (lambda f: edit_config(f, backbone={"type": "compact", "depth": 2}), "depth"),
     "bad setting": (lambda f: edit_config(f, n_action_steps=9), "n_action_steps is 9"),
 }
 

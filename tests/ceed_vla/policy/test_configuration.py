@@ -24,12 +24,14 @@ def test_action_ranges_come_from_the_data(tiny_config: Any) -> None:
     quantile = CeedVLAPolicy(
         tiny_config(**features, **ranges, action_range="quantile"), dataset_stats={"action": stats}
     )
-    assert quantile.config.action_high == pytest.approx([2.0, 1.5, 1.0])
-    assert quantile.config.action_low[:2] == pytest.approx([-2.0, -1.5])  # symmetric: zero is a bin centre
+    assert quantile.config.action_tokens.action_high == pytest.approx([2.0, 1.5, 1.0])
+    assert quantile.config.action_tokens.action_low[:2] == pytest.approx(
+        [-2.0, -1.5]
+    )  # symmetric: zero is a bin centre
     extremes = CeedVLAPolicy(
         tiny_config(**features, **ranges, action_range="min_max"), dataset_stats={"action": stats}
     )
-    assert extremes.config.action_high[:2] == pytest.approx([3.0, 2.0])
+    assert extremes.config.action_tokens.action_high[:2] == pytest.approx([3.0, 2.0])
     with pytest.raises(ConfigError, match="action statistics"):
         CeedVLAPolicy(tiny_config(**features, **ranges, action_range="quantile"))
 

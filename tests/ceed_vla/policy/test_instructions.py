@@ -22,7 +22,7 @@ TASKS = ["put the red cube in the bin", "push the blue cube"]
 
 @pytest.fixture
 def words(tiny_config: Any) -> InstructionWordsStep:
-    return make_instruction_step(tiny_config(), TASKS)
+    return make_instruction_step(tiny_config().backbone, TASKS)
 
 
 def test_words_become_ids(words: InstructionWordsStep, caplog: pytest.LogCaptureFixture) -> None:
@@ -72,6 +72,6 @@ def test_one_instruction_serves_a_batch(processors: tuple[Any, Any], raw_observa
 
 def test_instructions_that_do_not_fit_the_configuration(tiny_config: Any) -> None:
     with pytest.raises(ConfigError, match="max_instruction_words is 3"):
-        make_instruction_step(tiny_config(max_instruction_words=3), TASKS)
+        make_instruction_step(tiny_config(max_instruction_words=3).backbone, TASKS)
     with pytest.raises(ConfigError, match="Raise vocabulary_size"):
-        make_instruction_step(tiny_config(vocabulary_size=9), TASKS)
+        make_instruction_step(tiny_config(vocabulary_size=9).backbone, TASKS)

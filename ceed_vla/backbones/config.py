@@ -1,0 +1,124 @@
+"""Which model a policy runs: one dataclass a family, chosen by ``--policy.backbone.type``.
+
+A family is a dataclass that registers itself (see `CompactConfig`) and says how to build its model and what
+pre-processing turns an observation into the model's inputs. `ceed_vla.configuration_ceed_vla` imports all families.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import draccus
+
+from ceed_vla.choices import Choice
+from ceed_vla.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ceed_vla.backbones.base import TrainableBackbone
+    from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+
+
+class BackboneConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
+    """Base of all families of models."""
+
+    setting: ClassVar[str] = "backbone"
+    usual: ClassVar[str] = "compact"
+
+    @abc.abstractmethod
+    def build(self, policy: CeedVLAConfig) -> TrainableBackbone:
+        """The model, for a block of ``policy.block_length`` tokens of ``policy.num_bins`` values.
+
+        Raises:
+            ConfigError: Settings that contradict the policy's.
+            CheckpointError: Weights that cannot be read.
+        """
+
+    @abc.abstractmethod
+    def processor_steps(self, policy: CeedVLAConfig, instructions: Sequence[str]) -> list[Any]:
+        """LeRobot processor steps that make the model's inputs; `instructions` are those of the data set.
+
+        Raises:
+            ConfigError: Instructions that do not fit the model.
+        """
+
+    def validate_features(self, policy: CeedVLAConfig) -> None:
+        """Raise `ConfigError` if the policy's features cannot be served; cameras and action are checked before."""
+
+
+@BackboneConfig.register_subclass("compact")
+@dataclass
+class CompactConfig(BackboneConfig):
+    """A small model that is trained from scratch (`ceed_vla.backbones.compact`).
+
+    Attributes:
+        image_size: Side of the square images that the stems see [px]; other sizes are resized.
+        image_grid: A camera gives ``image_grid ** 2`` prefix tokens.
+        stem_channels: Channels of the four convolutions of a camera stem.
+        max_instruction_words: Longest instruction [words].
+        vocabulary_size: Rows of the word embedding (padding and unknown included).
+        width: Model width ``d``.
+        layers: Decoder layers.
+        heads: Attention heads.
+        mlp_width: Hidden width of the gated MLP.
+    """
+
+    image_size: int = 96
+    image_grid: int = 4
+    stem_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
+    max_instruction_words: int = 12
+    vocabulary_size: int = 256
+    width: int = 192
+    layers: int = 4
+    heads: int = 6
+    mlp_width: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "image_grid", "width", "layers", "heads", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.width % self.heads:
+            raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}.")
+        if len(self.stem_channels) != 4:
+            raise ConfigError(
+                f"stem_channels has {len(self.stem_channels)} entries; a stem has exactly 4 convolutions."
+            )
+        if self.image_size % (8 * self.image_grid):
+            raise ConfigError(
+                f"image_size {self.image_size} is not a multiple of 8 * image_grid = {8 * self.image_grid}; "
+                "the stem halves the image three times and then cuts it into the grid."
+            )
+
+    def build(self, policy: CeedVLAConfig) -> TrainableBackbone:
+        from ceed_vla.backbones.compact import CompactBackbone
+
+        state = policy.robot_state_feature
+        return CompactBackbone(
+            cameras=policy.cameras,
+            state_dim=int(state.shape[0]) if state else 0,
+            block_length=policy.block_length,
+            vocabulary_size=policy.num_bins,
+            words=self.vocabulary_size,
+            max_words=self.max_instruction_words,
+            image_size=self.image_size,
+            image_grid=self.image_grid,
+            stem_channels=self.stem_channels,
+            width=self.width,
+            layers=self.layers,
+            heads=self.heads,
+            mlp_width=self.mlp_width,
+            auxiliary_dim=len(policy.auxiliary_scale),
+        )
+
+    def processor_steps(self, policy: CeedVLAConfig, instructions: Sequence[str]) -> list[Any]:
+        from ceed_vla.processor_ceed_vla import make_instruction_step
+
+        return [make_instruction_step(self, instructions)]
+
+    def validate_features(self, policy: CeedVLAConfig) -> None:
+        if policy.robot_state_feature is None:
+            raise ConfigError(
+                "The data have no observation.state; the compact backbone reads one state vector."
+            )

@@ -1,0 +1,215 @@
+"""Image and instruction to OpenVLA's inputs, as a LeRobot step that carries the folder's tokenizer and settings."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.configs import FeatureType, PipelineFeatureType, PolicyFeature
+from lerobot.lerobot_types import RobotObservation, TransitionKey
+from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
+from PIL import Image
+from torch import Tensor
+
+from ceed_vla.backbones.files import read_files, write_files
+from ceed_vla.backbones.openvla_config import PROMPT
+from ceed_vla.backbones.openvla_folder import read_config, read_json
+from ceed_vla.errors import CheckpointError, ObservationError
+
+IDS_KEY, MASK_KEY = "observation.openvla.input_ids", "observation.openvla.attention_mask"
+PIXELS_KEY = "observation.openvla.pixel_values"
+IMAGES_FILE = "preprocessor_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+EMPTY_TOKEN = (
+    29871  # "▁": training put it in front of the action ids, tokenizers leave it out at the end of a text
+)
+LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
+
+
+@ProcessorStepRegistry.register(name="ceed_vla_openvla_inputs")
+@dataclass
+class OpenVLAInputsStep(ObservationProcessorStep):
+    """Make ``observation.openvla.input_ids``, ``...attention_mask`` (B, L) and ``...pixel_values`` (B, C, S, S).
+
+    Attributes:
+        camera: Feature of the camera.
+        prompt: Text with ``{instruction}`` in it.
+    """
+
+    camera: str = "observation.images.front"
+    prompt: str = PROMPT
+    _files: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    # ---- the folder's files, kept in the checkpoint --------------------------------------------------------------
+
+    def read_folder(self, path: str) -> OpenVLAInputsStep:
+        """Take tokenizer and image settings from an OpenVLA folder; returns self.
+
+        Raises:
+            CheckpointError: Files that are missing or damaged, or a tokenizer of another model.
+        """
+        config = read_config(path)
+        self._use(read_files(Path(path), (IMAGES_FILE, *TOKENIZER_FILES)), path)
+        words, largest = int(config["text_config"]["vocab_size"]), max(self._tokenizer.get_vocab().values())
+        if max(largest, EMPTY_TOKEN) >= words:
+            raise CheckpointError(
+                f"{path}: the tokenizer has ids up to {max(largest, EMPTY_TOKEN)} (empty token {EMPTY_TOKEN}), "
+                f"text_config.vocab_size in config.json is {words}; they belong to different models."
+            )
+        towers = 2 if config["use_fused_vision_backbone"] else 1
+        if len(self._images.sizes) != towers:
+            raise CheckpointError(
+                f"{Path(path) / IMAGES_FILE} prepares images for {len(self._images.sizes)} vision towers, "
+                f"config.json has {towers}."
+            )
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The files as bytes."""
+        return dict(self._files)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._use(state, "The checkpoint's pre-processor")
+
+    def get_config(self) -> dict[str, Any]:
+        return {"camera": self.camera, "prompt": self.prompt}
+
+    def _use(self, files: dict[str, Tensor], source: Path | str) -> None:
+        from ceed_vla.backbones.openvla_images import OpenVLAImages
+
+        self._files = dict(files)
+        if IMAGES_FILE not in files:
+            raise CheckpointError(f"{source} lacks {IMAGES_FILE}; copy it too.")
+        with tempfile.TemporaryDirectory() as folder:
+            write_files(files, Path(folder))
+            self._images = OpenVLAImages(read_json(Path(folder) / IMAGES_FILE), f"{source}: {IMAGES_FILE}")
+            self._tokenizer = read_tokenizer(Path(folder), source)
+
+    # ---- inputs -------------------------------------------------------------------------------------------------
+
+    def observation(self, observation: RobotObservation) -> RobotObservation:
+        if not self._files:
+            raise CheckpointError("The pre-processor came without its tokenizer; copy the checkpoint again.")
+        pictures = _pictures(observation, self.camera)
+        pixels = torch.stack([self._images(picture) for picture in pictures])  # (B, C, S, S)
+        ids, mask = self.encode(self._tasks(len(pictures)))
+        return {**observation, PIXELS_KEY: pixels, IDS_KEY: ids, MASK_KEY: mask}
+
+    def _tasks(self, rows: int) -> list[str]:
+        task = (self.transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}).get("task")
+        tasks = [task] if isinstance(task, str) else list(task or [])
+        tasks = tasks * rows if len(tasks) == 1 else tasks  # one instruction for the whole batch
+        if len(tasks) != rows or not all(text.strip() for text in tasks):
+            raise ObservationError(
+                f"The observation has the instructions {tasks} for {rows} rows; pass 'task' as a non-empty string "
+                "or a list with one for every row."
+            )
+        return tasks
+
+    def text(self, instruction: str) -> str:
+        """The prompt for an instruction."""
+        return self.prompt.format(instruction=instruction.lower())
+
+    def encode(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
+        """Ids (B, L) of the prompts, padded on the left, and their mask (B, L)."""
+        rows = [self.encode_text(self.text(instruction)) for instruction in instructions]
+        length = max(map(len, rows))
+        ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        return ids, mask
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a prompt, with the empty token at its end."""
+        ids = list(self._tokenizer.encode(text).ids)
+        return ids if ids[-1:] == [EMPTY_TOKEN] else [*ids, EMPTY_TOKEN]
+
+    def transform_features(
+        self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
+    ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
+        size = self._images.sizes[0]
+        seen = features[PipelineFeatureType.OBSERVATION]
+        seen[IDS_KEY] = PolicyFeature(type=FeatureType.LANGUAGE, shape=(0,))
+        seen[PIXELS_KEY] = PolicyFeature(type=FeatureType.VISUAL, shape=(3 * len(self._images.sizes), *size))
+        return features
+
+
+def read_tokenizer(folder: Path, source: Path | str) -> Any:
+    """The tokenizer of a folder, as transformers 4 read it when OpenVLA was trained.
+
+    The file itself is used: later releases of transformers rebuild Llama's tokenizer with rules of their own.
+
+    Raises:
+        CheckpointError: No tokenizer.json, or one that cannot be read.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        hint = (
+            " (tokenizer.model alone is not enough: convert it)"
+            if (folder / "tokenizer.model").is_file()
+            else ""
+        )
+        raise CheckpointError(f"{source} lacks tokenizer.json{hint}; copy it too.")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises plain exceptions
+        raise CheckpointError(f"{source}: tokenizer.json cannot be read ({error}); copy it again.") from error
+    settings_file = folder / "tokenizer_config.json"
+    settings = read_json(settings_file) if settings_file.is_file() else {}
+    if settings.get("tokenizer_class") in LLAMA:  # this class ignores the file's template
+        marks = {
+            "bos": (settings.get("add_bos_token", True), "<s>"),
+            "eos": (settings.get("add_eos_token", False), "</s>"),
+        }
+        first, last = (
+            _token(settings.get(f"{name}_token"), usual) if on else "" for name, (on, usual) in marks.items()
+        )
+        special = [(token, tokenizer.token_to_id(token)) for token in (first, last) if token]
+        if any(number is None for _, number in special):
+            raise CheckpointError(
+                f"{source}: tokenizer.json lacks {first or last}, which every prompt starts with."
+            )
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{first} $A {last}".strip(), special_tokens=special
+        )
+    return tokenizer
+
+
+def _token(value: Any, usual: str) -> str:
+    return str(value.get("content", usual) if isinstance(value, dict) else value or usual)
+
+
+def _pictures(observation: RobotObservation, camera: str) -> list[Image.Image]:
+    """RGB pictures of a camera (B, 3, H, W), floats in [0, 1] or bytes, of any size.
+
+    Raises:
+        ObservationError: The camera is missing, or its images have another mode or range.
+    """
+    if camera not in observation:
+        have = ", ".join(sorted(key for key in observation if key.startswith("observation."))) or "none"
+        raise ObservationError(f"The observation lacks {camera!r}; it has {have}.")
+    image = observation[camera]
+    if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[1] != 3 or not image.numel():
+        shape = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ObservationError(f"{camera} is {shape}; expected RGB images (B, 3, height, width).")
+    if image.is_floating_point():
+        least, most = (float(v) for v in image.aminmax())
+        if not (least >= 0 and most <= 1):
+            raise ObservationError(f"{camera} has values from {least:g} to {most:g}; images lie in [0, 1].")
+        image = (image.float() * 255).round().to(torch.uint8)
+    if image.dtype != torch.uint8:
+        raise ObservationError(f"{camera} is {image.dtype}; images are floats in [0, 1] or uint8.")
+    arrays: np.ndarray = image.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+    return [Image.fromarray(array) for array in arrays]

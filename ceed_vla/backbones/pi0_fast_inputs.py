@@ -1,0 +1,76 @@
+"""pi0-FAST's prompt as text ids: LeRobot's step, but with the tokenizer in the checkpoint instead of on a hub."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lerobot.lerobot_types import RobotObservation
+from lerobot.processor import ProcessorStepRegistry, TokenizerProcessorStep
+from torch import Tensor
+
+from ceed_vla.backbones.files import read_files, write_files
+from ceed_vla.errors import CheckpointError
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+@ProcessorStepRegistry.register(name="ceed_vla_pi0_fast_prompt")
+@dataclass
+class PromptTokensStep(TokenizerProcessorStep):
+    """`TokenizerProcessorStep` whose tokenizer files are its state."""
+
+    _files: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """The tokenizer comes with `read_folder` or with the state."""
+
+    def read_folder(self, path: str | Path) -> PromptTokensStep:
+        """Take the tokenizer of a local folder; returns self."""
+        self._use(read_files(Path(path), FILES), str(path))
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The files as bytes."""
+        return dict(self._files)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._use(state, "The checkpoint's pre-processor")
+
+    def observation(self, observation: RobotObservation) -> RobotObservation:
+        if not self._files:
+            raise CheckpointError("The pre-processor came without its tokenizer; copy the checkpoint again.")
+        return super().observation(observation)
+
+    def _use(self, files: dict[str, Tensor], source: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            write_files(files, Path(folder))
+            self.input_tokenizer = load_text_tokenizer(folder, source)
+        self._files = dict(files)
+
+
+def load_text_tokenizer(folder: str | Path, source: str = "") -> Any:
+    """The tokenizer in a local folder, as LeRobot's policy configures it.
+
+    Raises:
+        CheckpointError: It cannot be loaded; the message calls it `source`.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, add_eos_token=True, add_bos_token=False
+        )
+    except Exception as error:  # transformers raises many kinds
+        raise CheckpointError(
+            f"{source or folder} holds no text tokenizer that loads ({type(error).__name__}: {error}); give the "
+            "folder of PaliGemma's tokenizer."
+        ) from error

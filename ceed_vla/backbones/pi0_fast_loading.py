@@ -1,0 +1,214 @@
+"""Read LeRobot's pi0-FAST checkpoints, and make policies of them. Offline, and without code from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import draccus
+from lerobot.policies.pi0_fast import modeling_pi0_fast
+from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ceed_vla.backbones.pi0_fast_config import Pi0FastConfig, Pi0FastTokensConfig
+from ceed_vla.backbones.pi0_fast_inputs import PromptTokensStep, load_text_tokenizer
+from ceed_vla.backbones.pi0_fast_tokens import TextIds
+from ceed_vla.checkpoints import resolve_checkpoint
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.decoding.config import DecodingConfig
+from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.fast_codec import FastCodec
+
+VOCABULARIES = ("full", "actions")
+WINDOW = 32  # slots a forward computes; chunks of LIBERO take 25 to 35 tokens of the 256 slots
+_WEIGHTS = "model.safetensors"
+_HEAD = "model.paligemma_with_expert.paligemma.lm_head.weight"
+_EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+
+
+def convert_pi0_fast(
+    source: str | Path,
+    output_dir: str | Path,
+    *,
+    fast_tokenizer: str = "",
+    text_tokenizer: str = "",
+    vocabulary: str = "full",
+    weights: str = "copied",
+    device: str = "cpu",
+) -> Path:
+    """Write a policy folder from a LeRobot checkpoint.
+
+    Args:
+        source: LeRobot's checkpoint folder.
+        output_dir: New policy folder.
+        fast_tokenizer: FAST tokenizer folder; the one that the checkpoint names if empty.
+        text_tokenizer: PaliGemma's tokenizer folder; the one that the checkpoint names if empty.
+        vocabulary: "full" (LeRobot's tokens for any weights) or "actions" (only ids that an action can hold).
+        weights: "copied", or by "reference": they stay in `source`.
+        device: Where the policy runs unless told otherwise.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        CheckpointError: Files that are missing, damaged or of another policy.
+        ConfigError: Tokenizers that do not fit the model, or a folder that is not empty.
+    """
+    from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+
+    folder, output = resolve_checkpoint(source), Path(output_dir)
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError(f"{output} is not empty; give a new output_dir.")
+    if vocabulary not in VOCABULARIES:
+        raise ConfigError(f"vocabulary is {vocabulary!r}; choose one of {', '.join(VOCABULARIES)}.")
+    config = decode_architecture(read_architecture(folder))
+    fast = find_folder(fast_tokenizer or config.action_tokenizer_name, "fast_tokenizer")
+    text = find_folder(text_tokenizer or config.text_tokenizer_name, "text_tokenizer")
+    settings = CeedVLAConfig(
+        input_features=config.input_features,
+        output_features=config.output_features,
+        normalization_mapping=config.normalization_mapping,
+        chunk_size=config.chunk_size,
+        n_action_steps=config.n_action_steps,
+        backbone=Pi0FastConfig(path=str(folder.resolve()), weights=weights),
+        action_tokens=_tokens(config, fast, text, _scored(folder) if vocabulary == "full" else 0),
+        augment_state=0.0,
+        decoding=DecodingConfig(window=WINDOW),
+        device=device,
+        push_to_hub=False,
+    )
+    policy = CeedVLAPolicy(settings)
+    output.mkdir(parents=True, exist_ok=True)
+    policy.save_pretrained(output)
+    for name in ("policy_preprocessor", "policy_postprocessor"):
+        _copy_pipeline(folder, output, name, text)
+    return output
+
+
+def read_architecture(path: str | Path) -> str:
+    """LeRobot's configuration (JSON) in a checkpoint folder, for the CPU and without compilation.
+
+    Raises:
+        CheckpointError: Missing, unreadable, or of another policy.
+    """
+    folder = resolve_checkpoint(path)
+    try:
+        values = json.loads((folder / "config.json").read_text())
+        kind = values.get("type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: config.json is not readable JSON ({error}).") from error
+    if kind != "pi0_fast":
+        raise CheckpointError(f"{folder} holds a policy of type {kind!r}; this reads LeRobot's 'pi0_fast'.")
+    return json.dumps({**values, "device": "cpu", "compile_model": False, "gradient_checkpointing": False})
+
+
+def decode_architecture(architecture: str) -> PI0FastConfig:
+    """LeRobot's configuration from its JSON.
+
+    Raises:
+        CheckpointError: Values that LeRobot refuses, or no features.
+    """
+    values = json.loads(architecture)
+    values.pop("type", None)
+    try:
+        config = draccus.decode(PI0FastConfig, values)
+        config.validate_features()
+    except Exception as error:  # draccus raises its own kinds, and passes on those of the configuration
+        raise CheckpointError(f"LeRobot's config.json cannot be used ({error}).") from error
+    return config
+
+
+def build_model(architecture: str) -> modeling_pi0_fast.PI0FastPytorch:
+    """LeRobot's model with random weights. It gets no tokenizer: the backbone knows the ids."""
+    return modeling_pi0_fast.PI0FastPytorch(decode_architecture(architecture))
+
+
+def load_weights(holder: nn.Module, path: str | Path) -> None:
+    """Read the weights of LeRobot's checkpoint into ``holder.model``; LeRobot's loader keeps random ones on failure.
+
+    Raises:
+        CheckpointError: Missing, unreadable, incomplete or foreign weights.
+    """
+    file = resolve_checkpoint(path) / _WEIGHTS
+    try:
+        weights = load_file(file)
+        weights = {k if k.startswith("model.") else f"model.{k}": w for k, w in weights.items()}
+        if _HEAD in weights:  # published checkpoints hold the shared matrix once
+            weights.setdefault(_EMBEDDING, weights[_HEAD])
+        missing, unexpected = holder.load_state_dict(weights, strict=False)
+    except Exception as error:  # safetensors and torch each raise their own kinds
+        raise CheckpointError(f"The weights {file} do not load ({error}); copy them again.") from error
+    for kind, names in (("lacks", missing), ("has unknown", unexpected)):
+        if names:
+            raise CheckpointError(
+                f"{file} {kind} {len(names)} weights ({', '.join(names[:3])}, ...); it is no complete pi0-FAST."
+            )
+
+
+def find_folder(name: str, setting: str) -> Path:
+    """A folder from its path, or from the name of a repository that was downloaded before."""
+    if Path(name).is_dir():
+        return Path(name).resolve()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception as error:  # the library raises many kinds, all for "not here"
+        raise CheckpointError(
+            f"{setting} {name!r} is no folder, and was not downloaded before; give --{setting}=DIR."
+        ) from error
+
+
+def _tokens(config: PI0FastConfig, fast: Path, text: Path, scored: int) -> Pi0FastTokensConfig:
+    codec, ids = FastCodec.from_folder(fast), TextIds.of(load_text_tokenizer(text))
+    tokens = Pi0FastTokensConfig(
+        max_tokens=config.max_decoding_steps,
+        check_marker=config.validate_action_token_prefix,
+        skip_tokens=config.fast_skip_tokens,
+        scored=scored,
+        bpe=codec.bpe.to_str(),
+        scale=codec.scale,
+        least=codec.least,
+        words=ids.words,
+        bos=ids.bos,
+        stop=ids.stop,
+        marker=list(ids.marker),
+    )
+    tokens.num_tokens = tokens.build(
+        config.chunk_size, int(config.output_features["action"].shape[0])
+    ).num_bins
+    return tokens
+
+
+def _scored(folder: Path) -> int:
+    """Rows of the language model's head."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(folder / _WEIGHTS, "pt") as weights:
+            names = {key.removeprefix("model."): key for key in list(weights.keys())}
+            key = names.get(_HEAD.removeprefix("model.")) or names[_EMBEDDING.removeprefix("model.")]
+            return int(weights.get_slice(key).get_shape()[0])
+    except Exception as error:  # safetensors raises its own kinds; a KeyError is a foreign file
+        raise CheckpointError(f"{folder / _WEIGHTS} has no readable head ({error!r}).") from error
+
+
+def _copy_pipeline(folder: Path, output: Path, name: str, text: Path) -> None:
+    """Copy a pre- or post-processor: with the tokenizer in it, and without the step that runs code of a checkpoint."""
+    file = folder / f"{name}.json"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} lacks {file.name}; LeRobot writes it with every checkpoint.")
+    pipeline: dict[str, Any] = json.loads(file.read_text())
+    steps = [s for s in pipeline["steps"] if s.get("registry_name") != "action_tokenizer_processor"]
+    for index, step in enumerate(steps):
+        if step.get("registry_name") == "tokenizer_processor":
+            kept = {key: value for key, value in step["config"].items() if key != "tokenizer_name"}
+            state = f"{name}_step_{index}_prompt.safetensors"
+            save_file(PromptTokensStep(**kept).read_folder(text).state_dict(), output / state)
+            steps[index] = {"registry_name": "ceed_vla_pi0_fast_prompt", "config": kept, "state_file": state}
+        elif "state_file" in step:
+            shutil.copyfile(folder / step["state_file"], output / step["state_file"])
+    (output / file.name).write_text(json.dumps({**pipeline, "steps": steps}, indent=2) + "\n")

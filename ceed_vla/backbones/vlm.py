@@ -1,0 +1,348 @@
+r"""Any transformers image-text-to-text model as a backbone: LLaVA, LLaVA-OneVision, Qwen2.5-VL, SmolVLM, PaliGemma.
+
+    images --vision tower, projector--> \
+    prompt --embed--------------------->  inputs_embeds (B, P, d) --language model--> cache, action token 0
+    state  --as text, or projected----> /                                               |
+                                  action ids, one row of the embedding each --language model--> tokens 1..n-1
+
+The family's own code runs up to its language model, and what it would hand over (embeddings, positions, masks) is
+kept: positions of Qwen's rotary axes and PaliGemma's bidirectional prefix come out as that family means them. The
+block then continues behind the prefix as `generate()` would, on a cache that can be cut.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features
+from ceed_vla.backbones.vlm_inputs import FLAT_KEY, IDS, MASK, ROW_KEY
+from ceed_vla.backbones.vlm_prefix import PrefixEmbeddings, VLMPrefix, language_model_arguments
+from ceed_vla.cache import TransformersCache
+from ceed_vla.errors import ConfigError, ObservationError, TokenError
+
+STATE_KEY = "observation.state"
+STATE_RANGE = 3.0  # the bins of a state span so many standard deviations to both sides
+IDS_KEY, MASK_KEY, PIXELS = ROW_KEY + IDS, ROW_KEY + MASK, "pixel_values"
+
+
+class VLMBackbone(TrainableBackbone):
+    """A transformers image-text-to-text model behind the `Backbone` protocol.
+
+    Args:
+        model: The model, ``AutoModelForImageTextToText``.
+        action_ids: (V,) vocabulary ids of the action bins 0..V-1.
+        block_length: Tokens ``n`` of a block.
+        state_dim: Length of the normalised ``observation.state`` that takes the last places of the prefix; 0 for none.
+        project_state: The state is projected to one token instead of written as `state_dim` action tokens.
+        auxiliary_dim: Outputs of the auxiliary regression; 0 for none.
+        elsewhere: Checkpoints leave the model's weights in the folder they came from.
+
+    Raises:
+        ConfigError: Action ids that the vocabulary lacks or that repeat, or a model of another build.
+    """
+
+    action_ids: Tensor
+    auxiliary: nn.Module | None
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        action_ids: Sequence[int],
+        block_length: int,
+        *,
+        state_dim: int = 0,
+        project_state: bool = False,
+        auxiliary_dim: int = 0,
+        elsewhere: bool = False,
+    ) -> None:
+        super().__init__()
+        embedding = cast("nn.Embedding", model.get_input_embeddings())
+        check_action_ids(action_ids, embedding.num_embeddings, block_length)
+        _make_causal(model)
+        self.model, self.elsewhere = model, elsewhere
+        self.block_length, self.vocabulary_size = block_length, len(action_ids)
+        self.register_buffer(
+            "action_ids", torch.tensor(list(action_ids), device=model.device), persistent=False
+        )
+        width = embedding.embedding_dim
+        self.state_dim = state_dim
+        self.state = (
+            nn.Linear(state_dim, width, device=model.device, dtype=model.dtype) if project_state else None
+        )
+        self.auxiliary = (
+            nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, auxiliary_dim)).to(
+                model.device, model.dtype
+            )
+            if auxiliary_dim
+            else None
+        )
+        self._accepted = set(inspect.signature(self.trunk.forward).parameters) - {"labels"}
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The model without its head."""
+        return cast("nn.Module", self.model.model)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model without its head."""
+        return language_model(self.model)
+
+    # ---- prefix -------------------------------------------------------------------------------------------------
+
+    def check_observation(self, batch: Mapping[str, Any]) -> int:
+        """Rows ``B`` of a pre-processed batch.
+
+        Raises:
+            ObservationError: A tensor of the processor is missing or has other rows, the padding is not on the
+                left, or the state, where it is read, is missing, of another length or not finite.
+        """
+        inputs = {k: (None,) * (v.ndim - 1) for k, v in batch.items() if k.startswith((ROW_KEY, FLAT_KEY))}
+        wanted: dict[str, tuple[int | None, ...]] = {IDS_KEY: (None,), MASK_KEY: (None,), **inputs}
+        if self.state_dim:
+            wanted[STATE_KEY] = (self.state_dim,)
+        rows = check_features(batch, wanted, [STATE_KEY] if self.state_dim else [])
+        if not any(key.endswith(PIXELS) for key in inputs):
+            raise ObservationError(
+                f"The observation lacks {ROW_KEY}{PIXELS}; pass it through the checkpoint's pre-processor first."
+            )
+        mask = batch[MASK_KEY]
+        if mask.shape != batch[IDS_KEY].shape or not bool(mask[:, -1].all()):
+            raise ObservationError(
+                f"{MASK_KEY} {tuple(mask.shape)} does not mark left padding of {tuple(batch[IDS_KEY].shape)} ids: "
+                "every prompt must end in the last column."
+            )
+        return rows
+
+    def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
+        """Run everything in front of the language model.
+
+        Args:
+            batch: What `VLMInputsStep` made: ``observation.vlm.*``, and the normalised state where it is read; the
+                ids then end in places for it.
+        """
+        arguments = self._model_inputs(batch)
+        real = arguments["attention_mask"].bool()
+        try:
+            given = language_model_arguments(self.trunk, self.decoder, arguments)
+        except (ValueError, RuntimeError, TypeError, IndexError) as error:
+            raise ObservationError(
+                f"{type(self.model).__name__} cannot read the observation ({error}); its processor and its "
+                "configuration disagree, or the observation was not made by the checkpoint's pre-processor."
+            ) from error
+        embeds = given.pop("inputs_embeds")  # (B, P, d)
+        positions = given.get("position_ids")  # (B, P) or (axes, B, P)
+        if positions is None:
+            raise ObservationError(
+                f"The observation lacks what {type(self.model).__name__} computes positions from, such as "
+                f"{ROW_KEY}mm_token_type_ids; it has {', '.join(sorted(arguments))}."
+            )
+        if self.state is not None:
+            token = self.state(batch[STATE_KEY].to(self.state.weight.dtype)).to(embeds.dtype)  # (B, d)
+            embeds = torch.cat([embeds[:, :-1], token.unsqueeze(1)], dim=1)
+        last = positions.amax(dim=(0, 2)) if positions.ndim == 3 else positions.amax(dim=1)
+        return PrefixEmbeddings(embeds, real, (last + 1).expand(len(embeds)), given)
+
+    def _model_inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Arguments of the model's forward pass, with the positions of padded rows."""
+        rows = {k.removeprefix(ROW_KEY): v for k, v in batch.items() if k.startswith(ROW_KEY)}
+        flat = {k.removeprefix(FLAT_KEY): v.flatten(0, 1) for k, v in batch.items() if k.startswith(FLAT_KEY)}
+        arguments = {k: v for k, v in {**rows, **flat}.items() if k in self._accepted}
+        arguments[PIXELS] = arguments[PIXELS].to(self.model.dtype)
+        if self.state_dim and self.state is None:
+            ids = arguments["input_ids"]
+            arguments["input_ids"] = torch.cat(
+                [ids[:, : -self.state_dim], self.state_ids(batch[STATE_KEY])], dim=1
+            )
+        if not hasattr(self.trunk, "get_rope_index"):  # those with several rotary axes make their own
+            # PaliGemma counts from 1, and does so by itself only where it is given no positions.
+            first = 1 if self.model.config.model_type == "paligemma" else 0
+            mask = arguments["attention_mask"].long()
+            arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) + first
+        return arguments
+
+    def state_ids(self, state: Tensor) -> Tensor:
+        """The normalised state (B, D) as ids (B, D) of action bins; values beyond `STATE_RANGE` are clipped."""
+        share = (state.float().clamp(-STATE_RANGE, STATE_RANGE) + STATE_RANGE) / (2 * STATE_RANGE)
+        return self.action_ids[(share * (self.vocabulary_size - 1)).round().long()]
+
+    def prefill(self, observation: dict[str, Tensor]) -> VLMPrefix:
+        """Run the prefix of every row once; rows may have prompts of different lengths."""
+        return self.prefill_embeddings(self.embed_prefix(observation))
+
+    def prefill_embeddings(self, embeddings: PrefixEmbeddings) -> VLMPrefix:
+        """`prefill` from what `embed_prefix` made."""
+        cache, length = TransformersCache(), embeddings.embeds.shape[1]
+        hidden = self._run(embeddings.embeds, cache.begin(length), embeddings.inputs)[:, -1]  # (B, d)
+        cache.seal_prefix(length)
+        padded = not bool(embeddings.real.all())
+        return VLMPrefix(
+            self._head(hidden), cache, hidden, embeddings.real if padded else None, embeddings.next_position
+        )
+
+    # ---- block --------------------------------------------------------------------------------------------------
+
+    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
+        """Logits (B, k, V) of the successors of `tokens` (B, k); see `Backbone`."""
+        if not isinstance(prefix, VLMPrefix):
+            raise TokenError(f"The prefix is a {type(prefix).__name__}; VLMBackbone continues its own only.")
+        return self._head(self._block_hidden(prefix, tokens))
+
+    def _block_hidden(self, prefix: VLMPrefix, tokens: Tensor) -> Tensor:
+        cache, k = prefix.cache, tokens.shape[1]
+        if cache.committed + k > self.block_length:
+            raise TokenError(
+                f"{k} tokens after {cache.committed} committed ones exceed the block of {self.block_length}."
+            )
+        offsets = torch.arange(cache.committed, cache.committed + k, device=tokens.device)
+        inputs = {"position_ids": prefix.next_position.unsqueeze(1) + offsets}  # (B, k)
+        if prefix.real is not None:
+            inputs["attention_mask"] = F.pad(prefix.real.long(), (0, cache.committed + k), value=1)
+        embeds = self.model.get_input_embeddings()(self.action_ids[tokens])  # (B, k, d)
+        return self._run(embeds, cache.begin(k), inputs)
+
+    def _run(self, embeds: Tensor, cache: Any, inputs: dict[str, Any]) -> Tensor:
+        """Hidden vectors (B, t, d) of embeddings (B, t, d), whose keys and values are appended to the cache."""
+        output = self.decoder(
+            inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **inputs
+        )
+        return cast("Tensor", output.last_hidden_state)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Scores (..., V) of the action ids."""
+        head = self.model.get_output_embeddings()
+        bias = None if getattr(head, "bias", None) is None else head.bias[self.action_ids]
+        return F.linear(hidden, head.weight[self.action_ids], bias)
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    def packed_logits(
+        self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Teacher-forced logits of several blocks behind one prefix, which runs once.
+
+        Args:
+            embeddings: From `embed_prefix`.
+            blocks: Token blocks (B, n) each.
+
+        Returns:
+            The prefix's last hidden vector (B, d), and for every block logits (B, n, V) of its own tokens 0..n-1.
+        """
+        if self.training and getattr(self.model, "is_gradient_checkpointing", False):
+            return self._packed_without_cache(embeddings, blocks)
+        prefix = self.prefill_embeddings(embeddings)
+        logits = []
+        for block in blocks:
+            prefix.cache.roll_back()
+            hidden = [prefix.hidden.unsqueeze(1)]
+            if block.shape[1] > 1:
+                hidden.append(self._block_hidden(prefix, block[:, :-1]))
+            logits.append(self._head(torch.cat(hidden, dim=1)))
+        return prefix.hidden, logits
+
+    def _packed_without_cache(
+        self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The same where layers are recomputed in the backward pass, which a cache does not survive."""
+        mask = embeddings.inputs.get("attention_mask")
+        if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim != 2):
+            raise ConfigError(
+                f"{type(self.model).__name__} has a bidirectional prefix; train it without gradient checkpointing."
+            )
+        length, logits = embeddings.embeds.shape[1], []
+        for block in blocks:
+            tokens = block[:, :-1]
+            offsets = torch.arange(tokens.shape[1], device=tokens.device)
+            positions = embeddings.next_position.unsqueeze(1) + offsets  # (B, n - 1)
+            known = embeddings.inputs["position_ids"]
+            positions = positions.expand(*known.shape[:-1], -1)
+            inputs = {
+                **{
+                    name: self._longer(value, length, tokens.shape[1])
+                    for name, value in embeddings.inputs.items()
+                },
+                "position_ids": torch.cat([known, positions], dim=-1),
+                "attention_mask": F.pad(embeddings.real.long(), (0, tokens.shape[1]), value=1),
+            }
+            embeds = self.model.get_input_embeddings()(self.action_ids[tokens])
+            hidden = self._run(torch.cat([embeddings.embeds, embeds], dim=1), None, inputs)[:, length - 1 :]
+            logits.append(self._head(hidden))
+        return hidden[:, 0], logits
+
+    @staticmethod
+    def _longer(value: Any, prefix: int, block: int) -> Any:
+        """Marks of image tokens (B, P), such as Qwen3-VL's, with none on the block: (B, P + block)."""
+        marks = isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == prefix
+        return F.pad(value, (0, block)) if marks else value
+
+    def prefix_state(self, embeddings: PrefixEmbeddings) -> Tensor:
+        """The prefix's last hidden vector (B, d), without any block."""
+        return self.prefill_embeddings(embeddings).hidden
+
+    def distillation_parameters(self) -> list[str]:
+        """The language model's layers and an untied head. Embeddings make the prefix, and stay."""
+        frozen = {id(p) for p in self.model.get_input_embeddings().parameters()}
+        learns = {id(p) for p in self.decoder.parameters()}
+        learns |= {id(p) for p in self.model.get_output_embeddings().parameters()}
+        return [name for name, p in self.named_parameters() if id(p) in learns - frozen]
+
+    def referenced(self) -> list[str]:
+        """The model's weights where they are kept elsewhere, but for embeddings that may have got new rows."""
+        if not self.elsewhere:
+            return []
+        vocabulary = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        own = {id(p) for module in vocabulary for p in module.parameters()}
+        state = self.model.state_dict(keep_vars=True)
+        return [f"model.{name}" for name, tensor in state.items() if id(tensor) not in own]
+
+
+def _make_causal(model: PreTrainedModel) -> None:
+    """Let tokens that come without a mask see earlier ones only.
+
+    Gemma inside PaliGemma attends in both directions where it gets no mask. Its prefix, which is meant to, comes with
+    one; `generate()` gives it one token a time after that, a block has many.
+    """
+    for module in language_model(model).modules():
+        if getattr(module, "is_causal", True) is False:
+            if model.config._attn_implementation == "flash_attention_2":
+                raise ConfigError(
+                    f"{type(model).__name__} has a bidirectional prefix, which flash_attention_2 cannot follow with a "
+                    "causal block; set --policy.backbone.attention=sdpa."
+                )
+            cast("Any", module).is_causal = True
+
+
+def language_model(model: PreTrainedModel) -> nn.Module:
+    """The language model inside `model`, without its head.
+
+    Raises:
+        ConfigError: The model is built otherwise.
+    """
+    trunk = getattr(model, "model", None)
+    decoder = trunk.get_decoder() if isinstance(trunk, PreTrainedModel) else None
+    if decoder is None or decoder is trunk or model.get_output_embeddings() is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no causal language model behind its vision tower that can be run alone; "
+            "use a model such as LLaVA, LLaVA-OneVision, Qwen2.5-VL, SmolVLM or PaliGemma."
+        )
+    return cast("nn.Module", decoder)
+
+
+def check_action_ids(action_ids: Sequence[int], vocabulary: int, block_length: int) -> None:
+    """Raise `ConfigError` unless the ids are different ones of the vocabulary, and the block holds a token."""
+    if block_length < 1 or not action_ids:
+        raise ConfigError(
+            f"block_length is {block_length} with {len(action_ids)} action ids; both must be at least 1."
+        )
+    if min(action_ids) < 0 or max(action_ids) >= vocabulary or len(set(action_ids)) < len(action_ids):
+        raise ConfigError(
+            f"The action ids {min(action_ids)}..{max(action_ids)} must be different ids in [0, {vocabulary - 1}], "
+            "the rows of the model's embedding."
+        )

@@ -1,0 +1,211 @@
+"""FAST (arXiv 2501.09747): a chunk of actions as the byte-pair-encoded string of its rounded cosine coefficients.
+
+    (m, A) normalised --DCT over time--> (m, A) coefficients --x scale, round--> integers, low frequencies first
+           --one character each--> text of m * A characters --BPE--> a few ids
+
+The text is the one of the published tokenizers, so `FastCodec` reads their folders too, without running their code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, trainers
+from torch import Tensor
+
+from ceed_vla.errors import CheckpointError, ConfigError, MalformedChunkError, TokenError
+
+UNDECODABLE = "\ufffd"  # what a byte-level BPE writes for bytes that are no character
+_MOST_SYMBOLS = 0xD800  # the first code point that is no character
+
+
+class FastCodec:
+    """Chunks of normalised actions to BPE ids and back.
+
+    Args:
+        bpe: Byte-pair encoding of coefficient texts.
+        scale: Coefficients are multiplied by this before rounding; the step of a coefficient is ``1 / scale``.
+        least: Coefficient of character 0; smaller ones are clipped and counted.
+        most: Largest coefficient that the encoding knows; None if it knows every character.
+
+    Attributes:
+        vocabulary_size: Ids ``0 .. vocabulary_size - 1``.
+        merges: The pairs of ids that a fitted codec joins; empty for a folder's.
+        clipped: Coefficients that `encode` clipped since construction.
+    """
+
+    def __init__(self, bpe: Tokenizer, scale: float, least: int, most: int | None = None) -> None:
+        if not (math.isfinite(scale) and scale > 0):
+            raise ConfigError(f"scale is {scale}; it must be a positive number.")
+        self.bpe, self.scale, self.least, self.most = bpe, float(scale), int(least), most
+        self.vocabulary_size = int(bpe.get_vocab_size())
+        self.merges: list[tuple[int, int]] = []
+        self.clipped = 0
+
+    @classmethod
+    def fit(cls, chunks: Tensor, vocabulary_size: int, scale: float) -> FastCodec:
+        """Learn the encoding of `chunks` (N, m, A), normalised to about [-1, 1].
+
+        Every character is one id and merges join whole characters, so an id always stands for a fixed number of
+        coefficients (`id_lengths`).
+
+        Raises:
+            ConfigError: No chunk, or more different coefficients than ids.
+        """
+        if chunks.ndim != 3 or not chunks.numel():
+            raise ConfigError(f"Chunks of shape {tuple(chunks.shape)} cannot be fitted; expected (N, m, A).")
+        rounded = _coefficients(chunks, scale)  # (N, m * A)
+        least, most = int(rounded.min()), int(rounded.max())
+        symbols = most - least + 1
+        if symbols > min(vocabulary_size, _MOST_SYMBOLS):
+            raise ConfigError(
+                f"The data have coefficients from {least} to {most}, {symbols} symbols, but vocabulary_size is "
+                f"{vocabulary_size}; raise it, lower the scale ({scale}), or widen the action ranges."
+            )
+        tokenizer = Tokenizer(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary_size,
+            min_frequency=2,
+            show_progress=False,
+            initial_alphabet=[chr(i) for i in range(symbols)],
+        )
+        tokenizer.train_from_iterator(_texts(rounded, least), trainer)
+        merges = json.loads(tokenizer.to_str())["model"]["merges"]
+        ids = {chr(i): i for i in range(symbols)}
+        pairs = []
+        for left, right in merges:
+            pairs.append((ids[left], ids[right]))
+            ids[left + right] = len(ids)
+        return cls.from_merges(pairs, scale, least, most)
+
+    @classmethod
+    def from_merges(cls, merges: Sequence[tuple[int, int]], scale: float, least: int, most: int) -> FastCodec:
+        """The codec whose id ``S + i`` joins the two earlier ids ``merges[i]``; ids below ``S`` are coefficients.
+
+        Raises:
+            ConfigError: A merge of ids that do not exist yet, or an empty range.
+        """
+        symbols = most - least + 1
+        if not 1 <= symbols <= _MOST_SYMBOLS:
+            raise ConfigError(f"The coefficients {least} to {most} are no range of 1 to {_MOST_SYMBOLS}.")
+        texts = [chr(i) for i in range(symbols)]
+        for i, (left, right) in enumerate(merges):
+            if not (0 <= left < len(texts) and 0 <= right < len(texts)):
+                raise ConfigError(
+                    f"Merge {i} joins the ids {left} and {right}; only {len(texts)} ids come before it. "
+                    "Fit the tokens again."
+                )
+            texts.append(texts[left] + texts[right])
+        if len(set(texts)) < len(texts):
+            raise ConfigError("Two merges make the same text; fit the tokens again.")
+        vocabulary = {text: i for i, text in enumerate(texts)}
+        bpe = Tokenizer(
+            models.BPE(vocab=vocabulary, merges=[(texts[left], texts[right]) for left, right in merges])
+        )
+        bpe.decoder = decoders.Fuse()
+        codec = cls(bpe, scale, least, most)
+        codec.merges = list(merges)
+        return codec
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> FastCodec:
+        """Read a FAST tokenizer folder as published; its Python files are not run.
+
+        Raises:
+            CheckpointError: A file is missing or unreadable.
+        """
+        folder = Path(path)
+        settings = _read_json(folder / "processor_config.json")
+        # transformers 5 saves a processor's second tokenizer in a folder of its own.
+        files = [folder / "tokenizer.json", folder / "bpe_tokenizer" / "tokenizer.json"]
+        file = next((f for f in files if f.is_file()), None)
+        if file is None:
+            raise CheckpointError(f"The FAST tokenizer {folder} lacks tokenizer.json; copy the whole folder.")
+        try:
+            return cls.from_json(file.read_text(), float(settings["scale"]), int(settings["min_token"]))
+        except Exception as error:  # a missing key, or a plain Exception of the tokenizers library
+            raise CheckpointError(
+                f"The FAST tokenizer {folder} cannot be used ({type(error).__name__}: {error}); "
+                "processor_config.json must name scale and min_token, and tokenizer.json hold a BPE."
+            ) from error
+
+    @classmethod
+    def from_json(cls, bpe: str, scale: float, least: int) -> FastCodec:
+        """The codec of a published tokenizer: the content of its tokenizer.json, and its numbers."""
+        return cls(Tokenizer.from_str(bpe), scale, least)
+
+    def id_lengths(self) -> Tensor:
+        """(vocabulary_size,) int64, the coefficients that each id of a fitted codec stands for."""
+        return torch.tensor([len(self.bpe.id_to_token(i)) for i in range(self.vocabulary_size)])
+
+    def encode(self, chunks: Tensor, frequencies: int | None = None) -> list[list[int]]:
+        """Ids of every chunk of `chunks` (B, m, A), normalised to about [-1, 1].
+
+        With `frequencies` only so many of the ``m`` are kept, the low ones: a smoother and shorter chunk.
+        """
+        rounded = _coefficients(chunks, self.scale)  # (B, m * A)
+        if frequencies is not None:
+            rounded[:, frequencies * chunks.shape[2] :] = 0
+        inside = rounded.clamp(self.least, self.most)
+        self.clipped += int((inside != rounded).sum())
+        return [encoding.ids for encoding in self.bpe.encode_batch(_texts(inside, self.least))]
+
+    def decode(self, ids: Sequence[int], steps: int, action_dim: int) -> Tensor:
+        """The chunk (m, A) float64 that `ids` stand for, in normalised units.
+
+        Raises:
+            MalformedChunkError: An unknown id, or another number of coefficients than ``m * A``.
+        """
+        unknown = [i for i in ids if not 0 <= i < self.vocabulary_size]
+        if unknown:
+            raise MalformedChunkError(
+                f"{unknown[0]} is no FAST id; they lie in [0, {self.vocabulary_size - 1}]."
+            )
+        text = self.bpe.decode(list(ids), skip_special_tokens=False)
+        if UNDECODABLE in text or len(text) != steps * action_dim:
+            broken = " with bytes that are no character" if UNDECODABLE in text else ""
+            raise MalformedChunkError(
+                f"{len(ids)} FAST ids give {len(text)} coefficients{broken}, a chunk of {steps} steps of "
+                f"{action_dim} dimensions has {steps * action_dim}."
+            )
+        rounded = torch.tensor([ord(c) for c in text], dtype=torch.float64) + self.least  # (m * A,)
+        return cosine_basis(steps).T @ (rounded.view(steps, action_dim) / self.scale)
+
+
+def cosine_basis(steps: int) -> Tensor:
+    """The orthonormal DCT-II (m, m) float64: coefficients = basis @ chunk, chunk = basis.T @ coefficients."""
+    k = torch.arange(steps, dtype=torch.float64).unsqueeze(1)  # frequency
+    t = torch.arange(steps, dtype=torch.float64) + 0.5  # middle of every step
+    basis = torch.cos(math.pi / steps * k * t) * math.sqrt(2 / steps)
+    basis[0] /= math.sqrt(2)
+    return basis
+
+
+def _coefficients(chunks: Tensor, scale: float) -> Tensor:
+    """Rounded coefficients (B, m * A) int64 of chunks (B, m, A), low frequencies first.
+
+    Raises:
+        TokenError: NaN or infinity.
+    """
+    chunks = chunks.detach().cpu().double()
+    if not bool(torch.isfinite(chunks).all()):
+        raise TokenError("The chunks hold NaN or infinity; only finite actions can become tokens.")
+    return (cosine_basis(chunks.shape[1]) @ chunks * scale).round().long().flatten(1)
+
+
+def _texts(rounded: Tensor, least: int) -> list[str]:
+    return ["".join(map(chr, row)) for row in (rounded - least).tolist()]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing; give a folder as published, copied as a whole.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is not readable JSON ({error}); copy it again.") from error

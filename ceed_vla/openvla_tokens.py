@@ -1,0 +1,124 @@
+"""OpenVLA's action tokens: 256 ids, 255 bin centres, and quantiles of a data set to un-normalise with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ceed_vla.errors import ConfigError, TokenError
+
+
+class OpenVLATokenizer:
+    """Writes a chunk of ``m`` actions of ``A`` dimensions as ``n = m * A`` tokens, step-major.
+
+    Masked dimensions are normalised, ``x = 2 (a - q01) / (q99 - q01) - 1``, the others (the gripper) stay. `x` in
+    [-1, 1] falls between two of ``V`` equidistant edges; token ``v`` decodes to the middle of edges ``v`` and
+    ``v + 1``, and the last token, which only ``x = 1`` gets, to the last middle.
+
+    Args:
+        q01: Lower quantile of every dimension [action units].
+        q99: Upper quantile of every dimension [action units].
+        mask: Dimensions that are normalised.
+        chunk_steps: Steps ``m``.
+        num_bins: Edges, and tokens ``V``.
+        gripper_dims: Two-valued dimensions; decoders never relax them.
+
+    Attributes:
+        zero_bins: (A,) int64, the tokens nearest a zero action.
+        low: (A,) float64, smallest action.
+        high: (A,) float64, largest action.
+        clipped: Values that `encode` clipped since construction.
+
+    Raises:
+        ConfigError: Sizes or quantiles that fit no action.
+    """
+
+    def __init__(
+        self,
+        q01: Sequence[float],
+        q99: Sequence[float],
+        mask: Sequence[bool],
+        chunk_steps: int,
+        num_bins: int = 256,
+        gripper_dims: Sequence[int] = (),
+    ) -> None:
+        if not len(q01) == len(q99) == len(mask) > 0:
+            raise ConfigError(
+                f"q01 has {len(q01)} values, q99 {len(q99)} and mask {len(mask)}; give one of each a dimension."
+            )
+        if chunk_steps < 1 or num_bins < 3:
+            raise ConfigError(
+                f"chunk_steps is {chunk_steps} (at least 1) and num_bins {num_bins} (at least 3)."
+            )
+        self.action_dim, self.chunk_steps, self.num_bins = len(q01), int(chunk_steps), int(num_bins)
+        self.block_length = self.chunk_steps * self.action_dim
+        self.gripper_dims = tuple(sorted({int(d) % self.action_dim for d in gripper_dims}))
+        self.mask = torch.tensor(list(mask), dtype=torch.bool)  # (A,)
+        ones = torch.ones(self.action_dim, dtype=torch.float64)
+        self.low = torch.where(self.mask, torch.tensor(q01, dtype=torch.float64), -ones)  # (A,)
+        self.high = torch.where(self.mask, torch.tensor(q99, dtype=torch.float64), ones)  # (A,)
+        wrong = (~torch.isfinite(self.low + self.high) | (self.low > self.high)).nonzero()
+        if len(wrong):
+            d = int(wrong[0])
+            raise ConfigError(
+                f"Dimension {d} has the quantiles [{q01[d]}, {q99[d]}]; both must be finite, in order."
+            )
+        # numpy's grid, not torch's: they differ in the last bit, and so would decoded actions.
+        edges = np.linspace(-1.0, 1.0, self.num_bins)
+        self._edges = torch.from_numpy(edges)  # (V,)
+        self._centres = torch.from_numpy((edges[:-1] + edges[1:]) / 2)  # (V - 1,)
+        self.clipped = 0
+        self.zero_bins = self._bins(torch.zeros(1, 1, self.action_dim, dtype=torch.float64))[0, 0]  # (A,)
+        self.clipped = 0
+
+    def encode(self, actions: Tensor) -> Tensor:
+        """Tokens (B, n) int64 of actions (B, m, A); those out of range are clipped and counted in `clipped`.
+
+        Raises:
+            TokenError: Another shape, or NaN or infinity.
+        """
+        if actions.ndim != 3 or tuple(actions.shape[1:]) != (self.chunk_steps, self.action_dim):
+            raise TokenError(
+                f"actions have shape {tuple(actions.shape)}, expected (B, {self.chunk_steps}, {self.action_dim})."
+            )
+        if not bool(torch.isfinite(actions).all()):
+            b, step, d = (~torch.isfinite(actions)).nonzero()[0].tolist()
+            raise TokenError(f"actions[{b}, {step}, {d}] is {actions[b, step, d].item()}; it must be finite.")
+        return self._bins(actions.double()).flatten(1)
+
+    def _bins(self, actions: Tensor) -> Tensor:
+        """Bins (B, m, A) of float64 actions."""
+        low, high = self.low.to(actions.device), self.high.to(actions.device)
+        normalised = 2 * (actions - low) / (high - low).clamp(min=1e-8) - 1  # unmasked ones have [-1, 1]
+        self.clipped += int((normalised.abs() > 1 + 1e-6).sum())
+        edges = self._edges.to(actions.device)
+        return torch.bucketize(normalised.clamp(-1, 1), edges, right=True) - 1
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Actions (B, m, A) float32 [action units] of tokens (B, n); see `values`."""
+        return self.values(tokens).float()
+
+    def values(self, tokens: Tensor) -> Tensor:
+        """Actions (B, m, A) float64 [action units] of tokens (B, n).
+
+        Raises:
+            TokenError: Another shape, not integers, or a token outside the vocabulary.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] != self.block_length or tokens.is_floating_point():
+            raise TokenError(
+                f"tokens are {tuple(tokens.shape)} {tokens.dtype}, expected (B, {self.block_length}) integers."
+            )
+        outside = (tokens < 0) | (tokens >= self.num_bins)
+        if bool(outside.any()):
+            b, slot = outside.nonzero()[0].tolist()
+            raise TokenError(
+                f"tokens[{b}, {slot}] is {tokens[b, slot].item()}; tokens lie in [0, {self.num_bins - 1}]."
+            )
+        device = tokens.device
+        index = tokens.clamp(max=self.num_bins - 2).view(-1, self.chunk_steps, self.action_dim)
+        normalised = self._centres.to(device)[index]  # (B, m, A)
+        low, high = self.low.to(device), self.high.to(device)
+        return torch.where(self.mask.to(device), 0.5 * (normalised + 1) * (high - low) + low, normalised)

@@ -1,0 +1,188 @@
+"""`ceed-vla verify`: a model's inputs, action tokens and actions against those of its reference implementation.
+
+A folder holds ``images.npz`` (``images`` (cases, H, W, 3) uint8) and ``expected.json`` (``unnorm_key``, ``chunk``, and
+for every case prompt, input ids, sum of the pixel values, action tokens and the first action).
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ceed_vla.backbones.openvla import IDS_KEY, PIXELS_KEY, OpenVLABackbone
+from ceed_vla.backbones.openvla_inputs import OpenVLAInputsStep
+from ceed_vla.checkpoints import load
+from ceed_vla.convert import ConvertConfig, published_policy
+from ceed_vla.errors import CheckpointError, VerificationError
+
+IMAGES, EXPECTED = "images.npz", "expected.json"
+CASE = ("instruction", "input_ids", "pixel_values_shape", "pixel_values_sum", "action_tokens", "first_action")
+ACTION_TOLERANCE = 1e-6  # [action units]
+PIXEL_TOLERANCE = 1e-7  # of the sum, a pixel value: what rounding to float32 may change
+
+
+@dataclass
+class VerifyConfig:
+    """Compare a model with the outputs of its reference implementation, a line a case; exit code 1 if they differ.
+
+    Attributes:
+        folder: Model with images.npz and expected.json beside it.
+        policy_path: Check this converted checkpoint on the folder's cases, instead of the folder itself.
+        dtype: Type of the weights: "float32" (the references'), "auto" (as published), "bfloat16" or "float16".
+        device: Where to run.
+    """
+
+    folder: str
+    policy_path: str = ""
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Cases:
+    """What a folder expects.
+
+    Attributes:
+        images: (cases, H, W, 3) uint8.
+        expected: One mapping a case.
+        chunk: Actions decoded.
+        unnorm_key: Data set whose statistics were used.
+    """
+
+    images: NDArray[np.uint8]
+    expected: list[dict[str, Any]]
+    chunk: int
+    unnorm_key: str
+
+
+def read_cases(folder: str | Path) -> Cases:
+    """Read images and expected outputs.
+
+    Raises:
+        CheckpointError: Files that are missing, damaged, or of another format.
+    """
+    from ceed_vla.backbones.openvla_folder import read_json
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"No folder at {folder}; give one with a model, {IMAGES} and {EXPECTED}.")
+    values = read_json(folder / EXPECTED)
+    try:
+        with np.load(folder / IMAGES) as arrays:
+            images = arrays["images"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{folder / IMAGES} has no array 'images' that can be read ({error})."
+        ) from error
+    cases = values.get("cases")
+    if not isinstance(cases, list) or not cases or "chunk" not in values:
+        raise CheckpointError(f"{folder / EXPECTED} needs 'chunk' and a list 'cases'.")
+    for number, case in enumerate(cases):
+        if missing := [key for key in CASE if key not in case]:
+            raise CheckpointError(f"{folder / EXPECTED}: case {number} lacks {', '.join(missing)}.")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(cases):
+        raise CheckpointError(
+            f"{folder / IMAGES}: images are {images.shape} {images.dtype}, expected ({len(cases)}, H, W, 3) uint8: "
+            "one RGB picture a case."
+        )
+    return Cases(images, cases, int(values["chunk"]), str(values.get("unnorm_key") or ""))
+
+
+def verify(config: VerifyConfig) -> str:
+    """Run all cases through autoregressive and strict Jacobi decoding.
+
+    Returns:
+        A summary; the lines of the cases are printed.
+
+    Raises:
+        VerificationError: A case differs.
+        CheckpointError: A folder that cannot be read.
+    """
+    cases = read_cases(config.folder)
+    if config.policy_path:
+        policy, pre, _ = load(config.policy_path, config.device)
+    else:
+        source = ConvertConfig(
+            config.folder,
+            weights="reference",
+            dtype=config.dtype,
+            unnorm_key=cases.unnorm_key,
+            chunk_size=cases.chunk,
+            device=config.device,
+        )
+        policy, pre, _ = published_policy(source)
+    if not isinstance(policy.backbone, OpenVLABackbone):
+        kind = policy.config.backbone.type
+        raise CheckpointError(f"{config.policy_path} runs a {kind} model; cases are those of OpenVLA.")
+    if policy.config.chunk_size != cases.chunk:
+        raise CheckpointError(
+            f"{config.policy_path} decodes chunks of {policy.config.chunk_size}, the cases hold {cases.chunk} "
+            "actions; convert it with that --chunk_size."
+        )
+    wrong = 0
+    for number, case in enumerate(cases.expected):
+        problems, facts = _check(policy, pre, cases.images[number], case)
+        wrong += bool(problems)
+        print(f"case {number:>2}  {'DIFFERS' if problems else 'equal'}  {facts}  {case['instruction']!r}")
+        for problem in problems:
+            print(f"         {problem}")
+    if wrong:
+        raise VerificationError(f"{wrong} of {len(cases.expected)} cases differ from the reference.")
+    return f"all {len(cases.expected)} cases equal the reference"
+
+
+def _check(policy: Any, pre: Any, image: NDArray[np.uint8], case: dict[str, Any]) -> tuple[list[str], str]:
+    """What differs in a case, and a line of numbers about it."""
+    step = next(step for step in pre.steps if isinstance(step, OpenVLAInputsStep))
+    picture = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)  # (1, 3, H, W)
+    batch = pre({step.camera: picture.float() / 255, "task": case["instruction"]})
+    problems = []
+    prompt = step.text(case["instruction"])
+    if prompt.lower() != str(case.get("prompt", prompt)).lower():
+        problems.append(f"prompt: {prompt!r}, expected {case['prompt']!r}")
+    elif "prompt" in case:  # as the reference spelled it
+        batch[IDS_KEY] = torch.tensor([step.encode_text(case["prompt"])], device=batch[IDS_KEY].device)
+    problems += _differences("input ids", batch[IDS_KEY][0].tolist(), case["input_ids"])
+    pixels = batch[PIXELS_KEY]
+    problems += _differences("pixel shape", list(pixels.shape), list(case["pixel_values_shape"]))
+    off = abs(pixels.double().sum().item() - case["pixel_values_sum"])
+    if not off <= PIXEL_TOLERANCE * pixels.numel():
+        problems.append(f"pixel sum: {pixels.double().sum().item()!r}, expected {case['pixel_values_sum']!r}")
+    autoregressive, jacobi = policy.decode(batch, "ar"), policy.decode(batch, "jacobi")
+    for name, result in (("AR tokens", autoregressive), ("Jacobi tokens", jacobi)):
+        problems += _differences(name, _ids(policy, result.tokens), case["action_tokens"])
+    action = policy.tokenizer.values(autoregressive.tokens)[0, 0].cpu().numpy()  # (A,) float64
+    expected = np.array(case["first_action"], dtype=np.float64)
+    error = float(np.abs(action - expected).max()) if action.shape == expected.shape else float("inf")
+    if not error <= ACTION_TOLERANCE:
+        problems.append(f"first action: {action.tolist()}, expected {expected.tolist()}")
+    n = autoregressive.tokens.shape[1]
+    return problems, (
+        f"{len(case['input_ids'])} ids, pixel sum off by {off:.1e}, {n} tokens: AR {autoregressive.forwards + 1} "
+        f"forwards, Jacobi {jacobi.forwards + 1}, action off by {error:.1e}"
+    )
+
+
+def _ids(policy: Any, tokens: Tensor) -> list[int]:
+    """Vocabulary ids of a block (1, n)."""
+    return [policy.backbone.words - 1 - token for token in tokens[0].tolist()]
+
+
+def _differences(name: str, found: list[int], expected: list[int]) -> list[str]:
+    if found == expected:
+        return []
+    if len(found) != len(expected):
+        return [f"{name}: {len(found)} instead of {len(expected)}: {json.dumps(found)}"]
+    first = next(i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1])
+    count = sum(a != b for a, b in zip(found, expected, strict=True))
+    return [
+        f"{name}: {count} of {len(found)} differ, the first at {first}: {found[first]} instead of {expected[first]}"
+    ]

@@ -1,0 +1,52 @@
+"""The simulated tabletop robot and the policy that drives it.
+
+ros2 launch ceed_vla sim_demo.launch.py task:=cube_in_bin seed:=1
+"""
+
+from launch import LaunchDescription
+from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
+from launch_ros.actions import Node
+from launch_ros.parameter_descriptions import ParameterValue
+from launch_ros.substitutions import FindPackageShare
+
+LAUNCH = PathJoinSubstitution([FindPackageShare("ceed_vla"), "launch"])
+# Argument -> (default, description, type). Each overrides the simulation's parameter of its name.
+PARAMETERS = {
+    "task": ("mixed", "mixed, cube_in_bin, cube_on_plate, push_cube or stack_cubes", str),
+    "seed": ("0", "decides the scene", int),
+}
+# Passed on to policy.launch.py: argument -> (default, description).
+POLICY = {
+    "namespace": ("", "namespace of both nodes"),
+    "checkpoint": ("student", "LeRobot checkpoint folder, or teacher or student for the shipped ones"),
+    "action_interface": ("forward_position", "forward_position, joint_trajectory or servo_twist"),
+    "start_enabled": ("true", "move at once; false: wait for policy/enable"),
+}
+
+
+def generate_launch_description() -> LaunchDescription:
+    """Two nodes."""
+    described = {name: (default, text) for name, (default, text, _) in PARAMETERS.items()} | POLICY
+    arguments = [
+        DeclareLaunchArgument(name, default_value=default, description=text)
+        for name, (default, text) in described.items()
+    ]
+    overrides = {
+        name: ParameterValue(LaunchConfiguration(name), value_type=kind)
+        for name, (_, _, kind) in PARAMETERS.items()
+    }
+    sim = Node(
+        package="ceed_vla",
+        executable="sim_node",
+        name="sim",
+        namespace=LaunchConfiguration("namespace"),
+        parameters=[PathJoinSubstitution([LAUNCH, "config", "sim.yaml"]), overrides],
+        output="screen",
+    )
+    policy = IncludeLaunchDescription(
+        PythonLaunchDescriptionSource(PathJoinSubstitution([LAUNCH, "policy.launch.py"])),
+        launch_arguments={name: LaunchConfiguration(name) for name in POLICY}.items(),
+    )
+    return LaunchDescription([*arguments, sim, policy])

@@ -1,0 +1,364 @@
+"""From observations to commands at a fixed rate, free of ROS and of clocks: the policy node's whole behaviour.
+
+Time is a grid of steps of ``action_dt``, each ``N`` ticks long. A step has one end target; the command of tick i of N
+lies on the straight line from the target before to this one, so commands stay continuous where one chunk follows
+another. As soon as `SafetyFilter` or an input objects, the arm holds and everything the policy had planned is dropped;
+it goes on from where it was held.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ceed_vla.errors import ConfigError, ObservationError
+from ros_nodes.chunk_stream import ChunkStream, Plan
+from ros_nodes.inference import InferenceWorker
+from ros_nodes.loop_statistics import LoopStatistics
+from ros_nodes.motion import Motion
+from ros_nodes.observations import Observations
+from ros_nodes.predictor import Request
+from ros_nodes.safety import Decision, Hold, SafetyFilter
+
+Array = NDArray[np.float64]
+
+WAITING, STARVED = "waiting", "starved"
+_OWN_HOLDS = (WAITING, STARVED)  # the stream goes on after these by itself
+_SPEECHLESS = ("act", "diffusion", "multi_task_dit", "tdmpc", "vqbet")  # policies that no instruction reaches
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request whose chunk does not move the arm yet."""
+
+    taken: float  # when the oldest of its images was taken, on the messages' clock [s]
+    sent: float  # steady time [s]
+    frozen_steps: int
+    deadline_s: float | None
+    decode_s: float = 0.0
+
+
+class PolicyController:
+    """Streams a policy's actions.
+
+    Args:
+        observations: Inputs.
+        motion: Actions to joint targets.
+        safety: Judges every command.
+        stream: Joins chunks.
+        worker: A started policy.
+        command_rate: Ticks per second [Hz], a multiple of the steps per second.
+        instruction: What to do.
+
+    Attributes:
+        statistics: What happened.
+        hold: Why the arm holds now; None in motion.
+        conflict: Set it to the reason why nothing may be sent now, though motion is enabled (another commander).
+
+    Raises:
+        ConfigError: A command rate that does not fit the steps.
+    """
+
+    def __init__(
+        self,
+        observations: Observations,
+        motion: Motion,
+        safety: SafetyFilter,
+        stream: ChunkStream,
+        worker: InferenceWorker,
+        *,
+        command_rate: float,
+        instruction: str = "",
+    ) -> None:
+        self._observations, self._motion, self._safety = observations, motion, safety
+        self._stream, self._worker = stream, worker
+        self._rate, self._per_step = command_rate, ticks_per_step(command_rate, stream.action_dt)
+        self.instruction = instruction
+        self._needs_instruction = worker.spec.policy_type not in _SPEECHLESS
+        self.statistics = LoopStatistics(1.0 / command_rate)
+        self.hold: Hold | None = Hold("disabled", "not enabled")
+        self.conflict: str | None = None
+        self._enable_asked = False
+        self._enabled_at = -math.inf  # images from before are of another situation
+        self._silent = True
+        self._clock_fault: Hold | None = None
+        self._last_tick: float | None = None
+        self._origin, self._step_tick = 0.0, 0  # grid: time of tick 0 [s], first tick of the step that runs
+        self._start: Array = motion.joints  # target before the one of the step that runs
+        self._step_hold: Hold | None = None
+        self._seam = False
+        self._asked: dict[int, _Asked] = {}
+        self._fresh: _Asked | None = None  # the next command is the first computed from this request
+
+    # ---- what operators do --------------------------------------------------------------------------------------
+
+    def enable(self, now: float, *, insist: bool = False) -> Hold | None:
+        """Allow motion from the measured pose on, with nothing planned; `now` is the clock's time [s].
+
+        Returns:
+            Why not, or None. With `insist` it is tried again at every tick until joint states come.
+        """
+        refused = self._safety.enable()
+        self._enable_asked = insist and refused is not None and self._safety.stopped is None
+        if refused is None:
+            self._drop_plans()
+            joints = self._observations.joints
+            measured = self._safety.measured
+            assert measured is not None
+            self._motion.restart(measured, joints.opening if joints else None)
+            self._enabled_at = now
+        return refused
+
+    def disable(self) -> None:
+        """Hold once, then send nothing until `enable`."""
+        self._enable_asked = False
+        self._safety.disable()
+        self._drop_plans()
+
+    def estop(self, reason: str) -> None:
+        """Latch the stop: hold until `reset`, then `enable`."""
+        self._enable_asked = False
+        self._safety.estop(reason)
+        self._drop_plans()
+
+    def reset(self) -> None:
+        """Unlatch the stop; motion stays disabled."""
+        self._safety.reset()
+
+    def instruct(self, instruction: str) -> None:
+        """Do something else from the next chunk on, which is asked for at once."""
+        if instruction != self.instruction:
+            self.instruction = instruction
+            self._stream.hurry()
+
+    # ---- the loop -----------------------------------------------------------------------------------------------
+
+    def tick(self, now: float, clock: float) -> Decision | None:
+        """One command.
+
+        Args:
+            now: Steady time [s].
+            clock: Time of the messages' stamps [s].
+
+        Returns:
+            What to send; None to send nothing.
+        """
+        dt = now - self._last_tick if self._last_tick is not None else 1.0 / self._rate
+        self._last_tick = now
+        self._watch_clock(dt, clock)
+        dt = max(dt, 1.0 / self._rate)  # a tick that only makes up for a late one is no faster motion
+        self._take_answer(now)
+        if self._enable_asked:
+            self.enable(clock, insist=True)
+        hold = self._objection()
+        if self._stays_silent(clock):
+            return self._fall_silent(dt, clock, hold)
+        decision = (
+            self._move(now, dt, clock, hold) if self._stream.started else self._wait(now, dt, clock, hold)
+        )
+        self.hold = self._cause(decision.hold)
+        if decision.positions is None:
+            return None
+        self.statistics.sent(now, decision.positions, self._seam)
+        self._seam = False
+        return self._without_old_gripper(decision)
+
+    def ages(self, clock: float) -> dict[str, float | None]:
+        """Input -> age [s]."""
+        return self._observations.ages(clock)
+
+    def _watch_clock(self, dt: float, clock: float) -> None:
+        """After a step back, the stamps of the inputs are of a time that is still to come: wait for new ones."""
+        self._enabled_at = min(self._enabled_at, clock)
+        if dt <= 0.0:
+            self._clock_fault = Hold("clock", f"the clock went back by {-dt:.2f} s; waiting for new inputs")
+            self._observations.forget()
+            self._drop_plans()
+        elif self._clock_fault is not None and None not in self.ages(clock).values():
+            self._clock_fault = None
+
+    def _cause(self, hold: Hold | None) -> Hold | None:
+        """What made an input stale, where that is known."""
+        if hold is None or hold.code != "stale":
+            return hold
+        return self._clock_fault or self._observations.fault or hold
+
+    def _stays_silent(self, clock: float) -> bool:
+        """Whether nothing is sent. Out of silence, motion starts from wherever others moved the arm meanwhile."""
+        if self._safety.stopped is not None:
+            return self._silent  # an arm that was commanded is held; one that was left alone is left alone
+        if not self._safety.enabled or self.conflict is not None:
+            return True
+        if self._silent:
+            self._silent = self.enable(clock) is not None
+        return self._silent
+
+    def _fall_silent(self, dt: float, clock: float, hold: Hold | None) -> Decision | None:
+        """The last command once more, so that a twist ends too; then nothing."""
+        if self._silent:
+            stopped = self._safety.stopped
+            self.hold = Hold("estop", f"emergency stop ({stopped})") if stopped is not None else None
+            self.hold = self.hold or hold or Hold("disabled", "not enabled")
+            return None
+        self._silent = True
+        self._drop_plans()
+        self.statistics.paused()
+        decision = self._safety.command(
+            None, None, dt=dt, ages=self.ages(clock), hold=hold or Hold("disabled", "")
+        )
+        self.hold = decision.hold
+        if decision.positions is None or self.conflict is not None:
+            return None
+        return self._without_old_gripper(decision)
+
+    def _wait(self, now: float, dt: float, clock: float, hold: Hold | None) -> Decision:
+        """Hold with nothing planned; begin as soon as nobody objects."""
+        hold = hold or Hold(WAITING, "for the first chunk")
+        decision = self._safety.command(None, None, dt=dt, ages=self.ages(clock), hold=hold)
+        if decision.hold == hold and hold.code == WAITING and decision.positions is not None:
+            self._motion.resume(decision.positions)
+            self._start, self._origin, self._step_tick = decision.positions, now, 0
+            self._stream.start()
+            self._begin_step(now)
+        return decision
+
+    def _move(self, now: float, dt: float, clock: float, hold: Hold | None) -> Decision:
+        """The command of this tick; at the end of a step, the next step begins."""
+        part = round((now - self._origin) * self._rate) - self._step_tick
+        share = min(part / self._per_step, 1.0)
+        wanted = self._start + share * (self._motion.joints - self._start)
+        decision = self._safety.command(
+            wanted, self._motion.gripper, dt=dt, ages=self.ages(clock), hold=hold or self._step_hold
+        )
+        if decision.hold is not None and decision.hold.code not in _OWN_HOLDS:
+            self._drop_plans()
+            return decision
+        if decision.hold is None and self._fresh is not None:
+            latency = clock - self._fresh.taken
+            self.statistics.to_command.add(latency)
+            self.statistics.beyond_decode.add(latency - self._fresh.decode_s)
+            self._fresh = None
+        if part >= self._per_step:
+            self._next_step(now, part)
+        return decision
+
+    def _next_step(self, now: float, part: int) -> None:
+        self._step_tick += self._per_step
+        if part >= 2 * self._per_step:  # a whole step was missed: skipping its motion would be a jump
+            self.statistics.slips += 1
+            self._origin, self._step_tick = now, 0
+        self._begin_step(now)
+
+    def _begin_step(self, now: float) -> None:
+        """Ask for the next chunk if it is due, and take the action of this step."""
+        plan = self._stream.plan()
+        if plan is not None and not self._ask(plan, now):
+            self._stream.cancel(plan.id)
+        target = self._stream.target()
+        self._start = self._motion.joints
+        if target.action is None:
+            detail = (
+                "for the first chunk"
+                if target.source == WAITING
+                else "the chunk ended before the next one came"
+            )
+            error = self.statistics.last_error
+            self._step_hold = Hold(target.source, f"{detail} (last error: {error})" if error else detail)
+            return
+        self._step_hold, self._seam = None, target.seam
+        self._motion.advance(np.asarray(target.action, dtype=np.float64))
+        asked = self._asked.get(target.chunk_id or 0)
+        if asked is not None and target.index >= asked.frozen_steps:
+            self._fresh = asked
+            self._asked.clear()
+
+    def _ask(self, plan: Plan, now: float) -> bool:
+        """Send the newest observation to the policy; False if it cannot be sent."""
+        try:
+            observation = self._observations.snapshot(self._motion)
+        except ObservationError:  # the objection of the next tick says what is wrong
+            return False
+        taken = self._observations.image_stamp
+        request = Request(
+            plan.id,
+            observation,
+            self.instruction,
+            plan.previous,
+            plan.shift_steps,
+            plan.frozen_steps,
+            plan.deadline_s,
+        )
+        if not self._worker.submit(request):
+            return False
+        taken = math.nan if taken is None else taken
+        self._asked[plan.id] = _Asked(taken, now, plan.frozen_steps, plan.deadline_s)
+        return True
+
+    def _take_answer(self, now: float) -> None:
+        response = self._worker.poll()
+        if response is None:
+            return
+        self.statistics.answered(response)
+        asked = self._asked.pop(response.id, None)
+        if response.error is not None:
+            self._stream.cancel(response.id)
+            return
+        try:
+            accepted = self._stream.offer(response.id, response.actions, response.tokens)
+        except ConfigError as error:
+            self.statistics.errors += 1
+            self.statistics.last_error = str(error)
+            self._stream.cancel(response.id)
+            return
+        if asked is None or not accepted:
+            return
+        self.statistics.last_error = ""
+        late = asked.deadline_s is not None and now - asked.sent > asked.deadline_s
+        self.statistics.deadline_misses += late
+        self._asked = {response.id: replace(asked, decode_s=response.seconds.get("total", 0.0))}
+        if self._step_hold is not None:  # nothing moves: the next step need not wait for its boundary
+            self._step_tick = round((now - self._origin) * self._rate) - self._per_step
+
+    def _objection(self) -> Hold | None:
+        """Why the arm must hold though the safety filter has no reason."""
+        if self.conflict is not None:
+            return Hold("conflict", self.conflict)
+        if self._worker.failed is not None:
+            return Hold("inference_failed", f"{self._worker.failed} Clean up and configure again.")
+        if self._observations.fault is not None:
+            return self._observations.fault
+        if self._needs_instruction and not self.instruction.strip():
+            return Hold("no_instruction", "publish one on ~/instruction or set the parameter instruction")
+        taken = self._observations.image_stamp
+        if taken is not None and taken < self._enabled_at:
+            return Hold(WAITING, "for images taken after motion was enabled")
+        return None
+
+    def _drop_plans(self) -> None:
+        self._stream.stop()
+        self._asked.clear()
+        self._fresh = self._step_hold = None
+        self._seam = False
+
+    def _without_old_gripper(self, decision: Decision) -> Decision:
+        """Without the gripper's command of an earlier motion, which the filter still knows."""
+        return decision if self._motion.gripper is not None else replace(decision, gripper=None)
+
+
+def ticks_per_step(command_rate: float, action_dt: float) -> int:
+    """Commands in one step of the policy.
+
+    Raises:
+        ConfigError: Not a whole number of them.
+    """
+    ticks = round(command_rate * action_dt)
+    if ticks < 1 or abs(ticks - command_rate * action_dt) > 1e-6:
+        near = max(ticks, 1) / action_dt
+        raise ConfigError(
+            f"command_rate is {command_rate:g} Hz; it must be a multiple of the {1 / action_dt:g} steps per second, "
+            f"such as {near:g}."
+        )
+    return ticks

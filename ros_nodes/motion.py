@@ -1,0 +1,153 @@
+"""From a policy's actions to the arm's joint targets and the gripper's opening, one step of the policy at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ceed_vla.errors import ConfigError
+from ros_nodes.robot_config import Gripper, RobotConfig
+
+if TYPE_CHECKING:  # a robot that is commanded in joint positions needs no mink
+    from ros_nodes.kinematics import ArmKinematics
+
+Array = NDArray[np.float64]
+
+
+class Motion:
+    """Where the arm shall be at the end of the step that runs. Subclasses say what an action does.
+
+    Args:
+        robot: The robot.
+
+    Attributes:
+        joints: (J,) targets [rad].
+        gripper: Opening [m]; None while no action has set it.
+    """
+
+    def __init__(self, robot: RobotConfig) -> None:
+        self._robot = robot
+        self.joints: Array = np.zeros(len(robot.arm.joints))
+        self.gripper: float | None = None
+        self._open = True
+
+    def restart(self, joints: Array, opening: float | None) -> None:
+        """Start from joints (J,) [rad] and a gripper's opening [m] as measured; nothing is commanded yet."""
+        self.gripper = None
+        if self._robot.gripper is not None and opening is not None:
+            self._open = opening > 0.5 * (self._robot.gripper.closed + self._robot.gripper.open)
+        self.resume(joints)
+
+    def resume(self, joints: Array) -> None:
+        """Go on from joints (J,) [rad], where the arm was held; the gripper's command stays."""
+        self.joints = np.array(joints, dtype=np.float64)
+
+    def advance(self, action: Array) -> None:
+        """Execute one action (A,).
+
+        Raises:
+            ConfigError: Another length, or not finite.
+        """
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != (self._robot.action_dim,) or not np.isfinite(action).all():
+            raise ConfigError(
+                f"The action is {action.tolist()}; give {self._robot.action_dim} finite numbers."
+            )
+        gripper = self._robot.gripper
+        if gripper is not None and gripper.action != "none":
+            self._command_gripper(gripper, float(action[-1]))
+            action = action[:-1]
+        self._move(action)
+
+    @property
+    def commanded(self) -> dict[str, Array | float | None]:
+        """The commanded parts of a policy's state."""
+        return {"commanded_gripper": 1.0 if self._open else -1.0}
+
+    def _command_gripper(self, gripper: Gripper, value: float) -> None:
+        if gripper.action == "binary":
+            self._open = value > 0.0
+            self.gripper = gripper.open if self._open else gripper.closed
+        else:
+            self.gripper = min(max(value, gripper.closed), gripper.open)
+            self._open = self.gripper > 0.5 * (gripper.closed + gripper.open)
+
+    def _move(self, action: Array) -> None:
+        raise NotImplementedError
+
+
+class JointPositions(Motion):
+    """Actions are joint positions."""
+
+    def _move(self, action: Array) -> None:
+        self.joints = action * self._robot.arm.radians
+
+
+class JointDeltas(Motion):
+    """Actions are changes of the joint targets."""
+
+    def _move(self, action: Array) -> None:
+        self.joints = self.joints + action * self._robot.arm.radians
+
+
+class EndEffectorDeltas(Motion):
+    """Actions move the commanded TCP pose, and inverse kinematics moves the joints after it.
+
+    Args:
+        robot: The robot.
+        kinematics: Of its arm.
+    """
+
+    def __init__(self, robot: RobotConfig, kinematics: ArmKinematics) -> None:
+        from ros_nodes.kinematics import CommandedPose, PoseLimits
+
+        super().__init__(robot)
+        action = robot.action
+        self._kinematics = kinematics
+        self._pose = CommandedPose(
+            PoseLimits(
+                position_scale=action.position_scale,
+                rotation_scale=action.rotation_scale,
+                workspace_low=np.array(action.workspace_low),
+                workspace_high=np.array(action.workspace_high),
+                max_tilt=action.max_tilt,
+                max_yaw=action.max_yaw,
+            )
+        )
+
+    def resume(self, joints: Array) -> None:
+        """See `Motion.resume`; the commanded pose is where these joints are."""
+        super().resume(joints)
+        self._pose.reset(*self._kinematics.forward(self.joints))
+
+    @property
+    def commanded(self) -> dict[str, Array | float | None]:
+        """See `Motion.commanded`."""
+        yaw = self._pose.rpy[2]
+        return {
+            **super().commanded,
+            "commanded_position": self._pose.position,
+            "commanded_yaw_cos_sin": np.array([np.cos(yaw), np.sin(yaw)]),
+        }
+
+    def _move(self, action: Array) -> None:
+        self._pose.advance(action)
+        self.joints = self._kinematics.solve(self.joints, self._pose.position, self._pose.quaternion)
+        self._pose.follow(*self._kinematics.forward(self.joints))
+
+
+def make_motion(robot: RobotConfig, kinematics: ArmKinematics | None) -> Motion:
+    """The motion that a robot's file names.
+
+    Raises:
+        ConfigError: EE deltas without kinematics, or limits that cannot be.
+    """
+    if robot.action.kind == "joint_position":
+        return JointPositions(robot)
+    if robot.action.kind == "joint_delta":
+        return JointDeltas(robot)
+    if kinematics is None:
+        raise ConfigError(f"{robot.source}: ee_delta actions need arm.model.")
+    return EndEffectorDeltas(robot, kinematics)

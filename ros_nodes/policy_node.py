@@ -1,0 +1,341 @@
+"""A lifecycle node that drives an arm with a LeRobot policy: topics in, commands at a fixed rate out.
+
+Behaviour is in `PolicyController`; this file is its connection to ROS. docs/robots.md lists topics and parameters.
+"""
+
+from __future__ import annotations  # noqa: I001 - ros_nodes.messages comes first: it explains absent ROS
+
+import gc
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from ros_nodes.messages import COMMAND, LATCHED, SENSOR
+
+import numpy as np
+import rclpy.executors
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from rclpy.clock import Clock, ClockType
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.parameter import Parameter
+from rcl_interfaces.msg import SetParametersResult
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_msgs.msg import String
+from std_srvs.srv import SetBool, Trigger
+
+from ceed_vla.errors import CeedVLAError
+from ros_nodes import parameters
+from ros_nodes.diagnostics import running_status, status_message
+from ros_nodes.interfaces import ArmInterface, GripperCommands, make_interface
+from ros_nodes.policy_setup import PolicySetup, make_setup
+from ros_nodes.safety import Decision
+from ros_nodes.spinning import StopSignal, run
+
+CONFLICT_PERIOD = 0.2  # how often other commanders are looked for [s]
+
+
+class PolicyNode(LifecycleNode):
+    """See the module.
+
+    Args:
+        stop: Ends a configuration under way.
+        node_options: Of `rclpy.node.Node`.
+
+    Raises:
+        ConfigError: A parameter has a value that is not allowed.
+    """
+
+    def __init__(self, stop: StopSignal | None = None, **node_options: Any) -> None:
+        super().__init__("policy", **node_options)
+        parameters.declare_parameters(self)
+        self.add_on_set_parameters_callback(self._check_parameters)
+        self.add_post_set_parameters_callback(self._take_parameters)
+        self._stop = stop
+        self._setup: PolicySetup | None = None
+        self._active: _Streaming | None = None
+        self._failure = ""  # why the last transition failed
+        self._stopped_early: str | None = None  # an emergency stop while there was nothing to stop
+        self._inputs: list[Any] = []
+        self._steady = Clock(clock_type=ClockType.STEADY_TIME)  # runs on when the system's time is set
+        self._diagnostics = self.create_publisher(DiagnosticArray, "diagnostics", COMMAND)
+        self.create_timer(1.0, self._publish_diagnostics, clock=self._steady)
+        self.create_subscription(String, "~/instruction", self._on_instruction, LATCHED)
+        self.create_service(Trigger, "~/estop", self._on_estop)
+        self.create_service(Trigger, "~/reset", self._on_reset)
+        self.create_service(SetBool, "~/enable", self._on_enable)
+        if self.get_parameter("autostart").value:
+            self._autostart = self.create_timer(0.0, self._start, clock=self._steady)
+
+    def make_executor(self) -> rclpy.executors.Executor:
+        """The executor that the parameter names.
+
+        Single is the default: MultiThreaded misses ticks, Events is experimental.
+        """
+        if self.get_parameter("executor").value == "events":
+            from rclpy.experimental import EventsExecutor
+
+            return EventsExecutor()
+        return rclpy.executors.SingleThreadedExecutor()
+
+    # ---- lifecycle ----------------------------------------------------------------------------------------------
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Load robot and checkpoint; stays unconfigured, and says why, if they do not fit."""
+        self._failure = ""
+        self._publish(DiagnosticStatus.WARN, "configuring", {"state": "configuring"})
+        try:
+            setup = make_setup(
+                parameters.values(self), lambda: self._stop is not None and self._stop.received
+            )
+        except CeedVLAError as error:
+            self._failure = f"configure failed: {error}"
+            self.get_logger().error(self._failure)
+            return TransitionCallbackReturn.FAILURE
+        self._setup = setup
+        if self._stopped_early is not None:
+            setup.controller.estop(self._stopped_early)
+        for camera in setup.observations.cameras:
+            kind = CompressedImage if camera.source.transport == "compressed" else Image
+            callback = partial(setup.observations.take_image, camera)
+            self._inputs.append(self.create_subscription(kind, camera.source.topic, callback, SENSOR))
+        self._inputs.append(
+            self.create_subscription(JointState, setup.robot.joint_states, self._on_joint_states, SENSOR)
+        )
+        spec = setup.worker.spec
+        self.get_logger().info(
+            f"{spec.checkpoint}: {spec.policy_type}, chunks of {spec.chunk_steps} steps, "
+            f"{1e3 * spec.warmup_s:.0f} ms for one"
+        )
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Hold the measured pose, then stream."""
+        assert self._setup is not None
+        try:
+            self._active = _Streaming(self, self._setup, self._steady)
+        except CeedVLAError as error:
+            self._failure = f"activate failed: {error}"
+            self.get_logger().error(self._failure)
+            return TransitionCallbackReturn.FAILURE
+        if self.get_parameter("start_enabled").value:
+            self._setup.controller.enable(self.clock_time(), insist=True)
+        gc.collect()
+        gc.freeze()  # a full collection takes longer than a tick
+        return super().on_activate(state)
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Hold, then send nothing."""
+        self._end_stream()
+        return super().on_deactivate(state)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Forget robot and checkpoint."""
+        self._release()
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Hold and end."""
+        self._release()
+        return TransitionCallbackReturn.SUCCESS
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Back to unconfigured."""
+        self._failure = self._failure or "a transition raised an error; the log has it"
+        self._release()
+        return TransitionCallbackReturn.SUCCESS
+
+    def destroy_node(self) -> None:
+        """Hold, end the policy, and go."""
+        self._release()
+        super().destroy_node()
+
+    def _start(self) -> None:
+        """Configure and activate, once."""
+        self._autostart.cancel()
+        if self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
+            self.trigger_activate()
+
+    def _end_stream(self) -> None:
+        if self._active is not None:
+            self._active.end()
+            self._active = None
+
+    def _release(self) -> None:
+        self._end_stream()
+        for subscription in self._inputs:
+            self.destroy_subscription(subscription)
+        self._inputs.clear()
+        if self._setup is not None:
+            self._stopped_early = self._setup.safety.stopped
+            self._setup.worker.close()
+            self._setup = None
+
+    # ---- inputs -------------------------------------------------------------------------------------------------
+
+    def clock_time(self) -> float:
+        """Time of the messages' stamps [s]; the simulation's with use_sim_time."""
+        return 1e-9 * float(self.get_clock().now().nanoseconds)
+
+    def _on_joint_states(self, message: JointState) -> None:
+        assert self._setup is not None
+        self._setup.safety.measure(message.name, message.position)
+        self._setup.observations.take_joints(message)
+
+    def _on_instruction(self, message: String) -> None:
+        self.set_parameters([Parameter("instruction", value=message.data)])
+
+    def _check_parameters(self, changes: list[Parameter]) -> SetParametersResult:
+        return parameters.refusal(changes, configured=self._setup is not None)
+
+    def _take_parameters(self, changes: list[Parameter]) -> None:
+        for change in changes:
+            if change.name == "instruction" and self._setup is not None:
+                self._setup.controller.instruct(change.value)
+
+    def _on_estop(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        if self._setup is not None:
+            self._setup.controller.estop("~/estop")
+        else:
+            self._stopped_early = "~/estop"
+        self.get_logger().error("Emergency stop; ~/reset unlatches it, then ~/enable allows motion.")
+        response.success, response.message = True, "stopped; ~/reset, then ~/enable"
+        return response
+
+    def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        self._stopped_early = None
+        if self._setup is not None:
+            self._setup.controller.reset()
+        response.success, response.message = True, "disabled; ~/enable allows motion"
+        return response
+
+    def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
+        if self._setup is None or self._active is None:
+            response.success = not request.data
+            response.message = "the node is not active; configure and activate it first"
+            return response
+        controller = self._setup.controller
+        if request.data:
+            refused = controller.enable(self.clock_time())
+            response.success = refused is None
+            response.message = "enabled" if refused is None else f"{refused.code}: {refused.detail}"
+        else:
+            controller.disable()
+            response.success, response.message = True, "disabled"
+        return response
+
+    # ---- diagnostics --------------------------------------------------------------------------------------------
+
+    def _publish_diagnostics(self) -> None:
+        setup = self._setup
+        if setup is not None and self._active is not None:
+            now = self._active.now()
+            self._publish(
+                *running_status(setup.controller, setup.safety, setup.stream, now, self.clock_time())
+            )
+            return
+        state = "unconfigured" if setup is None else "inactive"
+        level = DiagnosticStatus.ERROR if self._failure else DiagnosticStatus.WARN
+        values: dict[str, Any] = {"state": state, "hold_reason": self._failure}
+        if setup is not None:
+            values |= {
+                f"observation_age_s.{k}": v for k, v in setup.controller.ages(self.clock_time()).items()
+            }
+        self._publish(level, self._failure or state, values)
+
+    def _publish(self, level: bytes, message: str, values: dict[str, Any]) -> None:
+        shown = {name: self.get_parameter(name).value for name in ("checkpoint", "action_interface")}
+        hardware = self.get_parameter("robot_config").value or "tabletop"
+        stamp = self.get_clock().now().to_msg()
+        self._diagnostics.publish(
+            status_message(self.get_fully_qualified_name(), hardware, level, message, values | shown, stamp)
+        )
+
+
+class _Streaming:
+    """What exists while the node is active: command publishers, and the timer that feeds them."""
+
+    def __init__(self, node: PolicyNode, setup: PolicySetup, steady: Clock) -> None:
+        self._node, self._setup = node, setup
+        self._simulated = node.get_parameter("use_sim_time").value
+        self._period = 1.0 / node.get_parameter("command_rate").value
+        limits = setup.safety.limits
+        self._arm: ArmInterface = make_interface(
+            node,
+            setup.interface,
+            limits.joint_names,
+            self._period,
+            (limits.position_low, limits.position_high),
+            setup.kinematics,
+        )
+        gripper = setup.robot.gripper
+        self._gripper = GripperCommands(node, gripper.topic) if gripper is not None else None
+        self._last: Decision | None = None
+        clock = node.get_clock() if self._simulated else steady
+        self._timers = [
+            node.create_timer(self._period, self._tick, clock=clock),
+            node.create_timer(CONFLICT_PERIOD, self._look_for_others, clock=steady),
+        ]
+
+    def now(self) -> float:
+        """Time of the step grid [s]: steady, or the simulation's."""
+        return self._node.clock_time() if self._simulated else time.monotonic()
+
+    def end(self) -> None:
+        """Hold once more and stop."""
+        for timer in self._timers:
+            self._node.destroy_timer(timer)
+        self._setup.controller.disable()
+        self._tick()
+        for publisher in self._publishers():
+            self._node.destroy_publisher(publisher)
+
+    def _tick(self) -> None:
+        now = self.now()
+        decision = self._setup.controller.tick(now, self._node.clock_time())
+        measured = self._setup.safety.measured
+        last, self._last = self._last, decision
+        if decision is None or decision.positions is None or measured is None:
+            return
+        velocities = 0.0 * decision.positions
+        if last is not None and last.positions is not None and decision.hold is None:
+            limit = self._setup.safety.limits.max_velocity  # a late command catches up by a longer step
+            velocities = np.clip((decision.positions - last.positions) / self._period, -limit, limit)
+        self._arm.send(decision.positions, velocities, measured)
+        if self._gripper is not None and decision.gripper is not None:
+            self._gripper.send(decision.gripper, now)
+
+    def _look_for_others(self) -> None:
+        """Two commanders would pull the arm to and fro: then nothing is sent."""
+        topics = [publisher.topic_name for publisher in self._publishers()]
+        crowded = [topic for topic in topics if self._node.count_publishers(topic) > 1]
+        self._setup.controller.conflict = (
+            f"another node publishes on {', '.join(crowded)} too; end one of them" if crowded else None
+        )
+
+    def _publishers(self) -> list[Any]:
+        return [*self._arm.publishers, *(self._gripper.publishers if self._gripper is not None else ())]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the node until SIGINT or SIGTERM; the console script ``policy_node``.
+
+    Args:
+        arguments: Command line with the program's name; None takes `sys.argv`.
+
+    Returns:
+        0, or 1 if the node cannot start.
+    """
+    stop = StopSignal()
+    made: list[PolicyNode] = []
+
+    def make_node() -> PolicyNode:
+        made.append(PolicyNode(stop))
+        return made[0]
+
+    return run(make_node, "policy_node", arguments, lambda: made[0].make_executor(), stop=stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Builds what a policy node runs from its parameters, and checks that checkpoint and robot fit; free of ROS nodes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ceed_vla.errors import CheckpointError, ConfigError
+from ros_nodes.chunk_stream import ChunkStream
+from ros_nodes.controller import PolicyController, ticks_per_step
+from ros_nodes.inference import InferenceWorker
+from ros_nodes.motion import make_motion
+from ros_nodes.observations import Observations
+from ros_nodes.predictor import PolicySpec
+from ros_nodes.robot_config import Interface, RobotConfig
+from ros_nodes.robot_file import load_robot_config
+from ros_nodes.safety import JOINT_STATES, SafetyFilter, SafetyLimits
+
+if TYPE_CHECKING:
+    from ros_nodes.kinematics import ArmKinematics
+
+_POLL = 0.05  # how often a load asks whether it is still wanted [s]
+
+
+@dataclass(frozen=True)
+class PolicySetup:
+    """Everything that is made at configure."""
+
+    robot: RobotConfig
+    interface: Interface
+    kinematics: ArmKinematics | None
+    worker: InferenceWorker
+    observations: Observations
+    safety: SafetyFilter
+    stream: ChunkStream
+    controller: PolicyController
+
+
+def make_setup(values: Mapping[str, Any], cancelled: Callable[[], bool]) -> PolicySetup:
+    """Load robot and checkpoint, warm the policy up, and build the controller.
+
+    Args:
+        values: Of `ros_nodes.parameters.PARAMETERS`.
+        cancelled: Asked while the checkpoint loads; True gives up.
+
+    Raises:
+        CheckpointError: A checkpoint that does not load.
+        ConfigError: Parameters, robot and checkpoint that do not fit each other.
+    """
+    robot = load_robot_config(values["robot_config"])
+    interface = robot.interface(values["action_interface"])
+    ticks_per_step(values["command_rate"], robot.action.dt)
+    kinematics = _kinematics(robot)
+    limits = _limits(robot, kinematics, values)
+    worker = InferenceWorker(
+        values["checkpoint"],
+        mode=values["inference_mode"],
+        decoding=values["decoding"],
+        replan_steps=values["replan_steps"] or None,
+        threads=values["inference_threads"],
+        device=values["device"],
+        delay_s=values["inference_delay"],
+    )
+    try:
+        spec = _start(worker, cancelled)
+        _check_actions(robot, spec)
+        observations = Observations(robot, spec.cameras, spec.states, kinematics)
+        safety = SafetyFilter(limits(observations))
+        stream = ChunkStream(spec.chunk_steps, values["replan_steps"] or spec.n_action_steps, robot.action.dt)
+        controller = PolicyController(
+            observations,
+            make_motion(robot, kinematics),
+            safety,
+            stream,
+            worker,
+            command_rate=values["command_rate"],
+            instruction=values["instruction"],
+        )
+    except BaseException:
+        worker.close()
+        raise
+    return PolicySetup(robot, interface, kinematics, worker, observations, safety, stream, controller)
+
+
+def _start(worker: InferenceWorker, cancelled: Callable[[], bool]) -> PolicySpec:
+    """Start the worker; the load runs in a thread, so that a signal to end need not wait for it."""
+    problem: list[Exception] = []
+
+    def load() -> None:
+        try:
+            worker.start()
+        except Exception as error:  # raised where it can be handled
+            problem.append(error)
+
+    thread = threading.Thread(target=load, name="load checkpoint", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL)
+        if cancelled():
+            raise CheckpointError("The load was cancelled: the node is shutting down.")
+    if problem:
+        raise problem[0]
+    return worker.spec
+
+
+def _kinematics(robot: RobotConfig) -> ArmKinematics | None:
+    if robot.arm.model is None:
+        return None
+    from ros_nodes.kinematics import ArmKinematics
+
+    step = {"max_joint_step": robot.action.max_joint_step} if robot.action.max_joint_step else {}
+    return ArmKinematics(
+        robot.arm.model, robot.arm.tcp, robot.arm.joints, home=robot.arm.home or None, **step
+    )
+
+
+def _limits(
+    robot: RobotConfig, kinematics: ArmKinematics | None, values: Mapping[str, Any]
+) -> Callable[[Observations], SafetyLimits]:
+    """The safety limits, as soon as it is known which cameras there are."""
+    low, high = np.array(robot.limits.low), np.array(robot.limits.high)
+    if kinematics is not None and not robot.limits.low:
+        low, high = kinematics.position_low, kinematics.position_high
+
+    def make(observations: Observations) -> SafetyLimits:
+        cameras = {camera.source.name: values["image_timeout"] for camera in observations.cameras}
+        gripper = robot.gripper
+        opening = {"gripper_low": gripper.closed, "gripper_high": gripper.open} if gripper else {}
+        return SafetyLimits(
+            joint_names=robot.arm.joints,
+            position_low=low,
+            position_high=high,
+            max_velocity=np.minimum(robot.limits.velocity, values["max_joint_velocity"]),
+            max_step=np.minimum(robot.limits.step, values["max_joint_step"]),
+            timeouts={JOINT_STATES: values["joint_state_timeout"], **cameras},
+            **opening,
+        )
+
+    return make
+
+
+def _check_actions(robot: RobotConfig, spec: PolicySpec) -> None:
+    if spec.action_dim != robot.action_dim:
+        gripper = robot.gripper.action if robot.gripper else "absent"
+        raise ConfigError(
+            f"The checkpoint {spec.checkpoint} has actions of {spec.action_dim} values; {robot.action.kind} of "
+            f"{robot.source} takes {robot.action_dim} (joints {', '.join(robot.arm.joints)}; gripper {gripper})."
+        )

@@ -1,0 +1,141 @@
+"""Read a YAML file field by field, with errors that name the file, the key and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ceed_vla.errors import ConfigError
+
+_MISSING: Any = object()
+
+
+class Fields:
+    """One mapping of a YAML file. Every getter takes its key; `finish` refuses the keys that nobody took.
+
+    Args:
+        source: File, for messages.
+        path: Where in the file, for messages: "action.workspace".
+        values: The mapping.
+    """
+
+    def __init__(self, source: Path, path: str, values: dict[str, Any]) -> None:
+        self.source, self.path = source, path
+        self._values = values
+        self._taken: set[str] = set()
+
+    @classmethod
+    def read(cls, file: Path) -> Fields:
+        """The top of a file.
+
+        Raises:
+            ConfigError: The file cannot be read, is no YAML, or no mapping.
+        """
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{file} cannot be read: {error}") from error
+        return cls(file, "", _mapping(file, "the file", values))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every key."""
+        return tuple(self._values)
+
+    def error(self, key: str, problem: str) -> ConfigError:
+        """An error about `key`; raise it."""
+        return ConfigError(f"{self.source}: {self._name(key)} {problem}.")
+
+    def child(self, key: str, *, optional: bool = False) -> Fields:
+        """The mapping below `key`; an empty one if it is optional and absent."""
+        value = self._get(key, {} if optional else _MISSING)
+        return Fields(self.source, self._name(key), _mapping(self.source, self._name(key), value))
+
+    def children(self) -> Iterator[tuple[str, Fields]]:
+        """Every key with the mapping below it."""
+        for key in self.keys:
+            yield key, self.child(key)
+
+    def text(self, key: str, default: str = _MISSING, choices: Sequence[str] = ()) -> str:
+        """A string, one of `choices` if there are any."""
+        value = self._get(key, default)
+        if not isinstance(value, str) or (not value and default != ""):
+            raise self.error(key, f"is {value!r}; give a text")
+        if choices and value not in choices:
+            raise self.error(key, f"is {value!r}; choose one of {', '.join(choices)}")
+        return value
+
+    def texts(
+        self, key: str, choices: Sequence[str] = (), default: tuple[str, ...] = _MISSING
+    ) -> tuple[str, ...]:
+        """A list of different strings."""
+        value = self._get(key, default)
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) and item for item in value):
+            raise self.error(key, f"is {value!r}; give a list of texts")
+        if len(set(value)) != len(value):
+            raise self.error(key, f"is {value!r}; a value is there twice")
+        unknown = [item for item in value if choices and item not in choices]
+        if unknown:
+            raise self.error(key, f"has {', '.join(map(repr, unknown))}; choose from {', '.join(choices)}")
+        return tuple(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A truth value."""
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, f"is {value!r}; give true or false")
+        return value
+
+    def number(
+        self, key: str, low: float = -math.inf, high: float = math.inf, default: float = _MISSING
+    ) -> float:
+        """A finite number in [low, high]."""
+        return self._number(key, self._get(key, default), low, high)
+
+    def numbers(
+        self, key: str, length: int, low: float = -math.inf, high: float = math.inf
+    ) -> tuple[float, ...]:
+        """A list of `length` finite numbers in [low, high]."""
+        value = self._get(key, _MISSING)
+        if not isinstance(value, list) or len(value) != length:
+            raise self.error(key, f"is {value!r}; give a list of {length} numbers")
+        return tuple(self._number(key, item, low, high) for item in value)
+
+    def finish(self) -> None:
+        """Refuse keys that nobody took: a misspelt limit must not be ignored."""
+        unknown = [key for key in self._values if key not in self._taken]
+        if unknown:
+            known = ", ".join(sorted(self._taken))
+            raise self.error(unknown[0], f"is unknown; the keys here are {known}")
+
+    # ---- internals ----------------------------------------------------------------------------------------------
+
+    def _name(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else str(key)
+
+    def _get(self, key: str, default: Any) -> Any:
+        self._taken.add(key)
+        value = self._values.get(key, default)
+        if value is _MISSING:
+            raise self.error(key, "is missing")
+        return value
+
+    def _number(self, key: str, value: Any, low: float, high: float) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.error(key, f"has {value!r}; give a finite number")
+        if not low <= value <= high:
+            raise self.error(key, f"has {value}; it must lie in [{low:g}, {high:g}]")
+        return float(value)
+
+
+def _mapping(source: Path, name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{source}: {name} is {value!r}; give keys with values.")
+    return {str(key): item for key, item in value.items()}

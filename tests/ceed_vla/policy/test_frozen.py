@@ -1,0 +1,53 @@
+"""Decoding of the policy behind steps that the robot will have executed by then."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from ceed_vla import CeedVLAPolicy
+from ceed_vla.decoding import DecodingConfig
+from ceed_vla.errors import TokenError
+
+A = 7
+
+
+def test_frozen_steps_stay_and_every_decoder_continues_them(policy: CeedVLAPolicy, batch: Any) -> None:
+    free = policy.decode(batch, "ar").tokens
+    frozen = (free[:, :A] + 9) % policy.tokenizer.num_bins
+    ar = policy.decode(batch, "ar", frozen=frozen)
+    jacobi = policy.decode(batch, "jacobi", frozen=frozen, previous=free, shift_steps=1)
+    assert torch.equal(ar.tokens[:, :A], frozen)
+    assert torch.equal(ar.tokens, jacobi.tokens)
+    assert not torch.equal(ar.tokens[:, A:], free[:, A:])
+    assert ar.actions is not None
+    assert torch.equal(ar.actions[:, :1], policy.tokenizer.decode(ar.tokens)[:, :1])
+    ceed = policy.decode(batch, "ceed", frozen=frozen)
+    assert torch.equal(ceed.tokens[:, :A], frozen)
+
+
+def test_shift_steps_replaces_the_checkpoints_own(policy: CeedVLAPolicy, batch: Any) -> None:
+    previous = torch.arange(28).repeat(2, 1)
+
+    def first_state(shift: int | None) -> torch.Tensor:
+        result = policy.decode(batch, "jacobi", previous=previous, shift_steps=shift, record_states=True)
+        assert result.states is not None
+        return result.states[0][:, 1:]
+
+    assert torch.equal(first_state(None), first_state(policy.config.n_action_steps))
+    assert first_state(1)[0, :3].tolist() == [8, 9, 10]
+    assert first_state(0)[0, :3].tolist() == [1, 2, 3]
+    with pytest.raises(TokenError, match="Cannot shift"):
+        first_state(5)
+
+
+def test_a_deadline_keeps_the_frozen_steps(policy: CeedVLAPolicy, batch: Any) -> None:
+    hurried = replace(DecodingConfig(), deadline_s=1e-9)
+    frozen = torch.zeros(2, 2 * A, dtype=torch.int64)
+    result = policy.decode(batch, hurried, frozen=frozen)
+    assert result.exit_reason == ["deadline"] * 2
+    assert result.forwards == 1
+    assert torch.equal(result.tokens[:, : 2 * A], frozen)

@@ -1,0 +1,129 @@
+"""Every family: Jacobi == AR == transformers' own `generate()`, and training sees what decoding sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ceed_vla.backbones.vlm import MASK_KEY, STATE_KEY
+from ceed_vla.backbones.vlm_tiny import FAMILIES
+from ceed_vla.decoding import DecodingConfig, decode_autoregressive, decode_jacobi
+
+AR, STRICT = DecodingConfig(method="ar"), DecodingConfig(method="jacobi")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_jacobi_is_ar_is_generate(family: str, rows: int, backbone: Any, observe: Any, generate: Any) -> None:
+    model, step = backbone(family)
+    observation = observe(step, rows, seed=rows)
+    assert model.check_observation(observation) == rows
+    prefix = model.prefill(observation)
+    ar = decode_autoregressive(model, prefix, AR).tokens
+    assert torch.equal(ar, generate(model, observation))
+    for seed in range(3):
+        guess = torch.randint(255, ar.shape, generator=torch.Generator().manual_seed(seed))
+        strict = decode_jacobi(model, prefix, guess, STRICT, action_dim=7)
+        assert torch.equal(strict.tokens, ar)
+        assert strict.forwards < model.block_length
+    assert len(ar.unique()) > 5 * rows  # an answer that depends on what was read
+
+
+@pytest.mark.parametrize(
+    "settings", [{"action_ids": "added"}, {"action_ids": "last_reversed"}, {"state_dim": 5}]
+)
+@torch.no_grad()
+def test_other_vocabularies_and_the_state_as_tokens(
+    settings: dict[str, Any], backbone: Any, observe: Any, generate: Any
+) -> None:
+    for family in ("qwen2_5_vl", "smolvlm"):
+        model, step = backbone(family, **settings)
+        observation = observe(step, 3)
+        expected = generate(model, {**observation})
+        assert torch.equal(decode_autoregressive(model, model.prefill(observation), AR).tokens, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_projected_state_is_one_token(family: str, backbone: Any, observe: Any) -> None:
+    model, step = backbone(family, state_dim=5, project_state=True)
+    observation = observe(step, 3)
+    prefix = model.prefill(observation)
+    ar = decode_autoregressive(model, prefix, AR).tokens
+    strict = decode_jacobi(model, prefix, ar.flip(1), STRICT, action_dim=7)
+    assert torch.equal(strict.tokens, ar)
+    moved = {**observation, STATE_KEY: observation[STATE_KEY] + torch.tensor([[1.0], [0.0], [0.0]])}
+    changed = (model.prefill(moved).logits - prefix.logits).abs().amax(1) > 1e-4
+    assert changed.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_rows_do_not_influence_each_other(family: str, backbone: Any, observe: Any) -> None:
+    model, step = backbone(family)
+    observation = observe(step, 4)
+    assert not observation[MASK_KEY].bool().all()  # some rows are padded
+    together = decode_autoregressive(model, model.prefill(observation), AR).tokens
+    for row in range(4):
+        part = {k: v[row : row + 1] for k, v in observation.items() if "vlm" in k}  # still padded
+        assert torch.equal(decode_autoregressive(model, model.prefill(part), AR).tokens[0], together[row])
+    embeddings = model.embed_prefix(observation)[torch.tensor([2, 0])]
+    few = decode_autoregressive(model, model.prefill_embeddings(embeddings), AR).tokens
+    assert torch.equal(few, together[[2, 0]])
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_logits_are_those_of_decoding(
+    family: str, training: bool, backbone: Any, observe: Any
+) -> None:
+    model, step = backbone(family)
+    model.train(training)
+    observation = observe(step, 2)
+    blocks = [torch.randint(255, (2, 14), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    state, logits = model.packed_logits(model.embed_prefix(observation), blocks)
+    prefix = model.prefill(observation)
+    torch.testing.assert_close(state, prefix.hidden)
+    for block, scores in zip(blocks, logits, strict=True):
+        prefix.cache.roll_back()
+        rest = model.block_logits(prefix, block[:, :-1])
+        expected = torch.cat([prefix.logits.unsqueeze(1), rest], dim=1)
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "paligemma"])
+def test_gradients_with_and_without_checkpointing(family: str, backbone: Any, observe: Any) -> None:
+    model, step = backbone(family)
+    observation = observe(step, 2)
+    blocks = [torch.randint(255, (2, 14), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    gradients = []
+    for checkpointing in (False, True):
+        model.train().zero_grad()
+        if checkpointing:
+            model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _, logits = model.packed_logits(model.embed_prefix(observation), blocks)
+        torch.stack([scores.log_softmax(-1)[..., 7].mean() for scores in logits]).sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    learning = set(model.distillation_parameters())
+    assert learning <= gradients[0].keys()
+    assert any("vision" in name or "visual" in name for name in gradients[0])  # the tower learns too
+    assert gradients[0].keys() == gradients[1].keys()
+    largest = max(gradient.abs().max().item() for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4 * largest)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_distillation_leaves_the_prefix_alone(family: str, backbone: Any, observe: Any) -> None:
+    model, step = backbone(family)
+    observation = observe(step, 2)
+    before = model.embed_prefix(observation).embeds.detach()
+    learning = set(model.distillation_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in learning:
+                parameter.add_(0.01)
+    assert torch.equal(model.embed_prefix(observation).embeds, before)

@@ -1,0 +1,135 @@
+"""A ROS graph of its own for a test: real node processes on loopback, and a node that listens and speaks."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+_serial = itertools.count()
+
+
+class Graph:
+    """Processes and one listening node in a ROS domain of their own.
+
+    Attributes:
+        domain: ROS domain of this test.
+        node: The test's node; its callbacks run in `wait` and `spin`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        rclpy = pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
+        from rclpy.context import Context
+        from rclpy.executors import SingleThreadedExecutor
+
+        self.domain = 10 + (7 * os.getpid() + next(_serial)) % 90
+        self.folder = folder
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._rclpy, self._context = rclpy, Context()
+        rclpy.init(args=[], context=self._context, domain_id=self.domain)
+        self.node = rclpy.create_node("test", context=self._context)
+        self._executor = SingleThreadedExecutor(context=self._context)
+        self._executor.add_node(self.node)
+
+    def start(self, name: str, *arguments: str, module: str | None = None) -> subprocess.Popen[bytes]:
+        """Start ``python -m ros_nodes.<name> --ros-args <arguments>``; its output goes to a file."""
+        environment = os.environ | {
+            "ROS_DOMAIN_ID": str(self.domain),
+            "ROS_LOG_DIR": str(self.folder / "log"),
+            "PYTHONPATH": str(ROOT),
+        }
+        module = module or name.rstrip("0123456789")
+        with (self.folder / f"{name}.txt").open("ab") as output:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", f"ros_nodes.{module}", "--ros-args", *arguments],
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        return self.processes[name]
+
+    def output(self, name: str) -> str:
+        """What a process has printed so far."""
+        return (self.folder / f"{name}.txt").read_text(errors="replace")
+
+    def listen(self, topic: str, message_type: Any, qos: Any = 10) -> list[Any]:
+        """A list that grows with the messages of a topic."""
+        messages: list[Any] = []
+        self.node.create_subscription(message_type, topic, messages.append, qos)
+        return messages
+
+    def spin(self, seconds: float) -> None:
+        """Handle messages for a time [s]."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self._executor.spin_once(timeout_sec=left)
+
+    def wait(self, until: Callable[[], Any], what: str, timeout: float = 30.0) -> Any:
+        """Handle messages until `until()` is true, and return it; fail with all output after `timeout` [s]."""
+        end = time.monotonic() + timeout
+        while not (result := until()):
+            if time.monotonic() > end:
+                said = "\n".join(f"--- {name}\n{self.output(name)[-3000:]}" for name in self.processes)
+                pytest.fail(f"waited {timeout:.0f} s for {what}\n{said}")
+            self._executor.spin_once(timeout_sec=0.05)
+        return result
+
+    def call(self, service: str, service_type: Any, request: Any = None, timeout: float = 20.0) -> Any:
+        """Call a service and return its response."""
+        client = self.node.create_client(service_type, service)
+        try:
+            self.wait(client.service_is_ready, f"the service {service}", timeout)
+            future = client.call_async(request or service_type.Request())
+            self.wait(future.done, f"an answer of {service}", timeout)
+            return future.result()
+        finally:
+            self.node.destroy_client(client)
+
+    def set_parameters(self, node: str, **values: Any) -> Any:
+        """Set parameters of another node; returns their results."""
+        from rcl_interfaces.srv import SetParameters
+        from rclpy.parameter import Parameter
+
+        parameters = [Parameter(name, value=value).to_parameter_msg() for name, value in values.items()]
+        request = SetParameters.Request(parameters=parameters)
+        return self.call(f"{node}/set_parameters", SetParameters, request).results
+
+    def stop(self, name: str, how: signal.Signals = signal.SIGTERM, timeout: float = 15.0) -> int:
+        """Send a signal to a process and return its exit code."""
+        process = self.processes[name]
+        process.send_signal(how)
+        return process.wait(timeout)
+
+    def close(self) -> None:
+        """End everything."""
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in self.processes.values():
+            try:
+                process.wait(5.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._executor.shutdown()
+        self.node.destroy_node()
+        self._rclpy.try_shutdown(context=self._context)
+
+
+@pytest.fixture
+def graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Graph]:
+    """A `Graph`; its processes end with the test."""
+    monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    made = Graph(tmp_path)
+    yield made
+    made.close()

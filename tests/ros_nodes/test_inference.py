@@ -1,0 +1,378 @@
+"""The worker answers, says what went wrong, and never blocks or outlives its owner; in a thread and in a process."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ceed_vla
+from ceed_vla.decoding import DecodingConfig
+from ceed_vla.errors import CheckpointError, ConfigError
+from ros_nodes.inference import MODES, InferenceWorker, Request, Response
+
+FRONT, WRIST, STATE = "observation.images.front", "observation.images.wrist", "observation.state"
+INSTRUCTION = "put the red cube in the bin"
+A = 7
+
+
+def observation(seed: int = 0, side: int = 96) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    images = {key: rng.integers(0, 255, (side, side, 3), dtype=np.uint8) for key in (FRONT, WRIST)}
+    return {**images, STATE: rng.normal(size=14).astype(np.float32)}
+
+
+def wait(worker: InferenceWorker, timeout: float = 60.0) -> Response:
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if (response := worker.poll()) is not None:
+            return response
+        time.sleep(0.005)
+    raise TimeoutError("no answer")
+
+
+def ask(worker: InferenceWorker, request: Request) -> Response:
+    assert worker.submit(request)
+    return wait(worker)
+
+
+@pytest.fixture(scope="module", params=MODES)
+def worker(request: pytest.FixtureRequest) -> Iterator[InferenceWorker]:
+    """The shipped student, in each place."""
+    with InferenceWorker("student", mode=request.param, replan_steps=4) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def policy() -> tuple[Any, Any, Any]:
+    return ceed_vla.load("student")
+
+
+def test_the_spec_is_the_checkpoints(worker: InferenceWorker) -> None:
+    spec = worker.spec
+    assert spec.cameras == {FRONT: (3, 96, 96), WRIST: (3, 96, 96)}
+    assert spec.states == {STATE: 14}
+    assert (spec.state_dim, spec.action_dim, spec.chunk_steps, spec.n_action_steps) == (14, A, 8, 4)
+    assert (spec.policy_type, spec.is_ceed) == ("ceed_vla", True)
+    assert spec.warmup_s > 0
+
+
+def test_the_answer_is_the_policys(worker: InferenceWorker, policy: tuple[Any, Any, Any]) -> None:
+    model, pre, _ = policy
+    raw = observation()
+    batch = {
+        key: torch.tensor(value).permute(2, 0, 1)[None].float() / 255
+        if value.ndim == 3
+        else torch.tensor(value)[None]
+        for key, value in raw.items()
+    }
+    batch = pre({**batch, "task": [INSTRUCTION]})
+    first = ask(worker, Request(1, raw, INSTRUCTION))
+    expected = model.decode(batch, "ceed")
+    assert first.error is None
+    assert first.id == 1
+    assert first.tokens is not None
+    assert first.tokens.tolist() == expected.tokens[0].tolist()
+    np.testing.assert_array_equal(first.actions, expected.actions[0].numpy())
+    assert first.actions.dtype == np.float32
+    assert (first.forwards, first.exit_reason) == (expected.forwards, expected.exit_reason[0])
+    assert set(first.seconds) == {"preprocess", "prefill", "decode", "total"}
+    second = ask(worker, Request(2, raw, INSTRUCTION, first.tokens, shift_steps=3, frozen_steps=2))
+    frozen = torch.tensor(first.tokens)[None, 3 * A : 5 * A]
+    expected = model.decode(batch, "ceed", torch.tensor(first.tokens)[None], shift_steps=3, frozen=frozen)
+    assert second.tokens is not None
+    assert second.tokens.tolist() == expected.tokens[0].tolist()
+    np.testing.assert_array_equal(second.actions[:2], first.actions[3:5])
+
+
+def test_one_request_at_a_time(worker: InferenceWorker) -> None:
+    assert worker.idle
+    assert worker.poll() is None
+    assert worker.submit(Request(7, observation(), INSTRUCTION))
+    assert not worker.idle
+    assert not worker.submit(Request(8, observation(), INSTRUCTION))
+    assert wait(worker).id == 7
+    assert worker.poll() is None
+    assert worker.idle
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({FRONT: None}, f"lacks '{FRONT}'; it has {WRIST}, {STATE}"),
+        ({FRONT: np.zeros((96, 96, 3), np.float32)}, r"float32 \(96, 96, 3\), expected uint8"),
+        ({FRONT: np.zeros((96, 96), np.uint8)}, r"expected uint8 \(H, W, 3\)"),
+        ({STATE: np.full(14, np.nan, np.float32)}, "14 finite numbers"),
+        ({STATE: np.zeros(9, np.float32)}, "14 finite numbers"),
+    ],
+)
+def test_a_bad_observation_is_answered_and_the_worker_goes_on(
+    worker: InferenceWorker, change: dict[str, Any], message: str
+) -> None:
+    bad = {key: value for key, value in {**observation(), **change}.items() if value is not None}
+    answer = ask(worker, Request(3, bad, INSTRUCTION))
+    assert answer.error is not None
+    assert re.search(message, answer.error)
+    assert answer.actions.shape == (0, 0)
+    assert worker.failed is None
+    assert ask(worker, Request(4, observation(), INSTRUCTION)).error is None
+
+
+def test_an_empty_instruction_is_answered(worker: InferenceWorker) -> None:
+    answer = ask(worker, Request(3, observation(), "  "))
+    assert answer.error is not None
+    assert "has no word" in answer.error
+
+
+def test_tokens_that_do_not_fit_are_answered(worker: InferenceWorker) -> None:
+    answer = ask(worker, Request(3, observation(), INSTRUCTION, np.arange(5), 1, 1))
+    assert answer.error is not None
+    assert "previous chunk" in answer.error or "frozen prefix" in answer.error
+
+
+def test_a_deadline_in_the_past_leaves_one_iteration() -> None:
+    with InferenceWorker("student", mode="thread", decoding="jacobi") as strict:
+        answer = ask(strict, Request(1, observation(), INSTRUCTION, deadline_s=1e-6))
+        assert (answer.forwards, answer.exit_reason) == (1, "deadline")
+        answer = ask(strict, Request(2, observation(), INSTRUCTION, deadline_s=1e6))
+        assert answer.exit_reason == "converged"
+        assert answer.forwards > 1
+
+
+def test_ar_decodes_every_step_so_that_the_next_chunk_freezes_no_guess(policy: tuple[Any, Any, Any]) -> None:
+    with InferenceWorker("student", mode="thread", decoding="ar", replan_steps=2) as greedy:
+        answer = ask(greedy, Request(1, observation(), INSTRUCTION, deadline_s=1e-6))
+    assert answer.error is None
+    assert (answer.forwards, answer.exit_reason) == (8 * A - 1, "complete")
+    assert policy[0].decoding_config("ar") == DecodingConfig(method="ar")
+
+
+def test_the_added_delay_is_part_of_the_time_and_ends_at_close() -> None:
+    slow = InferenceWorker("student", mode="thread", warmup=1, delay_s=0.2)
+    assert slow.start().warmup_s >= 0.2
+    assert slow.submit(Request(1, observation(), INSTRUCTION))
+    slow.close()
+    assert not slow.idle
+    assert not slow.submit(Request(2, observation(), INSTRUCTION))
+    slow.close()
+
+
+# ---- processes -------------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_stands_still_or_dies_never_blocks_the_control_loop() -> None:
+    worker = InferenceWorker("student", mode="process", warmup=1)
+    worker.start()
+    process = worker.pid
+    assert process is not None
+    assert process != os.getpid()
+    os.kill(process, signal.SIGINT)  # Ctrl-C in a terminal reaches it too, and is not for it
+    os.kill(process, signal.SIGSTOP)
+    assert worker.submit(Request(1, observation(side=1200), INSTRUCTION))  # far more than a pipe holds
+    assert worker.poll() is None
+    os.kill(process, signal.SIGCONT)
+    assert wait(worker).error is None
+    os.kill(process, signal.SIGSTOP)
+    assert worker.submit(Request(2, observation(), INSTRUCTION))
+    os.kill(process, signal.SIGKILL)
+    answer = wait(worker)
+    assert answer.error == worker.failed == "The inference process ended (exit code -9)."
+    assert not worker.idle
+    assert not worker.submit(Request(3, observation(), INSTRUCTION))
+    worker.close()
+
+
+def test_a_process_that_stands_still_while_it_loads_is_given_up_and_killed() -> None:
+    worker = InferenceWorker("student", mode="process")
+
+    def stop_it() -> None:
+        while worker.pid is None:
+            time.sleep(0.005)
+        os.kill(worker.pid, signal.SIGSTOP)
+
+    with ThreadPoolExecutor(1) as pool:
+        stopped = pool.submit(stop_it)
+        with pytest.raises(CheckpointError, match="not ready after 1 s"):
+            worker.start(timeout_s=1.0)
+        stopped.result()
+    assert not alive(worker.pid)
+    assert worker.failed is None  # it was meant to end
+
+
+def test_the_process_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "owner.py"
+    script.write_text(
+        "import time\n"
+        "from ros_nodes.inference import InferenceWorker\n"
+        "if __name__ == '__main__':\n"
+        "    worker = InferenceWorker('student', warmup=1)\n"
+        "    worker.start()\n"
+        "    print(worker.pid, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    owner = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert owner.stdout is not None
+    pid = int(owner.stdout.readline().split()[-1])
+    assert alive(pid)
+    owner.kill()
+    owner.wait()
+    end = time.monotonic() + 20
+    while alive(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+def alive(pid: int | None) -> bool:
+    """Whether a process runs (one that nobody has waited for yet counts as ended)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_missing_checkpoint_is_refused(mode: str, tmp_path: Path) -> None:
+    worker = InferenceWorker(tmp_path / "nothing", mode=mode)
+    with pytest.raises(CheckpointError, match="No checkpoint folder"):
+        worker.start()
+    assert not worker.idle
+    with pytest.raises(ConfigError, match="starts once"):
+        worker.start()
+
+
+def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(ceed_vla.pretrained_path("student"), folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="do not load"):
+        InferenceWorker(folder, mode="thread").start()
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="names no policy type"):
+        InferenceWorker(folder, mode="thread").start()
+    (folder / "config.json").write_text('{"type": "unheard_of"}')
+    with pytest.raises(CheckpointError, match="'unheard_of' cannot be loaded"):
+        InferenceWorker(folder, mode="thread").start()
+
+
+def test_a_policy_that_reads_several_observations_is_refused(tmp_path: Path) -> None:
+    from lerobot.policies.vqbet.configuration_vqbet import VQBeTConfig
+
+    VQBeTConfig(device="cpu", n_obs_steps=5).save_pretrained(tmp_path)
+    for name in ("model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match="reads 5 observations at once"):
+        InferenceWorker(tmp_path, mode="thread").start()
+
+
+@pytest.fixture(scope="module")
+def act(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any, Any]:
+    """Folder of a tiny ACT policy with random weights, as lerobot-train would leave it, and what is in it."""
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.policies.act.configuration_act import ACTConfig
+    from lerobot.policies.act.modeling_act import ACTPolicy
+    from lerobot.policies.factory import make_pre_post_processors
+
+    torch.manual_seed(0)
+    camera = "observation.images.top"
+    config = ACTConfig(
+        input_features={
+            camera: PolicyFeature(type=FeatureType.VISUAL, shape=(3, 64, 64)),
+            STATE: PolicyFeature(type=FeatureType.STATE, shape=(6,)),
+        },
+        output_features={"action": PolicyFeature(type=FeatureType.ACTION, shape=(6,))},
+        device="cpu",
+        chunk_size=5,
+        n_action_steps=3,
+        dim_model=32,
+        n_heads=2,
+        dim_feedforward=32,
+        n_encoder_layers=1,
+        use_vae=False,
+        pretrained_backbone_weights=None,
+    )
+    stats = {
+        key: {"mean": torch.full((size, *more), 0.5), "std": torch.full((size, *more), 2.0)}
+        for key, size, more in ((STATE, 6, ()), ("action", 6, ()), (camera, 3, (1, 1)))
+    }
+    folder = tmp_path_factory.mktemp("act")
+    policy = ACTPolicy(config).eval()
+    pre, post = make_pre_post_processors(config, dataset_stats=stats)
+    for part in (policy, pre, post):
+        part.save_pretrained(folder)
+    # As after training: the weights came from ImageNet once, and are in the checkpoint now.
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(
+        text.replace(
+            '"pretrained_backbone_weights": null',
+            '"pretrained_backbone_weights": "ResNet18_Weights.IMAGENET1K_V1"',
+        )
+    )
+    return folder, policy, pre, post
+
+
+def test_any_lerobot_policy_is_served(act: tuple[Path, Any, Any, Any]) -> None:
+    folder, policy, pre, post = act
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    state = np.linspace(-1, 1, 6, dtype=np.float32)
+    with InferenceWorker(folder, mode="thread", replan_steps=2) as worker:
+        spec = worker.spec
+        raw = {"observation.images.top": image, STATE: state}
+        answer = ask(worker, Request(1, raw, "anything", None, 0, 2, deadline_s=0.1))
+    assert (spec.policy_type, spec.is_ceed, spec.chunk_steps, spec.n_action_steps) == ("act", False, 5, 3)
+    assert spec.cameras == {"observation.images.top": (3, 64, 64)}
+    assert (answer.error, answer.tokens, answer.forwards, answer.exit_reason) == (None, None, 0, "")
+    batch = {
+        "observation.images.top": torch.tensor(image).permute(2, 0, 1)[None] / 255,
+        STATE: torch.tensor(state)[None],
+        "task": ["anything"],
+    }
+    with torch.no_grad():
+        expected = post(policy.predict_action_chunk(pre(batch)))[0].numpy()
+    assert answer.actions.shape == (5, 6)
+    np.testing.assert_allclose(answer.actions, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "fork"}, "'fork'; choose one of process, thread"),
+        ({"threads": 0}, "at least 1"),
+        ({"warmup": 0}, "at least 1"),
+        ({"replan_steps": 0}, "at least 1"),
+        ({"delay_s": -1.0}, "delay_s"),
+    ],
+)
+def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        InferenceWorker("student", **changes)
+
+
+def test_an_unknown_way_to_decode_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'beam'"):
+        InferenceWorker("student", mode="thread", decoding="beam").start()
+
+
+def test_the_spec_needs_a_start() -> None:
+    with pytest.raises(ConfigError, match="call start"):
+        _ = InferenceWorker("student").spec

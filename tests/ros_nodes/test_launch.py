@@ -1,0 +1,203 @@
+"""Launch files: structure, parameters and topics against the nodes; and the node run as `ros2 launch` would run it.
+
+ROS's own `launch` is no wheel, so the structure is read through stand-ins that only record what a file makes; with
+`launch_ros` installed, the real one reads the files too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
+
+from lifecycle_msgs.srv import GetState
+from rcl_interfaces.srv import GetParameters
+
+from ros_nodes.parameters import PARAMETERS
+from ros_nodes.robot_file import load_robot_config
+from ros_nodes.sim_parameters import SIM_PARAMETERS
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "launch"
+FILES = ("policy.launch.py", "sim_demo.launch.py")
+DECLARED = {
+    "policy_node": {parameter.name: parameter for parameter in PARAMETERS},
+    "sim_node": {parameter.name: parameter for parameter in SIM_PARAMETERS},
+}
+
+
+class Made:
+    """Stands for any class of launch: remembers what it was made of."""
+
+    kind = ""
+
+    def __init__(self, *parts: Any, **named: Any) -> None:
+        self.parts, self.named = parts, named
+
+
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put recording modules where launch files import from."""
+    for name, classes in {
+        "launch": ("LaunchDescription",),
+        "launch.actions": ("DeclareLaunchArgument", "IncludeLaunchDescription"),
+        "launch.launch_description_sources": ("PythonLaunchDescriptionSource",),
+        "launch.substitutions": ("LaunchConfiguration", "PathJoinSubstitution"),
+        "launch_ros.actions": ("Node",),
+        "launch_ros.parameter_descriptions": ("ParameterValue",),
+        "launch_ros.substitutions": ("FindPackageShare",),
+    }.items():
+        module = type(sys)(name)
+        for kind in classes:
+            setattr(module, kind, type(kind, (Made,), {"kind": kind}))
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def made(file: str, monkeypatch: pytest.MonkeyPatch, kind: str) -> list[Made]:
+    """The actions of a kind in a launch file."""
+    stand_ins(monkeypatch)
+    description = runpy.run_path(str(LAUNCH / file))["generate_launch_description"]()
+    assert description.kind == "LaunchDescription"
+    return [part for part in description.parts[0] if part.kind == kind]
+
+
+def entry_points() -> dict[str, str]:
+    """Console scripts of setup.py: name -> "module:function"."""
+    return dict(re.findall(r'"(\w+) = ([\w.]+:\w+)"', (ROOT / "setup.py").read_text()))
+
+
+def arguments(file: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Launch arguments and their defaults."""
+    return {
+        one.parts[0]: one.named["default_value"] for one in made(file, monkeypatch, "DeclareLaunchArgument")
+    }
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_argument_is_declared_once_and_described(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = made(file, monkeypatch, "DeclareLaunchArgument")
+    names = [one.parts[0] for one in declared]
+    assert len(set(names)) == len(names)
+    assert all(one.named["description"] for one in declared)
+    used = set(re.findall(r'LaunchConfiguration\("(\w+)"\)', (LAUNCH / file).read_text()))
+    assert used <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("file", "executable"), [("policy.launch.py", "policy_node"), ("sim_demo.launch.py", "sim_node")]
+)
+def test_nodes_exist_and_know_their_parameters(
+    file: str, executable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (node,) = made(file, monkeypatch, "Node")
+    assert (node.named["package"], node.named["executable"]) == ("ceed_vla", executable)
+    module, function = entry_points()[executable].split(":")
+    assert importlib.util.find_spec(module) is not None
+    assert f"def {function}(" in (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    defaults = arguments(file, monkeypatch)
+    for name, value in node.named["parameters"][-1].items():
+        if name == "use_sim_time":
+            continue
+        parameter = DECLARED[executable][name]
+        default = yaml.safe_load(defaults[name]) if value.named["value_type"] is not str else defaults[name]
+        assert isinstance(default, value.named["value_type"])
+        assert type(parameter.default) is value.named["value_type"]
+
+
+def test_policy_topics_are_the_packaged_robots(monkeypatch: pytest.MonkeyPatch) -> None:
+    (node,) = made("policy.launch.py", monkeypatch, "Node")
+    robot = load_robot_config()
+    topics = {image.topic for image in robot.images} | {robot.joint_states}
+    defaults = arguments("policy.launch.py", monkeypatch)
+    replaced = {topic: replacement.parts[0] for topic, replacement in node.named["remappings"]}
+    assert set(replaced) == topics
+    assert all(defaults[argument] == topic for topic, argument in replaced.items())
+
+
+def test_demo_passes_on_what_the_policy_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    (include,) = made("sim_demo.launch.py", monkeypatch, "IncludeLaunchDescription")
+    file = include.parts[0].parts[0].parts[0][-1]
+    assert (LAUNCH / file).is_file()
+    passed = dict(include.named["launch_arguments"])
+    assert set(passed) <= set(arguments(file, monkeypatch))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_config_files_that_launch_files_name_are_installed(file: str) -> None:
+    installed = {path.name for path in (LAUNCH / "config").iterdir()}
+    named = set(re.findall(r'"config", "([\w.]+)"', (LAUNCH / file).read_text()))
+    assert named
+    assert named <= installed
+    setup = (ROOT / "setup.py").read_text()
+    assert "launch/*.launch.py" in setup
+    assert "launch/config/*.yaml" in setup
+    assert "launch/config/*.xml" in setup
+
+
+@pytest.mark.parametrize(("file", "executable"), [("policy.yaml", "policy_node"), ("sim.yaml", "sim_node")])
+def test_parameter_files_fit_the_declarations(file: str, executable: str) -> None:
+    values = yaml.safe_load((LAUNCH / "config" / file).read_text())["/**"]["ros__parameters"]
+    for name, value in values.items():
+        parameter = DECLARED[executable][name]
+        assert type(value) is type(parameter.default)
+        if parameter.low is not None and parameter.high:
+            assert parameter.low <= value <= parameter.high
+
+
+def test_the_node_runs_as_launch_runs_it(graph: Any, tmp_path: Path) -> None:
+    """An installed executable, a namespace, a parameter file, launch's own parameter file, and a remap."""
+    module, function = entry_points()["policy_node"].split(":")
+    executable = tmp_path / "lib" / "ceed_vla" / "policy_node"
+    executable.parent.mkdir(parents=True)
+    executable.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\n"
+        f"if __name__ == '__main__':\n    sys.exit({function}())\n"  # as pip and colcon write them
+    )
+    executable.chmod(0o755)
+    overrides = {
+        "checkpoint": "student",
+        "robot_config": "",
+        "instruction": "stack the cubes",
+        "autostart": True,
+    }
+    own = tmp_path / "launch_params_x1"
+    own.write_text(yaml.safe_dump({"/**": {"ros__parameters": overrides}}))
+    command = [str(executable), "--ros-args", "-r", "__node:=policy", "-r", "__ns:=/left_arm"]
+    command += ["--params-file", str(LAUNCH / "config" / "policy.yaml"), "--params-file", str(own)]
+    command += ["-r", "front/image_raw:=overhead/image_raw", "-r", "joint_states:=/joint_states"]
+    environment = os.environ | {"ROS_DOMAIN_ID": str(graph.domain), "PYTHONPATH": str(ROOT)}
+    with (tmp_path / "launched.txt").open("wb") as output:
+        graph.processes["launched"] = subprocess.Popen(
+            command, env=environment, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT
+        )
+    count = graph.node.count_subscribers
+    graph.wait(lambda: count("/left_arm/overhead/image_raw"), "the remapped camera", timeout=90.0)
+    graph.wait(lambda: count("/joint_states") and count("/left_arm/wrist/image_raw"), "the other inputs")
+    assert not count("/left_arm/front/image_raw")
+    graph.wait(
+        lambda: graph.node.count_publishers("/left_arm/forward_position_controller/commands"), "commands"
+    )
+    assert graph.call("/left_arm/policy/get_state", GetState).current_state.label == "active"
+    request = GetParameters.Request(names=["instruction", "image_timeout"])
+    instruction, timeout = graph.call("/left_arm/policy/get_parameters", GetParameters, request).values
+    assert (instruction.string_value, timeout.double_value) == ("stack the cubes", 0.5)
+    assert graph.stop("launched") == 0
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_real_launch_reads_the_file(file: str) -> None:
+    pytest.importorskip("launch_ros", reason="needs ROS 2's launch, which is no wheel")
+    from launch.launch_description_sources import get_launch_description_from_python_launch_file
+
+    description = get_launch_description_from_python_launch_file(str(LAUNCH / file))
+    declared = {argument.name for argument in description.get_launch_arguments()}
+    assert {"checkpoint", "action_interface", "namespace", "start_enabled"} <= declared

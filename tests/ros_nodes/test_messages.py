@@ -1,0 +1,120 @@
+"""Messages to arrays and back; malformed ones are refused with what is wrong."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy")
+
+from builtin_interfaces.msg import Time
+from PIL import Image as PillowImage
+from rclpy.serialization import deserialize_message, serialize_message
+from sensor_msgs.msg import CompressedImage, Image, JointState
+
+from ceed_vla.errors import ObservationError
+from ros_nodes import messages
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+
+
+def image(**changes: object) -> Image:
+    message = messages.array_to_image(PIXELS, Time(sec=3, nanosec=5), "front")
+    for name, value in changes.items():
+        setattr(message, name, value)
+    return message
+
+
+def test_image_survives_the_wire() -> None:
+    message = deserialize_message(serialize_message(image()), Image)
+    np.testing.assert_array_equal(messages.image_to_array(message), PIXELS)
+    assert message.header.frame_id == "front"
+    assert messages.seconds(message.header.stamp) == pytest.approx(3.000000005)
+
+
+def test_bgr_is_turned() -> None:
+    np.testing.assert_array_equal(messages.image_to_array(image(encoding="bgr8")), PIXELS[:, :, ::-1])
+
+
+def test_padded_rows_are_cut() -> None:
+    padded = np.zeros((4, 20), np.uint8)
+    padded[:, :15] = PIXELS.reshape(4, 15)
+    np.testing.assert_array_equal(messages.image_to_array(image(step=20, data=padded.tobytes())), PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoding": "mono8"}, "'mono8'; use rgb8 or bgr8"),
+        ({"encoding": ""}, "encoding ''"),
+        ({"height": 0}, "5 x 0"),
+        ({"width": 0}, "0 x 4"),
+        ({"step": 14}, "step 14; a row of 5 rgb8 pixels takes 15"),
+        ({"step": 16}, "60 bytes; step 16 x height 4 makes 64"),
+        ({"data": b""}, "0 bytes"),
+    ],
+)
+def test_malformed_images_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ObservationError, match=message):
+        messages.image_to_array(image(**changes))
+
+
+@pytest.mark.parametrize("pixels", [PIXELS[:, :, :2], PIXELS[0], PIXELS.astype(np.float32)])
+def test_only_bytes_become_images(pixels: np.ndarray) -> None:
+    with pytest.raises(ObservationError, match=r"give \(H, W, 3\) uint8"):
+        messages.array_to_image(pixels, Time(), "")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_compressed_images(kind: str) -> None:
+    flat = np.full((16, 24, 3), (200, 30, 60), np.uint8)
+    file = io.BytesIO()
+    PillowImage.fromarray(flat).save(file, kind, quality=95)
+    pixels = messages.compressed_to_array(CompressedImage(format=kind.lower(), data=file.getvalue()))
+    assert pixels.shape == (16, 24, 3)
+    np.testing.assert_allclose(pixels, flat, atol=4)
+
+
+@pytest.mark.parametrize("data", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n" + 20 * b"\0"])
+def test_broken_compressed_images_are_refused(data: bytes) -> None:
+    with pytest.raises(ObservationError, match="Send JPEG or PNG"):
+        messages.compressed_to_array(CompressedImage(format="png", data=data))
+
+
+def test_joints_are_matched_by_name() -> None:
+    message = JointState(name=["c", "a", "b"], position=[3.0, 1.0, 2.0], velocity=[0.3, 0.1, 0.2])
+    positions, velocities = messages.joint_state_by_name(message, ["a", "c"])
+    np.testing.assert_array_equal(positions, [1.0, 3.0])
+    assert velocities is not None
+    np.testing.assert_array_equal(velocities, [0.1, 0.3])
+
+
+def test_velocities_are_optional() -> None:
+    assert messages.joint_state_by_name(JointState(name=["a"], position=[1.0]), ["a"])[1] is None
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        (JointState(name=["a"], position=[1.0]), "lacks b; it has a"),
+        (JointState(), "lacks a, b; it has no joints"),
+        (JointState(name=["a", "b"], position=[1.0]), "2 names and 1 positions"),
+        (JointState(name=["a", "b"], position=[1.0, 2.0], velocity=[1.0]), "2 names and 1 velocities"),
+        (JointState(name=["a", "a", "b"], position=[1.0, 2.0, 3.0]), "twice: a, a, b"),
+        (JointState(name=["a", "b"], position=[1.0, math.nan]), "positions are not finite: b nan"),
+        (JointState(name=["a", "b"], position=[1.0, 2.0], velocity=[math.inf, 0.0]), "velocities are not"),
+    ],
+)
+def test_malformed_joint_states_are_refused(message: JointState, error: str) -> None:
+    with pytest.raises(ObservationError, match=error):
+        messages.joint_state_by_name(message, ["a", "b"])
+
+
+def test_latched_values_reach_late_subscribers_and_sensors_never_queue() -> None:
+    assert messages.LATCHED.durability.name == "TRANSIENT_LOCAL"
+    assert messages.SENSOR.depth == 1
+    assert messages.SENSOR.reliability.name == "BEST_EFFORT"
+    assert messages.COMMAND.reliability.name == "RELIABLE"

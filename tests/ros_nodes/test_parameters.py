@@ -1,0 +1,108 @@
+"""Parameters: every default is allowed, bad values are refused with the valid ones, limits are read-only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rclpy")
+
+import rclpy
+from rclpy.context import Context
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+
+from ceed_vla.errors import ConfigError
+from ros_nodes import parameters
+from ros_nodes.parameters import PARAMETERS, PolicyParameter
+
+BAD = [
+    ("command_rate", 1e9, r"command_rate is 1000000000.0; it must be a number in \[5, 500\]"),
+    ("command_rate", float("nan"), r"\[5, 500\]"),
+    ("command_rate", "fast", r"\[5, 500\]"),
+    ("command_rate", True, r"\[5, 500\]"),
+    ("replan_steps", -1, r"a whole number in \[0, 64\]"),
+    ("replan_steps", 2.5, "a whole number"),
+    ("action_interface", "wheels", "one of forward_position, joint_trajectory, servo_twist"),
+    ("decoding", 3, "one of ceed, jacobi, ar"),
+    ("start_enabled", "yes", "true or false"),
+    ("instruction", 5, "a text"),
+]
+
+
+@pytest.fixture
+def context(monkeypatch: pytest.MonkeyPatch) -> Iterator[Context]:
+    monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    context = Context()
+    rclpy.init(context=context, domain_id=10 + os.getpid() % 90)
+    yield context
+    rclpy.try_shutdown(context=context)
+
+
+def make_node(context: Context, **overrides: Any) -> Node:
+    given = [Parameter(name, value=value) for name, value in overrides.items()]
+    return Node("policy", context=context, parameter_overrides=given)
+
+
+def test_descriptors_say_what_is_allowed(context: Context) -> None:
+    node = make_node(context)
+    parameters.declare_parameters(node)
+    assert parameters.values(node) == {parameter.name: parameter.default for parameter in PARAMETERS}
+    rate = node.describe_parameter("command_rate")
+    assert (rate.floating_point_range[0].from_value, rate.floating_point_range[0].to_value) == (5.0, 500.0)
+    assert "[Hz]" in rate.description
+    assert node.describe_parameter("inference_threads").integer_range[0].to_value == 64
+    assert node.describe_parameter("decoding").additional_constraints == "one of ceed, jacobi, ar"
+
+
+def test_whole_numbers_are_taken_for_floats(context: Context) -> None:
+    node = make_node(context, command_rate=50)
+    parameters.declare_parameters(node)
+    assert parameters.values(node)["command_rate"] == 50.0
+    assert isinstance(parameters.values(node)["command_rate"], float)
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD)
+def test_bad_values_at_the_start(context: Context, name: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parameters.declare_parameters(make_node(context, **{name: value}))
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD)
+def test_bad_values_later(name: str, value: Any, message: str) -> None:
+    result = parameters.refusal([Parameter(name, value=value)], configured=False)
+    assert not result.successful
+    with pytest.raises(ConfigError, match=message):
+        raise ConfigError(result.reason)
+
+
+def test_setup_changes_only_while_unconfigured() -> None:
+    change = [Parameter("checkpoint", value="teacher")]
+    assert parameters.refusal(change, configured=False).successful
+    result = parameters.refusal(change, configured=True)
+    assert not result.successful
+    assert "deactivate and clean up first" in result.reason
+    assert parameters.refusal([Parameter("instruction", value="stop")], configured=True).successful
+    assert parameters.refusal([Parameter("use_sim_time", value=True)], configured=True).successful
+
+
+@pytest.mark.parametrize(
+    "name", ["image_timeout", "joint_state_timeout", "max_joint_velocity", "max_joint_step"]
+)
+def test_safety_limits_are_read_only(context: Context, name: str) -> None:
+    node = make_node(context)
+    parameters.declare_parameters(node)
+    (result,) = node.set_parameters([Parameter(name, value=0.5)])
+    assert not result.successful
+    assert "read-only" in result.reason
+
+
+@pytest.mark.parametrize("parameter", PARAMETERS, ids=lambda parameter: parameter.name)
+def test_every_parameter_is_described(parameter: PolicyParameter) -> None:
+    assert parameter.problem(parameter.default) is None
+    assert parameter.description.endswith(".")
+    assert parameter.when in (parameters.START, parameters.SETUP, parameters.LIVE)
+    assert not parameter.is_number or parameter.low < parameter.high

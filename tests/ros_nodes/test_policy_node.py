@@ -1,0 +1,365 @@
+"""The policy node as a process, driven over its topics and services with the shipped student and with a tiny ACT."""
+
+from __future__ import annotations
+
+import io
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
+
+from diagnostic_msgs.msg import DiagnosticArray
+from lifecycle_msgs.msg import State, Transition
+from lifecycle_msgs.srv import ChangeState, GetState
+from PIL import Image as PillowImage
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_msgs.msg import Float64MultiArray, String
+from std_srvs.srv import SetBool, Trigger
+from trajectory_msgs.msg import JointTrajectory
+
+from ros_nodes.messages import LATCHED, SENSOR, array_to_image, seconds
+from ros_nodes.robot_file import load_robot_config
+
+ROBOT = load_robot_config()
+ARM, HOME = ROBOT.arm.joints, ROBOT.arm.home
+COMMANDS = "/forward_position_controller/commands"
+
+
+class Robot:
+    """Publishes a robot's inputs from the test's node, and follows the commanded joints if it is told to.
+
+    Attributes:
+        images: Whether cameras run.
+        encoding: Of the images.
+        state: Joint -> position [rad] or [m].
+        wrong: Joint -> what the joint states say instead.
+    """
+
+    def __init__(self, graph: Any, cameras: dict[str, tuple[int, int]], state: dict[str, float]) -> None:
+        self.images, self.state = True, dict(state)
+        self.encoding = "rgb8"
+        self.wrong: dict[str, float] = {}
+        rng = np.random.default_rng(0)
+        self._node = graph.node
+        self._pixels = {
+            topic: rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            for topic, (height, width) in cameras.items()
+        }
+        kinds = {topic: CompressedImage if "compressed" in topic else Image for topic in cameras}
+        self._cameras = {topic: graph.node.create_publisher(kinds[topic], topic, SENSOR) for topic in cameras}
+        self._joints = graph.node.create_publisher(JointState, "/joint_states", SENSOR)
+        graph.node.create_timer(1 / 50, self._publish_joints)
+        graph.node.create_timer(1 / 15, self._publish_images)
+
+    def follow(self, positions: Any) -> None:
+        """Be where the command says."""
+        self.state.update(zip(ARM, positions, strict=True))
+
+    def _publish_joints(self) -> None:
+        state = self.state | self.wrong
+        names = list(reversed(self.state))  # an order of its own: joints are matched by name
+        message = JointState(name=names, position=[state[name] for name in names])
+        message.header.stamp = self._node.get_clock().now().to_msg()
+        self._joints.publish(message)
+
+    def _publish_images(self) -> None:
+        if not self.images:
+            return
+        stamp = self._node.get_clock().now().to_msg()
+        for topic, publisher in self._cameras.items():
+            if "compressed" in topic:
+                file = io.BytesIO()
+                PillowImage.fromarray(self._pixels[topic]).save(file, "JPEG")
+                message = CompressedImage(format="jpeg", data=file.getvalue())
+                message.header.stamp = stamp
+            else:
+                message = array_to_image(self._pixels[topic], stamp, "camera")
+                message.encoding = self.encoding
+            publisher.publish(message)
+
+
+class Status:
+    """The newest diagnostics of the policy node."""
+
+    def __init__(self, graph: Any) -> None:
+        self._graph = graph
+        self._messages = graph.listen("/diagnostics", DiagnosticArray)
+
+    def wait(
+        self, fits: Callable[[str, dict[str, str]], bool], what: str, timeout: float = 60.0
+    ) -> dict[str, str]:
+        """The values of the first status from now on for which ``fits(message, values)``."""
+        start = len(self._messages)
+
+        def look() -> dict[str, str] | None:
+            for array in self._messages[start:]:
+                for status in array.status:
+                    values = {pair.key: pair.value for pair in status.values}
+                    if fits(status.message, values):
+                        return {**values, "message": status.message}
+            return None
+
+        found = self._graph.wait(look, what, timeout)
+        assert isinstance(found, dict)
+        return found
+
+    def state(self, state: str, *contains: str) -> dict[str, str]:
+        """Wait until the node reports a state, with these texts in its message."""
+        return self.wait(
+            lambda message, values: (
+                values.get("state") == state and all(text in message for text in contains)
+            ),
+            f"the state {state} {contains}",
+        )
+
+
+def tabletop(graph: Any) -> Robot:
+    """The simulated arm's inputs, without the simulation: random images, fingers open."""
+    state = dict(zip(ARM, HOME, strict=True)) | {"finger_left": 0.05, "finger_right": 0.05}
+    return Robot(graph, {"/front/image_raw": (96, 96), "/wrist/image_raw": (96, 96)}, state)
+
+
+def start(graph: Any, **parameters: Any) -> None:
+    given = {"autostart": True, "instruction": "move the green cube into the bin"} | parameters
+    arguments = [
+        part
+        for name, value in given.items()
+        for part in ("-p", f"{name}:={yaml.safe_dump(value).splitlines()[0]}")
+    ]
+    graph.start("policy_node", *arguments)
+
+
+def change_state(graph: Any, transition: int) -> bool:
+    request = ChangeState.Request(transition=Transition(id=transition))
+    return bool(graph.call("/policy/change_state", ChangeState, request, timeout=90.0).success)
+
+
+def test_streams_holds_and_recovers(graph: Any) -> None:
+    robot, status = tabletop(graph), Status(graph)
+    commands = graph.listen(COMMANDS, Float64MultiArray)
+    grips = graph.listen("/gripper_controller/commands", Float64MultiArray)
+    graph.node.create_subscription(
+        Float64MultiArray, COMMANDS, lambda message: robot.follow(message.data), 10
+    )
+    start(graph)
+    status.state("active")
+    first = np.array(commands[0].data)
+    np.testing.assert_allclose(first, HOME, atol=1e-6)  # begins where the arm is
+    graph.spin(2.0)
+    path = np.array([message.data for message in commands])
+    assert len(path) > 100
+    assert np.abs(path[-1] - first).max() > 1e-3  # and moves
+    assert np.abs(np.diff(path, axis=0)).max() < 0.1  # without a jump
+    graph.wait(lambda: grips, "a gripper command")
+    assert set(grips[-1].data) <= {0.0, 0.1}
+
+    robot.images = False
+    status.state("holding", "stale", "front")
+    before = len(commands)
+    graph.wait(lambda: len(commands) > before + 20, "commands while holding")
+    assert len({tuple(message.data) for message in commands[before:]}) == 1
+    robot.images = True
+    status.state("active")
+
+    robot.encoding = "mono8"
+    status.state("holding", "bad_image", "'mono8'; use rgb8 or bgr8")
+    robot.encoding = "rgb8"
+    robot.wrong = {"joint3": float("nan")}
+    status.state("holding", "bad_joint_states", "joint3")
+    robot.wrong = {}
+    values = status.state("active")
+    assert float(values["decode_ms_p50"]) > 0.0
+    assert int(values["chunks"]) > 1
+    assert "=" in values["exit_reasons"]
+    assert {"holds.stale", "holds.bad_image", "clamps.velocity", "observation_age_s.front"} <= set(values)
+    assert graph.stop("policy_node", signal.SIGINT) == 0
+
+
+def test_operator_stops_resets_enables_and_instructs(graph: Any) -> None:
+    robot, status = tabletop(graph), Status(graph)
+    commands = graph.listen(COMMANDS, Float64MultiArray)
+    graph.node.create_subscription(
+        Float64MultiArray, COMMANDS, lambda message: robot.follow(message.data), 10
+    )
+    start(graph, start_enabled=False, instruction="")
+    status.state("disabled")
+    graph.spin(0.5)
+    assert not commands  # a dry run: nothing is sent
+    assert graph.call("/policy/enable", SetBool, SetBool.Request(data=True)).success
+    status.state("holding", "no_instruction")
+    instruction = graph.node.create_publisher(String, "/policy/instruction", LATCHED)
+    instruction.publish(String(data="move the red cube into the bin"))
+    assert status.state("active")["instruction"] == "move the red cube into the bin"
+
+    assert graph.call("/policy/estop", Trigger).success
+    status.state("estopped", "~/estop")
+    graph.spin(0.3)
+    start_of_hold = len(commands)
+    graph.wait(lambda: len(commands) > start_of_hold + 20, "commands while stopped")
+    assert len({tuple(message.data) for message in commands[start_of_hold:]}) == 1
+    refused = graph.call("/policy/enable", SetBool, SetBool.Request(data=True))
+    assert not refused.success
+    assert "latched" in refused.message
+    assert graph.call("/policy/reset", Trigger).success
+    status.state("disabled")
+    robot.state["joint1"] = 0.2  # somebody moves the arm by hand
+    graph.spin(0.2)
+    before = len(commands)
+    assert graph.call("/policy/enable", SetBool, SetBool.Request(data=True)).success
+    graph.wait(lambda: len(commands) > before, "commands after enable")
+    assert commands[before].data[0] == pytest.approx(0.2, abs=1e-6)  # it goes on from where the arm is
+    status.state("active")
+
+    refusals = graph.set_parameters("/policy", command_rate=1e9, image_timeout=1.0, checkpoint="teacher")
+    reasons = [result.reason for result in refusals]
+    assert not any(result.successful for result in refusals)
+    assert "Min: 5.0, Max: 500.0" in reasons[0] or "[5, 500]" in reasons[0]
+    assert "read-only" in reasons[1]
+    assert "deactivate and clean up first" in reasons[2]
+    assert graph.set_parameters("/policy", instruction="push the blue cube")[0].successful
+    status.wait(lambda _, values: values.get("instruction") == "push the blue cube", "the new instruction")
+    assert graph.stop("policy_node", signal.SIGTERM) == 0
+
+
+def test_bad_checkpoint_is_no_crash_and_the_lifecycle_works(graph: Any, tmp_path: Path) -> None:
+    tabletop(graph)
+    status = Status(graph)
+    start(graph, checkpoint=str(tmp_path / "none"))
+    found = status.wait(lambda message, _: "configure failed" in message, "the failure")
+    assert found["state"] == "unconfigured"
+    assert "No checkpoint folder at" in found["message"]
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    assert graph.set_parameters("/policy", checkpoint=str(broken))[0].successful
+    assert not change_state(graph, Transition.TRANSITION_CONFIGURE)
+    status.wait(lambda message, _: "configure failed" in message and "broken" in message, "the other failure")
+
+    assert graph.set_parameters("/policy", checkpoint="student")[0].successful
+    assert change_state(graph, Transition.TRANSITION_CONFIGURE)
+    assert not graph.call("/policy/enable", SetBool, SetBool.Request(data=True)).success
+    commands = graph.listen(COMMANDS, Float64MultiArray)
+    assert change_state(graph, Transition.TRANSITION_ACTIVATE)
+    status.state("active")
+    assert change_state(graph, Transition.TRANSITION_DEACTIVATE)
+    graph.spin(0.3)
+    sent = len(commands)
+    assert sent
+    graph.spin(0.5)
+    assert len(commands) == sent
+    assert change_state(graph, Transition.TRANSITION_CLEANUP)
+    assert graph.call("/policy/get_state", GetState).current_state.id == State.PRIMARY_STATE_UNCONFIGURED
+    assert change_state(graph, Transition.TRANSITION_UNCONFIGURED_SHUTDOWN)
+    assert graph.stop("policy_node", signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"command_rate": 1e9}, "command_rate is 1000000000.0; it must be a number in [5, 500]."),
+        ({"action_interface": "wheels"}, "one of forward_position, joint_trajectory, servo_twist"),
+    ],
+)
+def test_bad_parameter_at_the_start(graph: Any, parameters: dict[str, Any], message: str) -> None:
+    start(graph, **parameters)
+    assert graph.processes["policy_node"].wait(30) == 1
+    assert message in graph.output("policy_node")
+    assert "Traceback" not in graph.output("policy_node")
+
+
+def act_robot(folder: Path) -> Path:
+    """A robot of two joints, without a gripper, in degrees, with one compressed camera that is too large."""
+    values = {
+        "images": {
+            "observation.images.top": {"topic": "top/compressed", "transport": "compressed", "resize": True}
+        },
+        "joint_states": {"topic": "joint_states"},
+        "state": {"observation.state": ["joint_positions"]},
+        "arm": {"joints": ["shoulder", "elbow"], "unit": "deg"},
+        "action": {"kind": "joint_position", "dt": 0.1},
+        "limits": {
+            "position": {"low": [-1.0, -1.0], "high": [1.0, 1.0]},
+            "velocity": [0.5, 0.5],
+            "step": [0.2, 0.2],
+        },
+        "interfaces": {"joint_trajectory": {"topic": "joint_trajectory_controller/joint_trajectory"}},
+    }
+    (folder / "robot.yaml").write_text(yaml.safe_dump(values))
+    return folder / "robot.yaml"
+
+
+def act_checkpoint(folder: Path) -> Path:
+    """A tiny ACT policy with random weights, as lerobot-train would leave it."""
+    import torch
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.policies.act.configuration_act import ACTConfig
+    from lerobot.policies.act.modeling_act import ACTPolicy
+    from lerobot.policies.factory import make_pre_post_processors
+
+    torch.manual_seed(0)
+    features = {
+        "observation.images.top": PolicyFeature(type=FeatureType.VISUAL, shape=(3, 64, 64)),
+        "observation.state": PolicyFeature(type=FeatureType.STATE, shape=(2,)),
+    }
+    config = ACTConfig(
+        input_features=features,
+        output_features={"action": PolicyFeature(type=FeatureType.ACTION, shape=(2,))},
+        device="cpu",
+        chunk_size=6,
+        n_action_steps=4,
+        dim_model=32,
+        n_heads=2,
+        dim_feedforward=32,
+        n_encoder_layers=1,
+        use_vae=False,
+        pretrained_backbone_weights=None,
+    )
+    stats = {
+        key: {"mean": torch.full(shape, 0.5), "std": torch.full(shape, 20.0)}
+        for key, shape in (
+            ("observation.state", (2,)),
+            ("action", (2,)),
+            ("observation.images.top", (3, 1, 1)),
+        )
+    }
+    ACTPolicy(config).save_pretrained(folder)
+    for pipeline in make_pre_post_processors(config, dataset_stats=stats):
+        pipeline.save_pretrained(folder)
+    return folder
+
+
+def test_any_lerobot_policy_drives(graph: Any, tmp_path: Path) -> None:
+    checkpoint = act_checkpoint(tmp_path / "act")
+    Robot(graph, {"/top/compressed": (120, 160)}, {"shoulder": 0.1, "elbow": -0.1, "base": 3.0})
+    status = Status(graph)
+    trajectories = graph.listen("/joint_trajectory_controller/joint_trajectory", JointTrajectory)
+    start(
+        graph,
+        checkpoint=str(checkpoint),
+        robot_config=str(act_robot(tmp_path)),
+        action_interface="joint_trajectory",
+        instruction="",
+    )
+    values = status.state("active")
+    assert float(values["decode_ms_p50"]) > 0.0
+    graph.wait(lambda: len(trajectories) > 50, "trajectories")
+    first = trajectories[0].points[0].positions
+    assert list(first) == pytest.approx([0.1, -0.1], abs=1e-6)
+    assert any(np.abs(np.subtract(t.points[0].positions, first)).max() > 1e-3 for t in trajectories)
+    for trajectory in trajectories:
+        assert trajectory.joint_names == ["shoulder", "elbow"]
+        assert seconds(trajectory.header.stamp) == 0.0
+        times = [seconds(point.time_from_start) for point in trajectory.points]
+        assert times[0] > 0.0
+        assert np.all(np.diff(times) > 0.0)
+        assert list(trajectory.points[-1].velocities) == [0.0, 0.0]
+        for point in trajectory.points:
+            assert np.abs(point.positions).max() <= 0.5  # the arm does not move: 0.2 rad from it, and a stop
+            assert np.abs(point.velocities).max() <= 0.5 + 1e-6
+    assert graph.stop("policy_node", signal.SIGTERM) == 0

@@ -1,0 +1,181 @@
+"""A robot's file: what it says, what is refused and how, and that the packaged model is the simulation's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mujoco
+import numpy as np
+import pytest
+import yaml
+
+from ceed_vla.errors import ConfigError
+from ros_nodes.robot_config import COMPONENTS, INTERFACES
+from ros_nodes.robot_file import load_robot_config, packaged_config
+from sim.tabletop import arm, env, scene
+
+CONFIG = Path(__file__).resolve().parents[2] / "launch" / "config"
+
+
+def packaged() -> dict[str, Any]:
+    """The packaged robot's file, with a model path that holds anywhere."""
+    values = yaml.safe_load(packaged_config().read_text())
+    values["arm"]["model"] = str(packaged_config().parent / values["arm"]["model"])
+    return values
+
+
+def write(folder: Path, values: Any) -> Path:
+    file = folder / "robot.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def test_packaged_robot_is_the_simulated_one() -> None:
+    robot = load_robot_config()
+    action = robot.action
+    assert (action.dt, action.position_scale, action.rotation_scale) == (
+        env.CTRL_DT,
+        env.POSITION_STEP,
+        env.ROTATION_STEP,
+    )
+    np.testing.assert_array_equal(action.workspace_low, env.WORKSPACE_LOW)
+    np.testing.assert_array_equal(action.workspace_high, env.WORKSPACE_HIGH)
+    assert (action.max_tilt, action.max_yaw) == (env.MAX_TILT, env.MAX_YAW)
+    np.testing.assert_allclose(robot.arm.home, arm.HOME)
+    assert robot.action_dim == len(env.ACTION_NAMES)
+    assert robot.state_dim("observation.state") == len(env.STATE_NAMES)
+    assert robot.gripper is not None
+    assert robot.gripper.open == 2 * scene.FINGER_STROKE
+    assert [(image.name, image.topic) for image in robot.images] == [
+        ("front", "front/image_raw"),
+        ("wrist", "wrist/image_raw"),
+    ]
+    assert tuple(robot.interfaces) == INTERFACES
+
+
+def test_packaged_model_is_current() -> None:
+    assert (CONFIG / "tabletop_arm.xml").read_text() == scene.arm_xml()
+
+
+def test_model_has_the_kinematics_of_the_scene() -> None:
+    alone = mujoco.MjModel.from_xml_path(str(CONFIG / "tabletop_arm.xml"))
+    whole = scene.load_scene().model
+    states = [mujoco.MjData(alone), mujoco.MjData(whole)]
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        q = rng.uniform(arm.JOINT_LOW, arm.JOINT_HIGH)
+        for model, data in zip((alone, whole), states, strict=True):
+            data.qpos[:7] = q
+            mujoco.mj_kinematics(model, data)
+        np.testing.assert_allclose(states[0].site("tcp").xpos, states[1].site("tcp").xpos, atol=1e-9, rtol=0)
+        np.testing.assert_allclose(states[0].site("tcp").xmat, states[1].site("tcp").xmat, atol=1e-9, rtol=0)
+
+
+def test_example_of_a_real_arm_loads() -> None:
+    robot = load_robot_config(CONFIG / "real_arm_example.yaml")
+    assert robot.action.kind == "joint_position"
+    assert robot.action_dim == robot.state_dim("observation.state") == 7
+    assert [image.transport for image in robot.images] == ["raw", "compressed"]
+    with pytest.raises(
+        ConfigError, match="no interface 'servo_twist'; it has joint_trajectory, forward_position"
+    ):
+        robot.interface("servo_twist")
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """The packaged file with another value at "a/b"; None removes it."""
+    values = packaged()
+    *parents, key = path.split("/")
+    at = values
+    for parent in parents:
+        at = at[parent]
+    if value is None:
+        del at[key]
+    else:
+        at[key] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("arm", None, "arm is missing"),
+        ("arms", {}, "arms is unknown; the keys here are action, arm, "),
+        ("action/kind", "fly", "action.kind is 'fly'; choose one of ee_delta, joint_position, joint_delta"),
+        ("action/kind", "joint_delta", "is unknown; the keys here are dt, kind"),
+        ("action/dt", 0, r"action.dt has 0; it must lie in \[0.01, 2\]"),
+        ("action/dt", ".nan", "action.dt has '.nan'; give a finite number"),
+        (
+            "action/workspace",
+            {"low": [0, 0, 0], "high": [1, 1]},
+            r"workspace.high is \[1, 1\]; give a list of 3",
+        ),
+        ("action/workspace", {"low": [0, 0, 0], "high": [1, 1, 0]}, "action.workspace is empty"),
+        ("action/max_tilt", 2.0, r"it must lie in \[0, 1.5\]"),
+        ("arm/joints", [], "arm.joints is empty"),
+        ("arm/joints", ["a", "a"], "a value is there twice"),
+        ("arm/joints", "joint1", "give a list of texts"),
+        ("arm/model", "nowhere.xml", "nowhere.xml', which is no file; paths start at this file's folder"),
+        ("arm/home", [0.0], "arm.home is .* give a list of 7 numbers"),
+        ("arm/unit", "turns", "choose one of rad, deg"),
+        ("limits/velocity", [1.0] * 6, "limits.velocity is .* give a list of 7 numbers"),
+        ("limits/velocity", [-1.0] * 7, "limits.velocity has -1"),
+        ("limits/speed", [1.0] * 7, "limits.speed is unknown"),
+        ("limits/position", {"low": [1.0] * 7, "high": [0.0] * 7}, "limits.position.low is not below high"),
+        ("state/observation.state", ["joints"], f"'joints'; choose from {COMPONENTS[0]}"),
+        ("images/front", {"topic": "a"}, "images.front is no feature; it must start with 'observation.'"),
+        ("images/observation.images.front", {"topic": "a", "transport": "udp"}, "raw, compressed"),
+        ("images/observation.images.front", {"topic": ""}, "topic is ''; give a text"),
+        ("images/observation.images.front", {"topic": "a", "resize": 1}, "give true or false"),
+        ("images/observation.front", {"topic": "a"}, "need different last parts"),
+        ("gripper/open", -1.0, r"gripper.open is -1.0; it must be more than closed \(0.0\)"),
+        ("gripper/joints", ["joint1"], "gripper.joints repeats the arm's joint1"),
+        ("gripper/joints", None, "gripper.joints is missing; finger_opening needs it"),
+        ("gripper", None, "gripper is missing; finger_opening and commanded_gripper need it"),
+        ("interfaces", {}, "interfaces is empty"),
+        (
+            "interfaces/wheels",
+            {"topic": "a"},
+            "interfaces.wheels is unknown; the interfaces are forward_position",
+        ),
+        ("joint_states", "joint_states", "joint_states is 'joint_states'; give keys with values"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path: Path, path: str, value: Any, message: str) -> None:
+    file = write(tmp_path, changed(path, value))
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_robot_config(file)
+    assert str(file) in str(caught.value)
+
+
+def test_what_needs_a_model_says_so(tmp_path: Path) -> None:
+    values = packaged()
+    del values["arm"]["model"], values["arm"]["tcp"]
+    with pytest.raises(ConfigError, match=r"arm\.model is missing; ee_delta actions and tcp states need it"):
+        load_robot_config(write(tmp_path, values))
+    values["action"] = {"kind": "joint_position", "dt": 0.1}
+    values["state"] = {"observation.state": ["joint_positions", "finger_opening"]}
+    with pytest.raises(ConfigError, match=r"limits\.position is missing"):
+        load_robot_config(write(tmp_path, values))
+    values["limits"]["position"] = {"low": [-1.0] * 7, "high": [1.0] * 7}
+    robot = load_robot_config(write(tmp_path, values))
+    assert (robot.action_dim, robot.state_dim("observation.state")) == (8, 8)
+    with pytest.raises(ConfigError, match=r"servo_twist needs arm\.model"):
+        robot.interface("servo_twist")
+
+
+def test_commanded_poses_are_of_ee_deltas(tmp_path: Path) -> None:
+    values = packaged()
+    values["action"] = {"kind": "joint_position", "dt": 0.1}
+    with pytest.raises(ConfigError, match="commanded_position, commanded_yaw_cos_sin, which only ee_delta"):
+        load_robot_config(write(tmp_path, values))
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "\x00"])
+def test_no_yaml(tmp_path: Path, text: str) -> None:
+    (tmp_path / "robot.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"robot\.yaml"):
+        load_robot_config(tmp_path / "robot.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_robot_config(tmp_path / "none.yaml")

@@ -1,0 +1,290 @@
+"""Nothing unsafe leaves the filter, whatever comes in; and every intervention has a name and a count."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ceed_vla.errors import ConfigError
+from ros_nodes.safety import Hold, SafetyFilter, SafetyLimits
+
+NAMES = ("shoulder", "elbow")
+FRESH = {"joint_states": 0.01, "front": 0.05}
+DT = 0.01
+
+
+def limits(**changes: Any) -> SafetyLimits:
+    values: dict[str, Any] = {
+        "joint_names": NAMES,
+        "position_low": [-1.0, -2.0],
+        "position_high": [1.0, 2.0],
+        "max_velocity": [1.0, 2.0],
+        "max_step": [0.1, 0.2],
+        "timeouts": {"joint_states": 0.2, "front": 0.5},
+    }
+    return SafetyLimits(**{**values, **changes})
+
+
+def moving(at: tuple[float, float] = (0.0, 0.0), **changes: Any) -> SafetyFilter:
+    """An enabled filter with the arm at a position."""
+    safety = SafetyFilter(limits(**changes))
+    assert safety.measure(NAMES, at) is None
+    assert safety.enable() is None
+    return safety
+
+
+# ---- the property that matters ---------------------------------------------------------------------------------
+
+anything = st.floats(allow_nan=True, allow_infinity=True)
+number = st.floats(-3, 3)
+messy = st.one_of(number, number, number, anything)
+EVENTS = st.one_of(
+    st.tuples(st.just("measure"), st.lists(messy, min_size=2, max_size=2)),
+    st.tuples(st.just("measure"), st.lists(messy, max_size=3)),
+    st.tuples(st.just("command"), st.lists(messy, min_size=2, max_size=2), messy, messy, messy),
+    st.tuples(st.just("command"), st.lists(messy, max_size=3), messy, messy, messy),
+    st.tuples(st.sampled_from(["enable", "enable", "disable", "estop", "reset"])),
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(events=st.lists(EVENTS, max_size=40))
+def test_no_command_is_ever_unsafe(events: list[tuple[Any, ...]]) -> None:
+    safety = SafetyFilter(limits())
+    last, gripper_set = None, False
+    commands = 0
+    for kind, *values in [("measure", [0.1, 0.2]), ("enable",), *events]:
+        if kind == "measure":
+            safety.measure(NAMES[: len(values[0])] + ("other",) * (len(values[0]) - 2), values[0])
+        elif kind != "command":
+            if kind == "enable" and safety.enable() is None:
+                last = None
+            elif kind != "enable":
+                getattr(safety, kind)()
+        else:
+            positions, gripper, dt, age = values
+            decision = safety.command(
+                np.array(positions), gripper, dt=dt, ages={"joint_states": age, "front": 0.0}
+            )
+            commands += 1
+            sent = decision.positions
+            assert sent is not None
+            assert np.isfinite(sent).all()
+            assert (sent >= safety.limits.position_low).all()
+            assert (sent <= safety.limits.position_high).all()
+            if last is not None:
+                reach = safety.limits.max_velocity * min(max(dt, 0), safety.limits.max_dt)
+                assert (np.abs(sent - last) <= np.nan_to_num(reach) + 1e-12).all()
+                if decision.hold:
+                    assert np.array_equal(sent, last)
+            if not safety.enabled or safety.stopped or not age <= 0.2:
+                assert decision.hold
+            gripper_set |= decision.hold is None
+            assert (decision.gripper is not None) == gripper_set
+            assert decision.gripper is None or 0 <= decision.gripper <= 0.1
+            last = sent
+    assert sum(safety.holds.values()) <= commands
+
+
+# ---- one rule each ---------------------------------------------------------------------------------------------
+
+
+def test_a_good_command_passes_unchanged() -> None:
+    safety = moving()
+    decision = safety.command(np.array([0.005, -0.01]), 0.04, dt=DT, ages=FRESH)
+    assert decision.positions is not None
+    assert decision.positions.tolist() == [0.005, -0.01]
+    assert (decision.gripper, decision.hold, decision.clamped) == (0.04, None, ())
+    assert not any(safety.clamps.values())
+    assert not safety.holds
+
+
+def test_each_clamp_is_named_and_counted() -> None:
+    fast = {"max_velocity": [1e3, 1e3]}
+    far = {"max_step": [9.0, 9.0]}
+    cases = {
+        "position": (moving((0.95, 0.0), **fast, **far), [1.3, 0.0], [1.0, 0.0]),
+        "step": (moving((0.2, 0.0), **fast), [0.9, 0.0], [0.3, 0.0]),
+        "velocity": (moving((0.2, 0.0), **far), [0.9, 0.0], [0.21, 0.0]),
+    }
+    for kind, (safety, wanted, sent) in cases.items():
+        decision = safety.command(np.array(wanted), dt=DT, ages=FRESH)
+        assert decision.positions == pytest.approx(sent), kind
+        assert decision.clamped == (kind,)
+        assert safety.clamps[kind] == 1
+        assert decision.hold is None
+    safety = moving()
+    decision = safety.command(np.zeros(2), 0.3, dt=DT, ages=FRESH)
+    assert (decision.gripper, decision.clamped, safety.clamps["gripper"]) == (0.1, ("gripper",), 1)
+
+
+def test_an_arm_that_was_pushed_away_is_approached_at_limited_speed() -> None:
+    safety = moving()
+    safety.command(np.zeros(2), dt=DT, ages=FRESH)
+    safety.measure(NAMES, [0.8, 0.0])  # further than max_step
+    first = safety.command(np.zeros(2), dt=DT, ages=FRESH)
+    assert first.positions == pytest.approx([0.01, 0.0])
+    assert set(first.clamped) == {"step", "velocity"}
+
+
+def test_a_stall_of_the_sender_does_not_buy_a_larger_step() -> None:
+    decision = moving(max_step=[9.0, 9.0]).command(np.array([1.0, 0.0]), dt=10.0, ages=FRESH)
+    assert decision.positions == pytest.approx([0.05, 0.0])  # max_dt of 0.05 s
+
+
+def test_a_measured_position_outside_the_limits_leads_back_inside() -> None:
+    safety = moving((1.5, 0.0))
+    decision = safety.command(np.array([1.5, 0.0]), dt=DT, ages=FRESH)
+    assert decision.positions == pytest.approx([1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("ages", "code", "detail"),
+    [
+        ({"joint_states": 0.3, "front": 0.0}, "stale", "joint_states is 0.30 s old, the limit is 0.20 s"),
+        ({"joint_states": 0.0, "front": 0.6}, "stale", "front is 0.60 s old"),
+        ({"joint_states": 0.0, "front": None}, "stale", "front never came"),
+        ({"joint_states": 0.0}, "stale", "front never came"),
+        ({"joint_states": math.nan, "front": 0.0}, "stale", "joint_states is nan"),
+        ({"joint_states": -5.0, "front": 0.0}, "clock", "5.00 s in the future"),
+    ],
+)
+def test_stale_inputs_hold_the_last_command(ages: dict[str, Any], code: str, detail: str) -> None:
+    safety = moving()
+    safety.command(np.array([0.01, 0.0]), 0.05, dt=DT, ages=FRESH)
+    decision = safety.command(np.array([0.02, 0.0]), 0.0, dt=DT, ages=ages)
+    assert decision.positions is not None
+    assert (decision.positions.tolist(), decision.gripper) == ([0.01, 0.0], 0.05)
+    assert decision.hold is not None
+    assert decision.hold.code == code
+    assert detail in decision.hold.detail
+    assert safety.holds == {code: 1}
+    assert safety.command(np.array([0.02, 0.0]), dt=DT, ages=FRESH).hold is None  # recovers by itself
+
+
+@pytest.mark.parametrize(
+    ("names", "positions", "detail"),
+    [
+        (("shoulder", "wrist"), [0.0, 0.0], r"lacks ['elbow']; it has ['shoulder', 'wrist']"),
+        (NAMES, [0.0], "1 positions for the joints"),
+        (("shoulder", "elbow", "elbow"), [0.0, 0.0, 0.1], "3 positions for the joints"),
+        (NAMES, [0.0, math.nan], "position of ['elbow'] is not finite"),
+        ((), [], "lacks ['shoulder', 'elbow']"),
+    ],
+)
+def test_a_bad_joint_state_holds_until_a_good_one(names: Any, positions: Any, detail: str) -> None:
+    safety = moving()
+    safety.command(np.array([0.01, 0.0]), dt=DT, ages=FRESH)
+    fault = safety.measure(names, positions)
+    assert fault is not None
+    assert fault.code == "bad_joint_states"
+    assert detail in fault.detail
+    decision = safety.command(np.array([0.02, 0.0]), dt=DT, ages=FRESH)
+    assert decision.hold == fault
+    assert decision.positions == pytest.approx([0.01, 0.0])
+    assert safety.measure(("finger", "elbow", "shoulder"), [math.nan, 0.2, 0.1]) is None
+    assert safety.measured is not None
+    assert safety.measured.tolist() == [0.1, 0.2]  # by name
+    assert safety.command(np.array([0.02, 0.0]), dt=DT, ages=FRESH).hold is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gripper", "dt", "code"),
+    [
+        ([0.0, math.nan], None, DT, "not_finite"),
+        ([0.0, math.inf], None, DT, "not_finite"),
+        ([0.0, 0.0], math.nan, DT, "not_finite"),
+        ([0.0], None, DT, "joint_set"),
+        ([0.0, 0.0, 0.0], None, DT, "joint_set"),
+        ([0.0, 0.0], None, 0.0, "clock"),
+        ([0.0, 0.0], None, -1.0, "clock"),
+    ],
+)
+def test_a_bad_command_holds(wanted: list[float], gripper: float | None, dt: float, code: str) -> None:
+    decision = moving((0.1, 0.1)).command(np.array(wanted), gripper, dt=dt, ages=FRESH)
+    assert decision.hold is not None
+    assert decision.hold.code == code
+    assert decision.positions == pytest.approx([0.1, 0.1])
+
+
+def test_the_callers_reason_holds_and_is_counted() -> None:
+    safety = moving()
+    decision = safety.command(None, dt=DT, ages=FRESH, hold=Hold("starved", "no chunk"))
+    assert decision.hold == Hold("starved", "no chunk")
+    assert safety.holds["starved"] == 1
+    with pytest.raises(ConfigError, match="pass a reason"):
+        safety.command(None, dt=DT, ages=FRESH)
+
+
+def test_nothing_is_sent_before_the_first_joint_state() -> None:
+    safety = SafetyFilter(limits())
+    fault = safety.enable()
+    assert fault is not None
+    assert fault.code == "no_joint_states"
+    decision = safety.command(np.zeros(2), dt=DT, ages=FRESH)
+    assert (decision.positions, decision.gripper) == (None, None)
+    assert decision.hold is not None
+    safety.measure(NAMES, [0.3, 0.4])
+    decision = safety.command(np.zeros(2), dt=DT, ages=FRESH)  # disabled: holds where it is
+    assert decision.positions == pytest.approx([0.3, 0.4])
+    assert decision.hold is not None
+    assert decision.hold.code == "disabled"
+
+
+def test_the_emergency_stop_is_latched_and_reset_does_not_start_motion() -> None:
+    safety = moving()
+    safety.command(np.array([0.01, 0.0]), dt=DT, ages=FRESH)
+    safety.estop("operator")
+    safety.estop("again")
+    for _ in range(3):
+        decision = safety.command(np.array([0.02, 0.0]), dt=DT, ages=FRESH)
+        assert decision.hold is not None
+        assert decision.hold.code == "estop"
+        assert "operator" in decision.hold.detail
+        assert decision.positions == pytest.approx([0.01, 0.0])
+    refused = safety.enable()
+    assert refused is not None
+    assert "reset it first" in refused.detail
+    safety.reset()
+    decision = safety.command(np.array([0.02, 0.0]), dt=DT, ages=FRESH)
+    assert decision.hold is not None
+    assert decision.hold.code == "disabled"
+    assert safety.enable() is None
+    assert safety.command(np.array([0.005, 0.0]), dt=DT, ages=FRESH).hold is None
+    assert safety.holds == {"estop": 3, "disabled": 1}
+
+
+def test_enabling_starts_from_where_the_arm_is() -> None:
+    safety = moving()
+    safety.command(np.zeros(2), dt=DT, ages=FRESH)
+    safety.disable()
+    safety.measure(NAMES, [0.5, 0.5])  # moved by hand
+    safety.enable()
+    decision = safety.command(np.array([0.505, 0.5]), dt=DT, ages=FRESH)
+    assert decision.positions == pytest.approx([0.505, 0.5])
+    assert decision.clamped == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"joint_names": ()}, "give every joint once"),
+        ({"joint_names": ("a", "a")}, "give every joint once"),
+        ({"position_low": [0.0]}, "position_low is .* one finite number for each"),
+        ({"max_velocity": [1.0, math.inf]}, "max_velocity is"),
+        ({"max_step": [0.1, 0.0]}, "max_step .* must be positive"),
+        ({"position_low": [-1.0, 2.0]}, "lower position limit of elbow"),
+        ({"timeouts": {"front": 1.0}}, "'joint_states' must have one"),
+        ({"timeouts": {"joint_states": 0.0}}, "must be positive"),
+        ({"max_dt": 0.0}, "max_dt is 0.0"),
+        ({"gripper_low": 0.1}, "gripper limits"),
+    ],
+)
+def test_bad_limits_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        limits(**changes)

@@ -1,0 +1,112 @@
+"""FAST action tokens from data to checkpoint: fitted, trained, collected, distilled, decoded with the compact model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ceed_vla.checkpoints import load
+from ceed_vla.decoding import DecodingConfig
+from ceed_vla.errors import ConfigError, DatasetError
+from ceed_vla.fast_tokens import FastTokenizer
+from ceed_vla.fast_tokens_config import FastTokensConfig
+from training.data import open_dataset
+from training.distill import distill
+from training.fit_tokens import FitTokensConfig, all_chunks, fit_action_tokens, fit_tokens
+from training.teacher import train
+from training.trajectories import collect, read_trajectories
+
+
+@pytest.fixture(scope="module")
+def teacher(studio: Any, tiny_policy: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher with FAST tokens, trained long enough to write different chunks."""
+    tokens = FastTokensConfig(vocabulary_size=128, scale=8.0)
+    policy = tiny_policy(action_tokens=tokens)
+    output = tmp_path_factory.mktemp("fast") / "teacher"
+    return train(studio.train_config(output, policy=policy, steps=60, roots=f"{studio.demo},{studio.other}"))
+
+
+def test_training_fits_the_tokens_and_the_checkpoint_keeps_them(studio: Any, teacher: Path) -> None:
+    policy, pre, post = load(teacher)
+    tokens = policy.config.action_tokens
+    assert isinstance(tokens, FastTokensConfig)
+    assert tokens.fitted
+    assert policy.config.block_length == tokens.max_tokens <= 4 * 7
+    assert policy.config.num_bins == tokens.vocabulary <= 129
+    store = open_dataset(studio.demo)
+    chunks, _ = store.chunks(np.arange(len(store)), 4)
+    assert (policy.tokenizer.decode(policy.tokenizer.encode(chunks)) - chunks).abs().max() < 0.2
+
+    batch = pre(store.batch(np.arange(6), 4))
+    greedy = policy.decode(batch, "ar")
+    assert torch.equal(policy.decode(batch, "jacobi", previous=greedy.tokens).tokens, greedy.tokens)
+    assert post(policy.predict_action_chunk(batch)).shape == (6, 4, 7)
+    assert policy.select_action(batch).shape == (6, 7)
+    loss, parts = policy.eval()(batch)
+    assert np.isfinite(loss.item())
+    assert parts["token_accuracy"] > 0.3
+
+
+def test_trajectories_and_distillation(studio: Any, teacher: Path, tmp_path: Path) -> None:
+    folder = collect(studio.collect_config(tmp_path / "trajectories", policy_path=str(teacher)))
+    trajectories = read_trajectories(folder, str(teacher))
+    policy, pre, _ = load(teacher)
+    assert isinstance(policy.tokenizer, FastTokenizer)
+    assert policy.tokenizer.readable(torch.from_numpy(trajectories.fixed_point.astype(np.int64)))
+    for states in ("online", "stored"):
+        for loss in ("trust_region", "paper"):
+            student = distill(
+                studio.distill_config(
+                    tmp_path / f"{states}_{loss}",
+                    teacher_path=str(teacher),
+                    trajectories=str(folder),
+                    states=states,
+                    loss=loss,
+                )
+            )
+            distilled, pre, _ = load(student)
+            batch = pre(open_dataset(studio.demo).batch(np.arange(4), 4))
+            capped = distilled.decode(batch, "ceed")  # 2 iterations, or on to a whole chunk
+            assert capped.actions is not None
+            assert torch.isfinite(capped.actions).all()
+            exact = distilled.decode(batch, DecodingConfig(guess="mid"))
+            assert torch.equal(exact.tokens, distilled.decode(batch, "ar").tokens)
+
+
+def test_the_command_writes_what_a_trainer_reads(studio: Any, tmp_path: Path) -> None:
+    config = FitTokensConfig(
+        roots=f"{studio.demo},{studio.other}", output=str(tmp_path / "fast.json"), chunk_size=4, scale=8.0
+    )
+    report = fit_tokens(config)
+    assert report["tokens_mean"] < report["uniform_tokens"] == 28
+    assert report["error_max"] < 0.2
+    read = FastTokensConfig(path=config.output)
+    assert read.vocabulary == report["ids"] + 1
+    stores = [open_dataset(root) for root in (studio.demo, studio.other)]
+    again = FastTokensConfig(scale=8.0)
+    again.fit_chunks(all_chunks(stores, 4))
+    assert again.merges == read.merges
+    with pytest.raises(DatasetError, match="holds no actions"):
+        fit_tokens(FitTokensConfig(roots=str(studio.grounding)))
+    with pytest.raises(ConfigError, match="set --roots"):
+        FitTokensConfig()
+    with pytest.raises(ConfigError, match="chunk_size is 0"):
+        FitTokensConfig(roots="x", chunk_size=0)
+
+
+def test_tokens_that_are_known_are_not_fitted_again(studio: Any, tiny_policy: Callable[..., Any]) -> None:
+    store = open_dataset(studio.demo)
+    policy = tiny_policy(action_tokens=FastTokensConfig(vocabulary_size=128))
+    fit_action_tokens(policy, [store])
+    assert isinstance(policy.action_tokens, FastTokensConfig)
+    merges = policy.action_tokens.merges
+    fit_action_tokens(policy, [open_dataset(studio.other)])
+    assert policy.action_tokens.merges == merges
+    uniform = tiny_policy()
+    fit_action_tokens(uniform, [store])
+    assert uniform.action_tokens.type == "uniform"

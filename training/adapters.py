@@ -1,0 +1,213 @@
+"""LoRA through peft: which layers get adapters, what learns beside them, and what a checkpoint keeps of them.
+
+A student's adapter and its teacher sit on one copy of the base: `teacher_weights` switches the student's adapter off,
+or to the one that the teacher was trained with.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ceed_vla.errors import ConfigError
+from ceed_vla.lora import A, B
+from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+
+logger = logging.getLogger(__name__)
+
+LEARNT, KEPT = "learnt", "teacher"  # names of the adapters
+HEADS = ("head", "lm_head")  # backbones read single rows of these weights
+LAYERS = ("Linear", "Linear4bit", "Linear8bitLt")
+TARGETS = ("language", "all")
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters; needs `pip install "ceed_vla[vlm]"`.
+
+    Attributes:
+        rank: Rank of the adapters; 0 trains the weights themselves.
+        alpha: An adapter counts alpha / rank; 0 takes alpha = 2 * rank.
+        dropout: Share of an adapter's inputs that training drops.
+        targets: Linear layers with adapters: of the "language" model (what learns in distillation) or "all".
+        train: Comma-separated modules of the teacher that learn in full beside, e.g. state,auxiliary,embed_tokens.
+    """
+
+    rank: int = 0
+    alpha: float = 0.0
+    dropout: float = 0.0
+    targets: str = "language"
+    train: str = "state,auxiliary"
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or self.alpha < 0 or not 0 <= self.dropout < 1:
+            raise ConfigError(
+                f"lora.rank {self.rank} and lora.alpha {self.alpha} must not be negative, lora.dropout {self.dropout} "
+                "must lie in [0, 1)."
+            )
+        if self.targets not in TARGETS:
+            raise ConfigError(f"lora.targets is {self.targets!r}; choose one of {', '.join(TARGETS)}.")
+
+    @property
+    def scale(self) -> float:
+        """Factor of an adapter."""
+        return (self.alpha or 2 * self.rank) / self.rank
+
+
+def attach(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
+    """Put adapters on a policy: its own from its checkpoint, or new ones; only they learn, and ``config.train``.
+
+    Raises:
+        ConfigError: peft is missing, or the settings do not fit the policy or the adapters that it has.
+    """
+    layers = _own_layers(policy, config.rank) or _layers(policy, config.targets)
+    scale = 1.0 if policy.adapters else config.scale
+    _inject(policy, LEARNT, layers, config, scale)
+    if policy.adapters:
+        _fill(policy, LEARNT, scale)
+    full = [name.strip() for name in config.train.split(",") if name.strip()]
+    for name, parameter in policy.backbone.named_parameters():
+        parts = name.split(".")
+        parameter.requires_grad_(f".{LEARNT}." in name or any(part in full for part in parts))
+    policy.adapters = {}
+
+
+def attach_student(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
+    """Put a student's adapter beside the teacher's, as its copy; or new ones where the teacher has none.
+
+    Raises:
+        ConfigError: See `attach`.
+    """
+    own = _own_layers(policy, config.rank)
+    for name in (KEPT, LEARNT) if own else (LEARNT,):
+        _inject(policy, name, own or _layers(policy, "language"), config, 1.0 if own else config.scale)
+        if own:
+            _fill(policy, name, 1.0)
+    policy.adapters = {}
+    learning = set(policy.backbone.distillation_parameters())
+    for parameter_name, parameter in policy.backbone.named_parameters():
+        parameter.requires_grad_(f".{LEARNT}." in parameter_name and parameter_name in learning)
+    select(policy, LEARNT)
+
+
+def _own_layers(policy: CeedVLAPolicy, rank: int) -> list[str]:
+    """Layers of the adapters that the policy came with."""
+    ranks = {len(weight) for name, weight in policy.adapters.items() if name.endswith(A)}
+    if ranks - {rank}:
+        raise ConfigError(
+            f"lora.rank is {rank}, but the checkpoint has adapters of rank {', '.join(map(str, sorted(ranks)))}, "
+            "which go on learning; set that rank."
+        )
+    return [n.removeprefix("backbone.").removesuffix(A) for n in sorted(policy.adapters) if n.endswith(A)]
+
+
+def _layers(policy: CeedVLAPolicy, targets: str) -> list[str]:
+    """Names of the linear layers that get adapters."""
+    backbone = policy.backbone
+    learning = set(backbone.distillation_parameters())
+    names = [
+        name
+        for name, module in backbone.named_modules()
+        if type(module).__name__ in LAYERS
+        and name.split(".")[-1] not in HEADS
+        and name.split(".")[0] not in ("state", "auxiliary")
+        and (targets == "all" or f"{name}.weight" in learning)
+    ]
+    if not names:
+        raise ConfigError(f"{type(backbone).__name__} has no linear layer for adapters; set --lora.rank=0.")
+    return names
+
+
+def _inject(policy: CeedVLAPolicy, name: str, layers: list[str], config: LoRAConfig, scale: float) -> None:
+    try:
+        from peft import LoraConfig as PeftConfig
+        from peft import inject_adapter_in_model
+    except ImportError as error:
+        raise ConfigError('LoRA needs peft: pip install "ceed_vla[vlm]".') from error
+
+    settings = PeftConfig(
+        r=config.rank, lora_alpha=scale * config.rank, lora_dropout=config.dropout, target_modules=layers
+    )
+    inject_adapter_in_model(settings, policy.backbone, adapter_name=name)
+    for parameter_name, parameter in policy.backbone.named_parameters():
+        if f".{name}." in parameter_name:
+            parameter.data = parameter.data.float()  # few, and they get small steps
+
+
+@torch.no_grad()
+def _fill(policy: CeedVLAPolicy, name: str, scale: float) -> None:
+    parameters = dict(policy.named_parameters())
+    for weight, value in policy.adapters.items():
+        own = weight.removesuffix(".weight") + f".{name}.weight"
+        parameters[own].copy_(value / scale if weight.endswith(B) else value)
+
+
+# ---- switching ----------------------------------------------------------------------------------------------------
+
+
+def adapted_layers(module: nn.Module) -> list[Any]:
+    """Peft's layers inside a module."""
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:
+        return []
+    return [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
+
+
+def select(policy: nn.Module, name: str | None) -> None:
+    """Let adapter `name` act, or none; `LEARNT` keeps its gradients whoever acts."""
+    for layer in adapted_layers(policy):
+        active = name is not None and name in layer.lora_A
+        layer._disable_adapters = not active
+        if active:
+            layer._active_adapter = [name]
+
+
+@contextmanager
+def teacher_weights(student: nn.Module) -> Iterator[None]:
+    """Let the student act as its teacher: without its adapter, or with the teacher's."""
+    select(student, KEPT)
+    try:
+        yield
+    finally:
+        select(student, LEARNT)
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def plain_weights(weights: Mapping[str, Tensor], scale: float, keep_adapters: bool) -> dict[str, Tensor]:
+    """A checkpoint's weights from those of a policy with adapters.
+
+    Args:
+        weights: All weights by peft's names.
+        scale: Factor of the adapters.
+        keep_adapters: Write the learnt adapters beside the base's weights; otherwise add them to these.
+
+    Returns:
+        Weights under the names of a policy without adapters, and the adapters under the names of `ceed_vla.lora`.
+    """
+    a, b = f".lora_A.{LEARNT}.weight", f".lora_B.{LEARNT}.weight"
+    plain = {n.replace(".base_layer.", "."): w for n, w in weights.items() if ".lora_" not in n}
+    for name, weight in weights.items():
+        if not name.endswith(a):
+            continue
+        layer = name.removesuffix(a)
+        up = scale * weights[layer + b].float()
+        if keep_adapters:
+            plain[layer + A], plain[layer + B] = weight, up
+        else:
+            base = plain[f"{layer}.weight"]
+            plain[f"{layer}.weight"] = (base.float() + up @ weight.float()).to(base.dtype)
+    return plain
+
+
+def scale_of(policy: nn.Module) -> float:
+    """Factor of the learnt adapters."""
+    return float(adapted_layers(policy)[0].scaling[LEARNT])

@@ -1,0 +1,111 @@
+"""States to distil from: guesses as inference makes them, after a few of the student's own Jacobi updates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ceed_vla.decoding import make_guess
+from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from ceed_vla.variable_length import VariableLengthTokenizer
+from training.trajectories import GUESSES
+
+PREVIOUS, RANDOM = GUESSES.index("previous"), GUESSES.index("random")
+
+
+@dataclass
+class StateDraw:
+    """The random part of a batch's states, drawn for all rows at once: a row's does not depend on the others'.
+
+    Attributes:
+        kind: (B,) index into `GUESSES`.
+        guess: (B, n) the random guess.
+        updates: (B,) own Jacobi updates of the guess.
+        pick: (B,) uniform in [0, 1): which state of a stored trajectory.
+    """
+
+    kind: NDArray[np.int64]
+    guess: Tensor
+    updates: NDArray[np.int64]
+    pick: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    def __getitem__(self, rows: slice) -> StateDraw:
+        return StateDraw(self.kind[rows], self.guess[rows], self.updates[rows], self.pick[rows])
+
+
+def draw_states(
+    policy: CeedVLAPolicy,
+    rows: int,
+    shares: NDArray[np.float64],
+    max_updates: int,
+    random: np.random.Generator,
+) -> StateDraw:
+    """Draw kinds of guesses in the given shares, random guesses, and 0 to `max_updates` updates."""
+    kind = random.choice(len(GUESSES), size=rows, p=shares)
+    generator = torch.Generator().manual_seed(int(random.integers(2**31)))
+    config, tokenizer = policy.config, policy.tokenizer
+    if isinstance(tokenizer, VariableLengthTokenizer):
+        guess = tokenizer.guess("random", rows, None, 0, generator)
+    else:
+        guess = make_guess(
+            "random", rows, config.block_length, config.num_bins, tokenizer.zero_bins, generator=generator
+        )
+    return StateDraw(kind, guess, random.integers(max_updates + 1, size=rows), random.random(rows))
+
+
+def guess_states(policy: CeedVLAPolicy, previous: Tensor, draw: StateDraw) -> Tensor:
+    """Initial guesses (B, n); rows without a previous chunk (-1) get random tokens instead."""
+    device, tokenizer, steps = previous.device, policy.tokenizer, policy.config.n_action_steps
+    kind = torch.from_numpy(draw.kind).to(device)
+    kind[(kind == PREVIOUS) & (previous[:, 0] < 0)] = RANDOM
+    rows = len(previous)
+    guesses = []
+    for name in GUESSES:
+        if name == "random":
+            guess = draw.guess
+        elif isinstance(tokenizer, VariableLengthTokenizer):
+            guess = tokenizer.guess(name, rows, previous, steps, None)
+        else:
+            guess = make_guess(
+                name,
+                rows,
+                previous.shape[1],
+                policy.config.num_bins,
+                tokenizer.zero_bins,
+                previous=previous,
+                shift_tokens=steps * policy.config.action_dim,
+            )
+        guesses.append(guess.to(device))
+    return torch.stack(guesses)[kind, torch.arange(rows, device=device)]  # (B, n)
+
+
+@torch.no_grad()
+def online_states(
+    policy: CeedVLAPolicy, embeddings: Tensor, previous: Tensor, draw: StateDraw, max_updates: int
+) -> Tensor:
+    """Guesses (B, n) after the drawn numbers of the student's own Jacobi updates.
+
+    Args:
+        policy: The student.
+        embeddings: Prefix embeddings of the rows.
+        previous: Previous chunks (B, n); rows of -1 have none.
+        draw: The random part.
+        max_updates: Most updates; every process runs so many forwards, which sharded weights need.
+    """
+    states = guess_states(policy, previous, draw)
+    updates = torch.from_numpy(draw.updates).to(states.device)
+    for update in range(max_updates):
+        rows = torch.nonzero(updates > update).squeeze(1)
+        due = len(rows) > 0
+        rows = rows if due else rows.new_zeros(1)
+        _, (logits,) = policy.backbone.packed_logits(embeddings[rows], [states[rows]])
+        if due:
+            states[rows] = logits.argmax(-1)
+    return states

@@ -1,0 +1,110 @@
+"""`ceed-vla fit-tokens`: FAST action tokens fitted on data sets, for trainers that do not fit them themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.errors import ConfigError
+from ceed_vla.fast_tokens_config import FastTokensConfig
+from training.data import FrameStore, read_chunks
+from training.run import split_list
+
+
+@dataclass
+class FitTokensConfig:
+    """Settings of `ceed-vla fit-tokens`.
+
+    Attributes:
+        roots: Comma-separated LeRobotDataset folders with demonstrations.
+        output: File to write; ``--policy.action_tokens.path`` of a trainer reads it.
+        chunk_size: Steps of a chunk, the policy's ``chunk_size``.
+        vocabulary_size: Most FAST ids; the data may need fewer.
+        scale: Quantisation: a DCT coefficient is rounded to ``1 / scale`` of half a range.
+        max_tokens: Slots of a block; a quarter more than the longest chunk if 0.
+        action_low: Lower end of every action dimension; the data's if empty.
+        action_high: Upper end of every action dimension.
+        gripper_dims: Two-valued action dimensions.
+    """
+
+    roots: str = ""
+    output: str = "fast_tokens.json"
+    chunk_size: int = 8
+    vocabulary_size: int = 1024
+    scale: float = 10.0
+    max_tokens: int = 0
+    action_low: list[float] = field(default_factory=list)
+    action_high: list[float] = field(default_factory=list)
+    gripper_dims: list[int] = field(default_factory=lambda: [-1])
+
+    def __post_init__(self) -> None:
+        if self.chunk_size < 1:
+            raise ConfigError(f"chunk_size is {self.chunk_size}; it must be at least 1.")
+        if not split_list(self.roots):
+            raise ConfigError("No data: set --roots to one or more recorded folders.")
+
+
+def fit_tokens(config: FitTokensConfig) -> dict[str, Any]:
+    """Fit, write and measure FAST tokens.
+
+    Returns:
+        The report that was printed: ids, slots, tokens a chunk, and the error of a decoded action in its own units.
+
+    Raises:
+        DatasetError: Unreadable data sets, or without actions.
+        ConfigError: Settings that do not fit the data.
+    """
+    tokens = FastTokensConfig(
+        vocabulary_size=config.vocabulary_size,
+        scale=config.scale,
+        max_tokens=config.max_tokens,
+        action_low=config.action_low,
+        action_high=config.action_high,
+        gripper_dims=config.gripper_dims,
+    )
+    parts = [read_chunks(root, config.chunk_size) for root in split_list(config.roots)]
+    if len({part.shape[2] for part in parts}) > 1:
+        raise ConfigError(
+            f"The data sets have actions of {[part.shape[2] for part in parts]} values; fit one robot."
+        )
+    chunks = torch.cat(parts)
+    tokens.fit_chunks(chunks)
+    tokens.write(config.output)
+    report = measure_tokens(tokens, chunks)
+    print(f"{config.output}: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items()))
+    return report
+
+
+def fit_action_tokens(policy: CeedVLAConfig, stores: Sequence[FrameStore]) -> None:
+    """Fit a new policy's action tokens on its data sets, where they are of a kind that is fitted."""
+    tokens = policy.action_tokens
+    if isinstance(tokens, FastTokensConfig) and not tokens.fitted:
+        tokens.fit_chunks(all_chunks(stores, policy.chunk_size))
+
+
+def all_chunks(stores: Sequence[FrameStore], chunk_size: int) -> Tensor:
+    """The chunk (N, m, A) that starts at every frame."""
+    return torch.cat([store.chunks(np.arange(len(store)), chunk_size)[0] for store in stores])
+
+
+def measure_tokens(tokens: FastTokensConfig, chunks: Tensor) -> dict[str, float]:
+    """Length and error of fitted tokens on chunks (N, m, A)."""
+    tokenizer: Any = tokens.build(chunks.shape[1], chunks.shape[2])
+    encoded = tokenizer.encode(chunks)
+    lengths = (encoded != tokenizer.stop_token).sum(1).float()
+    error = (tokenizer.decode(encoded) - chunks).abs()
+    return {
+        "ids": float(tokenizer.num_bins - 1),
+        "slots": float(tokenizer.block_length),
+        "tokens_mean": lengths.mean().item(),
+        "tokens_max": lengths.max().item(),
+        "uniform_tokens": float(chunks.shape[1] * chunks.shape[2]),
+        "error_mean": error.mean().item(),
+        "error_max": error.max().item(),
+    }

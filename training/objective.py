@@ -1,0 +1,125 @@
+"""Student and teacher of a distillation as one module, whose forward runs everything that the two compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ceed_vla.decoding import DecodeResult, DecodingConfig
+from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from training.adapters import teacher_weights
+from training.corruption import StateDraw, online_states
+from training.losses import DistillationTerms, paper_loss, trust_region_loss
+
+
+class DistillationObjective(nn.Module):
+    """The distillation loss of student and frozen teacher.
+
+    Args:
+        student: Starts as the teacher; with adapters (`training.adapters.attach_student`) it holds both.
+        teacher: A copy that stays, or None where the student's adapters can be switched.
+        loss: "trust_region" or "paper".
+        omega: Weight of the anchoring term.
+    """
+
+    def __init__(
+        self, student: CeedVLAPolicy, teacher: CeedVLAPolicy | None, loss: str, omega: float
+    ) -> None:
+        super().__init__()
+        self.student, self.loss, self.omega = student, loss, omega
+        self.copy = [teacher]  # in a list: not a submodule, so not wrapped, saved or trained
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+            # The others make the prefix embeddings, which student and teacher share.
+            learning = set(student.backbone.distillation_parameters())
+            for name, parameter in student.backbone.named_parameters():
+                parameter.requires_grad_(name in learning)
+
+    def forward(self, part: str, *arguments: Any) -> Any:
+        """Run one of the parts below by its name: DDP, FSDP and autocast act on this method only."""
+        return self.run(part, *arguments)
+
+    def run(self, part: str, *arguments: Any) -> Any:
+        """`forward` without what a trainer put around it."""
+        parts = {
+            "prepare": self.prepare,
+            "losses": self.losses,
+            "decode_student": self.decode_student,
+        }
+        return parts[part](*arguments)
+
+    @contextmanager
+    def teacher(self) -> Iterator[CeedVLAPolicy]:
+        """The teacher, in evaluation mode."""
+        teacher = self.copy[0]
+        if teacher is not None:
+            yield teacher
+            return
+        with teacher_weights(self.student), self._evaluating():
+            yield self.student
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """The student without dropout, and with a cache where recomputed activations would do without."""
+        training = self.student.training
+        self.student.eval()
+        try:
+            yield
+        finally:
+            self.student.train(training)
+
+    @torch.no_grad()
+    def prepare(self, batch: dict[str, Any], own: tuple[StateDraw, int] | None) -> tuple[Any, Tensor]:
+        """Prefix embeddings, once for all forwards of a step, and states ``Y`` (B, n).
+
+        Args:
+            batch: Observation, ``previous`` (B, n), and ``teacher_states`` (B, n) if used.
+            own: Draw and most updates of the student's own states; the teacher's if None.
+        """
+        with self._evaluating():
+            embeddings = self.student.backbone.embed_prefix(batch)
+            if own is None:
+                return embeddings, batch["teacher_states"]
+            return embeddings, online_states(self.student, embeddings, batch["previous"], *own)
+
+    def losses(self, embeddings: Any, batch: dict[str, Any], counts: Tensor) -> DistillationTerms:
+        """Loss terms of a part of a batch.
+
+        Args:
+            embeddings: From `prepare`.
+            batch: ``fixed_point``, ``states``, ``labels`` and ``label_weight`` (B, n).
+            counts: (2,) slots that the two terms are means of.
+        """
+        fixed, states = batch["fixed_point"], batch["states"]
+        student = self.student.backbone
+        if self.loss == "trust_region":
+            with torch.no_grad(), self.teacher() as teacher:
+                _, (target,) = teacher.backbone.packed_logits(embeddings, [fixed])
+            _, (on_fixed, on_states) = student.packed_logits(embeddings, [fixed, states])
+            return trust_region_loss(target, on_fixed, on_states, states, fixed, self.omega, counts)
+        labels, weight = batch["labels"], batch["label_weight"]
+        _, (on_fixed, on_states, on_labels) = student.packed_logits(embeddings, [fixed, states, labels])
+        ordered = self.student.config.action_tokens.ordered
+        sigma = self.student.config.label_sigma if ordered else 0.0
+        return paper_loss(
+            on_fixed, on_states, on_labels, states, fixed, labels, weight, self.omega, sigma, counts
+        )
+
+    def decode_student(self, batch: dict[str, Any], config: DecodingConfig, previous: Tensor) -> DecodeResult:
+        """The student's block of every row."""
+        with self._evaluating():
+            return self.student.decode(batch, config, previous=previous)
+
+    def decode_teacher(self, batch: dict[str, Any], guess: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The teacher's fixed points (B, n), and all states (k, B, n) of its way there from a guess (B, n)."""
+        with self.teacher() as teacher:
+            if guess is None:
+                return teacher.decode(batch, "ar").tokens, None
+            jacobi = DecodingConfig(method="jacobi", guess="previous")
+            result = teacher.decode(batch, jacobi, previous=guess, shift_steps=0, record_states=True)
+        assert result.states is not None
+        return result.tokens, torch.stack([*result.states, result.tokens])

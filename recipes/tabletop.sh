@@ -30,16 +30,16 @@ takeovers=$(printf ",%s" "$out"/teacher/takeover/round_?_?)
 roots="$demos$takeovers"
 collect() {
   ceed-vla collect --policy_path "$teacher" --roots "$roots" --output_dir "$out/trajectories" \
-    --max_frames 16000 --num_shards 2 --shard_index "$1" --resume true
+    --max_frames 20000 --num_shards 2 --shard_index "$1" --resume true
 }
 collect 0 & collect 1
 wait $!
 
 # 4. Students: both losses, three seeds each, two runs side by side.
 student() { # loss seed
-  finished "student_$1_$2" || ceed-vla distill --teacher_path "$teacher" --trajectories "$out/trajectories" \
+  finished "student_$1_$2" || ceed-vla distill --teacher_path "$teacher" --trajectories.path "$out/trajectories" \
     --roots "$roots" --output_dir "$out/student_$1_$2" --seed "$2" --resume "$(started "student_$1_$2")" \
-    --loss "$1" $([ "$1" = paper ] && echo "--states stored --omega 1" || true)
+    --steps 700 --lr 5e-4 --muon_lr 5e-4 --threads 1 --loss "$1" $([ "$1" = paper ] && echo "--states stored --omega 1" || true)
 }
 for seed in 0 1 2; do
   student trust_region $seed & student paper $seed

@@ -82,8 +82,9 @@ def grounding(config: GroundingConfig) -> dict[str, Any]:
             f"at least {GOAL.stop} are needed: {', '.join(PRIVILEGED_NAMES[: GOAL.stop])}."
         )
     found, truth = _predictions(bundle, config)
-    report = {"rows": error_rows(found, truth, config.edges), "seed": config.seed, "scenes": config.scenes}
-    Console().print(_table(report["rows"]))
+    rows = error_rows(found, truth, config.edges)
+    Console().print(_table(rows))
+    report = {"rows": rows, "seed": config.seed, "scenes": config.scenes}
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         Path(config.output).write_text(json.dumps(report, indent=2) + "\n")

@@ -303,11 +303,9 @@ class CompactBackbone(TrainableBackbone):
         inputs = [self.action_tokens(block[:, : n - 1]) + self.slots[: n - 1] for block in blocks]
         x = torch.cat([embeddings, *inputs], dim=1)  # (B, P + b * (n - 1), d)
         mask = self._packed_mask(embeddings.shape[1], n - 1, len(blocks), x.device)
+        recompute = self._recompute and self.training
         for layer in self.trunk:
-            if self._recompute and self.training:
-                x = checkpoint(layer, x, mask, use_reentrant=False)
-            else:
-                x = layer(x, mask)
+            x = checkpoint(layer, x, mask, use_reentrant=False) if recompute else layer(x, mask)
         x = self.final_norm(x)
         state = x[:, embeddings.shape[1] - 1]  # (B, d)
         parts = x[:, embeddings.shape[1] :].split(n - 1, dim=1)

@@ -112,8 +112,10 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             options: May fix "task", "color", "other" (second colour or side) and "phrase" (index or template).
 
         Raises:
-            SimulationError: On unknown options, or when the split has no such combination.
+            SimulationError: On a negative seed or unknown options, or when the split has no such combination.
         """
+        if seed is not None and seed < 0:
+            raise SimulationError(f"seed is {seed}; it must be at least 0.")
         super().reset(seed=seed)
         rng = self.np_random
         self._command = layout.draw_command(rng, self.task, self.split, tasks.COLORS, options or {})

@@ -122,6 +122,11 @@ def test_same_seed_same_bytes_in_fresh_and_used_environments():
     assert trace(first) == trace(second)
 
 
+def test_a_negative_seed_is_refused(blind):
+    with pytest.raises(SimulationError, match="seed is -3; it must be at least 0"):
+        blind.reset(seed=-3)
+
+
 def test_seeds_give_different_scenes(blind):
     states = {blind.reset(seed=seed)[0]["agent_pos"].tobytes() for seed in range(5)}
     assert len(states) == 5

@@ -35,6 +35,7 @@ class ConvertConfig:
         unnorm_key: Data set whose statistics un-normalise the actions; needed where the model has several.
         chunk_size: Steps of one action chunk that the model was trained to write.
         n_action_steps: Steps executed before the next replan; all of them if 0.
+        prompt: openvla: text around ``{instruction}``; the usual one of the folder's language model if empty.
         camera: Name of the camera: the policy reads ``observation.images.<camera>``.
         fast_tokenizer: pi0_fast: folder of the FAST tokenizer; the one that the checkpoint names if empty.
         text_tokenizer: pi0_fast: folder of PaliGemma's tokenizer; the one that the checkpoint names if empty.
@@ -51,6 +52,7 @@ class ConvertConfig:
     unnorm_key: str = ""
     chunk_size: int = 1
     n_action_steps: int = 0
+    prompt: str = ""
     camera: str = "front"
     fast_tokenizer: str = ""
     text_tokenizer: str = ""
@@ -85,6 +87,7 @@ def openvla_policy(config: ConvertConfig) -> CeedVLAConfig:
             weights=config.weights,
             dtype=config.dtype,
             quantization=config.quantization,
+            prompt=config.prompt,
         ),
         action_tokens=OpenVLATokensConfig(
             n_action_bins=int(published["n_action_bins"]), unnorm_key=key, **statistics

@@ -24,7 +24,7 @@ from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features
 from ceed_vla.backbones.openvla_folder import Architecture
 from ceed_vla.backbones.openvla_vision import Projector, VisionTowers
 from ceed_vla.cache import TransformersCache
-from ceed_vla.errors import ObservationError, TokenError
+from ceed_vla.errors import ConfigError, ObservationError, TokenError
 
 IDS_KEY, MASK_KEY = "observation.openvla.input_ids", "observation.openvla.attention_mask"
 PIXELS_KEY = "observation.openvla.pixel_values"
@@ -85,6 +85,7 @@ class OpenVLABackbone(TrainableBackbone):
             self.vision_backbone = VisionTowers(architecture).to(self.dtype)
             width = self.vision_backbone.width
             self.projector = Projector(width, config.hidden_size, architecture.fused).to(self.dtype)
+        self._longest = _causal_positions(config)
         self._referenced: list[str] = []
 
     def refer_to(self, names: Sequence[str]) -> None:
@@ -147,6 +148,12 @@ class OpenVLABackbone(TrainableBackbone):
     def prefill_embeddings(self, embeddings: OpenVLAEmbeddings) -> OpenVLAPrefix:
         """`prefill` from what `embed_prefix` made."""
         cache, real = TransformersCache(), embeddings.real
+        if self._longest is not None and real.shape[1] + self.block_length > self._longest:
+            raise ConfigError(
+                f"The prompt has {real.shape[1]} positions and the block {self.block_length}; behind "
+                f"{self._longest} (max_position_embeddings) this model's rope_scaling changes all positions with every "
+                "further one, so keys and values cannot be kept. Use a model with another rope_scaling."
+            )
         padded = not bool(real.all())
         inputs = (
             {"attention_mask": real.long(), "position_ids": (real.cumsum(1) - 1).clamp(min=0)}
@@ -211,3 +218,9 @@ class OpenVLABackbone(TrainableBackbone):
                 hidden.append(self._block_hidden(prefix, block[:, :-1]))
             logits.append(self._head(torch.cat(hidden, dim=1)))  # (B, n, V)
         return prefix.hidden, logits
+
+
+def _causal_positions(config: Any) -> int | None:
+    """Positions up to which a rotary embedding does not depend on how many there are; None if it never does."""
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    return int(config.max_position_embeddings) if kind in ("dynamic", "longrope") else None

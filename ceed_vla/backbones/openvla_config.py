@@ -19,7 +19,6 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "quantization": ("none", "8bit", "4bit"),
 }
-PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 
 
 @BackboneConfig.register_subclass("openvla")
@@ -34,7 +33,7 @@ class OpenVLAConfig(BackboneConfig):
         dtype: Type of the weights; "auto" takes the folder's.
         quantization: "8bit" or "4bit" language model through bitsandbytes, on a GPU; needs weights by reference.
         camera: Feature of the camera it looks through; not needed where the policy has one camera.
-        prompt: Text around ``{instruction}``, which is lower-cased.
+        prompt: Text around ``{instruction}``, which is lower-cased; the one of the model's language model if empty.
         architecture: The folder's configuration (JSON); filled when a policy is new.
     """
 
@@ -43,7 +42,7 @@ class OpenVLAConfig(BackboneConfig):
     dtype: str = "auto"
     quantization: str = "none"
     camera: str = ""
-    prompt: str = PROMPT
+    prompt: str = ""
     architecture: str = ""
 
     def __post_init__(self) -> None:
@@ -52,7 +51,7 @@ class OpenVLAConfig(BackboneConfig):
                 raise ConfigError(
                     f"backbone.{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}."
                 )
-        if self.prompt.count("{") != 1 or "{instruction}" not in self.prompt:
+        if self.prompt and (self.prompt.count("{") != 1 or "{instruction}" not in self.prompt):
             raise ConfigError(
                 f"backbone.prompt is {self.prompt!r}; it must hold {{instruction}}, and no other field."
             )
@@ -64,13 +63,15 @@ class OpenVLAConfig(BackboneConfig):
 
     def build(self, policy: CeedVLAConfig) -> TrainableBackbone:
         from ceed_vla.backbones.openvla import OpenVLABackbone
-        from ceed_vla.backbones.openvla_folder import Architecture, load_weights, read_architecture
+        from ceed_vla.backbones.openvla_folder import Architecture, read_architecture
+        from ceed_vla.backbones.openvla_weights import load_weights
 
         new = not self.architecture
         if new:
             self.architecture = json.dumps(read_architecture(self.path))
         architecture = Architecture(json.loads(self.architecture))
         architecture.check_bins(policy.num_bins)
+        self.prompt = self.prompt or architecture.prompt
         if self.dtype == "auto":
             self.dtype = architecture.dtype
         model = OpenVLABackbone(architecture, policy.block_length, policy.num_bins, self.dtype)
@@ -85,10 +86,12 @@ class OpenVLAConfig(BackboneConfig):
         return model
 
     def processor_steps(self, policy: CeedVLAConfig, instructions: Sequence[str]) -> list[Any]:
+        from ceed_vla.backbones.openvla_folder import Architecture, read_architecture
         from ceed_vla.backbones.openvla_inputs import OpenVLAInputsStep
 
         camera = self.camera or policy.cameras[0]
-        return [OpenVLAInputsStep(camera=camera, prompt=self.prompt).read_folder(self.path)]
+        prompt = self.prompt or Architecture(read_architecture(self.path)).prompt
+        return [OpenVLAInputsStep(camera=camera, prompt=prompt).read_folder(self.path)]
 
     def validate_features(self, policy: CeedVLAConfig) -> None:
         known = ", ".join(policy.cameras)

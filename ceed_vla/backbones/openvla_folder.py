@@ -1,28 +1,22 @@
-"""OpenVLA folders as they are published: configuration, statistics and weights. Nothing in them is executed."""
+"""OpenVLA folders as they are published: configuration and statistics. Nothing in them is executed."""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-
 from ceed_vla.errors import CheckpointError, ConfigError
 
-logger = logging.getLogger(__name__)
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+STATISTICS = "dataset_statistics.json"  # of a fine-tune; wins over norm_stats in config.json
+DTYPES = ("float32", "bfloat16", "float16")
 # What of config.json describes the model; norm_stats belong to the action tokens.
 DESCRIBING = (
     "arch_specifier",
-    "dtype",
     "image_sizes",
+    "llm_backbone_id",
     "n_action_bins",
     "pad_to_multiple_of",
     "text_config",
@@ -33,6 +27,12 @@ DESCRIBING = (
     "use_fused_vision_backbone",
 )
 LANGUAGE_MODELS = ("llama", "mistral")
+PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+# OpenVLA v0.1, the models on Vicuna
+VICUNA_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: What action should the robot take to {instruction}? ASSISTANT:"
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,12 @@ class Architecture:
     @property
     def dtype(self) -> str:
         """Type the weights were published in."""
-        return str(self.values.get("torch_dtype") or self.values.get("dtype") or "float32")
+        return str(self.values.get("torch_dtype", "float32"))
+
+    @property
+    def prompt(self) -> str:
+        """Text around ``{instruction}`` that the model was trained with."""
+        return VICUNA_PROMPT if str(self.values.get("llm_backbone_id")).startswith("vicuna") else PROMPT
 
     def check_bins(self, bins: int) -> None:
         """Raise `ConfigError` unless the action tokens have the model's number of bins."""
@@ -119,15 +124,18 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             f"{file}: model_type is {config.get('model_type')!r}; this reader takes 'openvla'"
             + (", and this is a checkpoint of ceed-vla already." if config.get("type") == "ceed_vla" else ".")
         )
-    return _checked(file, config)
+    try:
+        return _checked(file, config)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} holds a value of another kind than OpenVLA's ({error}); copy it again."
+        ) from error
 
 
 def _checked(file: Path, config: dict[str, Any]) -> dict[str, Any]:
     """`config` with the defaults of the format; raises `CheckpointError` for what cannot be built."""
     config = {"n_action_bins": 256, "pad_to_multiple_of": 64, "use_fused_vision_backbone": None, **config}
-    missing = [
-        key for key in ("text_config", "timm_model_ids", "image_sizes", "norm_stats") if key not in config
-    ]
+    missing = [key for key in ("text_config", "timm_model_ids", "image_sizes") if key not in config]
     if missing:
         raise CheckpointError(f"{file} lacks {', '.join(missing)}; it is no complete OpenVLA configuration.")
     towers, text = config["timm_model_ids"], dict(config["text_config"])
@@ -139,10 +147,19 @@ def _checked(file: Path, config: dict[str, Any]) -> dict[str, Any]:
             raise CheckpointError(
                 f"{file}: {key} has {len(config[key])} entries, use_fused_vision_backbone says {expected}."
             )
-    if text.setdefault("model_type", "llama") not in LANGUAGE_MODELS:
+    text.setdefault("model_type", str(config.get("llm_backbone_id", "llama")).partition("-")[0])
+    if text["model_type"] in ("llama2", "vicuna"):
+        text["model_type"] = "llama"
+    if text["model_type"] not in LANGUAGE_MODELS:
         raise CheckpointError(
-            f"{file}: text_config.model_type is {text['model_type']!r}; the language models that can be read are "
-            f"{', '.join(LANGUAGE_MODELS)}."
+            f"{file}: the language model (text_config.model_type) is {text['model_type']!r}; those that can be read, "
+            f"with a cache of keys and values, are {', '.join(LANGUAGE_MODELS)}."
+        )
+    types = [part.get(name) for part in (config, text) for name in ("torch_dtype", "dtype")]
+    config["torch_dtype"] = str(next(filter(None, types), "float32")).removeprefix("torch.")
+    if config["torch_dtype"] not in DTYPES:
+        raise CheckpointError(
+            f"{file}: torch_dtype is {config['torch_dtype']!r}; it may be {', '.join(DTYPES)}."
         )
     words = int(text.setdefault("vocab_size", 32000)) - int(config["pad_to_multiple_of"])
     if not 1 < int(config["n_action_bins"]) <= words:
@@ -162,6 +179,9 @@ def read_architecture(folder: str | Path) -> dict[str, Any]:
 def action_statistics(folder: str | Path, unnorm_key: str = "") -> tuple[str, dict[str, Any]]:
     """Statistics by which actions are un-normalised.
 
+    They lie in ``norm_stats`` of config.json; a fine-tuned model may have its own in dataset_statistics.json, which
+    then count first.
+
     Args:
         folder: The published folder.
         unnorm_key: Data set whose statistics are meant; not needed where there is one.
@@ -171,113 +191,46 @@ def action_statistics(folder: str | Path, unnorm_key: str = "") -> tuple[str, di
 
     Raises:
         ConfigError: The name is unknown, or missing where there are several; the message lists them.
-        CheckpointError: Statistics that are incomplete.
-    """
-    file, stats = Path(folder) / "config.json", read_config(folder)["norm_stats"]
-    known = ", ".join(sorted(stats))
-    if not unnorm_key and len(stats) != 1:
-        raise ConfigError(f"{file} has statistics of {len(stats)} data sets; choose an unnorm_key: {known}.")
-    key = unnorm_key or next(iter(stats))
-    if key not in stats:
-        raise ConfigError(f"unnorm_key is {key!r}; {file} has {known}.")
-    action = stats[key].get("action") or {}
-    low, high = action.get("q01"), action.get("q99")
-    if not low or not high or len(low) != len(high):
-        raise CheckpointError(f"{file}: norm_stats.{key}.action needs q01 and q99, one value a dimension.")
-    mask = action.get("mask") or [True] * len(low)
-    if len(mask) != len(low):
-        raise CheckpointError(
-            f"{file}: norm_stats.{key}.action has {len(low)} dimensions and {len(mask)} in mask."
-        )
-    return key, {
-        "q01": [float(v) for v in low],
-        "q99": [float(v) for v in high],
-        "mask": [bool(v) for v in mask],
-    }
-
-
-# ---- weights ----------------------------------------------------------------------------------------------------
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, one or its shards.
-
-    Raises:
-        CheckpointError: None, or a shard that the index names is missing.
-    """
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        pickled = ", ".join(
-            sorted(file.name for pattern in ("*.bin", "*.pt") for file in folder.glob(pattern))
-        )
-        raise CheckpointError(
-            f"{folder} has neither {WEIGHTS} nor {INDEX}"
-            + (f", only {pickled}; pickled weights are not read: convert them." if pickled else ".")
-        )
-    shards = sorted(set((read_json(folder / INDEX).get("weight_map") or {}).values()))
-    missing = [name for name in shards if not (folder / name).is_file()]
-    if missing or not shards:
-        raise CheckpointError(
-            f"{folder} lacks {', '.join(missing) or 'all shards'}, which {INDEX} names; copy them too."
-        )
-    return [folder / name for name in shards]
-
-
-def read_weights(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
-    """(file, name, tensor) of every weight, one at a time.
-
-    Raises:
-        CheckpointError: A file is truncated or damaged.
-    """
-    for file in files:
-        try:
-            with safe_open(file, "pt") as weights:
-                for name in weights.keys():  # noqa: SIM118  (not a mapping)
-                    yield file, name, weights.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read ({error}); copy it again.") from error
-
-
-@torch.no_grad()
-def load_weights(model: nn.Module, folder: str | Path) -> list[str]:
-    """Read a folder's weights into a model, converted to the model's types.
-
-    Returns:
-        The model's names of its weights.
-
-    Raises:
-        CheckpointError: Weights that are missing, damaged or of other sizes.
+        CheckpointError: Statistics that are missing or incomplete.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    sources = {folder / "config.json": read_config(folder).get("norm_stats") or {}}
+    if (folder / STATISTICS).is_file():
+        sources = {folder / STATISTICS: read_json(folder / STATISTICS), **sources}
+    first = next(iter(sources))
+    known = ", ".join(sorted({key for stats in sources.values() for key in stats}))
+    if not known:
         raise CheckpointError(
-            f"The weights of this policy lie in {str(folder)!r}, which is no folder (any more); correct "
-            "backbone.path in the checkpoint's config.json."
+            f"{folder} has neither norm_stats in config.json nor {STATISTICS}; copy it too."
         )
-    own, read, unknown = model.state_dict(), set(), []
-    for file, published, tensor in read_weights(weight_files(folder)):
-        name = published.replace(".scale_factor", ".gamma")  # the published code renames timm's LayerScale
-        if name not in own:
-            if not name.endswith("rotary_emb.inv_freq"):  # older transformers saved what is computed
-                unknown.append(published)
-            continue
-        if own[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{file}: {published} has shape {tuple(tensor.shape)}, config.json describes "
-                f"{tuple(own[name].shape)}; configuration and weights belong to different models."
-            )
-        own[name].copy_(tensor)
-        read.add(name)
-    tensors = {own[name].data_ptr() for name in read}
-    missing = sorted(
-        name for name in own.keys() - read if own[name].data_ptr() not in tensors
-    )  # a tied head is not
-    if missing:
+    if not unnorm_key and len(sources[first]) != 1:
+        raise ConfigError(
+            f"{first} has statistics of {len(sources[first])} data sets; choose an unnorm_key: {known}."
+        )
+    key = unnorm_key or next(iter(sources[first]))
+    file = next((source for source, stats in sources.items() if key in stats), None)
+    if file is None:
+        close = get_close_matches(key, known.split(", "), n=1)
+        guess = f" (did you mean {close[0]}?)" if close else ""
+        raise ConfigError(
+            f"unnorm_key is {key!r}{guess}; choose one of {known} ({' and '.join(map(str, sources))})."
+        )
+    return key, _quantiles(sources[file][key], f"{file}: the action statistics of {key}")
+
+
+def _quantiles(stats: Any, what: str) -> dict[str, Any]:
+    """``q01``, ``q99`` and ``mask`` of one data set; `what` is what messages call it."""
+    try:
+        action = stats["action"]
+        low, high = [float(v) for v in action["q01"]], [float(v) for v in action["q99"]]
+        mask = [bool(v) for v in action.get("mask") or [True] * len(low)]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} weights that config.json describes (the first is {missing[0]}); a shard "
-            "or a tower is missing."
+            f"{what} need q01 and q99, one number a dimension ({type(error).__name__}: {error})."
+        ) from error
+    if not 0 < len(low) == len(high) == len(mask):
+        raise CheckpointError(
+            f"{what} have {len(low)} values in q01, {len(high)} in q99 and {len(mask)} in mask; there must be one a "
+            "dimension."
         )
-    if unknown:
-        logger.warning("%s has %d weights that the model does not use: %s", folder, len(unknown), unknown[0])
-    return sorted(own)
+    return {"q01": low, "q99": high, "mask": mask}

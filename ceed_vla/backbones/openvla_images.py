@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,60 +15,104 @@ from torchvision.transforms import functional as transforms
 from ceed_vla.errors import CheckpointError
 
 STRATEGIES = ("resize-naive", "letterbox", "resize-crop")
-MODES = {"nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"}
+MODES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of Pillow's numbers
+
+
+@dataclass(frozen=True)
+class _Transform:
+    """The transform of one tower; `resize` of one number is the shorter side."""
+
+    resize: list[int]
+    interpolation: InterpolationMode
+    crop: list[int]
+    mean: list[float]
+    std: list[float]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Pixels (3, S, S) float32."""
+        resized = transforms.resize(image, self.resize, self.interpolation, antialias=True)
+        pixels = transforms.to_tensor(transforms.center_crop(resized, self.crop))
+        return transforms.normalize(pixels, self.mean, self.std)
 
 
 class OpenVLAImages:
     """The image processor of an OpenVLA folder.
 
+    Published files hold a short form (``input_sizes``, ``interpolations``, ``means``, ``stds``, a strategy) and what it
+    was expanded to (``tvf_...``). The expanded form counts where both are there, as in the reference.
+
     Args:
         settings: preprocessor_config.json.
         file: Where they come from, for messages.
 
+    Attributes:
+        sizes: ``[S, S]`` of every tower.
+
     Raises:
-        CheckpointError: Settings that are missing or unknown.
+        CheckpointError: Settings that are missing, unknown, or of different numbers of towers.
     """
 
     def __init__(self, settings: dict[str, Any], file: Path | str) -> None:
+        strategy = settings.get("image_resize_strategy", "letterbox")
+        if strategy not in STRATEGIES:
+            raise CheckpointError(
+                f"{file}: image_resize_strategy is {strategy!r}; it may be {', '.join(STRATEGIES)}."
+            )
         try:
             self.sizes = [[int(v) for v in size[-2:]] for size in settings["input_sizes"]]
-            self.means, self.stds = settings["means"], settings["stds"]
-            modes = settings.get("interpolations") or ["bicubic"] * len(self.sizes)
-        except (KeyError, TypeError, ValueError) as error:
+            parts = [_expanded(settings, strategy, tower, size) for tower, size in enumerate(self.sizes)]
+            self._transforms = [_transform(part) for part in parts]
+            fill = [int(255 * value) for value in settings["means"][-1]]  # the last tower's
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise CheckpointError(
-                f"{file} needs input_sizes, means and stds, one entry a vision tower ({type(error).__name__}: {error})."
+                f"{file} needs input_sizes, interpolations ({', '.join(MODES)}), means and stds, one entry a vision "
+                f"tower ({type(error).__name__}: {error})."
             ) from error
-        self.strategy = settings.get("image_resize_strategy", "resize-naive")
-        if self.strategy not in STRATEGIES:
+        if len({tuple(part.crop) for part in self._transforms}) != 1:
             raise CheckpointError(
-                f"{file}: image_resize_strategy is {self.strategy!r}; it may be {', '.join(STRATEGIES)}."
+                f"{file}: the vision towers see {self.sizes} pixels; they must all be equal."
             )
-        lengths = {len(part) for part in (self.sizes, self.means, self.stds, modes)}
-        unknown = [mode for mode in modes if mode not in MODES]
-        if len(lengths) != 1 or unknown or len({tuple(size) for size in self.sizes}) != 1:
-            raise CheckpointError(
-                f"{file}: input_sizes {self.sizes}, means, stds and interpolations {modes} must have one entry a "
-                f"vision tower, equal sizes, and interpolations out of {', '.join(sorted(MODES))}."
-            )
-        self.modes = [InterpolationMode(mode) for mode in modes]
+        boxed = settings.get("tvf_do_letterbox")
+        self._letterbox = strategy == "letterbox" if boxed is None else bool(boxed)
+        self._fill = list(settings.get("tvf_letterbox_fill") or fill)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Pixels (3 * towers, S, S) float32 of one picture of any size."""
         image = image.convert("RGB")
-        if self.strategy == "letterbox":
+        if self._letterbox:
             image = self._letterboxed(image)
-        parts = []
-        for size, mode, mean, std in zip(self.sizes, self.modes, self.means, self.stds, strict=True):
-            # "resize-naive" ignores the aspect ratio, the others scale the shorter side.
-            target = size if self.strategy == "resize-naive" else [size[-1]]
-            resized = transforms.resize(image, target, mode, antialias=True)
-            pixels = transforms.to_tensor(transforms.center_crop(resized, size))
-            parts.append(transforms.normalize(pixels, mean, std))
-        return torch.vstack(parts)
+        return torch.vstack([transform(image) for transform in self._transforms])
 
     def _letterboxed(self, image: Image.Image) -> Image.Image:
-        """The picture in the middle of a square of the first tower's mean colour."""
+        """The picture in the middle of a square."""
         width, height = image.size
         across, down = int((max(width, height) - width) / 2), int((max(width, height) - height) / 2)
-        colour = [int(255 * value) for value in self.means[0]]
-        return transforms.pad(image, [across, down, across, down], fill=colour)
+        return transforms.pad(image, [across, down, across, down], fill=self._fill)
+
+
+def _expanded(settings: dict[str, Any], strategy: str, tower: int, size: list[int]) -> dict[str, Any]:
+    """Resize, crop and normalisation of a tower: those in the file, or what the short form means."""
+    usual: dict[str, dict[str, Any]] = {
+        # "resize-naive" ignores the aspect ratio, the others scale the shorter side.
+        "tvf_resize_params": {
+            "size": size if strategy == "resize-naive" else size[-1],
+            "interpolation": (settings.get("interpolations") or ["bicubic"] * (tower + 1))[tower],
+        },
+        "tvf_crop_params": {"output_size": size},
+        "tvf_normalize_params": {"mean": settings["means"][tower], "std": settings["stds"][tower]},
+    }
+    found: dict[str, Any] = {}
+    for name, values in usual.items():
+        found |= values | (settings[name][tower] if settings.get(name) else {})
+    return found
+
+
+def _transform(values: dict[str, Any]) -> _Transform:
+    size, crop, mode = values["size"], values["output_size"], values["interpolation"]
+    return _Transform(
+        resize=[int(size)] if isinstance(size, int) else [int(v) for v in size],
+        interpolation=InterpolationMode(MODES[mode] if isinstance(mode, int) else mode),
+        crop=[int(crop)] * 2 if isinstance(crop, int) else [int(v) for v in crop],
+        mean=list(values["mean"]),
+        std=list(values["std"]),
+    )

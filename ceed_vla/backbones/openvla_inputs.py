@@ -16,24 +16,17 @@ from PIL import Image
 from torch import Tensor
 
 from ceed_vla.backbones.files import read_files, write_files
-from ceed_vla.backbones.openvla_config import PROMPT
-from ceed_vla.backbones.openvla_folder import read_config, read_json
+from ceed_vla.backbones.openvla_folder import PROMPT, read_config, read_json
+from ceed_vla.backbones.openvla_tokenizer import FILES as TOKENIZER_FILES
+from ceed_vla.backbones.openvla_tokenizer import read_tokenizer
 from ceed_vla.errors import CheckpointError, ObservationError
 
 IDS_KEY, MASK_KEY = "observation.openvla.input_ids", "observation.openvla.attention_mask"
 PIXELS_KEY = "observation.openvla.pixel_values"
 IMAGES_FILE = "preprocessor_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 EMPTY_TOKEN = (
     29871  # "▁": training put it in front of the action ids, tokenizers leave it out at the end of a text
 )
-LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
 @ProcessorStepRegistry.register(name="ceed_vla_openvla_inputs")
@@ -60,7 +53,7 @@ class OpenVLAInputsStep(ObservationProcessorStep):
         """
         config = read_config(path)
         self._use(read_files(Path(path), (IMAGES_FILE, *TOKENIZER_FILES)), path)
-        words, largest = int(config["text_config"]["vocab_size"]), max(self._tokenizer.get_vocab().values())
+        words, largest = int(config["text_config"]["vocab_size"]), self._tokenizer.size - 1
         if max(largest, EMPTY_TOKEN) >= words:
             raise CheckpointError(
                 f"{path}: the tokenizer has ids up to {max(largest, EMPTY_TOKEN)} (empty token {EMPTY_TOKEN}), "
@@ -130,7 +123,7 @@ class OpenVLAInputsStep(ObservationProcessorStep):
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of a prompt, with the empty token at its end."""
-        ids = list(self._tokenizer.encode(text).ids)
+        ids = self._tokenizer(text)
         return ids if ids[-1:] == [EMPTY_TOKEN] else [*ids, EMPTY_TOKEN]
 
     def transform_features(
@@ -141,54 +134,6 @@ class OpenVLAInputsStep(ObservationProcessorStep):
         seen[IDS_KEY] = PolicyFeature(type=FeatureType.LANGUAGE, shape=(0,))
         seen[PIXELS_KEY] = PolicyFeature(type=FeatureType.VISUAL, shape=(3 * len(self._images.sizes), *size))
         return features
-
-
-def read_tokenizer(folder: Path, source: Path | str) -> Any:
-    """The tokenizer of a folder, as transformers 4 read it when OpenVLA was trained.
-
-    The file itself is used: later releases of transformers rebuild Llama's tokenizer with rules of their own.
-
-    Raises:
-        CheckpointError: No tokenizer.json, or one that cannot be read.
-    """
-    from tokenizers import Tokenizer
-    from tokenizers.processors import TemplateProcessing
-
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        hint = (
-            " (tokenizer.model alone is not enough: convert it)"
-            if (folder / "tokenizer.model").is_file()
-            else ""
-        )
-        raise CheckpointError(f"{source} lacks tokenizer.json{hint}; copy it too.")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises plain exceptions
-        raise CheckpointError(f"{source}: tokenizer.json cannot be read ({error}); copy it again.") from error
-    settings_file = folder / "tokenizer_config.json"
-    settings = read_json(settings_file) if settings_file.is_file() else {}
-    if settings.get("tokenizer_class") in LLAMA:  # this class ignores the file's template
-        marks = {
-            "bos": (settings.get("add_bos_token", True), "<s>"),
-            "eos": (settings.get("add_eos_token", False), "</s>"),
-        }
-        first, last = (
-            _token(settings.get(f"{name}_token"), usual) if on else "" for name, (on, usual) in marks.items()
-        )
-        special = [(token, tokenizer.token_to_id(token)) for token in (first, last) if token]
-        if any(number is None for _, number in special):
-            raise CheckpointError(
-                f"{source}: tokenizer.json lacks {first or last}, which every prompt starts with."
-            )
-        tokenizer.post_processor = TemplateProcessing(
-            single=f"{first} $A {last}".strip(), special_tokens=special
-        )
-    return tokenizer
-
-
-def _token(value: Any, usual: str) -> str:
-    return str(value.get("content", usual) if isinstance(value, dict) else value or usual)
 
 
 def _pictures(observation: RobotObservation, camera: str) -> list[Image.Image]:

@@ -25,22 +25,35 @@ STATS = {
     "kitchen": {"action": {"q01": [-0.5, -1.0, 0.0], "q99": [0.5, 3.0, 1.0], "mask": [True, True, False]}},
     "garage": {"action": {"q01": [-100.0, 0.2, -1.0], "q99": [300.0, 0.4, 1.0]}},
 }
+DINO, SIGLIP, CLIP = (
+    "vit_base_patch14_reg4_dinov2.lvd142m", "vit_base_patch16_siglip_224", "vit_base_patch16_clip_224.openai",
+)  # fmt: skip
 TOWERS = {
-    "vit_base_patch14_reg4_dinov2.lvd142m": {"depth": 3, "embed_dim": 16, "num_heads": 2},
-    "vit_base_patch16_siglip_224": {
+    DINO: {"depth": 3, "embed_dim": 16, "num_heads": 2},
+    SIGLIP: {"depth": 3, "embed_dim": 24, "num_heads": 2, "mlp_ratio": 2.0, "patch_size": 14},
+    CLIP: {"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": 14},
+    "vit_large_patch16_224.augreg_in21k_ft_in1k": {
         "depth": 3,
-        "embed_dim": 24,
+        "embed_dim": 16,
         "num_heads": 2,
-        "mlp_ratio": 2.0,
         "patch_size": 14,
     },
-    "vit_base_patch16_clip_224.openai": {"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": 14},
 }
-MEANS = [[0.485, 0.456, 0.406], [0.5, 0.5, 0.5]]
-STDS = [[0.229, 0.224, 0.225], [0.5, 0.5, 0.5]]
+MEANS = {DINO: [0.485, 0.456, 0.406], CLIP: [0.48145466, 0.4578275, 0.40821073]}
+STDS = {DINO: [0.229, 0.224, 0.225], CLIP: [0.26862954, 0.26130258, 0.27577711]}
+TEXT = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "rope_theta": 5000.0,
+    "vocab_size": WORDS + 64,
+}
 
 
-def settings(towers: list[str], activations: list[str | None] | None = None) -> dict[str, Any]:
+def settings(towers: list[str], text: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """config.json of a tiny model."""
     return {
         "model_type": "openvla",
@@ -50,38 +63,32 @@ def settings(towers: list[str], activations: list[str | None] | None = None) -> 
         "n_action_bins": BINS,
         "norm_stats": STATS,
         "pad_to_multiple_of": 64,
-        "text_config": {
-            "model_type": "llama",
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "num_hidden_layers": 2,
-            "rope_theta": 5000.0,
-            "vocab_size": WORDS + 64,
-        },
+        "text_config": {**TEXT, **text},
         "timm_model_ids": towers,
         "timm_model_kwargs": [TOWERS[tower] for tower in towers],
-        "timm_override_act_layers": activations or [None] * len(towers),
+        "timm_override_act_layers": ["quick_gelu" if tower == CLIP else None for tower in towers],
         "torch_dtype": "float32",
         "use_fused_vision_backbone": len(towers) == 2,
+        **changes,
     }
 
 
-def images(count: int, strategy: str = "resize-naive") -> dict[str, Any]:
-    """preprocessor_config.json for `count` towers."""
+def images(towers: list[str], changes: dict[str, Any]) -> dict[str, Any]:
+    """preprocessor_config.json for `towers`, in its short form."""
     return {
         "image_processor_type": "PrismaticImageProcessor",
-        "image_resize_strategy": strategy,
-        "input_sizes": [[3, SIZE, SIZE]] * count,
-        "interpolations": ["bicubic", "bilinear"][:count],
-        "means": MEANS[-count:],
-        "stds": STDS[-count:],
-        "use_fused_vision_backbone": count == 2,
+        "image_resize_strategy": "resize-naive",
+        "input_sizes": [[3, SIZE, SIZE]] * len(towers),
+        "interpolations": ["bicubic", "bilinear"][: len(towers)],
+        "means": [MEANS.get(tower, [0.5] * 3) for tower in towers],
+        "stds": [STDS.get(tower, [0.5] * 3) for tower in towers],
+        "use_fused_vision_backbone": len(towers) == 2,
+        **changes,
     }
 
 
 def write_tokenizer(folder: Path) -> None:
+    """tokenizer.json of whole words, with a template of its own."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -98,20 +105,42 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_folder(
-    folder: Path, towers: list[str], activations: list[str | None] | None = None, *, shards: int = 1
+    folder: Path,
+    towers: list[str],
+    *,
+    shards: int = 1,
+    text: dict[str, Any] | None = None,
+    pixels: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> Path:
-    """Write a published folder with random weights."""
+    """Write a published folder with random weights.
+
+    Args:
+        folder: New folder.
+        towers: Names out of `TOWERS`.
+        shards: Weight files.
+        text: Changes of text_config.
+        pixels: Changes of preprocessor_config.json.
+        changes: Changes of config.json.
+    """
     folder.mkdir(parents=True)
-    config = settings(towers, activations)
+    config = settings(towers, text or {}, changes)
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "preprocessor_config.json").write_text(json.dumps(images(len(towers))))
+    (folder / "preprocessor_config.json").write_text(json.dumps(images(towers, pixels or {})))
     write_tokenizer(folder)
-    model = OpenVLABackbone(Architecture(config), 9, BINS, "float32")
-    generator = torch.Generator().manual_seed(len(towers))
+    bins, dtype = config["n_action_bins"], config["torch_dtype"]
+    model = OpenVLABackbone(Architecture(config), 9, bins, dtype)
+    random = np.random.default_rng(len(towers))
+    weights, head = (
+        {},
+        "embed_tokens.weight" if config["text_config"].get("tie_word_embeddings") else "lm_head.weight",
+    )
     for name, parameter in sorted(model.named_parameters()):
         scale = 1.0 if parameter.ndim < 2 or "embed" in name else 1.5 / parameter[0].numel() ** 0.5
-        parameter.data = scale * torch.randn(parameter.shape, generator=generator)
-    weights = {name.replace(".gamma", ".scale_factor"): t for name, t in model.state_dict().items()}
+        values = scale * random.standard_normal(tuple(parameter.shape), dtype=np.float32)
+        if name.endswith(head):
+            values[WORDS - bins : WORDS] *= 8  # so that the best of all ids is one of an action
+        weights[name.replace(".gamma", ".scale_factor")] = torch.from_numpy(values).to(parameter.dtype)
     if shards == 1:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
@@ -123,10 +152,10 @@ def write_folder(
     return folder
 
 
-KINDS: dict[str, tuple[list[str], list[str | None] | None, int]] = {
-    "fused": (list(TOWERS)[:2], None, 3),
-    "siglip": (list(TOWERS)[1:2], None, 1),
-    "clip": (list(TOWERS)[2:], ["quick_gelu"], 1),
+KINDS: dict[str, tuple[list[str], int]] = {
+    "fused": ([DINO, SIGLIP], 3),
+    "siglip": ([SIGLIP], 1),
+    "clip": ([CLIP], 1),
 }
 
 
@@ -137,11 +166,16 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
     def get(kind: str) -> Path:
         if kind not in made:
-            towers, activations, shards = KINDS[kind]
-            made[kind] = write_folder(root / kind, towers, activations, shards=shards)
+            towers, shards = KINDS[kind]
+            made[kind] = write_folder(root / kind, towers, shards=shards)
         return made[kind]
 
     return get
+
+
+@pytest.fixture(scope="session", name="write_folder")
+def _write_folder() -> Callable[..., Path]:
+    return write_folder
 
 
 @pytest.fixture
@@ -175,7 +209,7 @@ def reference_pixels(picture: np.ndarray, folder: Path) -> Tensor:
     strategy, size = config["image_resize_strategy"], SIZE
     if strategy == "letterbox":
         side = max(image.size)
-        square = Image.new("RGB", (side, side), tuple(int(255 * v) for v in config["means"][0]))
+        square = Image.new("RGB", (side, side), tuple(int(255 * v) for v in config["means"][-1]))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = square
     for mode, mean, std in zip(config["interpolations"], config["means"], config["stds"], strict=True):

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ceed_vla.backbones.openvla_folder import action_statistics, weight_files
+from ceed_vla.backbones.openvla_folder import action_statistics
+from ceed_vla.backbones.openvla_weights import weight_files
 from ceed_vla.convert import ConvertConfig, published_policy
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 
@@ -56,7 +57,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, Any], Any], str]] = {
     "incomplete config": (
         "siglip",
         lambda f, _: (f / CONFIG).write_text('{"model_type": "openvla"}'),
-        "lacks text_config, timm_model_ids, image_sizes, norm_stats",
+        "lacks text_config, timm_model_ids, image_sizes;",
     ),
     "one tower of two": (
         "fused",
@@ -76,7 +77,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, Any], Any], str]] = {
     "language model without a usable cache": (
         "siglip",
         lambda f, e: e(f / CONFIG, text_config={"model_type": "mamba"}),
-        r"'mamba'; the language models that can be read are llama, mistral",
+        r"'mamba'; those that can be read, with a cache of keys and values, are llama, mistral",
     ),
     "vocabulary too small": (
         "siglip",
@@ -87,7 +88,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, Any], Any], str]] = {
     "pickled weights": (
         "siglip",
         lambda f, _: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        r"only pytorch_model\.bin; pickled weights are not read",
+        r"only pytorch_model\.bin; pickled files can run code when they are read",
     ),
     "truncated weights": (
         "siglip",
@@ -146,10 +147,45 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, Any], Any], str]] = {
         lambda f, e: e(f / "preprocessor_config.json", image_resize_strategy="stretch"),
         "'stretch'; it may be resize-naive, letterbox, resize-crop",
     ),
+    "masks of another action": (
+        "siglip",
+        lambda f, e: e(f / CONFIG, norm_stats={"kitchen": {"action": {"q01": [0], "q99": [1], "mask": [True] * 2}}}),
+        "the action statistics of kitchen have 1 values in q01, 1 in q99 and 2 in mask",
+    ),
+    "no statistics": (
+        "siglip",
+        lambda f, e: e(f / CONFIG, norm_stats=None),
+        r"has neither norm_stats in config\.json nor dataset_statistics\.json",
+    ),
+    "values of another kind": (
+        "siglip",
+        lambda f, e: e(f / CONFIG, image_sizes=224),
+        r"config\.json holds a value of another kind than OpenVLA's",
+    ),
+    "unknown type of weights": (
+        "siglip",
+        lambda f, e: e(f / CONFIG, torch_dtype="float8"),
+        "torch_dtype is 'float8'; it may be float32, bfloat16, float16",
+    ),
+    "unknown interpolation": (
+        "siglip",
+        lambda f, e: e(f / "preprocessor_config.json", interpolations=["cubic"]),
+        r"preprocessor_config\.json needs .*interpolations \(nearest, lanczos, bilinear, bicubic",
+    ),
+    "no mean for a tower": (
+        "fused",
+        lambda f, e: e(f / "preprocessor_config.json", means=[[0.5] * 3]),
+        "needs input_sizes, .* one entry a vision tower",
+    ),
+    "towers of two sizes": (
+        "fused",
+        lambda f, e: e(f / "preprocessor_config.json", input_sizes=[[3, 28, 28], [3, 42, 42]]),
+        r"the vision towers see \[\[28, 28\], \[42, 42\]\] pixels; they must all be equal",
+    ),
     "statistics without quantiles": (
         "siglip",
         lambda f, e: e(f / CONFIG, norm_stats={"kitchen": {"action": {"q01": [0.0]}}}),
-        r"norm_stats\.kitchen\.action needs q01 and q99",
+        r"config\.json: the action statistics of kitchen need q01 and q99, one number a dimension",
     ),
 }  # fmt: skip
 
@@ -180,7 +216,7 @@ def test_a_wrong_folder(path: str) -> None:
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("attic", r"unnorm_key is 'attic'; .*config\.json has garage, kitchen"),
+        ("attic", r"unnorm_key is 'attic'; choose one of garage, kitchen \(.*config\.json\)"),
         ("", "statistics of 2 data sets; choose an unnorm_key: garage, kitchen"),
     ],
 )
@@ -195,6 +231,35 @@ def test_a_single_data_set_needs_no_name_and_a_missing_mask_normalises_all(copie
         "only",
         {"q01": [0.0, 1.0], "q99": [1.0, 2.0], "mask": [True, True]},
     )
+
+
+def test_statistics_of_a_fine_tune_count_first(copied: Any) -> None:
+    folder = copied()
+    own = {"kitchen": {"action": {"q01": [-7], "q99": [7]}}}
+    (folder / "dataset_statistics.json").write_text(json.dumps(own))
+    assert action_statistics(folder) == ("kitchen", {"q01": [-7.0], "q99": [7.0], "mask": [True]})
+    assert action_statistics(folder, "garage")[1]["q01"] == [-100.0, 0.2, -1.0]  # of the base, still there
+    with pytest.raises(
+        ConfigError, match=r"'kitchn' \(did you mean kitchen\?\); choose one of garage, kitchen"
+    ):
+        action_statistics(folder, "kitchn")
+
+
+@pytest.mark.parametrize(("most", "refused"), [(20, True), (100, False)])
+def test_positions_that_depend_on_the_length_are_refused(
+    most: int, refused: bool, copied: Any, edit: Any
+) -> None:
+    folder = copied()
+    text = json.loads((folder / CONFIG).read_text())["text_config"]
+    scaling = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": most}
+    edit(folder / CONFIG, text_config={**text, **scaling})
+    policy, pre, _ = build(folder)
+    batch = pre({"observation.images.front": torch.zeros(1, 3, 8, 8), "task": "open"})
+    if not refused:
+        assert torch.equal(policy.decode(batch, "ar").tokens, policy.decode(batch, "jacobi").tokens)
+        return
+    with pytest.raises(ConfigError, match=r"behind 20 \(max_position_embeddings\) .* cannot be kept"):
+        policy.decode(batch, "jacobi")
 
 
 def test_one_file_wins_over_an_index_that_was_left_behind(copied: Any) -> None:

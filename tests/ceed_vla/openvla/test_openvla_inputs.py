@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ceed_vla.backbones.openvla_inputs import EMPTY_TOKEN, OpenVLAInputsStep, read_tokenizer
+from ceed_vla.backbones.openvla_inputs import EMPTY_TOKEN, OpenVLAInputsStep
+from ceed_vla.backbones.openvla_tokenizer import read_tokenizer
 from ceed_vla.convert import ConvertConfig, published_policy
 from ceed_vla.errors import ObservationError
 
@@ -85,7 +86,7 @@ def test_llama_tokenizers_mark_beginning_and_end_by_their_settings(
 ) -> None:
     folder = copied()
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert read_tokenizer(folder, folder).encode("In").ids == expected
+    assert read_tokenizer(folder, folder)("In") == expected
 
 
 BAD: dict[str, tuple[Any, str]] = {

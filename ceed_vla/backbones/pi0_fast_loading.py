@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fast_codec import FastCodec
+
+logger = logging.getLogger(__name__)
 
 VOCABULARIES = ("full", "actions")
 WINDOW = 32  # slots a forward computes; chunks of LIBERO take 25 to 35 tokens of the 256 slots
@@ -65,6 +68,12 @@ def convert_pi0_fast(
     if vocabulary not in VOCABULARIES:
         raise ConfigError(f"vocabulary is {vocabulary!r}; choose one of {', '.join(VOCABULARIES)}.")
     config = decode_architecture(read_architecture(folder))
+    if config.temperature:
+        logger.warning(
+            "%s samples its tokens with temperature %g; here it decodes greedily, as with temperature 0.",
+            folder,
+            config.temperature,
+        )
     fast = find_folder(fast_tokenizer or config.action_tokenizer_name, "fast_tokenizer")
     text = find_folder(text_tokenizer or config.text_tokenizer_name, "text_tokenizer")
     settings = CeedVLAConfig(

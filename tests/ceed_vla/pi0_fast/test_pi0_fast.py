@@ -23,7 +23,7 @@ STRICT = [
 ]
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_tokens_of_random_models_are_lerobots(lab: Any, rows: int, seed: int) -> None:
     policy, batch = lab.build(seed), lab.observe(rows, seed)

@@ -91,6 +91,13 @@ def test_the_command_converts(lab: Any, published: Any, capsys: pytest.CaptureFi
     assert torch.equal(policy.tokenizer.action_ids[result.tokens], published.tokens)
 
 
+def test_a_temperature_is_said_to_be_left_out(lab: Any, published: Any, caplog: Any) -> None:
+    values = json.loads((published.folder / "config.json").read_text())
+    (published.folder / "config.json").write_text(json.dumps({**values, "temperature": 0.5}))
+    convert_pi0_fast(published.folder, lab.folder / "ours", weights="reference")
+    assert "temperature 0.5; here it decodes greedily" in caplog.text
+
+
 def test_a_distilled_layer_is_saved_and_the_rest_stays_a_reference(lab: Any, published: Any) -> None:
     output = convert_pi0_fast(
         published.folder, lab.folder / "ours", weights="reference", vocabulary="actions"

@@ -1,21 +1,25 @@
 """Joins action chunks into one stream of steps: token real-time chunking, free of clocks, threads and ROS.
 
-While a chunk runs, the next one is decoded from the newest observation. The steps that will be consumed before it
-is ready are its *frozen prefix*, so the new chunk agrees with the running one up to the step at which it takes over:
+While a chunk runs, the next one is decoded, from the newest observation that is still in time for the step at which it
+shall take over. The steps that are consumed before it is ready are its *frozen prefix*, so the new chunk agrees with
+the running one up to there:
 
-    running chunk   | 0 1 2 3 4 5 6 7 |
-    request at index 4, frozen_steps 2  ^
-    next chunk              | 0 1 2 3 4 5 6 7 |      0, 1 = steps 4, 5 of the running one
-                                  ^ takes over here when its answer took two steps; the rest is decoded
+    running chunk     | 0 1 2 3 4 5 6 7 |
+    request in step 1       ^                    the answer is expected to take 2.3 steps
+    next chunk                | 0 1 2 3 4 5 6 7 |      0, 1 = steps 2, 3 of the running one
+                                    ^ takes over here, after `replan_steps` 4; the rest is decoded
 
-At every boundary of the step grid a node calls, in this order::
+An answer that takes less than the rest of the running step freezes nothing. The delay is measured on the step grid, in
+steps that were consumed between request and answer, so it needs no clock.
 
-    plan = stream.plan()          # a new chunk is due
+A node calls, whenever it might ask::
+
+    plan = stream.plan(remaining, wait)      # None: the next observation will do
     if plan and not worker.submit(request(plan)):
         stream.cancel(plan.id)
-    target = stream.target()      # consumes one step
 
-and between boundaries ``stream.offer(response.id, ...)`` or ``stream.cancel(response.id)`` as answers arrive.
+``stream.offer(response.id, ..., remaining)`` or ``stream.cancel(response.id)`` as answers arrive, and at every
+boundary of the step grid ``stream.target()``, which consumes one step. `remaining` is the time until then, in steps.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ class Plan:
         shift_steps: Steps of `previous` that are consumed.
         frozen_steps: Steps that will be consumed before the answer is expected: the first ones of the new chunk, equal
             to the next ones of `previous`. 0 if nothing runs.
-        deadline_s: Time until the answer is needed, from the boundary of the request [s]; None if nothing runs.
+        deadline_s: Time until the answer is needed, from the request on [s]; None if nothing runs.
     """
 
     id: int
@@ -103,10 +107,10 @@ class ChunkStream:
         chunk_steps: Steps ``m`` of a chunk.
         replan_steps: Steps ``h`` after which the next chunk is due, in [1, m].
         action_dt: Duration of a step [s].
-        delay_steps: First estimate of the steps consumed between a request and its answer, at least 1.
+        delay_steps: First estimate of the steps consumed between a request and its answer, at least 0.
         delay_window: Past answers that the estimate looks at.
         delay_quantile: Quantile of their delays that it takes, in (0, 1].
-        deadline_margin_s: Time between the end of decoding and the boundary that needs it [s].
+        margin_s: Time between an answer and the boundary that needs it [s].
 
     Raises:
         ConfigError: A value outside its range.
@@ -123,31 +127,31 @@ class ChunkStream:
         replan_steps: int,
         action_dt: float,
         *,
-        delay_steps: int = 1,
+        delay_steps: float = 1.0,
         delay_window: int = 16,
         delay_quantile: float = 0.9,
-        deadline_margin_s: float = 0.01,
+        margin_s: float = 0.003,
     ) -> None:
         if chunk_steps < 1 or not 1 <= replan_steps <= chunk_steps:
             raise ConfigError(
                 f"replan_steps is {replan_steps} for chunks of {chunk_steps} steps; "
                 f"it must lie in [1, {max(chunk_steps, 1)}]."
             )
-        if not (0 < action_dt < math.inf and 0 <= deadline_margin_s < action_dt):
+        if not (0 < action_dt < math.inf and 0 <= margin_s < action_dt):
             raise ConfigError(
-                f"action_dt is {action_dt} s with a deadline margin of {deadline_margin_s} s; "
+                f"action_dt is {action_dt} s with a margin of {margin_s} s; "
                 "the duration must be positive and the margin shorter."
             )
-        if delay_steps < 1 or delay_window < 1 or not 0 < delay_quantile <= 1:
+        if not 0 <= delay_steps < math.inf or delay_window < 1 or not 0 < delay_quantile <= 1:
             raise ConfigError(
-                f"delay_steps {delay_steps} and delay_window {delay_window} must be at least 1, "
-                f"delay_quantile {delay_quantile} must lie in (0, 1]."
+                f"delay_steps is {delay_steps}, delay_window {delay_window}, delay_quantile {delay_quantile}; "
+                "the first must not be negative, the second at least 1, the third in (0, 1]."
             )
         self.chunk_steps, self.replan_steps, self.action_dt = chunk_steps, replan_steps, action_dt
         self.counters = StreamCounters()
-        self._margin, self._quantile = deadline_margin_s, delay_quantile
+        self._margin, self._quantile = margin_s, delay_quantile
         self._first_delay = delay_steps
-        self._delays: deque[int] = deque(maxlen=delay_window)
+        self._delays: deque[float] = deque(maxlen=delay_window)
         self._ids = itertools.count(1)
         self._started = False
         self._forget()
@@ -163,16 +167,20 @@ class ChunkStream:
         return self._pending.plan.id if self._pending else None
 
     @property
-    def delay_steps(self) -> int:
-        """Steps that the next answer is expected to take, in [1, chunk_steps]."""
+    def arrived(self) -> bool:
+        """Whether its answer is here."""
+        return self._arrived is not None
+
+    @property
+    def delay_steps(self) -> float:
+        """Steps that the next answer is expected to take."""
         if not self._delays:
-            return min(self._first_delay, self.chunk_steps)
+            return self._first_delay
         ordered = sorted(self._delays)
-        rank = math.ceil(self._quantile * len(ordered))  # the smallest delay that covers the quantile
-        return min(max(ordered[rank - 1], 1), self.chunk_steps)
+        return ordered[math.ceil(self._quantile * len(ordered)) - 1]  # the smallest that covers the quantile
 
     def start(self) -> None:
-        """Begin without a chunk: hold until the first one arrives, and ask for it at the next boundary."""
+        """Begin without a chunk: hold until the first one arrives, and ask for it at once."""
         self._forget()
         self._started = True
 
@@ -182,42 +190,63 @@ class ChunkStream:
         self._started = False
 
     def hurry(self) -> None:
-        """Ask for a new chunk at the next boundary and ignore the answer under way: the instruction changed."""
+        """Ask for a new chunk at once and ignore the answer under way: the instruction changed."""
         self._pending = self._arrived = None
         self._hurry = True
 
-    def plan(self) -> Plan | None:
-        """The chunk to ask for at this boundary, or None if none is due. Call before `target`."""
-        self._take_over()
-        if not self._started or self._pending is not None or not self._is_due():
+    def plan(self, remaining: float = 0.0, wait: float = 0.0) -> Plan | None:
+        """The chunk to ask for now, or None if none is due.
+
+        Args:
+            remaining: Steps until the next one is consumed, at most 1 as a rule.
+            wait: Steps until the next chance to ask, with a newer observation.
+        """
+        if not self._started or self._pending is not None:
             return None
         index, left = self._position()
+        delay = self.delay_steps + self._margin / self.action_dt
+        frozen = max(math.ceil(delay - remaining - 1e-9), 0)  # steps that are consumed until it is ready
+        if left and not self._hurry:
+            frozen = max(frozen, self.replan_steps - index)
+            # What is frozen must be there, and the answer must come before the running chunk ends.
+            if min(frozen, left) + remaining - delay >= wait:
+                return None
         # At least one step of the new chunk must be left to decode.
-        frozen = min(self.delay_steps, left, self.chunk_steps - 1)
+        frozen = min(frozen, left, self.chunk_steps - 1)
         running = self._running
         plan = Plan(
             id=next(self._ids),
             previous=running.tokens if running else None,
             shift_steps=index,
             frozen_steps=frozen if running and running.tokens is not None else 0,
-            deadline_s=frozen * self.action_dt - self._margin if frozen else None,
+            deadline_s=(frozen + remaining) * self.action_dt - self._margin if left else None,
         )
-        self._pending = _Pending(plan, self._consumed, self._boundaries, frozen)
+        self._pending = _Pending(plan, self._consumed, self._boundaries + 1 - remaining, frozen)
         self._hurry = False
         self.counters.planned += 1
         return plan
 
     def cancel(self, plan_id: int) -> None:
-        """The request was not sent, or failed: it is due again at the next boundary."""
+        """The request was not sent, or failed: it is due again at once."""
         if self._pending is not None and self._pending.plan.id == plan_id:
             self._pending = None
             self._hurry = True
             self.counters.cancelled += 1
 
     def offer(
-        self, plan_id: int, actions: NDArray[np.float32], tokens: NDArray[np.int64] | None = None
+        self,
+        plan_id: int,
+        actions: NDArray[np.float32],
+        tokens: NDArray[np.int64] | None = None,
+        remaining: float = 0.0,
     ) -> bool:
-        """Take an answer, actions (m, A) and tokens (n,); it takes over at the next boundary.
+        """Take an answer; it takes over at the next boundary.
+
+        Args:
+            plan_id: Plan that it answers.
+            actions: (m, A).
+            tokens: (n,); None for policies without.
+            remaining: As in `plan`.
 
         Returns:
             False if nobody waits for it any more.
@@ -234,6 +263,7 @@ class ChunkStream:
             self.counters.stale += 1
             return False
         self._arrived = _Chunk(plan_id, actions, tokens, self._pending.consumed)
+        self._delays.append(max(self._boundaries + 1 - remaining - self._pending.position, 0.0))
         return True
 
     def target(self) -> Target:
@@ -268,17 +298,12 @@ class ChunkStream:
         index = min(self._consumed - self._running.start, self.chunk_steps)
         return index, self.chunk_steps - index
 
-    def _is_due(self) -> bool:
-        index, left = self._position()
-        return self._hurry or not left or index >= self.replan_steps or left <= self.delay_steps
-
     def _take_over(self) -> None:
         """Make the chunk that arrived the running one, at the step that is next in it."""
         if self._arrived is None or self._pending is None:
             return
         pending, arrived = self._pending, self._arrived
         self._pending = self._arrived = None
-        self._delays.append(self._boundaries - pending.boundaries)
         taken = self._consumed - pending.consumed
         if taken >= self.chunk_steps:
             self.counters.missed += 1
@@ -303,7 +328,16 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Pending:
+    """A request under way.
+
+    Attributes:
+        plan: What was asked for.
+        consumed: Steps that were consumed before.
+        position: Where on the step grid.
+        frozen_steps: Steps that are consumed until the answer is expected, whether the policy can freeze them or not.
+    """
+
     plan: Plan
     consumed: int
-    boundaries: int
+    position: float
     frozen_steps: int

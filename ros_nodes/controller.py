@@ -4,11 +4,17 @@ Time is a grid of steps of ``action_dt``, each ``N`` ticks long. A step has one 
 lies on the straight line from the target before to this one, so commands stay continuous where one chunk follows
 another. As soon as `SafetyFilter` or an input objects, the arm holds and everything the policy had planned is dropped;
 it goes on from where it was held.
+
+A chunk is asked for with the last images that can still make the step at which it takes over. Images come at their own
+rate, so the grid follows them: ticks are moved, by at most `SLEW` of a period each, until images come just in time.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
+from collections import deque
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +31,10 @@ from ros_nodes.safety import Decision, Hold, SafetyFilter
 
 Array = NDArray[np.float64]
 
+SLEW = 0.01  # largest change of the time between two ticks, in periods
 WAITING, STARVED = "waiting", "starved"
+_SLACK = 0.002  # between the arrival of the images and the last moment to ask with them [s]
+_DEAD_BAND = 0.002  # deviation from `_SLACK` at which the grid stays [s]
 _OWN_HOLDS = (WAITING, STARVED)  # the stream goes on after these by itself
 _SPEECHLESS = ("act", "diffusion", "multi_task_dit", "tdmpc", "vqbet")  # policies that no instruction reaches
 
@@ -52,11 +61,13 @@ class PolicyController:
         worker: A started policy.
         command_rate: Ticks per second [Hz], a multiple of the steps per second.
         instruction: What to do.
+        slew: How far a tick may be moved, in periods; 0 where somebody else gives the ticks, such as /clock.
 
     Attributes:
         statistics: What happened.
         hold: Why the arm holds now; None in motion.
         conflict: Set it to the reason why nothing may be sent now, though motion is enabled (another commander).
+        period: Time until the next tick but one; nearly always 1 / `command_rate` [s].
 
     Raises:
         ConfigError: A command rate that does not fit the steps.
@@ -72,6 +83,7 @@ class PolicyController:
         *,
         command_rate: float,
         instruction: str = "",
+        slew: float = SLEW,
     ) -> None:
         self._observations, self._motion, self._safety = observations, motion, safety
         self._stream, self._worker = stream, worker
@@ -86,7 +98,12 @@ class PolicyController:
         self._silent = True
         self._clock_fault: Hold | None = None
         self._last_tick: float | None = None
-        self._origin, self._step_tick = 0.0, 0  # grid: time of tick 0 [s], first tick of the step that runs
+        self.period = 1.0 / command_rate
+        self._slew, self._shift = slew, 0.0  # how much earlier the ticks shall come [s]
+        self._images: deque[float] = deque(maxlen=9)  # when sets of new images were complete, steady time [s]
+        self._origin, self._tick = 0.0, 0  # grid: time of tick 0 [s], the tick that was sent last
+        self._step_tick = 0  # tick before the first of the step that runs
+        self._boundary = False  # the step that runs is done, the next one waits for the answer that is due
         self._start: Array = motion.joints  # target before the one of the step that runs
         self._step_hold: Hold | None = None
         self._seam = False
@@ -149,22 +166,51 @@ class PolicyController:
         dt = now - self._last_tick if self._last_tick is not None else 1.0 / self._rate
         self._last_tick = now
         self._watch_clock(dt, clock)
+        self._count(now, dt)
         dt = max(dt, 1.0 / self._rate)  # a tick that only makes up for a late one is no faster motion
-        self._take_answer(now)
+        self.receive(now)
         if self._enable_asked:
             self.enable(clock, insist=True)
         hold = self._objection()
         if self._stays_silent(clock):
             return self._fall_silent(dt, clock, hold)
-        decision = (
-            self._move(now, dt, clock, hold) if self._stream.started else self._wait(now, dt, clock, hold)
-        )
+        decision = self._move(dt, clock, hold) if self._stream.started else self._wait(dt, clock, hold)
         self.hold = self._cause(decision.hold)
         if decision.positions is None:
             return None
         self.statistics.sent(now, decision.positions, self._seam)
         self._seam = False
         return self._without_old_gripper(decision)
+
+    def after_tick(self, now: float) -> None:
+        """What takes time and can wait until the command is sent: the next step, and asking for a chunk."""
+        if not self._stream.started:
+            return
+        if self._tick - self._step_tick >= self._per_step and not self._boundary:
+            if self._stream.pending is None or self._stream.arrived:
+                self._begin_step()
+            else:
+                self._boundary = True
+        due = self._next_images() - now
+        self._ask_if_due(now, due if due > 0.0 else 1.5 / self._rate)
+
+    def observed(self, now: float) -> None:
+        """An image has come; asks for the next chunk if the next images would come too late for it."""
+        if not self._observations.renewed():
+            return
+        self._images.append(now)
+        if not self._stream.started:
+            return
+        period = self._next_images() - now
+        plan = self._ask_if_due(now, period)
+        if plan is not None and plan.deadline_s is not None and self._slew:
+            self._align(plan.deadline_s - self._stream.delay_steps * self._stream.action_dt, period)
+
+    def receive(self, now: float) -> None:
+        """Take the policy's answer if there is one; called as soon as it comes, so that its step begins in time."""
+        self._take_answer(now)
+        if self._boundary and self._stream.arrived:
+            self._begin_step()
 
     def ages(self, clock: float) -> dict[str, float | None]:
         """Input -> age [s]."""
@@ -214,21 +260,24 @@ class PolicyController:
             return None
         return self._without_old_gripper(decision)
 
-    def _wait(self, now: float, dt: float, clock: float, hold: Hold | None) -> Decision:
+    def _wait(self, dt: float, clock: float, hold: Hold | None) -> Decision:
         """Hold with nothing planned; begin as soon as nobody objects."""
         hold = hold or Hold(WAITING, "for the first chunk")
         decision = self._safety.command(None, None, dt=dt, ages=self.ages(clock), hold=hold)
         if decision.hold == hold and hold.code == WAITING and decision.positions is not None:
             self._motion.resume(decision.positions)
-            self._start, self._origin, self._step_tick = decision.positions, now, 0
+            self._start = decision.positions
             self._stream.start()
-            self._begin_step(now)
+            self._step_tick = self._tick - self._per_step  # the first step begins now
         return decision
 
-    def _move(self, now: float, dt: float, clock: float, hold: Hold | None) -> Decision:
-        """The command of this tick; at the end of a step, the next step begins."""
-        part = round((now - self._origin) * self._rate) - self._step_tick
-        share = min(part / self._per_step, 1.0)
+    def _move(self, dt: float, clock: float, hold: Hold | None) -> Decision:
+        """The command of this tick."""
+        if self._boundary:
+            self._begin_step()  # with the running chunk: the answer is late
+        while self._tick - self._step_tick > self._per_step and self._stream.started:
+            self._begin_step()  # its first tick was missed
+        share = (self._tick - self._step_tick) / self._per_step
         wanted = self._start + share * (self._motion.joints - self._start)
         decision = self._safety.command(
             wanted, self._motion.gripper, dt=dt, ages=self.ages(clock), hold=hold or self._step_hold
@@ -241,22 +290,15 @@ class PolicyController:
             self.statistics.to_command.add(latency)
             self.statistics.beyond_decode.add(latency - self._fresh.decode_s)
             self._fresh = None
-        if part >= self._per_step:
-            self._next_step(now, part)
         return decision
 
-    def _next_step(self, now: float, part: int) -> None:
+    def _begin_step(self) -> None:
+        """Take the action of the step that begins at the tick that was sent last."""
+        self._boundary = False
         self._step_tick += self._per_step
-        if part >= 2 * self._per_step:  # a whole step was missed: skipping its motion would be a jump
+        if self._tick - self._step_tick >= self._per_step:
             self.statistics.slips += 1
-            self._origin, self._step_tick = now, 0
-        self._begin_step(now)
-
-    def _begin_step(self, now: float) -> None:
-        """Ask for the next chunk if it is due, and take the action of this step."""
-        plan = self._stream.plan()
-        if plan is not None and not self._ask(plan, now):
-            self._stream.cancel(plan.id)
+            self._step_tick = self._tick - 1  # a whole step was missed: skipping its motion would be a jump
         target = self._stream.target()
         self._start = self._motion.joints
         if target.action is None:
@@ -274,6 +316,58 @@ class PolicyController:
         if asked is not None and target.index >= asked.frozen_steps:
             self._fresh = asked
             self._asked.clear()
+
+    # ---- time ---------------------------------------------------------------------------------------------------
+
+    def _count(self, now: float, dt: float) -> None:
+        """Number this tick. The grid lies on its earliest ticks: a late one does not move it."""
+        if dt <= 0.0 or self._tick == 0:
+            self._origin, self._tick = now - 1.0 / self._rate, 1
+            return
+        shift = min(max(self._shift, -self._slew / self._rate), self._slew / self._rate)
+        self._shift -= shift
+        self._origin -= shift
+        self.period = 1.0 / self._rate - shift
+        count = math.floor((now - self._origin) * self._rate + 1e-6)
+        self._tick = max(self._tick + 1, count)
+        self._origin = min(self._origin, now - self._tick / self._rate)
+
+    def _remaining(self, now: float) -> float:
+        """Steps until the first command of the next step."""
+        left = self._step_tick + self._per_step + 1 - (now - self._origin) * self._rate
+        return max(left / self._per_step, 0.0)
+
+    def _next_images(self) -> float:
+        """When the next set of images is expected, steady time [s]; -inf without knowing."""
+        if len(self._images) < 2:
+            return -math.inf
+        gaps = [later - earlier for earlier, later in itertools.pairwise(self._images)]
+        return self._images[-1] + statistics.median(gaps)
+
+    def _align(self, slack: float, period: float) -> None:
+        """Move the grid so that images arrive `_SLACK` before it is too late for them.
+
+        Args:
+            slack: How much before they arrived this time [s].
+            period: Time between images [s].
+        """
+        if not 0.0 <= slack < period:  # the answer is needed sooner than that
+            return
+        error = slack - _SLACK
+        error -= period if error > 0.5 * period else 0.0  # the images before were nearer
+        self._shift = error if abs(error) > _DEAD_BAND else 0.0
+
+    # ---- asking and answers -------------------------------------------------------------------------------------
+
+    def _ask_if_due(self, now: float, wait: float) -> Plan | None:
+        """Ask for the next chunk unless observations that come in `wait` [s] will do; the plan that was sent."""
+        if not self._worker.idle:
+            return None
+        plan = self._stream.plan(self._remaining(now), wait / self._stream.action_dt)
+        if plan is not None and not self._ask(plan, now):
+            self._stream.cancel(plan.id)
+            return None
+        return plan
 
     def _ask(self, plan: Plan, now: float) -> bool:
         """Send the newest observation to the policy; False if it cannot be sent."""
@@ -307,7 +401,9 @@ class PolicyController:
             self._stream.cancel(response.id)
             return
         try:
-            accepted = self._stream.offer(response.id, response.actions, response.tokens)
+            accepted = self._stream.offer(
+                response.id, response.actions, response.tokens, self._remaining(now)
+            )
         except ConfigError as error:
             self.statistics.errors += 1
             self.statistics.last_error = str(error)
@@ -320,7 +416,7 @@ class PolicyController:
         self.statistics.deadline_misses += late
         self._asked = {response.id: replace(asked, decode_s=response.seconds.get("total", 0.0))}
         if self._step_hold is not None:  # nothing moves: the next step need not wait for its boundary
-            self._step_tick = round((now - self._origin) * self._rate) - self._per_step
+            self._step_tick, self._boundary = self._tick - self._per_step, True
 
     def _objection(self) -> Hold | None:
         """Why the arm must hold though the safety filter has no reason."""
@@ -341,7 +437,7 @@ class PolicyController:
         self._stream.stop()
         self._asked.clear()
         self._fresh = self._step_hold = None
-        self._seam = False
+        self._seam = self._boundary = False
 
     def _without_old_gripper(self, decision: Decision) -> Decision:
         """Without the gripper's command of an earlier motion, which the filter still knows."""

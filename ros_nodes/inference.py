@@ -17,6 +17,7 @@ import queue
 import signal
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +49,7 @@ class InferenceWorker:
         device: "cpu", "cuda", ...
         warmup: Calls on a blank observation before `start` returns.
         delay_s: Added to every chunk, to see what slow inference does [s].
+        notify: Called in the courier's thread when an answer can be polled.
 
     Raises:
         ConfigError: An unknown mode, or a number outside its range.
@@ -64,6 +66,7 @@ class InferenceWorker:
         device: str = "cpu",
         warmup: int = 3,
         delay_s: float = 0.0,
+        notify: Callable[[], None] = lambda: None,
     ) -> None:
         if mode not in MODES:
             raise ConfigError(f"The inference mode is {mode!r}; choose one of {', '.join(MODES)}.")
@@ -82,6 +85,7 @@ class InferenceWorker:
         )
         self._policy: _Policy = _OwnProcess(settings) if mode == "process" else _SameProcess(settings)
         self._spec: PolicySpec | None = None
+        self._notify = notify
         self._inbox: queue.SimpleQueue[tuple[Request, float | None] | None] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Response] = queue.SimpleQueue()
         self._loaded = threading.Event()
@@ -197,6 +201,7 @@ class InferenceWorker:
                 logger.error("%s", error)
                 response = Response(request.id, error=str(error))
             self._outbox.put(response)
+            self._notify()
 
 
 class _Policy(Protocol):

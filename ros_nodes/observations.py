@@ -71,6 +71,14 @@ class Observations:
         """Take a camera's message; a malformed one becomes the camera's fault until a good one comes."""
         camera.take(message)
 
+    def renewed(self) -> bool:
+        """Whether every camera has a new image since this was last true."""
+        if not self.cameras or any(not camera.renewed for camera in self.cameras):
+            return False
+        for camera in self.cameras:
+            camera.renewed = False
+        return True
+
     def take_joints(self, message: JointState) -> None:
         """Take a joint state; a malformed one is a fault until a good one comes."""
         arm, gripper = self._robot.arm, self._robot.gripper
@@ -154,6 +162,7 @@ class _Camera:
 
     def forget(self) -> None:
         self.stamp: float | None = None
+        self.renewed = False
         self.fault: str | None = None
         self._pixels: NDArray[np.uint8] | None = None
         self._unread: CompressedImage | None = None
@@ -161,7 +170,7 @@ class _Camera:
     def take(self, message: Image | CompressedImage) -> None:
         """Keep a message. Reading JPEG takes milliseconds, so it waits for `pixels`, unless it may clear a fault."""
         if self.source.transport == "compressed" and self.fault is None:
-            self._unread, self.stamp = message, seconds(message.header.stamp)
+            self._unread, self.stamp, self.renewed = message, seconds(message.header.stamp), True
             return
         try:
             self._pixels = self._read(message)
@@ -169,6 +178,7 @@ class _Camera:
             self.fault = str(error)
             return
         self.fault, self._unread, self.stamp = None, None, seconds(message.header.stamp)
+        self.renewed = True
 
     def pixels(self) -> NDArray[np.uint8]:
         """(H, W, 3) in the policy's size."""

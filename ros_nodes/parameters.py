@@ -16,8 +16,6 @@ from ros_nodes.robot_config import INTERFACES
 START, SETUP, LIVE = "start", "setup", "live"
 """When a parameter may change: only at the start (read-only), while the node is unconfigured, or always."""
 
-EXECUTORS = ("single", "events")
-
 
 @dataclass(frozen=True)
 class PolicyParameter:
@@ -127,7 +125,11 @@ PARAMETERS = (
         "inference_delay", 0.0, "Slows every chunk, to test slow inference [s].", low=0.0, high=5.0
     ),
     PolicyParameter(
-        "executor", "single", "rclpy executor: SingleThreaded or Events.", START, choices=EXECUTORS
+        "realtime_priority",
+        50,
+        "SCHED_FIFO priority of the command stream where the system allows it; 0: none.",
+        low=0,
+        high=90,
     ),
     PolicyParameter("image_timeout", 0.5, "Age of an image at which the arm holds [s].", START, 0.02, 5.0),
     PolicyParameter(

@@ -15,7 +15,6 @@ from typing import Any
 from ros_nodes.messages import COMMAND, LATCHED, SENSOR
 
 import numpy as np
-import rclpy.executors
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
@@ -27,11 +26,12 @@ from std_srvs.srv import SetBool, Trigger
 
 from ceed_vla.errors import CeedVLAError
 from ros_nodes import parameters
+from ros_nodes.controller import SLEW
 from ros_nodes.diagnostics import running_status, status_message
 from ros_nodes.interfaces import ArmInterface, GripperCommands, make_interface
 from ros_nodes.policy_setup import PolicySetup, make_setup
 from ros_nodes.safety import Decision
-from ros_nodes.spinning import StopSignal, run
+from ros_nodes.spinning import StopSignal, raise_priority, run
 
 CONFLICT_PERIOD = 0.2  # how often other commanders are looked for [s]
 
@@ -56,9 +56,11 @@ class PolicyNode(LifecycleNode):
         self._setup: PolicySetup | None = None
         self._active: _Streaming | None = None
         self._failure = ""  # why the last transition failed
+        self._scheduling = "normal"
         self._stopped_early: str | None = None  # an emergency stop while there was nothing to stop
         self._inputs: list[Any] = []
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)  # runs on when the system's time is set
+        self._answered = self.create_guard_condition(self._on_answer)
         self._diagnostics = self.create_publisher(DiagnosticArray, "diagnostics", COMMAND)
         self.create_timer(1.0, self._publish_diagnostics, clock=self._steady)
         self.create_subscription(String, "~/instruction", self._on_instruction, LATCHED)
@@ -68,17 +70,6 @@ class PolicyNode(LifecycleNode):
         if self.get_parameter("autostart").value:
             self._autostart = self.create_timer(0.0, self._start, clock=self._steady)
 
-    def make_executor(self) -> rclpy.executors.Executor:
-        """The executor that the parameter names.
-
-        Single is the default: MultiThreaded misses ticks, Events is experimental.
-        """
-        if self.get_parameter("executor").value == "events":
-            from rclpy.experimental import EventsExecutor
-
-            return EventsExecutor()
-        return rclpy.executors.SingleThreadedExecutor()
-
     # ---- lifecycle ----------------------------------------------------------------------------------------------
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -87,7 +78,10 @@ class PolicyNode(LifecycleNode):
         self._publish(DiagnosticStatus.WARN, "configuring", {"state": "configuring"})
         try:
             setup = make_setup(
-                parameters.values(self), lambda: self._stop is not None and self._stop.received
+                parameters.values(self),
+                cancelled=lambda: self._stop is not None and self._stop.received,
+                notify=self._answered.trigger,
+                slew=0.0 if self.get_parameter("use_sim_time").value else SLEW,
             )
         except CeedVLAError as error:
             self._failure = f"configure failed: {error}"
@@ -98,7 +92,7 @@ class PolicyNode(LifecycleNode):
             setup.controller.estop(self._stopped_early)
         for camera in setup.observations.cameras:
             kind = CompressedImage if camera.source.transport == "compressed" else Image
-            callback = partial(setup.observations.take_image, camera)
+            callback = partial(self._on_image, camera)
             self._inputs.append(self.create_subscription(kind, camera.source.topic, callback, SENSOR))
         self._inputs.append(
             self.create_subscription(JointState, setup.robot.joint_states, self._on_joint_states, SENSOR)
@@ -123,6 +117,14 @@ class PolicyNode(LifecycleNode):
             self._setup.controller.enable(self.clock_time(), insist=True)
         gc.collect()
         gc.freeze()  # a full collection takes longer than a tick
+        self._scheduling = raise_priority(
+            self.get_parameter("realtime_priority").value,
+            only_this_thread=self.get_parameter("inference_mode").value == "thread",
+        )
+        if "(" in self._scheduling:
+            self.get_logger().warning(
+                f"Scheduling is {self._scheduling}: commands may be late on a busy machine; see docs/robots.md."
+            )
         return super().on_activate(state)
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -182,6 +184,16 @@ class PolicyNode(LifecycleNode):
         assert self._setup is not None
         self._setup.safety.measure(message.name, message.position)
         self._setup.observations.take_joints(message)
+
+    def _on_image(self, camera: Any, message: Image | CompressedImage) -> None:
+        assert self._setup is not None
+        self._setup.observations.take_image(camera, message)
+        if self._active is not None:
+            self._setup.controller.observed(self._active.now())
+
+    def _on_answer(self) -> None:
+        if self._setup is not None and self._active is not None:
+            self._setup.controller.receive(self._active.now())
 
     def _on_instruction(self, message: String) -> None:
         self.set_parameters([Parameter("instruction", value=message.data)])
@@ -246,6 +258,7 @@ class PolicyNode(LifecycleNode):
 
     def _publish(self, level: bytes, message: str, values: dict[str, Any]) -> None:
         shown = {name: self.get_parameter(name).value for name in ("checkpoint", "action_interface")}
+        shown["scheduling"] = self._scheduling
         hardware = self.get_parameter("robot_config").value or "tabletop"
         stamp = self.get_clock().now().to_msg()
         self._diagnostics.publish(
@@ -273,10 +286,8 @@ class _Streaming:
         self._gripper = GripperCommands(node, gripper.topic) if gripper is not None else None
         self._last: Decision | None = None
         clock = node.get_clock() if self._simulated else steady
-        self._timers = [
-            node.create_timer(self._period, self._tick, clock=clock),
-            node.create_timer(CONFLICT_PERIOD, self._look_for_others, clock=steady),
-        ]
+        self._ticks = node.create_timer(self._period, self._tick, clock=clock)
+        self._looks = node.create_timer(CONFLICT_PERIOD, self._look_for_others, clock=steady)
 
     def now(self) -> float:
         """Time of the step grid [s]: steady, or the simulation's."""
@@ -284,14 +295,22 @@ class _Streaming:
 
     def end(self) -> None:
         """Hold once more and stop."""
-        for timer in self._timers:
-            self._node.destroy_timer(timer)
+        self._node.destroy_timer(self._ticks)
+        self._node.destroy_timer(self._looks)
         self._setup.controller.disable()
-        self._tick()
+        self._send()
         for publisher in self._publishers():
             self._node.destroy_publisher(publisher)
 
     def _tick(self) -> None:
+        self._send()
+        controller = self._setup.controller
+        controller.after_tick(self.now())
+        period = round(1e9 * controller.period)
+        if period != self._ticks.timer_period_ns:
+            self._ticks.timer_period_ns = period
+
+    def _send(self) -> None:
         now = self.now()
         decision = self._setup.controller.tick(now, self._node.clock_time())
         measured = self._setup.safety.measured
@@ -328,13 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0, or 1 if the node cannot start.
     """
     stop = StopSignal()
-    made: list[PolicyNode] = []
-
-    def make_node() -> PolicyNode:
-        made.append(PolicyNode(stop))
-        return made[0]
-
-    return run(make_node, "policy_node", arguments, lambda: made[0].make_executor(), stop=stop)
+    return run(lambda: PolicyNode(stop), "policy_node", arguments, stop)
 
 
 if __name__ == "__main__":

@@ -40,12 +40,16 @@ class PolicySetup:
     controller: PolicyController
 
 
-def make_setup(values: Mapping[str, Any], cancelled: Callable[[], bool]) -> PolicySetup:
+def make_setup(
+    values: Mapping[str, Any], cancelled: Callable[[], bool], notify: Callable[[], None], slew: float
+) -> PolicySetup:
     """Load robot and checkpoint, warm the policy up, and build the controller.
 
     Args:
         values: Of `ros_nodes.parameters.PARAMETERS`.
         cancelled: Asked while the checkpoint loads; True gives up.
+        notify: Called, in another thread, when the policy has answered.
+        slew: See `PolicyController`.
 
     Raises:
         CheckpointError: A checkpoint that does not load.
@@ -64,13 +68,19 @@ def make_setup(values: Mapping[str, Any], cancelled: Callable[[], bool]) -> Poli
         threads=values["inference_threads"],
         device=values["device"],
         delay_s=values["inference_delay"],
+        notify=notify,
     )
     try:
         spec = _start(worker, cancelled)
         _check_actions(robot, spec)
         observations = Observations(robot, spec.cameras, spec.states, kinematics)
         safety = SafetyFilter(limits(observations))
-        stream = ChunkStream(spec.chunk_steps, values["replan_steps"] or spec.n_action_steps, robot.action.dt)
+        stream = ChunkStream(
+            spec.chunk_steps,
+            values["replan_steps"] or spec.n_action_steps,
+            robot.action.dt,
+            delay_steps=spec.warmup_s / robot.action.dt,
+        )
         controller = PolicyController(
             observations,
             make_motion(robot, kinematics),
@@ -79,6 +89,7 @@ def make_setup(values: Mapping[str, Any], cancelled: Callable[[], bool]) -> Poli
             worker,
             command_rate=values["command_rate"],
             instruction=values["instruction"],
+            slew=slew,
         )
     except BaseException:
         worker.close()

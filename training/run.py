@@ -335,6 +335,7 @@ class Run:
         name = STATES[1 - STATES.index(current)]
         self.accelerator.wait_for_everyone()  # every process has read the name
         self.accelerator.save_state(str(self.output / name))
+        self._undo_empty_step()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_atomically(progress, json.dumps({"step": self.step, "state": name, **self.state_dict()}))
@@ -355,7 +356,14 @@ class Run:
                 "repeat the settings it was started with, or start again in another folder."
             ) from error
         self.step = state["step"]
+        self._undo_empty_step()
         self.load_state_dict(state)
+
+    def _undo_empty_step(self) -> None:
+        """Before the first step: torch takes one without gradients to write the state of sharded optimisers."""
+        if self.sharded and self.step == 0:
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
 
 
 def layer_classes(policy: CeedVLAPolicy) -> list[str]:

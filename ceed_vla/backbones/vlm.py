@@ -205,8 +205,11 @@ class VLMBackbone(TrainableBackbone):
         inputs = {"position_ids": prefix.next_position.unsqueeze(1) + offsets}  # (B, k)
         if prefix.real is not None:
             inputs["attention_mask"] = F.pad(prefix.real.long(), (0, cache.committed + k), value=1)
-        embeds = self.model.get_input_embeddings()(self.action_ids[tokens])  # (B, k, d)
-        return self._run(embeds, cache.begin(k), inputs)
+        return self._run(self._embed_tokens(tokens), cache.begin(k), inputs)
+
+    def _embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Embeddings (B, k, d) of action tokens (B, k)."""
+        return cast("Tensor", self.model.get_input_embeddings()(self.action_ids[tokens]))
 
     def _run(self, embeds: Tensor, cache: Any, inputs: dict[str, Any]) -> Tensor:
         """Hidden vectors (B, t, d) of embeddings (B, t, d), whose keys and values are appended to the cache."""
@@ -251,36 +254,17 @@ class VLMBackbone(TrainableBackbone):
         self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """The same where layers are recomputed in the backward pass, which a cache does not survive."""
-        mask = embeddings.inputs.get("attention_mask")
-        if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim != 2):
-            raise ConfigError(
-                f"{type(self.model).__name__} has a bidirectional prefix; train it without gradient checkpointing."
-            )
         length, logits = embeddings.embeds.shape[1], []
         for block in blocks:
-            tokens = block[:, :-1]
-            offsets = torch.arange(tokens.shape[1], device=tokens.device)
-            positions = embeddings.next_position.unsqueeze(1) + offsets  # (B, n - 1)
-            known = embeddings.inputs["position_ids"]
-            positions = positions.expand(*known.shape[:-1], -1)
-            inputs = {
-                **{
-                    name: self._longer(value, length, tokens.shape[1])
-                    for name, value in embeddings.inputs.items()
-                },
-                "position_ids": torch.cat([known, positions], dim=-1),
-                "attention_mask": F.pad(embeddings.real.long(), (0, tokens.shape[1]), value=1),
-            }
-            embeds = self.model.get_input_embeddings()(self.action_ids[tokens])
-            hidden = self._run(torch.cat([embeddings.embeds, embeds], dim=1), None, inputs)[:, length - 1 :]
+            inputs = embeddings.joined(self._embed_tokens(block[:, :-1]))
+            hidden = self._run(inputs.pop("inputs_embeds"), None, inputs)[:, length - 1 :]  # (B, n, d)
             logits.append(self._head(hidden))
         return hidden[:, 0], logits
 
-    @staticmethod
-    def _longer(value: Any, prefix: int, block: int) -> Any:
-        """Marks of image tokens (B, P), such as Qwen3-VL's, with none on the block: (B, P + block)."""
-        marks = isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == prefix
-        return F.pad(value, (0, block)) if marks else value
+    def recompute_activations(self) -> None:
+        if not self.model.supports_gradient_checkpointing:
+            super().recompute_activations()
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def prefix_state(self, embeddings: PrefixEmbeddings) -> Tensor:
         """The prefix's last hidden vector (B, d), without any block."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ceed_vla.backbones.base import Prefix
@@ -61,6 +62,51 @@ class PrefixEmbeddings:
             f"Rows cannot be taken of {name!r}, which this model's language model reads; distil it with "
             "--states=stored."
         )
+
+    def joined(self, block: Tensor) -> dict[str, Any]:
+        """What the language model is called with for the prefix and `block` (B, k, d) in one sequence, without cache.
+
+        Raises:
+            ConfigError: Layers with masks of several kinds.
+        """
+        known, length, k = self.inputs["position_ids"], self.embeds.shape[1], block.shape[1]
+        offsets = torch.arange(k, device=block.device)
+        positions = (self.next_position.unsqueeze(1) + offsets).expand(*known.shape[:-1], -1)
+        mask = self.inputs.get("attention_mask")
+        if isinstance(mask, dict):
+            raise ConfigError(
+                f"Layers with masks of several kinds ({', '.join(mask)}) cannot be recomputed; "
+                "train without gradient checkpointing."
+            )
+        marks = {  # of image tokens, such as Qwen3-VL's: none on the block
+            name: F.pad(value, (0, k)) if _one_each(value, length) else value
+            for name, value in self.inputs.items()
+        }
+        return {
+            **marks,
+            "inputs_embeds": torch.cat([self.embeds, block], dim=1),
+            "position_ids": torch.cat([known, positions], dim=-1),
+            "attention_mask": F.pad(self.real.long(), (0, k), value=1)
+            if mask is None or mask.ndim == 2
+            else _causal_behind(mask, self.real, k),
+        }
+
+
+def _one_each(value: Any, length: int) -> bool:
+    """Whether `value` has one entry a token (B, P)."""
+    return isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == length
+
+
+def _causal_behind(mask: Tensor, real: Tensor, k: int) -> Tensor:
+    """The mask (B, 1, P + k, P + k) of a prefix with `mask` (B, 1, P, P) and a causal block of `k` tokens behind it."""
+    allowed = mask if mask.dtype == torch.bool else mask == 0
+    rows, _, length, _ = mask.shape
+    seen = real[:, None, None].expand(rows, 1, k, length)
+    block = torch.ones(k, k, dtype=torch.bool, device=mask.device).tril().expand(rows, 1, k, k)
+    whole = torch.cat([F.pad(allowed, (0, k)), torch.cat([seen, block], dim=-1)], dim=2)
+    if mask.dtype == torch.bool:
+        return whole
+    return torch.zeros_like(whole, dtype=mask.dtype).masked_fill(~whole, torch.finfo(mask.dtype).min)
 
 
 @dataclass

@@ -76,6 +76,16 @@ def tiny_policy(**changes: Any) -> Any:
     return tabletop_config(**{**sizes, "n_action_steps": 2, "num_bins": 63, **changes})
 
 
+def vlm_policy(base: Path, **changes: Any) -> Any:
+    """A policy configuration around a tiny image-text-to-text model in the folder `base`."""
+    from ceed_vla.backbones.vlm_config import VLMConfig
+    from ceed_vla.configuration_ceed_vla import tabletop_config
+
+    settings = {"chunk_size": 4, "n_action_steps": 2, "auxiliary_scale": []}
+    backbone = {k: changes.pop(k) for k in ("weights", "proprio", "dtype", "cameras") if k in changes}
+    return tabletop_config(backbone=VLMConfig(path=str(base), **backbone), **{**settings, **changes})
+
+
 def read_log(folder: Path, key: str = "loss") -> dict[int, float]:
     """Values of `key` by step."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -92,6 +102,8 @@ class Studio:
     teacher_run: Path
     teacher: Path
     trajectories: Path
+
+    vlm_policy = staticmethod(vlm_policy)
 
     def train_config(self, output: Path, **changes: Any) -> Any:
         """Settings of a short teacher run."""

@@ -33,14 +33,14 @@ class LoRAConfig:
 
     Attributes:
         rank: Rank of the adapters; 0 trains the weights themselves.
-        alpha: An adapter counts alpha / rank; 0 takes alpha = 2 * rank.
+        alpha: A new adapter counts alpha / rank; 0 takes alpha = 2 * rank.
         dropout: Share of an adapter's inputs that training drops.
         targets: Linear layers with adapters: of the "language" model (what learns in distillation) or "all".
         train: Comma-separated modules of the teacher that learn in full beside, e.g. state,auxiliary,embed_tokens.
     """
 
     rank: int = 0
-    alpha: float = 0.0
+    alpha: int = 0
     dropout: float = 0.0
     targets: str = "language"
     train: str = "state,auxiliary"
@@ -54,11 +54,6 @@ class LoRAConfig:
         if self.targets not in TARGETS:
             raise ConfigError(f"lora.targets is {self.targets!r}; choose one of {', '.join(TARGETS)}.")
 
-    @property
-    def scale(self) -> float:
-        """Factor of an adapter."""
-        return (self.alpha or 2 * self.rank) / self.rank
-
 
 def attach(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
     """Put adapters on a policy: its own from its checkpoint, or new ones; only they learn, and ``config.train``.
@@ -66,11 +61,7 @@ def attach(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
     Raises:
         ConfigError: peft is missing, or the settings do not fit the policy or the adapters that it has.
     """
-    layers = _own_layers(policy, config.rank) or _layers(policy, config.targets)
-    scale = 1.0 if policy.adapters else config.scale
-    _inject(policy, LEARNT, layers, config, scale)
-    if policy.adapters:
-        _fill(policy, LEARNT, scale)
+    _add(policy, LEARNT, _own_layers(policy, config.rank), config, config.targets)
     full = [name.strip() for name in config.train.split(",") if name.strip()]
     for name, parameter in policy.backbone.named_parameters():
         parts = name.split(".")
@@ -86,9 +77,7 @@ def attach_student(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
     """
     own = _own_layers(policy, config.rank)
     for name in (KEPT, LEARNT) if own else (LEARNT,):
-        _inject(policy, name, own or _layers(policy, "language"), config, 1.0 if own else config.scale)
-        if own:
-            _fill(policy, name, 1.0)
+        _add(policy, name, own, config, "language")
     policy.adapters = {}
     learning = set(policy.backbone.distillation_parameters())
     for parameter_name, parameter in policy.backbone.named_parameters():
@@ -124,7 +113,8 @@ def _layers(policy: CeedVLAPolicy, targets: str) -> list[str]:
     return names
 
 
-def _inject(policy: CeedVLAPolicy, name: str, layers: list[str], config: LoRAConfig, scale: float) -> None:
+def _add(policy: CeedVLAPolicy, name: str, own: list[str], config: LoRAConfig, targets: str) -> None:
+    """Put one adapter on the policy: on its `own` layers with the policy's own weights, or a new one on `targets`."""
     try:
         from peft import LoraConfig as PeftConfig
         from peft import inject_adapter_in_model
@@ -132,20 +122,19 @@ def _inject(policy: CeedVLAPolicy, name: str, layers: list[str], config: LoRACon
         raise ConfigError('LoRA needs peft: pip install "ceed_vla[vlm]".') from error
 
     settings = PeftConfig(
-        r=config.rank, lora_alpha=scale * config.rank, lora_dropout=config.dropout, target_modules=layers
+        r=config.rank,
+        lora_alpha=config.rank if own else config.alpha or 2 * config.rank,  # own ones hold their scale
+        lora_dropout=config.dropout,
+        target_modules=own or _layers(policy, targets),
     )
     inject_adapter_in_model(settings, policy.backbone, adapter_name=name)
-    for parameter_name, parameter in policy.backbone.named_parameters():
+    parameters = dict(policy.named_parameters())
+    for parameter_name, parameter in parameters.items():
         if f".{name}." in parameter_name:
             parameter.data = parameter.data.float()  # few, and they get small steps
-
-
-@torch.no_grad()
-def _fill(policy: CeedVLAPolicy, name: str, scale: float) -> None:
-    parameters = dict(policy.named_parameters())
-    for weight, value in policy.adapters.items():
-        own = weight.removesuffix(".weight") + f".{name}.weight"
-        parameters[own].copy_(value / scale if weight.endswith(B) else value)
+    with torch.no_grad():
+        for weight, value in policy.adapters.items():
+            parameters[weight.removesuffix(".weight") + f".{name}.weight"].copy_(value)
 
 
 # ---- switching ----------------------------------------------------------------------------------------------------

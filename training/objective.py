@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,7 +45,7 @@ class DistillationObjective(nn.Module):
 
     def run(self, part: str, *arguments: Any) -> Any:
         """`forward` without what a trainer put around it."""
-        parts = {
+        parts: dict[str, Callable[..., Any]] = {
             "prepare": self.prepare,
             "losses": self.losses,
             "decode_student": self.decode_student,

@@ -186,7 +186,7 @@ def test_sharded_weights(
     )
     assert_equal_losses(tmp_path / "one", tmp_path / "two", 20)
     assert_equal_losses(tmp_path / "one_student", tmp_path / "two_student", 20)
-    one, pre, _ = ceed_vla.load(tmp_path / "one" / FINAL)
+    one, _, _ = ceed_vla.load(tmp_path / "one" / FINAL)
     two, _, _ = ceed_vla.load(tmp_path / "two" / FINAL)
     for (name, weight), (_, other) in zip(one.named_parameters(), two.named_parameters(), strict=True):
         np.testing.assert_allclose(weight.detach(), other.detach(), atol=1e-3, err_msg=name)

@@ -111,6 +111,7 @@ class ChunkStream:
         delay_window: Past answers that the estimate looks at.
         delay_quantile: Quantile of their delays that it takes, in (0, 1].
         margin_s: Time between an answer and the boundary that needs it [s].
+        grace: Share of a step that an answer may come too late and still replace it (`retake`), in [0, 1).
 
     Raises:
         ConfigError: A value outside its range.
@@ -128,9 +129,10 @@ class ChunkStream:
         action_dt: float,
         *,
         delay_steps: float = 1.0,
-        delay_window: int = 16,
-        delay_quantile: float = 0.9,
-        margin_s: float = 0.003,
+        delay_window: int = 32,
+        delay_quantile: float = 0.75,
+        margin_s: float = 0.001,
+        grace: float = 0.3,
     ) -> None:
         if chunk_steps < 1 or not 1 <= replan_steps <= chunk_steps:
             raise ConfigError(
@@ -147,9 +149,11 @@ class ChunkStream:
                 f"delay_steps is {delay_steps}, delay_window {delay_window}, delay_quantile {delay_quantile}; "
                 "the first must not be negative, the second at least 1, the third in (0, 1]."
             )
+        if not 0 <= grace < 1:
+            raise ConfigError(f"grace is {grace} steps; it must lie in [0, 1).")
         self.chunk_steps, self.replan_steps, self.action_dt = chunk_steps, replan_steps, action_dt
         self.counters = StreamCounters()
-        self._margin, self._quantile = margin_s, delay_quantile
+        self._margin, self._quantile, self.grace = margin_s, delay_quantile, grace
         self._first_delay = delay_steps
         self._delays: deque[float] = deque(maxlen=delay_window)
         self._ids = itertools.count(1)
@@ -219,7 +223,7 @@ class ChunkStream:
             previous=running.tokens if running else None,
             shift_steps=index,
             frozen_steps=frozen if running and running.tokens is not None else 0,
-            deadline_s=(frozen + remaining) * self.action_dt - self._margin if left else None,
+            deadline_s=(frozen + remaining + self.grace) * self.action_dt - self._margin if left else None,
         )
         self._pending = _Pending(plan, self._consumed, self._boundaries + 1 - remaining, frozen)
         self._hurry = False
@@ -282,6 +286,17 @@ class ChunkStream:
         self._consumed += 1
         seam, self._seam = self._seam, False
         return Target("chunk", self._running.actions[index], self._running.id, index, seam)
+
+    def retake(self) -> Target | None:
+        """The step that began last, from a chunk that came too late for it by less than `grace`; None if none did."""
+        pending = self._pending
+        if self._arrived is None or pending is None or self._running is None:
+            return None
+        if self._consumed - pending.consumed != pending.frozen_steps + 1:
+            return None
+        self._consumed -= 1
+        self._boundaries -= 1
+        return self.target()
 
     # ---- internals ----------------------------------------------------------------------------------------------
 

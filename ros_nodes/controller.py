@@ -16,12 +16,13 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError, ObservationError
-from ros_nodes.chunk_stream import ChunkStream, Plan
+from ros_nodes.chunk_stream import ChunkStream, Plan, Target
 from ros_nodes.inference import InferenceWorker
 from ros_nodes.loop_statistics import LoopStatistics
 from ros_nodes.motion import Motion
@@ -34,7 +35,7 @@ Array = NDArray[np.float64]
 SLEW = 0.01  # largest change of the time between two ticks, in periods
 WAITING, STARVED = "waiting", "starved"
 _SLACK = 0.002  # between the arrival of the images and the last moment to ask with them [s]
-_DEAD_BAND = 0.002  # deviation from `_SLACK` at which the grid stays [s]
+_DEAD_BAND = 0.001  # deviation from `_SLACK` at which the grid stays [s]
 _OWN_HOLDS = (WAITING, STARVED)  # the stream goes on after these by itself
 _SPEECHLESS = ("act", "diffusion", "multi_task_dit", "tdmpc", "vqbet")  # policies that no instruction reaches
 
@@ -104,7 +105,10 @@ class PolicyController:
         self._origin, self._tick = 0.0, 0  # grid: time of tick 0 [s], the tick that was sent last
         self._step_tick = 0  # tick before the first of the step that runs
         self._boundary = False  # the step that runs is done, the next one waits for the answer that is due
-        self._start: Array = motion.joints  # target before the one of the step that runs
+        self._start: Array = motion.joints  # where the step that runs starts, ...
+        self._start_part = 0  # ... and at which of its ticks
+        self._wanted: Array = motion.joints  # the last command before it was judged
+        self._before_step: tuple[Any, ...] = motion.save()
         self._step_hold: Hold | None = None
         self._seam = False
         self._asked: dict[int, _Asked] = {}
@@ -204,13 +208,18 @@ class PolicyController:
         period = self._next_images() - now
         plan = self._ask_if_due(now, period)
         if plan is not None and plan.deadline_s is not None and self._slew:
-            self._align(plan.deadline_s - self._stream.delay_steps * self._stream.action_dt, period)
+            expected = self._stream.delay_steps + self._stream.grace
+            self._align(plan.deadline_s - expected * self._stream.action_dt, period)
 
     def receive(self, now: float) -> None:
         """Take the policy's answer if there is one; called as soon as it comes, so that its step begins in time."""
         self._take_answer(now)
-        if self._boundary and self._stream.arrived:
+        if not self._stream.arrived:
+            return
+        if self._boundary:
             self._begin_step()
+        elif self._tick - self._step_tick <= self._stream.grace * self._per_step:
+            self._redo_step()
 
     def ages(self, clock: float) -> dict[str, float | None]:
         """Input -> age [s]."""
@@ -266,7 +275,7 @@ class PolicyController:
         decision = self._safety.command(None, None, dt=dt, ages=self.ages(clock), hold=hold)
         if decision.hold == hold and hold.code == WAITING and decision.positions is not None:
             self._motion.resume(decision.positions)
-            self._start = decision.positions
+            self._start = self._wanted = decision.positions
             self._stream.start()
             self._step_tick = self._tick - self._per_step  # the first step begins now
         return decision
@@ -277,10 +286,11 @@ class PolicyController:
             self._begin_step()  # with the running chunk: the answer is late
         while self._tick - self._step_tick > self._per_step and self._stream.started:
             self._begin_step()  # its first tick was missed
-        share = (self._tick - self._step_tick) / self._per_step
-        wanted = self._start + share * (self._motion.joints - self._start)
+        part = self._tick - self._step_tick - self._start_part
+        share = part / (self._per_step - self._start_part)
+        self._wanted = self._start + share * (self._motion.joints - self._start)
         decision = self._safety.command(
-            wanted, self._motion.gripper, dt=dt, ages=self.ages(clock), hold=hold or self._step_hold
+            self._wanted, self._motion.gripper, dt=dt, ages=self.ages(clock), hold=hold or self._step_hold
         )
         if decision.hold is not None and decision.hold.code not in _OWN_HOLDS:
             self._drop_plans()
@@ -299,8 +309,19 @@ class PolicyController:
         if self._tick - self._step_tick >= self._per_step:
             self.statistics.slips += 1
             self._step_tick = self._tick - 1  # a whole step was missed: skipping its motion would be a jump
-        target = self._stream.target()
-        self._start = self._motion.joints
+        self._start, self._start_part = self._motion.joints, 0
+        self._before_step = self._motion.save()
+        self._execute(self._stream.target())
+
+    def _redo_step(self) -> None:
+        """Let the answer that came just after the step had begun decide on the rest of it."""
+        target = self._stream.retake()
+        if target is not None:
+            self._motion.restore(self._before_step)
+            self._start, self._start_part = self._wanted, self._tick - self._step_tick
+            self._execute(target)
+
+    def _execute(self, target: Target) -> None:
         if target.action is None:
             detail = (
                 "for the first chunk"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ceed_vla.checkpoints import resolve_checkpoint
-from ceed_vla.errors import ConfigError
+from ceed_vla.errors import ConfigError, NodeError
 from ros_nodes.run_metrics import Window, command_timing, counts, number
 from sim.evaluate import EVALUATION_SEEDS, default_console
 from sim.rollout import MAX_EPISODE_STEPS, wilson_interval
@@ -27,15 +27,16 @@ if TYPE_CHECKING:
 INTERFACES = ("forward_position", "joint_trajectory", "servo_twist")
 COMMAND_RATE = 100.0  # of the policy node [Hz]
 _SETTLE = 0.3  # after a reset, until the policy has seen the new scene [s]
-_WARM = 0.3  # after motion was enabled, until the command stream counts [s]
 _DIAGNOSED = 1.2  # until the next diagnostics, which come once a second [s]
+_MOVING, _RESTING = 0.3, 0.05  # speed of the fastest arm joint [rad/s]
+_DECAY = 1.5  # after the policy node was killed, until the arm must have come to rest [s]
 
 
 @dataclass
 class RosDemoConfig:
     """Run the simulated robot and the policy node as two processes and measure what passes between them.
 
-    Writes ros.json, bag.mcap (for Foxglove) and both nodes' output.
+    Writes ros.json, details.json (more numbers and every episode), bag.mcap (for Foxglove) and both nodes' output.
 
     Attributes:
         episodes: Number of episodes.
@@ -47,6 +48,8 @@ class RosDemoConfig:
         action_interface: How commands reach the arm: forward_position, joint_trajectory or servo_twist.
         decoding: How the checkpoint decodes: ceed, jacobi or ar.
         inference_delay: Slows every chunk, to see that the command rate does not depend on it [s].
+        stream_seconds: Afterwards the command stream is measured for so long without a pause [s].
+        kill: At the end, kill the policy node (SIGKILL) in mid-motion and measure how soon the arm rests.
         max_episode_steps: Control steps of 0.1 s after which an episode counts as failed.
         domain: ROS domain; -1 picks one, so that runs side by side do not meet.
     """
@@ -60,6 +63,8 @@ class RosDemoConfig:
     action_interface: str = "forward_position"
     decoding: str = "ceed"
     inference_delay: float = 0.0
+    stream_seconds: float = 0.0
+    kill: bool = False
     max_episode_steps: int = MAX_EPISODE_STEPS
     domain: int = -1
 
@@ -126,13 +131,18 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
         episodes = [
             _run_episode(session, config, config.seed + index, console) for index in range(config.episodes)
         ]
+        windows = [episode.window for episode in episodes]
+        if config.stream_seconds:
+            windows.append(_stream(session, config, console))
         session.spin(_DIAGNOSED)
         values = dict(session.policy)
-    report = build_report(config, episodes, values, folder / "bag.mcap")
-    path = folder / "ros.json"
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    console.print(_table(report))
-    console.print(f"Written: {path}, {folder / 'bag.mcap'}", soft_wrap=True, highlight=False)
+        killed = _kill_in_motion(session, config, console) if config.kill else None
+    bag = folder / "bag.mcap"
+    report, details = build_report(config, episodes, windows, values, bag, killed)
+    for name, content in (("ros", report), ("details", details)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    console.print(_table(report, details))
+    console.print(f"Written: {folder / 'ros.json'}, {bag}", soft_wrap=True, highlight=False)
     return report
 
 
@@ -155,6 +165,7 @@ def check(config: RosDemoConfig) -> None:
         ("seed", 0, 2**31 - 1),
         ("max_episode_steps", 1, 10_000),
         ("inference_delay", 0.0, 5.0),
+        ("stream_seconds", 0.0, 3600.0),
         ("domain", -1, 101),
     ):
         if not low <= getattr(config, option) <= high:
@@ -171,28 +182,35 @@ def ros_arguments(parameters: Mapping[str, Any]) -> list[str]:
 
 
 def build_report(
-    config: RosDemoConfig, episodes: Sequence[Episode], policy: Mapping[str, str], bag: Path
-) -> dict[str, Any]:
-    """The content of ``ros.json``: times from the bag, latencies and interventions from the policy's diagnostics.
+    config: RosDemoConfig,
+    episodes: Sequence[Episode],
+    windows: Sequence[Window],
+    policy: Mapping[str, str],
+    bag: Path,
+    killed: int | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ``ros.json`` and ``details.json`` contain.
+
+    Times come from the bag, latencies and interventions from the policy's diagnostics.
 
     Args:
         config: Options.
         episodes: Finished episodes.
+        windows: When the command stream ran [ns].
         policy: Last diagnostics of the policy node.
         bag: What was recorded.
+        killed: When the policy node was killed [ns].
     """
-    from ros_nodes.bag import sent_times
+    from ros_nodes.bag import read_messages, sent_times
     from ros_nodes.demo_session import COMMAND_TOPICS
 
     topic = COMMAND_TOPICS[config.action_interface][0]
-    timing = command_timing(
-        sent_times(bag, topic), [episode.window for episode in episodes], 1.0 / COMMAND_RATE
-    )
+    timing = command_timing(sent_times(bag, topic), windows, 1.0 / COMMAND_RATE)
     solved = sum(episode.success for episode in episodes)
     seam, inner = number(policy, "seam_step_max"), number(policy, "inner_step_max")
     holds, clamps = counts(policy, "holds"), counts(policy, "clamps")
     holds.pop("disabled", None)  # between episodes, on request
-    return {
+    report = {
         "command_rate_hz": round(timing.rate, 2),
         "missed_ticks_fraction": round(timing.missed, 5),
         "jitter_ms": {"p50": round(1e3 * timing.jitter_p50, 3), "p99": round(1e3 * timing.jitter_p99, 3)},
@@ -204,16 +222,22 @@ def build_report(
         "decode_ms": _percentiles(policy, "decode_ms", ("p50", "p95", "p99")),
         "holds": sum(holds.values()),
         "clamps": sum(clamps.values()),
+    }
+    details = {
         "holds_by_reason": holds,
         "clamps_by_kind": clamps,
         "commands": timing.commands,
         "longest_gap_ms": round(1e3 * timing.longest, 2),
+        "beyond_decode_ms": _percentiles(policy, "beyond_decode_ms", ("p50", "p99")),
         "forwards_mean": number(policy, "forwards_mean"),
         "exit_reasons": policy.get("exit_reasons", ""),
         "deadline_misses": number(policy, "deadline_misses"),
         "late_chunks": number(policy, "late_chunks"),
         "starved": number(policy, "starved"),
-        "bag": bag.name,
+        "scheduling": policy.get("scheduling", ""),
+        "rest_after_kill_ms": None
+        if killed is None
+        else rest_after(((sent, m) for _, sent, m in read_messages(bag, ["/joint_states"])), killed),
         "config": asdict(config),
         "per_episode": [
             {
@@ -225,6 +249,22 @@ def build_report(
             for episode in episodes
         ],
     }
+    return report, details
+
+
+def rest_after(states: Iterable[tuple[int, Any]], moment: int) -> float | None:
+    """Time from `moment` [ns] to the last joint state in which an arm joint still moves [ms]; None if it never rests.
+
+    Args:
+        states: (time of sending [ns], joint state) in order.
+        moment: [ns].
+    """
+    moving, resting = 0.0, False
+    for sent, state in states:
+        if sent >= moment:
+            resting = max(abs(speed) for speed in state.velocity) <= _RESTING
+            moving = moving if resting else 1e-6 * (sent - moment)
+    return round(moving, 1) if resting else None
 
 
 def _run_episode(session: Session, config: RosDemoConfig, seed: int, console: Console) -> Episode:
@@ -238,14 +278,44 @@ def _run_episode(session: Session, config: RosDemoConfig, seed: int, console: Co
     seconds, ended = time.monotonic() - start, time.time_ns()
     session.enable(False)
     console.print(f"  {seed}  {'solved' if success else 'failed':<7}{seconds:5.1f} s  {instruction}")
-    return Episode(seed, instruction, success, seconds, (min(began + round(_WARM * 1e9), ended), ended))
+    return Episode(seed, instruction, success, seconds, (began, ended))
+
+
+def _stream(session: Session, config: RosDemoConfig, console: Console) -> Window:
+    """Let the policy act for a time, whatever it achieves."""
+    session.reset_episode(config.seed, config.task)
+    session.spin(_SETTLE)
+    session.enable(True)
+    began = time.time_ns()
+    session.spin(config.stream_seconds)
+    ended = time.time_ns()
+    session.enable(False)
+    console.print(f"  commands streamed for {config.stream_seconds:.0f} s")
+    return began, ended
+
+
+def _kill_in_motion(session: Session, config: RosDemoConfig, console: Console) -> int:
+    """Kill the policy node while the arm moves; when [ns].
+
+    Raises:
+        NodeError: The arm did not move.
+    """
+    session.reset_episode(config.seed, config.task)
+    session.spin(_SETTLE)
+    session.enable(True)
+    if not session.spin(5.0, until=lambda: session.speed > _MOVING):
+        raise NodeError("The arm did not move within 5 s, so nothing was killed.")
+    moment = session.kill_policy()
+    session.spin(_DECAY)
+    console.print("  policy node killed in mid-motion")
+    return moment
 
 
 def _percentiles(policy: Mapping[str, str], name: str, shares: Sequence[str]) -> dict[str, float | None]:
     return {share: number(policy, f"{name}_{share}") for share in shares}
 
 
-def _table(report: Mapping[str, Any]) -> Table:
+def _table(report: Mapping[str, Any], details: Mapping[str, Any]) -> Table:
     """The main numbers for the terminal."""
     low, high = report["success_ci95"]
     solved = round(report["success_rate"] * report["episodes"])
@@ -258,9 +328,18 @@ def _table(report: Mapping[str, Any]) -> Table:
         ("jitter p50 / p99", f"{jitter['p50']:.2f} / {jitter['p99']:.2f} ms"),
         ("decode p50 / p95 / p99", f"{_ms(decode, 'p50', 'p95', 'p99')} ms"),
         ("observation to command p50 / p99", f"{_ms(latency, 'p50', 'p99')} ms"),
+        ("the same without decoding", f"{_ms(details['beyond_decode_ms'], 'p50', 'p99')} ms"),
         ("joint step at seams / inside chunks", f"{report['seam_step_ratio'] or '-'}"),
-        ("holds, clamps", f"{report['holds_by_reason'] or 0}, {report['clamps_by_kind'] or 0}"),
+        (
+            "ticks held, by reason",
+            ", ".join(f"{k} {v}" for k, v in details["holds_by_reason"].items()) or "0",
+        ),
+        ("commands clamped", ", ".join(f"{k} {v}" for k, v in details["clamps_by_kind"].items()) or "0"),
+        ("scheduling of the command stream", details["scheduling"]),
     )
+    if details["config"]["kill"]:
+        rest = details["rest_after_kill_ms"]
+        rows += (("killed: arm at rest after", "never" if rest is None else f"{rest:.0f} ms"),)
     for name, value in rows:
         table.add_row(name, value)
     return table

@@ -52,6 +52,7 @@ class Session:
     Attributes:
         bag: What was recorded.
         policy: Newest diagnostics of the policy node, key -> value.
+        speed: Of the fastest joint [rad/s].
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Session:
             "LOCALHOST"  # read by rclpy.init, here and in the children
         )
         self.policy: dict[str, str] = {}
+        self.speed = 0.0
         self._folder, self._domain = folder, domain
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._solved: list[bool] = []
@@ -98,10 +100,14 @@ class Session:
         for name, (kind, qos) in topics.items():
             record(self._node, self.bag, name, kind, qos)
         self._node.create_subscription(Bool, "/sim/success", self._on_success, LATCHED)
+        self._node.create_subscription(JointState, "/joint_states", self._on_joint_states, COMMAND)
         self._node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, COMMAND)
 
     def _on_success(self, message: Bool) -> None:
         self._solved.append(message.data)
+
+    def _on_joint_states(self, message: JointState) -> None:
+        self.speed = max(map(abs, message.velocity), default=0.0)
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         self.policy = status_values(message, "action_interface") or self.policy
@@ -177,6 +183,14 @@ class Session:
             self._check_processes()
             self._executor.spin_once(timeout_sec=min(left, 0.2))
         return reached
+
+    def kill_policy(self) -> int:
+        """End the policy node without notice (SIGKILL); returns when [ns since the epoch]."""
+        process = self._processes.pop("policy")
+        moment = time.time_ns()
+        process.kill()
+        process.wait()
+        return moment
 
     def close(self) -> None:
         """End both nodes, then the bag. May be called twice."""

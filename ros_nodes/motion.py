@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,14 @@ class Motion:
     def resume(self, joints: Array) -> None:
         """Go on from joints (J,) [rad], where the arm was held; the gripper's command stays."""
         self.joints = np.array(joints, dtype=np.float64)
+
+    def save(self) -> tuple[Any, ...]:
+        """Where everything is now, for `restore`."""
+        return self.joints, self.gripper, self._open
+
+    def restore(self, saved: tuple[Any, ...]) -> None:
+        """Undo what was done since `save`."""
+        self.joints, self.gripper, self._open = saved
 
     def advance(self, action: Array) -> None:
         """Execute one action (A,).
@@ -121,6 +129,15 @@ class EndEffectorDeltas(Motion):
         """See `Motion.resume`; the commanded pose is where these joints are."""
         super().resume(joints)
         self._pose.reset(*self._kinematics.forward(self.joints))
+
+    def save(self) -> tuple[Any, ...]:
+        """See `Motion.save`."""
+        return *super().save(), self._pose.position, self._pose.rpy
+
+    def restore(self, saved: tuple[Any, ...]) -> None:
+        """See `Motion.restore`."""
+        *rest, self._pose.position, self._pose.rpy = saved
+        super().restore(tuple(rest))
 
     @property
     def commanded(self) -> dict[str, Array | float | None]:

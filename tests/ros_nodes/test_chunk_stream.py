@@ -19,7 +19,15 @@ TICKS = 10  # of a step
 
 def stream(**changes: Any) -> ChunkStream:
     return ChunkStream(
-        **{"chunk_steps": M, "replan_steps": H, "action_dt": DT, "margin_s": 0.0, "delay_steps": 1, **changes}
+        **{
+            "chunk_steps": M,
+            "replan_steps": H,
+            "action_dt": DT,
+            "margin_s": 0.0,
+            "grace": 0.0,
+            "delay_steps": 1,
+            **changes,
+        }
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,15 @@ TASKS = (
     "press",
     "open the drawer",
 )
+# Attention to the last 16 tokens only, in one layer of two: what "<family>+sliding" changes in the language model.
+CHANGES: dict[str, dict[str, Any]] = {
+    "llava": {"model_type": "mistral", "sliding_window": 16},
+    "qwen2_5_vl": {
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+}
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +42,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def make(family: str) -> Path:
         if family not in folders:
-            folders[family] = make_tiny_vlm(family, tmp_path_factory.mktemp(family), scale=3.0)
+            name, _, change = family.partition("+")
+            folder = make_tiny_vlm(name, tmp_path_factory.mktemp(name), scale=3.0)
+            config = json.loads((folder / "config.json").read_text())
+            config["text_config"] |= CHANGES[name] if change else {}
+            (folder / "config.json").write_text(json.dumps(config))
+            folders[family] = folder
         return folders[family]
 
     return make
@@ -43,13 +58,14 @@ def backbone(base: Callable[[str], Path]) -> Callable[..., tuple[VLMBackbone, VL
     """Backbone and inputs step of a family; `settings` go to the backbone."""
 
     def make(family: str, block_length: int = 14, bins: int = 255, **settings: Any) -> Any:
-        kind = settings.pop("action_ids", "last")
+        kind, layout = settings.pop("action_ids", "last"), settings.pop("layout", "separate")
         model = load_model(base(family), torch.float32, "sdpa")
         processor = load_processor(base(family))
         ids = choose_action_ids(model, processor, kind, bins)
         places = 1 if settings.get("project_state") else settings.get("state_dim", 0)
         sizes = {camera: [64, 96] for camera in CAMERAS}
-        step = VLMInputsStep(sizes=sizes, prompt=PROMPT, state_places=places).set_processor(processor)
+        step = VLMInputsStep(sizes=sizes, layout=layout, prompt=PROMPT, state_places=places)
+        step.set_processor(processor)
         torch.manual_seed(1)
         return VLMBackbone(model, ids, block_length, **settings).eval(), step
 
@@ -74,10 +90,10 @@ def observe() -> Callable[..., dict[str, Tensor]]:
 
 
 @pytest.fixture(scope="session")
-def generate() -> Callable[[VLMBackbone, dict[str, Tensor]], Tensor]:
+def generate() -> Callable[..., Tensor]:
     """The block (B, n) as transformers' own `generate()` writes it, restricted to the action ids."""
 
-    def run(backbone: VLMBackbone, observation: dict[str, Tensor]) -> Tensor:
+    def run(backbone: VLMBackbone, observation: dict[str, Tensor], **settings: Any) -> Tensor:
         inputs = {k.removeprefix(ROW_KEY): v for k, v in observation.items() if k.startswith(ROW_KEY)}
         inputs |= {
             k.removeprefix(FLAT_KEY): v.flatten(0, 1)
@@ -92,6 +108,7 @@ def generate() -> Callable[[VLMBackbone, dict[str, Tensor]], Tensor]:
             **inputs,
             max_new_tokens=backbone.block_length,
             do_sample=False,
+            **settings,
             prefix_allowed_tokens_fn=lambda row, ids: allowed,
         )
         written = output[:, inputs["input_ids"].shape[1] :]  # (B, n) vocabulary ids

@@ -7,15 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from ceed_vla.backbones.vlm import MASK_KEY, STATE_KEY
+from ceed_vla.backbones.vlm import MASK_KEY, STATE_KEY, VLMBackbone
 from ceed_vla.backbones.vlm_tiny import FAMILIES
 from ceed_vla.decoding import DecodingConfig, decode_autoregressive, decode_jacobi
 
 AR, STRICT = DecodingConfig(method="ar"), DecodingConfig(method="jacobi")
 
 
+SLIDING = ("llava+sliding", "qwen2_5_vl+sliding")
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *SLIDING])
 @torch.no_grad()
 def test_jacobi_is_ar_is_generate(family: str, rows: int, backbone: Any, observe: Any, generate: Any) -> None:
     model, step = backbone(family)
@@ -24,6 +27,7 @@ def test_jacobi_is_ar_is_generate(family: str, rows: int, backbone: Any, observe
     prefix = model.prefill(observation)
     ar = decode_autoregressive(model, prefix, AR).tokens
     assert torch.equal(ar, generate(model, observation))
+    assert torch.equal(ar, without_cache(model, observation))
     for seed in range(3):
         guess = torch.randint(255, ar.shape, generator=torch.Generator().manual_seed(seed))
         strict = decode_jacobi(model, prefix, guess, STRICT, action_dim=7)
@@ -32,18 +36,33 @@ def test_jacobi_is_ar_is_generate(family: str, rows: int, backbone: Any, observe
     assert len(ar.unique()) > 5 * rows  # an answer that depends on what was read
 
 
+def without_cache(model: VLMBackbone, observation: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The greedy block (B, n), every token from a forward over all before it."""
+    embeddings = model.embed_prefix(observation)
+    tokens = torch.zeros(len(embeddings), 0, dtype=torch.long)
+    for _ in range(model.block_length):
+        inputs = embeddings.joined(model._embed_tokens(tokens))
+        hidden = model.decoder(use_cache=False, **inputs).last_hidden_state[:, -1:]
+        tokens = torch.cat([tokens, model._head(hidden).argmax(-1)], dim=1)
+    return tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "settings", [{"action_ids": "added"}, {"action_ids": "last_reversed"}, {"state_dim": 5}]
+    "settings",
+    [{"action_ids": "added"}, {"action_ids": "last_reversed"}, {"state_dim": 5}, {"layout": "stacked"}],
+    ids=["added", "last_reversed", "state", "stacked"],
 )
 @torch.no_grad()
-def test_other_vocabularies_and_the_state_as_tokens(
-    settings: dict[str, Any], backbone: Any, observe: Any, generate: Any
+def test_other_vocabularies_states_and_layouts(
+    family: str, settings: dict[str, Any], backbone: Any, observe: Any, generate: Any
 ) -> None:
-    for family in ("qwen2_5_vl", "smolvlm"):
-        model, step = backbone(family, **settings)
-        observation = observe(step, 3)
-        expected = generate(model, {**observation})
-        assert torch.equal(decode_autoregressive(model, model.prefill(observation), AR).tokens, expected)
+    model, step = backbone(family, **settings)
+    observation = observe(step, 3)
+    expected = generate(model, {**observation})
+    prefix = model.prefill(observation)
+    assert torch.equal(decode_autoregressive(model, prefix, AR).tokens, expected)
+    assert torch.equal(decode_jacobi(model, prefix, expected.flip(1), STRICT, action_dim=7).tokens, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -190,27 +190,40 @@ def _qwen3_vl(width: int, layers: int) -> tuple[Any, Any]:
     return _qwen("qwen3_vl", width, layers, vision, processors)
 
 
-def _smolvlm(width: int, layers: int) -> tuple[Any, Any]:
-    tokenizer = make_tokenizer(
-        ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"], image_token="<image>"
-    )
-    image = tokenizer.convert_tokens_to_ids("<image>")
+def _smolvlm_parts(kind: str, width: int, layers: int) -> tuple[Any, Any, dict[str, Any], Any]:
+    """Configuration, tokenizer and settings that Idefics3 (SmolVLM) and SmolVLM2 share."""
+    special = ["<image>", "<video>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    tokenizer = make_tokenizer(special, image_token="<image>", video_token="<video>")
     config = AutoConfig.for_model(
-        "idefics3",
-        vision_config=_vision("idefics3_vision"),
+        kind,
+        vision_config=_vision(f"{kind}_vision"),
         text_config=_text("llama", tokenizer, width, layers),
-        image_token_id=image,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         pad_token_id=tokenizer.pad_token_id,
         scale_factor=2,
     )
-    longest = {"longest_edge": IMAGE}
-    processor = transformers.Idefics3Processor(
-        transformers.Idefics3ImageProcessor(size=longest, max_image_size=longest, do_image_splitting=False),
-        tokenizer,
-        image_seq_len=(IMAGE // PATCH // 2) ** 2,
-        chat_template=CHAT.replace("@", "<image>"),
+    joint = {
+        "image_seq_len": (IMAGE // PATCH // 2) ** 2,
+        "chat_template": CHAT.replace("@", "<image>"),
+    }
+    return config, tokenizer, joint, {"longest_edge": IMAGE}
+
+
+def _smolvlm(width: int, layers: int) -> tuple[Any, Any]:
+    config, tokenizer, joint, longest = _smolvlm_parts("idefics3", width, layers)
+    images = transformers.Idefics3ImageProcessor(
+        size=longest, max_image_size=longest, do_image_splitting=False
     )
-    return config, processor
+    return config, transformers.Idefics3Processor(images, tokenizer, **joint)
+
+
+def _smolvlm2(width: int, layers: int) -> tuple[Any, Any]:
+    config, tokenizer, joint, longest = _smolvlm_parts("smolvlm", width, layers)
+    images = transformers.SmolVLMImageProcessor(
+        size=longest, max_image_size=longest, do_image_splitting=False
+    )
+    videos = transformers.SmolVLMVideoProcessor(size=longest, max_image_size=longest)
+    return config, transformers.SmolVLMProcessor(images, tokenizer, videos, **joint)
 
 
 def _paligemma(width: int, layers: int) -> tuple[Any, Any]:
@@ -235,6 +248,7 @@ FAMILIES: dict[str, Callable[[int, int], tuple[Any, Any]]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
     "smolvlm": _smolvlm,
+    "smolvlm2": _smolvlm2,
     "paligemma": _paligemma,
 }
 

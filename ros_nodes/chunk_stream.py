@@ -111,6 +111,7 @@ class ChunkStream:
         delay_window: Past answers that the estimate looks at.
         delay_quantile: Quantile of their delays that it takes, in (0, 1].
         margin_s: Time between an answer and the boundary that needs it [s].
+        least_lead: Steps before a boundary after which no request can be sent for it any more.
         grace: Share of a step that an answer may come too late and still replace it (`retake`), in [0, 1).
 
     Raises:
@@ -132,6 +133,7 @@ class ChunkStream:
         delay_window: int = 32,
         delay_quantile: float = 0.75,
         margin_s: float = 0.001,
+        least_lead: float = 0.0,
         grace: float = 0.3,
     ) -> None:
         if chunk_steps < 1 or not 1 <= replan_steps <= chunk_steps:
@@ -154,6 +156,7 @@ class ChunkStream:
         self.chunk_steps, self.replan_steps, self.action_dt = chunk_steps, replan_steps, action_dt
         self.counters = StreamCounters()
         self._margin, self._quantile, self.grace = margin_s, delay_quantile, grace
+        self._least_lead = least_lead
         self._first_delay = delay_steps
         self._delays: deque[float] = deque(maxlen=delay_window)
         self._ids = itertools.count(1)
@@ -183,6 +186,11 @@ class ChunkStream:
         ordered = sorted(self._delays)
         return ordered[math.ceil(self._quantile * len(ordered)) - 1]  # the smallest that covers the quantile
 
+    @property
+    def lead(self) -> float:
+        """Steps before a boundary by which a request must be sent to be answered in time."""
+        return max(self.delay_steps + self._margin / self.action_dt, self._least_lead)
+
     def start(self) -> None:
         """Begin without a chunk: hold until the first one arrives, and ask for it at once."""
         self._forget()
@@ -208,12 +216,12 @@ class ChunkStream:
         if not self._started or self._pending is not None:
             return None
         index, left = self._position()
-        delay = self.delay_steps + self._margin / self.action_dt
-        frozen = max(math.ceil(delay - remaining - 1e-9), 0)  # steps that are consumed until it is ready
+        lead = self.lead
+        frozen = max(math.ceil(lead - remaining - 1e-9), 0)  # steps that are consumed until it is ready
         if left and not self._hurry:
             frozen = max(frozen, self.replan_steps - index)
             # What is frozen must be there, and the answer must come before the running chunk ends.
-            if min(frozen, left) + remaining - delay >= wait:
+            if min(frozen, left) + remaining - lead >= wait:
                 return None
         # At least one step of the new chunk must be left to decode.
         frozen = min(frozen, left, self.chunk_steps - 1)

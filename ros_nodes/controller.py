@@ -34,7 +34,8 @@ Array = NDArray[np.float64]
 
 SLEW = 0.01  # largest change of the time between two ticks, in periods
 WAITING, STARVED = "waiting", "starved"
-_SLACK = 0.002  # between the arrival of the images and the last moment to ask with them [s]
+_SLACK = 0.003  # between the arrival of the images and the last moment to ask with them [s]
+_UNSURE = 0.0015  # images that are expected to come with less slack than this are not waited for [s]
 _DEAD_BAND = 0.001  # deviation from `_SLACK` at which the grid stays [s]
 _OWN_HOLDS = (WAITING, STARVED)  # the stream goes on after these by itself
 _SPEECHLESS = ("act", "diffusion", "multi_task_dit", "tdmpc", "vqbet")  # policies that no instruction reaches
@@ -208,8 +209,8 @@ class PolicyController:
         period = self._next_images() - now
         plan = self._ask_if_due(now, period)
         if plan is not None and plan.deadline_s is not None and self._slew:
-            expected = self._stream.delay_steps + self._stream.grace
-            self._align(plan.deadline_s - expected * self._stream.action_dt, period)
+            slack = plan.frozen_steps + self._remaining(now) - self._stream.lead
+            self._align(slack * self._stream.action_dt, period)
 
     def receive(self, now: float) -> None:
         """Take the policy's answer if there is one; called as soon as it comes, so that its step begins in time."""
@@ -372,7 +373,7 @@ class PolicyController:
             slack: How much before they arrived this time [s].
             period: Time between images [s].
         """
-        if not 0.0 <= slack < period:  # the answer is needed sooner than that
+        if not 0.0 <= slack < period + _UNSURE:  # the answer is needed sooner than that
             return
         error = slack - _SLACK
         error -= period if error > 0.5 * period else 0.0  # the images before were nearer
@@ -384,7 +385,7 @@ class PolicyController:
         """Ask for the next chunk unless observations that come in `wait` [s] will do; the plan that was sent."""
         if not self._worker.idle:
             return None
-        plan = self._stream.plan(self._remaining(now), wait / self._stream.action_dt)
+        plan = self._stream.plan(self._remaining(now), (wait + _UNSURE) / self._stream.action_dt)
         if plan is not None and not self._ask(plan, now):
             self._stream.cancel(plan.id)
             return None

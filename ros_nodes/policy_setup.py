@@ -80,6 +80,7 @@ def make_setup(
             values["replan_steps"] or spec.n_action_steps,
             robot.action.dt,
             delay_steps=spec.warmup_s / robot.action.dt,
+            least_lead=1.01 / ticks_per_step(values["command_rate"], robot.action.dt),
         )
         controller = PolicyController(
             observations,

@@ -108,6 +108,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         record_states: bool = False,
         shift_steps: int | None = None,
         frozen: Tensor | None = None,
+        read: bool = True,
     ) -> DecodeResult:
         """Decode one action chunk for every row of a pre-processed batch. Keeps no state.
 
@@ -120,6 +121,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
             shift_steps: Steps of `previous` that were executed since; ``config.n_action_steps`` if None.
             frozen: Tokens (B, k * A) of the first ``k`` steps, which stay: they are executed before this chunk
                 is ready.
+            read: Turn the tokens into actions; without it malformed chunks of variable length are no error.
 
         Returns:
             Tokens (B, n), actions (B, m, A) in the environment's units, forwards, iterations, exit reasons and times.
@@ -128,6 +130,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
             ConfigError: Unknown decoding.
             ObservationError: A feature is missing or has another shape.
             TokenError: A previous chunk or frozen tokens that do not fit.
+            MalformedChunkError: Tokens of variable length that stand for no chunk.
         """
         self.check_observation(batch)
         config = self.decoding_config(decoding)
@@ -145,7 +148,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
             generator=generator,
             record_states=record_states,
         )
-        result.actions = self.tokenizer.decode(result.tokens)
+        if read:
+            result.actions = self.tokenizer.decode(result.tokens)
         result.seconds = {"prefill": prefilled - started, "decode": time.perf_counter() - prefilled}
         return result
 

@@ -101,14 +101,16 @@ class VariableLengthTokenizer(abc.ABC):
         empty = torch.empty(0, self.chunk_steps, self.action_dim)
         return (torch.stack(chunks).float() if chunks else empty).to(tokens.device)
 
-    def readable(self, tokens: Tensor) -> bool:
-        """Whether every row of `tokens` (B, n) stands for a chunk; nothing is counted."""
-        try:
-            for ids in tokens.tolist():
+    def readable(self, tokens: Tensor) -> Tensor:
+        """Which rows (B,) of `tokens` (B, n) stand for a chunk; nothing is counted."""
+        rows = []
+        for ids in tokens.tolist():
+            try:
                 self._chunk(ids)
-        except MalformedChunkError:
-            return False
-        return True
+                rows.append(True)
+            except MalformedChunkError:
+                rows.append(False)
+        return torch.tensor(rows, dtype=torch.bool, device=tokens.device)
 
     def _chunk(self, ids: list[int]) -> Tensor:
         """The chunk (m, A) in front of the stop token."""

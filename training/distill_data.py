@@ -141,7 +141,13 @@ class DistillData:
             tokenizer.high.float().to(actions.device),
         )  # (A,)
         valid = (~batch["action_is_pad"]).float()
-        return chunk_distance(tokenizer.decode(fixed), actions.clamp(low, high), valid, (high - low) / 2)
+        distance = torch.full((len(fixed),), torch.inf, device=actions.device)
+        read: Any = slice(None)  # a malformed chunk is infinitely far away
+        if isinstance(tokenizer, VariableLengthTokenizer):
+            read = tokenizer.readable(fixed)
+        chunks = tokenizer.decode(fixed[read])
+        distance[read] = chunk_distance(chunks, actions[read].clamp(low, high), valid[read], (high - low) / 2)
+        return distance
 
 
 class StoredData(DistillData):

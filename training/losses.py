@@ -140,5 +140,5 @@ def mixed_labels(
     Returns:
         Labels (B, n) and the rows (B,) that were replaced by the demonstration.
     """
-    replaced = distance > delta_max
+    replaced = (distance > delta_max) | distance.isinf()
     return torch.where(replaced[:, None], demonstration, fixed_point), replaced

@@ -112,14 +112,16 @@ class DistillationObjective(nn.Module):
     def decode_student(self, batch: dict[str, Any], config: DecodingConfig, previous: Tensor) -> DecodeResult:
         """The student's block of every row."""
         with self._evaluating():
-            return self.student.decode(batch, config, previous=previous)
+            return self.student.decode(batch, config, previous=previous, read=False)
 
     def decode_teacher(self, batch: dict[str, Any], guess: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The teacher's fixed points (B, n), and all states (k, B, n) of its way there from a guess (B, n)."""
         with self.teacher() as teacher:
             if guess is None:
-                return teacher.decode(batch, "ar").tokens, None
+                return teacher.decode(batch, "ar", read=False).tokens, None
             jacobi = DecodingConfig(method="jacobi", guess="previous")
-            result = teacher.decode(batch, jacobi, previous=guess, shift_steps=0, record_states=True)
+            result = teacher.decode(
+                batch, jacobi, previous=guess, shift_steps=0, record_states=True, read=False
+            )
         assert result.states is not None
         return result.tokens, torch.stack([*result.states, result.tokens])

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from ceed_vla.checkpoints import load, weights_hash
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
+from ceed_vla.variable_length import VariableLengthTokenizer
 from training.data import FrameStore, open_dataset
 from training.mixture import check_fits
 from training.run import split_list, write_atomically
@@ -144,6 +145,8 @@ def collect(config: CollectConfig) -> Path:
                 temporary.replace(file)
             else:
                 progress.update(len(frames))
+    if collector.malformed:
+        logger.warning("%d of the teacher's chunks are malformed; they are kept.", collector.malformed)
     return output
 
 
@@ -186,7 +189,7 @@ class _Collector:
     def __init__(self, config: CollectConfig, policy: Any, pre: Any, shares: NDArray[np.float64]) -> None:
         self.config, self.policy, self.pre, self.shares = config, policy, pre, shares
         self.steps = policy.config.n_action_steps
-        self.n = policy.config.block_length
+        self.n, self.malformed = policy.config.block_length, 0
 
     def run(self, store: FrameStore, root: int, frames: NDArray[np.int64], progress: tqdm) -> pa.Table:
         random = np.random.default_rng([self.config.seed, root, int(frames[0])])
@@ -249,8 +252,14 @@ class _Collector:
         method = "jacobi" if self.config.states else "ar"
         decoding = DecodingConfig(method=method, guess=GUESSES[kind], seed=int(random.integers(2**31)))
         result = self.policy.decode(
-            part, decoding, previous=torch.from_numpy(previous[rows].astype(np.int64)), record_states=True
+            part,
+            decoding,
+            previous=torch.from_numpy(previous[rows].astype(np.int64)),
+            record_states=True,
+            read=False,
         )
+        if isinstance(self.policy.tokenizer, VariableLengthTokenizer):
+            self.malformed += int((~self.policy.tokenizer.readable(result.tokens)).sum())
         states = torch.stack([*result.states, result.tokens]).cpu().numpy().astype(np.int16)  # (k, B, n)
         return [distinct_states(states[:, i]) for i in range(len(rows))]
 

@@ -70,7 +70,7 @@ def decode_variable_block(
         )
 
     result = jacobi(guess, config)
-    if "max_iterations" not in result.exit_reason or tokenizer.readable(result.tokens):
+    if "max_iterations" not in result.exit_reason or bool(tokenizer.readable(result.tokens).all()):
         return result
     rest = jacobi(result.tokens, replace(config, max_iterations=None))
     rest.forwards += result.forwards

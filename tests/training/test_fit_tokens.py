@@ -12,12 +12,14 @@ import torch
 
 from ceed_vla.checkpoints import load
 from ceed_vla.decoding import DecodingConfig
-from ceed_vla.errors import ConfigError, DatasetError
+from ceed_vla.errors import ConfigError, DatasetError, MalformedChunkError
 from ceed_vla.fast_tokens import FastTokenizer
 from ceed_vla.fast_tokens_config import FastTokensConfig
 from training.data import open_dataset
 from training.distill import TrajectoriesConfig, distill
+from training.distill_data import DistillData
 from training.fit_tokens import FitTokensConfig, all_chunks, fit_action_tokens, fit_tokens
+from training.losses import mixed_labels
 from training.teacher import train
 from training.trajectories import collect, read_trajectories
 
@@ -52,13 +54,43 @@ def test_training_fits_the_tokens_and_the_checkpoint_keeps_them(studio: Any, tea
     assert parts["token_accuracy"] > 0.3, parts
 
 
+def test_a_teachers_malformed_chunks_are_counted_and_replaced_by_demonstrations(
+    studio: Any,
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from training import trajectories
+
+    policy, pre, _ = load(teacher)
+    monkeypatch.setattr(policy.tokenizer, "grammar", None)  # nothing makes its chunks whole any more
+    torch.nn.init.normal_(policy.backbone.head.weight)
+    batch = pre(open_dataset(studio.demo).batch(np.arange(4), 4))
+    with pytest.raises(MalformedChunkError, match="4 of 4 chunks are malformed"):
+        policy.decode(batch, "ar")
+    tokens = policy.decode(batch, "ar", read=False).tokens
+
+    data = DistillData(str(studio.demo), policy, pre)
+    distance = data.distance(torch.cat([tokens[:2], policy.tokenizer.encode(batch["action"][2:])]), batch)
+    assert distance[:2].isinf().all()
+    assert distance[2:].isfinite().all()
+    _, replaced = mixed_labels(tokens, tokens, distance, float("inf"))
+    assert replaced.tolist() == [True, True, False, False]
+
+    monkeypatch.setattr(trajectories, "load", lambda *_, **__: (policy, pre, None))
+    folder = collect(studio.collect_config(tmp_path / "trajectories", policy_path=str(teacher)))
+    assert "of the teacher's chunks are malformed" in caplog.text
+    assert len(read_trajectories(folder, str(teacher)).fixed_point) == 63
+
+
 @pytest.mark.slow
 def test_trajectories_and_distillation(studio: Any, teacher: Path, tmp_path: Path) -> None:
     folder = collect(studio.collect_config(tmp_path / "trajectories", policy_path=str(teacher)))
     trajectories = read_trajectories(folder, str(teacher))
     policy, pre, _ = load(teacher)
     assert isinstance(policy.tokenizer, FastTokenizer)
-    assert policy.tokenizer.readable(torch.from_numpy(trajectories.fixed_point.astype(np.int64)))
+    assert policy.tokenizer.readable(torch.from_numpy(trajectories.fixed_point.astype(np.int64))).all()
     for states in ("online", "stored"):
         for loss in ("trust_region", "paper"):
             student = distill(

@@ -126,6 +126,43 @@ class Graph:
         self._rclpy.try_shutdown(context=self._context)
 
 
+class Status:
+    """The newest diagnostics of the policy node."""
+
+    def __init__(self, graph: Any) -> None:
+        from diagnostic_msgs.msg import DiagnosticArray
+
+        self._graph = graph
+        self._messages = graph.listen("/diagnostics", DiagnosticArray)
+
+    def wait(
+        self, fits: Callable[[str, dict[str, str]], bool], what: str, timeout: float = 60.0
+    ) -> dict[str, str]:
+        """The values of the first status from now on for which ``fits(message, values)``."""
+        start = len(self._messages)
+
+        def look() -> dict[str, str] | None:
+            for array in self._messages[start:]:
+                for status in array.status:
+                    values = {pair.key: pair.value for pair in status.values}
+                    if fits(status.message, values):
+                        return {**values, "message": status.message}
+            return None
+
+        found = self._graph.wait(look, what, timeout)
+        assert isinstance(found, dict)
+        return found
+
+    def state(self, state: str, *contains: str) -> dict[str, str]:
+        """Wait until the node reports a state, with these texts in its message."""
+        return self.wait(
+            lambda message, values: (
+                values.get("state") == state and all(text in message for text in contains)
+            ),
+            f"the state {state} {contains}",
+        )
+
+
 @pytest.fixture
 def graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Graph]:
     """A `Graph`; its processes end with the test."""

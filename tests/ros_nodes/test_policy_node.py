@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import yaml
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
-from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.msg import State, Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 from PIL import Image as PillowImage
@@ -25,6 +23,7 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ros_nodes.messages import LATCHED, SENSOR, array_to_image, seconds
 from ros_nodes.robot_file import load_robot_config
+from tests.ros_nodes.conftest import Status
 
 ROBOT = load_robot_config()
 ARM, HOME = ROBOT.arm.joints, ROBOT.arm.home
@@ -82,41 +81,6 @@ class Robot:
                 message = array_to_image(self._pixels[topic], stamp, "camera")
                 message.encoding = self.encoding
             publisher.publish(message)
-
-
-class Status:
-    """The newest diagnostics of the policy node."""
-
-    def __init__(self, graph: Any) -> None:
-        self._graph = graph
-        self._messages = graph.listen("/diagnostics", DiagnosticArray)
-
-    def wait(
-        self, fits: Callable[[str, dict[str, str]], bool], what: str, timeout: float = 60.0
-    ) -> dict[str, str]:
-        """The values of the first status from now on for which ``fits(message, values)``."""
-        start = len(self._messages)
-
-        def look() -> dict[str, str] | None:
-            for array in self._messages[start:]:
-                for status in array.status:
-                    values = {pair.key: pair.value for pair in status.values}
-                    if fits(status.message, values):
-                        return {**values, "message": status.message}
-            return None
-
-        found = self._graph.wait(look, what, timeout)
-        assert isinstance(found, dict)
-        return found
-
-    def state(self, state: str, *contains: str) -> dict[str, str]:
-        """Wait until the node reports a state, with these texts in its message."""
-        return self.wait(
-            lambda message, values: (
-                values.get("state") == state and all(text in message for text in contains)
-            ),
-            f"the state {state} {contains}",
-        )
 
 
 def tabletop(graph: Any) -> Robot:

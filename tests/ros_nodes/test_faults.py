@@ -1,0 +1,296 @@
+"""Faults between real processes: the arm comes to rest, diagnostics name the cause, and motion resumes by itself.
+
+The simulated robot, the policy node, and this process, which passes the robot's messages on and can spoil them on the
+way. One policy node lives through all the faults that need no restart. `test_policy_node` has the short versions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
+
+from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import Image, JointState
+from std_msgs.msg import Float64MultiArray, String
+from std_srvs.srv import SetBool, Trigger
+
+from ros_nodes.messages import LATCHED, SENSOR, array_to_image
+from tests.ros_nodes.conftest import Graph, Status
+
+COMMANDS = "/forward_position_controller/commands"
+AT_REST = 0.05  # [rad/s]
+RELAYED = ("-r", "front/image_raw:=/relay/front", "-r", "joint_states:=/relay/joint_states")
+
+
+class Bench:
+    """A simulated robot and a policy node, with this process between them.
+
+    Attributes:
+        graph: The processes.
+        status: Diagnostics of the policy node.
+        states: Joint states as the robot sent them.
+        commands: Commands that reached the robot, each with its time [s].
+        image: What becomes of front images; None loses one.
+        joints: What becomes of joint states.
+    """
+
+    def __init__(self, graph: Graph, *policy: str) -> None:
+        self.graph, self.status = graph, Status(graph)
+        self.states: list[JointState] = []
+        self.commands: list[tuple[float, np.ndarray]] = []
+        self.repair()
+        node = graph.node
+        self._front = node.create_publisher(Image, "/relay/front", SENSOR)
+        self._joints = node.create_publisher(JointState, "/relay/joint_states", SENSOR)
+        self.instruction = node.create_publisher(String, "/policy/instruction", LATCHED)
+        node.create_subscription(Image, "/front/image_raw", self._pass_image, SENSOR)
+        node.create_subscription(JointState, "/joint_states", self._pass_joints, SENSOR)
+        node.create_subscription(Float64MultiArray, COMMANDS, self._on_command, 10)
+        graph.start("sim_node", "-p", "publish_instruction:=false")
+        graph.start("policy_node", *RELAYED, "-p", "autostart:=true", "-p", "start_enabled:=false", *policy)
+
+    def repair(self) -> None:
+        """Pass everything on as it is."""
+        self.image: Callable[[Image], Image | None] = lambda message: message
+        self.joints: Callable[[JointState], JointState | None] = lambda message: message
+
+    def begin(self, seed: int) -> None:
+        """A new scene, with the policy at work."""
+        self.repair()
+        self.graph.call("/policy/enable", SetBool, SetBool.Request(data=False))
+        self.graph.set_parameters("/sim", seed=seed, task="cube_in_bin")
+        told = self.graph.call("/sim/reset_episode", Trigger).message
+        self.instruction.publish(String(data=told))
+        self.graph.spin(0.2)
+        assert self.graph.call("/policy/enable", SetBool, SetBool.Request(data=True)).success
+        self.graph.wait(self.moves, "the arm to move")
+
+    def moves(self) -> bool:
+        """Whether the arm moves now."""
+        return bool(self.states) and float(np.abs(self.states[-1].velocity[:7]).max()) > 2 * AT_REST
+
+    def check_rest(self) -> None:
+        """The arm comes to rest within a second, and stays there."""
+        self.graph.spin(0.7)
+        first = len(self.states)
+        self.graph.spin(0.3)
+        calm = self.states[first:]
+        assert calm
+        assert max(float(np.abs(state.velocity[:7]).max()) for state in calm) < AT_REST
+        np.testing.assert_allclose(calm[-1].position[:7], calm[0].position[:7], atol=2e-3)
+
+    def check_smooth(self, since: int) -> None:
+        """No joint was commanded to jump, or faster than its limit, since a number of commands."""
+        part = self.commands[since:]
+        for (_, before), (_, after) in itertools.pairwise(part):
+            assert np.abs(after - before).max() < 0.25  # 3.5 rad/s for at most 50 ms, and a bit
+
+    def _pass_image(self, message: Image) -> None:
+        changed = self.image(message)
+        if changed is not None:
+            self._front.publish(changed)
+
+    def _pass_joints(self, message: JointState) -> None:
+        self.states.append(message)
+        changed = self.joints(
+            JointState(
+                header=message.header,
+                name=list(message.name),
+                position=list(message.position),
+                velocity=list(message.velocity),
+            )
+        )
+        if changed is not None:
+            self._joints.publish(changed)
+
+    def _on_command(self, message: Float64MultiArray) -> None:
+        self.commands.append((time.monotonic(), np.array(message.data)))
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """One policy node for the whole file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+        graph = Graph(tmp_path_factory.mktemp("faults"))
+        made = Bench(graph)
+        made.status.state("disabled")
+        yield made
+        graph.close()
+
+
+def other_encoding(message: Image) -> Image:
+    message.encoding = "mono16"
+    return message
+
+
+def other_size(message: Image) -> Image:
+    return array_to_image(np.zeros((64, 80, 3), np.uint8), message.header.stamp, "front")
+
+
+def other_names(message: JointState) -> JointState:
+    message.name = [f"ur_{name}" for name in message.name]
+    return message
+
+
+def nan_in_state(message: JointState) -> JointState:
+    message.position[4] = float("nan")
+    return message
+
+
+def from_the_future(message: JointState) -> JointState:
+    """As if the clock of this computer had been set back."""
+    message.header.stamp.sec += 60
+    return message
+
+
+def lost(message: Any) -> None:
+    return None
+
+
+@pytest.mark.parametrize(
+    ("part", "spoil", "told"),
+    [
+        pytest.param("image", lost, ("stale", "front is"), id="camera stops", marks=pytest.mark.slow),
+        pytest.param("joints", lost, ("stale", "joint_states is"), id="joint states stop"),
+        pytest.param("joints", nan_in_state, ("bad_joint_states", "joint5", "not finite"), id="NaN in state"),
+        pytest.param(
+            "image",
+            other_encoding,
+            ("bad_image", "mono16", "rgb8 or bgr8"),
+            id="wrong encoding",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "image",
+            other_size,
+            ("bad_image", "80 x 64", "96 x 96"),
+            id="wrong size",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "joints",
+            other_names,
+            ("bad_joint_states", "lacks", "joint1", "ur_joint1"),
+            id="wrong joint names",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "joints",
+            from_the_future,
+            ("clock", "in the future"),
+            id="clock set back",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_spoilt_inputs_stop_the_arm_and_it_goes_on_after_them(
+    bench: Bench, part: str, spoil: Any, told: tuple[str, ...]
+) -> None:
+    bench.begin(seed=1)
+    since = len(bench.commands)
+    setattr(bench, part, spoil)
+    bench.status.state("holding", *told)
+    bench.check_rest()
+    bench.repair()
+    bench.status.state("active")
+    bench.graph.wait(bench.moves, "the arm to move again", timeout=10.0)
+    bench.check_smooth(since)
+
+
+@pytest.mark.slow
+def test_an_emergency_stop_in_mid_chunk_is_latched_until_reset_and_enable(bench: Bench) -> None:
+    bench.begin(seed=2)
+    since = len(bench.commands)
+    assert bench.graph.call("/policy/estop", Trigger).success
+    bench.status.state("estopped", "~/estop")
+    bench.check_rest()
+    assert not bench.graph.call("/policy/enable", SetBool, SetBool.Request(data=True)).success
+    assert bench.graph.call("/policy/reset", Trigger).success
+    bench.status.state("disabled")
+    bench.check_rest()
+    assert bench.graph.call("/policy/enable", SetBool, SetBool.Request(data=True)).success
+    bench.graph.wait(bench.moves, "the arm to move again", timeout=10.0)
+    bench.check_smooth(since)
+
+
+@pytest.mark.slow
+def test_a_new_instruction_in_mid_chunk_moves_on_and_an_empty_one_holds(bench: Bench) -> None:
+    bench.begin(seed=3)
+    since = len(bench.commands)
+    bench.instruction.publish(String(data="push the red cube to the left edge"))
+    values = bench.status.wait(
+        lambda _, values: values.get("instruction", "").startswith("push"), "the new instruction"
+    )
+    assert values["state"] == "active"
+    bench.instruction.publish(String(data=""))
+    bench.status.state("holding", "no_instruction")
+    bench.check_rest()
+    bench.instruction.publish(String(data="move the red cube into the bin"))
+    bench.status.state("active")
+    bench.graph.wait(bench.moves, "the arm to move again", timeout=10.0)
+    bench.check_smooth(since)
+
+
+@pytest.mark.slow
+def test_two_policy_nodes_both_hold_until_one_is_gone(bench: Bench) -> None:
+    bench.begin(seed=4)
+    other = ("-r", "__node:=second", "-p", "autostart:=true", "-p", "instruction:=stack the cubes")
+    bench.graph.start("policy_node2", *RELAYED, *other)
+    bench.status.state("holding", "conflict", COMMANDS)
+    bench.check_rest()
+    assert bench.graph.stop("policy_node2") == 0
+    bench.status.state("active")
+    bench.graph.wait(bench.moves, "the arm to move again", timeout=10.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["process", "thread"])
+def test_sigterm_during_inference_ends_it_with_the_arm_at_rest(graph: Graph, mode: str) -> None:
+    bench = Bench(graph, "-p", "inference_delay:=0.6", "-p", f"inference_mode:={mode}")
+    bench.status.state("disabled")
+    bench.begin(seed=5)  # with answers that take so long, the next one is always under way
+    assert graph.stop("policy_node", signal.SIGTERM, timeout=10.0) == 0
+    bench.check_rest()
+    assert "Traceback" not in graph.output("policy_node")
+
+
+@pytest.mark.slow
+def test_simulated_time_that_jumps_back_holds_until_new_inputs_come(graph: Graph) -> None:
+    bench = Bench(graph, "-r", "wrist/image_raw:=/relay/wrist", "-p", "use_sim_time:=true")
+    clock = graph.node.create_publisher(Clock, "/clock", SENSOR)
+    now = [1000.0]
+
+    def stamped(message: Any) -> Any:
+        message.header.stamp.sec, message.header.stamp.nanosec = int(now[0]), int(1e9 * (now[0] % 1))
+        return message
+
+    def advance() -> None:
+        now[0] += 0.01
+        message = Clock()
+        message.clock.sec, message.clock.nanosec = int(now[0]), int(1e9 * (now[0] % 1))
+        clock.publish(message)
+
+    graph.node.create_timer(0.01, advance)
+    bench.repair = lambda: None  # type: ignore[method-assign]
+    bench.image = bench.joints = stamped
+    wrist = graph.node.create_publisher(Image, "/relay/wrist", SENSOR)
+    graph.node.create_subscription(Image, "/wrist/image_raw", lambda m: wrist.publish(stamped(m)), SENSOR)
+    bench.status.state("disabled")
+    bench.begin(seed=6)
+    bench.status.state("active")
+    bench.image = bench.joints = lost  # nothing new comes, so that the cause stays to be seen
+    now[0] -= 500.0
+    bench.status.state("holding", "clock")
+    bench.check_rest()
+    bench.image = bench.joints = stamped
+    bench.status.state("active")
+    graph.wait(bench.moves, "the arm to move again", timeout=10.0)

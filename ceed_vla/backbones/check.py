@@ -1,0 +1,74 @@
+"""Does a backbone keep the contract that exact decoding rests on? For whoever writes one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ceed_vla.backbones.base import TrainableBackbone
+from ceed_vla.decoding import DecodingConfig, decode_autoregressive, decode_jacobi
+from ceed_vla.errors import ConfigError
+
+AR, STRICT = DecodingConfig(method="ar"), DecodingConfig(method="jacobi")
+
+
+@torch.no_grad()
+def check_backbone(
+    backbone: TrainableBackbone, observation: dict[str, Any], *, action_dim: int = 1, guesses: int = 4
+) -> int:
+    """Decode one block by all routes, and compare every token.
+
+    Greedy decoding with the cache must equal strict Jacobi decoding from random guesses, teacher forcing as in
+    training, decoding behind a prefix that was used before, and decoding of every row alone. In float32: lower
+    precision may flip near-ties.
+
+    Args:
+        backbone: In evaluation mode. Weights of a model that is not trained should be large enough for its tokens to
+            depend on one another, or the check says little.
+        observation: A pre-processed batch (B rows).
+        action_dim: Tokens of one step.
+        guesses: Random guesses.
+
+    Returns:
+        Tokens that were compared.
+
+    Raises:
+        ConfigError: The routes differ; the message says which, and what that usually means.
+    """
+    rows, n = backbone.check_observation(observation), backbone.block_length
+    prefix = backbone.prefill(observation)
+    greedy = decode_autoregressive(backbone, prefix, AR).tokens  # (B, n)
+    _, (forced,) = backbone.packed_logits(backbone.embed_prefix(observation), [greedy])
+    compared = _compare(forced.argmax(-1), greedy, "packed_logits", "the cache, a mask, or positions")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(guesses):
+        guess = torch.randint(backbone.vocabulary_size, (rows, n), generator=generator)
+        strict = decode_jacobi(backbone, prefix, guess, STRICT, action_dim=action_dim)
+        compared += _compare(
+            strict.tokens, greedy, "strict Jacobi decoding", "a block that is not causal, or a cache"
+        )
+    again = decode_autoregressive(backbone, prefix, AR).tokens
+    compared += _compare(again, greedy, "a prefix that was used before", "a cache that is not rolled back")
+    for row in range(rows):
+        one = {key: value[row : row + 1] for key, value in observation.items() if _by_rows(value, rows)}
+        alone = decode_autoregressive(backbone, backbone.prefill(one), AR).tokens
+        compared += _compare(alone, greedy[row : row + 1], f"row {row} alone", "padding that is seen")
+    return compared
+
+
+def _by_rows(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows
+
+
+def _compare(tokens: Tensor, greedy: Tensor, route: str, suspects: str) -> int:
+    wrong = tokens.cpu() != greedy.cpu()
+    if wrong.any():
+        row, slot = wrong.nonzero()[0].tolist()
+        raise ConfigError(
+            f"{int(wrong.sum())} of {wrong.numel()} tokens of {route} differ from greedy decoding with the cache, the "
+            f"first in row {row}, slot {slot}: {int(tokens[row, slot])} instead of {int(greedy[row, slot])}. Look at "
+            f"{suspects}."
+        )
+    return wrong.numel()

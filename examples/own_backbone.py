@@ -1,0 +1,189 @@
+"""Write your own backbone in 60 lines, check that it decodes exactly, then train and distil it as any other.
+
+    python examples/own_backbone.py                                       # tiny, about a minute on a CPU
+    python examples/own_backbone.py --data ROOT --device cuda --steps 20000 --student_steps 2000
+
+`OwnBackbone` is a plain causal transformer. What a decoder asks of it is in `ceed_vla/backbones/base.py`: run the
+prefix once, then score block tokens behind it, keys and values in a cache that can be cut. Whoever loads such a
+checkpoint must have imported the module that registers its family; here, this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ceed_vla import CeedVLAPolicy
+from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features
+from ceed_vla.backbones.check import check_backbone
+from ceed_vla.backbones.config import BackboneConfig
+from ceed_vla.cache import KVCache
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig, tabletop_config
+from ceed_vla.processor_ceed_vla import InstructionWordsStep, build_vocabulary
+from sim.record import record
+from sim.recording.config import RecordConfig
+from training.distill import DistillConfig, TrajectoriesConfig, distill
+from training.teacher import TrainConfig, train
+
+# ---- the backbone -----------------------------------------------------------------------------------------------
+
+STATE, WORDS = "observation.state", "observation.language.tokens"
+
+
+class OwnBackbone(TrainableBackbone):
+    def __init__(
+        self, policy: CeedVLAConfig, words: int, max_words: int, width: int, layers: int, heads: int
+    ):
+        super().__init__()
+        self.block_length, self.vocabulary_size = policy.block_length, policy.num_bins
+        self.cameras, self.heads, self.max_words = policy.cameras, heads, max_words
+        self.augmented_images = policy.cameras  # training shifts and brightens them
+        self.state_dim = policy.robot_state_feature.shape[0]
+        self.eye = nn.Sequential(nn.Conv2d(3, 32, 8, 8), nn.GELU(), nn.Conv2d(32, width, 4, 4), nn.Flatten(2))
+        self.words, self.state = nn.Embedding(words, width), nn.Linear(self.state_dim, width)
+        self.tokens = nn.Embedding(policy.num_bins, width)
+        self.places = nn.Parameter(0.02 * torch.randn(512, width))  # of the prefix
+        self.slots = nn.Parameter(0.02 * torch.randn(policy.block_length, width))
+        self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, policy.num_bins))
+
+    def check_observation(self, batch: Mapping[str, Any]) -> int:
+        cameras = dict.fromkeys(self.cameras, (3, None, None))
+        return check_features(batch, {**cameras, STATE: (self.state_dim,), WORDS: (self.max_words,)}, [STATE])
+
+    def embed_prefix(self, batch: dict[str, Tensor]) -> Tensor:  # (B, P, d)
+        images = [self.eye(batch[camera]).transpose(1, 2) for camera in self.cameras]
+        x = torch.cat([self.words(batch[WORDS]), *images, self.state(batch[STATE]).unsqueeze(1)], dim=1)
+        return x + self.places[: x.shape[1]]
+
+    def run(self, x: Tensor, cache: KVCache | None = None) -> Tensor:  # (B, t, d) -> (B, t, d)
+        for i, layer in enumerate(self.layers):
+            q, k, v = layer.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            if cache is not None:
+                k, v = cache.write(i, k, v)  # all so far: (B, H, T, d / H)
+            t, total = q.shape[2], k.shape[2]
+            causal = torch.ones(t, total, dtype=torch.bool, device=x.device).tril(total - t)
+            x = x + layer.out(F.scaled_dot_product_attention(q, k, v, causal).transpose(1, 2).flatten(2))
+            x = x + layer.mlp(x)
+        return x
+
+    def prefill(self, observation: dict[str, Tensor]) -> Prefix:
+        x, width = self.embed_prefix(observation), self.slots.shape[1]
+        sizes = (len(self.layers), len(x), self.heads, x.shape[1] + self.block_length, width // self.heads)
+        cache = KVCache(*sizes, device=x.device, dtype=x.dtype)
+        logits = self.head(self.run(x, cache)[:, -1])
+        cache.seal_prefix(x.shape[1])
+        return Prefix(logits, cache)
+
+    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:  # (B, k) -> (B, k, V)
+        start, k = prefix.cache.committed, tokens.shape[1]
+        return self.head(self.run(self.tokens(tokens) + self.slots[start : start + k], prefix.cache))
+
+    def packed_logits(self, embeddings: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        hidden = [self.run(embeddings)[:, -1:]]  # without a block; autograd and a cache do not go together
+        for block in blocks:
+            x = torch.cat([embeddings, self.tokens(block[:, :-1]) + self.slots[: block.shape[1] - 1]], dim=1)
+            hidden.append(self.run(x)[:, embeddings.shape[1] - 1 :])
+        return hidden[0][:, 0], [self.head(x) for x in hidden[1:]]
+
+    def distillation_parameters(self) -> list[str]:  # the others make `embed_prefix`
+        return [n for n, _ in self.named_parameters() if n.startswith(("tokens", "slots", "layers", "head"))]
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.qkv = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * width))
+        self.out = nn.Linear(width, width)
+        wide = 3 * width
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, wide), nn.GELU(), nn.Linear(wide, width)
+        )
+
+
+@BackboneConfig.register_subclass("own")
+@dataclass
+class OwnConfig(BackboneConfig):
+    words: int = 256
+    max_words: int = 12
+    width: int = 96
+    layers: int = 3
+    heads: int = 4
+
+    def build(self, policy: CeedVLAConfig) -> TrainableBackbone:
+        return OwnBackbone(policy, **vars(self))
+
+    def processor_steps(self, policy: CeedVLAConfig, instructions: Sequence[str]) -> list[Any]:
+        return [InstructionWordsStep(build_vocabulary(instructions), self.max_words)]
+
+
+# ---- used as any other ------------------------------------------------------------------------------------------
+
+
+def check(config: CeedVLAConfig, rows: int = 4) -> None:
+    """Decode random observations with random weights by all routes."""
+    backbone = CeedVLAPolicy(config).backbone.eval()
+    for parameter in backbone.parameters():  # wide enough for every token to depend on those before it
+        nn.init.normal_(parameter, std=0.3)
+    observation = {
+        **{camera: torch.rand(rows, *config.image_features[camera].shape) for camera in config.cameras},
+        STATE: torch.randn(rows, *config.robot_state_feature.shape),
+        WORDS: torch.randint(1, 256, (rows, 12)),
+    }
+    print(
+        f"{check_backbone(backbone, observation, action_dim=config.action_dim)} tokens by all routes: equal"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, help="LeRobotDataset folder; some is recorded without it")
+    parser.add_argument("--steps", type=int, default=250, help="steps of the training")
+    parser.add_argument("--student_steps", type=int, default=150, help="steps of the distillation")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, help="folder for checkpoints; a temporary one without it")
+    options = parser.parse_args()
+    tiny, output = options.data is None, options.output or Path(tempfile.mkdtemp(prefix="own-backbone-"))
+    check(tabletop_config(backbone=OwnConfig(), auxiliary_scale=[]))
+
+    data = options.data or output / "data"
+    if tiny:
+        record(RecordConfig(root=data, episodes=12, progress=False))
+        config = tabletop_config(backbone=OwnConfig(), auxiliary_scale=[], num_bins=63)
+    else:
+        config = CeedVLAConfig(backbone=OwnConfig(), push_to_hub=False, device=options.device)
+    common = {
+        "roots": str(data),
+        "batch_size": 16,
+        "lr": 1e-3,
+        "mixed_precision": "no" if options.device == "cpu" else "bf16",
+    }
+    teacher = train(
+        TrainConfig(
+            policy=config, output_dir=str(output / "teacher"), steps=options.steps, muon_lr=5e-3, grounding_steps=0,
+            rounds=0, **common,
+        )
+    )  # fmt: skip
+    student = distill(
+        DistillConfig(
+            teacher_path=str(teacher), trajectories=TrajectoriesConfig(online=True), steps=options.student_steps,
+            output_dir=str(output / "student"), muon_lr=5e-3, omega=0.3, device=options.device,
+            eval_every=options.student_steps, eval_frames=48, **common,
+        )
+    )  # fmt: skip
+    log = [json.loads(line) for line in (output / "student" / "log.jsonl").read_text().splitlines()]
+    before, after = (line["iterations_mean"] for line in log if "iterations_mean" in line)
+    print(f"{student}: {before:.1f} Jacobi iterations a chunk before distillation, {after:.1f} after")
+
+
+if __name__ == "__main__":
+    main()

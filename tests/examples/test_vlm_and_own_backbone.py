@@ -1,0 +1,125 @@
+"""The examples run as printed, and with the flags of a real model; the written backbone keeps the contract."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from ceed_vla.backbones.check import check_backbone
+from ceed_vla.configuration_ceed_vla import tabletop_config
+from ceed_vla.decoding import DecodingConfig
+from ceed_vla.errors import ConfigError
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name: str, *flags: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *flags],
+        capture_output=True, text=True, timeout=280, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_smolvlm(tmp_path: Path) -> None:
+    """A random model, fine-tuned and distilled on simulated demonstrations: its iterations fall by half."""
+    output = run("smolvlm.py", "--output", str(tmp_path / "tiny"))
+    before, after = map(float, re.findall(r"([\d.]+) Jacobi iterations", output))
+    assert after <= before / 2
+    real = ["--model", str(tmp_path / "tiny" / "model"), "--data", str(tmp_path / "tiny" / "data")]
+    few = ["--steps", "2", "--student_steps", "2", "--lora_rank", "4", "--output", str(tmp_path / "real")]
+    assert "of the teacher's" in run("smolvlm.py", *real, *few)
+
+
+@pytest.mark.slow
+def test_own_backbone(tmp_path: Path) -> None:
+    output = run("own_backbone.py", "--output", str(tmp_path / "tiny"))
+    assert int(re.findall(r"(\d+) tokens by all routes: equal", output)[0]) > 1000
+    before, after = map(float, re.findall(r"([\d.]+) Jacobi .* ([\d.]+) after", output)[0])
+    assert after < 0.7 * before
+    flags = ["--data", str(tmp_path / "tiny" / "data"), "--steps", "2", "--student_steps", "1"]
+    assert "equal" in run("own_backbone.py", *flags, "--output", str(tmp_path / "real"))
+
+
+@pytest.fixture
+def own() -> ModuleType:
+    """The example as a module of a name that is new, as a family registers once."""
+    module = sys.modules.get("own_backbone_example")
+    if module is None:
+        module = ModuleType("own_backbone_example")
+        module.__file__ = str(EXAMPLES / "own_backbone.py")
+        sys.modules["own_backbone_example"] = module
+        exec(compile((EXAMPLES / "own_backbone.py").read_text(), module.__file__, "exec"), module.__dict__)
+    return module
+
+
+def test_the_backbone_has_60_lines() -> None:
+    text = (EXAMPLES / "own_backbone.py").read_text()
+    classes = {c.name: c for c in ast.parse(text).body if isinstance(c, ast.ClassDef)}
+    lines = [
+        line
+        for name in ("OwnBackbone", "Layer")
+        for line in (ast.get_source_segment(text, classes[name]) or "").splitlines()
+        if line.strip()
+    ]
+    assert len(lines) <= 60
+
+
+def test_the_check_finds_what_is_wrong(own: Any) -> None:
+    decoding = DecodingConfig(executed_steps=1)
+    sizes = {"chunk_size": 2, "n_action_steps": 1, "decoding": decoding, "auxiliary_scale": []}
+    config = tabletop_config(backbone=own.OwnConfig(), **sizes)
+    own.check(config)
+    torch.manual_seed(0)
+    backbone = config.backbone.build(config).eval()
+    for parameter in backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    observation = {
+        **{camera: torch.rand(2, 3, 96, 96) for camera in config.cameras},
+        own.STATE: torch.randn(2, 14),
+        own.WORDS: torch.randint(1, 256, (2, 12)),
+    }
+    forced = 2 * 14
+    assert check_backbone(backbone, observation, action_dim=7) == forced * (1 + 4 + 1 + 1)
+
+    right = backbone.block_logits
+
+    def not_causal(prefix: Any, tokens: torch.Tensor) -> torch.Tensor:
+        logits = right(prefix, tokens)
+        return logits + logits.flip(1)
+
+    def rows_mixed(prefix: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return right(prefix, tokens) + 5 * prefix.logits.flip(0).unsqueeze(1)
+
+    def stale(prefix: Any, tokens: torch.Tensor) -> torch.Tensor:
+        prefix.calls = getattr(prefix, "calls", 0) + 1
+        return right(prefix, tokens) * (1 if prefix.calls < 14 else -1)
+
+    for wrong, message in (
+        (not_causal, r"strict Jacobi decoding differ .* a block that is not causal"),
+        (rows_mixed, r"packed_logits differ"),
+        (stale, r"strict Jacobi decoding differ"),
+    ):
+        backbone.block_logits = wrong
+        if wrong is not rows_mixed:  # leave this route out: it would be the first to differ
+            backbone.packed_logits = lambda embeddings, blocks: (None, [_one_hot(blocks[0])])
+        else:
+            del backbone.__dict__["packed_logits"]
+        with pytest.raises(ConfigError, match=message):
+            check_backbone(backbone, observation, action_dim=7)
+
+
+def _one_hot(tokens: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.one_hot(tokens, 255).float()

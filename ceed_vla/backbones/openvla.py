@@ -209,6 +209,8 @@ class OpenVLABackbone(TrainableBackbone):
         self, embeddings: OpenVLAEmbeddings, blocks: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """Teacher-forced logits of several blocks behind one prefix, which runs once; see `TrainableBackbone`."""
+        if self.training and self.language_model.is_gradient_checkpointing:
+            return self._recomputed_logits(embeddings, blocks)
         prefix = self.prefill_embeddings(embeddings)
         logits = []
         for block in blocks:
@@ -218,6 +220,26 @@ class OpenVLABackbone(TrainableBackbone):
                 hidden.append(self._block_hidden(prefix, block[:, :-1]))
             logits.append(self._head(torch.cat(hidden, dim=1)))  # (B, n, V)
         return prefix.hidden, logits
+
+    def recompute_activations(self) -> None:
+        self.language_model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+
+    def _recomputed_logits(
+        self, embeddings: OpenVLAEmbeddings, blocks: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`packed_logits` without a cache, which layers that run twice would fill twice: the prefix runs every time."""
+        trunk, length = cast("nn.Module", self.language_model.model), embeddings.real.shape[1]
+        state, logits = None, []
+        for block in blocks or [embeddings.real.new_empty(len(embeddings.real), 1, dtype=torch.int64)]:
+            inputs = torch.cat([embeddings.embeds, self._embed(self.words - 1 - block[:, :-1])], dim=1)
+            real = F.pad(embeddings.real, (0, block.shape[1] - 1), value=True)
+            masks = {"attention_mask": real.long(), "position_ids": (real.cumsum(1) - 1).clamp(min=0)}
+            hidden = trunk(inputs_embeds=inputs, use_cache=False, **masks).last_hidden_state[:, length - 1 :]
+            state = hidden[:, 0]  # (B, d)
+            logits.append(self._head(hidden))  # (B, n, V)
+        return cast("Tensor", state), logits[: len(blocks)]
 
 
 def _causal_positions(config: Any) -> int | None:

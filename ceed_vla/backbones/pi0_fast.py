@@ -104,6 +104,10 @@ class Pi0FastBackbone(TrainableBackbone):
     def _paligemma(self) -> Any:
         return self.model.paligemma_with_expert.paligemma
 
+    @property
+    def _language_model(self) -> Any:
+        return self._paligemma.model.language_model
+
     # ---- prefix -------------------------------------------------------------------------------------------------
 
     def check_observation(self, batch: Mapping[str, Any]) -> int:
@@ -168,23 +172,32 @@ class Pi0FastBackbone(TrainableBackbone):
     def _run_block(self, cache: Pi0FastCache, tokens: Tensor) -> Tensor:
         """Hidden vectors (B, k, d) of `tokens` (B, k) behind the committed ones."""
         past, k = cache.committed, tokens.shape[1]
-        valid = cache.valid[:, None].expand(-1, k, -1)  # (B, k, P)
-        causal = torch.ones(k, past + k, dtype=torch.bool, device=valid.device).tril(past)
-        attention = torch.cat([valid, causal.expand(len(valid), -1, -1)], dim=2)  # (B, k, P + past + k)
-        slots = torch.arange(past, past + k, device=valid.device)
+        slots = torch.arange(past, past + k, device=tokens.device)
         positions = cache.valid.sum(1, keepdim=True) + slots  # (B, k)
-        text = tokens if self.ids is None else self.ids[tokens]
-        embeddings = self.model.paligemma_with_expert.embed_language_tokens(text).to(self._dtype)
-        return self._run(cache, embeddings, attention, positions)
+        return self._run(cache, self._embed(tokens), self._attention(cache.valid, past + k, k), positions)
 
-    def _run(self, cache: Pi0FastCache, embeddings: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings (B, k, d) of `tokens` (B, k)."""
+        text = tokens if self.ids is None else self.ids[tokens]
+        embedded: Tensor = self.model.paligemma_with_expert.embed_language_tokens(text)
+        return embedded.to(self._dtype)
+
+    @staticmethod
+    def _attention(valid: Tensor, length: int, k: int) -> Tensor:
+        """What the last `k` of `length` block tokens attend to (B, k, P + length) behind `valid` (B, P)."""
+        causal = torch.ones(k, length, dtype=torch.bool, device=valid.device).tril(length - k)
+        return torch.cat([valid[:, None].expand(-1, k, -1), causal.expand(len(valid), -1, -1)], dim=2)
+
+    def _run(
+        self, cache: Pi0FastCache | None, embeddings: Tensor, attention: Tensor, positions: Tensor
+    ) -> Tensor:
         """Hidden vectors (B, t, d); appends the keys and values of `embeddings` (B, t, d) to `cache`."""
         (hidden, _), _ = self.model.paligemma_with_expert.forward(
             attention_mask=prepare_attention_masks_4d(attention, dtype=embeddings.dtype),
             position_ids=positions,
-            past_key_values=cache.begin(embeddings.shape[1]),
+            past_key_values=None if cache is None else cache.begin(embeddings.shape[1]),
             inputs_embeds=[embeddings, None],
-            use_cache=True,
+            use_cache=cache is not None,
             adarms_cond=[None, None],
         )
         return hidden
@@ -197,7 +210,7 @@ class Pi0FastBackbone(TrainableBackbone):
     @property
     def _dtype(self) -> torch.dtype:
         """What LeRobot runs the language model in."""
-        projection = self._paligemma.model.language_model.layers[0].self_attn.q_proj
+        projection = self._language_model.layers[0].self_attn.q_proj
         return projection.weight.dtype
 
     # ---- training -----------------------------------------------------------------------------------------------
@@ -206,6 +219,8 @@ class Pi0FastBackbone(TrainableBackbone):
         self, embeddings: Pi0FastEmbeddings, blocks: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """Teacher-forced logits of several blocks behind one prefix, which runs once; see `TrainableBackbone`."""
+        if self.training and self._language_model.gradient_checkpointing:
+            return self._recomputed_logits(embeddings, blocks)
         cache = Pi0FastCache(embeddings.valid)
         state = self._run_prefix(cache, embeddings)  # (B, d)
         logits = []
@@ -213,3 +228,25 @@ class Pi0FastBackbone(TrainableBackbone):
             hidden = self._run_block(cache, block[:, :-1])  # cuts the cache back to the prefix first
             logits.append(self._score(torch.cat([state.unsqueeze(1), hidden], dim=1)))  # (B, n, V)
         return state, logits
+
+    def recompute_activations(self) -> None:
+        self._language_model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+
+    def _recomputed_logits(
+        self, embeddings: Pi0FastEmbeddings, blocks: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`packed_logits` without a cache, which layers that run twice would fill twice: the prefix runs every time."""
+        valid, length = embeddings.valid, embeddings.valid.shape[1]
+        state, logits = None, []
+        for block in blocks or [valid.new_empty(len(valid), 1, dtype=torch.int64)]:
+            k = block.shape[1] - 1
+            text = self._embed(block[:, :-1])
+            behind = self._attention(valid, k, k)  # (B, k, P + k)
+            attention = torch.cat([F.pad(embeddings.attention.bool(), (0, k)), behind], dim=1)
+            positions = F.pad(valid, (0, k), value=True).cumsum(1) - 1
+            hidden = self._run(None, torch.cat([embeddings.embeddings, text], dim=1), attention, positions)
+            state = hidden[:, length - 1]  # (B, d)
+            logits.append(self._score(hidden[:, length - 1 :]))  # (B, n, V)
+        return cast("Tensor", state), logits[: len(blocks)]

@@ -86,6 +86,25 @@ def test_packed_blocks_equal_the_cache(kind: str, models: Any, pictures: np.ndar
         assert torch.equal(state, prefix.hidden)
 
 
+@pytest.mark.parametrize("kind", ["fused", "siglip"])
+def test_recomputed_activations_give_the_same_gradients(
+    kind: str, published: Any, pictures: np.ndarray
+) -> None:
+    policy, pre, _ = published_policy(ConvertConfig(str(published(kind)), unnorm_key="kitchen", chunk_size=3))
+    backbone, batch = policy.backbone.train(), pre(observation(pictures, 3))
+    blocks, found = [torch.randint(256, (3, 9)) for _ in range(2)], []
+    for _ in range(2):
+        state, logits = backbone.packed_logits(backbone.embed_prefix(batch), blocks)
+        (torch.cat(logits).logsumexp(-1).sum() + state.sum()).backward()
+        found.append([*logits, *(p.grad.clone() for p in backbone.parameters() if p.grad is not None)])
+        backbone.zero_grad(set_to_none=True)
+        backbone.recompute_activations()
+    assert len(found[0]) == len(found[1]) > 40
+    for kept, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, kept, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(backbone.prefix_state(backbone.embed_prefix(batch)), state)
+
+
 def test_the_loss_teaches_a_block(published: Any, pictures: np.ndarray) -> None:
     policy, pre, _ = published_policy(
         ConvertConfig(str(published("siglip")), unnorm_key="kitchen", chunk_size=3)

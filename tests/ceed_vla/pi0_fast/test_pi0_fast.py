@@ -112,6 +112,23 @@ def test_a_trained_model_gives_lerobots_tokens_and_actions(lab: Any) -> None:
     assert tokenizer.malformed == 0
 
 
+def test_recomputed_activations_give_the_same_gradients(lab: Any) -> None:
+    policy, batch = lab.build(6), lab.observe(3)
+    backbone, tokenizer = lab.wrap(policy, "actions")
+    backbone.train()
+    blocks, found = [torch.randint(tokenizer.num_bins, (3, backbone.block_length)) for _ in range(2)], []
+    for _ in range(2):
+        state, logits = backbone.packed_logits(backbone.embed_prefix(batch), blocks)
+        (torch.cat(logits).logsumexp(-1).sum() + state.sum()).backward()
+        found.append([*logits, *(p.grad.clone() for p in backbone.parameters() if p.grad is not None)])
+        backbone.zero_grad(set_to_none=True)
+        backbone.recompute_activations()
+    assert len(found[0]) == len(found[1]) > 20
+    for kept, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, kept, atol=2e-3, rtol=2e-3)
+    assert torch.allclose(backbone.prefix_state(backbone.embed_prefix(batch)), state, atol=1e-4)
+
+
 def test_packed_logits_are_those_of_block_logits(lab: Any) -> None:
     policy, batch = lab.build(6), lab.observe(2)
     backbone, tokenizer = lab.wrap(policy, "actions")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,13 +30,15 @@ class ConvertConfig:
         from_: What it is.
         output_dir: Where the checkpoint goes.
         weights: "copied" into the checkpoint, or by "reference": it then reads them from `path`.
-        dtype: Type of the weights: "auto" (as published), "float32", "bfloat16" or "float16".
-        quantization: "8bit" or "4bit" language model on a GPU (bitsandbytes), with weights by reference.
-        unnorm_key: Data set whose statistics un-normalise the actions; needed where the model has several.
-        chunk_size: Steps of one action chunk that the model was trained to write.
-        n_action_steps: Steps executed before the next replan; all of them if 0.
+        dtype: openvla: Type of the weights: "auto" (as published), "float32", "bfloat16" or "float16".
+        quantization: openvla: "8bit" or "4bit" language model on a GPU (bitsandbytes), with weights by reference.
+        unnorm_key: openvla: Data set whose statistics un-normalise the actions; needed where the model has several.
+        chunk_size: openvla: Steps of one action chunk that the model was trained to write.
+        n_action_steps: openvla: Steps executed before the next replan; all of them if 0.
         prompt: openvla: text around ``{instruction}``; the usual one of the folder's language model if empty.
-        camera: Name of the camera: the policy reads ``observation.images.<camera>``.
+        camera: openvla: Name of the camera: the policy reads ``observation.images.<camera>``.
+        camera_size: openvla: HEIGHTxWIDTH of the camera's images, such as 480x640, which the model's own transform then
+            scales as it did in training; the size that the model sees if empty.
         fast_tokenizer: pi0_fast: folder of the FAST tokenizer; the one that the checkpoint names if empty.
         text_tokenizer: pi0_fast: folder of PaliGemma's tokenizer; the one that the checkpoint names if empty.
         vocabulary: pi0_fast: "full" (its own tokens for any weights) or "actions" (only what an action can hold).
@@ -54,6 +56,7 @@ class ConvertConfig:
     n_action_steps: int = 0
     prompt: str = ""
     camera: str = "front"
+    camera_size: str = ""
     fast_tokenizer: str = ""
     text_tokenizer: str = ""
     vocabulary: str = "full"
@@ -63,6 +66,11 @@ class ConvertConfig:
         kinds = (*CONVERTERS, PI0_FAST)
         if self.from_ not in kinds:
             raise ConfigError(f"from is {self.from_!r}; choose one of {', '.join(kinds)}.")
+        others = [name for kind, names in _OWN.items() if kind != self.from_ for name in names]
+        defaults = {item.name: item.default for item in fields(self)}
+        ignored = [f"--{name}" for name in others if getattr(self, name) != defaults[name]]
+        if ignored:
+            raise ConfigError(f"{', '.join(ignored)} means nothing with --from {self.from_}; leave it out.")
 
 
 def openvla_policy(config: ConvertConfig) -> CeedVLAConfig:
@@ -74,7 +82,7 @@ def openvla_policy(config: ConvertConfig) -> CeedVLAConfig:
     """
     published = read_config(config.path)
     key, statistics = action_statistics(config.path, config.unnorm_key)
-    height, width = _size(published["image_sizes"][0])
+    height, width = _camera_size(config.camera_size) or _size(published["image_sizes"][0])
     return CeedVLAConfig(
         input_features={
             f"observation.images.{config.camera}": PolicyFeature(FeatureType.VISUAL, (3, height, width))
@@ -100,6 +108,16 @@ def openvla_policy(config: ConvertConfig) -> CeedVLAConfig:
     )
 
 
+def _camera_size(text: str) -> tuple[int, int] | None:
+    """(height, width) of "480x640"."""
+    if not text:
+        return None
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise ConfigError(f"camera_size is {text!r}; give HEIGHTxWIDTH, such as 480x640.")
+    return int(height), int(width)
+
+
 def _size(size: int | list[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[-2]), int(size[-1]))
 
@@ -121,6 +139,20 @@ def _convert_pi0_fast(config: ConvertConfig) -> str:
 
 
 PI0_FAST = "pi0_fast"
+# Settings that only one kind has.
+_OWN = {
+    "openvla": (
+        "dtype",
+        "quantization",
+        "unnorm_key",
+        "chunk_size",
+        "n_action_steps",
+        "prompt",
+        "camera",
+        "camera_size",
+    ),
+    PI0_FAST: ("fast_tokenizer", "text_tokenizer", "vocabulary"),
+}
 CONVERTERS: dict[str, Callable[[ConvertConfig], CeedVLAConfig]] = {"openvla": openvla_policy}
 
 

@@ -176,6 +176,21 @@ def test_bases_are_told_apart_by_their_reference(published: Any, tmp_path: Path)
     assert weights_hash(tmp_path / "siglip") != weights_hash(tmp_path / "fused")
 
 
+def test_the_camera_may_have_another_size_than_the_model_sees(
+    published: Any, tmp_path: Path, pictures: np.ndarray
+) -> None:
+    source = ConvertConfig(
+        str(published("siglip")), str(tmp_path / "x"), unnorm_key="garage", camera_size="40x48"
+    )
+    convert(source)
+    policy, pre, _ = load(tmp_path / "x")
+    assert (
+        policy.config.input_features[FRONT].shape == pictures.shape[3:] + pictures.shape[1:3] == (3, 40, 48)
+    )
+    batch = pre({FRONT: torch.from_numpy(pictures[:1]).permute(0, 3, 1, 2), "task": TASKS[0]})
+    assert batch["observation.openvla.pixel_values"].shape == (1, 3, 28, 28)
+
+
 def test_where_a_checkpoint_goes(published: Any, tmp_path: Path) -> None:
     source = {"path": str(published("siglip")), "unnorm_key": "garage"}
     with pytest.raises(ConfigError, match="No --output_dir"):

@@ -314,6 +314,10 @@ def test_nothing_in_a_folder_runs(copied: Any, tmp_path: Path) -> None:
         ({"quantization": "4bit"}, "quantised weights cannot be copied"),
         ({"quantization": "4bit", "weights": "reference"}, "needs a GPU"),
         ({"from_": "gpt"}, "from is 'gpt'; choose one of openvla"),
+        ({"vocabulary": "actions"}, "--vocabulary means nothing with --from openvla"),
+        ({"from_": "pi0_fast", "dtype": "float16"}, "--dtype.* means nothing with --from pi0_fast"),
+        ({"camera_size": "480,640"}, "camera_size is '480,640'; give HEIGHTxWIDTH"),
+        ({"prompt": "Do it!"}, r"must hold \{instruction\}"),
     ],
 )
 def test_settings_that_cannot_work(changes: dict[str, Any], message: str, published: Any) -> None:

@@ -46,6 +46,7 @@ class DistillConfig(RunConfig):
         guesses: "online": shares of previous, mid and random guesses, as in inference.
         max_updates: "online": at most so many own Jacobi updates of the guess.
         max_iterations: Iteration cap of the student's early-exit decoding.
+        confidence: Its confidence rule (`DecodingConfig.confidence`); None for the cap alone.
         device: Where to train: "cpu", or an accelerator such as "cuda".
         eval_every: Steps between measurements of iterations and agreement, from step 0 on (0: at the end only).
         eval_frames: Held-out frames of that measurement.
@@ -61,6 +62,7 @@ class DistillConfig(RunConfig):
     guesses: str = "0.7,0.2,0.1"
     max_updates: int = 2
     max_iterations: int = 2
+    confidence: float | None = None
     device: str = "cpu"
     steps: int = 400
     batch_size: int = 48
@@ -117,7 +119,9 @@ class DistillRun(Run):
                 "or leave out FSDP: a frozen base with adapters takes little memory."
             )
         student, pre, post = load(config.teacher_path, device=config.device, merge_adapters=not adapted)
-        student.config.decoding = replace(student.config.decoding, max_iterations=config.max_iterations)
+        student.config.decoding = replace(
+            student.config.decoding, max_iterations=config.max_iterations, confidence=config.confidence
+        )
         teacher = None
         if adapted:
             attach_student(student, config.lora)

@@ -66,12 +66,13 @@ def test_every_combination_trains_only_the_trunk(
     studio: Any, teacher: tuple[Any, Any, Any], tmp_path: Path, loss: str, states: str,
     read_log: Callable[..., dict[int, float]],
 ) -> None:  # fmt: skip
-    distill(studio.distill_config(tmp_path / "run", loss=loss, states=states, max_iterations=3, lr=1e-2))
+    distill(studio.distill_config(tmp_path / "run", loss=loss, states=states, max_iterations=3, confidence=0.4, lr=1e-2))
     student, _, _ = ceed_vla.load(tmp_path / "run" / FINAL)
     before, after = teacher[0].state_dict(), student.state_dict()
     for name, value in before.items():
         assert torch.equal(value, after[name]) != name.startswith(TRUNK), name
     assert student.config.decoding.max_iterations == 3
+    assert student.config.decoding.confidence == 0.4
     assert all(np.isfinite(list(read_log(tmp_path / "run", "consistency_loss").values())))
     assert bool(read_log(tmp_path / "run", "replacement_rate")) == (loss == "paper")
 

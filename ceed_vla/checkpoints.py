@@ -21,7 +21,11 @@ logger = logging.getLogger(__name__)
 
 PRETRAINED = ("teacher", "student")
 POLICY_FILES = ("config.json", "model.safetensors")
-FILES = (*POLICY_FILES, "policy_preprocessor.json", "policy_postprocessor.json")
+PROCESSOR_FILES = ("policy_preprocessor.json", "policy_postprocessor.json")
+FILES = (*POLICY_FILES, *PROCESSOR_FILES)
+REMOTE_CODE = (
+    "action_tokenizer_processor",
+)  # LeRobot's step that runs the Python files of a tokenizer's folder
 
 
 def pretrained_path(name: str) -> Path:
@@ -116,6 +120,7 @@ def load(
     from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 
     folder = resolve_checkpoint(path)
+    check_steps(folder)
     config = read_config(folder, device or "cpu")
     policy = CeedVLAPolicy.from_pretrained(folder, config=config, merge_adapters=merge_adapters)
     try:
@@ -126,6 +131,34 @@ def load(
             f"The processors of {path} cannot be loaded ({_reason(error)}); copy it again."
         ) from error
     return policy, pre, post
+
+
+def check_steps(folder: Path, allowed: Sequence[str] = ()) -> None:
+    """Refuse processors that name a class instead of a registered step, or a step that runs code of a folder.
+
+    LeRobot would import and call whatever class a processor's file names.
+
+    Args:
+        folder: The checkpoint.
+        allowed: Steps out of `REMOTE_CODE` that the caller does not run.
+
+    Raises:
+        CheckpointError: Such a step, or a file that is no processor's.
+    """
+    for name in PROCESSOR_FILES:
+        try:
+            steps = json.loads((folder / name).read_text())["steps"]
+            names = [step.get("registry_name") for step in steps]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{folder / name} is no processor's file ({error!r}); copy it again."
+            ) from error
+        for step, registered in zip(steps, names, strict=True):
+            if not registered or (registered in REMOTE_CODE and registered not in allowed):
+                raise CheckpointError(
+                    f"{folder / name} has a step {registered or step.get('class')!r}, which would run code that the "
+                    "checkpoint names; only registered steps are loaded."
+                )
 
 
 def load_weights(policy: CeedVLAPolicy, folder: Path, strict: bool = True) -> None:

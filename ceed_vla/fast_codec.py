@@ -12,12 +12,12 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, trainers
 from torch import Tensor
 
+from ceed_vla.backbones.files import read_json
 from ceed_vla.errors import CheckpointError, ConfigError, MalformedChunkError, TokenError
 
 UNDECODABLE = "\ufffd"  # what a byte-level BPE writes for bytes that are no character
@@ -120,7 +120,7 @@ class FastCodec:
             CheckpointError: A file is missing or unreadable.
         """
         folder = Path(path)
-        settings = _read_json(folder / "processor_config.json")
+        settings = read_json(folder / "processor_config.json")
         # transformers 5 saves a processor's second tokenizer in a folder of its own.
         files = [folder / "tokenizer.json", folder / "bpe_tokenizer" / "tokenizer.json"]
         file = next((f for f in files if f.is_file()), None)
@@ -200,12 +200,3 @@ def _coefficients(chunks: Tensor, scale: float) -> Tensor:
 
 def _texts(rounded: Tensor, least: int) -> list[str]:
     return ["".join(map(chr, row)) for row in (rounded - least).tolist()]
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing; give a folder as published, copied as a whole.") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not readable JSON ({error}); copy it again.") from error

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ceed_vla.backbones.files import read_json
 from ceed_vla.backbones.openvla import IDS_KEY, PIXELS_KEY, OpenVLABackbone
 from ceed_vla.backbones.openvla_inputs import OpenVLAInputsStep
 from ceed_vla.checkpoints import load
@@ -69,8 +70,6 @@ def read_cases(folder: str | Path) -> Cases:
     Raises:
         CheckpointError: Files that are missing, damaged, or of another format.
     """
-    from ceed_vla.backbones.openvla_folder import read_json
-
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"No folder at {folder}; give one with a model, {IMAGES} and {EXPECTED}.")

@@ -174,3 +174,13 @@ def check_features(
         if not torch.isfinite(batch[key]).all():
             raise ObservationError(f"{key} is not finite: {batch[key].tolist()}.")
     return rows
+
+
+def check_left_padding(batch: Mapping[str, Any], ids: str, mask: str) -> None:
+    """Raise `ObservationError` unless the mask of prompts (B, L) marks padding on the left."""
+    marks = batch[mask]
+    if marks.shape != batch[ids].shape or not bool(marks[:, -1].all()):
+        raise ObservationError(
+            f"{mask} {tuple(marks.shape)} does not mark left padding of {tuple(batch[ids].shape)} ids: "
+            "every prompt must end in the last column."
+        )

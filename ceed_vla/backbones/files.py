@@ -1,15 +1,36 @@
-"""Small files (tokenizers, image settings) as tensors: a processor's state carries them where a checkpoint goes."""
+"""Small files of a model: settings, and tokenizers as tensors, which a processor takes where a checkpoint goes."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ceed_vla.errors import CheckpointError
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: No such file, or another content.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error.strerror}); is this a model's folder?"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON ({error}); copy it again.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} holds a {type(values).__name__} instead of settings; copy it again.")
+    return values
 
 
 def read_files(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features
+from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features, check_left_padding
 from ceed_vla.backbones.openvla_folder import Architecture
 from ceed_vla.backbones.openvla_vision import Projector, VisionTowers
 from ceed_vla.cache import TransformersCache
-from ceed_vla.errors import ConfigError, ObservationError, TokenError
+from ceed_vla.errors import ConfigError, TokenError
 
 IDS_KEY, MASK_KEY = "observation.openvla.input_ids", "observation.openvla.attention_mask"
 PIXELS_KEY = "observation.openvla.pixel_values"
@@ -116,12 +116,7 @@ class OpenVLABackbone(TrainableBackbone):
             MASK_KEY: (None,),
         }
         rows = check_features(batch, shapes)
-        mask = batch[MASK_KEY]
-        if mask.shape != batch[IDS_KEY].shape or not bool(mask[:, -1].all()):
-            raise ObservationError(
-                f"{MASK_KEY} {tuple(mask.shape)} does not mark left padding of {tuple(batch[IDS_KEY].shape)} ids: "
-                "every prompt must end in the last column."
-            )
+        check_left_padding(batch, IDS_KEY, MASK_KEY)
         return rows
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> OpenVLAEmbeddings:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ceed_vla.backbones.files import read_json
 from ceed_vla.errors import CheckpointError, ConfigError
 
 STATISTICS = "dataset_statistics.json"  # of a fine-tune; wins over norm_stats in config.json
@@ -85,25 +85,6 @@ class Architecture:
 
 
 # ---- configuration ----------------------------------------------------------------------------------------------
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        CheckpointError: No such file, or another content.
-    """
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({error.strerror}); is this a model's folder?"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON ({error}); copy it again.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} holds a {type(values).__name__} instead of settings; copy it again.")
-    return values
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
 from PIL import Image
 from torch import Tensor
 
-from ceed_vla.backbones.files import read_files, write_files
-from ceed_vla.backbones.openvla_folder import PROMPT, read_config, read_json
+from ceed_vla.backbones.files import read_files, read_json, write_files
+from ceed_vla.backbones.openvla_folder import PROMPT, read_config
 from ceed_vla.backbones.openvla_tokenizer import FILES as TOKENIZER_FILES
 from ceed_vla.backbones.openvla_tokenizer import read_tokenizer
 from ceed_vla.errors import CheckpointError, ObservationError

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from ceed_vla.backbones.openvla_folder import read_json
+from ceed_vla.backbones.files import read_json
 from ceed_vla.errors import CheckpointError, ConfigError
 
 FAST, SLOW = "tokenizer.json", "tokenizer.model"

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ceed_vla.backbones.openvla_folder import read_json
+from ceed_vla.backbones.files import read_json
 from ceed_vla.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

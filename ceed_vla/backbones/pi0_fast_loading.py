@@ -17,7 +17,7 @@ from torch import nn
 from ceed_vla.backbones.pi0_fast_config import Pi0FastConfig, Pi0FastTokensConfig
 from ceed_vla.backbones.pi0_fast_inputs import PromptTokensStep, load_text_tokenizer
 from ceed_vla.backbones.pi0_fast_tokens import TextIds
-from ceed_vla.checkpoints import resolve_checkpoint
+from ceed_vla.checkpoints import REMOTE_CODE, check_steps, resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError
@@ -63,6 +63,7 @@ def convert_pi0_fast(
     from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 
     folder, output = resolve_checkpoint(source), Path(output_dir)
+    check_steps(folder, allowed=REMOTE_CODE)  # they are left out below
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"{output} is not empty; give a new output_dir.")
     if vocabulary not in VOCABULARIES:
@@ -208,16 +209,17 @@ def _scored(folder: Path) -> int:
 def _copy_pipeline(folder: Path, output: Path, name: str, text: Path) -> None:
     """Copy a pre- or post-processor: with the tokenizer in it, and without the step that runs code of a checkpoint."""
     file = folder / f"{name}.json"
-    if not file.is_file():
-        raise CheckpointError(f"{folder} lacks {file.name}; LeRobot writes it with every checkpoint.")
     pipeline: dict[str, Any] = json.loads(file.read_text())
-    steps = [s for s in pipeline["steps"] if s.get("registry_name") != "action_tokenizer_processor"]
+    steps = [s for s in pipeline["steps"] if s["registry_name"] not in REMOTE_CODE]
     for index, step in enumerate(steps):
-        if step.get("registry_name") == "tokenizer_processor":
+        if step["registry_name"] == "tokenizer_processor":
             kept = {key: value for key, value in step["config"].items() if key != "tokenizer_name"}
             state = f"{name}_step_{index}_prompt.safetensors"
             save_file(PromptTokensStep(**kept).read_folder(text).state_dict(), output / state)
             steps[index] = {"registry_name": "ceed_vla_pi0_fast_prompt", "config": kept, "state_file": state}
         elif "state_file" in step:
-            shutil.copyfile(folder / step["state_file"], output / step["state_file"])
+            state = Path(step["state_file"]).name
+            if not (folder / state).is_file():
+                raise CheckpointError(f"{folder} lacks {state}, which {file.name} names; copy it too.")
+            shutil.copyfile(folder / state, output / state)
     (output / file.name).write_text(json.dumps({**pipeline, "steps": steps}, indent=2) + "\n")

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features
+from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features, check_left_padding
 from ceed_vla.backbones.vlm_inputs import FLAT_KEY, IDS, MASK, ROW_KEY
 from ceed_vla.backbones.vlm_prefix import PrefixEmbeddings, VLMPrefix, language_model_arguments
 from ceed_vla.cache import TransformersCache
@@ -113,12 +113,7 @@ class VLMBackbone(TrainableBackbone):
             raise ObservationError(
                 f"The observation lacks {ROW_KEY}{PIXELS}; pass it through the checkpoint's pre-processor first."
             )
-        mask = batch[MASK_KEY]
-        if mask.shape != batch[IDS_KEY].shape or not bool(mask[:, -1].all()):
-            raise ObservationError(
-                f"{MASK_KEY} {tuple(mask.shape)} does not mark left padding of {tuple(batch[IDS_KEY].shape)} ids: "
-                "every prompt must end in the last column."
-            )
+        check_left_padding(batch, IDS_KEY, MASK_KEY)
         return rows
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from ceed_vla.backbones.files import read_json
 from ceed_vla.backbones.vlm import VLMBackbone
 from ceed_vla.cache import TransformersCache
 from ceed_vla.errors import CheckpointError, ConfigError
@@ -44,7 +45,7 @@ def check_folder(folder: Path) -> None:
             f"backbone.path is {str(folder)!r}, which is no folder; give a local one with config.json and "
             "*.safetensors. A model of a hub must be downloaded first."
         )
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     kind = config.get("model_type")
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         reason = "needs code of its own (auto_map), which is never run" if "auto_map" in config else "is none"
@@ -64,26 +65,12 @@ def check_folder(folder: Path) -> None:
                 else "."
             )
         )
-    shards = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+    shards = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing or not shards:
         raise CheckpointError(
             f"{folder} lacks {', '.join(missing) or 'all shards'}, which {INDEX} names; copy them too."
         )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text())
-    except OSError as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({error.strerror}); is this a model's folder?"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON ({error}); copy it again.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} holds a {type(values).__name__} instead of settings; copy it again.")
-    return values
 
 
 def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:

@@ -91,6 +91,31 @@ def test_the_command_converts(lab: Any, published: Any, capsys: pytest.CaptureFi
     assert torch.equal(policy.tokenizer.action_ids[result.tokens], published.tokens)
 
 
+def test_steps_that_would_run_code_are_refused(lab: Any, published: Any) -> None:
+    file = published.folder / "policy_preprocessor.json"
+    pipeline = json.loads(file.read_text())
+    assert any(step["registry_name"] == "action_tokenizer_processor" for step in pipeline["steps"])
+    output = convert_pi0_fast(published.folder, lab.folder / "ours", weights="reference")
+    copied = json.loads((output / file.name).read_text())
+    assert not any(step["registry_name"] == "action_tokenizer_processor" for step in copied["steps"])
+
+    ran = lab.folder / "ran"
+    bad = {"class": "subprocess.Popen", "config": {"args": ["touch", str(ran)]}}
+    for folder, read in (
+        (published.folder, lambda f: convert_pi0_fast(f, lab.folder / "bad")),
+        (output, load),
+    ):
+        values = json.loads((folder / file.name).read_text())
+        (folder / file.name).write_text(json.dumps({**values, "steps": [*values["steps"], bad]}))
+        with pytest.raises(CheckpointError, match=r"a step 'subprocess\.Popen', which would run code"):
+            read(folder)
+    values["steps"].append({"registry_name": "action_tokenizer_processor", "config": {}})
+    (output / file.name).write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="a step 'action_tokenizer_processor', which would run code"):
+        load(output)
+    assert not ran.exists()
+
+
 def test_a_temperature_is_said_to_be_left_out(lab: Any, published: Any, caplog: Any) -> None:
     values = json.loads((published.folder / "config.json").read_text())
     (published.folder / "config.json").write_text(json.dumps({**values, "temperature": 0.5}))
@@ -147,6 +172,9 @@ def test_bad_folders(lab: Any, published: Any) -> None:
         convert_pi0_fast(change("config.json", "{"), output)
     with pytest.raises(CheckpointError, match=r"lacks model\.safetensors"):
         convert_pi0_fast(change("model.safetensors", None), output)
+    state = next(folder.glob("*normalizer*.safetensors")).name
+    with pytest.raises(CheckpointError, match=f"lacks {state}, which policy_"):
+        convert_pi0_fast(change(state, None), lab.folder / "less")
     with pytest.raises(CheckpointError, match="no readable head"):
         convert_pi0_fast(change("model.safetensors", "x"), output)
     with pytest.raises(CheckpointError, match=r"lacks policy_preprocessor\.json"):

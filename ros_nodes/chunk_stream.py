@@ -131,7 +131,7 @@ class ChunkStream:
         *,
         delay_steps: float = 1.0,
         delay_window: int = 32,
-        delay_quantile: float = 0.75,
+        delay_quantile: float = 0.5,
         margin_s: float = 0.001,
         least_lead: float = 0.0,
         grace: float = 0.3,

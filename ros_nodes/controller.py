@@ -3,18 +3,13 @@
 Time is a grid of steps of ``action_dt``, each ``N`` ticks long. A step has one end target; the command of tick i of N
 lies on the straight line from the target before to this one, so commands stay continuous where one chunk follows
 another. As soon as `SafetyFilter` or an input objects, the arm holds and everything the policy had planned is dropped;
-it goes on from where it was held.
-
-A chunk is asked for with the last images that can still make the step at which it takes over. Images come at their own
-rate, so the grid follows them: ticks are moved, by at most `SLEW` of a period each, until images come just in time.
+it goes on from where it was held. A chunk is asked for with the last images that can still make the step at which it
+takes over, and `StepGrid` sees to it that these are fresh.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-import statistics
-from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,14 +24,11 @@ from ros_nodes.motion import Motion
 from ros_nodes.observations import Observations
 from ros_nodes.predictor import Request
 from ros_nodes.safety import Decision, Hold, SafetyFilter
+from ros_nodes.step_grid import SLEW, UNSURE, StepGrid
 
 Array = NDArray[np.float64]
 
-SLEW = 0.01  # largest change of the time between two ticks, in periods
 WAITING, STARVED = "waiting", "starved"
-_SLACK = 0.003  # between the arrival of the images and the last moment to ask with them [s]
-_UNSURE = 0.0015  # images that are expected to come with less slack than this are not waited for [s]
-_DEAD_BAND = 0.001  # deviation from `_SLACK` at which the grid stays [s]
 _OWN_HOLDS = (WAITING, STARVED)  # the stream goes on after these by itself
 _SPEECHLESS = ("act", "diffusion", "multi_task_dit", "tdmpc", "vqbet")  # policies that no instruction reaches
 
@@ -63,13 +55,13 @@ class PolicyController:
         worker: A started policy.
         command_rate: Ticks per second [Hz], a multiple of the steps per second.
         instruction: What to do.
-        slew: How far a tick may be moved, in periods; 0 where somebody else gives the ticks, such as /clock.
+        slew: See `StepGrid`.
 
     Attributes:
         statistics: What happened.
         hold: Why the arm holds now; None in motion.
         conflict: Set it to the reason why nothing may be sent now, though motion is enabled (another commander).
-        period: Time until the next tick but one; nearly always 1 / `command_rate` [s].
+        grid: When ticks come.
 
     Raises:
         ConfigError: A command rate that does not fit the steps.
@@ -89,7 +81,8 @@ class PolicyController:
     ) -> None:
         self._observations, self._motion, self._safety = observations, motion, safety
         self._stream, self._worker = stream, worker
-        self._rate, self._per_step = command_rate, ticks_per_step(command_rate, stream.action_dt)
+        self._rate = command_rate
+        self.grid = StepGrid(command_rate, ticks_per_step(command_rate, stream.action_dt), slew)
         self.instruction = instruction
         self._needs_instruction = worker.spec.policy_type not in _SPEECHLESS
         self.statistics = LoopStatistics(1.0 / command_rate)
@@ -100,11 +93,6 @@ class PolicyController:
         self._silent = True
         self._clock_fault: Hold | None = None
         self._last_tick: float | None = None
-        self.period = 1.0 / command_rate
-        self._slew, self._shift = slew, 0.0  # how much earlier the ticks shall come [s]
-        self._images: deque[float] = deque(maxlen=9)  # when sets of new images were complete, steady time [s]
-        self._origin, self._tick = 0.0, 0  # grid: time of tick 0 [s], the tick that was sent last
-        self._step_tick = 0  # tick before the first of the step that runs
         self._boundary = False  # the step that runs is done, the next one waits for the answer that is due
         self._start: Array = motion.joints  # where the step that runs starts, ...
         self._start_part = 0  # ... and at which of its ticks
@@ -171,7 +159,7 @@ class PolicyController:
         dt = now - self._last_tick if self._last_tick is not None else 1.0 / self._rate
         self._last_tick = now
         self._watch_clock(dt, clock)
-        self._count(now, dt)
+        self.grid.count(now, dt)
         dt = max(dt, 1.0 / self._rate)  # a tick that only makes up for a late one is no faster motion
         self.receive(now)
         if self._enable_asked:
@@ -191,26 +179,26 @@ class PolicyController:
         """What takes time and can wait until the command is sent: the next step, and asking for a chunk."""
         if not self._stream.started:
             return
-        if self._tick - self._step_tick >= self._per_step and not self._boundary:
+        if self.grid.part >= self.grid.ticks_per_step and not self._boundary:
             if self._stream.pending is None or self._stream.arrived:
                 self._begin_step()
             else:
                 self._boundary = True
-        due = self._next_images() - now
-        self._ask_if_due(now, due if due > 0.0 else 1.5 / self._rate)
+        if self._ask_if_due(now, self.grid.until_images(now)) is not None:
+            self.grid.give_way()
 
     def observed(self, now: float) -> None:
         """An image has come; asks for the next chunk if the next images would come too late for it."""
         if not self._observations.renewed():
             return
-        self._images.append(now)
+        self.grid.images_came(now)
         if not self._stream.started:
             return
-        period = self._next_images() - now
-        plan = self._ask_if_due(now, period)
-        if plan is not None and plan.deadline_s is not None and self._slew:
-            slack = plan.frozen_steps + self._remaining(now) - self._stream.lead
-            self._align(slack * self._stream.action_dt, period)
+        wait = self.grid.until_images(now)
+        plan = self._ask_if_due(now, wait)
+        if plan is not None and plan.deadline_s is not None:
+            slack = plan.frozen_steps + self.grid.remaining(now) - self._stream.lead
+            self.grid.align(slack * self._stream.action_dt, wait)
 
     def receive(self, now: float) -> None:
         """Take the policy's answer if there is one; called as soon as it comes, so that its step begins in time."""
@@ -219,7 +207,7 @@ class PolicyController:
             return
         if self._boundary:
             self._begin_step()
-        elif self._tick - self._step_tick <= self._stream.grace * self._per_step:
+        elif self.grid.part <= self._stream.grace * self.grid.ticks_per_step:
             self._redo_step()
 
     def ages(self, clock: float) -> dict[str, float | None]:
@@ -278,17 +266,16 @@ class PolicyController:
             self._motion.resume(decision.positions)
             self._start = self._wanted = decision.positions
             self._stream.start()
-            self._step_tick = self._tick - self._per_step  # the first step begins now
+            self.grid.begin_now()
         return decision
 
     def _move(self, dt: float, clock: float, hold: Hold | None) -> Decision:
         """The command of this tick."""
         if self._boundary:
             self._begin_step()  # with the running chunk: the answer is late
-        while self._tick - self._step_tick > self._per_step and self._stream.started:
+        while self.grid.part > self.grid.ticks_per_step and self._stream.started:
             self._begin_step()  # its first tick was missed
-        part = self._tick - self._step_tick - self._start_part
-        share = part / (self._per_step - self._start_part)
+        share = (self.grid.part - self._start_part) / (self.grid.ticks_per_step - self._start_part)
         self._wanted = self._start + share * (self._motion.joints - self._start)
         decision = self._safety.command(
             self._wanted, self._motion.gripper, dt=dt, ages=self.ages(clock), hold=hold or self._step_hold
@@ -306,10 +293,7 @@ class PolicyController:
     def _begin_step(self) -> None:
         """Take the action of the step that begins at the tick that was sent last."""
         self._boundary = False
-        self._step_tick += self._per_step
-        if self._tick - self._step_tick >= self._per_step:
-            self.statistics.slips += 1
-            self._step_tick = self._tick - 1  # a whole step was missed: skipping its motion would be a jump
+        self.statistics.slips += self.grid.begin_step()
         self._start, self._start_part = self._motion.joints, 0
         self._before_step = self._motion.save()
         self._execute(self._stream.target())
@@ -319,7 +303,7 @@ class PolicyController:
         target = self._stream.retake()
         if target is not None:
             self._motion.restore(self._before_step)
-            self._start, self._start_part = self._wanted, self._tick - self._step_tick
+            self._start, self._start_part = self._wanted, self.grid.part
             self._execute(target)
 
     def _execute(self, target: Target) -> None:
@@ -339,53 +323,13 @@ class PolicyController:
             self._fresh = asked
             self._asked.clear()
 
-    # ---- time ---------------------------------------------------------------------------------------------------
-
-    def _count(self, now: float, dt: float) -> None:
-        """Number this tick. The grid lies on its earliest ticks: a late one does not move it."""
-        if dt <= 0.0 or self._tick == 0:
-            self._origin, self._tick = now - 1.0 / self._rate, 1
-            return
-        shift = min(max(self._shift, -self._slew / self._rate), self._slew / self._rate)
-        self._shift -= shift
-        self._origin -= shift
-        self.period = 1.0 / self._rate - shift
-        count = math.floor((now - self._origin) * self._rate + 1e-6)
-        self._tick = max(self._tick + 1, count)
-        self._origin = min(self._origin, now - self._tick / self._rate)
-
-    def _remaining(self, now: float) -> float:
-        """Steps until the first command of the next step."""
-        left = self._step_tick + self._per_step + 1 - (now - self._origin) * self._rate
-        return max(left / self._per_step, 0.0)
-
-    def _next_images(self) -> float:
-        """When the next set of images is expected, steady time [s]; -inf without knowing."""
-        if len(self._images) < 2:
-            return -math.inf
-        gaps = [later - earlier for earlier, later in itertools.pairwise(self._images)]
-        return self._images[-1] + statistics.median(gaps)
-
-    def _align(self, slack: float, period: float) -> None:
-        """Move the grid so that images arrive `_SLACK` before it is too late for them.
-
-        Args:
-            slack: How much before they arrived this time [s].
-            period: Time between images [s].
-        """
-        if not 0.0 <= slack < period + _UNSURE:  # the answer is needed sooner than that
-            return
-        error = slack - _SLACK
-        error -= period if error > 0.5 * period else 0.0  # the images before were nearer
-        self._shift = error if abs(error) > _DEAD_BAND else 0.0
-
     # ---- asking and answers -------------------------------------------------------------------------------------
 
     def _ask_if_due(self, now: float, wait: float) -> Plan | None:
         """Ask for the next chunk unless observations that come in `wait` [s] will do; the plan that was sent."""
         if not self._worker.idle:
             return None
-        plan = self._stream.plan(self._remaining(now), (wait + _UNSURE) / self._stream.action_dt)
+        plan = self._stream.plan(self.grid.remaining(now), (wait + UNSURE) / self._stream.action_dt)
         if plan is not None and not self._ask(plan, now):
             self._stream.cancel(plan.id)
             return None
@@ -424,7 +368,7 @@ class PolicyController:
             return
         try:
             accepted = self._stream.offer(
-                response.id, response.actions, response.tokens, self._remaining(now)
+                response.id, response.actions, response.tokens, self.grid.remaining(now)
             )
         except ConfigError as error:
             self.statistics.errors += 1
@@ -438,7 +382,8 @@ class PolicyController:
         self.statistics.deadline_misses += late
         self._asked = {response.id: replace(asked, decode_s=response.seconds.get("total", 0.0))}
         if self._step_hold is not None:  # nothing moves: the next step need not wait for its boundary
-            self._step_tick, self._boundary = self._tick - self._per_step, True
+            self.grid.begin_now()
+            self._boundary = True
 
     def _objection(self) -> Hold | None:
         """Why the arm must hold though the safety filter has no reason."""

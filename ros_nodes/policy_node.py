@@ -26,12 +26,12 @@ from std_srvs.srv import SetBool, Trigger
 
 from ceed_vla.errors import CeedVLAError
 from ros_nodes import parameters
-from ros_nodes.controller import SLEW
 from ros_nodes.diagnostics import running_status, status_message
 from ros_nodes.interfaces import ArmInterface, GripperCommands, make_interface
 from ros_nodes.policy_setup import PolicySetup, make_setup
 from ros_nodes.safety import Decision
 from ros_nodes.spinning import StopSignal, raise_priority, run
+from ros_nodes.step_grid import SLEW
 
 CONFLICT_PERIOD = 0.2  # how often other commanders are looked for [s]
 
@@ -306,7 +306,7 @@ class _Streaming:
         self._send()
         controller = self._setup.controller
         controller.after_tick(self.now())
-        period = round(1e9 * controller.period)
+        period = round(1e9 * controller.grid.period)
         if period != self._ticks.timer_period_ns:
             self._ticks.timer_period_ns = period
 

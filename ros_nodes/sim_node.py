@@ -67,14 +67,16 @@ class SimNode(Node):
         self._wall_clock = Clock(clock_type=ClockType.SYSTEM_TIME)
         self._refused: dict[str, int] = {}
         self._last_refusal, self._refused_at = "", -math.inf
-        self._solved, self._next_images = False, 0.0
+        self._solved = False
         self._make_interfaces()
         self._reset_episode()
         self._wall = time.monotonic()
         steady = Clock(clock_type=ClockType.STEADY_TIME)  # runs on when the system's time is set
         self.create_timer(1.0 / (JOINT_STATE_RATE * self._factor), self._tick, clock=steady)
+        self._camera_timer = self.create_timer(self._camera_period, self._on_camera_time, clock=steady)
         self.create_timer(1.0, self._publish_diagnostics, clock=steady)
         self.add_on_set_parameters_callback(self._check_parameters)
+        self.add_post_set_parameters_callback(self._take_parameters)
 
     def _make_interfaces(self) -> None:
         self._joint_states = self.create_publisher(JointState, "joint_states", COMMAND)
@@ -165,7 +167,16 @@ class SimNode(Node):
                 return SetParametersResult(successful=False, reason=reason)
         return SetParametersResult(successful=True)
 
+    def _take_parameters(self, parameters: Sequence[Parameter]) -> None:
+        if any(parameter.name == "camera_rate" for parameter in parameters):
+            self._camera_timer.timer_period_ns = round(1e9 * self._camera_period)
+
     # ------------------------------------------------------------------ time
+
+    @property
+    def _camera_period(self) -> float:
+        """Between images, in real time [s]."""
+        return 1.0 / (self.get_parameter("camera_rate").value * self._factor)
 
     def _now(self) -> Time:
         """What the messages are stamped with: the simulation's time with publish_clock, else the system's."""
@@ -185,8 +196,10 @@ class SimNode(Node):
         if not self._solved and self._robot.success:
             self._solved = True
             self._success.publish(Bool(data=True))
-        if self._robot.time >= self._next_images:
-            self._publish_images()
+
+    def _on_camera_time(self) -> None:
+        self._catch_up()
+        self._publish_images()
 
     def _publish_joint_states(self) -> None:
         message = JointState(name=list(JOINTS))
@@ -198,9 +211,6 @@ class SimNode(Node):
         self._joint_states.publish(message)
 
     def _publish_images(self) -> None:
-        period = 1.0 / self.get_parameter("camera_rate").value
-        late = self._robot.time - self._next_images
-        self._next_images += period if 0.0 <= late < period else late + period
         stamp = self._now().to_msg()
         for name, pixels in self._robot.images().items():
             self._images[name].publish(array_to_image(pixels, stamp, f"{name}_camera_optical_frame"))

@@ -18,13 +18,14 @@ from sensor_msgs.msg import Image, JointState
 
 from ceed_vla.errors import ConfigError
 from ros_nodes.chunk_stream import ChunkStream
-from ros_nodes.controller import SLEW, PolicyController, ticks_per_step
+from ros_nodes.controller import PolicyController, ticks_per_step
 from ros_nodes.messages import array_to_image
 from ros_nodes.motion import JointPositions
 from ros_nodes.observations import Observations
 from ros_nodes.predictor import PolicySpec, Request, Response
 from ros_nodes.robot_config import Action, Arm, ImageSource, Interface, Limits, RobotConfig
 from ros_nodes.safety import JOINT_STATES, Decision, SafetyFilter, SafetyLimits
+from ros_nodes.step_grid import SLEW
 
 FEATURE = "observation.images.front"
 JOINTS = ("shoulder", "elbow")
@@ -171,9 +172,9 @@ class Loop:
             self.position = decision.positions
         self.controller.after_tick(self.now)
         # Like rclpy's timer: the grid does not move when a tick is late, and ticks that are past are left out.
-        self._grid += self.controller.period
+        self._grid += self.controller.grid.period
         while self._grid <= self.now:
-            self._grid += self.controller.period
+            self._grid += self.controller.grid.period
         self._next_tick = self._grid + self.late.get(len(self.sent), 0.0)
 
     def _joints(self) -> None:

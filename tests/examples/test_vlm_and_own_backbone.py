@@ -26,13 +26,14 @@ def run(name: str, *flags: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *flags],
-        capture_output=True, text=True, timeout=280, env=environment,
+        capture_output=True, text=True, timeout=800, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_smolvlm(tmp_path: Path) -> None:
     """A random model, fine-tuned and distilled on simulated demonstrations: its iterations fall by half."""
     output = run("smolvlm.py", "--output", str(tmp_path / "tiny"))
@@ -44,6 +45,7 @@ def test_smolvlm(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_own_backbone(tmp_path: Path) -> None:
     output = run("own_backbone.py", "--output", str(tmp_path / "tiny"))
     assert int(re.findall(r"(\d+) tokens by all routes: equal", output)[0]) > 1000

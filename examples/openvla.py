@@ -41,7 +41,7 @@ def make_fine_tune(folder: Path, chunk_size: int) -> tuple[Path, Path]:
         policy_path=str(base),
         roots=str(folder / "data"),
         output_dir=str(folder / "fine-tune"),
-        steps=80,
+        steps=110,
         batch_size=16,
         lr=2e-3,
         warmup=5,
@@ -53,7 +53,7 @@ def make_fine_tune(folder: Path, chunk_size: int) -> tuple[Path, Path]:
 
 
 @torch.no_grad()
-def compare(checkpoint: Path, data: Path, device: str, frames: int = 24) -> None:
+def compare(checkpoint: Path, data: Path, device: str, frames: int = 16) -> None:
     """Forwards a chunk behind the prefix, and agreement with greedy decoding, on consecutive frames of the data."""
     policy, pre, _ = load(checkpoint, device)
     store, chunk = open_dataset(data), policy.config.chunk_size
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--unnorm_key", default="", help="data set of the model's statistics")
     parser.add_argument("--camera", default="front", help="camera of the data that the model looks through")
     parser.add_argument("--chunk_size", type=int, default=4, help="actions that the model writes at once")
-    parser.add_argument("--steps", type=int, default=120, help="steps of the distillation")
+    parser.add_argument("--steps", type=int, default=100, help="steps of the distillation")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="folder for checkpoints; a temporary one without it")
     options = parser.parse_args()
@@ -97,6 +97,7 @@ def main() -> None:
         parser.error("--model and --data belong together")
     output = options.output or Path(tempfile.mkdtemp(prefix="openvla-"))
     if options.model is None:
+        torch.set_num_threads(1)  # more of them only get in each other's way on tiny layers
         teacher, data = make_fine_tune(output, options.chunk_size)
     else:
         teacher, data = output / "teacher", options.data

@@ -161,6 +161,7 @@ def main() -> None:
     tiny = options.checkpoint is None
     with tiny_sizes() if tiny else nullcontext():
         if tiny:
+            torch.set_num_threads(1)  # more of them only get in each other's way on tiny layers
             checkpoint, frames = make_tiny(output)
         else:
             checkpoint, frames = options.checkpoint, None

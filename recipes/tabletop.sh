@@ -42,7 +42,7 @@ student() { # loss seed
   [ "$1" = paper ] && options="--steps 700 --states stored --omega 1"
   finished "student_$1_$2" || ceed-vla distill --teacher_path "$teacher" --trajectories.path "$out/trajectories" \
     --roots "$roots" --output_dir "$out/student_$1_$2" --seed "$2" --resume "$(started "student_$1_$2")" \
-    --lr 5e-4 --muon_lr 5e-4 --threads 1 --max_iterations 3 --confidence 0.35 --loss "$1" $options
+    --lr 5e-4 --muon_lr 5e-4 --threads 1 --max_iterations 3 --confidence 0.3 --loss "$1" $options
 }
 for seed in 0 1 2; do
   student trust_region $seed & student paper $seed

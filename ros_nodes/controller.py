@@ -294,7 +294,8 @@ class PolicyController:
         """Take the action of the step that begins at the tick that was sent last."""
         self._boundary = False
         self.statistics.slips += self.grid.begin_step()
-        self._start, self._start_part = self._motion.joints, 0
+        held = self._safety.last_command if self._step_hold is not None else None
+        self._start, self._start_part = self._motion.joints if held is None else held, 0
         self._before_step = self._motion.save()
         self._execute(self._stream.target())
 

@@ -1,8 +1,8 @@
-"""The policy node's parameters: declared with ranges and reasons, refused with the valid ones."""
+"""Parameters of a node: declared with ranges and reasons, refused with the valid values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,13 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.robot_config import INTERFACES
 
 START, SETUP, LIVE = "start", "setup", "live"
-"""When a parameter may change: only at the start (read-only), while the node is unconfigured, or always."""
+"""When a parameter may change: only at the start (read-only), while a lifecycle node is unconfigured, or always."""
 
 
 @dataclass(frozen=True)
-class PolicyParameter:
+class NodeParameter:
     """One parameter.
 
     Attributes:
@@ -86,82 +85,16 @@ class PolicyParameter:
         return None if fits else f"{self.name} is {value!r}; it must be {self.allowed}."
 
 
-PARAMETERS = (
-    PolicyParameter(
-        "checkpoint", "student", "LeRobot checkpoint folder, or teacher or student for the shipped ones."
-    ),
-    PolicyParameter(
-        "robot_config", "", "Robot's YAML file (topics, joints, limits); empty: the simulated arm's."
-    ),
-    PolicyParameter(
-        "action_interface", "forward_position", "How commands reach the arm.", choices=INTERFACES
-    ),
-    PolicyParameter("instruction", "", "What to do; ~/instruction sets it too, the last one counts.", LIVE),
-    PolicyParameter(
-        "autostart", False, "Configure and activate at the start, without a lifecycle manager.", START
-    ),
-    PolicyParameter(
-        "start_enabled", True, "Enable motion when activated; false: wait for ~/enable (dry run)."
-    ),
-    PolicyParameter(
-        "command_rate",
-        100.0,
-        "Commands per second [Hz]; a multiple of the robot's steps per second.",
-        low=5.0,
-        high=500.0,
-    ),
-    PolicyParameter(
-        "replan_steps",
-        0,
-        "Steps after which the next chunk is due; 0: the checkpoint's n_action_steps.",
-        low=0,
-        high=64,
-    ),
-    PolicyParameter("decoding", "ceed", "How CEED-VLA checkpoints decode.", choices=("ceed", "jacobi", "ar")),
-    PolicyParameter("device", "cpu", "Where the policy runs: cpu, cuda, cuda:1, mps."),
-    PolicyParameter("inference_mode", "process", "Where inference runs.", choices=("process", "thread")),
-    PolicyParameter("inference_threads", 1, "Threads of inference on the CPU.", low=1, high=64),
-    PolicyParameter(
-        "inference_delay", 0.0, "Slows every chunk, to test slow inference [s].", low=0.0, high=5.0
-    ),
-    PolicyParameter(
-        "realtime_priority",
-        50,
-        "SCHED_FIFO priority of the command stream where the system allows it; 0: none.",
-        low=0,
-        high=90,
-    ),
-    PolicyParameter("image_timeout", 0.5, "Age of an image at which the arm holds [s].", START, 0.02, 5.0),
-    PolicyParameter(
-        "joint_state_timeout", 0.2, "Age of the joint states at which the arm holds [s].", START, 0.02, 2.0
-    ),
-    PolicyParameter(
-        "max_joint_velocity",
-        10.0,
-        "Velocity limit of every joint; the robot's own if lower [rad/s].",
-        START,
-        0.01,
-        10.0,
-    ),
-    PolicyParameter(
-        "max_joint_step",
-        1.0,
-        "Largest distance of a command from the measured position; the robot's own if lower [rad].",
-        START,
-        0.001,
-        1.0,
-    ),
-)
-_BY_NAME = {parameter.name: parameter for parameter in PARAMETERS}
+Table = Sequence[NodeParameter]
 
 
-def declare_parameters(node: Node) -> None:
-    """Declare all parameters and refuse bad values from then on.
+def declare_parameters(node: Node, table: Table) -> None:
+    """Declare all parameters of a table.
 
     Raises:
         ConfigError: A value given at the start is not allowed.
     """
-    for parameter in PARAMETERS:
+    for parameter in table:
         untyped = ParameterDescriptor(dynamic_typing=True)  # with its ranges, rclpy would word the refusal
         problem = parameter.problem(node.declare_parameter(parameter.name, parameter.default, untyped).value)
         if problem:
@@ -169,13 +102,14 @@ def declare_parameters(node: Node) -> None:
         node.set_descriptor(parameter.name, parameter.descriptor)
 
 
-def refusal(parameters: Iterable[Parameter], *, configured: bool) -> SetParametersResult:
+def refusal(table: Table, changes: Iterable[Parameter], *, configured: bool) -> SetParametersResult:
     """Whether parameters may take new values now; for `Node.add_on_set_parameters_callback`."""
-    for parameter in parameters:
-        known = _BY_NAME.get(parameter.name)
+    by_name = {parameter.name: parameter for parameter in table}
+    for change in changes:
+        known = by_name.get(change.name)
         if known is None:
             continue  # use_sim_time and the like
-        reason = known.problem(parameter.value)
+        reason = known.problem(change.value)
         if reason is None and configured and known.when == SETUP:
             reason = (
                 f"{known.name} can change only while the node is unconfigured: deactivate and clean up first."
@@ -185,8 +119,6 @@ def refusal(parameters: Iterable[Parameter], *, configured: bool) -> SetParamete
     return SetParametersResult(successful=True)
 
 
-def values(node: Node) -> dict[str, Any]:
-    """All parameters' values, floats as floats."""
-    return {
-        name: type(parameter.default)(node.get_parameter(name).value) for name, parameter in _BY_NAME.items()
-    }
+def values(node: Node, table: Table) -> dict[str, Any]:
+    """The values of all parameters of a table, floats as floats."""
+    return {p.name: type(p.default)(node.get_parameter(p.name).value) for p in table}

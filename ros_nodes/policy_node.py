@@ -28,6 +28,7 @@ from ceed_vla.errors import CeedVLAError
 from ros_nodes import parameters
 from ros_nodes.diagnostics import running_status, status_message
 from ros_nodes.interfaces import ArmInterface, GripperCommands, make_interface
+from ros_nodes.policy_parameters import POLICY_PARAMETERS
 from ros_nodes.policy_setup import PolicySetup, make_setup
 from ros_nodes.safety import Decision
 from ros_nodes.spinning import StopSignal, raise_priority, run
@@ -49,7 +50,7 @@ class PolicyNode(LifecycleNode):
 
     def __init__(self, stop: StopSignal | None = None, **node_options: Any) -> None:
         super().__init__("policy", **node_options)
-        parameters.declare_parameters(self)
+        parameters.declare_parameters(self, POLICY_PARAMETERS)
         self.add_on_set_parameters_callback(self._check_parameters)
         self.add_post_set_parameters_callback(self._take_parameters)
         self._stop = stop
@@ -78,7 +79,7 @@ class PolicyNode(LifecycleNode):
         self._publish(DiagnosticStatus.WARN, "configuring", {"state": "configuring"})
         try:
             setup = make_setup(
-                parameters.values(self),
+                parameters.values(self, POLICY_PARAMETERS),
                 cancelled=lambda: self._stop is not None and self._stop.received,
                 notify=self._answered.trigger,
                 slew=0.0 if self.get_parameter("use_sim_time").value else SLEW,
@@ -199,7 +200,7 @@ class PolicyNode(LifecycleNode):
         self.set_parameters([Parameter("instruction", value=message.data)])
 
     def _check_parameters(self, changes: list[Parameter]) -> SetParametersResult:
-        return parameters.refusal(changes, configured=self._setup is not None)
+        return parameters.refusal(POLICY_PARAMETERS, changes, configured=self._setup is not None)
 
     def _take_parameters(self, changes: list[Parameter]) -> None:
         for change in changes:

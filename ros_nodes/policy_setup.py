@@ -46,7 +46,7 @@ def make_setup(
     """Load robot and checkpoint, warm the policy up, and build the controller.
 
     Args:
-        values: Of `ros_nodes.parameters.PARAMETERS`.
+        values: Of `POLICY_PARAMETERS`.
         cancelled: Asked while the checkpoint loads; True gives up.
         notify: Called, in another thread, when the policy has answered.
         slew: See `PolicyController`.

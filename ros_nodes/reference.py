@@ -10,7 +10,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ros_nodes.parameters import LIVE, PARAMETERS, SETUP, START
+from ros_nodes.parameters import LIVE, SETUP, START, Table
+from ros_nodes.policy_parameters import POLICY_PARAMETERS
 from ros_nodes.robot_file import load_robot_config
 from ros_nodes.sim_parameters import SIM_PARAMETERS
 
@@ -82,21 +83,9 @@ def sim_topics() -> list[Row]:
     ]
 
 
-def policy_parameters() -> list[Row]:
-    """(name, default, allowed, meaning) of every parameter of the policy node."""
-    return [(p.name, _value(p.default), f"{p.allowed}; {_WHEN[p.when]}", p.description) for p in PARAMETERS]
-
-
-def sim_parameters() -> list[Row]:
-    """The same for the simulated robot."""
-    rows = []
-    for p in SIM_PARAMETERS:
-        allowed = "true or false" if isinstance(p.default, bool) else "a text"
-        if p.low is not None and p.high is not None:
-            allowed = f"[{p.low:g}, {p.high:.10g}]"
-        when = "start only (read-only)" if p.read_only else "any time"
-        rows.append((p.name, _value(p.default), f"{allowed}; {when}", p.description))
-    return rows
+def parameter_rows(table: Table) -> list[Row]:
+    """(name, default, allowed and when, meaning) of every parameter."""
+    return [(p.name, _value(p.default), f"{p.allowed}; {_WHEN[p.when]}", p.description) for p in table]
 
 
 def tables() -> dict[str, str]:
@@ -107,9 +96,9 @@ def tables() -> dict[str, str]:
     )
     return {
         "policy topics": _table(topic, policy_topics()),
-        "policy parameters": _table(parameter, policy_parameters()),
+        "policy parameters": _table(parameter, parameter_rows(POLICY_PARAMETERS)),
         "sim topics": _table(topic, sim_topics()),
-        "sim parameters": _table(parameter, sim_parameters()),
+        "sim parameters": _table(parameter, parameter_rows(SIM_PARAMETERS)),
     }
 
 

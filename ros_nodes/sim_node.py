@@ -32,11 +32,11 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from ceed_vla.errors import ConfigError, SimulationError
-from ros_nodes.sim_parameters import declare_parameters
+from ros_nodes import parameters
+from ros_nodes.sim_parameters import SIM_PARAMETERS
 from ros_nodes.sim_robot import JOINTS, SimRobot
 from ros_nodes.spinning import run
 from sim.tabletop.scene import CAMERAS
-from sim.tabletop.tasks import TASKS
 
 JOINT_STATE_RATE = 100.0  # [Hz]
 REFUSAL_SHOWN = 5.0  # how long diagnostics warn of a refused command [s]
@@ -52,7 +52,8 @@ class SimNode(Node):
 
     def __init__(self, **node_options: Any) -> None:
         super().__init__("sim", **node_options)
-        values = declare_parameters(self)
+        parameters.declare_parameters(self, SIM_PARAMETERS)
+        values = parameters.values(self, SIM_PARAMETERS)
         if values["real_time_factor"] != 1.0 and not values["publish_clock"]:
             raise ConfigError(
                 f"real_time_factor is {values['real_time_factor']}; other nodes follow a faster or slower time only "
@@ -159,16 +160,11 @@ class SimNode(Node):
         )
         return self._robot.instruction
 
-    def _check_parameters(self, parameters: Sequence[Parameter]) -> SetParametersResult:
-        """Strings have no ranges in ROS, so the task's name is checked here."""
-        for parameter in parameters:
-            if parameter.name == "task" and parameter.value not in (*TASKS, "mixed"):
-                reason = f"task is {parameter.value!r}; choose one of mixed, {', '.join(TASKS)}."
-                return SetParametersResult(successful=False, reason=reason)
-        return SetParametersResult(successful=True)
+    def _check_parameters(self, changes: Sequence[Parameter]) -> SetParametersResult:
+        return parameters.refusal(SIM_PARAMETERS, changes, configured=True)
 
-    def _take_parameters(self, parameters: Sequence[Parameter]) -> None:
-        if any(parameter.name == "camera_rate" for parameter in parameters):
+    def _take_parameters(self, changes: Sequence[Parameter]) -> None:
+        if any(change.name == "camera_rate" for change in changes):
             self._camera_timer.timer_period_ns = round(1e9 * self._camera_period)
 
     # ------------------------------------------------------------------ time

@@ -163,6 +163,52 @@ class Status:
         )
 
 
+def tiny_act(folder: Path, joints: int, spread: float) -> tuple[Any, Any, Any]:
+    """Write an ACT checkpoint with random weights, as lerobot-train would leave it: chunks of 6 steps, 4 executed.
+
+    Args:
+        folder: Where to.
+        joints: Length of state and action.
+        spread: Standard deviation of both.
+
+    Returns:
+        Policy, pre-processor and post-processor.
+    """
+    import torch
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.policies.act.configuration_act import ACTConfig
+    from lerobot.policies.act.modeling_act import ACTPolicy
+    from lerobot.policies.factory import make_pre_post_processors
+
+    torch.manual_seed(0)
+    camera, state = "observation.images.top", "observation.state"
+    config = ACTConfig(
+        input_features={
+            camera: PolicyFeature(type=FeatureType.VISUAL, shape=(3, 64, 64)),
+            state: PolicyFeature(type=FeatureType.STATE, shape=(joints,)),
+        },
+        output_features={"action": PolicyFeature(type=FeatureType.ACTION, shape=(joints,))},
+        device="cpu",
+        chunk_size=6,
+        n_action_steps=4,
+        dim_model=32,
+        n_heads=2,
+        dim_feedforward=32,
+        n_encoder_layers=1,
+        use_vae=False,
+        pretrained_backbone_weights=None,
+    )
+    stats = {
+        key: {"mean": torch.full(shape, 0.5), "std": torch.full(shape, spread)}
+        for key, shape in ((state, (joints,)), ("action", (joints,)), (camera, (3, 1, 1)))
+    }
+    policy = ACTPolicy(config).eval()
+    pre, post = make_pre_post_processors(config, dataset_stats=stats)
+    for part in (policy, pre, post):
+        part.save_pretrained(folder)
+    return policy, pre, post
+
+
 @pytest.fixture
 def graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Graph]:
     """A `Graph`; its processes end with the test."""

@@ -7,6 +7,7 @@ way. One policy node lives through all the faults that need no restart. `test_po
 from __future__ import annotations
 
 import itertools
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 
+from ros_nodes import reference
 from ros_nodes.messages import LATCHED, SENSOR, array_to_image
 from tests.ros_nodes.conftest import Graph, Status
 
@@ -204,6 +206,43 @@ def test_spoilt_inputs_stop_the_arm_and_it_goes_on_after_them(
     bench.status.state("active")
     bench.graph.wait(bench.moves, "the arm to move again", timeout=10.0)
     bench.check_smooth(since)
+
+
+def test_topics_services_and_diagnostics_are_the_documented_ones(bench: Bench) -> None:
+    bench.begin(seed=1)
+    values = bench.status.state("active")
+    node = bench.graph.node
+    page = reference.PAGE.read_text(encoding="utf-8")
+    moved = {"/relay/front": "/front/image_raw", "/relay/joint_states": "/joint_states"}
+    interfaces = ("/joint_trajectory_controller/joint_trajectory", "/servo_node/delta_twist_cmds")
+    for name, rows, absent in (
+        ("policy", reference.policy_topics(), interfaces),
+        ("sim", reference.sim_topics(), ("/clock",)),
+    ):
+        there = {
+            reference.IN: node.get_subscriber_names_and_types_by_node(name, "/"),
+            reference.OUT: node.get_publisher_names_and_types_by_node(name, "/"),
+            reference.SERVICE: node.get_service_names_and_types_by_node(name, "/"),
+        }
+        found = {
+            (moved.get(topic, topic), direction, kind)
+            for direction, pairs in there.items()
+            for topic, kinds in pairs
+            for kind in kinds
+        }
+        documented = {(f"/{row[0]}", row[1], row[2]) for row in rows}
+        assert documented - found == {row for row in documented if row[0] in absent}
+        undocumented = {row for row in found - documented if "rcl_interfaces" not in row[2]}  # of every node
+        assert {row[0] for row in undocumented} <= {
+            f"/{name}/{own}"
+            for own in (
+                *("transition_event", "get_state", "get_available_states", "get_available_transitions"),
+                *("get_transition_graph", "get_type_description"),
+            )
+        }
+    for key in set(values) - {"message"}:
+        stem = re.sub(r"_p\d+(_ms)?$|\..*", "", key)
+        assert f"`{stem}" in page, key
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ import ceed_vla
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from ros_nodes.inference import MODES, InferenceWorker, Request, Response
+from tests.ros_nodes.conftest import tiny_act
 
 FRONT, WRIST, STATE = "observation.images.front", "observation.images.wrist", "observation.state"
 INSTRUCTION = "put the red cube in the bin"
@@ -211,6 +212,7 @@ def test_a_process_that_stands_still_while_it_loads_is_given_up_and_killed() -> 
     assert worker.failed is None  # it was meant to end
 
 
+@pytest.mark.slow
 def test_the_process_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "owner.py"
     script.write_text(
@@ -287,39 +289,9 @@ def test_a_policy_that_reads_several_observations_is_refused(tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def act(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any, Any]:
-    """Folder of a tiny ACT policy with random weights, as lerobot-train would leave it, and what is in it."""
-    from lerobot.configs import FeatureType, PolicyFeature
-    from lerobot.policies.act.configuration_act import ACTConfig
-    from lerobot.policies.act.modeling_act import ACTPolicy
-    from lerobot.policies.factory import make_pre_post_processors
-
-    torch.manual_seed(0)
-    camera = "observation.images.top"
-    config = ACTConfig(
-        input_features={
-            camera: PolicyFeature(type=FeatureType.VISUAL, shape=(3, 64, 64)),
-            STATE: PolicyFeature(type=FeatureType.STATE, shape=(6,)),
-        },
-        output_features={"action": PolicyFeature(type=FeatureType.ACTION, shape=(6,))},
-        device="cpu",
-        chunk_size=5,
-        n_action_steps=3,
-        dim_model=32,
-        n_heads=2,
-        dim_feedforward=32,
-        n_encoder_layers=1,
-        use_vae=False,
-        pretrained_backbone_weights=None,
-    )
-    stats = {
-        key: {"mean": torch.full((size, *more), 0.5), "std": torch.full((size, *more), 2.0)}
-        for key, size, more in ((STATE, 6, ()), ("action", 6, ()), (camera, 3, (1, 1)))
-    }
+    """Folder of a tiny ACT policy, and what is in it."""
     folder = tmp_path_factory.mktemp("act")
-    policy = ACTPolicy(config).eval()
-    pre, post = make_pre_post_processors(config, dataset_stats=stats)
-    for part in (policy, pre, post):
-        part.save_pretrained(folder)
+    policy, pre, post = tiny_act(folder, joints=6, spread=2.0)
     # As after training: the weights came from ImageNet once, and are in the checkpoint now.
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(
@@ -339,7 +311,7 @@ def test_any_lerobot_policy_is_served(act: tuple[Path, Any, Any, Any]) -> None:
         spec = worker.spec
         raw = {"observation.images.top": image, STATE: state}
         answer = ask(worker, Request(1, raw, "anything", None, 0, 2, deadline_s=0.1))
-    assert (spec.policy_type, spec.is_ceed, spec.chunk_steps, spec.n_action_steps) == ("act", False, 5, 3)
+    assert (spec.policy_type, spec.is_ceed, spec.chunk_steps, spec.n_action_steps) == ("act", False, 6, 4)
     assert spec.cameras == {"observation.images.top": (3, 64, 64)}
     assert (answer.error, answer.tokens, answer.forwards, answer.exit_reason) == (None, None, 0, "")
     batch = {
@@ -349,7 +321,7 @@ def test_any_lerobot_policy_is_served(act: tuple[Path, Any, Any, Any]) -> None:
     }
     with torch.no_grad():
         expected = post(policy.predict_action_chunk(pre(batch)))[0].numpy()
-    assert answer.actions.shape == (5, 6)
+    assert answer.actions.shape == (6, 6)
     np.testing.assert_allclose(answer.actions, expected, atol=1e-5)
 
 

@@ -23,7 +23,7 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from lifecycle_msgs.srv import GetState
 from rcl_interfaces.srv import GetParameters
 
-from ros_nodes.parameters import PARAMETERS
+from ros_nodes.policy_parameters import POLICY_PARAMETERS
 from ros_nodes.robot_file import load_robot_config
 from ros_nodes.sim_parameters import SIM_PARAMETERS
 
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 FILES = ("policy.launch.py", "sim_demo.launch.py")
 DECLARED = {
-    "policy_node": {parameter.name: parameter for parameter in PARAMETERS},
+    "policy_node": {parameter.name: parameter for parameter in POLICY_PARAMETERS},
     "sim_node": {parameter.name: parameter for parameter in SIM_PARAMETERS},
 }
 
@@ -149,8 +149,7 @@ def test_parameter_files_fit_the_declarations(file: str, executable: str) -> Non
     for name, value in values.items():
         parameter = DECLARED[executable][name]
         assert type(value) is type(parameter.default)
-        if parameter.low is not None and parameter.high:
-            assert parameter.low <= value <= parameter.high
+        assert parameter.problem(value) is None
 
 
 def test_the_node_runs_as_launch_runs_it(graph: Any, tmp_path: Path) -> None:

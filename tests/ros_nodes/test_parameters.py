@@ -17,7 +17,9 @@ from rclpy.parameter import Parameter
 
 from ceed_vla.errors import ConfigError
 from ros_nodes import parameters
-from ros_nodes.parameters import PARAMETERS, PolicyParameter
+from ros_nodes.parameters import NodeParameter
+from ros_nodes.policy_parameters import POLICY_PARAMETERS
+from ros_nodes.sim_parameters import SIM_PARAMETERS
 
 BAD = [
     ("command_rate", 1e9, r"command_rate is 1000000000.0; it must be a number in \[5, 500\]"),
@@ -49,8 +51,10 @@ def make_node(context: Context, **overrides: Any) -> Node:
 
 def test_descriptors_say_what_is_allowed(context: Context) -> None:
     node = make_node(context)
-    parameters.declare_parameters(node)
-    assert parameters.values(node) == {parameter.name: parameter.default for parameter in PARAMETERS}
+    parameters.declare_parameters(node, POLICY_PARAMETERS)
+    assert parameters.values(node, POLICY_PARAMETERS) == {
+        parameter.name: parameter.default for parameter in POLICY_PARAMETERS
+    }
     rate = node.describe_parameter("command_rate")
     assert (rate.floating_point_range[0].from_value, rate.floating_point_range[0].to_value) == (5.0, 500.0)
     assert "[Hz]" in rate.description
@@ -60,20 +64,20 @@ def test_descriptors_say_what_is_allowed(context: Context) -> None:
 
 def test_whole_numbers_are_taken_for_floats(context: Context) -> None:
     node = make_node(context, command_rate=50)
-    parameters.declare_parameters(node)
-    assert parameters.values(node)["command_rate"] == 50.0
-    assert isinstance(parameters.values(node)["command_rate"], float)
+    parameters.declare_parameters(node, POLICY_PARAMETERS)
+    assert parameters.values(node, POLICY_PARAMETERS)["command_rate"] == 50.0
+    assert isinstance(parameters.values(node, POLICY_PARAMETERS)["command_rate"], float)
 
 
 @pytest.mark.parametrize(("name", "value", "message"), BAD)
 def test_bad_values_at_the_start(context: Context, name: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        parameters.declare_parameters(make_node(context, **{name: value}))
+        parameters.declare_parameters(make_node(context, **{name: value}), POLICY_PARAMETERS)
 
 
 @pytest.mark.parametrize(("name", "value", "message"), BAD)
 def test_bad_values_later(name: str, value: Any, message: str) -> None:
-    result = parameters.refusal([Parameter(name, value=value)], configured=False)
+    result = parameters.refusal(POLICY_PARAMETERS, [Parameter(name, value=value)], configured=False)
     assert not result.successful
     with pytest.raises(ConfigError, match=message):
         raise ConfigError(result.reason)
@@ -81,12 +85,16 @@ def test_bad_values_later(name: str, value: Any, message: str) -> None:
 
 def test_setup_changes_only_while_unconfigured() -> None:
     change = [Parameter("checkpoint", value="teacher")]
-    assert parameters.refusal(change, configured=False).successful
-    result = parameters.refusal(change, configured=True)
+    assert parameters.refusal(POLICY_PARAMETERS, change, configured=False).successful
+    result = parameters.refusal(POLICY_PARAMETERS, change, configured=True)
     assert not result.successful
     assert "deactivate and clean up first" in result.reason
-    assert parameters.refusal([Parameter("instruction", value="stop")], configured=True).successful
-    assert parameters.refusal([Parameter("use_sim_time", value=True)], configured=True).successful
+    assert parameters.refusal(
+        POLICY_PARAMETERS, [Parameter("instruction", value="stop")], configured=True
+    ).successful
+    assert parameters.refusal(
+        POLICY_PARAMETERS, [Parameter("use_sim_time", value=True)], configured=True
+    ).successful
 
 
 @pytest.mark.parametrize(
@@ -94,14 +102,16 @@ def test_setup_changes_only_while_unconfigured() -> None:
 )
 def test_safety_limits_are_read_only(context: Context, name: str) -> None:
     node = make_node(context)
-    parameters.declare_parameters(node)
+    parameters.declare_parameters(node, POLICY_PARAMETERS)
     (result,) = node.set_parameters([Parameter(name, value=0.5)])
     assert not result.successful
     assert "read-only" in result.reason
 
 
-@pytest.mark.parametrize("parameter", PARAMETERS, ids=lambda parameter: parameter.name)
-def test_every_parameter_is_described(parameter: PolicyParameter) -> None:
+@pytest.mark.parametrize(
+    "parameter", POLICY_PARAMETERS + SIM_PARAMETERS, ids=lambda parameter: parameter.name
+)
+def test_every_parameter_is_described(parameter: NodeParameter) -> None:
     assert parameter.problem(parameter.default) is None
     assert parameter.description.endswith(".")
     assert parameter.when in (parameters.START, parameters.SETUP, parameters.LIVE)

@@ -23,7 +23,7 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ros_nodes.messages import LATCHED, SENSOR, array_to_image, seconds
 from ros_nodes.robot_file import load_robot_config
-from tests.ros_nodes.conftest import Status
+from tests.ros_nodes.conftest import Status, tiny_act
 
 ROBOT = load_robot_config()
 ARM, HOME = ROBOT.arm.joints, ROBOT.arm.home
@@ -104,6 +104,7 @@ def change_state(graph: Any, transition: int) -> bool:
     return bool(graph.call("/policy/change_state", ChangeState, request, timeout=90.0).success)
 
 
+@pytest.mark.slow
 def test_streams_holds_and_recovers(graph: Any) -> None:
     robot, status = tabletop(graph), Status(graph)
     commands = graph.listen(COMMANDS, Float64MultiArray)
@@ -258,48 +259,9 @@ def act_robot(folder: Path) -> Path:
     return folder / "robot.yaml"
 
 
-def act_checkpoint(folder: Path) -> Path:
-    """A tiny ACT policy with random weights, as lerobot-train would leave it."""
-    import torch
-    from lerobot.configs import FeatureType, PolicyFeature
-    from lerobot.policies.act.configuration_act import ACTConfig
-    from lerobot.policies.act.modeling_act import ACTPolicy
-    from lerobot.policies.factory import make_pre_post_processors
-
-    torch.manual_seed(0)
-    features = {
-        "observation.images.top": PolicyFeature(type=FeatureType.VISUAL, shape=(3, 64, 64)),
-        "observation.state": PolicyFeature(type=FeatureType.STATE, shape=(2,)),
-    }
-    config = ACTConfig(
-        input_features=features,
-        output_features={"action": PolicyFeature(type=FeatureType.ACTION, shape=(2,))},
-        device="cpu",
-        chunk_size=6,
-        n_action_steps=4,
-        dim_model=32,
-        n_heads=2,
-        dim_feedforward=32,
-        n_encoder_layers=1,
-        use_vae=False,
-        pretrained_backbone_weights=None,
-    )
-    stats = {
-        key: {"mean": torch.full(shape, 0.5), "std": torch.full(shape, 20.0)}
-        for key, shape in (
-            ("observation.state", (2,)),
-            ("action", (2,)),
-            ("observation.images.top", (3, 1, 1)),
-        )
-    }
-    ACTPolicy(config).save_pretrained(folder)
-    for pipeline in make_pre_post_processors(config, dataset_stats=stats):
-        pipeline.save_pretrained(folder)
-    return folder
-
-
 def test_any_lerobot_policy_drives(graph: Any, tmp_path: Path) -> None:
-    checkpoint = act_checkpoint(tmp_path / "act")
+    checkpoint = tmp_path / "act"
+    tiny_act(checkpoint, joints=2, spread=20.0)
     Robot(graph, {"/top/compressed": (120, 160)}, {"shoulder": 0.1, "elbow": -0.1, "base": 3.0})
     status = Status(graph)
     trajectories = graph.listen("/joint_trajectory_controller/joint_trajectory", JointTrajectory)

@@ -1,0 +1,79 @@
+"""``ceed-vla ros-demo``: what it refuses, what it reports, and a whole run that another reader of bags can open."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
+
+from rich.console import Console
+
+from ceed_vla.errors import CheckpointError, ConfigError, SimulationError
+from ros_nodes.demo import RosDemoConfig, ros_arguments, ros_demo
+from ros_nodes.demo_report import rest_after
+
+KEYS = [
+    *("command_rate_hz", "missed_ticks_fraction", "jitter_ms", "episodes", "success_rate", "success_ci95"),
+    *("seam_step_ratio", "observation_to_command_ms", "decode_ms", "holds", "clamps"),
+]
+MS = 1_000_000  # [ns]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"episodes": 0}, ConfigError, r"--episodes is 0; it must be in \[1, 10000\]"),
+        ({"stream_seconds": -1.0}, ConfigError, "--stream_seconds"),
+        ({"action_interface": "wheels"}, ConfigError, "'wheels'; choose one of forward_position"),
+        ({"decoding": "beam"}, ConfigError, "--decoding"),
+        ({"task": "juggle"}, SimulationError, "juggle"),
+        ({"checkpoint": "nowhere"}, CheckpointError, "No checkpoint folder"),
+    ],
+)
+def test_options_that_cannot_work_start_nothing(
+    changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        ros_demo(RosDemoConfig(output_dir=str(tmp_path / "out"), **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_are_quoted_for_ros() -> None:
+    assert ros_arguments({"a": "1e5", "b": 2.0}) == ["-p", 'a:="1e5"', "-p", "b:=2.0"]
+
+
+def test_time_to_rest_is_the_last_moving_state() -> None:
+    states = [(t * MS, SimpleNamespace(velocity=[0.0, v])) for t, v in ((0, 1), (10, -1), (20, 0.2), (30, 0))]
+    assert rest_after(states, 5 * MS) == 15.0
+    assert rest_after(states[:3], 5 * MS) is None
+    assert rest_after(states, 40 * MS) is None  # nobody saw it
+
+
+@pytest.mark.slow
+def test_a_run_writes_its_numbers_and_a_bag(tmp_path: Path) -> None:
+    rosbags = pytest.importorskip("rosbags.highlevel", reason="rosbags is not installed")
+    config = RosDemoConfig(
+        episodes=2, task="push_cube", output_dir=str(tmp_path), stream_seconds=2.0, kill=True
+    )
+    with (tmp_path / "console.txt").open("w") as file:
+        report = ros_demo(config, Console(file=file, width=100))
+    assert list(report) == KEYS
+    assert json.loads((tmp_path / "ros.json").read_text()) == report
+    assert set(report["jitter_ms"]) == set(report["observation_to_command_ms"]) == {"p50", "p99"}
+    assert set(report["decode_ms"]) == {"p50", "p95", "p99"}
+    details = json.loads((tmp_path / "details.json").read_text())
+    assert [episode["seed"] for episode in details["per_episode"]] == [50000, 50001]
+    assert details["rest_after_kill_ms"] is not None
+    assert details["commands"] > 300
+    assert "policy node killed in mid-motion" in (tmp_path / "console.txt").read_text()
+    with rosbags.AnyReader([tmp_path / "bag.mcap"]) as reader:
+        counts = {connection.topic: connection.msgcount for connection in reader.connections}
+    assert counts["/forward_position_controller/commands"] >= details["commands"]
+    assert {"/front/image_raw", "/wrist/image_raw", "/joint_states", "/diagnostics", "/sim/success"} <= set(
+        counts
+    )

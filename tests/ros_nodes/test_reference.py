@@ -1,0 +1,36 @@
+"""docs/robots.md says what the code does. (`test_faults` compares the topics with those of running nodes.)"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
+
+from ros_nodes import reference
+from ros_nodes.diagnostics import HARMLESS
+from ros_nodes.safety import CLAMPS, HOLD_CODES
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = reference.PAGE.read_text(encoding="utf-8")
+
+
+def test_tables_are_those_of_the_code() -> None:
+    assert reference.filled(TEXT) == TEXT, "run python -m ros_nodes.reference"
+    assert set(re.findall(r"<!-- (.*?) -->", TEXT)) == {*reference.tables(), "end"}
+
+
+def test_every_hold_is_explained() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "ros_nodes").glob("*.py"))
+    raised = set(re.findall(r'Hold\(\s*"(\w+)"', source)) | set(HOLD_CODES) | set(HARMLESS)
+    explained = set(re.findall(r"`(\w+)`", TEXT.split("## 3.")[1].split("## 4.")[0]))
+    assert raised <= explained
+    assert "Clamps are counted by kind" in TEXT
+    assert CLAMPS
+
+
+def test_files_that_the_page_names_exist() -> None:
+    for name in re.findall(r"`((?:launch|docs)/[\w./]+)`", TEXT):
+        assert (ROOT / name).exists(), name

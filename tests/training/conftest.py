@@ -82,7 +82,9 @@ def vlm_policy(base: Path, **changes: Any) -> Any:
     from ceed_vla.configuration_ceed_vla import tabletop_config
 
     settings = {"chunk_size": 4, "n_action_steps": 2, "auxiliary_scale": []}
-    backbone = {k: changes.pop(k) for k in ("weights", "proprio", "dtype", "cameras") if k in changes}
+    backbone = {
+        k: changes.pop(k) for k in ("weights", "proprio", "dtype", "cameras", "action_ids") if k in changes
+    }
     return tabletop_config(backbone=VLMConfig(path=str(base), **backbone), **{**settings, **changes})
 
 

@@ -119,12 +119,21 @@ def test_copies_of_the_base_in_memory(
 # ---- checkpoints ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", ["reference", "copied"])
+@pytest.mark.parametrize(
+    ("weights", "action_ids", "also"),
+    [
+        ("reference", "last", ""),
+        ("copied", "last", ""),
+        ("reference", "added", "embed_tokens,lm_head"),
+        ("copied", "added", "embed_tokens,lm_head"),
+    ],
+)
 def test_a_checkpoint_is_the_trained_policy(
-    studio: Any, base: Path, tmp_path: Path, weights: str, read_log: Callable[..., dict[int, float]]
-) -> None:
-    policy = studio.vlm_policy(base, weights=weights, proprio="projected")
-    lora = LoRAConfig(rank=4, alpha=12, targets="all")
+    studio: Any, base: Path, tmp_path: Path, weights: str, action_ids: str, also: str,
+    read_log: Callable[..., dict[int, float]],
+) -> None:  # fmt: skip
+    policy = studio.vlm_policy(base, weights=weights, action_ids=action_ids, proprio="projected")
+    lora = LoRAConfig(rank=4, alpha=12, targets="all", train=f"state,{also}")
     run = TeacherRun(studio.train_config(tmp_path, policy=policy, steps=4, lora=lora, **PLAIN), None, None)
     run.run()
     losses = list(read_log(tmp_path).values())

@@ -66,7 +66,11 @@ def test_every_combination_trains_only_the_trunk(
     studio: Any, teacher: tuple[Any, Any, Any], tmp_path: Path, loss: str, states: str,
     read_log: Callable[..., dict[int, float]],
 ) -> None:  # fmt: skip
-    distill(studio.distill_config(tmp_path / "run", loss=loss, states=states, max_iterations=3, confidence=0.4, lr=1e-2))
+    distill(
+        studio.distill_config(
+            tmp_path / "run", loss=loss, states=states, max_iterations=3, confidence=0.4, lr=1e-2
+        )
+    )
     student, _, _ = ceed_vla.load(tmp_path / "run" / FINAL)
     before, after = teacher[0].state_dict(), student.state_dict()
     for name, value in before.items():

@@ -46,7 +46,7 @@ class OpenVLAImages:
         file: Where they come from, for messages.
 
     Attributes:
-        sizes: ``[S, S]`` of every tower.
+        sizes: ``[S, S]`` of every tower's pixels.
 
     Raises:
         CheckpointError: Settings that are missing, unknown, or of different numbers of towers.
@@ -59,8 +59,8 @@ class OpenVLAImages:
                 f"{file}: image_resize_strategy is {strategy!r}; it may be {', '.join(STRATEGIES)}."
             )
         try:
-            self.sizes = [[int(v) for v in size[-2:]] for size in settings["input_sizes"]]
-            parts = [_expanded(settings, strategy, tower, size) for tower, size in enumerate(self.sizes)]
+            sizes = [[int(v) for v in size[-2:]] for size in settings["input_sizes"]]
+            parts = [_expanded(settings, strategy, tower, size) for tower, size in enumerate(sizes)]
             self._transforms = [_transform(part) for part in parts]
             fill = [int(255 * value) for value in settings["means"][-1]]  # the last tower's
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -70,8 +70,10 @@ class OpenVLAImages:
             ) from error
         if len({tuple(part.crop) for part in self._transforms}) != 1:
             raise CheckpointError(
-                f"{file}: the vision towers see {self.sizes} pixels; they must all be equal."
+                f"{file}: the vision towers see {[part.crop for part in self._transforms]} pixels; they must all be "
+                "equal."
             )
+        self.sizes = [part.crop for part in self._transforms]
         boxed = settings.get("tvf_do_letterbox")
         self._letterbox = strategy == "letterbox" if boxed is None else bool(boxed)
         self._fill = list(settings.get("tvf_letterbox_fill") or fill)

@@ -65,6 +65,12 @@ class OpenVLAInputsStep(ObservationProcessorStep):
                 f"{Path(path) / IMAGES_FILE} prepares images for {len(self._images.sizes)} vision towers, "
                 f"config.json has {towers}."
             )
+        seen, sizes = self._images.sizes[0], config["image_sizes"]
+        if any(list(seen) != ([size] * 2 if isinstance(size, int) else list(size[-2:])) for size in sizes):
+            raise CheckpointError(
+                f"{Path(path) / IMAGES_FILE} prepares images of {seen} pixels, image_sizes in config.json is {sizes}; "
+                "they belong to different models."
+            )
         return self
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -177,6 +177,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, Any], Any], str]] = {
         lambda f, e: e(f / "preprocessor_config.json", means=[[0.5] * 3]),
         "needs input_sizes, .* one entry a vision tower",
     ),
+    "images of another size than the towers see": (
+        "siglip",
+        lambda f, e: e(f / "preprocessor_config.json", input_sizes=[[3, 56, 56]]),
+        r"prepares images of \[56, 56\] pixels, image_sizes in config\.json is \[28\]",
+    ),
     "towers of two sizes": (
         "fused",
         lambda f, e: e(f / "preprocessor_config.json", input_sizes=[[3, 28, 28], [3, 42, 42]]),

@@ -178,7 +178,7 @@ def load_weights(policy: CeedVLAPolicy, folder: Path, strict: bool = True) -> No
 
     file = folder / "model.safetensors"
     try:
-        missing, unexpected = load_model(policy, file, strict=False, device=str(policy.config.device))
+        missing, unexpected = load_model(policy, file, strict=False)  # copied into weights that have a place
         with safe_open(file, "pt") as weights:
             own = set(weights.keys())
             policy.adapters = {name: weights.get_tensor(name) for name in own if is_adapter(name)}

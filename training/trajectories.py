@@ -115,6 +115,8 @@ def collect(config: CollectConfig) -> Path:
         raise ConfigError(f"shard_index is {config.shard_index}; it must lie in 0..{config.num_shards - 1}.")
     if config.threads:
         torch.set_num_threads(config.threads)
+    if config.device == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # every process its own GPU
     shares = guess_shares(config.guesses)
     policy, pre, _ = load(config.policy_path, device=config.device)
     steps = policy.config.n_action_steps

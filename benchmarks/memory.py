@@ -121,7 +121,7 @@ def measure(name: str, folder: Path, billions: float, device: str) -> dict[str, 
     from training.objective import DistillationObjective
     from training.optim import build_optimizers
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     mode = MODES[name]
     dtype = "bfloat16" if mode.weights == 2 else "float32"
     make_policy(folder, 1e-3, dtype, device)  # loads all libraries

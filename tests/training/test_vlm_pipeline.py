@@ -98,3 +98,22 @@ def test_train_collect_and_distil(
         student.backbone.named_parameters(), policy.backbone.named_parameters(), strict=True
     ):
         assert torch.equal(own, its) == (name not in learning), name
+
+
+def test_a_base_that_is_none(train: Callable[..., Path], tmp_path: Path, capfd: Any) -> None:
+    """Exit code 1 and one line, before any training."""
+    make_tiny_vlm("smolvlm", tmp_path / "whole")
+    (tmp_path / "whole" / "model.safetensors").unlink()
+    for folder, message in (
+        ("nowhere", "which is no folder"),
+        ("whole", "has neither model.safetensors nor"),
+    ):
+        flags = {
+            "policy.backbone.type": "vlm",
+            "policy.backbone.path": tmp_path / folder,
+            "grounding_steps": 0,
+        }
+        flags |= {"roots": tmp_path / "demo", "output_dir": tmp_path / folder / "run", "rounds": 0}
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        assert main(["train", *words]) == 1
+        assert message in capfd.readouterr().err

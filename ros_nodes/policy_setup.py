@@ -59,7 +59,7 @@ def make_setup(
     interface = robot.interface(values["action_interface"])
     ticks_per_step(values["command_rate"], robot.action.dt)
     kinematics = _kinematics(robot)
-    limits = _limits(robot, kinematics, values)
+    limits = _limits(robot, interface, kinematics, values)
     worker = InferenceWorker(
         values["checkpoint"],
         mode=values["inference_mode"],
@@ -131,12 +131,15 @@ def _kinematics(robot: RobotConfig) -> ArmKinematics | None:
 
 
 def _limits(
-    robot: RobotConfig, kinematics: ArmKinematics | None, values: Mapping[str, Any]
+    robot: RobotConfig, interface: Interface, kinematics: ArmKinematics | None, values: Mapping[str, Any]
 ) -> Callable[[Observations], SafetyLimits]:
     """The safety limits, as soon as it is known which cameras there are."""
     low, high = np.array(robot.limits.low), np.array(robot.limits.high)
     if kinematics is not None and not robot.limits.low:
         low, high = kinematics.position_low, kinematics.position_high
+    step = np.array(robot.limits.step)
+    if interface.kind == "servo_twist":  # only the TCP is commanded: the arm's posture may be another
+        step, values = np.full_like(step, 2.0 * np.pi), {**values, "max_joint_step": 2.0 * np.pi}
 
     def make(observations: Observations) -> SafetyLimits:
         cameras = {camera.source.name: values["image_timeout"] for camera in observations.cameras}
@@ -147,7 +150,7 @@ def _limits(
             position_low=low,
             position_high=high,
             max_velocity=np.minimum(robot.limits.velocity, values["max_joint_velocity"]),
-            max_step=np.minimum(robot.limits.step, values["max_joint_step"]),
+            max_step=np.minimum(step, values["max_joint_step"]),
             timeouts={JOINT_STATES: values["joint_state_timeout"], **cameras},
             **opening,
         )

@@ -219,6 +219,6 @@ def _kill_in_motion(session: Session, config: RosDemoConfig, console: Console) -
     if not session.spin(5.0, until=lambda: session.speed > _MOVING):
         raise NodeError("The arm did not move within 5 s, so nothing was killed.")
     moment = session.kill_policy()
-    session.spin(_DECAY)
+    session.spin(10.0 * _DECAY, until=lambda: session.heard > moment + 1e9 * _DECAY)
     console.print("  policy node killed in mid-motion")
     return moment

@@ -53,6 +53,7 @@ class Session:
         bag: What was recorded.
         policy: Newest diagnostics of the policy node, key -> value.
         speed: Of the fastest joint [rad/s].
+        heard: Stamp of the newest joint state [ns]; a busy recorder is behind.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Session:
             "LOCALHOST"  # read by rclpy.init, here and in the children
         )
         self.policy: dict[str, str] = {}
-        self.speed = 0.0
+        self.speed, self.heard = 0.0, 0
         self._folder, self._domain = folder, domain
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._solved: list[bool] = []
@@ -108,6 +109,7 @@ class Session:
 
     def _on_joint_states(self, message: JointState) -> None:
         self.speed = max(map(abs, message.velocity), default=0.0)
+        self.heard = 10**9 * message.header.stamp.sec + message.header.stamp.nanosec
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         self.policy = status_values(message, "action_interface") or self.policy

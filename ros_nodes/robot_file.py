@@ -178,7 +178,7 @@ def _interfaces(fields: Fields) -> dict[str, Interface]:
                 kind,
                 topic,
                 frame=one.text("frame"),
-                gain=one.number("gain", 0.0, 50.0, default=5.0),
+                gain=one.number("gain", 0.0, 50.0, default=2.0),
                 max_linear=one.number("max_linear", 1e-3, 5.0, default=0.7),
                 max_angular=one.number("max_angular", 1e-3, 10.0, default=3.0),
             )

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
 
 from ceed_vla.errors import ConfigError
 
@@ -222,7 +223,7 @@ def _smolvlm2(width: int, layers: int) -> tuple[Any, Any]:
     images = transformers.SmolVLMImageProcessor(
         size=longest, max_image_size=longest, do_image_splitting=False
     )
-    videos = transformers.SmolVLMVideoProcessor(size=longest, max_image_size=longest)
+    videos = SmolVLMVideoProcessor(size=longest, max_image_size=longest)
     return config, transformers.SmolVLMProcessor(images, tokenizer, videos, **joint)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import draccus
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -26,7 +27,7 @@ RECIPES = ROOT / "recipes" / "accelerate"
 FINAL = Path("checkpoints/final/pretrained_model")
 
 WORKER = """
-import os, pickle, signal, sys
+import json, os, signal, sys
 sys.path[:0] = [sys.argv[1]]
 import torch
 from accelerate import Accelerator
@@ -45,11 +46,13 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true":
             state.distributed_type = DistributedType.MULTI_GPU
     PartialState.__init__ = begin_as_gpus
 
-from training.distill import distill
+import draccus
+from training.distill import DistillConfig, distill
 from training.run import Run
-from training.teacher import train
-from training.trajectories import collect
+from training.teacher import TrainConfig, train
+from training.trajectories import CollectConfig, collect
 
+commands = {"train": (train, TrainConfig), "collect": (collect, CollectConfig), "distill": (distill, DistillConfig)}
 kill_at = int(sys.argv[3])
 if kill_at >= 0 and os.environ["RANK"] == "1":
     original = Run.optimize
@@ -58,13 +61,14 @@ if kill_at >= 0 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         original(run, *arguments)
     Run.optimize = optimize
-with open(sys.argv[2], "rb") as file:  # written by the test
-    jobs = pickle.load(file)
+with open(sys.argv[2]) as file:  # written by the test
+    jobs = json.load(file)
 end = Accelerator.end_training
-for number, (name, config) in enumerate(jobs, 1):
+for number, (name, settings) in enumerate(jobs, 1):
     # A run ends with its process group; the next job in these processes needs it still.
     Accelerator.end_training = end if number == len(jobs) else Accelerator.wait_for_everyone
-    {"train": train, "collect": collect, "distill": distill}[name](config)
+    function, kind = commands[name]
+    function(draccus.decode(kind, settings))
 """
 
 
@@ -73,9 +77,9 @@ def together(tmp_path: Path) -> Callable[..., int]:
     """Run ("train" | "collect" | "distill", settings) in two processes; the second is killed before a step."""
 
     def launch(*jobs: tuple[str, Any], recipe: str = "ddp", kill_at: int = -1) -> int:
-        script, settings = tmp_path / "worker.py", tmp_path / "jobs.pickle"
+        script, settings = tmp_path / "worker.py", tmp_path / "jobs.json"
         script.write_text(WORKER)
-        settings.write_bytes(pickle.dumps(jobs))
+        settings.write_text(json.dumps([(name, draccus.encode(config)) for name, config in jobs]))
         accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
         recipe_flags = ["--config_file", str(RECIPES / f"{recipe}.yaml"), "--num_processes", "2"]
         worker = [str(script), str(ROOT), str(settings), str(kill_at)]

@@ -113,7 +113,12 @@ def test_a_base_that_is_none(train: Callable[..., Path], tmp_path: Path, capfd: 
             "policy.backbone.path": tmp_path / folder,
             "grounding_steps": 0,
         }
-        flags |= {"roots": tmp_path / "demo", "output_dir": tmp_path / folder / "run", "rounds": 0}
+        flags |= {
+            "roots": tmp_path / "demo",
+            "output_dir": tmp_path / folder / "run",
+            "rounds": 0,
+            "mixed_precision": "no",
+        }
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         assert main(["train", *words]) == 1
         assert message in capfd.readouterr().err

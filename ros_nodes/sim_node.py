@@ -15,6 +15,8 @@ from typing import Any
 
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is imported; renders without a screen
+# A writer into the shared memory of a process that was killed may wait a second for it, and the robot with it.
+os.environ.setdefault("FASTDDS_BUILTIN_TRANSPORTS", "UDPv4")
 
 from ros_nodes.messages import COMMAND, LATCHED, SENSOR, array_to_image, seconds  # noqa: I001 - explains absent ROS
 

@@ -259,6 +259,7 @@ def act_robot(folder: Path) -> Path:
     return folder / "robot.yaml"
 
 
+@pytest.mark.slow
 def test_any_lerobot_policy_drives(graph: Any, tmp_path: Path) -> None:
     checkpoint = tmp_path / "act"
     tiny_act(checkpoint, joints=2, spread=20.0)

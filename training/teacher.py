@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,12 +180,13 @@ class TeacherRun(Run):
                 config.policy_path, device=config.policy.device, merge_adapters=not adapted
             )
         else:
-            set_features(config.policy, self.demonstrations[0])
+            chosen = deepcopy(config.policy)  # it is filled in; the settings can be used again
+            set_features(chosen, self.demonstrations[0])
             stats = state_statistics(self.demonstrations)
-            fit_action_tokens(config.policy, self.demonstrations)
-            policy = CeedVLAPolicy(config.policy, dataset_stats=stats)
+            fit_action_tokens(chosen, self.demonstrations)
+            policy = CeedVLAPolicy(chosen, dataset_stats=stats)
             tasks = [task for store in (*self.demonstrations, *self.grounding) for task in store.tasks]
-            pre, post = make_ceed_vla_pre_post_processors(config.policy, stats, instructions=tasks)
+            pre, post = make_ceed_vla_pre_post_processors(chosen, stats, instructions=tasks)
         needed = len(policy.config.auxiliary_scale)
         for store in self.grounding:
             have = store.shapes.get(ENVIRONMENT, (0,))[0]

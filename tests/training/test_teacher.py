@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ def test_the_checkpoint_acts(studio: Any) -> None:
 
     result = policy.decode(pre(open_dataset(studio.demo).batch(np.array([0, 20]), 4)), "ar")
     assert result.actions.shape == (2, 4, 7)
+
+
+def test_the_settings_stay_as_they_were(studio: Any, tmp_path: Path) -> None:
+    config = studio.train_config(tmp_path / "run", steps=1, grounding_steps=0)
+    before = deepcopy(config)
+    train(config)
+    assert config == before
 
 
 def test_training_continues_from_a_checkpoint(

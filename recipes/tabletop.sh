@@ -35,19 +35,20 @@ collect() {
 collect 0 & collect 1
 wait $!
 
-# 4. Students: both losses, three seeds each, two runs side by side. The steps are those of the model card, where
-# the paper's loss got fewer for want of time.
+# 4. Students: both losses, three seeds each, the same number of steps; two runs side by side, one thread each.
 student() { # loss seed
-  local options="--steps 1000"
-  [ "$1" = paper ] && options="--steps 400 --states stored --omega 1"
+  local states=""
+  [ "$1" = paper ] && states="--states stored --omega 1"
   finished "student_$1_$2" || ceed-vla distill --teacher_path "$teacher" --trajectories.path "$out/trajectories" \
     --roots "$roots" --output_dir "$out/student_$1_$2" --seed "$2" --resume "$(started "student_$1_$2")" \
-    --lr 5e-4 --muon_lr 5e-4 --threads 1 --loss "$1" $options
+    --steps 1000 --lr 5e-4 --muon_lr 5e-4 --threads 1 --loss "$1" $states
 }
-for seed in 0 1 2; do
-  student trust_region $seed & student paper $seed
-  wait $!
-done
+student trust_region 0 & student trust_region 1
+wait $!
+student trust_region 2 & student paper 0
+wait $!
+student paper 1 & student paper 2
+wait $!
 
 # 5. All of them against the teacher, on the same 400 evaluation seeds.
 for run in trust_region_0 trust_region_1 trust_region_2 paper_0 paper_1 paper_2; do

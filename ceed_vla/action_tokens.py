@@ -42,6 +42,10 @@ class ActionTokens(Protocol):
         """Actions (B, m, A) to tokens (B, n) int64."""
         ...
 
+    def readable(self, tokens: Tensor) -> Tensor:
+        """Which rows (B,) bool of `tokens` (B, n) stand for a chunk."""
+        ...
+
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens (B, n) to actions (B, m, A) float32."""
         ...
@@ -164,6 +168,10 @@ class ActionTokenizer:
         centres, _, _ = self._on(tokens.device)
         steps = tokens.long().view(-1, self.chunk_steps, self.action_dim)  # (B, m, A)
         return centres.gather(0, steps.reshape(-1, self.action_dim)).view(steps.shape)
+
+    def readable(self, tokens: Tensor) -> Tensor:
+        """Which rows (B,) of `tokens` (B, n) stand for a chunk: here all of them."""
+        return torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
 
     def _grid(self) -> Tensor:
         """Bin centres (V, A) float32; both ends, and zero where it is a centre, are exact."""

@@ -101,6 +101,10 @@ class OpenVLATokenizer:
         """Actions (B, m, A) float32 [action units] of tokens (B, n); see `values`."""
         return self.values(tokens).float()
 
+    def readable(self, tokens: Tensor) -> Tensor:
+        """Which rows (B,) of `tokens` (B, n) stand for a chunk: here all of them."""
+        return torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+
     def values(self, tokens: Tensor) -> Tensor:
         """Actions (B, m, A) float64 [action units] of tokens (B, n).
 

@@ -115,7 +115,7 @@ def console_table(report: Mapping[str, Any], details: Mapping[str, Any]) -> Tabl
     solved = round(report["success_rate"] * report["episodes"])
     latency, decode, jitter = report["observation_to_command_ms"], report["decode_ms"], report["jitter_ms"]
     table = Table(show_header=False)
-    rows = (
+    rows = [
         ("success", f"{solved} of {report['episodes']}  [{100 * low:.0f} %, {100 * high:.0f} %]"),
         ("command rate", f"{report['command_rate_hz']:.2f} Hz of {COMMAND_RATE:.0f}"),
         ("missed ticks", f"{100 * report['missed_ticks_fraction']:.2f} %"),
@@ -130,10 +130,10 @@ def console_table(report: Mapping[str, Any], details: Mapping[str, Any]) -> Tabl
         ),
         ("commands clamped", ", ".join(f"{k} {v}" for k, v in details["clamps_by_kind"].items()) or "0"),
         ("scheduling of the command stream", details["scheduling"]),
-    )
+    ]
     if details["config"]["kill"]:
         rest = details["rest_after_kill_ms"]
-        rows += (("killed: arm at rest after", "never" if rest is None else f"{rest:.0f} ms"),)
+        rows.append(("killed: arm at rest after", "never" if rest is None else f"{rest:.0f} ms"))
     for name, value in rows:
         table.add_row(name, value)
     return table

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -105,8 +104,10 @@ def tables() -> dict[str, str]:
 def filled(page: str) -> str:
     """The page with the tables between its markers ``<!-- NAME -->`` and ``<!-- end -->``."""
     for name, table in tables().items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        page = pattern.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", page)
+        start, end = f"<!-- {name} -->\n", "<!-- end -->"
+        before, found, after = page.partition(start)
+        if found:
+            page = f"{before}{start}{table}\n{end}{after.partition(end)[2]}"
     return page
 
 

@@ -64,7 +64,7 @@ def drive(
         start = observation
         chunk = runner.decode([start], [instruction], [previous])[0]
         views: list[dict[str, np.ndarray]] = []
-        for action in chunk.actions[: min(executed_steps, limit - step)]:
+        for action in chunk.first_actions(env, min(executed_steps, limit - step)):
             env.advance(action)
             success = env.is_success()
             observation = env.observe()
@@ -73,4 +73,4 @@ def drive(
                 break
         finished = success or step + len(views) >= limit
         yield Replan(start, instruction, previous, chunk, step, views, success, finished)
-        previous, step = chunk.tokens, step + len(views)
+        previous, step = chunk.warm_start, step + len(views)

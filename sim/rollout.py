@@ -35,18 +35,27 @@ class Chunk:
     """One decoded chunk of one environment.
 
     Attributes:
-        tokens: (n,) int64; the warm start of the next chunk.
-        actions: (m, A) float32, in the environment's units.
+        tokens: (n,) int64.
+        actions: (m, A) float32, in the environment's units; None if the tokens stand for no chunk.
         forwards: Forwards after the prefill that this row took.
-        exit_reason: The rule that ended its decoding.
+        exit_reason: The rule that ended its decoding; "malformed" if the tokens stand for no chunk.
         seconds: Wall time of the whole batch, by stage, and its size ("rows"). A latency only if rows is 1.
     """
 
     tokens: Tensor
-    actions: np.ndarray
+    actions: np.ndarray | None
     forwards: int
     exit_reason: str
     seconds: dict[str, float]
+
+    @property
+    def warm_start(self) -> Tensor | None:
+        """What the next chunk starts from."""
+        return None if self.actions is None else self.tokens
+
+    def first_actions(self, env: Any, count: int) -> np.ndarray:
+        """The first `count` actions (count, A) at most; a chunk that cannot be read holds the arm of `env` still."""
+        return np.tile(env.hold_action(), (count, 1)) if self.actions is None else self.actions[:count]
 
 
 @dataclass
@@ -123,16 +132,27 @@ class PolicyRunner:
         if self.preprocessor is not None:
             batch = self.preprocessor(batch)
         result = self.policy.decode(
-            batch, decoding=self.decoding, previous=stack_previous(previous), generator=self.generator
+            batch,
+            decoding=self.decoding,
+            previous=stack_previous(previous),
+            generator=self.generator,
+            read=False,
         )
-        actions = result.actions if self.postprocessor is None else self.postprocessor(result.actions)
-        actions = actions.to("cpu", torch.float32).numpy()
+        actions = self._actions(result.tokens)
         tokens, forwards = result.tokens.cpu(), result.iterations.tolist()
         seconds = {**(result.seconds or {}), "rows": len(observations)}
         return [
-            Chunk(tokens[row], actions[row], int(forwards[row]), result.exit_reason[row], seconds)
-            for row in range(len(observations))
+            Chunk(tokens[row], chunk, int(forwards[row]), "malformed" if chunk is None else reason, seconds)
+            for row, (chunk, reason) in enumerate(zip(actions, result.exit_reason, strict=True))
         ]
+
+    def _actions(self, tokens: Tensor) -> list[np.ndarray | None]:
+        """The chunks (m, A) of `tokens` (B, n) in the environment's units, None where they stand for none."""
+        readable = self.policy.tokenizer.readable(tokens)  # (B,)
+        actions = self.policy.tokenizer.decode(tokens[readable])
+        actions = actions if self.postprocessor is None else self.postprocessor(actions)
+        chunks = iter(actions.to("cpu", torch.float32).numpy())
+        return [next(chunks) if sound else None for sound in readable.tolist()]
 
 
 def observation_batch(observations: Sequence[dict[str, Any]], instructions: Sequence[str]) -> dict[str, Any]:
@@ -311,14 +331,14 @@ def _step_chunk(
     )
     for slot, observation, chunk in zip(active, observations, chunks, strict=True):
         result = slot.result
-        slot.previous = chunk.tokens
+        slot.previous = chunk.warm_start
         result.forwards.append(chunk.forwards)
         result.exit_reasons.append(chunk.exit_reason)
         result.seconds.append(chunk.seconds)
         if on_chunk is not None:
             on_chunk(slot.index, observation, chunk)
         allowed = min(executed_steps, limit - result.steps)
-        steps, result.success = execute(slot.env, chunk.actions[:allowed])
+        steps, result.success = execute(slot.env, chunk.first_actions(slot.env, allowed))
         result.steps += steps
 
 

@@ -93,14 +93,14 @@ def measure(
             runner.decode([observation], [instruction], [None])
     turn = 0
     for episode in episodes:
-        previous: dict[str, Tensor] = {}
+        previous: dict[str, Tensor | None] = {}
         for observation, instruction in episode:
             turn += 1
             for row in (*rows[turn % len(rows) :], *rows[: turn % len(rows)]):
                 started = time.perf_counter()
                 chunk = runners[row.name].decode([observation], [instruction], [previous.get(row.name)])[0]
                 _append(samples[row.name], chunk, time.perf_counter() - started)
-                previous[row.name] = chunk.tokens
+                previous[row.name] = chunk.warm_start
             on_chunk()
     return samples
 

@@ -142,9 +142,7 @@ class DistillData:
         )  # (A,)
         valid = (~batch["action_is_pad"]).float()
         distance = torch.full((len(fixed),), torch.inf, device=actions.device)
-        read: Any = slice(None)  # a malformed chunk is infinitely far away
-        if isinstance(tokenizer, VariableLengthTokenizer):
-            read = tokenizer.readable(fixed)
+        read = tokenizer.readable(fixed)  # a malformed chunk is infinitely far away
         chunks = tokenizer.decode(fixed[read])
         distance[read] = chunk_distance(chunks, actions[read].clamp(low, high), valid[read], (high - low) / 2)
         return distance

@@ -25,7 +25,6 @@ from tqdm import tqdm
 from ceed_vla.checkpoints import load, weights_hash
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
-from ceed_vla.variable_length import VariableLengthTokenizer
 from training.data import FrameStore, open_dataset
 from training.mixture import check_fits
 from training.run import split_list, write_atomically
@@ -260,8 +259,7 @@ class _Collector:
             record_states=True,
             read=False,
         )
-        if isinstance(self.policy.tokenizer, VariableLengthTokenizer):
-            self.malformed += int((~self.policy.tokenizer.readable(result.tokens)).sum())
+        self.malformed += int((~self.policy.tokenizer.readable(result.tokens)).sum())
         states = torch.stack([*result.states, result.tokens]).cpu().numpy().astype(np.int16)  # (k, B, n)
         return [distinct_states(states[:, i]) for i in range(len(rows))]
 

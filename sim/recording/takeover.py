@@ -68,9 +68,9 @@ def _drive_all(runner: PolicyRunner, drives: list[_Drive], config: RecordConfig)
             [drive.previous for drive in active],
         )
         for drive, chunk in zip(active, chunks, strict=True):
-            drive.previous = chunk.tokens
+            drive.previous = chunk.warm_start
             drive.chunks_left -= 1
-            steps, solved = execute(drive.env, chunk.actions[: config.executed_steps])
+            steps, solved = execute(drive.env, chunk.first_actions(drive.env, config.executed_steps))
             drive.attempt.steps += steps
             if solved:
                 drive.attempt.outcome, drive.done = "solved", True

@@ -197,6 +197,10 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             mujoco.mj_step(self.scene.model, self.data, nstep=_SUBSTEPS // _RAMP)
         mujoco.mj_forward(self.scene.model, self.data)  # poses of the state after the last substep
 
+    def hold_action(self) -> NDArray[np.float32]:
+        """The action (7,) that keeps the commanded pose and the gripper as they are."""
+        return np.array([0, 0, 0, 0, 0, 0, 1 if self.gripper_open else -1], dtype=np.float32)
+
     def observe(self) -> dict[str, Any]:
         """The observation of the current state (renders the cameras)."""
         observation: dict[str, Any] = {}

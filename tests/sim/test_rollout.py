@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ from sim.recording.config import RecordConfig
 from sim.rollout import EnvPool, EpisodeResult, rollout, stack_previous, success_rate, wilson_interval
 
 CHUNK, DIMS = 8, 7
+COMMAND = slice(-6, None)  # of the state: commanded position, yaw and gripper
 
 
 class FakePolicy:
@@ -27,15 +28,28 @@ class FakePolicy:
 
     Args:
         act: From state (14,) to action (7,), repeated over the chunk; None = zero actions.
+        malformed: Calls, from 1 on, whose tokens stand for no chunk.
     """
 
-    def __init__(self, act: Callable[[np.ndarray], np.ndarray] | None = None) -> None:
+    def __init__(
+        self, act: Callable[[np.ndarray], np.ndarray] | None = None, malformed: Collection[int] = ()
+    ) -> None:
         self.config = SimpleNamespace(n_action_steps=4, chunk_size=CHUNK)
         self.act = act
         self.calls: list[SimpleNamespace] = []
+        self.actions = torch.empty(0, CHUNK, DIMS)
+        self.tokenizer = SimpleNamespace(
+            readable=lambda tokens: ~torch.isin(tokens[:, 0], torch.tensor(list(malformed))),
+            decode=lambda tokens: self.actions[: len(tokens)],
+        )
 
     def decode(
-        self, batch: dict[str, Any], decoding: Any, previous: Any = None, generator: Any = None
+        self,
+        batch: dict[str, Any],
+        decoding: Any,
+        previous: Any = None,
+        generator: Any = None,
+        read: bool = True,
     ) -> Any:
         states = batch["observation.state"]
         rows = len(states)
@@ -43,9 +57,9 @@ class FakePolicy:
         actions = torch.zeros(rows, CHUNK, DIMS)
         if self.act is not None:
             actions += torch.from_numpy(np.stack([self.act(state) for state in states.numpy()]))[:, None]
+        self.actions = actions
         return SimpleNamespace(
             tokens=torch.full((rows, CHUNK * DIMS), len(self.calls)),
-            actions=actions,
             forwards=3,
             iterations=torch.arange(rows) + 1,
             exit_reason=["converged"] * rows,
@@ -132,13 +146,31 @@ def test_success_ends_an_episode_early() -> None:
         class Expert(FakePolicy):
             def decode(self, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
                 result = super().decode(batch, *args, **kwargs)
-                result.actions[:, 0] = torch.as_tensor(np.asarray(env.expert_action()), dtype=torch.float32)
+                self.actions[:, 0] = torch.as_tensor(np.asarray(env.expert_action()), dtype=torch.float32)
                 return result
 
         results = rollout(bundle(Expert()), [11], "push_cube", executed_steps=1, pool=pool)
     assert results[0].success
     assert results[0].steps == results[0].chunks < 120
     assert success_rate(results) == 1.0
+
+
+def test_a_malformed_chunk_holds_the_arm_and_the_episode_goes_on() -> None:
+    states: list[np.ndarray] = []
+    policy = FakePolicy(reach, malformed={2})
+    (result,) = rollout(
+        bundle(policy),
+        [7],
+        max_episode_steps=16,
+        on_chunk=lambda slot, observation, chunk: states.append(observation["agent_pos"]),
+    )
+    assert result.exit_reasons == ["converged", "malformed", "converged", "converged"]
+    assert result.steps == 16
+    commands = np.array(states)[:, COMMAND]
+    assert not np.allclose(commands[0], commands[1])
+    np.testing.assert_array_equal(commands[1], commands[2])  # position, yaw and gripper as they were
+    assert not np.allclose(commands[2], commands[3])
+    assert [call.previous is None for call in policy.calls] == [True, False, True, False]
 
 
 def test_one_family_per_seed() -> None:

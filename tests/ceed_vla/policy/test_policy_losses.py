@@ -39,7 +39,8 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_rows(
     mean, parts = policy(training_batch)
     assert rows.shape == (2,)
     assert mean.item() == pytest.approx(rows.mean().item())
-    assert mean.item() == pytest.approx(parts["ar_loss"] + 0.5 * parts["auxiliary_loss"], rel=1e-5)
+    weight = policy.config.auxiliary_weight
+    assert mean.item() == pytest.approx(parts["ar_loss"] + weight * parts["auxiliary_loss"], rel=1e-5)
     assert all(isinstance(value, float) for value in parts.values())
 
 
@@ -79,7 +80,8 @@ def test_the_auxiliary_loss_equals_numpy(policy: CeedVLAPolicy, training_batch: 
         found = policy.auxiliary_loss(state, training_batch[ENVIRONMENT])
         assert policy.backbone.auxiliary is not None
         regressed = policy.backbone.auxiliary(state).numpy()
-    error = np.abs(regressed - training_batch[ENVIRONMENT][:, :8].numpy() * policy.config.auxiliary_scale)
+    scale = policy.config.auxiliary_scale
+    error = np.abs(regressed - training_batch[ENVIRONMENT][:, : len(scale)].numpy() * scale)
     expected = np.where(error < 0.1, 0.5 * error**2 / 0.1, error - 0.05).mean(1)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)
 

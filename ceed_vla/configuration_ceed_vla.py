@@ -171,8 +171,8 @@ class CeedVLAConfig(PreTrainedConfig):
                 )
 
 
-# Decimetres and radians of the table's `environment_state`: the named cube and goal as seen from the gripper, then every
-# object. Without the objects a policy learns where things are only through which one is named: far more slowly.
+# Decimetres and radians of the table's `environment_state`: the named cube and goal as seen from the gripper, then
+# every object. Without the objects a policy learns where things are only through which one is named, far more slowly.
 _NAMED_SCALE = [10.0, 10.0, 10.0, 1.0, 1.0, 10.0, 10.0, 10.0]
 _OBJECTS_SCALE = [10.0, 10.0, 10.0, 1.0] * 6
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,13 @@ from ceed_vla.errors import ConfigError
 
 TEACHER_PREFIX = "teacher_"
 HONEST_RIVALS = ("teacher_ar", "teacher_cap4")
+DECODERS = (
+    "ar, ar_h (stops after the executed steps), jacobi (strict), ceed (the checkpoint's early exit), cap<K> (at most K "
+    "forwards, e.g. cap2), conf<P>_cap<K> (or until confident, e.g. conf0.2_cap3); Jacobi ones also with _mid or "
+    "_random (the guess); all with teacher_ in front"
+)
 _STARTS = ("mid", "random")
+_EXIT_RULE = re.compile(r"(?:conf(?P<confidence>\d*\.?\d+)_)?cap(?P<cap>\d+)")
 
 
 @dataclass(frozen=True)
@@ -34,29 +41,24 @@ class Row:
         return TEACHER_PREFIX + "ar" if self.model == "teacher" else "ar"
 
 
-def _base_decodings(executed_steps: int, early_exit: DecodingConfig) -> dict[str, DecodingConfig]:
-    """Decodings by name; `early_exit` is the checkpoint's own."""
-    warm = DecodingConfig(method="jacobi", guess="previous")
-    named = {
-        "ar": DecodingConfig(method="ar"),
-        "ar_h": DecodingConfig(method="ar", executed_steps=executed_steps),
-        "jacobi": warm,
-        "ceed": early_exit,
-        **{f"cap{k}": replace(warm, max_iterations=k, executed_steps=executed_steps) for k in range(1, 5)},
-        "conf": replace(warm, confidence=0.5, max_iterations=4, executed_steps=executed_steps),
-    }
-    started = {
-        f"{name}_{start}": replace(decoding, guess=start)
-        for name, decoding in named.items()
-        if decoding.method == "jacobi"
-        for start in _STARTS
-    }
-    return {**named, **started}
-
-
-def decoder_names() -> list[str]:
-    """Every decoder name without the ``teacher_`` prefix, which each of them may carry."""
-    return list(_base_decodings(1, DecodingConfig(method="jacobi")))
+def _named(name: str, executed_steps: int, early_exit: DecodingConfig) -> DecodingConfig | None:
+    """The decoding of a name without ``teacher_``, None for an unknown one; `early_exit` is the checkpoint's own."""
+    if name in ("ar", "ar_h"):
+        return DecodingConfig(method="ar", executed_steps=executed_steps if name == "ar_h" else None)
+    plain, _, start = name.rpartition("_")
+    if start not in _STARTS:
+        plain, start = name, "previous"
+    if plain == "ceed":
+        return early_exit if plain == name else replace(early_exit, guess=start)
+    if plain == "jacobi":
+        return DecodingConfig(guess=start)
+    rule = _EXIT_RULE.fullmatch(plain)
+    if rule is None:
+        return None
+    confidence = None if rule["confidence"] is None else float(rule["confidence"])
+    return DecodingConfig(
+        guess=start, confidence=confidence, max_iterations=int(rule["cap"]), executed_steps=executed_steps
+    )
 
 
 def parse_decoders(text: str, *, has_teacher: bool) -> list[str]:
@@ -75,15 +77,11 @@ def parse_decoders(text: str, *, has_teacher: bool) -> list[str]:
         ConfigError: No name, an unknown name, or a teacher row without a teacher.
     """
     names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    known = decoder_names()
     if not names:
-        raise ConfigError(f"--decoders is empty; name at least one of {', '.join(known)}.")
+        raise ConfigError(f"--decoders is empty; name at least one of {DECODERS}.")
     for name in names:
-        if name.removeprefix(TEACHER_PREFIX) not in known:
-            raise ConfigError(
-                f"Unknown decoder {name!r}; choose from {', '.join(known)}, "
-                f"each also as {TEACHER_PREFIX}<name>."
-            )
+        if _named(name.removeprefix(TEACHER_PREFIX), 1, DecodingConfig()) is None:
+            raise ConfigError(f"Unknown decoder {name!r}; choose from {DECODERS}.")
         if name.startswith(TEACHER_PREFIX) and not has_teacher:
             raise ConfigError(f"Decoder {name!r} needs the teacher; pass --teacher.path=<checkpoint folder>.")
     if has_teacher:
@@ -108,6 +106,7 @@ def resolve_rows(names: Sequence[str], configs: dict[str, Any], executed_steps: 
         early_exit = configs[model].decoding
         if early_exit.executed_steps is not None:
             early_exit = replace(early_exit, executed_steps=executed_steps)
-        decodings = _base_decodings(executed_steps, early_exit)
-        rows.append(Row(name, model, decodings[name.removeprefix(TEACHER_PREFIX)]))
+        decoding = _named(name.removeprefix(TEACHER_PREFIX), executed_steps, early_exit)
+        assert decoding is not None  # `parse_decoders` has checked the names
+        rows.append(Row(name, model, decoding))
     return rows

@@ -57,8 +57,8 @@ class EvalConfig:
         teacher: Its autoregressive teacher; adds the rows teacher_ar and teacher_cap4, and allows others.
         env: Simulation, "tabletop".
         decoders: Comma-separated names: ar, ar_h (stops after the executed steps), jacobi (strict), ceed (the
-            checkpoint's early exit), cap1 to cap4, conf; Jacobi ones also with _mid or _random; all with
-            teacher_ in front.
+            checkpoint's early exit), cap<K> (at most K forwards, e.g. cap2), conf<P>_cap<K> (or until confident, e.g.
+            conf0.2_cap3); Jacobi ones also with _mid or _random (the guess); all with teacher_ in front.
         episodes: Episodes a decoder.
         seed: First seed; every decoder runs seed, seed + 1, ... Seeds from 50000 up are for evaluation only.
         output_dir: Folder for the report, plots and clips.

@@ -108,13 +108,15 @@ def test_demo_is_an_evaluation_with_valid_decoders(checkpoint: Path, tmp_path: P
 
 def test_rows_follow_the_checkpoint_and_the_executed_steps() -> None:
     config = tabletop_config(decoding=DecodingConfig(max_iterations=3, executed_steps=4))
-    names = ["ar_h", "ceed", "teacher_cap2_mid", "jacobi"]
+    names = ["ar_h", "ceed", "teacher_cap2_mid", "jacobi", "conf0.25_cap3", "ceed_random"]
     rows = resolve_rows(names, {"policy": config, "teacher": config}, executed_steps=2)
-    assert [row.reference for row in rows] == ["ar", "ar", "teacher_ar", "ar"]
+    assert [row.reference for row in rows] == ["ar", "ar", "teacher_ar", "ar", "ar", "ar"]
     assert rows[0].decoding == DecodingConfig(method="ar", executed_steps=2)
     assert rows[1].decoding == DecodingConfig(max_iterations=3, executed_steps=2)
     assert rows[2].decoding == DecodingConfig(max_iterations=2, executed_steps=2, guess="mid")
     assert rows[3].decoding.strict
+    assert rows[4].decoding == DecodingConfig(confidence=0.25, max_iterations=3, executed_steps=2)
+    assert rows[5].decoding == DecodingConfig(max_iterations=3, executed_steps=2, guess="random")
 
 
 def test_evaluation_from_options_to_files(checkpoint: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ceed_vla.errors import ConfigError
 from sim.clips import HEIGHT, WIDTH, compose_frame, write_clip
-from sim.decoders import decoder_names, parse_decoders
+from sim.decoders import parse_decoders
 from sim.paired import compare_paired, paired_interval, sign_test
 from sim.plots import write_plots
 from sim.report import COLUMNS, console_table, markdown, table_rows
@@ -176,12 +176,19 @@ def test_clip_is_a_readable_video(tmp_path: Path) -> None:
     assert sum(1 for _ in reader) == 5
 
 
-def test_unknown_decoder_lists_all_names() -> None:
+@pytest.mark.parametrize("name", ["fast", "ar_mid", "cap", "conf_cap2", "conf0.2", "cap2_warm", "mid"])
+def test_an_unknown_decoder_is_named_with_those_that_exist(name: str) -> None:
     with pytest.raises(ConfigError) as error:
-        parse_decoders("ar,fast", has_teacher=False)
-    assert "'fast'" in str(error.value)
-    for name in decoder_names():
-        assert name in str(error.value)
+        parse_decoders(f"ar,{name}", has_teacher=False)
+    assert f"{name!r}; choose from ar, ar_h" in str(error.value)
+    assert "conf<P>_cap<K>" in str(error.value)
+
+
+def test_impossible_exit_rules_say_what_is_allowed() -> None:
+    with pytest.raises(ConfigError, match="max_iterations is 0"):
+        parse_decoders("cap0", has_teacher=False)
+    with pytest.raises(ConfigError, match=r"confidence is 1\.5"):
+        parse_decoders("conf1.5_cap2", has_teacher=False)
 
 
 def test_teacher_rows_need_a_teacher_and_are_added_with_one() -> None:

@@ -53,7 +53,7 @@ def teacher_simulator(config: Any) -> dict[str, Any]:
 
     return {
         "closed_loop": ClosedLoopValidation(decoding="ar"),
-        "record_takeover": TakeoverRecorder(config.takeover_episodes),
+        "record_takeover": TakeoverRecorder(config.takeover_episodes, config.takeover_seed, config.rounds),
     }
 
 

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from ceed_vla.errors import SimulationError
+from ceed_vla.errors import ConfigError, SimulationError
+from sim.recording.config import TAKEOVER_SEEDS
 
 logger = logging.getLogger(__name__)
 
 VALIDATION_SEED = 40_000
-TAKEOVER_SEED = 30_000
 
 
 class ClosedLoopValidation:
@@ -59,13 +59,33 @@ class TakeoverRecorder:
 
     Args:
         episodes: Attempts a round.
+        seed: Seed of the first attempt of round 0; every attempt has its own.
+        rounds: Rounds to come.
         decoding: Decoder of the driving policy.
         processes: Processes, each with a data set of its own.
         tasks: Task families, as `ceed-vla record` takes them.
+
+    Raises:
+        ConfigError: The rounds leave the seeds for takeovers.
     """
 
-    def __init__(self, episodes: int, decoding: str = "ar", processes: int = 2, tasks: str = "all") -> None:
-        self.episodes, self.decoding, self.processes, self.tasks = episodes, decoding, processes, tasks
+    def __init__(
+        self,
+        episodes: int,
+        seed: int,
+        rounds: int,
+        decoding: str = "ar",
+        processes: int = 2,
+        tasks: str = "all",
+    ) -> None:
+        low, high = TAKEOVER_SEEDS
+        if not low <= seed <= high - rounds * episodes:
+            raise ConfigError(
+                f"--takeover_seed is {seed}: {rounds} rounds of {episodes} takeovers would leave the seeds "
+                f"{low} to {high - 1}. Choose another first seed, or fewer takeovers."
+            )
+        self.episodes, self.seed = episodes, seed
+        self.decoding, self.processes, self.tasks = decoding, processes, tasks
 
     def __call__(self, policy: Path, index: int, folder: Path) -> list[Path]:
         """Record round `index` with the checkpoint `policy` into new roots under `folder`; resumes broken ones."""
@@ -77,7 +97,7 @@ class TakeoverRecorder:
                 "mode": "takeover",
                 "tasks": self.tasks,
                 "episodes": count,
-                "seed": TAKEOVER_SEED + index * self.episodes + first,
+                "seed": self.seed + index * self.episodes + first,
                 "policy_path": policy,
                 "decoding": self.decoding,
                 "resume": "true",

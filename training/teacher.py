@@ -49,6 +49,7 @@ class TrainConfig(RunConfig):
         weight_decay: Decoupled weight decay.
         rounds: Takeover (DAgger) rounds, spread over the first 3/4 of `steps`.
         takeover_episodes: Takeovers a round.
+        takeover_seed: First seed of the takeovers' scenes; a run that goes on from another one's policy takes new ones.
         takeover_weight: Share of a batch that comes from takeover data once there is some.
     """
 
@@ -67,6 +68,7 @@ class TrainConfig(RunConfig):
     warmup: int = 50
     rounds: int = 2
     takeover_episodes: int = 600
+    takeover_seed: int = 30_000
     takeover_weight: float = 0.4
 
     def __post_init__(self) -> None:

@@ -19,15 +19,22 @@ finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors"
 wait $! # with its exit status: a plain wait would hide a failure
 demos="$out/data/clean,$out/data/perturb0,$out/data/perturb1"
 
-# 2. The teacher, with three takeover (DAgger) rounds; two processes.
-finished teacher || torchrun --nproc_per_node 2 -m ceed_vla.cli train \
-  --roots "$demos" --grounding_roots "$out/data/ground0,$out/data/ground1" --output_dir "$out/teacher" \
-  --grounding_steps 1500 --steps 6000 --grounding_batch 16 --rounds 3 --takeover_episodes 480 --resume "$(started teacher)"
+# 2. The teacher, with six takeover (DAgger) rounds: from random weights, then on from there at a lower rate; two processes.
+teach() { # name options
+  local name=$1
+  shift
+  finished "$name" || torchrun --nproc_per_node 2 -m ceed_vla.cli train --output_dir "$out/$name" \
+    --grounding_roots "$out/data/ground0,$out/data/ground1" --grounding_batch 16 \
+    --rounds 3 --takeover_episodes 480 --resume "$(started "$name")" "$@"
+}
+takeovers() { printf ",%s" "$out/$1"/takeover/round_?_?; }
+teach teacher_start --roots "$demos" --grounding_steps 1500 --steps 6000
+teach teacher --roots "$demos$(takeovers teacher_start)" --policy_path "$out/teacher_start/checkpoints/final" \
+  --grounding_steps 0 --steps 4500 --lr 7e-4 --muon_lr 1.5e-3 --takeover_seed 31440
 teacher="$out/teacher/checkpoints/final"
 
 # 3. Its Jacobi trajectories on demonstrations and takeovers; two processes share the shards.
-takeovers=$(printf ",%s" "$out"/teacher/takeover/round_?_?)
-roots="$demos$takeovers"
+roots="$demos$(takeovers teacher_start)$(takeovers teacher)"
 collect() {
   ceed-vla collect --policy_path "$teacher" --roots "$roots" --output_dir "$out/trajectories" \
     --max_frames 20000 --num_shards 2 --shard_index "$1" --resume true

@@ -37,6 +37,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         backbone: The model.
         referenced: Weights that a checkpoint leaves in the folder the backbone was read from.
         adapters: Low-rank adapters of the checkpoint that have not been added to the weights (`ceed_vla.lora`).
+        auxiliary_terms: Regress only so many leading terms of the auxiliary target; None for all. Training sets it.
 
     Raises:
         ConfigError: Features that the policy cannot serve, or action ranges that nothing defines.
@@ -54,6 +55,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         self.backbone = config.backbone.build(config)
         self.referenced = {f"backbone.{name}" for name in self.backbone.referenced()}
         self.adapters: dict[str, Tensor] = {}
+        self.auxiliary_terms: int | None = None
         self.reset()
 
     @classmethod
@@ -228,11 +230,10 @@ class CeedVLAPolicy(PreTrainedPolicy):
     def auxiliary_loss(self, state: Tensor, environment_state: Tensor) -> Tensor:
         """Smooth-L1 (B,) between the state token's regression and the scaled leading `environment_state` terms."""
         assert self.backbone.auxiliary is not None
-        scale = torch.tensor(self.config.auxiliary_scale, device=state.device)
+        scale = torch.tensor(self.config.auxiliary_scale[: self.auxiliary_terms], device=state.device)
         target = environment_state[:, : len(scale)] * scale
-        return F.smooth_l1_loss(
-            self.backbone.auxiliary(state).float(), target, beta=0.1, reduction="none"
-        ).mean(1)
+        found = self.backbone.auxiliary(state)[:, : len(scale)].float()
+        return F.smooth_l1_loss(found, target, beta=0.1, reduction="none").mean(1)
 
     def grounding_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The auxiliary loss alone (scalar), for frames that have no action."""

@@ -74,14 +74,18 @@ def test_grounding_trains_the_prefix_only(training_batch: dict[str, Any], make_p
         make_policy(auxiliary_scale=[]).grounding_loss(training_batch)
 
 
-def test_the_auxiliary_loss_equals_numpy(policy: CeedVLAPolicy, training_batch: dict[str, Any]) -> None:
+@pytest.mark.parametrize("terms", [None, 3, 99])
+def test_the_auxiliary_loss_equals_numpy(
+    policy: CeedVLAPolicy, training_batch: dict[str, Any], terms: int | None
+) -> None:
+    policy.auxiliary_terms = terms
     with torch.no_grad():
         state = policy.backbone.prefix_state(policy.backbone.embed_prefix(training_batch))
         found = policy.auxiliary_loss(state, training_batch[ENVIRONMENT])
         assert policy.backbone.auxiliary is not None
         regressed = policy.backbone.auxiliary(state).numpy()
-    scale = policy.config.auxiliary_scale
-    error = np.abs(regressed - training_batch[ENVIRONMENT][:, : len(scale)].numpy() * scale)
+    scale = policy.config.auxiliary_scale[:terms]
+    error = np.abs(regressed[:, : len(scale)] - training_batch[ENVIRONMENT][:, : len(scale)].numpy() * scale)
     expected = np.where(error < 0.1, 0.5 * error**2 / 0.1, error - 0.05).mean(1)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)
 

@@ -74,8 +74,8 @@ def test_actions_are_learnt_beside_the_named_terms_alone(
     monkeypatch.setattr(CeedVLAPolicy, "auxiliary_loss", note)
     train(studio.train_config(tmp_path / "run", steps=1, grounding_steps=2, named_terms=5))
     assert terms == [None, None, 5, 5]  # the step with actions has grounding frames beside
-    with pytest.raises(ConfigError, match="named_terms is 0"):
-        studio.train_config(tmp_path / "run", named_terms=0)
+    with pytest.raises(ConfigError, match="named_terms is -1"):
+        studio.train_config(tmp_path / "run", named_terms=-1)
 
 
 def test_training_continues_from_a_checkpoint(

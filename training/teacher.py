@@ -46,8 +46,8 @@ class TrainConfig(RunConfig):
         grounding_steps: Optimiser steps on grounding frames alone, first.
         steps: Optimiser steps on demonstrations.
         grounding_batch: Grounding frames beside every step.
-        grounding_terms: Regress so many leading terms of the auxiliary target in the `grounding_steps`; 0 for all, which
-            find the objects fast, but share their precision.
+        grounding_terms: Regress so many leading terms of the auxiliary target in the `grounding_steps`; 0 for all,
+            which find the objects fast, but share their precision.
         named_terms: The same once there are actions to learn: as many as tell of what the instruction names.
         weight_decay: Decoupled weight decay.
         rounds: Takeover (DAgger) rounds, spread over the first 3/4 of `steps`.

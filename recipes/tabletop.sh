@@ -19,28 +19,14 @@ finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors"
 wait $! # with its exit status: a plain wait would hide a failure
 demos="$out/data/clean,$out/data/perturb0,$out/data/perturb1"
 
-# 2. The teacher, in three runs with takeover (DAgger) rounds, each on from the one before; two processes. The first two
-# regress where every object is (32 terms), the last one only what the instruction names (8), which stacking needs precisely.
-teach() { # name options
-  local name=$1
-  shift
-  finished "$name" || torchrun --nproc_per_node 2 -m ceed_vla.cli train --output_dir "$out/$name" \
-    --grounding_roots "$out/data/ground0,$out/data/ground1" --grounding_batch 16 \
-    --takeover_episodes 480 --resume "$(started "$name")" "$@"
-}
-takeovers() { printf ",%s" "$out/$1"/takeover/round_?_?; }
-more="--grounding_steps 0 --lr 7e-4 --muon_lr 1.5e-3"
-teach teacher_1 --roots "$demos" --grounding_steps 1500 --steps 6000 --rounds 3 --named_terms 32
-roots="$demos$(takeovers teacher_1)"
-teach teacher_2 --roots "$roots" --policy_path "$out/teacher_1/checkpoints/final" $more --steps 4500 --rounds 3 \
-  --takeover_seed 31440 --named_terms 32
-roots+=$(takeovers teacher_2)
-teach teacher --roots "$roots" --policy_path "$out/teacher_2/checkpoints/final" $more --steps 3500 --rounds 1 \
-  --takeover_seed 32880
-roots+=$(takeovers teacher)
+# 2. The teacher, with four takeover (DAgger) rounds; two processes.
+finished teacher || torchrun --nproc_per_node 2 -m ceed_vla.cli train \
+  --roots "$demos" --grounding_roots "$out/data/ground0,$out/data/ground1" --output_dir "$out/teacher" \
+  --grounding_steps 2000 --steps 6500 --grounding_batch 16 --rounds 4 --takeover_episodes 480 --resume "$(started teacher)"
 teacher="$out/teacher/checkpoints/final"
 
 # 3. Its Jacobi trajectories on demonstrations and takeovers; two processes share the shards.
+roots="$demos$(printf ",%s" "$out"/teacher/takeover/round_?_?)"
 collect() {
   ceed-vla collect --policy_path "$teacher" --roots "$roots" --output_dir "$out/trajectories" \
     --max_frames 20000 --num_shards 2 --shard_index "$1" --resume true

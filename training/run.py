@@ -23,7 +23,7 @@ from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from training import states
 from training.adapters import LoRAConfig
-from training.optim import build_optimizers, cosine_factor
+from training.optim import build_optimizers, computes_bfloat16, cosine_factor
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class RunConfig:
         validate_every: Steps between closed-loop validations (0: only at the end).
         save_every: Steps between resumable states.
         log_every: Steps between log lines.
-        mixed_precision: "bf16" or "no".
+        mixed_precision: "bf16", "no", or "auto": bf16 where the device computes in it and does not emulate it.
         seed: Seed of weights, batches and augmentation.
         threads: CPU threads; 0 leaves torch's default.
         resume: Continue an interrupted run in `output_dir`.
@@ -69,7 +69,7 @@ class RunConfig:
     validate_every: int = 0
     save_every: int = 200
     log_every: int = 20
-    mixed_precision: str = "bf16"
+    mixed_precision: str = "auto"
     seed: int = 0
     threads: int = 0
     resume: bool = False
@@ -78,8 +78,8 @@ class RunConfig:
         for name in ("steps", "batch_size", "gradient_accumulation", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.mixed_precision not in ("bf16", "no"):
-            raise ConfigError(f"mixed_precision is {self.mixed_precision!r}; choose bf16 or no.")
+        if self.mixed_precision not in ("auto", "bf16", "no"):
+            raise ConfigError(f"mixed_precision is {self.mixed_precision!r}; choose auto, bf16 or no.")
 
 
 class Run:
@@ -115,8 +115,11 @@ class Run:
             DistributedDataParallelKwargs(find_unused_parameters=True),
             InitProcessGroupKwargs(timeout=timedelta(hours=6)),
         ]
+        precision = config.mixed_precision
+        if precision == "auto":
+            precision = "bf16" if computes_bfloat16(device) else "no"
         self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
+            mixed_precision=precision,
             log_with="tensorboard",
             project_dir=str(self.output),
             cpu=device == "cpu",
@@ -253,6 +256,7 @@ class Run:
                     self.validate(self.save_policy("last"))
                 if self.step % settings.save_every == 0 or self.step == self.total:
                     self.save_state()
+        self.policy.finish_training()
         final = self.save_policy("final")
         self.validate(final)
         self.accelerator.end_training()

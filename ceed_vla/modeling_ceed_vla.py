@@ -222,18 +222,36 @@ class CeedVLAPolicy(PreTrainedPolicy):
             hits = ((logits.argmax(-1) == tokens) * weight).sum() / weight.sum().clamp(min=1)
         parts = {"ar_loss": rows.mean().item(), "token_accuracy": hits.item()}
         if self.backbone.auxiliary is not None and ENVIRONMENT_STATE_KEY in batch:
-            auxiliary = self.auxiliary_loss(state, batch[ENVIRONMENT_STATE_KEY])  # (B,)
+            auxiliary = self.auxiliary_loss(embeddings, state, batch[ENVIRONMENT_STATE_KEY])  # (B,)
             parts["auxiliary_loss"] = auxiliary.mean().item()
             rows = rows + self.config.auxiliary_weight * auxiliary
         return (rows.mean() if reduction == "mean" else rows), parts
 
-    def auxiliary_loss(self, state: Tensor, environment_state: Tensor) -> Tensor:
-        """Smooth-L1 (B,) between the state token's regression and the scaled leading `environment_state` terms."""
-        assert self.backbone.auxiliary is not None
+    def finish_training(self) -> None:
+        """Drop the head that only training uses, in the configuration too."""
+        self.backbone.early_auxiliary = None
+        self.config.backbone = self.config.backbone.finished()
+
+    def auxiliary_loss(self, embeddings: Any, state: Tensor, environment_state: Tensor) -> Tensor:
+        """Smooth-L1 (B,) between the regressions and the scaled leading `environment_state` terms.
+
+        Args:
+            embeddings: From the backbone's `embed_prefix`; its early head regresses from these.
+            state: The state token's final hidden vector (B, d); the head after the trunk regresses from it.
+            environment_state: (B, E) [m, rad].
+        """
+        backbone = self.backbone
+        assert backbone.auxiliary is not None
         scale = torch.tensor(self.config.auxiliary_scale[: self.auxiliary_terms], device=state.device)
         target = environment_state[:, : len(scale)] * scale
-        found = self.backbone.auxiliary(state)[:, : len(scale)].float()
-        return F.smooth_l1_loss(found, target, beta=0.1, reduction="none").mean(1)
+        regressed = [backbone.auxiliary(state)]
+        if backbone.early_auxiliary is not None:
+            regressed.append(backbone.early_auxiliary(embeddings))
+        losses = [
+            F.smooth_l1_loss(found[:, : len(scale)].float(), target, beta=0.1, reduction="none").mean(1)
+            for found in regressed
+        ]
+        return torch.stack(losses).sum(0)
 
     def grounding_loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The auxiliary loss alone (scalar), for frames that have no action."""
@@ -241,8 +259,9 @@ class CeedVLAPolicy(PreTrainedPolicy):
             raise ConfigError("auxiliary_scale is empty: this policy has no grounding target.")
         if self.training:
             batch = self.augment(batch)
-        state = self.backbone.prefix_state(self.backbone.embed_prefix(batch))
-        return self.auxiliary_loss(state, batch[ENVIRONMENT_STATE_KEY]).mean()
+        embeddings = self.backbone.embed_prefix(batch)
+        state = self.backbone.prefix_state(embeddings)
+        return self.auxiliary_loss(embeddings, state, batch[ENVIRONMENT_STATE_KEY]).mean()
 
     def augment(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Random shift and brightness of every image that the backbone sees as such, noise on the state.

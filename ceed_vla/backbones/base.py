@@ -63,17 +63,19 @@ class TrainableBackbone(nn.Module, abc.ABC):
 
     Attributes:
         auxiliary: Head of the grounding regression on the state of `packed_logits`; None where there is none.
+        early_auxiliary: Head of the same regression on what `embed_prefix` returns, which training adds; or None.
         augmented_images: Keys of image tensors (B, 3, H, W) in [0, 1] that training shifts and brightens.
     """
 
     block_length: int
     vocabulary_size: int
     auxiliary: nn.Module | None
+    early_auxiliary: nn.Module | None
     augmented_images: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
-        self.auxiliary = None  # an attribute of the class would hide a submodule
+        self.auxiliary = self.early_auxiliary = None  # attributes of the class would hide submodules
 
     @abc.abstractmethod
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:

@@ -30,15 +30,65 @@ WORD_CODE = 16  # numbers a word that the camera stems see
 DISTILLED = ("action_tokens", "slots", "layers", "final_norm", "head")
 
 
+class Keypoints(nn.Module):
+    """Where things are: each of ``count`` heat maps gives the mean place of its softmax; all places make one token.
+
+    Heat sums fine features, which see a small thing's colour undiluted, and coarse ones, which see more around it.
+    Source: the spatial softmax of Levine et al. 2016 (arXiv 1504.00702).
+    """
+
+    def __init__(self, fine: int, coarse: int, count: int, width: int) -> None:
+        super().__init__()
+        self.fine = nn.Conv2d(fine, count, 1)
+        self.coarse = nn.Conv2d(coarse, count, 1)
+        self.project = nn.Linear(2 * count, width)
+        for heat, channels in ((self.fine, fine), (self.coarse, coarse)):
+            nn.init.normal_(heat.weight, std=0.2 * channels**-0.5)
+
+    def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
+        """Features (B, f, S, S) and (B, c, S / k, S / k) to a token (B, 1, d)."""
+        side = fine.shape[-1]
+        heat = self.fine(fine) + F.interpolate(self.coarse(coarse), size=(side, side), mode="bilinear")
+        heat = (10 * heat.flatten(2).float()).softmax(-1)  # (B, K, S * S)
+        axis = torch.linspace(-1, 1, side, device=fine.device)
+        places = torch.stack([axis.repeat(side), axis.repeat_interleave(side)], dim=-1)  # (S * S, 2)
+        return self.project((heat @ places).flatten(1)).unsqueeze(1)
+
+
+class EarlyReadout(nn.Module):
+    """The auxiliary regression from the prefix embeddings, before the trunk: deep supervision of the camera stems.
+
+    Through the trunk alone, the stems get next to no gradient until it carries what they see, and it carries nothing
+    until they see something: hundreds of steps on a plateau. Only training uses this head.
+    """
+
+    def __init__(self, tokens: int, width: int, kept: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.narrow = nn.Linear(width, kept)
+        self.regress = nn.Sequential(nn.Linear(tokens * kept, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Prefix embeddings (B, P, d) to the regressed terms (B, E)."""
+        return self.regress(self.narrow(embeddings).flatten(1))
+
+
 class CameraStem(nn.Module):
-    """Four convolutions that turn an image into ``grid ** 2`` tokens; the instruction modulates the middle (FiLM).
+    """Four convolutions that turn an image into tokens: ``grid ** 2`` patches, and the places of ``keypoints``.
+
+    The instruction modulates the middle (FiLM), so what the words name can be looked for.
 
     The modulation sees every word at its place: a mean over words cannot tell "red on blue" from "blue on red", and
     a policy that got one never learnt to find the named cube.
     """
 
     def __init__(
-        self, channels: Sequence[int], grid: int, image_size: int, width: int, instruction_width: int
+        self,
+        channels: Sequence[int],
+        grid: int,
+        keypoints: int,
+        image_size: int,
+        width: int,
+        instruction_width: int,
     ) -> None:
         super().__init__()
         c1, c2, c3, c4 = channels
@@ -57,6 +107,7 @@ class CameraStem(nn.Module):
         self.film_sizes = [2 * c2, 2 * c3]
         cell = image_size // (8 * grid)
         self.cells = nn.Conv2d(c4, width, cell, stride=cell)
+        self.keypoints = Keypoints(c2, c4, keypoints, width) if keypoints else None
 
     def train(self, mode: bool = True) -> CameraStem:
         """Lay the weights out for inference (channels last is faster on a CPU) or for training.
@@ -70,16 +121,18 @@ class CameraStem(nn.Module):
         return super().train(mode)
 
     def forward(self, image: Tensor, instruction: Tensor) -> Tensor:
-        """Image (B, 3, S, S) in [-1, 1] and word codes (B, L * c) to tokens (B, grid ** 2, d)."""
+        """Image (B, 3, S, S) in [-1, 1] and word codes (B, L * c) to tokens (B, grid ** 2 [+ 1], d)."""
         films = self.film(instruction).split(self.film_sizes, dim=-1)
-        x = image
+        x = fine = image
         for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
             x = norm(convolution(x))
             if i in (1, 2):
                 scale, shift = films[i - 1][..., None, None].chunk(2, dim=1)  # (B, C, 1, 1)
                 x = x * (1 + scale) + shift
             x = F.silu(x)
-        return self.cells(x).flatten(2).transpose(1, 2)
+            fine = x if i == 1 else fine
+        tokens = self.cells(x).flatten(2).transpose(1, 2)
+        return tokens if self.keypoints is None else torch.cat([tokens, self.keypoints(fine, x)], dim=1)
 
 
 class Layer(nn.Module):
@@ -128,9 +181,11 @@ class CompactBackbone(TrainableBackbone):
         max_words: Instruction tokens ``L``.
         image_size: Side of the images [px].
         image_grid: Tokens a side of the camera grid.
+        keypoints: Places that a stem finds, as one more token a camera; 0 for none.
         stem_channels: Channels of the stem.
         width, layers, heads, mlp_width: Trunk sizes.
         auxiliary_dim: Outputs of the auxiliary regression; 0 for none.
+        early_readout: Numbers that the auxiliary regression before the trunk reads of a prefix token; 0 for none.
     """
 
     def __init__(
@@ -144,12 +199,14 @@ class CompactBackbone(TrainableBackbone):
         max_words: int = 12,
         image_size: int = 96,
         image_grid: int = 4,
+        keypoints: int = 32,
         stem_channels: Sequence[int] = (32, 64, 96, 128),
         width: int = 192,
         layers: int = 4,
         heads: int = 6,
         mlp_width: int = 512,
         auxiliary_dim: int = 0,
+        early_readout: int = 32,
     ) -> None:
         super().__init__()
         self.cameras, self.image_size = tuple(cameras), image_size
@@ -157,12 +214,12 @@ class CompactBackbone(TrainableBackbone):
         self.state_dim, self.max_words = state_dim, max_words
         self.block_length, self.vocabulary_size = block_length, vocabulary_size
         self._recompute = False
-        self.prefix_length = max_words + len(self.cameras) * image_grid**2 + 1
+        self.prefix_length = max_words + len(self.cameras) * (image_grid**2 + bool(keypoints)) + 1
         self.words = nn.Embedding(words, width)
         self.word_codes = nn.Embedding(words, WORD_CODE)
         self.stems = nn.ModuleList(
             [
-                CameraStem(stem_channels, image_grid, image_size, width, max_words * WORD_CODE)
+                CameraStem(stem_channels, image_grid, keypoints, image_size, width, max_words * WORD_CODE)
                 for _ in self.cameras
             ]
         )
@@ -178,6 +235,10 @@ class CompactBackbone(TrainableBackbone):
             if auxiliary_dim
             else None
         )
+        if auxiliary_dim and early_readout:
+            self.early_auxiliary = EarlyReadout(
+                self.prefix_length, width, early_readout, width, auxiliary_dim
+            )
         self._initialise()
 
     @property

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import draccus
 
@@ -44,6 +44,10 @@ class BackboneConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
             ConfigError: Instructions that do not fit the model.
         """
 
+    def finished(self) -> Self:
+        """These settings for a model whose training is over: without heads that only training uses."""
+        return self
+
     def validate_features(self, policy: CeedVLAConfig) -> None:
         """Raise `ConfigError` if the policy's features cannot be served; cameras and action are checked before."""
 
@@ -56,6 +60,7 @@ class CompactConfig(BackboneConfig):
     Attributes:
         image_size: Side of the square images that the stems see [px]; other sizes are resized.
         image_grid: A camera gives ``image_grid ** 2`` prefix tokens.
+        keypoints: Places that the stem of a camera finds (spatial softmax), as one more prefix token; 0 for none.
         stem_channels: Channels of the four convolutions of a camera stem.
         max_instruction_words: Longest instruction [words].
         vocabulary_size: Rows of the word embedding (padding and unknown included).
@@ -63,10 +68,13 @@ class CompactConfig(BackboneConfig):
         layers: Decoder layers.
         heads: Attention heads.
         mlp_width: Hidden width of the gated MLP.
+        early_readout: Numbers of a prefix token that the grounding target is regressed from before the trunk too, in
+            training; 0 for none.
     """
 
     image_size: int = 96
     image_grid: int = 4
+    keypoints: int = 32
     stem_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
     max_instruction_words: int = 12
     vocabulary_size: int = 256
@@ -74,6 +82,7 @@ class CompactConfig(BackboneConfig):
     layers: int = 4
     heads: int = 6
     mlp_width: int = 512
+    early_readout: int = 32
 
     def __post_init__(self) -> None:
         for name in ("image_size", "image_grid", "width", "layers", "heads", "mlp_width"):
@@ -104,18 +113,23 @@ class CompactConfig(BackboneConfig):
             max_words=self.max_instruction_words,
             image_size=self.image_size,
             image_grid=self.image_grid,
+            keypoints=self.keypoints,
             stem_channels=self.stem_channels,
             width=self.width,
             layers=self.layers,
             heads=self.heads,
             mlp_width=self.mlp_width,
             auxiliary_dim=len(policy.auxiliary_scale),
+            early_readout=self.early_readout,
         )
 
     def processor_steps(self, policy: CeedVLAConfig, instructions: Sequence[str]) -> list[Any]:
         from ceed_vla.processor_ceed_vla import make_instruction_step
 
         return [make_instruction_step(self, instructions)]
+
+    def finished(self) -> Self:
+        return replace(self, early_readout=0)
 
     def validate_features(self, policy: CeedVLAConfig) -> None:
         if policy.robot_state_feature is None:

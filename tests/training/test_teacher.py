@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -37,6 +38,17 @@ def test_the_loss_falls(studio: Any, read_log: Callable[..., dict[int, float]]) 
     assert sum(losses[-5:]) / 5 < 0.75 * losses[0]
     accuracy = list(read_log(studio.teacher_run, "token_accuracy").values())
     assert accuracy[-1] > accuracy[0]
+
+
+def test_the_final_checkpoint_is_without_the_head_that_only_training_uses(studio: Any) -> None:
+    final = CeedVLAPolicy.from_pretrained(studio.teacher)
+    assert final.config.backbone.early_readout == 0
+    assert final.backbone.early_auxiliary is None
+    assert final.backbone.auxiliary is not None
+    state = json.loads((studio.teacher_run / "progress.json").read_text())["state"]
+    assert any(
+        "early_auxiliary" in name for name in load_file(studio.teacher_run / state / "model.safetensors")
+    )
 
 
 def test_grounding_frames_come_first_and_then_beside(

@@ -80,13 +80,16 @@ def test_the_auxiliary_loss_equals_numpy(
 ) -> None:
     policy.auxiliary_terms = terms
     with torch.no_grad():
-        state = policy.backbone.prefix_state(policy.backbone.embed_prefix(training_batch))
-        found = policy.auxiliary_loss(state, training_batch[ENVIRONMENT])
+        embeddings = policy.backbone.embed_prefix(training_batch)
+        state = policy.backbone.prefix_state(embeddings)
+        found = policy.auxiliary_loss(embeddings, state, training_batch[ENVIRONMENT])
         assert policy.backbone.auxiliary is not None
-        regressed = policy.backbone.auxiliary(state).numpy()
+        assert policy.backbone.early_auxiliary is not None
+        regressed = policy.backbone.auxiliary(state), policy.backbone.early_auxiliary(embeddings)
     scale = policy.config.auxiliary_scale[:terms]
-    error = np.abs(regressed[:, : len(scale)] - training_batch[ENVIRONMENT][:, : len(scale)].numpy() * scale)
-    expected = np.where(error < 0.1, 0.5 * error**2 / 0.1, error - 0.05).mean(1)
+    target = training_batch[ENVIRONMENT][:, : len(scale)].numpy() * scale
+    errors = [np.abs(values[:, : len(scale)].numpy() - target) for values in regressed]
+    expected = sum(np.where(e < 0.1, 0.5 * e**2 / 0.1, e - 0.05).mean(1) for e in errors)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4)
 
 

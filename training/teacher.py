@@ -46,9 +46,8 @@ class TrainConfig(RunConfig):
         grounding_steps: Optimiser steps on grounding frames alone, first.
         steps: Optimiser steps on demonstrations.
         grounding_batch: Grounding frames beside every step.
-        grounding_terms: Regress so many leading terms of the auxiliary target in the `grounding_steps`; 0 for all,
-            which find the objects fast, but share their precision.
-        named_terms: The same once there are actions to learn: as many as tell of what the instruction names.
+        named_terms: Once there are actions to learn, regress only so many leading terms of the auxiliary target, those
+            that tell of what the instruction names; 0 for all.
         weight_decay: Decoupled weight decay.
         rounds: Takeover (DAgger) rounds, spread over the first 3/4 of `steps`.
         takeover_episodes: Takeovers a round.
@@ -65,7 +64,6 @@ class TrainConfig(RunConfig):
     steps: int = 8000
     batch_size: int = 32
     grounding_batch: int = 12
-    grounding_terms: int = 0
     named_terms: int = 8
     lr: float = 1e-3
     muon_lr: float = 2e-3
@@ -78,7 +76,7 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("grounding_steps", "grounding_batch", "grounding_terms", "named_terms", "rounds"):
+        for name in ("grounding_steps", "grounding_batch", "named_terms", "rounds"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative.")
         if not 0 <= self.takeover_weight < 1:
@@ -224,9 +222,7 @@ class TeacherRun(Run):
 
     def before_step(self) -> None:
         config = self.config
-        self.policy.auxiliary_terms = (
-            config.grounding_terms if self.step < self.first else config.named_terms
-        ) or None
+        self.policy.auxiliary_terms = (config.named_terms or None) if self.step >= self.first else None
         while len(self.takeovers) < config.rounds:
             share = 0.75 * (len(self.takeovers) + 1) / (config.rounds + 1)
             if self.step < self.first + int(config.steps * share):

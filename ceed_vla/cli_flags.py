@@ -250,10 +250,15 @@ def _changes(value: Any, kind: type[Any]) -> dict[str, Any]:
         return {"type": kind.get_choice_name(chosen), **_changes(value, chosen)}
     plain, hints, changed = kind(), _type_hints(kind), {}
     for item in fields(kind):
-        own, usual = getattr(value, item.name), getattr(plain, item.name)
-        if item.init and own != usual:
-            inner = hints.get(item.name)
-            changed[item.name] = _changes(own, inner) if _is_nested(inner) else draccus.encode(own)  # type: ignore[arg-type]
+        if not item.init:
+            continue
+        own, inner = getattr(value, item.name), hints.get(item.name)
+        if inner is not None and _is_nested(inner):
+            nested = _changes(own, inner)  # against the inner class: what the outer one gives it, too
+            if nested:
+                changed[item.name] = nested
+        elif own != getattr(plain, item.name):
+            changed[item.name] = draccus.encode(own)
     return changed
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,13 @@ def test_flags_of_the_usual_kind_keep_the_other_defaults() -> None:
     )
     same = parse_flags(ToolConfig, ["--policy.backbone.type=compact", "--policy.backbone.heads=4"]).policy
     assert same.backbone == CompactConfig(heads=4)
+
+
+def test_a_decoding_flag_keeps_the_policys_other_decoding_settings() -> None:
+    usual = ToolConfig().policy.decoding
+    assert usual.executed_steps == 4  # which is not `DecodingConfig`'s own default
+    changed = parse_flags(ToolConfig, ["--policy.decoding.max_iterations=3"]).policy.decoding
+    assert changed == replace(usual, max_iterations=3)
 
 
 def test_another_kind_starts_from_its_own_defaults(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 # expected: its parts were run with these commands, the whole has not been run in one piece yet.
 # Every step goes on where an interrupt left it: run the script again.
 #
-#   bash recipes/tabletop.sh [OUTPUT_FOLDER]
+#   [TEACHER=CHECKPOINT] bash recipes/tabletop.sh [OUTPUT_FOLDER]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-outputs/tabletop}
@@ -19,14 +19,24 @@ finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors"
 wait $! # with its exit status: a plain wait would hide a failure
 demos="$out/data/clean,$out/data/perturb0,$out/data/perturb1"
 
-# 2. The teacher, with four takeover (DAgger) rounds; two processes.
-finished teacher || torchrun --nproc_per_node 2 -m ceed_vla.cli train \
-  --roots "$demos" --grounding_roots "$out/data/ground0,$out/data/ground1" --output_dir "$out/teacher" \
-  --grounding_steps 2000 --steps 6500 --grounding_batch 16 --rounds 4 --takeover_episodes 480 --resume "$(started teacher)"
-teacher="$out/teacher/checkpoints/final"
+# 2. The teacher, with three takeover (DAgger) rounds; two processes.
+if [ -z "${TEACHER:-}" ]; then
+  finished teacher || torchrun --nproc_per_node 2 -m ceed_vla.cli train \
+    --roots "$demos" --grounding_roots "$out/data/ground0,$out/data/ground1" --output_dir "$out/teacher" \
+    --grounding_steps 700 --steps 4000 --grounding_batch 16 --rounds 3 --takeover_episodes 400 --lr 2e-3 \
+    --save_every 100 --threads 1 --resume "$(started teacher)"
+  teacher="$out/teacher/checkpoints/final" roots="$demos$(printf ",%s" "$out"/teacher/takeover/round_?_?)"
+else # a teacher that is there already: only takeovers of it are missing
+  takeover() {
+    ceed-vla record --resume true --root "$out/data/takeover$1" --mode takeover --policy_path "$TEACHER" --episodes 480 \
+      --seed "$2"
+  }
+  (takeover 0 31000) & (takeover 1 32000)
+  wait $!
+  teacher="$TEACHER" roots="$demos,$out/data/takeover0,$out/data/takeover1"
+fi
 
 # 3. Its Jacobi trajectories on demonstrations and takeovers; two processes share the shards.
-roots="$demos$(printf ",%s" "$out"/teacher/takeover/round_?_?)"
 collect() {
   ceed-vla collect --policy_path "$teacher" --roots "$roots" --output_dir "$out/trajectories" \
     --max_frames 20000 --num_shards 2 --shard_index "$1" --resume true

@@ -25,7 +25,8 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of all matrices that have a gradient."""
-        if all(computes_bfloat16(str(p.device)) for group in self.param_groups for p in group["params"]):
+        devices = {str(parameter.device) for group in self.param_groups for parameter in group["params"]}
+        if closure is not None or all(map(computes_bfloat16, devices)):
             return super().step(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -38,7 +39,7 @@ class Muon(torch.optim.Muon):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        update = orthogonalise(gradient.lerp(buffer, momentum))
+        update = orthogonalise(gradient.lerp(buffer, momentum).float())
         parameter.mul_(1 - lr * group["weight_decay"])
         parameter.add_(update, alpha=-0.2 * lr * math.sqrt(max(parameter.shape)))
 

@@ -88,6 +88,9 @@ class CompactConfig(BackboneConfig):
         for name in ("image_size", "image_grid", "width", "layers", "heads", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("keypoints", "early_readout"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative (0 for none).")
         if self.width % self.heads:
             raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}.")
         if len(self.stem_channels) != 4:

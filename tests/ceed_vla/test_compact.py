@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from ceed_vla.backbones.compact import CameraStem, Keypoints
+from ceed_vla.backbones.config import CompactConfig
+from ceed_vla.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", ["keypoints", "early_readout"])
+def test_counts_are_not_negative(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is -1; it must not be negative"):
+        CompactConfig(**{name: -1})
 
 
 def test_keypoints_are_the_places_of_their_heat() -> None:

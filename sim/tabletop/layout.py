@@ -21,7 +21,7 @@ from sim.tabletop.tasks import (
 )
 
 NEAR_X, NEAR_Y = (0.36, 0.54), (-0.14, 0.14)  # where cubes start [m]
-FAR_X, FAR_Y = (0.63, 0.66), (-0.165, 0.165)  # where bin and plate stand [m]
+FAR_X, FAR_Y = (0.66, 0.68), (-0.165, 0.165)  # where bin and plate stand [m]
 CUBE_SPACING = 0.11  # smallest distance of two cube centres [m]: open fingers must fit between
 FAR_SPACING = 0.17  # smallest distance of bin and plate along y [m]
 CUBE_YAW = 0.3  # largest start yaw [rad]

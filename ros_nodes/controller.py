@@ -10,38 +10,27 @@ takes over, and `StepGrid` sees to it that these are fresh.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ceed_vla.errors import ConfigError, ObservationError
+from ceed_vla.errors import ConfigError
+from ros_nodes.chunk_requests import ChunkRequests
 from ros_nodes.chunk_stream import ChunkStream, Plan, Target
 from ros_nodes.inference import InferenceWorker
 from ros_nodes.loop_statistics import LoopStatistics
 from ros_nodes.motion import Motion
 from ros_nodes.observations import Observations
-from ros_nodes.predictor import Request
 from ros_nodes.safety import Decision, Hold, SafetyFilter
-from ros_nodes.step_grid import SLEW, UNSURE, StepGrid
+from ros_nodes.step_grid import SLEW, StepGrid
 
 Array = NDArray[np.float64]
 
 WAITING, STARVED = "waiting", "starved"
 _OWN_HOLDS = (WAITING, STARVED)  # the stream goes on after these by itself
 _SPEECHLESS = ("act", "diffusion", "multi_task_dit", "tdmpc", "vqbet")  # policies that no instruction reaches
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A request whose chunk does not move the arm yet."""
-
-    taken: float  # when the oldest of its images was taken, on the messages' clock [s]
-    sent: float  # steady time [s]
-    frozen_steps: int
-    deadline_s: float | None
-    decode_s: float = 0.0
 
 
 class PolicyController:
@@ -86,6 +75,7 @@ class PolicyController:
         self.instruction = instruction
         self._needs_instruction = worker.spec.policy_type not in _SPEECHLESS
         self.statistics = LoopStatistics(1.0 / command_rate)
+        self._requests = ChunkRequests(observations, motion, stream, worker, self.statistics)
         self.hold: Hold | None = Hold("disabled", "not enabled")
         self.conflict: str | None = None
         self._enable_asked = False
@@ -100,8 +90,6 @@ class PolicyController:
         self._before_step: tuple[Any, ...] = motion.save()
         self._step_hold: Hold | None = None
         self._seam = False
-        self._asked: dict[int, _Asked] = {}
-        self._fresh: _Asked | None = None  # the next command is the first computed from this request
 
     # ---- what operators do --------------------------------------------------------------------------------------
 
@@ -202,7 +190,9 @@ class PolicyController:
 
     def receive(self, now: float) -> None:
         """Take the policy's answer if there is one; called as soon as it comes, so that its step begins in time."""
-        self._take_answer(now)
+        if self._requests.receive(now, self.grid.remaining(now)) and self._step_hold is not None:
+            self.grid.begin_now()  # nothing moves: the next step need not wait for its boundary
+            self._boundary = True
         if not self._stream.arrived:
             return
         if self._boundary:
@@ -283,11 +273,8 @@ class PolicyController:
         if decision.hold is not None and decision.hold.code not in _OWN_HOLDS:
             self._drop_plans()
             return decision
-        if decision.hold is None and self._fresh is not None:
-            latency = clock - self._fresh.taken
-            self.statistics.to_command.add(latency)
-            self.statistics.beyond_decode.add(latency - self._fresh.decode_s)
-            self._fresh = None
+        if decision.hold is None:
+            self._requests.commanded(clock)
         return decision
 
     def _begin_step(self) -> None:
@@ -319,72 +306,11 @@ class PolicyController:
             return
         self._step_hold, self._seam = None, target.seam
         self._motion.advance(np.asarray(target.action, dtype=np.float64))
-        asked = self._asked.get(target.chunk_id or 0)
-        if asked is not None and target.index >= asked.frozen_steps:
-            self._fresh = asked
-            self._asked.clear()
-
-    # ---- asking and answers -------------------------------------------------------------------------------------
+        self._requests.executed(target)
 
     def _ask_if_due(self, now: float, wait: float) -> Plan | None:
         """Ask for the next chunk unless observations that come in `wait` [s] will do; the plan that was sent."""
-        if not self._worker.idle:
-            return None
-        plan = self._stream.plan(self.grid.remaining(now), (wait + UNSURE) / self._stream.action_dt)
-        if plan is not None and not self._ask(plan, now):
-            self._stream.cancel(plan.id)
-            return None
-        return plan
-
-    def _ask(self, plan: Plan, now: float) -> bool:
-        """Send the newest observation to the policy; False if it cannot be sent."""
-        try:
-            observation = self._observations.snapshot(self._motion)
-        except ObservationError:  # the objection of the next tick says what is wrong
-            return False
-        taken = self._observations.image_stamp
-        request = Request(
-            plan.id,
-            observation,
-            self.instruction,
-            plan.previous,
-            plan.shift_steps,
-            plan.frozen_steps,
-            plan.deadline_s,
-        )
-        if not self._worker.submit(request):
-            return False
-        taken = math.nan if taken is None else taken
-        self._asked[plan.id] = _Asked(taken, now, plan.frozen_steps, plan.deadline_s)
-        return True
-
-    def _take_answer(self, now: float) -> None:
-        response = self._worker.poll()
-        if response is None:
-            return
-        self.statistics.answered(response)
-        asked = self._asked.pop(response.id, None)
-        if response.error is not None:
-            self._stream.cancel(response.id)
-            return
-        try:
-            accepted = self._stream.offer(
-                response.id, response.actions, response.tokens, self.grid.remaining(now)
-            )
-        except ConfigError as error:
-            self.statistics.errors += 1
-            self.statistics.last_error = str(error)
-            self._stream.cancel(response.id)
-            return
-        if asked is None or not accepted:
-            return
-        self.statistics.last_error = ""
-        late = asked.deadline_s is not None and now - asked.sent > asked.deadline_s
-        self.statistics.deadline_misses += late
-        self._asked = {response.id: replace(asked, decode_s=response.seconds.get("total", 0.0))}
-        if self._step_hold is not None:  # nothing moves: the next step need not wait for its boundary
-            self.grid.begin_now()
-            self._boundary = True
+        return self._requests.ask_if_due(self.instruction, now, self.grid.remaining(now), wait)
 
     def _objection(self) -> Hold | None:
         """Why the arm must hold though the safety filter has no reason."""
@@ -403,8 +329,8 @@ class PolicyController:
 
     def _drop_plans(self) -> None:
         self._stream.stop()
-        self._asked.clear()
-        self._fresh = self._step_hold = None
+        self._requests.drop()
+        self._step_hold = None
         self._seam = self._boundary = False
 
     def _without_old_gripper(self, decision: Decision) -> Decision:

@@ -110,3 +110,29 @@ def resolve_rows(names: Sequence[str], configs: dict[str, Any], executed_steps: 
         assert decoding is not None  # `parse_decoders` has checked the names
         rows.append(Row(name, model, decoding))
     return rows
+
+
+def named_decoding(name: str, config: Any, executed_steps: int) -> DecodingConfig:
+    """The decoding that one name stands for.
+
+    Args:
+        name: One decoder, for example ``"cap2"``.
+        config: ``CeedVLAConfig`` of the policy.
+        executed_steps: Steps ``h`` executed before the next replan.
+
+    Raises:
+        ConfigError: An unknown name, or several.
+    """
+    return resolve_rows([checked_name(name)], {"policy": config}, executed_steps)[0].decoding
+
+
+def checked_name(name: str) -> str:
+    """One decoder's name.
+
+    Raises:
+        ConfigError: An unknown name, or several.
+    """
+    names = parse_decoders(name, has_teacher=False)
+    if len(names) > 1:
+        raise ConfigError(f"{name!r} names {len(names)} decoders; choose one of {DECODERS}.")
+    return names[0]

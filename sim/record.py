@@ -123,11 +123,13 @@ def _recorder(
     """The function that records one unit of seeds in the configured mode, and the features of its frames."""
     if config.mode == "takeover":
         import ceed_vla
+        from sim.decoders import named_decoding
         from sim.recording.takeover import takeover_attempts
         from sim.rollout import EnvPool, PolicyRunner
 
         bundle = policy_bundle or ceed_vla.load(config.policy_path or "")
-        runner = PolicyRunner(bundle, config.decoding)
+        decoding = named_decoding(config.decoding, bundle[0].config, config.executed_steps)
+        runner = PolicyRunner(bundle, decoding)
         with EnvPool(config.batch, image_size=config.image_size) as pool:
             features = frame_features(pool.env(0), with_action=True)
             yield lambda seeds: takeover_attempts(runner, pool, seeds, config), features

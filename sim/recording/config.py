@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ceed_vla.errors import ConfigError
+from sim.decoders import checked_name
 
 MODES = ("clean", "perturb", "grounding", "takeover")
 
@@ -46,7 +47,7 @@ class RecordConfig:
         poses_per_scene: Arm poses (frames) per grounding scene.
         scenes_per_episode: Grounding scenes per stored episode (storing an episode has a fixed cost).
         policy_path: Checkpoint folder of the policy that drives in mode takeover.
-        decoding: Decoder of that policy: "ar", "jacobi" or "ceed".
+        decoding: Decoder of that policy, by a name that `ceed-vla eval` knows: "ar", "ceed", "cap1" and so on.
         executed_steps: Actions executed per chunk in mode takeover.
         batch: Environments driven in lock step in mode takeover.
         max_chunks: The policy drives 1 to `max_chunks` chunks before the expert takes over.
@@ -85,6 +86,7 @@ class RecordConfig:
         self.root = Path(self.root)
         if self.mode not in MODES:
             raise ConfigError(f"unknown mode {self.mode!r}; choose one of {', '.join(MODES)}")
+        checked_name(self.decoding)
         if self.seed is None:
             self.seed = TAKEOVER_SEEDS[0] if self.mode == "takeover" else RECORDING_SEEDS[0]
         self.families()

@@ -279,6 +279,8 @@ def test_statistics_match_numpy() -> None:
         ({"episodes": 0}, "at least 1"),
         ({"mode": "perturb", "action_noise": 0.1}, "mode clean only"),
         ({"action_noise": -0.1}, r"\[0, 1\]"),
+        ({"decoding": "fast"}, "Unknown decoder 'fast'"),
+        ({"decoding": "ar,ceed"}, "2 decoders"),
     ],
 )
 def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError
 from sim.record import record
 from sim.recording.config import RecordConfig
@@ -34,7 +35,7 @@ class FakePolicy:
     def __init__(
         self, act: Callable[[np.ndarray], np.ndarray] | None = None, malformed: Collection[int] = ()
     ) -> None:
-        self.config = SimpleNamespace(n_action_steps=4, chunk_size=CHUNK)
+        self.config = SimpleNamespace(n_action_steps=4, chunk_size=CHUNK, decoding=DecodingConfig())
         self.act = act
         self.calls: list[SimpleNamespace] = []
         self.actions = torch.empty(0, CHUNK, DIMS)
@@ -204,8 +205,10 @@ def test_success_rate_and_interval() -> None:
 def test_takeover_stores_only_finished_corrections(tmp_path: Path, switches: int) -> None:
     root = tmp_path / "takeover"
     options = {"tasks": "push_cube", "episodes": 3, "batch": 2, "max_chunks": 3, "switches": switches}
-    config = RecordConfig(root=root, mode="takeover", progress=False, **options)
-    summary = record(config, policy_bundle=bundle(FakePolicy(reach)))
+    config = RecordConfig(root=root, mode="takeover", decoding="cap2", progress=False, **options)
+    policy = FakePolicy(reach)
+    summary = record(config, policy_bundle=bundle(policy))
+    assert {call.decoding for call in policy.calls} == {DecodingConfig(max_iterations=2, executed_steps=4)}
     assert summary.attempts == sum(summary.outcomes.values()) == 3
     recorded = summary.outcomes.get("push_cube/recorded", 0)
     assert recorded > 0

@@ -13,21 +13,25 @@ record() { # name mode episodes seed
   ceed-vla record --resume true --root "$out/data/$1" --mode "$2" --episodes "$3" --seed "$4" "${@:5}"
 }
 started() { [ -e "$out/$1/progress.json" ] && echo true || echo false; }
+wait_all() { # with their exit status: a plain wait would hide a failure
+  local job
+  for job in $(jobs -p); do wait "$job"; done
+}
 finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors" ]; }
 
 # 1. Demonstrations: two processes side by side, one thread each.
 (record perturb0 perturb 1000 1000; record clean clean 300 0) &
-record perturb1 perturb 1200 3000
-wait $! # with its exit status: a plain wait would hide a failure
+record perturb1 perturb 1200 3000 &
+wait_all
 demos="$out/data/clean,$out/data/perturb0,$out/data/perturb1"
 
 # 2. The teacher, in two runs of two processes each: action-free grounding scenes, then all with three takeover (DAgger)
 #    rounds; then on from there at half the learning rate, with takeovers of the first run and two more rounds.
 teacher=${TEACHER:-$out/teacher/checkpoints/final}
-takeovers() { # name policy seed seed
-  record "${1}0" takeover 480 "$3" --policy_path "$2" &
-  record "${1}1" takeover 480 "$4" --policy_path "$2"
-  wait $!
+takeovers() { # name policy seed seed [attempts decoding]
+  record "${1}0" takeover "${5:-480}" "$3" --policy_path "$2" --decoding "${6:-ar}" &
+  record "${1}1" takeover "${5:-480}" "$4" --policy_path "$2" --decoding "${6:-ar}" &
+  wait_all
 }
 train() { # name, and what differs
   finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli train --output_dir "$out/$1" \
@@ -36,8 +40,8 @@ train() { # name, and what differs
 }
 if [ -z "${TEACHER:-}" ]; then
   record ground0 grounding 8000 6000 &
-  record ground1 grounding 9000 18000
-  wait $!
+  record ground1 grounding 9000 18000 &
+  wait_all
   train first --roots "$demos" --grounding_steps 700 --steps 4000 --rounds 3 --lr 2e-3
   takeovers early "$out/first/checkpoints/final" 31000 32000
   train teacher --policy_path "$out/first/checkpoints/final" --roots "$demos,$out/data/early0,$out/data/early1" \
@@ -48,41 +52,53 @@ fi
 # 3. Takeovers of it, and its Jacobi trajectories on these and the demonstrations; two processes share the shards.
 takeovers takeover "$teacher" 35000 36000
 roots="$demos,$out/data/takeover0,$out/data/takeover1"
-collect() { # shard
-  ceed-vla collect --policy_path "$teacher" --roots "$roots" --output_dir "$out/trajectories" \
-    --max_frames 20000 --num_shards 2 --shard_index "$1" --resume true
+collect() { # name roots, and what differs
+  local shard
+  for shard in 0 1; do
+    ceed-vla collect --policy_path "$teacher" --roots "$2" --output_dir "$out/$1" --num_shards 2 \
+      --shard_index $shard --resume true "${@:3}" &
+  done
+  wait_all
 }
-collect 0 &
-collect 1
-wait $!
+collect trajectories "$roots" --max_frames 20000
 
-# 4. Students: both losses, three seeds each, the same number of steps; two runs side by side, one thread each. Their exit
-#    is what the validation of step 5 chose.
-student() { # loss seed
-  local states=""
-  [ "$1" = paper ] && states="--states stored --omega 1"
-  finished "student_$1_$2" || ceed-vla distill --teacher_path "$teacher" --trajectories.path "$out/trajectories" \
-    --roots "$roots" --output_dir "$out/student_$1_$2" --seed "$2" --resume "$(started "student_$1_$2")" \
-    --steps 1000 --lr 5e-4 --muon_lr 5e-4 --max_iterations 3 --confidence 0.2 --threads 1 --loss "$1" $states
+# 4. A first student, and what it sees when it drives with one forward a chunk.
+distill() { # name trajectories roots, and what differs
+  finished "$1" || ceed-vla distill --teacher_path "$teacher" --trajectories.path "$out/$2" --roots "$3" \
+    --output_dir "$out/$1" --resume "$(started "$1")" --max_iterations 2 --confidence 0.2 --threads 1 "${@:4}"
 }
-student trust_region 0 &
-student trust_region 1
-wait $!
-student trust_region 2 &
-student paper 0
-wait $!
-student paper 1 &
-student paper 2
-wait $!
+first() { # loss seed, and what differs
+  distill "first_$1_$2" trajectories "$roots" --loss "$1" --seed "$2" --steps 1000 --lr 5e-4 --muon_lr 5e-4 "${@:3}"
+}
+first trust_region 0
+takeovers student "$out/first_trust_region_0/checkpoints/final" 37000 38000 960 cap1
 
-# 5. The exit rule, on validation seeds; then all of them against the teacher on the same 400 evaluation seeds.
+# 5. The students, three seeds: on all frames, the first student's too. Their exit is what the validation below chose.
+wide="$roots,$out/data/student0,$out/data/student1"
+collect trajectories_wide "$wide" --states false --max_frames 0
+student() { # seed
+  distill "student_$1" trajectories_wide "$wide" --seed "$1" --steps 2000 --lr 1e-3 --muon_lr 1e-3 --max_updates 1
+}
+for seed in 0 1 2; do student $seed & done
+wait_all
+
+# 6. The exit rule, on validation seeds; then all of them against the teacher on the same 400 evaluation seeds.
+evaluate() { # name decoders
+  ceed-vla eval --policy.path "$out/$1/checkpoints/final" --teacher.path "$teacher" --env tabletop --decoders "$2" \
+    --episodes 400 --seed 50000 --timing_chunks 0 --output_dir "$out/evaluate_$1"
+}
 rules=cap2,conf0.1_cap2,conf0.2_cap2,conf0.3_cap2,conf0.1_cap3,conf0.2_cap3,conf0.3_cap3
-for run in trust_region_0 trust_region_1 trust_region_2; do
-  ceed-vla eval --policy.path "$out/student_$run/checkpoints/final" --env tabletop --decoders $rules \
-    --episodes 360 --seed 40000 --timing_chunks 0 --output_dir "$out/validate_$run"
+for seed in 0 1 2; do
+  ceed-vla eval --policy.path "$out/student_$seed/checkpoints/final" --env tabletop --decoders $rules \
+    --episodes 360 --seed 40000 --timing_chunks 0 --output_dir "$out/validate_$seed"
 done
+for seed in 0 1 2; do evaluate "student_$seed" jacobi,ceed,cap1,cap2,cap3,conf0.2_cap3; done
+
+# 7. The model card's comparison of the losses: three seeds each, equal data and steps.
+for seed in 1 2; do first trust_region $seed & done
+wait_all
+for seed in 0 1 2; do first paper $seed --states stored --omega 1 & done
+wait_all
 for run in trust_region_0 trust_region_1 trust_region_2 paper_0 paper_1 paper_2; do
-  ceed-vla eval --policy.path "$out/student_$run/checkpoints/final" --teacher.path "$teacher" --env tabletop \
-    --decoders jacobi,ceed,cap1,cap2,cap3,conf0.2_cap2 --episodes 400 --seed 50000 --timing_chunks 0 \
-    --output_dir "$out/evaluate_$run"
+  evaluate "first_$run" jacobi,cap1,cap2,cap3,conf0.2_cap2,conf0.2_cap3
 done

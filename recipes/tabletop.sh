@@ -67,14 +67,14 @@ distill() { # name trajectories roots, and what differs
   finished "$1" || ceed-vla distill --teacher_path "$teacher" --trajectories.path "$out/$2" --roots "$3" \
     --output_dir "$out/$1" --resume "$(started "$1")" --max_iterations 2 --confidence 0.2 --threads 1 "${@:4}"
 }
-first() { # loss seed, and what differs
-  distill "first_$1_$2" trajectories "$roots" --loss "$1" --seed "$2" --steps 1000 --lr 5e-4 --muon_lr 5e-4 "${@:3}"
+first_student() { # loss seed, and what differs
+  distill "first_student_$1_$2" trajectories "$roots" --loss "$1" --seed "$2" --steps 1000 --lr 5e-4 --muon_lr 5e-4 "${@:3}"
 }
-first trust_region 0
-takeovers student "$out/first_trust_region_0/checkpoints/final" 37000 38000 960 cap1
+first_student trust_region 0
+takeovers drift "$out/first_student_trust_region_0/checkpoints/final" 37000 38000 960 cap1
 
 # 5. The students, three seeds: on all frames, the first student's too. Their exit is what the validation below chose.
-wide="$roots,$out/data/student0,$out/data/student1"
+wide="$roots,$out/data/drift0,$out/data/drift1"
 collect trajectories_wide "$wide" --states false --max_frames 0
 student() { # seed
   distill "student_$1" trajectories_wide "$wide" --seed "$1" --steps 2000 --lr 1e-3 --muon_lr 1e-3 --max_updates 1
@@ -95,10 +95,10 @@ done
 for seed in 0 1 2; do evaluate "student_$seed" jacobi,ceed,cap1,cap2,cap3,conf0.2_cap3; done
 
 # 7. The model card's comparison of the losses: three seeds each, equal data and steps.
-for seed in 1 2; do first trust_region $seed & done
+for seed in 1 2; do first_student trust_region $seed & done
 wait_all
-for seed in 0 1 2; do first paper $seed --states stored --omega 1 & done
+for seed in 0 1 2; do first_student paper $seed --states stored --omega 1 & done
 wait_all
 for run in trust_region_0 trust_region_1 trust_region_2 paper_0 paper_1 paper_2; do
-  evaluate "first_$run" jacobi,cap1,cap2,cap3,conf0.2_cap2,conf0.2_cap3
+  evaluate "first_student_$run" jacobi,cap1,cap2,cap3,conf0.2_cap2,conf0.2_cap3
 done

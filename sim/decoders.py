@@ -121,17 +121,20 @@ def named_decoding(name: str, config: Any, executed_steps: int) -> DecodingConfi
         executed_steps: Steps ``h`` executed before the next replan.
 
     Raises:
-        ConfigError: An unknown name, or several.
+        ConfigError: As `checked_name`.
     """
     return resolve_rows([checked_name(name)], {"policy": config}, executed_steps)[0].decoding
 
 
 def checked_name(name: str) -> str:
-    """One decoder's name.
+    """The name of a decoder where there is one policy and no teacher beside it.
 
     Raises:
-        ConfigError: An unknown name, or several.
+        ConfigError: An unknown name, a teacher's, or several.
     """
+    if name.startswith(TEACHER_PREFIX):
+        plain = name.removeprefix(TEACHER_PREFIX)
+        raise ConfigError(f"Decoder {name!r} is a teacher's, and only one policy decodes here; try {plain!r}.")
     names = parse_decoders(name, has_teacher=False)
     if len(names) > 1:
         raise ConfigError(f"{name!r} names {len(names)} decoders; choose one of {DECODERS}.")

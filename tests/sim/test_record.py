@@ -281,6 +281,7 @@ def test_statistics_match_numpy() -> None:
         ({"action_noise": -0.1}, r"\[0, 1\]"),
         ({"decoding": "fast"}, "Unknown decoder 'fast'"),
         ({"decoding": "ar,ceed"}, "2 decoders"),
+        ({"decoding": "teacher_ar"}, "try 'ar'"),
     ],
 )
 def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -134,7 +134,9 @@ def checked_name(name: str) -> str:
     """
     if name.startswith(TEACHER_PREFIX):
         plain = name.removeprefix(TEACHER_PREFIX)
-        raise ConfigError(f"Decoder {name!r} is a teacher's, and only one policy decodes here; try {plain!r}.")
+        raise ConfigError(
+            f"Decoder {name!r} is a teacher's, and only one policy decodes here; try {plain!r}."
+        )
     names = parse_decoders(name, has_teacher=False)
     if len(names) > 1:
         raise ConfigError(f"{name!r} names {len(names)} decoders; choose one of {DECODERS}.")

@@ -62,7 +62,14 @@ EXTRAS = {
     ],
     # Checkpoints of other families (OpenVLA, image-text-to-text models, pi0-FAST) and LoRA.
     "vlm": ["num2words>=0.5.14,<0.6", "peft>=0.18,<1", "sentencepiece>=0.2", "timm>=1,<2"],
-    "test": ["hypothesis>=6.130", "pytest>=8.4", "pytest-timeout>=2.4", "rosbags>=0.10", "rosless>=0.5"],
+    "test": [
+        "hypothesis>=6.130",
+        "pytest>=8.4",
+        "pytest-rerunfailures>=16",
+        "pytest-timeout>=2.4",
+        "rosbags>=0.10",
+        "rosless>=0.5",
+    ],
     "lint": ["mypy>=1.16", "pre-commit>=4.2", "ruff>=0.12"],
 }
 

@@ -5,6 +5,9 @@
 Layers have the size of a 7B Llama, with random weights. The bare forwards are those that a loop made, one by one: the
 same query lengths behind the same cached positions, and the same rows of the head. Loop and bare forwards take turns;
 the fastest run of each is compared, as whatever else a machine does can only add time.
+
+The last line is about the checks of what comes in and out (images, state, words, the previous chunk's tokens, finite
+scores): their time alone over that of a whole chunk of the shipped student, both medians of the same run.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +26,10 @@ from transformers import DynamicCache
 
 from ceed_vla.backbones.openvla import OpenVLABackbone, OpenVLAEmbeddings, OpenVLAPrefix
 from ceed_vla.backbones.openvla_folder import Architecture
+from ceed_vla.checkpoints import load
 from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_autoregressive, decode_jacobi
+from ceed_vla.decoding.finite import check_rows, with_sums
+from ceed_vla.tensors import check_tokens
 
 WORDS, BINS = 32000, 256
 LLAMA_7B = {
@@ -138,6 +145,32 @@ def compare(
     }
 
 
+@torch.inference_mode()
+def checks(repeats: int) -> tuple[float, float]:
+    """Medians of a chunk of the shipped student, pre-processing included, and of all of its checks alone [s]."""
+    policy, preprocess, _ = load("student")
+    generator = torch.Generator().manual_seed(2)
+    raw: dict[str, Any] = {c: torch.rand(1, 3, 96, 96, generator=generator) for c in policy.config.cameras}
+    raw |= {"observation.state": torch.zeros(1, policy.config.robot_state_feature.shape[0])}
+    raw["task"] = ["put the red cube in the bin"]
+    batch, backbone, n = preprocess(raw), policy.backbone, policy.config.block_length
+    last = policy.decode(batch)
+    scores, tokens = torch.rand(1, n), last.tokens
+    chunk, alone = [], []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        result = policy.decode(preprocess(raw), previous=last.tokens)
+        chunk.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        policy.check_observation(batch)
+        check_tokens(tokens, "The previous chunk", (1, n), backbone.vocabulary_size, none=True)
+        check_tokens(tokens, "tokens", (1, n), backbone.vocabulary_size)
+        for _ in range(result.forwards + 1):
+            check_rows(with_sums(tokens, scores, backbone).numpy()[:, n])
+        alone.append(time.perf_counter() - started)
+    return statistics.median(chunk), statistics.median(alone)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, default=2)
@@ -145,6 +178,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=21, help="tokens of a block: 7 times the actions")
     parser.add_argument("--prefix", type=int, default=280, help="256 patches and the words of a prompt")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--chunks", type=int, default=200, help="chunks of the shipped student")
     options = parser.parse_args()
     print(
         f"{options.layers} layers of a 7B Llama, {options.dtype}, prefix {options.prefix}, block {options.block}, "
@@ -159,6 +193,11 @@ def main() -> None:
         print(
             f"{name:<7}{timing.forwards} forwards: loop {loop}, bare {bare}, overhead {timing.overhead:+.2%}"
         )
+    chunk, alone = checks(options.chunks)
+    print(
+        f"checks alone {1e3 * alone:.3f} ms, a chunk of the student {1e3 * chunk:.2f} ms (p50 of {options.chunks}): "
+        f"{alone / chunk:.2%}"
+    )
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.errors import ConfigError
+from ceed_vla.tensors import check_actions, check_tokens, numbers, whole
 
 RANGE_MODES = ("quantile", "min_max")
 _RANGE_KEYS = {"quantile": ("q01", "q99"), "min_max": ("min", "max")}
+MOST_BINS = 65_536
 _LEAST_WIDTH = 1e-3  # a dimension that never moves still needs distinct bins [action units]
 
 
@@ -82,13 +84,19 @@ class ActionTokenizer:
         num_bins: int = 255,
         gripper_dims: Sequence[int] = (),
     ) -> None:
+        low, high, gripper_dims = (
+            numbers(low, "low"),
+            numbers(high, "high"),
+            whole(gripper_dims, "gripper_dims"),
+        )
         if len(low) != len(high) or len(low) == 0:
             raise ConfigError(
                 f"low has {len(low)} values and high {len(high)}; give one of each for every dimension."
             )
-        if chunk_steps < 1 or num_bins < 2:
+        (chunk_steps, num_bins) = whole((chunk_steps, num_bins), "chunk_steps and num_bins")
+        if chunk_steps < 1 or not 2 <= num_bins <= MOST_BINS:
             raise ConfigError(
-                f"chunk_steps is {chunk_steps} (at least 1) and num_bins {num_bins} (at least 2)."
+                f"chunk_steps is {chunk_steps} (at least 1) and num_bins {num_bins} (2 to {MOST_BINS})."
             )
         self.action_dim = len(low)
         self.chunk_steps = int(chunk_steps)
@@ -99,8 +107,8 @@ class ActionTokenizer:
             raise ConfigError(f"gripper_dims {bad} lie outside the {self.action_dim} action dimensions.")
         self.gripper_dims = tuple(sorted({int(d) % self.action_dim for d in gripper_dims}))
         # float64: rounding to a bin must not depend on how a float32 grid rounds.
-        self.low = torch.tensor([float(v) for v in low], dtype=torch.float64)  # (A,)
-        self.high = torch.tensor([float(v) for v in high], dtype=torch.float64)  # (A,)
+        self.low = torch.tensor(low, dtype=torch.float64)  # (A,)
+        self.high = torch.tensor(high, dtype=torch.float64)  # (A,)
         ordered = torch.isfinite(self.low) & torch.isfinite(self.high) & (self.low < self.high)
         if not bool(ordered.all()):
             d = int((~ordered).nonzero()[0])
@@ -126,19 +134,8 @@ class ActionTokenizer:
         Raises:
             TokenError: Another shape, or NaN or infinity.
         """
-        if actions.ndim != 3 or tuple(actions.shape[1:]) != (self.chunk_steps, self.action_dim):
-            raise TokenError(
-                f"actions have shape {tuple(actions.shape)}, expected "
-                f"(B, {self.chunk_steps}, {self.action_dim})."
-            )
+        check_actions(actions, self.chunk_steps, self.action_dim)
         actions = actions.double()
-        finite = torch.isfinite(actions)
-        if not bool(finite.all()):
-            b, step, d = (~finite).nonzero()[0].tolist()
-            raise TokenError(
-                f"actions[{b}, {step}, {d}] is {actions[b, step, d].item()} (batch row {b}, step {step}, "
-                f"dimension {d}); only finite actions can become tokens. Clean the data or stop the robot."
-            )
         _, low, step_size = self._on(actions.device)
         bins = (actions - low) / step_size  # (B, m, A), in bins
         # A float32 value at a range end must not count as out of range.
@@ -155,22 +152,14 @@ class ActionTokenizer:
         Raises:
             TokenError: Another shape, not integers, or a token outside the vocabulary.
         """
-        if tokens.ndim != 2 or tokens.shape[1] != self.block_length:
-            raise TokenError(f"tokens have shape {tuple(tokens.shape)}, expected (B, {self.block_length}).")
-        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-            raise TokenError(f"tokens are {tokens.dtype}; they must be integers.")
-        outside = (tokens < 0) | (tokens >= self.num_bins)
-        if bool(outside.any()):
-            b, slot = outside.nonzero()[0].tolist()
-            raise TokenError(
-                f"tokens[{b}, {slot}] is {tokens[b, slot].item()}; tokens lie in [0, {self.num_bins - 1}]."
-            )
+        check_tokens(tokens, "tokens", (None, self.block_length), self.num_bins)
         centres, _, _ = self._on(tokens.device)
         steps = tokens.long().view(-1, self.chunk_steps, self.action_dim)  # (B, m, A)
         return centres.gather(0, steps.reshape(-1, self.action_dim)).view(steps.shape)
 
     def readable(self, tokens: Tensor) -> Tensor:
         """Which rows (B,) of `tokens` (B, n) stand for a chunk: here all of them."""
+        check_tokens(tokens, "tokens", (None, self.block_length), 0)
         return torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
 
     def _grid(self) -> Tensor:
@@ -241,7 +230,12 @@ def _statistic(stats: Mapping[str, Any], key: str) -> list[float]:
             f"The action statistics lack {key!r} (they have {', '.join(sorted(stats)) or 'nothing'}); "
             'recompute the statistics of the data set, or use action_range "fixed".'
         )
-    values = torch.as_tensor(stats[key], dtype=torch.float64).flatten()
+    try:
+        values = torch.as_tensor(stats[key], dtype=torch.float64).flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"The action statistic {key!r} holds no numbers ({error}); recompute it."
+        ) from error
     if not bool(torch.isfinite(values).all()):
         raise ConfigError(f"The action statistic {key!r} is {values.tolist()}; all values must be finite.")
     return [float(v) for v in values]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,6 +11,7 @@ import draccus
 
 from ceed_vla.choices import Choice
 from ceed_vla.errors import ConfigError
+from ceed_vla.fields import check_fields, chosen, ranged
 
 if TYPE_CHECKING:
     from ceed_vla.action_tokens import ActionTokens
@@ -33,7 +33,10 @@ class ActionTokensConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
         True  # neighbouring tokens stand for neighbouring actions: soft labels make sense
     )
 
-    gripper_dims: list[int] = field(default_factory=lambda: [-1])
+    gripper_dims: list[int] = ranged([-1], "[-1000, 1000]")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     @abc.abstractmethod
@@ -84,20 +87,13 @@ class UniformTokensConfig(ActionTokensConfig):
         gripper_dims: Two-valued action dimensions; always min/max, decoded exactly, never relaxed by a tolerance.
     """
 
-    num_bins: int = 255
-    action_range: str = "quantile"
+    num_bins: int = ranged(255, "[2, 65536]")
+    action_range: str = chosen("quantile", ACTION_RANGES)
     action_low: list[float] = field(default_factory=list)
     action_high: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.num_bins < 2:
-            raise ConfigError(
-                f"num_bins is {self.num_bins}; at least 2 bins are needed (255 is the default)."
-            )
-        if self.action_range not in ACTION_RANGES:
-            raise ConfigError(
-                f"action_range is {self.action_range!r}; choose one of {', '.join(ACTION_RANGES)}."
-            )
+        super().__post_init__()
         if len(self.action_low) != len(self.action_high):
             raise ConfigError(
                 f"action_low has {len(self.action_low)} values and action_high {len(self.action_high)}; "
@@ -105,8 +101,6 @@ class UniformTokensConfig(ActionTokensConfig):
             )
         if self.action_range == "fixed" and not self.action_low:
             raise ConfigError('action_range "fixed" needs action_low and action_high, one value a dimension.')
-        if not all(math.isfinite(v) for v in (*self.action_low, *self.action_high)):
-            raise ConfigError("action_low and action_high must be finite.")
 
     @property
     def vocabulary(self) -> int:
@@ -154,15 +148,11 @@ class OpenVLATokensConfig(ActionTokensConfig):
         mask: Dimensions that are normalised; filled with all but `gripper_dims` if empty.
     """
 
-    n_action_bins: int = 256
+    n_action_bins: int = ranged(256, "[3, 65536]")
     unnorm_key: str = ""
     q01: list[float] = field(default_factory=list)
     q99: list[float] = field(default_factory=list)
     mask: list[bool] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.n_action_bins < 3:
-            raise ConfigError(f"n_action_bins is {self.n_action_bins}; at least 3 are needed (256 is usual).")
 
     @property
     def vocabulary(self) -> int:

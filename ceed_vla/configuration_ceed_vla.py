@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
@@ -15,7 +14,12 @@ import ceed_vla.fast_tokens_config  # noqa: F401
 from ceed_vla.action_tokens_config import ActionTokensConfig, UniformTokensConfig
 from ceed_vla.backbones.config import BackboneConfig, CompactConfig
 from ceed_vla.decoding.config import DecodingConfig
+from ceed_vla.devices import check_device_name
 from ceed_vla.errors import ConfigError
+from ceed_vla.fields import check_fields, ranged
+from ceed_vla.files import plain_name
+
+MOST_SIDE = 16384  # of an image [px], or values of a state
 
 
 def _early_exit() -> DecodingConfig:
@@ -45,24 +49,24 @@ class CeedVLAConfig(PreTrainedConfig):
         decoding: The early-exit decoding that ``decoding="ceed"`` and LeRobot's tools use.
     """
 
-    chunk_size: int = 8
-    n_action_steps: int = 4
+    chunk_size: int = ranged(8, "[1, 4096]")
+    n_action_steps: int = ranged(4, "[1, 4096]")
     backbone: BackboneConfig = field(default_factory=CompactConfig)
     action_tokens: ActionTokensConfig = field(default_factory=UniformTokensConfig)
 
-    label_sigma: float = 1.0
-    auxiliary_scale: list[float] = field(default_factory=list)
-    auxiliary_weight: float = 0.5
-    augment_shift: int = 2
-    augment_brightness: float = 0.15
-    augment_state: float = 0.02
+    label_sigma: float = ranged(1.0, "[0, 1000]")
+    auxiliary_scale: list[float] = ranged([], "[-1e6, 1e6]")
+    auxiliary_weight: float = ranged(0.5, "[0, 1e6]")
+    augment_shift: int = ranged(2, "[0, 1024]")
+    augment_brightness: float = ranged(0.15, "[0, 1]")
+    augment_state: float = ranged(0.02, "[0, 10]")
 
     decoding: DecodingConfig = field(default_factory=_early_exit)
 
-    optimizer_lr: float = 5e-4
-    optimizer_weight_decay: float = 0.05
-    scheduler_warmup_steps: int = 100
-    scheduler_decay_steps: int = 20_000
+    optimizer_lr: float = ranged(5e-4, "(0, 10]")
+    optimizer_weight_decay: float = ranged(0.05, "[0, 10]")
+    scheduler_warmup_steps: int = ranged(100, "[0, 1e9]")
+    scheduler_decay_steps: int = ranged(20_000, "[1, 1e9]")
 
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
@@ -74,10 +78,12 @@ class CeedVLAConfig(PreTrainedConfig):
     )
 
     def __post_init__(self) -> None:
+        # LeRobot replaces a device that is not there, as one in a checkpoint may be; commands refuse one asked for.
+        self.asked_device = self.device
+        if self.device is not None:
+            check_device_name(self.device)
+        check_fields(self)
         super().__post_init__()
-        for name in ("chunk_size", "n_action_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.n_action_steps > self.chunk_size:
             raise ConfigError(
                 f"n_action_steps is {self.n_action_steps}, more than chunk_size = {self.chunk_size}: "
@@ -92,8 +98,6 @@ class CeedVLAConfig(PreTrainedConfig):
                 f"decoding.executed_steps is {self.decoding.executed_steps}, more than chunk_size = {self.chunk_size}; "
                 "set it to n_action_steps."
             )
-        if not all(math.isfinite(scale) for scale in self.auxiliary_scale):
-            raise ConfigError(f"auxiliary_scale is {self.auxiliary_scale}; all factors must be finite.")
 
     @property
     def action_dim(self) -> int:
@@ -153,6 +157,19 @@ class CeedVLAConfig(PreTrainedConfig):
         Raises:
             ConfigError: No camera, no action, or what the backbone or the action tokens miss.
         """
+        for name, feature in {**(self.input_features or {}), **(self.output_features or {})}.items():
+            plain_name(name, "The name of a feature", ConfigError)
+            sides = tuple(feature.shape)
+            if not sides or not all(isinstance(n, int) and 1 <= n <= MOST_SIDE for n in sides):
+                raise ConfigError(
+                    f"The feature {name} has the shape {sides}; sides are whole numbers in [1, {MOST_SIDE}]."
+                )
+            if feature.type is FeatureType.VISUAL and (len(sides) != 3 or sides[0] != 3):
+                raise ConfigError(f"The camera {name} has the shape {sides}; expected (3, height, width).")
+            if feature.type in (FeatureType.STATE, FeatureType.ENV) and len(sides) != 1:
+                raise ConfigError(
+                    f"The feature {name} has the shape {sides}; expected one number, its length."
+                )
         if not self.image_features:
             raise ConfigError(
                 "The data have no camera: ceed_vla needs at least one observation.images.<camera> feature with "

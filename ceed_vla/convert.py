@@ -10,15 +10,23 @@ from typing import TYPE_CHECKING, Any, cast
 from lerobot.configs import FeatureType, PolicyFeature
 
 from ceed_vla.action_tokens_config import OpenVLATokensConfig
+from ceed_vla.backbones.config import DTYPES, WEIGHTS
 from ceed_vla.backbones.openvla_config import OpenVLAConfig
-from ceed_vla.backbones.openvla_folder import action_statistics, read_config
+from ceed_vla.backbones.openvla_folder import LARGEST_SIDE, action_statistics, read_config
 from ceed_vla.checkpoints import save
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding import DecodingConfig
+from ceed_vla.devices import check_device_name
 from ceed_vla.errors import ConfigError
+from ceed_vla.fields import check_fields, chosen, ranged
+from ceed_vla.files import plain_name, read_json
 
 if TYPE_CHECKING:
     from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+
+PI0_FAST = "pi0_fast"
+KINDS = ("openvla", PI0_FAST)
+EXPECTED = "expected.json"  # reference outputs beside a model, for `ceed-vla verify`
 
 
 @dataclass
@@ -47,25 +55,25 @@ class ConvertConfig:
 
     path: str
     output_dir: str = ""
-    from_: str = "openvla"
-    weights: str = "copied"
-    dtype: str = "auto"
-    quantization: str = "none"
+    from_: str = chosen("openvla", KINDS)
+    weights: str = chosen("copied", WEIGHTS)
+    dtype: str = chosen("auto", ("auto", *DTYPES))
+    quantization: str = chosen("none", ("none", "8bit", "4bit"))
     unnorm_key: str = ""
-    chunk_size: int = 1
-    n_action_steps: int = 0
+    chunk_size: int = ranged(1, "[1, 4096]")
+    n_action_steps: int = ranged(0, "[0, 4096]")
     prompt: str = ""
     camera: str = "front"
     camera_size: str = ""
     fast_tokenizer: str = ""
     text_tokenizer: str = ""
-    vocabulary: str = "full"
+    vocabulary: str = chosen("full", ("full", "actions"))
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        kinds = (*CONVERTERS, PI0_FAST)
-        if self.from_ not in kinds:
-            raise ConfigError(f"from is {self.from_!r}; choose one of {', '.join(kinds)}.")
+        check_fields(self)
+        check_device_name(self.device)
+        plain_name(self.camera, "camera", ConfigError)
         others = [name for kind, names in _OWN.items() if kind != self.from_ for name in names]
         defaults = {item.name: item.default for item in fields(self)}
         ignored = [f"--{name}" for name in others if getattr(self, name) != defaults[name]]
@@ -113,9 +121,12 @@ def _camera_size(text: str) -> tuple[int, int] | None:
     if not text:
         return None
     height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise ConfigError(f"camera_size is {text!r}; give HEIGHTxWIDTH, such as 480x640.")
-    return int(height), int(width)
+    sides = [int(side) for side in (height, width) if side.isascii() and side.isdecimal() and len(side) < 6]
+    if len(sides) < 2 or not all(1 <= side <= LARGEST_SIDE for side in sides):
+        raise ConfigError(
+            f"camera_size is {text[:50]!r}; give HEIGHTxWIDTH, such as 480x640, sides up to {LARGEST_SIDE}."
+        )
+    return sides[0], sides[1]
 
 
 def _size(size: int | list[int]) -> tuple[int, int]:
@@ -138,7 +149,6 @@ def _convert_pi0_fast(config: ConvertConfig) -> str:
     return f"{folder}: LeRobot's pi0-FAST, weights {config.weights}, vocabulary {config.vocabulary}"
 
 
-PI0_FAST = "pi0_fast"
 # Settings that only one kind has.
 _OWN = {
     "openvla": (
@@ -178,8 +188,11 @@ def convert(config: ConvertConfig) -> str:
     """
     if not config.output_dir:
         raise ConfigError("No --output_dir; name the folder for the checkpoint.")
-    if (Path(config.output_dir) / "config.json").exists():
-        raise ConfigError(f"{config.output_dir} already holds a model; choose another folder.")
+    output = Path(config.output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(
+            f"{output} is no empty folder; choose another --output_dir: nothing there is overwritten."
+        )
     if config.from_ == PI0_FAST:
         return _convert_pi0_fast(config)
     policy, *processors = published_policy(replace(config, quantization="none", device="cpu"))
@@ -191,4 +204,15 @@ def convert(config: ConvertConfig) -> str:
     folder = save(config.output_dir, policy, *processors)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     where = f"weights in {config.path}" if config.weights == "reference" else "weights copied"
-    return f"{folder}: {size:.1f} MB, {where}; try `ceed-vla verify {config.path} --policy_path {folder}`"
+    return f"{folder}: {size:.1f} MB, {where}{_hint(config, folder)}"
+
+
+def _hint(config: ConvertConfig, folder: Path) -> str:
+    """What to run next, where the model came with reference outputs that fit."""
+    expected = Path(config.path) / EXPECTED
+    chunk = read_json(expected).get("chunk") if expected.is_file() else None
+    if chunk is None:
+        return ""
+    if chunk != config.chunk_size:
+        return f"; {EXPECTED} there has chunks of {chunk}: convert with --chunk_size {chunk} to verify it"
+    return f"; try `ceed-vla verify {config.path} --policy_path {folder}`"

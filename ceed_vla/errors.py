@@ -27,6 +27,10 @@ class MalformedChunkError(TokenError):
     """Decoded tokens that stand for no chunk of ``m`` steps of ``A`` dimensions. On a robot: hold."""
 
 
+class NotFiniteError(CeedVLAError):
+    """The model's scores are NaN or infinite: its weights or activations are broken. On a robot: hold."""
+
+
 class ObservationError(CeedVLAError, ValueError):
     """An observation lacks a feature, or a feature has another shape or type."""
 

@@ -17,11 +17,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, trainers
 from torch import Tensor
 
-from ceed_vla.backbones.files import read_json
 from ceed_vla.errors import CheckpointError, ConfigError, MalformedChunkError, TokenError
+from ceed_vla.files import read_json
 
 UNDECODABLE = "\ufffd"  # what a byte-level BPE writes for bytes that are no character
 _MOST_SYMBOLS = 0xD800  # the first code point that is no character
+_MOST_CHARACTERS = 2**25  # of all ids; merges of merges would double without end
 
 
 class FastCodec:
@@ -93,7 +94,7 @@ class FastCodec:
         symbols = most - least + 1
         if not 1 <= symbols <= _MOST_SYMBOLS:
             raise ConfigError(f"The coefficients {least} to {most} are no range of 1 to {_MOST_SYMBOLS}.")
-        texts = [chr(i) for i in range(symbols)]
+        texts, total = [chr(i) for i in range(symbols)], symbols
         for i, (left, right) in enumerate(merges):
             if not (0 <= left < len(texts) and 0 <= right < len(texts)):
                 raise ConfigError(
@@ -101,6 +102,11 @@ class FastCodec:
                     "Fit the tokens again."
                 )
             texts.append(texts[left] + texts[right])
+            total += len(texts[-1])
+            if total > _MOST_CHARACTERS:
+                raise ConfigError(
+                    f"The ids up to merge {i} stand for {total} coefficients; fit the tokens again."
+                )
         if len(set(texts)) < len(texts):
             raise ConfigError("Two merges make the same text; fit the tokens again.")
         vocabulary = {text: i for i, text in enumerate(texts)}
@@ -136,8 +142,16 @@ class FastCodec:
 
     @classmethod
     def from_json(cls, bpe: str, scale: float, least: int) -> FastCodec:
-        """The codec of a published tokenizer: the content of its tokenizer.json, and its numbers."""
-        return cls(Tokenizer.from_str(bpe), scale, least)
+        """The codec of a published tokenizer: the content of its tokenizer.json, and its numbers.
+
+        Raises:
+            ConfigError: The content is no tokenizer.
+        """
+        try:
+            tokenizer = Tokenizer.from_str(bpe)
+        except Exception as error:  # the library raises plain exceptions
+            raise ConfigError(f"The FAST tokenizer's BPE cannot be read ({str(error)[:200]}).") from error
+        return cls(tokenizer, scale, least)
 
     def id_lengths(self) -> Tensor:
         """(vocabulary_size,) int64, the coefficients that each id of a fitted codec stands for."""

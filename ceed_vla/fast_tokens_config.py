@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ceed_vla.action_tokens_config import ActionTokensConfig
 from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.fields import check_fields, ranged
+from ceed_vla.files import read_json, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,25 +47,17 @@ class FastTokensConfig(ActionTokensConfig):
     ordered = False
 
     path: str = ""
-    vocabulary_size: int = 1024
-    scale: float = 10.0
+    vocabulary_size: int = ranged(1024, "[2, 65536]")
+    scale: float = ranged(10.0, "(0, 1e6]")
     action_low: list[float] = field(default_factory=list)
     action_high: list[float] = field(default_factory=list)
-    max_tokens: int = 0
-    chunk_steps: int = 0
-    symbols: list[int] = field(default_factory=list)
+    max_tokens: int = ranged(0, "[0, 65536]")
+    chunk_steps: int = ranged(0, "[0, 4096]")
+    symbols: list[int] = ranged([], "[-1e9, 1e9]")
     merges: str = ""
 
     def __post_init__(self) -> None:
-        if (
-            self.vocabulary_size < 2
-            or not (math.isfinite(self.scale) and self.scale > 0)
-            or self.max_tokens < 0
-        ):
-            raise ConfigError(
-                f"vocabulary_size is {self.vocabulary_size} (at least 2), scale {self.scale} (positive) and "
-                f"max_tokens {self.max_tokens} (0 or the slots of a block)."
-            )
+        super().__post_init__()
         if len(self.action_low) != len(self.action_high):
             raise ConfigError(
                 f"action_low has {len(self.action_low)} values and action_high {len(self.action_high)}; "
@@ -71,6 +65,10 @@ class FastTokensConfig(ActionTokensConfig):
             )
         if self.path and not self.fitted:
             self._read(Path(self.path))
+        if self.symbols and not (len(self.symbols) == 2 and self.symbols[0] <= self.symbols[1]):
+            raise ConfigError(
+                f"symbols is {self.symbols[:5]}; it must be the smallest and the largest coefficient."
+            )
 
     @property
     def fitted(self) -> bool:
@@ -126,7 +124,10 @@ class FastTokensConfig(ActionTokensConfig):
                 f"The FAST tokens were fitted on chunks of {self.chunk_steps} steps, the policy's have {chunk_steps}; "
                 "fit them again."
             )
-        pairs = [(int(a), int(b)) for a, _, b in (merge.partition("+") for merge in self.merges.split())]
+        try:
+            pairs = [(int(a), int(b)) for a, _, b in (merge.partition("+") for merge in self.merges.split())]
+        except ValueError as error:
+            raise ConfigError(f"merges holds no pairs of ids ({error}); fit the tokens again.") from error
         codec = FastCodec.from_merges(pairs, self.scale, *self.symbols)
         grippers = self.gripper_indices(action_dim)
         return FastTokenizer(self.action_low, self.action_high, chunk_steps, codec, self.max_tokens, grippers)
@@ -142,22 +143,21 @@ class FastTokensConfig(ActionTokensConfig):
         """Write the fitted tokens to a JSON file that `path` reads."""
         self._check_fitted()
         values = {key: value for key, value in asdict(self).items() if key != "path"}
-        path = Path(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values) + "\n")
-        return path
+        write_text(Path(file), json.dumps(values) + "\n")
+        return Path(file)
 
     def _read(self, file: Path) -> None:
+        if not file.is_file():
+            raise CheckpointError(f"There is no file {file}; write one with `ceed-vla fit-tokens`.")
+        values = read_json(file)
+        if lacking := [name for name in ("symbols", "vocabulary_size", *_FITTED) if name not in values]:
+            raise CheckpointError(f"{file} holds no fitted tokens: it lacks {', '.join(lacking)}.")
+        for name in ("symbols", "vocabulary_size", *_FITTED):
+            setattr(self, name, values[name])
         try:
-            values = json.loads(file.read_text())
-            for name in ("symbols", "vocabulary_size", *_FITTED):
-                setattr(self, name, values[name])
-        except FileNotFoundError as error:
-            raise CheckpointError(
-                f"There is no file {file}; write one with `ceed-vla fit-tokens`."
-            ) from error
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{file} holds no fitted tokens ({error!r}).") from error
+            check_fields(self)
+        except ConfigError as error:
+            raise CheckpointError(f"{file} holds no fitted tokens: {error}") from error
 
     def _check_fitted(self) -> None:
         if not self.fitted:

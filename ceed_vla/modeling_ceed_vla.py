@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
-from ceed_vla.checkpoints import POLICY_FILES, load_weights, read_config, resolve_checkpoint, save_weights
+from ceed_vla.checkpoints import POLICY_FILES, check_checkpoint, read_config, resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_block, named_config
-from ceed_vla.errors import ConfigError, ObservationError
+from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, TokenError
 from ceed_vla.lora import merge
 from ceed_vla.variable_length import VariableLengthTokenizer
+from ceed_vla.weights import load_weights, save_weights
 
 ENVIRONMENT_STATE_KEY = "observation.environment_state"
 AUGMENTATION_NOISE = "augmentation_noise"
@@ -48,6 +50,12 @@ class CeedVLAPolicy(PreTrainedPolicy):
     config: CeedVLAConfig
 
     def __init__(self, config: CeedVLAConfig, dataset_stats: dict[str, Any] | None = None, **_: Any) -> None:
+        if not isinstance(config, CeedVLAConfig):
+            raise ConfigError(f"config is a {type(config).__name__}; a CeedVLAPolicy needs a CeedVLAConfig.")
+        if not isinstance(dataset_stats, Mapping | None):
+            raise ConfigError(
+                f"dataset_stats is a {type(dataset_stats).__name__}; pass LeRobot's statistics or None."
+            )
         super().__init__(config)
         config.validate_features()
         config.action_tokens.fit(config.action_dim, (dataset_stats or {}).get(ACTION))
@@ -81,12 +89,31 @@ class CeedVLAPolicy(PreTrainedPolicy):
             CheckpointError: Missing, foreign, truncated or corrupt files.
         """
         folder = resolve_checkpoint(pretrained_name_or_path, POLICY_FILES)
-        policy = cls(config if isinstance(config, CeedVLAConfig) else read_config(folder), **kwargs)
+        if not isinstance(config, CeedVLAConfig | None):
+            raise ConfigError(
+                f"config is a {type(config).__name__}; pass a CeedVLAConfig, or None for the checkpoint's."
+            )
+        chosen = read_config(folder) if config is None else config
+        check_checkpoint(folder, chosen)
+        try:
+            policy = cls(chosen, **kwargs)
+        except ConfigError as error:
+            raise CheckpointError(f"{folder}: config.json cannot be used ({error}).") from error
         load_weights(policy, folder, strict)
         if merge_adapters and policy.adapters:
             merge(policy, policy.adapters)
             policy.adapters = {}
         return policy.to(policy.config.device).eval()
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write configuration and weights into a folder, as LeRobot does.
+
+        Raises:
+            CheckpointError: No folder's name, or it cannot be written.
+        """
+        if not isinstance(save_directory, str | Path) or not str(save_directory):
+            raise CheckpointError(f"save_directory is {save_directory!r}; give a folder.")
+        return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Configuration and weights; weights that the backbone refers to stay where they are."""
@@ -133,9 +160,17 @@ class CeedVLAPolicy(PreTrainedPolicy):
             ObservationError: A feature is missing or has another shape.
             TokenError: A previous chunk or frozen tokens that do not fit.
             MalformedChunkError: Tokens of variable length that stand for no chunk.
+            NotFiniteError: The model's scores are NaN or infinite.
         """
         self.check_observation(batch)
         config = self.decoding_config(decoding)
+        steps = self.config.n_action_steps if shift_steps is None else shift_steps
+        if not isinstance(steps, int) or not 0 <= steps <= self.config.chunk_size:
+            raise TokenError(
+                f"shift_steps is {steps!r}; it must be whole steps, at most {self.config.chunk_size}."
+            )
+        if not isinstance(generator, torch.Generator | None):
+            raise ConfigError(f"generator is a {type(generator).__name__}; pass a torch.Generator or None.")
         started = time.perf_counter()
         prefix = self.backbone.prefill(batch)
         prefilled = time.perf_counter()
@@ -145,7 +180,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
             config,
             tokenizer=self.tokenizer,
             previous=previous,
-            shift_steps=self.config.n_action_steps if shift_steps is None else shift_steps,
+            shift_steps=steps,
             frozen=frozen,
             generator=generator,
             record_states=record_states,
@@ -204,13 +239,16 @@ class CeedVLAPolicy(PreTrainedPolicy):
         Returns:
             The loss and its parts as floats.
         """
-        self.check_observation(batch)
+        if reduction not in ("mean", "none"):
+            raise ConfigError(f"reduction is {reduction!r}; choose mean or none.")
+        rows_count = self.check_observation(batch)
         if batch.get(ACTION) is None:
             raise ObservationError(
                 f"The batch has no {ACTION!r} to learn from; it has {', '.join(sorted(batch))}."
             )
+        self._check_targets(batch, rows_count)
         if self.training:
-            batch = self.augment(batch)
+            batch = self._augment(batch)
         tokens = self.tokenizer.encode(batch[ACTION])  # (B, n)
         embeddings = self.backbone.embed_prefix(batch)
         state, (logits,) = self.backbone.packed_logits(embeddings, [tokens])  # (B, n, V)
@@ -257,8 +295,12 @@ class CeedVLAPolicy(PreTrainedPolicy):
         """The auxiliary loss alone (scalar), for frames that have no action."""
         if self.backbone.auxiliary is None:
             raise ConfigError("auxiliary_scale is empty: this policy has no grounding target.")
+        rows = self.check_observation(batch)
+        if ENVIRONMENT_STATE_KEY not in batch:
+            raise ObservationError(f"The batch has no {ENVIRONMENT_STATE_KEY!r} to learn from.")
+        self._check_targets(batch, rows)
         if self.training:
-            batch = self.augment(batch)
+            batch = self._augment(batch)
         embeddings = self.backbone.embed_prefix(batch)
         state = self.backbone.prefix_state(embeddings)
         return self.auxiliary_loss(embeddings, state, batch[ENVIRONMENT_STATE_KEY]).mean()
@@ -269,6 +311,11 @@ class CeedVLAPolicy(PreTrainedPolicy):
         ``batch["augmentation_noise"]`` (B, `augmentation_size`), uniform in [0, 1), decides where it is given: then
         the augmentation of a frame does not depend on how a batch is split over processes.
         """
+        self.check_observation(batch)
+        return self._augment(batch)
+
+    def _augment(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`augment` of a batch that was checked."""
         config, batch = self.config, dict(batch)
         images = {camera: batch[camera] for camera in self.backbone.augmented_images}
         noise = batch.pop(AUGMENTATION_NOISE, None)
@@ -296,6 +343,32 @@ class CeedVLAPolicy(PreTrainedPolicy):
         """Random numbers a row that `augment` needs: shift (2) and brightness of every image, noise of the state."""
         state = self.config.robot_state_feature
         return 3 * len(self.backbone.augmented_images) + (int(state.shape[0]) if state else 0)
+
+    def _check_targets(self, batch: dict[str, Tensor], rows: int) -> None:
+        """Check what a training batch has beside the observation.
+
+        Raises:
+            ObservationError: Another type or shape, or values that are not finite.
+        """
+        shapes = {
+            "action_is_pad": (rows, self.config.chunk_size),
+            AUGMENTATION_NOISE: (rows, self.augmentation_size),
+        }
+        for key in ("action_is_pad", AUGMENTATION_NOISE, ENVIRONMENT_STATE_KEY):
+            value = batch.get(key)
+            if value is None:
+                continue
+            fits = isinstance(value, Tensor) and value.ndim == 2 and len(value) == rows
+            if not fits or tuple(value.shape) != shapes.get(key, tuple(value.shape)):
+                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ObservationError(f"{key} is {found}; expected {shapes.get(key, (rows, 'terms'))}.")
+            if key == ENVIRONMENT_STATE_KEY:
+                enough = value.shape[1] >= len(self.config.auxiliary_scale)
+                if not value.is_floating_point() or not enough or not bool(torch.isfinite(value).all()):
+                    raise ObservationError(
+                        f"{key} is {tuple(value.shape)} {value.dtype}; expected at least "
+                        f"{len(self.config.auxiliary_scale)} finite terms a row."
+                    )
 
     def _token_weight(self, batch: dict[str, Tensor], tokens: Tensor) -> Tensor:
         if isinstance(self.tokenizer, VariableLengthTokenizer):

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.errors import ConfigError
+from ceed_vla.tensors import check_actions, check_tokens
 
 
 class OpenVLATokenizer:
@@ -80,13 +81,7 @@ class OpenVLATokenizer:
         Raises:
             TokenError: Another shape, or NaN or infinity.
         """
-        if actions.ndim != 3 or tuple(actions.shape[1:]) != (self.chunk_steps, self.action_dim):
-            raise TokenError(
-                f"actions have shape {tuple(actions.shape)}, expected (B, {self.chunk_steps}, {self.action_dim})."
-            )
-        if not bool(torch.isfinite(actions).all()):
-            b, step, d = (~torch.isfinite(actions)).nonzero()[0].tolist()
-            raise TokenError(f"actions[{b}, {step}, {d}] is {actions[b, step, d].item()}; it must be finite.")
+        check_actions(actions, self.chunk_steps, self.action_dim)
         return self._bins(actions.double()).flatten(1)
 
     def _bins(self, actions: Tensor) -> Tensor:
@@ -111,18 +106,9 @@ class OpenVLATokenizer:
         Raises:
             TokenError: Another shape, not integers, or a token outside the vocabulary.
         """
-        if tokens.ndim != 2 or tokens.shape[1] != self.block_length or tokens.is_floating_point():
-            raise TokenError(
-                f"tokens are {tuple(tokens.shape)} {tokens.dtype}, expected (B, {self.block_length}) integers."
-            )
-        outside = (tokens < 0) | (tokens >= self.num_bins)
-        if bool(outside.any()):
-            b, slot = outside.nonzero()[0].tolist()
-            raise TokenError(
-                f"tokens[{b}, {slot}] is {tokens[b, slot].item()}; tokens lie in [0, {self.num_bins - 1}]."
-            )
+        check_tokens(tokens, "tokens", (None, self.block_length), self.num_bins)
         device = tokens.device
-        index = tokens.clamp(max=self.num_bins - 2).view(-1, self.chunk_steps, self.action_dim)
+        index = tokens.long().clamp(max=self.num_bins - 2).view(-1, self.chunk_steps, self.action_dim)
         normalised = self._centres.to(device)[index]  # (B, m, A)
         low, high = self.low.to(device), self.high.to(device)
         return torch.where(self.mask.to(device), 0.5 * (normalised + 1) * (high - low) + low, normalised)

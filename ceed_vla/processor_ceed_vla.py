@@ -26,10 +26,14 @@ import ceed_vla.backbones.vlm_inputs  # noqa: F401
 from ceed_vla.backbones.config import CompactConfig
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import ConfigError, ObservationError
+from ceed_vla.fields import check_fields, ranged
+from ceed_vla.instructions import batch_instructions
 
 logger = logging.getLogger(__name__)
 
 PAD_ID, UNKNOWN_ID, FIRST_WORD_ID = 0, 1, 2
+MOST_WARNINGS = 100  # about words that a policy has never seen
+LEAST_DEVIATION = 1e-3  # of a state's dimension, in its own units
 
 
 def split_words(instruction: str) -> list[str]:
@@ -51,11 +55,30 @@ class InstructionWordsStep(ObservationProcessorStep):
     """
 
     vocabulary: list[str] = field(default_factory=list)
-    max_words: int = 12
+    max_words: int = ranged(12, "[1, 4096]")
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        wrong = [word for word in self.vocabulary if split_words(word) != [word]]
+        if wrong or len(set(self.vocabulary)) != len(self.vocabulary):
+            shown = f"has {wrong[0][:50]!r}" if wrong else "repeats a word"
+            raise ConfigError(f"vocabulary {shown}; it must hold different lower-case words.")
         self._ids = {word: FIRST_WORD_ID + i for i, word in enumerate(self.vocabulary)}
         self._warned: set[str] = set()
+
+    def check_policy(self, policy: CeedVLAConfig) -> None:
+        """Raise `ConfigError` unless these are the settings that the policy's configuration has."""
+        sizes = (
+            getattr(policy.backbone, "max_instruction_words", self.max_words),
+            getattr(policy.backbone, "vocabulary_size", len(self.vocabulary) + FIRST_WORD_ID),
+        )
+        if not self.vocabulary:
+            raise ConfigError("vocabulary is empty; every word would be an unknown one.")
+        if self.max_words != sizes[0] or len(self.vocabulary) + FIRST_WORD_ID > sizes[1]:
+            raise ConfigError(
+                f"max_words {self.max_words} and {len(self.vocabulary)} words; the backbone has {sizes[0]} and room "
+                f"for {sizes[1] - FIRST_WORD_ID}."
+            )
 
     def encode(self, instruction: str) -> list[int]:
         """Ids of one instruction, padded to `max_words`.
@@ -66,26 +89,29 @@ class InstructionWordsStep(ObservationProcessorStep):
         words = split_words(instruction)
         if not words:
             raise ObservationError(
-                f"The instruction {instruction!r} has no word; say what to do, e.g. 'put the red cube in the bin'."
+                f"The instruction {instruction[:200]!r} has no word; say what to do: 'put the red cube in the bin'."
             )
         if len(words) > self.max_words:
             raise ObservationError(
-                f"The instruction has {len(words)} words, this policy reads at most {self.max_words}: {instruction!r}."
+                f"The instruction has {len(words)} words, this policy reads at most {self.max_words}: "
+                f"{instruction[:200]!r}."
+            )
+        if self._ids and not any(word in self._ids for word in words):
+            raise ObservationError(
+                f"The policy knows no word of the instruction {instruction[:200]!r}; it knows "
+                f"{', '.join(self.vocabulary)[:300]}."
             )
         for word in words:
-            if word not in self._ids and word not in self._warned:
+            if word not in self._ids and word not in self._warned and len(self._warned) < MOST_WARNINGS:
                 self._warned.add(word)
-                logger.warning("The policy has never seen the word %r; it is read as an unknown word.", word)
+                logger.warning(
+                    "The policy has never seen the word %r; it is read as an unknown word.", word[:50]
+                )
         ids = [self._ids.get(word, UNKNOWN_ID) for word in words]
         return ids + [PAD_ID] * (self.max_words - len(ids))
 
     def observation(self, observation: RobotObservation) -> RobotObservation:
-        task = (self.transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}).get("task")
-        if task is None:
-            raise ObservationError(
-                "The observation has no 'task'; pass the instruction as a string or a list of strings."
-            )
-        tasks = [task] if isinstance(task, str) else list(task)
+        tasks = batch_instructions(self.transition.get(TransitionKey.COMPLEMENTARY_DATA))
         ids = torch.tensor([self.encode(t) for t in tasks], dtype=torch.long)  # (B, L)
         state = observation.get(OBS_STATE)
         if len(tasks) == 1 and state is not None:
@@ -156,9 +182,23 @@ def make_ceed_vla_pre_post_processors(
     if instructions is None:
         meta = dataset_meta or getattr(config, "_runtime_dataset_meta", None)  # where lerobot-train leaves it
         instructions = [] if meta is None else [str(task) for task in meta.tasks.index]
-    steps = make_default_policy_processor_steps(config, dataset_stats)
+    steps = make_default_policy_processor_steps(config, _with_width(dataset_stats))
     inputs = config.backbone.processor_steps(config, list(instructions))
     return make_policy_processor_pipelines(
         [steps.rename_observations, steps.add_batch_dim, *inputs, steps.to_device, steps.normalize],
         [steps.unnormalize, steps.to_cpu],
     )
+
+
+def _with_width(
+    stats: dict[str, dict[str, torch.Tensor]] | None,
+) -> dict[str, dict[str, torch.Tensor]] | None:
+    """Statistics in which dimensions that never move have a small deviation: nothing is divided by zero."""
+    if stats is None:
+        return None
+    return {
+        key: {**values, "std": torch.as_tensor(values["std"]).clamp(min=LEAST_DEVIATION)}
+        if "std" in values
+        else values
+        for key, values in stats.items()
+    }

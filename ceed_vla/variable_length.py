@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ceed_vla.errors import MalformedChunkError, TokenError
+from ceed_vla.tensors import check_actions, check_tokens
 
 if TYPE_CHECKING:
     from ceed_vla.decoding.grammar import Grammar
@@ -55,15 +56,7 @@ class VariableLengthTokenizer(abc.ABC):
         Raises:
             TokenError: Another shape, NaN or infinity, or a chunk that takes more tokens than a block has.
         """
-        if actions.ndim != 3 or tuple(actions.shape[1:]) != (self.chunk_steps, self.action_dim):
-            raise TokenError(
-                f"actions have shape {tuple(actions.shape)}, expected (B, {self.chunk_steps}, {self.action_dim})."
-            )
-        if not bool(torch.isfinite(actions).all()):
-            b, step, d = (~torch.isfinite(actions)).nonzero()[0].tolist()
-            raise TokenError(
-                f"actions[{b}, {step}, {d}] is {actions[b, step, d].item()}; only finite actions can become tokens."
-            )
+        check_actions(actions, self.chunk_steps, self.action_dim)
         rows = self._write(actions)
         longest = max(map(len, rows), default=0)
         if longest > self.block_length:
@@ -81,10 +74,7 @@ class VariableLengthTokenizer(abc.ABC):
             MalformedChunkError: Rows that stand for no chunk; they are counted in `malformed`.
             TokenError: Another shape, or not integers.
         """
-        if tokens.ndim != 2 or tokens.shape[1] != self.block_length or tokens.is_floating_point():
-            raise TokenError(
-                f"tokens are {tuple(tokens.shape)} {tokens.dtype}, expected integers (B, {self.block_length})."
-            )
+        check_tokens(tokens, "tokens", (None, self.block_length), 0)
         chunks, errors = [], {}
         for row, ids in enumerate(tokens.tolist()):
             try:
@@ -103,6 +93,7 @@ class VariableLengthTokenizer(abc.ABC):
 
     def readable(self, tokens: Tensor) -> Tensor:
         """Which rows (B,) of `tokens` (B, n) stand for a chunk; nothing is counted."""
+        check_tokens(tokens, "tokens", (None, self.block_length), 0)
         rows = []
         for ids in tokens.tolist():
             try:
@@ -139,10 +130,10 @@ class VariableLengthTokenizer(abc.ABC):
         guess = self.zero_bins.repeat(batch, 1)  # (B, n)
         if kind == "mid" or previous is None:
             return guess
-        if previous.shape != guess.shape or not 0 <= shift_steps <= self.chunk_steps:
+        check_tokens(previous, "The previous chunk", (batch, self.block_length), self.num_bins, none=True)
+        if not isinstance(shift_steps, int) or not 0 <= shift_steps <= self.chunk_steps:
             raise TokenError(
-                f"The previous chunk is {tuple(previous.shape)}, shifted by {shift_steps} steps; expected "
-                f"{tuple(guess.shape)}, shifted by at most {self.chunk_steps}."
+                f"shift_steps is {shift_steps!r}; it must be whole steps, at most {self.chunk_steps}."
             )
         for row, tokens in enumerate(previous.cpu()):
             shifted = self._shifted(tokens, shift_steps)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ceed_vla.backbones.files import read_json
+from ceed_vla.backbones.config import DTYPES
 from ceed_vla.backbones.openvla import IDS_KEY, PIXELS_KEY, OpenVLABackbone
 from ceed_vla.backbones.openvla_inputs import OpenVLAInputsStep
 from ceed_vla.checkpoints import load
-from ceed_vla.convert import ConvertConfig, published_policy
+from ceed_vla.convert import EXPECTED, ConvertConfig, published_policy
+from ceed_vla.devices import check_device
 from ceed_vla.errors import CheckpointError, VerificationError
+from ceed_vla.fields import check_fields, chosen
+from ceed_vla.files import read_json
 
-IMAGES, EXPECTED = "images.npz", "expected.json"
-CASE = ("instruction", "input_ids", "pixel_values_shape", "pixel_values_sum", "action_tokens", "first_action")
+IMAGES = "images.npz"
+LARGEST_IMAGES = 2**31  # [bytes]
+LISTS = ("input_ids", "pixel_values_shape", "action_tokens", "first_action")
 ACTION_TOLERANCE = 1e-6  # [action units]
 PIXEL_TOLERANCE = 1e-7  # of the sum, a pixel value: what rounding to float32 may change
 
@@ -43,8 +48,12 @@ class VerifyConfig:
 
     folder: str
     policy_path: str = ""
-    dtype: str = "float32"
+    dtype: str = chosen("float32", ("auto", *DTYPES))
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -75,24 +84,57 @@ def read_cases(folder: str | Path) -> Cases:
         raise CheckpointError(f"No folder at {folder}; give one with a model, {IMAGES} and {EXPECTED}.")
     values = read_json(folder / EXPECTED)
     try:
-        with np.load(folder / IMAGES) as arrays:
+        with zipfile.ZipFile(folder / IMAGES) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > LARGEST_IMAGES:
+            raise ValueError(f"it unpacks to {size / 1e9:.1f} GB")
+        with np.load(folder / IMAGES, allow_pickle=False) as arrays:
             images = arrays["images"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+    ) as error:
         raise CheckpointError(
             f"{folder / IMAGES} has no array 'images' that can be read ({error})."
         ) from error
     cases = values.get("cases")
-    if not isinstance(cases, list) or not cases or "chunk" not in values:
-        raise CheckpointError(f"{folder / EXPECTED} needs 'chunk' and a list 'cases'.")
+    if not isinstance(cases, list) or not cases or not isinstance(values.get("chunk"), int):
+        raise CheckpointError(f"{folder / EXPECTED} needs a whole number 'chunk' and a list 'cases'.")
     for number, case in enumerate(cases):
-        if missing := [key for key in CASE if key not in case]:
-            raise CheckpointError(f"{folder / EXPECTED}: case {number} lacks {', '.join(missing)}.")
+        _check_case(f"{folder / EXPECTED}: case {number}", case)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(cases):
         raise CheckpointError(
             f"{folder / IMAGES}: images are {images.shape} {images.dtype}, expected ({len(cases)}, H, W, 3) uint8: "
             "one RGB picture a case."
         )
     return Cases(images, cases, int(values["chunk"]), str(values.get("unnorm_key") or ""))
+
+
+def _check_case(what: str, case: Any) -> None:
+    """Raise `CheckpointError` unless a case has what is compared, of the right kinds."""
+    kinds: dict[str, Any] = {
+        "instruction": str,
+        "input_ids": int,
+        "pixel_values_shape": int,
+        "pixel_values_sum": float,
+        "action_tokens": int,
+        "first_action": float,
+    }
+    for key, kind in kinds.items():
+        value = case.get(key) if isinstance(case, dict) else None
+        many = value if key in LISTS and isinstance(value, list) and len(value) < 1_000_000 else [value]
+        wanted = (int, float) if kind is float else kind
+        if (key in LISTS) != isinstance(value, list) or not all(
+            isinstance(v, wanted) and not isinstance(v, bool) for v in many
+        ):
+            raise CheckpointError(f"{what} lacks {key!r}, or it is of another kind: {str(value)[:100]}.")
+    if not isinstance(case.get("prompt", ""), str):
+        raise CheckpointError(f"{what} has a prompt that is no text.")
 
 
 def verify(config: VerifyConfig) -> str:

@@ -141,40 +141,64 @@ class TrainableBackbone(nn.Module, abc.ABC):
 
 
 def check_features(
-    batch: Mapping[str, Any], wanted: Mapping[str, tuple[int | None, ...]], finite: Sequence[str] = ()
+    batch: Mapping[str, Any],
+    wanted: Mapping[str, tuple[int | None, ...]],
+    finite: Sequence[str] = (),
+    ids: Mapping[str, int] | None = None,
 ) -> int:
     """Check the tensors of a pre-processed batch.
 
     Args:
         batch: What the pre-processor returned.
         wanted: Feature -> its shape without the rows; None stands for any size.
-        finite: Features that may not hold NaN or infinity.
+        finite: Features of float32 that may not hold NaN or infinity.
+        ids: Feature of whole numbers -> one more than the largest.
 
     Returns:
         The rows ``B``, which all features share.
 
     Raises:
-        ObservationError: A feature is missing, has another shape or other rows, or is not finite.
+        ObservationError: A feature is missing, no tensor, of another type, has another shape or other rows, is not
+            finite or outside its range.
     """
+    if not isinstance(batch, Mapping):
+        raise ObservationError(
+            f"The observation is {type(batch).__name__}; pass what the pre-processor returns."
+        )
     first, rows = next(iter(wanted)), 0
     for key, shape in wanted.items():
-        if key not in batch:
-            have = ", ".join(sorted(k for k in batch if k.startswith("observation."))) or "none"
-            raise ObservationError(
-                f"The observation lacks {key!r}; it has {have}. "
-                "Pass it through the checkpoint's pre-processor first."
+        value = batch.get(key)
+        if not isinstance(value, Tensor):
+            have = ", ".join(sorted(str(k) for k in batch if str(k).startswith("observation."))) or "none"
+            problem = (
+                f"lacks {key!r}"
+                if value is None
+                else f"has {key!r} as {type(value).__name__}, not as a tensor"
             )
-        found, *sizes = tuple(batch[key].shape) or (0,)
+            raise ObservationError(
+                f"The observation {problem}; it has {have}. Pass it through the checkpoint's pre-processor first."
+            )
+        found, *sizes = tuple(value.shape) or (0,)
         rows = found if key == first else rows
         fits = len(sizes) == len(shape) and all(b in (None, a) for a, b in zip(sizes, shape, strict=True))
-        if not fits or found != rows:
+        if not fits or found != rows or not found:
             expected = ", ".join("any" if size is None else str(size) for size in shape)
             raise ObservationError(
-                f"{key} has shape {tuple(batch[key].shape)}, expected (B, {expected}) with the rows B of {first}."
+                f"{key} has shape {tuple(value.shape)}, expected (B, {expected}) with the rows B of {first}."
             )
     for key in finite:
+        if batch[key].dtype != torch.float32:
+            raise ObservationError(f"{key} is {batch[key].dtype}; expected torch.float32.")
         if not torch.isfinite(batch[key]).all():
-            raise ObservationError(f"{key} is not finite: {batch[key].tolist()}.")
+            raise ObservationError(f"{key} is not finite: {str(batch[key].tolist())[:200]}.")
+    for key, end in (ids or {}).items():
+        if batch[key].dtype not in (torch.int64, torch.int32):
+            raise ObservationError(f"{key} is {batch[key].dtype}; expected whole numbers (torch.int64).")
+        least, most = torch.stack(batch[key].aminmax()).tolist()
+        if not 0 <= least <= most < end:
+            raise ObservationError(
+                f"{key} holds ids from {least} to {most}; they must lie in [0, {end - 1}]."
+            )
     return rows
 
 

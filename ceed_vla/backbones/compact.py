@@ -23,6 +23,7 @@ from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features
 from ceed_vla.backbones.compact_stem import CameraStem, EarlyReadout
 from ceed_vla.cache import KVCache
 from ceed_vla.errors import ObservationError
+from ceed_vla.images import check_images
 
 LANGUAGE_KEY = "observation.language.tokens"
 STATE_KEY = "observation.state"
@@ -160,10 +161,14 @@ class CompactBackbone(TrainableBackbone):
             STATE_KEY: (self.state_dim,),
             LANGUAGE_KEY: (self.max_words,),
         }
-        rows = check_features(batch, wanted, finite=[STATE_KEY])
-        for camera in self.cameras:
-            if not batch[camera].is_floating_point():
-                raise ObservationError(f"{camera} is {batch[camera].dtype}; images are floats in [0, 1].")
+        rows = check_features(
+            batch, wanted, finite=[STATE_KEY], ids={LANGUAGE_KEY: self.words.num_embeddings}
+        )
+        images = {camera: batch[camera] for camera in self.cameras}
+        check_images(images)
+        for camera, image in images.items():
+            if image.dtype != torch.float32:
+                raise ObservationError(f"{camera} is {image.dtype}; expected torch.float32 in [0, 1].")
         return rows
 
     def recompute_activations(self) -> None:

@@ -8,24 +8,36 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import draccus
 
 from ceed_vla.choices import Choice
 from ceed_vla.errors import ConfigError
+from ceed_vla.fields import check_fields, ranged
 
 if TYPE_CHECKING:
     from ceed_vla.backbones.base import TrainableBackbone
     from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+WEIGHTS = ("copied", "reference")  # into checkpoints, or by reference to the folder they were read from
+
+
 class BackboneConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
-    """Base of all families of models."""
+    """Base of all families of models.
+
+    Attributes:
+        steps: Registered names of the steps that `processor_steps` returns, without which no checkpoint is complete.
+    """
 
     setting: ClassVar[str] = "backbone"
     usual: ClassVar[str] = "compact"
+    steps: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def build(self, policy: CeedVLAConfig) -> TrainableBackbone:
@@ -47,6 +59,17 @@ class BackboneConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
     def finished(self) -> Self:
         """These settings for a model whose training is over: without heads that only training uses."""
         return self
+
+    def least_sizes(self, policy: CeedVLAConfig) -> tuple[int, int]:
+        """Layers that these settings describe, and the fewest numbers that their weights have.
+
+        Compared with a checkpoint's weights before a model is built, so that no setting can ask for more than there is.
+        """
+        return 0, 0
+
+    def weight_files(self) -> list[Path]:
+        """The files of weights that a checkpoint leaves where they are; empty if it has its own."""
+        return []
 
     def validate_features(self, policy: CeedVLAConfig) -> None:
         """Raise `ConfigError` if the policy's features cannot be served; cameras and action are checked before."""
@@ -72,30 +95,27 @@ class CompactConfig(BackboneConfig):
             training; 0 for none.
     """
 
-    image_size: int = 96
-    image_grid: int = 4
-    keypoints: int = 32
-    stem_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
-    max_instruction_words: int = 12
-    vocabulary_size: int = 256
-    width: int = 192
-    layers: int = 4
-    heads: int = 6
-    mlp_width: int = 512
-    early_readout: int = 32
+    steps: ClassVar[tuple[str, ...]] = ("ceed_vla_instruction_words",)
+
+    image_size: int = ranged(96, "[8, 4096]")
+    image_grid: int = ranged(4, "[1, 256]")
+    keypoints: int = ranged(32, "[0, 4096]")
+    stem_channels: list[int] = ranged([32, 64, 96, 128], "[4, 16384]")
+    max_instruction_words: int = ranged(12, "[1, 4096]")
+    vocabulary_size: int = ranged(256, "[2, 1e7]")
+    width: int = ranged(192, "[1, 65536]")
+    layers: int = ranged(4, "[1, 1024]")
+    heads: int = ranged(6, "[1, 1024]")
+    mlp_width: int = ranged(512, "[1, 1048576]")
+    early_readout: int = ranged(32, "[0, 65536]")
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "image_grid", "width", "layers", "heads", "mlp_width"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("keypoints", "early_readout"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative (0 for none).")
+        check_fields(self)
         if self.width % self.heads:
             raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}.")
-        if len(self.stem_channels) != 4:
+        if len(self.stem_channels) != 4 or any(channels % 4 for channels in self.stem_channels):
             raise ConfigError(
-                f"stem_channels has {len(self.stem_channels)} entries; a stem has exactly 4 convolutions."
+                f"stem_channels is {self.stem_channels}; a stem has exactly 4 convolutions, of multiples of 4."
             )
         if self.image_size % (8 * self.image_grid):
             raise ConfigError(
@@ -130,6 +150,15 @@ class CompactConfig(BackboneConfig):
         from ceed_vla.processor_ceed_vla import make_instruction_step
 
         return [make_instruction_step(self, instructions)]
+
+    def least_sizes(self, policy: CeedVLAConfig) -> tuple[int, int]:
+        d, cell = self.width, self.image_size // (8 * self.image_grid)
+        prefix = self.max_instruction_words + len(policy.cameras) * self.image_grid**2
+        rows = self.vocabulary_size + prefix + 2 * policy.num_bins + policy.block_length
+        stem = self.stem_channels[3] * cell**2 * d + 9 * sum(a * b for a, b in pairwise(self.stem_channels))
+        return self.layers, (
+            self.layers * (4 * d * d + 3 * d * self.mlp_width) + rows * d + len(policy.cameras) * stem
+        )
 
     def finished(self) -> Self:
         return replace(self, early_readout=0)

@@ -79,13 +79,15 @@ class OpenVLABackbone(TrainableBackbone):
         with no_init_weights():
             config = AutoConfig.for_model(settings.pop("model_type"), **settings)
             self.language_model = cast(
-                "PreTrainedModel", AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+                "PreTrainedModel",
+                AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=False),
             )
             self.language_model.tie_weights()
             self.vision_backbone = VisionTowers(architecture).to(self.dtype)
             width = self.vision_backbone.width
             self.projector = Projector(width, config.hidden_size, architecture.fused).to(self.dtype)
         self._longest = _causal_positions(config)
+        self._rows = int(config.vocab_size)
         self._referenced: list[str] = []
 
     def refer_to(self, names: Sequence[str]) -> None:
@@ -115,7 +117,7 @@ class OpenVLABackbone(TrainableBackbone):
             IDS_KEY: (None,),
             MASK_KEY: (None,),
         }
-        rows = check_features(batch, shapes)
+        rows = check_features(batch, shapes, finite=[PIXELS_KEY], ids={IDS_KEY: self._rows})
         check_left_padding(batch, IDS_KEY, MASK_KEY)
         return rows
 

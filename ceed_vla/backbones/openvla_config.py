@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ceed_vla.backbones.config import BackboneConfig
+from ceed_vla.backbones.architecture import least_sizes, read_architecture
+from ceed_vla.backbones.config import DTYPES, WEIGHTS, BackboneConfig
 from ceed_vla.errors import ConfigError
+from ceed_vla.fields import check_fields, chosen
+from ceed_vla.templates import check_template
 
 if TYPE_CHECKING:
     from ceed_vla.backbones.base import TrainableBackbone
+    from ceed_vla.backbones.openvla_folder import Architecture
     from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-
-CHOICES = {
-    "weights": ("copied", "reference"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "quantization": ("none", "8bit", "4bit"),
-}
 
 
 @BackboneConfig.register_subclass("openvla")
@@ -37,24 +36,20 @@ class OpenVLAConfig(BackboneConfig):
         architecture: The folder's configuration (JSON); filled when a policy is new.
     """
 
+    steps: ClassVar[tuple[str, ...]] = ("ceed_vla_openvla_inputs",)
+
     path: str = ""
-    weights: str = "copied"
-    dtype: str = "auto"
-    quantization: str = "none"
+    weights: str = chosen("copied", WEIGHTS)
+    dtype: str = chosen("auto", ("auto", *DTYPES))
+    quantization: str = chosen("none", ("none", "8bit", "4bit"))
     camera: str = ""
     prompt: str = ""
     architecture: str = ""
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"backbone.{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}."
-                )
-        if self.prompt and (self.prompt.count("{") != 1 or "{instruction}" not in self.prompt):
-            raise ConfigError(
-                f"backbone.prompt is {self.prompt!r}; it must hold {{instruction}}, and no other field."
-            )
+        check_fields(self, "backbone.")
+        if self.prompt:
+            check_template(self.prompt, "backbone.prompt")
         if self.quantization != "none" and self.weights != "reference":
             raise ConfigError(
                 f"backbone.quantization is {self.quantization!r}: quantised weights cannot be copied; set "
@@ -63,13 +58,13 @@ class OpenVLAConfig(BackboneConfig):
 
     def build(self, policy: CeedVLAConfig) -> TrainableBackbone:
         from ceed_vla.backbones.openvla import OpenVLABackbone
-        from ceed_vla.backbones.openvla_folder import Architecture, read_architecture
+        from ceed_vla.backbones.openvla_folder import describe_model
         from ceed_vla.backbones.openvla_weights import load_weights
 
         new = not self.architecture
         if new:
-            self.architecture = json.dumps(read_architecture(self.path))
-        architecture = Architecture(json.loads(self.architecture))
+            self.architecture = json.dumps(describe_model(self.path))
+        architecture = self._architecture()
         architecture.check_bins(policy.num_bins)
         self.prompt = self.prompt or architecture.prompt
         if self.dtype == "auto":
@@ -85,12 +80,27 @@ class OpenVLAConfig(BackboneConfig):
             quantize(model.language_model.model, self.quantization, policy.device or "cpu")
         return model
 
+    def least_sizes(self, policy: CeedVLAConfig) -> tuple[int, int]:
+        text = self._architecture().text
+        return least_sizes(text)
+
+    def weight_files(self) -> list[Path]:
+        from ceed_vla.weights import weight_files
+
+        return weight_files(Path(self.path)) if self.weights == "reference" else []
+
+    def _architecture(self) -> Architecture:
+        """What `architecture` says, checked as a published folder's is."""
+        from ceed_vla.backbones.openvla_folder import Architecture, check_config
+
+        return Architecture(check_config("backbone.architecture", read_architecture(self.architecture)))
+
     def processor_steps(self, policy: CeedVLAConfig, instructions: Sequence[str]) -> list[Any]:
-        from ceed_vla.backbones.openvla_folder import Architecture, read_architecture
+        from ceed_vla.backbones.openvla_folder import Architecture, describe_model
         from ceed_vla.backbones.openvla_inputs import OpenVLAInputsStep
 
         camera = self.camera or policy.cameras[0]
-        prompt = self.prompt or Architecture(read_architecture(self.path)).prompt
+        prompt = self.prompt or Architecture(describe_model(self.path)).prompt
         return [OpenVLAInputsStep(camera=camera, prompt=prompt).read_folder(self.path)]
 
     def validate_features(self, policy: CeedVLAConfig) -> None:

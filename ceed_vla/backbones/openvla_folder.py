@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ceed_vla.backbones.files import read_json
+from ceed_vla.backbones.architecture import least_sizes, read_architecture
+from ceed_vla.backbones.config import DTYPES
 from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.files import read_json
 
 STATISTICS = "dataset_statistics.json"  # of a fine-tune; wins over norm_stats in config.json
-DTYPES = ("float32", "bfloat16", "float16")
 # What of config.json describes the model; norm_stats belong to the action tokens.
 DESCRIBING = (
     "arch_specifier",
@@ -27,6 +31,28 @@ DESCRIBING = (
     "use_fused_vision_backbone",
 )
 LANGUAGE_MODELS = ("llama", "mistral")
+# timm reads files and hubs by some names and settings, so only these are passed on: towers of Prismatic VLMs.
+TOWERS = re.compile(
+    r"vit_(tiny|small|base|large|so400m)_patch(8|14|16)"
+    r"(_reg4)?(_dinov2|_siglip|_clip)?(_(224|256|336|384|512))?(\.[a-z0-9_]+)?"
+)
+TOWER_SETTINGS = (
+    "depth",
+    "embed_dim",
+    "num_heads",
+    "mlp_ratio",
+    "patch_size",
+    "class_token",
+    "reg_tokens",
+    "no_embed_class",
+    "init_values",
+    "pos_embed",
+    "global_pool",
+    "dynamic_img_size",
+    "pre_norm",
+)
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swish")
+LARGEST_SIDE = 4096  # of an image [px]
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 # OpenVLA v0.1, the models on Vicuna
 VICUNA_PROMPT = (
@@ -105,21 +131,36 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             f"{file}: model_type is {config.get('model_type')!r}; this reader takes 'openvla'"
             + (", and this is a checkpoint of ceed-vla already." if config.get("type") == "ceed_vla" else ".")
         )
+    return check_config(file, config)
+
+
+def check_config(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with the defaults of the format.
+
+    Args:
+        file: What messages call it.
+        config: As found.
+
+    Raises:
+        CheckpointError: What cannot be built, or is no OpenVLA's.
+    """
     try:
         return _checked(file, config)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, OverflowError) as error:
         raise CheckpointError(
-            f"{file} holds a value of another kind than OpenVLA's ({error}); copy it again."
+            f"{file} holds a value of another kind than OpenVLA's ({error!r}); copy it again."
         ) from error
 
 
-def _checked(file: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _checked(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
     """`config` with the defaults of the format; raises `CheckpointError` for what cannot be built."""
     config = {"n_action_bins": 256, "pad_to_multiple_of": 64, "use_fused_vision_backbone": None, **config}
     missing = [key for key in ("text_config", "timm_model_ids", "image_sizes") if key not in config]
     if missing:
         raise CheckpointError(f"{file} lacks {', '.join(missing)}; it is no complete OpenVLA configuration.")
     towers, text = config["timm_model_ids"], dict(config["text_config"])
+    read_architecture(json.dumps(text))
+    least_sizes(text)
     if config["use_fused_vision_backbone"] is None:
         config["use_fused_vision_backbone"] = len(towers) == 2
     expected = 2 if config["use_fused_vision_backbone"] else 1
@@ -128,6 +169,7 @@ def _checked(file: Path, config: dict[str, Any]) -> dict[str, Any]:
             raise CheckpointError(
                 f"{file}: {key} has {len(config[key])} entries, use_fused_vision_backbone says {expected}."
             )
+    _check_towers(file, config)
     text.setdefault("model_type", str(config.get("llm_backbone_id", "llama")).partition("-")[0])
     if text["model_type"] in ("llama2", "vicuna"):
         text["model_type"] = "llama"
@@ -142,8 +184,9 @@ def _checked(file: Path, config: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: torch_dtype is {config['torch_dtype']!r}; it may be {', '.join(DTYPES)}."
         )
-    words = int(text.setdefault("vocab_size", 32000)) - int(config["pad_to_multiple_of"])
-    if not 1 < int(config["n_action_bins"]) <= words:
+    padding, bins = config["pad_to_multiple_of"], config["n_action_bins"]
+    words = text.setdefault("vocab_size", 32000) - padding
+    if not (isinstance(padding, int) and padding >= 0 and isinstance(bins, int) and 2 < bins <= words):
         raise CheckpointError(
             f"{file}: {config['n_action_bins']} action ids do not fit a vocabulary of {text['vocab_size']} that "
             f"was padded by {config['pad_to_multiple_of']}."
@@ -151,7 +194,41 @@ def _checked(file: Path, config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "text_config": text}
 
 
-def read_architecture(folder: str | Path) -> dict[str, Any]:
+def _check_towers(file: Path | str, config: dict[str, Any]) -> None:
+    """Check what timm is asked to build."""
+    for name in config["timm_model_ids"]:
+        if not isinstance(name, str) or not TOWERS.fullmatch(name):
+            raise CheckpointError(
+                f"{file}: timm cannot build the vision tower {str(name)[:200]!r}; towers are timm's vision "
+                "transformers with DINOv2, SigLIP or CLIP weights, by their plain names."
+            )
+    for settings in config.get("timm_model_kwargs") or ():
+        for name, value in settings.items():
+            number = isinstance(value, int | float) and abs(value) <= LARGEST_SIDE  # True and False too
+            if name not in TOWER_SETTINGS or not (
+                number or value is None or value in ("learn", "none", "", "avg", "token", "map")
+            ):
+                raise CheckpointError(
+                    f"{file}: timm_model_kwargs sets {name!r} to {str(value)[:200]!r}; it may set numbers of "
+                    f"{', '.join(TOWER_SETTINGS)}."
+                )
+    for activation in config.get("timm_override_act_layers") or ():
+        if activation is not None and activation not in ACTIVATIONS:
+            raise CheckpointError(
+                f"{file}: timm_override_act_layers has {activation!r}; it may have {', '.join(ACTIVATIONS)}."
+            )
+    for size in config["image_sizes"]:
+        sides = [size] if isinstance(size, int) else list(size)
+        if (
+            not all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides)
+            or not 1 <= len(sides) <= 3
+        ):
+            raise CheckpointError(
+                f"{file}: image_sizes has {size!r}; sides are whole numbers in [1, {LARGEST_SIDE}]."
+            )
+
+
+def describe_model(folder: str | Path) -> dict[str, Any]:
     """The entries of config.json that describe the model; see `read_config`."""
     config = read_config(folder)
     return {key: config[key] for key in DESCRIBING if config.get(key) is not None}
@@ -178,6 +255,11 @@ def action_statistics(folder: str | Path, unnorm_key: str = "") -> tuple[str, di
     sources = {folder / "config.json": read_config(folder).get("norm_stats") or {}}
     if (folder / STATISTICS).is_file():
         sources = {folder / STATISTICS: read_json(folder / STATISTICS), **sources}
+    for source, stats in sources.items():
+        if not isinstance(stats, dict):
+            raise CheckpointError(
+                f"{source}: the action statistics are a {type(stats).__name__}; copy it again."
+            )
     first = next(iter(sources))
     known = ", ".join(sorted({key for stats in sources.values() for key in stats}))
     if not known:
@@ -209,6 +291,8 @@ def _quantiles(stats: Any, what: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{what} need q01 and q99, one number a dimension ({type(error).__name__}: {error})."
         ) from error
+    if not all(math.isfinite(v) for v in (*low, *high)):
+        raise CheckpointError(f"{what} hold NaN or infinity in q01 or q99; copy them again.")
     if not 0 < len(low) == len(high) == len(mask):
         raise CheckpointError(
             f"{what} have {len(low)} values in q01, {len(high)} in q99 and {len(mask)} in mask; there must be one a "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,11 +15,17 @@ from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
 from PIL import Image
 from torch import Tensor
 
-from ceed_vla.backbones.files import read_files, read_json, write_files
 from ceed_vla.backbones.openvla_folder import PROMPT, read_config
 from ceed_vla.backbones.openvla_tokenizer import FILES as TOKENIZER_FILES
 from ceed_vla.backbones.openvla_tokenizer import read_tokenizer
-from ceed_vla.errors import CheckpointError, ObservationError
+from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
+from ceed_vla.files import read_files, read_json, write_files
+from ceed_vla.images import check_images
+from ceed_vla.instructions import batch_instructions
+from ceed_vla.templates import check_template, fill_template
+
+if TYPE_CHECKING:
+    from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 
 IDS_KEY, MASK_KEY = "observation.openvla.input_ids", "observation.openvla.attention_mask"
 PIXELS_KEY = "observation.openvla.pixel_values"
@@ -42,6 +48,18 @@ class OpenVLAInputsStep(ObservationProcessorStep):
     camera: str = "observation.images.front"
     prompt: str = PROMPT
     _files: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_template(self.prompt, "prompt")
+
+    def check_policy(self, policy: CeedVLAConfig) -> None:
+        """Raise `ConfigError` unless these are the settings that the policy's configuration has."""
+        wanted = policy.backbone.prompt or self.prompt  # type: ignore[attr-defined]
+        if self.camera not in policy.cameras or self.prompt != wanted:
+            raise ConfigError(
+                f"camera {self.camera!r} and prompt {self.prompt!r}; the policy has {', '.join(policy.cameras)} and "
+                f"{wanted!r}."
+            )
 
     # ---- the folder's files, kept in the checkpoint --------------------------------------------------------------
 
@@ -105,19 +123,11 @@ class OpenVLAInputsStep(ObservationProcessorStep):
         return {**observation, PIXELS_KEY: pixels, IDS_KEY: ids, MASK_KEY: mask}
 
     def _tasks(self, rows: int) -> list[str]:
-        task = (self.transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}).get("task")
-        tasks = [task] if isinstance(task, str) else list(task or [])
-        tasks = tasks * rows if len(tasks) == 1 else tasks  # one instruction for the whole batch
-        if len(tasks) != rows or not all(text.strip() for text in tasks):
-            raise ObservationError(
-                f"The observation has the instructions {tasks} for {rows} rows; pass 'task' as a non-empty string "
-                "or a list with one for every row."
-            )
-        return tasks
+        return batch_instructions(self.transition.get(TransitionKey.COMPLEMENTARY_DATA), rows)
 
     def text(self, instruction: str) -> str:
         """The prompt for an instruction."""
-        return self.prompt.format(instruction=instruction.lower())
+        return fill_template(self.prompt, instruction.lower())
 
     def encode(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
         """Ids (B, L) of the prompts, padded on the left, and their mask (B, L)."""
@@ -155,12 +165,8 @@ def _pictures(observation: RobotObservation, camera: str) -> list[Image.Image]:
     if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[1] != 3 or not image.numel():
         shape = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
         raise ObservationError(f"{camera} is {shape}; expected RGB images (B, 3, height, width).")
-    if image.is_floating_point():
-        least, most = (float(v) for v in image.aminmax())
-        if not (least >= 0 and most <= 1):
-            raise ObservationError(f"{camera} has values from {least:g} to {most:g}; images lie in [0, 1].")
-        image = (image.float() * 255).round().to(torch.uint8)
     if image.dtype != torch.uint8:
-        raise ObservationError(f"{camera} is {image.dtype}; images are floats in [0, 1] or uint8.")
+        check_images({camera: image})
+        image = (image.float() * 255).round().to(torch.uint8)
     arrays: np.ndarray = image.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
     return [Image.fromarray(array) for array in arrays]

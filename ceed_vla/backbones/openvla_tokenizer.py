@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from ceed_vla.backbones.files import read_json
 from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.files import read_json
 
 FAST, SLOW = "tokenizer.json", "tokenizer.model"
 FILES = (FAST, SLOW, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

@@ -62,7 +62,7 @@ def _tower(architecture: Architecture, index: int) -> nn.Module:
     settings = {
         "img_size": sizes[index],
         "act_layer": activations[index] if activations else None,
-        **(values.get("timm_model_kwargs") or [{}, {}])[index],
+        **(values.get("timm_model_kwargs") or [{}, {}])[index],  # both lists were checked (`openvla_folder`)
     }
     try:
         tower: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **settings)

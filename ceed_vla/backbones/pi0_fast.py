@@ -28,6 +28,7 @@ from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features
 from ceed_vla.backbones.pi0_fast_tokens import Pi0FastTokenizer
 from ceed_vla.cache import TransformersCache
 from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.images import check_images
 
 
 @dataclass
@@ -115,7 +116,11 @@ class Pi0FastBackbone(TrainableBackbone):
         wanted: dict[str, tuple[int | None, ...]] = dict.fromkeys(self.augmented_images, (3, None, None))
         length = int(self.config.tokenizer_max_length)
         wanted |= {OBS_LANGUAGE_TOKENS: (length,), OBS_LANGUAGE_ATTENTION_MASK: (length,)}
-        return check_features(batch, wanted)
+        rows = check_features(
+            batch, wanted, ids={OBS_LANGUAGE_TOKENS: int(self._paligemma.lm_head.out_features)}
+        )
+        check_images({camera: batch[camera] for camera in self.augmented_images})
+        return rows
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> Pi0FastEmbeddings:
         """Cameras, prompt and BOS as LeRobot's decoder embeds them."""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ceed_vla.action_tokens_config import ActionTokensConfig
-from ceed_vla.backbones.config import BackboneConfig
-from ceed_vla.errors import ConfigError
+from ceed_vla.backbones.architecture import read_architecture
+from ceed_vla.backbones.config import WEIGHTS, BackboneConfig
+from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.fields import check_fields, chosen, ranged
 
 if TYPE_CHECKING:
     from ceed_vla.backbones.base import TrainableBackbone
     from ceed_vla.backbones.pi0_fast_tokens import Pi0FastTokenizer
     from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-
-WEIGHTS = ("copied", "reference")
 
 
 @ActionTokensConfig.register_subclass("pi0_fast")
@@ -42,19 +43,19 @@ class Pi0FastTokensConfig(ActionTokensConfig):
 
     ordered = False
 
-    gripper_dims: list[int] = field(default_factory=list)
-    max_tokens: int = 256
+    gripper_dims: list[int] = ranged([], "[-1000, 1000]")
+    max_tokens: int = ranged(256, "[2, 65536]")
     check_marker: bool = True
-    skip_tokens: int = 128
-    scored: int = 0
-    num_tokens: int = 0
+    skip_tokens: int = ranged(128, "[0, 1e7]")
+    scored: int = ranged(0, "[0, 1e7]")
+    num_tokens: int = ranged(0, "[0, 1e7]")
     bpe: str = field(default="", repr=False)
-    scale: float = 10.0
-    least: int = 0
-    words: int = 0
-    bos: int = 0
-    stop: int = 0
-    marker: list[int] = field(default_factory=list)
+    scale: float = ranged(10.0, "(0, 1e6]")
+    least: int = ranged(0, "[-1e9, 1e9]")
+    words: int = ranged(0, "[0, 1e7]")
+    bos: int = ranged(0, "[0, 1e7]")
+    stop: int = ranged(0, "[0, 1e7]")
+    marker: list[int] = ranged([], "[0, 1e7]")
 
     @property
     def vocabulary(self) -> int:
@@ -98,13 +99,17 @@ class Pi0FastConfig(BackboneConfig):
         architecture: LeRobot's configuration (JSON); filled when a policy is new.
     """
 
+    steps: ClassVar[tuple[str, ...]] = (
+        "pi0_fast_prepare_state_tokenizer_processor_step",
+        "ceed_vla_pi0_fast_prompt",
+    )
+
     path: str = ""
-    weights: str = "copied"
+    weights: str = chosen("copied", WEIGHTS)
     architecture: str = ""
 
     def __post_init__(self) -> None:
-        if self.weights not in WEIGHTS:
-            raise ConfigError(f"backbone.weights is {self.weights!r}; choose one of {', '.join(WEIGHTS)}.")
+        check_fields(self, "backbone.")
 
     def build(self, policy: CeedVLAConfig) -> TrainableBackbone:
         from ceed_vla.backbones import pi0_fast_loading as loading
@@ -126,6 +131,21 @@ class Pi0FastConfig(BackboneConfig):
             if self.weights == "reference":
                 backbone.refer()
         return backbone
+
+    def least_sizes(self, policy: CeedVLAConfig) -> tuple[int, int]:
+        from lerobot.policies.pi0_fast import modeling_pi0_fast  # names of sizes stand for fixed ones there
+
+        variant = read_architecture(self.architecture).get("paligemma_variant", "gemma_2b")
+        try:
+            sizes = modeling_pi0_fast.get_gemma_config(variant)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"LeRobot's config.json cannot be used ({error}).") from error
+        return sizes.depth, sizes.depth * 3 * sizes.width * sizes.mlp_dim
+
+    def weight_files(self) -> list[Path]:
+        from ceed_vla.weights import weight_files
+
+        return weight_files(Path(self.path)) if self.weights == "reference" else []
 
     def processor_steps(self, policy: CeedVLAConfig, instructions: Sequence[str]) -> list[Any]:
         raise ConfigError(

@@ -5,15 +5,20 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lerobot.lerobot_types import RobotObservation
 from lerobot.processor import ProcessorStepRegistry, TokenizerProcessorStep
 from torch import Tensor
 
-from ceed_vla.backbones.files import read_files, write_files
-from ceed_vla.errors import CheckpointError
+from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.files import read_files, write_files
 
+if TYPE_CHECKING:
+    from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+LONGEST_PROMPT = 65_536
 FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -32,6 +37,23 @@ class PromptTokensStep(TokenizerProcessorStep):
 
     def __post_init__(self) -> None:
         """The tokenizer comes with `read_folder` or with the state."""
+        longest, sides = self.max_length, ("left", "right")
+        if (
+            not isinstance(longest, int)
+            or not 1 <= longest <= LONGEST_PROMPT
+            or self.padding_side not in sides
+        ):
+            raise ConfigError(
+                f"max_length is {longest!r} and padding_side {self.padding_side!r}; they must be a whole number in "
+                f"[1, {LONGEST_PROMPT}] and one of {', '.join(sides)}."
+            )
+        if self.tokenizer_name is not None or self.tokenizer is not None:
+            raise ConfigError(
+                f"tokenizer_name is {self.tokenizer_name!r}; the tokenizer is the step's state."
+            )
+
+    def check_policy(self, policy: CeedVLAConfig) -> None:
+        """Nothing here repeats the policy's configuration."""
 
     def read_folder(self, path: str | Path) -> PromptTokensStep:
         """Take the tokenizer of a local folder; returns self."""
@@ -66,11 +88,10 @@ def load_text_tokenizer(folder: str | Path, source: str = "") -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, add_eos_token=True, add_bos_token=False
-        )
+        return AutoTokenizer.from_pretrained(str(folder), **LOCAL, add_eos_token=True, add_bos_token=False)
     except Exception as error:  # transformers raises many kinds
+        reason = f"{type(error).__name__}: {error}".replace(str(folder), source or str(folder))[:300]
         raise CheckpointError(
-            f"{source or folder} holds no text tokenizer that loads ({type(error).__name__}: {error}); give the "
+            f"{source or folder} holds no text tokenizer that loads ({reason}); give the "
             "folder of PaliGemma's tokenizer."
         ) from error

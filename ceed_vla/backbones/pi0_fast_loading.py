@@ -6,28 +6,39 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import draccus
 from lerobot.policies.pi0_fast import modeling_pi0_fast
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
+from ceed_vla.backbones.architecture import read_architecture as read_values
 from ceed_vla.backbones.pi0_fast_config import Pi0FastConfig, Pi0FastTokensConfig
 from ceed_vla.backbones.pi0_fast_inputs import PromptTokensStep, load_text_tokenizer
 from ceed_vla.backbones.pi0_fast_tokens import TextIds
-from ceed_vla.checkpoints import REMOTE_CODE, check_steps, resolve_checkpoint
+from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fast_codec import FastCodec
+from ceed_vla.files import read_json, write_text
+from ceed_vla.processor_steps import CONVERTED, PROCESSOR_FILES, REMOTE_CODE, read_steps
+from ceed_vla.weights import WEIGHTS, copy_weights, opened
 
 logger = logging.getLogger(__name__)
 
 VOCABULARIES = ("full", "actions")
 WINDOW = 32  # slots a forward computes; chunks of LIBERO take 25 to 35 tokens of the 256 slots
-_WEIGHTS = "model.safetensors"
+_RANGES = {
+    "chunk_size": (1, 4096),
+    "n_action_steps": (1, 4096),
+    "tokenizer_max_length": (1, 65536),
+    "max_decoding_steps": (2, 65536),
+    "fast_skip_tokens": (0, 10**7),
+    "image_resolution": (1, 4096),
+    "empty_cameras": (0, 16),
+}
 _HEAD = "model.paligemma_with_expert.paligemma.lm_head.weight"
 _EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 
@@ -63,7 +74,8 @@ def convert_pi0_fast(
     from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 
     folder, output = resolve_checkpoint(source), Path(output_dir)
-    check_steps(folder, allowed=REMOTE_CODE)  # they are left out below
+    for name in PROCESSOR_FILES:
+        read_steps(folder, name, CONVERTED)
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"{output} is not empty; give a new output_dir.")
     if vocabulary not in VOCABULARIES:
@@ -105,11 +117,8 @@ def read_architecture(path: str | Path) -> str:
         CheckpointError: Missing, unreadable, or of another policy.
     """
     folder = resolve_checkpoint(path)
-    try:
-        values = json.loads((folder / "config.json").read_text())
-        kind = values.get("type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: config.json is not readable JSON ({error}).") from error
+    values = read_json(folder / "config.json")
+    kind = values.get("type")
     if kind != "pi0_fast":
         raise CheckpointError(f"{folder} holds a policy of type {kind!r}; this reads LeRobot's 'pi0_fast'.")
     return json.dumps({**values, "device": "cpu", "compile_model": False, "gradient_checkpointing": False})
@@ -121,11 +130,17 @@ def decode_architecture(architecture: str) -> PI0FastConfig:
     Raises:
         CheckpointError: Values that LeRobot refuses, or no features.
     """
-    values = json.loads(architecture)
+    values = read_values(architecture)
     values.pop("type", None)
     try:
         config = draccus.decode(PI0FastConfig, values)
         config.validate_features()
+        for name, (low, high) in _RANGES.items():
+            found = getattr(config, name)
+            if not all(
+                low <= value <= high for value in (found if isinstance(found, tuple | list) else [found])
+            ):
+                raise ConfigError(f"{name} is {found}; it must lie in [{low}, {high}].")
     except Exception as error:  # draccus raises its own kinds, and passes on those of the configuration
         raise CheckpointError(f"LeRobot's config.json cannot be used ({error}).") from error
     return config
@@ -142,15 +157,14 @@ def load_weights(holder: nn.Module, path: str | Path) -> None:
     Raises:
         CheckpointError: Missing, unreadable, incomplete or foreign weights.
     """
-    file = resolve_checkpoint(path) / _WEIGHTS
-    try:
-        weights = load_file(file)
-        weights = {k if k.startswith("model.") else f"model.{k}": w for k, w in weights.items()}
-        if _HEAD in weights:  # published checkpoints hold the shared matrix once
-            weights.setdefault(_EMBEDDING, weights[_HEAD])
-        missing, unexpected = holder.load_state_dict(weights, strict=False)
-    except Exception as error:  # safetensors and torch each raise their own kinds
-        raise CheckpointError(f"The weights {file} do not load ({error}); copy them again.") from error
+    file = resolve_checkpoint(path) / WEIGHTS
+    missing, unexpected = copy_weights(
+        holder, [file], rename=lambda k: k if k.startswith("model.") else f"model.{k}"
+    )
+    if _EMBEDDING in missing and _HEAD not in missing:  # published checkpoints hold the shared matrix once
+        own = holder.state_dict()
+        own[_EMBEDDING].copy_(own[_HEAD])
+        missing.remove(_EMBEDDING)
     for kind, names in (("lacks", missing), ("has unknown", unexpected)):
         if names:
             raise CheckpointError(
@@ -195,21 +209,18 @@ def _tokens(config: PI0FastConfig, fast: Path, text: Path, scored: int) -> Pi0Fa
 
 def _scored(folder: Path) -> int:
     """Rows of the language model's head."""
-    from safetensors import safe_open
-
-    try:
-        with safe_open(folder / _WEIGHTS, "pt") as weights:
-            names = {key.removeprefix("model."): key for key in list(weights.keys())}
-            key = names.get(_HEAD.removeprefix("model.")) or names[_EMBEDDING.removeprefix("model.")]
-            return int(weights.get_slice(key).get_shape()[0])
-    except Exception as error:  # safetensors raises its own kinds; a KeyError is a foreign file
-        raise CheckpointError(f"{folder / _WEIGHTS} has no readable head ({error!r}).") from error
+    with opened(folder / WEIGHTS) as weights:
+        names = {key.removeprefix("model."): key for key in list(weights.keys())}
+        key = names.get(_HEAD.removeprefix("model.")) or names.get(_EMBEDDING.removeprefix("model."))
+        if key is None:
+            raise CheckpointError(f"{folder / WEIGHTS} has no head of a language model; is it pi0-FAST's?")
+        return int(weights.get_slice(key).get_shape()[0])
 
 
 def _copy_pipeline(folder: Path, output: Path, name: str, text: Path) -> None:
     """Copy a pre- or post-processor: with the tokenizer in it, and without the step that runs code of a checkpoint."""
     file = folder / f"{name}.json"
-    pipeline: dict[str, Any] = json.loads(file.read_text())
+    pipeline = read_json(file)
     steps = [s for s in pipeline["steps"] if s["registry_name"] not in REMOTE_CODE]
     for index, step in enumerate(steps):
         if step["registry_name"] == "tokenizer_processor":
@@ -222,4 +233,4 @@ def _copy_pipeline(folder: Path, output: Path, name: str, text: Path) -> None:
             if not (folder / state).is_file():
                 raise CheckpointError(f"{folder} lacks {state}, which {file.name} names; copy it too.")
             shutil.copyfile(folder / state, output / state)
-    (output / file.name).write_text(json.dumps({**pipeline, "steps": steps}, indent=2) + "\n")
+    write_text(output / file.name, json.dumps({**pipeline, "steps": steps}, indent=2) + "\n")

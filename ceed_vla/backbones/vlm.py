@@ -104,11 +104,18 @@ class VLMBackbone(TrainableBackbone):
             ObservationError: A tensor of the processor is missing or has other rows, the padding is not on the
                 left, or the state, where it is read, is missing, of another length or not finite.
         """
-        inputs = {k: (None,) * (v.ndim - 1) for k, v in batch.items() if k.startswith((ROW_KEY, FLAT_KEY))}
+        own = (
+            [k for k in batch if str(k).startswith((ROW_KEY, FLAT_KEY))] if isinstance(batch, Mapping) else []
+        )
+        inputs = {k: (None,) * (batch[k].ndim - 1) for k in own if isinstance(batch[k], Tensor)}
         wanted: dict[str, tuple[int | None, ...]] = {IDS_KEY: (None,), MASK_KEY: (None,), **inputs}
         if self.state_dim:
             wanted[STATE_KEY] = (self.state_dim,)
-        rows = check_features(batch, wanted, [STATE_KEY] if self.state_dim else [])
+        finite = [key for key in inputs if batch[key].is_floating_point()]
+        words = int(cast("Any", self.model).get_input_embeddings().num_embeddings)
+        rows = check_features(
+            batch, wanted, [*finite, *([STATE_KEY] if self.state_dim else [])], {IDS_KEY: words}
+        )
         if not any(key.endswith(PIXELS) for key in inputs):
             raise ObservationError(
                 f"The observation lacks {ROW_KEY}{PIXELS}; pass it through the checkpoint's pre-processor first."

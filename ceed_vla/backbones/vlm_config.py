@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ceed_vla.backbones.config import BackboneConfig
+from ceed_vla.backbones.architecture import least_sizes, read_architecture
+from ceed_vla.backbones.config import DTYPES, WEIGHTS, BackboneConfig
 from ceed_vla.errors import ConfigError
+from ceed_vla.fields import check_fields, chosen, ranged
+from ceed_vla.templates import check_template
 
 if TYPE_CHECKING:
     from ceed_vla.backbones.base import TrainableBackbone
     from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 
-CHOICES = {
-    "cameras": ("separate", "stacked"),
-    "proprio": ("text", "projected", "none"),
-    "action_ids": ("last", "last_reversed", "added"),
-    "weights": ("copied", "reference"),
-    "dtype": ("float32", "bfloat16", "float16"),
-    "attention": ("sdpa", "eager", "flash_attention_2"),
-}
+CAMERAS = ("separate", "stacked")
 
 
 @BackboneConfig.register_subclass("vlm")
@@ -44,27 +41,22 @@ class VLMConfig(BackboneConfig):
         action_token_ids: Vocabulary id of every bin; filled when a policy is new.
     """
 
+    steps: ClassVar[tuple[str, ...]] = ("ceed_vla_vlm_inputs",)
+
     path: str = ""
-    weights: str = "copied"
+    weights: str = chosen("copied", WEIGHTS)
     prompt: str = "What action should the robot take to {instruction}?"
-    cameras: str = "separate"
-    proprio: str = "text"
-    action_ids: str = "last"
-    dtype: str = "float32"
-    attention: str = "sdpa"
+    cameras: str = chosen("separate", CAMERAS)
+    proprio: str = chosen("text", ("text", "projected", "none"))
+    action_ids: str = chosen("last", ("last", "last_reversed", "added"))
+    dtype: str = chosen("float32", DTYPES)
+    attention: str = chosen("sdpa", ("sdpa", "eager", "flash_attention_2"))
     architecture: str = ""
-    action_token_ids: list[int] = field(default_factory=list)
+    action_token_ids: list[int] = ranged([], "[0, 1e8]")
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"backbone.{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}."
-                )
-        if self.prompt.count("{") != 1 or "{instruction}" not in self.prompt:
-            raise ConfigError(
-                f"backbone.prompt is {self.prompt!r}; it must hold {{instruction}}, and no other field."
-            )
+        check_fields(self, "backbone.")
+        check_template(self.prompt, "backbone.prompt")
 
     def build(self, policy: CeedVLAConfig) -> TrainableBackbone:
         import torch
@@ -84,10 +76,11 @@ class VLMConfig(BackboneConfig):
             self.action_token_ids = self.action_token_ids or ids
         else:
             model = loading.build_model(self.architecture, dtype, self.attention)
-        if len(self.action_token_ids) != policy.num_bins:
+        ids, rows = self.action_token_ids, int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+        if len(set(ids)) != policy.num_bins or len(ids) != policy.num_bins or max(ids) >= rows:
             raise ConfigError(
-                f"backbone.action_token_ids has {len(self.action_token_ids)} ids for {policy.num_bins} bins; "
-                "the configuration was edited by hand."
+                f"backbone.action_token_ids has {len(set(ids))} different ids up to {max(ids, default=-1)} for "
+                f"{policy.num_bins} bins of a model of {rows} ids; the configuration was edited by hand."
             )
         backbone = VLMBackbone(
             model,
@@ -107,10 +100,28 @@ class VLMConfig(BackboneConfig):
         from ceed_vla.backbones.vlm_inputs import VLMInputsStep
         from ceed_vla.backbones.vlm_loading import load_processor
 
+        return [VLMInputsStep(**self.input_settings(policy)).set_processor(load_processor(self.path))]
+
+    def input_settings(self, policy: CeedVLAConfig) -> dict[str, Any]:
+        """Settings of the step that makes the model's inputs."""
         places = {"text": _state_dim(policy), "projected": 1, "none": 0}[self.proprio]
         sizes = {camera: list(policy.image_features[camera].shape[1:]) for camera in policy.cameras}
-        step = VLMInputsStep(sizes=sizes, layout=self.cameras, prompt=self.prompt, state_places=places)
-        return [step.set_processor(load_processor(self.path))]
+        return {"sizes": sizes, "layout": self.cameras, "prompt": self.prompt, "state_places": places}
+
+    def least_sizes(self, policy: CeedVLAConfig) -> tuple[int, int]:
+        values = read_architecture(self.architecture)
+        parts = [
+            part
+            for part in (values.get("text_config"), values.get("vision_config"))
+            if isinstance(part, dict)
+        ]
+        found = [least_sizes(part) for part in parts or [values]]
+        return sum(layers for layers, _ in found), sum(numbers for _, numbers in found)
+
+    def weight_files(self) -> list[Path]:
+        from ceed_vla.weights import weight_files
+
+        return weight_files(Path(self.path)) if self.weights == "reference" else []
 
     def validate_features(self, policy: CeedVLAConfig) -> None:
         if self.proprio != "none" and policy.robot_state_feature is None:

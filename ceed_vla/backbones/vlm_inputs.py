@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,8 +20,17 @@ from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
 from PIL import Image
 from torch import Tensor
 
-from ceed_vla.backbones.files import read_files, write_files
-from ceed_vla.errors import CheckpointError, ObservationError
+from ceed_vla.backbones.chat_template import render
+from ceed_vla.backbones.vlm_config import CAMERAS
+from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
+from ceed_vla.fields import check_fields, chosen, ranged
+from ceed_vla.files import read_files, write_files
+from ceed_vla.images import check_images
+from ceed_vla.instructions import batch_instructions
+from ceed_vla.templates import check_template, fill_template
+
+if TYPE_CHECKING:
+    from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 
 # One row an observation, or several (images, patches) that the model wants in one long list.
 ROW_KEY, FLAT_KEY = "observation.vlm.", "observation.vlm_flat."
@@ -44,13 +53,24 @@ class VLMInputsStep(ObservationProcessorStep):
     """
 
     sizes: dict[str, list[int]] = field(default_factory=dict)
-    layout: str = "separate"
+    layout: str = chosen("separate", CAMERAS)
     prompt: str = "{instruction}"
-    state_places: int = 0
+    state_places: int = ranged(0, "[0, 16384]")
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        check_template(self.prompt, "prompt")
+        self._rendered: dict[int, str] = {}  # images -> the prompt in the chat format
         self._processor: Any = None
         self._files: dict[str, Tensor] = {}
+
+    def check_policy(self, policy: CeedVLAConfig) -> None:
+        """Raise `ConfigError` unless these are the settings that the policy's configuration has."""
+        wanted = policy.backbone.input_settings(policy)  # type: ignore[attr-defined]
+        if wrong := [name for name, value in wanted.items() if getattr(self, name) != value]:
+            raise ConfigError(
+                f"{wrong[0]} is {getattr(self, wrong[0])!r}; the policy's is {wanted[wrong[0]]!r}."
+            )
 
     # ---- the processor, kept in the checkpoint ------------------------------------------------------------------
 
@@ -71,7 +91,10 @@ class VLMInputsStep(ObservationProcessorStep):
 
         with tempfile.TemporaryDirectory() as folder:
             write_files(state, Path(folder))
-            self._processor, self._files = load_processor(folder), dict(state)
+            self._processor, self._files = (
+                load_processor(folder, "The checkpoint's pre-processor"),
+                dict(state),
+            )
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -115,25 +138,22 @@ class VLMInputsStep(ObservationProcessorStep):
         return [[Image.fromarray(pixels[row]) for pixels in cameras] for row in range(rows)]
 
     def _tasks(self, rows: int) -> list[str]:
-        task = (self.transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}).get("task")
-        tasks = [task] if isinstance(task, str) else list(task or [])
-        if len(tasks) == 1:
-            tasks = tasks * rows  # one instruction for the whole batch
-        if len(tasks) != rows or not all(text.strip() for text in tasks):
-            raise ObservationError(
-                f"The observation has the instructions {tasks} for {rows} rows; pass 'task' as a non-empty string "
-                "or a list with one for every row."
-            )
-        return tasks
+        return batch_instructions(self.transition.get(TransitionKey.COMPLEMENTARY_DATA), rows)
 
     def _text(self, task: str, images: int) -> str:
         """The prompt, in the model's chat format where it has one."""
-        prompt, processor = self.prompt.format(instruction=task), self._processor
-        if getattr(processor, "chat_template", None):
-            content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]
-            message = [{"role": "user", "content": content}]
-            return str(processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
-        return str(getattr(processor, "image_token", "<image>")) * images + prompt
+        processor = self._processor
+        if not getattr(processor, "chat_template", None):
+            return str(getattr(processor, "image_token", "<image>")) * images + fill_template(
+                self.prompt, task
+            )
+        if images not in self._rendered:
+            text = render(
+                processor.chat_template, images, self.prompt, processor.tokenizer.special_tokens_map
+            )
+            check_template(text, "The prompt in the checkpoint's chat format")
+            self._rendered[images] = text
+        return fill_template(self._rendered[images], task)
 
     def _add_state_places(self, inputs: dict[str, Tensor]) -> None:
         ids = inputs[IDS]
@@ -197,10 +217,6 @@ def _pixels(observation: RobotObservation, camera: str, size: list[int]) -> np.n
             "policy was trained with."
         )
     if image.dtype != torch.uint8:
-        if not image.is_floating_point() or not bool(((image >= 0) & (image <= 1)).all()):
-            raise ObservationError(
-                f"{camera} holds {image.dtype} in [{image.min().item()}, {image.max().item()}]; "
-                "images are uint8, or floats in [0, 1]."
-            )
+        check_images({camera: image})
         image = (image * 255).round().to(torch.uint8)
     return image.permute(0, 2, 3, 1).cpu().numpy()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,16 +18,15 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from ceed_vla.backbones.files import read_json
+from ceed_vla.backbones.architecture import read_architecture
 from ceed_vla.backbones.vlm import VLMBackbone
 from ceed_vla.cache import TransformersCache
 from ceed_vla.errors import CheckpointError, ConfigError
-
-logger = logging.getLogger(__name__)
+from ceed_vla.files import read_json
+from ceed_vla.weights import check_floating, check_weights, weight_files
 
 # Nothing is fetched, and a file that names classes of its own (auto_map) does not get to run them.
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 # ---- folders ----------------------------------------------------------------------------------------------------
@@ -53,24 +51,7 @@ def check_folder(folder: Path) -> None:
             f"{folder / 'config.json'}: model_type {kind!r} {reason}; the image-text-to-text models that can be read "
             f"are {', '.join(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))}."
         )
-    if (folder / WEIGHTS).is_file():
-        return
-    if not (folder / INDEX).is_file():
-        pickled = sorted(file.name for file in folder.glob("*.bin"))
-        raise CheckpointError(
-            f"{folder} has neither {WEIGHTS} nor {INDEX}"
-            + (
-                f", only {', '.join(pickled)}; pickled weights are not read: convert them."
-                if pickled
-                else "."
-            )
-        )
-    shards = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-    missing = [name for name in shards if not (folder / name).is_file()]
-    if missing or not shards:
-        raise CheckpointError(
-            f"{folder} lacks {', '.join(missing) or 'all shards'}, which {INDEX} names; copy them too."
-        )
+    weight_files(folder)
 
 
 def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -81,6 +62,7 @@ def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTra
     """
     folder = Path(folder)
     check_folder(folder)
+    check_floating(weight_files(folder))
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder,
@@ -93,40 +75,41 @@ def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTra
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds
         raise CheckpointError(f"{folder} does not load ({_first_line(error)}).") from error
     model, report = loaded
-    for problem in ("missing_keys", "mismatched_keys"):
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := sorted(str(name) for name in report.get(problem, ())):
             raise CheckpointError(
                 f"{folder}: {len(names)} weights are {problem.removesuffix('_keys')} (the first is {names[0]}); "
                 "the weights belong to another configuration, or a file was lost."
             )
-    if unknown := sorted(report.get("unexpected_keys", ())):
-        logger.warning("%s has %d weights that the model does not use: %s", folder, len(unknown), unknown[0])
+    check_weights(model, folder)
     return cast("PreTrainedModel", model)
 
 
-def load_processor(folder: str | Path) -> ProcessorMixin:
-    """The processor (tokenizer and image processor) of a folder, padding on the left.
+def load_processor(folder: str | Path, source: str = "") -> ProcessorMixin:
+    """The processor (tokenizer and image processor) of a folder, padding on the left; messages call it `source`.
 
     Raises:
         CheckpointError: It is missing, damaged, or needs code of its own.
     """
+    name = source or str(folder)
     try:
         processor = AutoProcessor.from_pretrained(str(folder), **LOCAL)
     except Exception as error:
+        reason = _first_line(error).replace(str(folder), name)
         raise CheckpointError(
-            f"{folder} holds no processor that can be read ({_first_line(error)}); it needs preprocessor_config.json "
+            f"{name} holds no processor that can be read ({reason}); it needs preprocessor_config.json "
             "or processor_config.json, and the tokenizer's files. Code from a checkpoint is never run."
         ) from error
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise CheckpointError(
-            f"{folder}: {type(processor).__name__} is no processor of images and text; "
+            f"{name}: {type(processor).__name__} is no processor of images and text; "
             "copy tokenizer and image processor into the folder."
         )
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise CheckpointError(f"{folder}: the tokenizer has neither a padding nor an end token; add one.")
+            raise CheckpointError(f"{name}: the tokenizer has neither a padding nor an end token; add one.")
         tokenizer.pad_token = tokenizer.eos_token
     return cast("ProcessorMixin", processor)
 
@@ -146,9 +129,11 @@ def build_model(text: str, dtype: torch.dtype, attention: str) -> PreTrainedMode
         CheckpointError: The text was damaged.
     """
     try:
-        values = json.loads(text)
+        values = read_architecture(text)
         config = AutoConfig.for_model(values.pop("model_type"), **values)
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
     except Exception as error:
         raise CheckpointError(
             f"backbone.architecture does not describe a model ({_first_line(error)}); copy config.json again."

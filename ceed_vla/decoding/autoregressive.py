@@ -11,10 +11,11 @@ from torch import Tensor
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.exits import after_stop, check_variable_length, must_converge
+from ceed_vla.decoding.finite import check_rows, row_sums
 from ceed_vla.decoding.frozen import commit_frozen, frozen_length
-from ceed_vla.decoding.guesses import check_guess
 from ceed_vla.decoding.result import DecodeResult
 from ceed_vla.errors import TokenError
+from ceed_vla.tensors import check_tokens
 
 
 @torch.no_grad()
@@ -56,6 +57,7 @@ def decode_autoregressive(
     Raises:
         TokenError: No guess where one is needed, or a guess or frozen tokens that do not fit.
         ConfigError: More executed steps than the block has.
+        NotFiniteError: Scores of a row are NaN or infinite.
     """
     started = clock()
     batch, n = prefix.logits.shape[0], backbone.block_length
@@ -64,8 +66,8 @@ def decode_autoregressive(
         check_variable_length(config, given)
     wanted = n if stop is not None else must_converge(config, n, action_dim, given)
     if guess is not None:
-        check_guess(guess, batch, n, backbone.vocabulary_size)
-        tokens = guess.to(prefix.logits.device, copy=True)  # (B, n)
+        check_tokens(guess, "The guess", (batch, n), backbone.vocabulary_size)
+        tokens = guess.to(prefix.logits.device, torch.int64, copy=True)  # (B, n)
     elif wanted == n:
         tokens = torch.zeros(batch, n, dtype=torch.int64, device=prefix.logits.device)
     else:
@@ -78,15 +80,18 @@ def decode_autoregressive(
     if frozen is not None and given:
         tokens[:, :given] = frozen
         first = commit_frozen(backbone, prefix, tokens[:, :given])
-    tokens[:, given] = first.argmax(-1)
+    best, tokens[:, given] = first.max(-1)
+    scores = [best]  # (B,) each: looked at once, at the end
     states = [tokens.clone()] if record_states else None
     slot = given + 1
     while slot < wanted and not _all_stopped(tokens[:, :slot], stop):
-        tokens[:, slot] = decode_one_token(backbone, prefix, tokens[:, slot - 1 : slot])
+        best, tokens[:, slot] = decode_one_token(backbone, prefix, tokens[:, slot - 1 : slot])
+        scores.append(best)
         slot += 1
         if states is not None:
             states.append(tokens.clone())
 
+    check_rows(row_sums(torch.stack(scores, dim=1), backbone)[:, 0].cpu().numpy())
     ended = torch.zeros(batch, dtype=torch.bool)  # (B,) rows with a stop token
     iterations = torch.full((batch,), slot - max(given, 1))
     if stop is not None:
@@ -114,8 +119,9 @@ def _all_stopped(tokens: Tensor, stop: int | None) -> bool:
     return stop is not None and bool((tokens == stop).any(1).all())
 
 
-def decode_one_token(backbone: Backbone, prefix: Prefix, token: Tensor) -> Tensor:
-    """The greedy successor (B,) of the last decoded `token` (B, 1), which is committed to the cache."""
+def decode_one_token(backbone: Backbone, prefix: Prefix, token: Tensor) -> tuple[Tensor, Tensor]:
+    """Score and id (B,) of the greedy successor of the last decoded `token` (B, 1), which is committed to the cache."""
     logits = backbone.block_logits(prefix, token)  # (B, 1, V)
     prefix.cache.commit(1)
-    return logits[:, 0].argmax(-1)
+    best, ids = logits[:, 0].max(-1)
+    return best, ids

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 from ceed_vla.errors import ConfigError
+from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
 
 METHODS = ("ar", "jacobi")
 GUESSES = ("previous", "mid", "random")
@@ -44,40 +42,23 @@ class DecodingConfig:
             blocks that are mostly longer than what is decoded, as variable-length ones with a stop token.
     """
 
-    method: str = "jacobi"
-    guess: str = "previous"
-    max_iterations: int | None = None
-    tolerance_bins: int | tuple[int, ...] = 0
-    stable_iterations: int | None = None
-    confidence: float | None = None
-    executed_steps: int | None = None
-    deadline_s: float | None = None
-    seed: int = 0
-    window: int | None = None
+    method: str = chosen("jacobi", METHODS)
+    guess: str = chosen("previous", GUESSES)
+    max_iterations: int | None = ranged(None, "[1, 1e6]")
+    tolerance_bins: int | tuple[int, ...] = ranged(0, "[0, 65536]")
+    stable_iterations: int | None = ranged(None, "[1, 1e6]")
+    confidence: float | None = ranged(None, "(0, 1]")
+    executed_steps: int | None = ranged(None, "[1, 4096]")
+    deadline_s: float | None = ranged(None, "(0, 1e6]")
+    seed: int = ranged(0, SEEDS)
+    window: int | None = ranged(None, "[1, 65536]")
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, METHODS)
-        _one_of("guess", self.guess, GUESSES)
-        for name in ("max_iterations", "stable_iterations", "executed_steps", "window"):
-            value = getattr(self, name)
-            if value is not None and not _is_int(value, 1):
-                raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1, or None.")
-        if isinstance(self.tolerance_bins, Iterable) and not isinstance(self.tolerance_bins, str):
+        if isinstance(self.tolerance_bins, list):
             object.__setattr__(self, "tolerance_bins", tuple(self.tolerance_bins))
-        tolerances = self.tolerance_bins if isinstance(self.tolerance_bins, tuple) else (self.tolerance_bins,)
-        if not tolerances or not all(_is_int(t, 0) for t in tolerances):
-            raise ConfigError(
-                f"tolerance_bins is {self.tolerance_bins!r}; "
-                "give a number of bins of at least 0, or one for every dimension."
-            )
-        if self.confidence is not None and not (_is_real(self.confidence) and 0 < self.confidence <= 1):
-            raise ConfigError(f"confidence is {self.confidence!r}; it is a probability in (0, 1], or None.")
-        if self.deadline_s is not None and not (_is_real(self.deadline_s) and 0 < self.deadline_s < math.inf):
-            raise ConfigError(
-                f"deadline_s is {self.deadline_s!r}; it must be a positive time in seconds, or None."
-            )
-        if not _is_int(self.seed, 0):
-            raise ConfigError(f"seed is {self.seed!r}; it must be an integer of at least 0.")
+        check_fields(self)
+        if self.tolerance_bins == ():
+            raise ConfigError("tolerance_bins is (); give a number of bins, or one for every dimension.")
         if self.window is not None and self.confidence is not None:
             raise ConfigError(
                 f"confidence {self.confidence} judges the whole block, but window = {self.window} computes a part "
@@ -118,20 +99,8 @@ def named_config(decoding: str | DecodingConfig, ceed: DecodingConfig) -> Decodi
     """
     if isinstance(decoding, DecodingConfig):
         return decoding
-    _one_of("decoding", decoding, NAMES)
+    if not isinstance(decoding, str) or decoding not in NAMES:
+        raise ConfigError(f"decoding is {str(decoding)[:200]!r}; choose one of {', '.join(NAMES)}.")
     return {"ar": DecodingConfig(method="ar"), "jacobi": DecodingConfig(method="jacobi"), "ceed": ceed}[
         decoding
     ]
-
-
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
-
-
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

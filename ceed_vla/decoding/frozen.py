@@ -7,11 +7,11 @@ causal model defines it: the greedy continuation of the frozen tokens.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.errors import TokenError
+from ceed_vla.tensors import check_tokens
 
 
 def frozen_length(
@@ -31,18 +31,14 @@ def frozen_length(
     """
     if frozen is None:
         return 0
-    rows, length = frozen.shape if frozen.ndim == 2 else (-1, -1)
-    if rows != batch or length % action_dim or not 0 <= length < block_length or frozen.dtype != torch.int64:
+    length = frozen.shape[1] if isinstance(frozen, Tensor) and frozen.ndim == 2 else block_length
+    if length % action_dim or length >= block_length:
+        found = f"{tuple(frozen.shape)}" if isinstance(frozen, Tensor) else type(frozen).__name__
         raise TokenError(
-            f"The frozen prefix is {tuple(frozen.shape)} {frozen.dtype}; expected ({batch}, k * {action_dim}) "
-            f"torch.int64 with fewer tokens than the block's {block_length}."
+            f"The frozen prefix is {found}; expected ({batch}, k * {action_dim}) with fewer tokens than the block's "
+            f"{block_length}."
         )
-    if length:
-        least, most = (int(value) for value in frozen.aminmax())
-        if not 0 <= least <= most < vocabulary:
-            raise TokenError(
-                f"The frozen prefix holds tokens from {least} to {most}; they must lie in [0, {vocabulary - 1}]."
-            )
+    check_tokens(frozen, "The frozen prefix", (batch, length), vocabulary)
     return length
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ceed_vla.decoding.config import GUESSES
 from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.tensors import check_tokens
 
 
 def make_guess(
@@ -46,6 +47,9 @@ def make_guess(
     """
     if kind not in GUESSES:
         raise ConfigError(f"The guess is {kind!r}; choose one of {', '.join(GUESSES)}.")
+    if previous is not None:
+        check_tokens(previous, "The previous chunk", (batch, block_length), vocabulary, none=True)
+        previous = previous.long()
     if device is None:
         device = previous.device if previous is not None else "cpu"
     if kind == "random":
@@ -59,46 +63,23 @@ def make_guess(
     mid = zero_bins.to(device).repeat(block_length // len(zero_bins)).expand(batch, block_length)  # (B, n)
     if kind == "mid" or previous is None:
         return mid.clone()
-    return _shifted(previous.to(device), mid, vocabulary, shift_tokens, action_dim or len(zero_bins))
+    return _shifted(previous.to(device), mid, shift_tokens, action_dim or len(zero_bins))
 
 
-def _shifted(previous: Tensor, mid: Tensor, vocabulary: int, shift: int, action_dim: int) -> Tensor:
+def _shifted(previous: Tensor, mid: Tensor, shift: int, action_dim: int) -> Tensor:
     """`previous` (B, n) without its first `shift` tokens, its last step repeated; `mid` in rows of -1."""
     block_length = mid.shape[1]
-    if previous.shape != mid.shape or previous.dtype != torch.int64:
-        raise TokenError(
-            f"The previous chunk is {tuple(previous.shape)} {previous.dtype}, "
-            f"expected {tuple(mid.shape)} torch.int64."
-        )
-    if not 0 <= shift <= block_length or shift % action_dim or block_length % action_dim:
+    if (
+        not isinstance(shift, int)
+        or not 0 <= shift <= block_length
+        or shift % action_dim
+        or block_length % action_dim
+    ):
         raise TokenError(
             f"Cannot shift a block of {block_length} tokens by {shift}; a shift is a whole number of steps "
             f"of {action_dim} tokens within the block."
         )
-    least, most = torch.stack(previous.aminmax(dim=1)).tolist()
-    for row, (low, high) in enumerate(zip(least, most, strict=True)):
-        if (low, high) != (-1, -1) and not 0 <= low <= high < vocabulary:
-            raise TokenError(
-                f"Row {row} of the previous chunk holds tokens from {low} to {high}; they must lie in "
-                f"[0, {vocabulary - 1}], or all be -1 where there is no previous chunk."
-            )
     repeats = shift // action_dim
     last_step = previous[:, block_length - action_dim :]  # (B, A)
     guess = torch.cat([previous[:, shift:], last_step.repeat(1, repeats)], dim=1)  # (B, n)
-    if -1 in least:
-        guess = torch.where(previous[:, :1] < 0, mid, guess)
-    return guess
-
-
-def check_guess(guess: Tensor, batch: int, block_length: int, vocabulary: int) -> None:
-    """Raise `TokenError` unless `guess` is (B, n) int64 with tokens in ``[0, V)``."""
-    if guess.shape != (batch, block_length) or guess.dtype != torch.int64:
-        raise TokenError(
-            f"The guess is {tuple(guess.shape)} {guess.dtype}, expected {(batch, block_length)} torch.int64."
-        )
-    least, most = torch.stack(guess.aminmax()).tolist()
-    if not 0 <= least <= most < vocabulary:
-        raise TokenError(
-            f"The guess holds tokens from {least} to {most}; a state may only hold action tokens, "
-            f"[0, {vocabulary - 1}]."
-        )
+    return torch.where(previous[:, :1] < 0, mid, guess)

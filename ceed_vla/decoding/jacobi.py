@@ -20,9 +20,10 @@ from torch import Tensor
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.exits import ExitRules, Rows, after_stop, window_mass
+from ceed_vla.decoding.finite import check_rows, with_sums
 from ceed_vla.decoding.frozen import frozen_length
-from ceed_vla.decoding.guesses import check_guess
 from ceed_vla.decoding.result import DecodeResult
+from ceed_vla.tensors import check_tokens
 
 
 @torch.no_grad()
@@ -69,21 +70,25 @@ def decode_jacobi(
     Raises:
         TokenError: A guess or frozen tokens of another shape or with tokens outside the vocabulary.
         ConfigError: Executed steps or tolerances that do not fit the block.
+        NotFiniteError: Scores of a running row are NaN or infinite.
     """
     started = iteration_started = clock()
     batch, n = prefix.logits.shape[0], backbone.block_length
-    check_guess(guess, batch, n, backbone.vocabulary_size)
+    check_tokens(guess, "The guess", (batch, n), backbone.vocabulary_size)
     given = frozen_length(frozen, batch, n, action_dim, backbone.vocabulary_size)
     rules = ExitRules.of(config, n, action_dim, gripper_dims, given, stop)
     rows = Rows(rules, batch)
     prefix.cache.roll_back()
 
-    tokens = guess.to(prefix.logits.device, copy=True)  # (B, n)
+    tokens = guess.to(prefix.logits.device, torch.int64, copy=True)  # (B, n)
     if frozen is not None and given:
         tokens[:, :given] = frozen
-    else:
-        tokens[:, 0] = prefix.logits.argmax(-1)
-    host = tokens.cpu().numpy().copy()  # (B, n), the state that the convergence test compares with
+    best, first_tokens = prefix.logits.max(-1, keepdim=True)  # (B, 1)
+    if not given:
+        tokens[:, :1] = first_tokens
+    both = with_sums(tokens, best, backbone).cpu().numpy()
+    check_rows(both[:, n])
+    host = both[:, :n].astype(np.int64)  # (B, n), the state that the convergence test compares with
     certainty = _first_certainty(rules, prefix.logits)  # (B, M), or None
     states = [tokens.clone()] if record_states else None
 
@@ -94,9 +99,16 @@ def decode_jacobi(
     while end > max(given, 1) and rows.any_running:
         start = prefix.cache.committed  # slots [0, start] are right in every running row
         first = max(start + 1, given)
-        logits, new = jacobi_iteration(backbone, prefix, tokens, first, end, rows)  # slots first .. end - 1
+        logits, best, new = jacobi_iteration(
+            backbone, prefix, tokens, first, end, rows
+        )  # slots first .. end - 1
         forwards += 1
-        fresh = _to_host(rules, logits, new, certainty, first)  # (B, k), the one host synchronisation
+        watched = _watched_mass(rules, logits, new, first)  # (B, watched), or none
+        both = with_sums(new, best, backbone, *watched).cpu().numpy()  # the one host synchronisation
+        fresh, sums = both[:, : new.shape[1]].astype(np.int64), both[:, new.shape[1]]
+        check_rows(sums, rows.running)
+        if certainty is not None:
+            certainty[:, first:] = both[:, new.shape[1] + 1 :]
         rows.update(forwards, host[:, first:end], fresh, first, certainty)
         host[:, first:end] = fresh
         if states is not None:
@@ -128,21 +140,21 @@ def decode_jacobi(
 
 def jacobi_iteration(
     backbone: Backbone, prefix: Prefix, tokens: Tensor, first: int, end: int, rows: Rows
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Recompute the slots ``first .. end - 1`` of `tokens` (B, n) from all that are not committed, in place.
 
     Returns:
-        Logits (B, k, V) and tokens (B, k) of those slots; rows that are done keep theirs.
+        Logits (B, k, V), their largest (B, k), and tokens (B, k) of those slots; rows that are done keep theirs.
     """
     start = prefix.cache.committed
     logits = backbone.block_logits(prefix, tokens[:, start : end - 1])  # of slots start + 1 .. end - 1
     logits = logits[:, first - start - 1 :]  # (B, k, V)
-    new = logits.argmax(-1)  # (B, k)
+    best, new = logits.max(-1)  # (B, k)
     if not rows.all_running:
         running = torch.from_numpy(rows.running).to(new.device).unsqueeze(1)  # (B, 1)
         new = torch.where(running, new, tokens[:, first:end])
     tokens[:, first:end] = new
-    return logits, new
+    return logits, best, new
 
 
 def _first_certainty(rules: ExitRules, logits: Tensor) -> np.ndarray | None:
@@ -157,14 +169,9 @@ def _first_certainty(rules: ExitRules, logits: Tensor) -> np.ndarray | None:
     return certainty
 
 
-def _to_host(
-    rules: ExitRules, logits: Tensor, new: Tensor, certainty: np.ndarray | None, first: int
-) -> np.ndarray:
-    """New tokens (B, k) on the host, in one copy with the watched ones' window mass, kept in `certainty`."""
-    if certainty is None:
-        return new.cpu().numpy()
-    k, watched = new.shape[1], rules.must_converge - first
-    mass = window_mass(logits[:, :watched], new[:, :watched])  # (B, watched)
-    both = torch.cat([new.double(), mass.double()], dim=1).cpu().numpy()  # (B, k + watched)
-    certainty[:, first:] = both[:, k:]
-    return both[:, :k].astype(np.int64)
+def _watched_mass(rules: ExitRules, logits: Tensor, new: Tensor, first: int) -> tuple[Tensor, ...]:
+    """The window mass (B, watched) of the watched ones of the new tokens (B, k), if a rule needs it."""
+    if rules.confidence is None:
+        return ()
+    watched = rules.must_converge - first
+    return (window_mass(logits[:, :watched], new[:, :watched]),)

@@ -17,11 +17,11 @@ from ceed_vla import CeedVLAConfig, CeedVLAPolicy
 from ceed_vla.action_tokens_config import ActionTokensConfig, OpenVLATokensConfig, UniformTokensConfig
 from ceed_vla.backbones.base import check_features
 from ceed_vla.backbones.config import BackboneConfig, CompactConfig
-from ceed_vla.backbones.files import read_files, write_files
 from ceed_vla.backbones.openvla_config import OpenVLAConfig
 from ceed_vla.cli_flags import UsageError, format_help, parse_flags
 from ceed_vla.configuration_ceed_vla import tabletop_config
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
+from ceed_vla.files import read_files, write_files
 
 
 @dataclass
@@ -215,7 +215,7 @@ def test_files_travel_as_tensors(tmp_path: Path) -> None:
     assert (tmp_path / "to" / "a.json").read_bytes() == b"\x00\xffz"
     assert (tmp_path / "to" / "empty").read_bytes() == b""
     for name in ("../a", "/a", "", ".."):
-        with pytest.raises(CheckpointError, match="only plain names"):
+        with pytest.raises(CheckpointError, match="plain name"):
             write_files({name: files["a.json"]}, tmp_path / "to")
 
 

@@ -12,7 +12,7 @@ from ceed_vla.errors import ConfigError
 
 @pytest.mark.parametrize("name", ["keypoints", "early_readout"])
 def test_counts_are_not_negative(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is -1; it must not be negative"):
+    with pytest.raises(ConfigError, match=f"{name} is -1; it must be a whole number in"):
         CompactConfig(**{name: -1})
 
 

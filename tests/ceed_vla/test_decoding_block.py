@@ -97,10 +97,10 @@ def test_bad_guesses_and_layouts_are_named(toy) -> None:
     backbone, observation = toy(7, 2, 14, 31)
     prefix, good = backbone.prefill(observation), torch.zeros(2, 14, dtype=torch.int64)
     bad = {
-        "expected .2, 14. torch.int64": good[:, :7],
+        "expected .2, 14. integers": good[:, :7],
         "torch.float32": good.float(),
-        r"from 0 to 31; .* \[0, 30\]": good.index_fill(1, torch.tensor([3]), 31),
-        "from -1 to 0": good.index_fill(1, torch.tensor([3]), -1),
+        r"guess\[0, 3\] is 31; .* \[0, 30\]": good.index_fill(1, torch.tensor([3]), 31),
+        r"guess\[0, 3\] is -1": good.index_fill(1, torch.tensor([3]), -1),
     }
     for message, guess in bad.items():
         with pytest.raises(TokenError, match=message):

@@ -65,8 +65,8 @@ def test_guesses_do_not_share_memory_with_their_sources() -> None:
         (PREVIOUS, 3, "by 3"),
         (PREVIOUS, 8, "by 8"),
         (PREVIOUS, -2, "by -2"),
-        (PREVIOUS + 90, 2, r"Row 1 .* from 96 to 101; .* \[0, 98\]"),
-        (PREVIOUS - 1, 2, "Row 0 .* from -1 to 4"),
+        (PREVIOUS + 90, 2, r"chunk\[1, 3\] is 99; .* \[0, 98\]"),
+        (PREVIOUS - 1, 2, r"chunk\[0, 0\] is -1"),
     ],
 )
 def test_previous_chunks_that_do_not_fit_are_named(previous, shift: int, message: str) -> None:

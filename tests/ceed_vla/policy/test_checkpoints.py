@@ -76,10 +76,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated weights": (lambda f: truncate(f / "model.safetensors"), "do not load"),
     "weights of other sizes": (
         lambda f: edit_config(f, backbone={"type": "compact", "width": 66}),
-        "do not load",
+        "belong to different models",
     ),
-    "damaged config": (lambda f: (f / "config.json").write_text("{"), "not readable JSON"),
-    "config is no mapping": (lambda f: (f / "config.json").write_text("[]"), "not readable JSON"),
+    "damaged config": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
+    "config is no mapping": (lambda f: (f / "config.json").write_text("[]"), "holds a list"),
     "another policy": (lambda f: edit_config(f, type="act"), "type 'act'"),
     "unknown setting": (lambda f: edit_config(f, wheels=4), "wheels"),
     "unknown backbone": (
@@ -122,11 +122,13 @@ def test_missing_weights_are_refused_unless_asked_for(
 def test_processors_are_needed_to_load_but_not_for_the_policy(checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "bare")
     (folder / "policy_preprocessor.json").write_text("{")
-    with pytest.raises(CheckpointError, match="processors"):
-        load(folder)
+    for loader in (load, CeedVLAPolicy.from_pretrained):
+        with pytest.raises(CheckpointError, match=r"policy_preprocessor\.json is not JSON"):
+            loader(folder)
     (folder / "policy_preprocessor.json").unlink()
     with pytest.raises(CheckpointError, match=r"lacks policy_preprocessor\.json"):
         load(folder)
+    (folder / "policy_postprocessor.json").unlink()
     CeedVLAPolicy.from_pretrained(folder)
 
 

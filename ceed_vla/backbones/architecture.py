@@ -1,0 +1,58 @@
+"""The configuration of a transformers model as it lies in a checkpoint: JSON that is read, and never followed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ceed_vla.errors import CheckpointError
+
+# Names in the configurations of transformers; a model has one of each row.
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "depth")
+_WIDTH = ("hidden_size", "n_embd", "d_model", "embed_dim")
+
+
+def read_architecture(text: str) -> dict[str, Any]:
+    """The mapping in ``backbone.architecture``.
+
+    Raises:
+        CheckpointError: No JSON, no mapping, or one that names code of its own (auto_map) anywhere.
+    """
+    try:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise TypeError(f"a {type(values).__name__}")
+        remote = _names_code(values)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"backbone.architecture does not describe a model ({str(error)[:200]}); copy config.json again."
+        ) from error
+    if remote:
+        raise CheckpointError("backbone.architecture names code of its own (auto_map), which is never run.")
+    return values
+
+
+def least_sizes(values: Mapping[str, Any]) -> tuple[int, int]:
+    """Layers of a transformer's configuration, and the fewest numbers that its weights have.
+
+    Raises:
+        CheckpointError: Sizes that are no positive whole numbers.
+    """
+    sizes = {}
+    for name in (*_LAYERS, *_WIDTH, "intermediate_size", "vocab_size", "num_attention_heads", "head_dim"):
+        value = values.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise CheckpointError(
+                f"{name} of the model's configuration is {value!r}; it must be a positive whole number."
+            )
+        sizes[name] = value or 0
+    layers, width = (max(sizes[name] for name in names) for names in (_LAYERS, _WIDTH))
+    inside = max(sizes["intermediate_size"], sizes["num_attention_heads"] * sizes["head_dim"])
+    return layers, width * (layers * inside + sizes["vocab_size"])
+
+
+def _names_code(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "auto_map" in value or any(map(_names_code, value.values()))
+    return isinstance(value, list) and any(map(_names_code, value))

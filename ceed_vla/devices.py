@@ -1,0 +1,50 @@
+"""Devices that somebody asks for: there, or an error. Nothing runs elsewhere without a word."""
+
+from __future__ import annotations
+
+from ceed_vla.errors import ConfigError
+
+KINDS = ("cpu", "cuda", "mps", "xpu")
+
+
+def check_device(name: object) -> str:
+    """`name`, if this machine has that device.
+
+    Args:
+        name: "cpu", "cuda", "cuda:1", "mps" or "xpu".
+
+    Raises:
+        ConfigError: Another name, or a device that is not here; the message lists those that are.
+    """
+    kind, index = _parsed(name)
+    if not 0 <= index < _count(kind):
+        here = [kind for kind in KINDS if _count(kind)]
+        raise ConfigError(f"The device is {name!r}; this machine has {', '.join(here)}.")
+    return str(name)
+
+
+def check_device_name(name: object) -> None:
+    """Raise `ConfigError` unless `name` names a device, of this machine or another."""
+    kind, index = _parsed(name)
+    if kind not in KINDS or index < 0:
+        raise ConfigError(
+            f"device is {str(name)[:200]!r}; it must be one of {', '.join(KINDS)}, or such as cuda:1."
+        )
+
+
+def _parsed(name: object) -> tuple[str, int]:
+    """Kind and number; ("", 0) for what is no device."""
+    kind, colon, index = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if kind not in KINDS or (colon and not (index.isdecimal() and index.isascii() and len(index) < 4)):
+        return "", 0
+    return kind, int(index or 0)
+
+
+def _count(kind: str) -> int:
+    """Devices of a kind on this machine."""
+    import torch
+
+    if kind == "cpu":
+        return 1
+    module = getattr(torch, kind, None) if kind else None
+    return int(module.device_count()) if module is not None and module.is_available() else 0

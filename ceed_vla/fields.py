@@ -1,0 +1,175 @@
+"""What a setting may be: declared beside its default, checked when a configuration is made, shown by `--help`.
+
+steps: int = ranged(1000, "[1, 1e9]")
+loss: str = chosen("trust_region", LOSSES)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from ceed_vla.errors import ConfigError
+
+_ALLOWED = "allowed"
+LONGEST_TEXT = 2**26  # a tokenizer in a checkpoint's settings is the longest
+SEEDS = "[0, 2147483647]"
+COUNTS = "[1, 1e9]"  # of steps, frames, episodes
+THREADS = "[0, 256]"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A range of numbers in the notation of mathematics: ``[1, 10]``, ``(0, 1]``, ``[0, inf)``; infinity is outside.
+
+    Attributes:
+        text: As written.
+    """
+
+    text: str
+
+    @functools.cached_property
+    def ends(self) -> tuple[float, float]:
+        """Lower and upper end."""
+        low, _, high = self.text[1:-1].partition(",")
+        return float(low), float(high)
+
+    def __contains__(self, value: float) -> bool:
+        low, high = self.ends
+        above = value > low if self.text[0] == "(" else value >= low
+        below = value < high if self.text[-1] == ")" else value <= high
+        return above and below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        return f"in {self.text}"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Texts of which a setting is one."""
+
+    texts: tuple[str, ...]
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.texts
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.texts)}"
+
+
+def ranged(default: Any, interval: str) -> Any:
+    """A field whose number, or every number of whose list, lies in `interval`; None is left alone."""
+    return _declared(default, Interval(interval))
+
+
+def chosen(default: str, choices: Sequence[str]) -> Any:
+    """A field that is one of `choices`."""
+    return _declared(default, Choices(tuple(choices)))
+
+
+def _declared(default: Any, allowed: Interval | Choices) -> Any:
+    metadata = {_ALLOWED: allowed}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def allowed_of(item: Any) -> Interval | Choices | None:
+    """What the dataclass field `item` declares."""
+    return item.metadata.get(_ALLOWED)
+
+
+def check_fields(config: Any, prefix: str = "") -> None:
+    """Check every field of a dataclass: its type against the annotation, its value against what it declares.
+
+    Args:
+        config: The dataclass; `check_fields` belongs first in its ``__post_init__``.
+        prefix: Put before names in messages, such as "lora.".
+
+    Raises:
+        ConfigError: Names the field, its value and what is allowed.
+    """
+    hints = _hints(type(config))  # type: ignore[arg-type]
+    for item in fields(config):
+        value, allowed = getattr(config, item.name, None), allowed_of(item)
+        if not _fits(value, hints.get(item.name, Any), allowed):
+            what = describe(hints.get(item.name, Any), allowed)
+            raise ConfigError(f"{prefix}{item.name.removesuffix('_')} is {_shown(value)}; it must be {what}.")
+
+
+def describe(hint: Any, allowed: Interval | Choices | None) -> str:
+    """What a field may be, in words."""
+    if isinstance(allowed, Choices):
+        return str(allowed)
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    words = [_word(option) for option in options if option is not type(None)]
+    text = " or ".join(dict.fromkeys(words)) + (f" {allowed}" if allowed is not None else "")
+    return text + (" (or nothing)" if type(None) in options else "")
+
+
+def _word(hint: Any) -> str:
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (list, tuple):
+        return f"a list of {_word(inside[0]).removeprefix('a ')}s" if inside else "a list"
+    simple = {
+        int: "a whole number",
+        float: "a finite number",
+        str: "a text",
+        bool: "true or false",
+        Path: "a path",
+    }
+    return simple.get(hint, "a mapping" if origin is dict else getattr(hint, "__name__", str(hint)))
+
+
+def _fits(value: Any, hint: Any, allowed: Interval | Choices | None) -> bool:
+    if hint is Any:
+        return True
+    if _is_union(hint):
+        return any(_fits(value, option, allowed) for option in typing.get_args(hint))
+    if hint is type(None):
+        return value is None
+    if hint in (int, float):
+        number = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+        return number and (value in allowed if isinstance(allowed, Interval) else math.isfinite(value))
+    if hint is str:
+        fits = isinstance(value, str) and len(value) <= LONGEST_TEXT and "\0" not in value
+        return fits and (value in allowed if isinstance(allowed, Choices) else True)
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is Path:
+        return isinstance(value, str | Path) and "\0" not in str(value)
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (list, tuple):
+        return isinstance(value, list | tuple) and all(
+            _fits(v, inside[0] if inside else Any, allowed) for v in value
+        )
+    if origin is dict:
+        key, entry = inside or (Any, Any)
+        return isinstance(value, dict) and all(
+            _fits(k, key, None) and _fits(v, entry, None) for k, v in value.items()
+        )
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+@functools.cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(kind)
+    except (NameError, TypeError):  # a type that is imported for checkers only
+        return {}

@@ -1,0 +1,118 @@
+"""Files that others wrote and files that we write: the first are not believed, the second never half written.
+
+Names that a file gives (of cameras, shards, states) are plain names, so that what they lead to stays in its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ceed_vla.errors import CeedVLAError, CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_JSON = 2**28  # [bytes] of settings, tokenizers included
+LONGEST_NAME = 200
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+def read_json(file: Path, error: type[CeedVLAError] = CheckpointError) -> dict[str, Any]:
+    """A JSON object.
+
+    Args:
+        file: Where it is.
+        error: Raised instead of `CheckpointError`, for files of another kind.
+
+    Raises:
+        CheckpointError: No such file, or another content.
+    """
+    try:
+        if file.stat().st_size > MOST_JSON:
+            raise error(
+                f"{file} has {file.stat().st_size / 1e6:.0f} MB; settings take less than {MOST_JSON / 1e6:.0f}."
+            )
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise error(f"{file} cannot be read ({problem.strerror}); is this the right folder?") from problem
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{file} is not JSON ({str(problem)[:200]}); copy it again.") from problem
+    if not isinstance(values, dict):
+        raise error(f"{file} holds a {type(values).__name__} instead of settings; copy it again.")
+    return values
+
+
+def plain_name(name: object, what: str, error: type[CeedVLAError] = CheckpointError) -> str:
+    """`name`, if it stays in whatever folder it is joined to.
+
+    Args:
+        name: As found in a file.
+        what: What it names, for the message: "the state_file of policy_preprocessor.json".
+        error: Raised instead of `CheckpointError`.
+
+    Raises:
+        CheckpointError: An empty name, one with a separator, or one that leads outside.
+    """
+    plain = isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable()
+    if not plain or any(mark in str(name) for mark in "/\\:") or str(name).strip(". ") == "":
+        raise error(f"{what} is {str(name)[:LONGEST_NAME]!r}; it must be a plain name, without a path.")
+    return str(name)
+
+
+def read_files(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """The given files of `folder` that exist: name -> uint8 (bytes,)."""
+    import numpy as np
+    import torch
+
+    found = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    return {name: torch.from_numpy(np.frombuffer(data, np.uint8).copy()) for name, data in found.items()}
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
+def write_files(files: Mapping[str, Tensor], folder: Path) -> None:
+    """Write files into an existing folder.
+
+    Raises:
+        CheckpointError: A name that is no plain file name, or what is no file's bytes.
+    """
+    for name, data in files.items():
+        if str(data.dtype) != "torch.uint8" or data.ndim != 1:
+            raise CheckpointError(
+                f"The checkpoint's file {name!r} is {data.dtype}; it must be bytes. Copy it again."
+            )
+        (folder / plain_name(name, "A file in the checkpoint")).write_bytes(data.cpu().numpy().tobytes())
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A path beside `file` to write to; it takes the place of `file` in one step when the block ends well.
+
+    An interrupt or a full disk leaves what was there before. The temporary name keeps the suffix, by which libraries
+    choose a format.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.stem}.{os.getpid()}.tmp{file.suffix}")
+    try:
+        yield temporary
+        temporary.replace(file)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = str(file), None  # what the user knows
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace `file` in one step, so that an interrupt leaves the old or the new text."""
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")

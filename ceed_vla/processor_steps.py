@@ -1,0 +1,364 @@
+"""Which steps the processors of a checkpoint may name, and with which settings: checked before LeRobot builds one.
+
+LeRobot imports and calls whatever class a processor's file names, and some of its own registered steps fetch models and
+run their code. So a step is built only if it is on the list: those that this package writes, or, for other policies,
+those of LeRobot's own that have neither model, path nor hub name among their settings; and in both cases those of
+packages that the user named (`ceed_vla.discovery`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ceed_vla.discovery import named_by_user
+from ceed_vla.errors import CeedVLAError, CheckpointError
+from ceed_vla.fields import check_fields, chosen, ranged
+from ceed_vla.files import plain_name, read_json
+from ceed_vla.weights import opened
+
+if TYPE_CHECKING:
+    from lerobot.configs import PreTrainedConfig
+
+    from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+
+PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
+PROCESSOR_FILES = (PREPROCESSOR, POSTPROCESSOR)
+NORMALIZER, UNNORMALIZER, DEVICE = "normalizer_processor", "unnormalizer_processor", "device_processor"
+MOST_STEPS = 64
+SMALLEST_SCALE = 1e-6  # of a state's dimension that moves, in its own units
+
+# What an input is divided by, by normalisation mode.
+_STATISTICS = {
+    "MEAN_STD": ("mean", "std"),
+    "MIN_MAX": ("min", "max"),
+    "QUANTILES": ("q01", "q99"),
+    "QUANTILE10": ("q10", "q90"),
+}
+
+
+# ---- settings of LeRobot's steps ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Settings:
+    """Nothing to set."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass
+class _Rename(_Settings):
+    rename_map: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Device(_Settings):
+    device: str = "cpu"
+    float_dtype: str | None = chosen("float32", ("float32", "float16", "bfloat16", "float64"))
+
+
+@dataclass
+class _Normalise(_Settings):
+    features: dict[str, Any] = field(default_factory=dict)
+    norm_map: dict[str, str] = field(default_factory=dict)
+    eps: float = ranged(1e-8, "(0, 1e-3]")
+    normalize_observation_keys: list[str] | None = None
+
+
+@dataclass
+class _Relative(_Settings):
+    enabled: bool = False
+    exclude_joints: list[str] | None = None
+    action_names: list[str] | None = None
+
+
+@dataclass
+class _Absolute(_Settings):
+    enabled: bool = False
+
+
+Maker = Callable[..., Any]
+_PLAIN: dict[str, Maker] = {
+    "rename_observations_processor": _Rename,
+    "to_batch_processor": _Settings,
+    DEVICE: _Device,
+    NORMALIZER: _Normalise,
+    UNNORMALIZER: _Normalise,
+    "relative_actions_processor": _Relative,
+    "absolute_actions_processor": _Absolute,
+    "pi0_fast_prepare_state_tokenizer_processor_step": _Settings,
+}
+_OF_OTHERS: dict[str, Maker] = {
+    **_PLAIN,
+    "pi0_new_line_processor": _Settings,
+    "smolvla_new_line_processor": _Settings,
+    "observation_processor": _Settings,
+}
+
+
+@dataclass
+class _Tokenizer(_Settings):
+    max_length: int = ranged(512, "[1, 65536]")
+    task_key: str = "task"
+    padding_side: str = chosen("right", ("left", "right"))
+    padding: str = chosen("max_length", ("max_length", "longest", "do_not_pad"))
+    truncation: bool = True
+    tokenizer_name: str | None = None
+
+
+# Of LeRobot's checkpoints, which conversion reads and does not run: the tokenizer is copied, the last one left out.
+REMOTE_CODE = ("action_tokenizer_processor",)
+CONVERTED: dict[str, Maker] = {
+    **_PLAIN,
+    "tokenizer_processor": _Tokenizer,
+    **dict.fromkeys(REMOTE_CODE, dict),
+}
+
+
+def _own_steps() -> dict[str, Maker]:
+    """Name -> class of the steps that this package writes."""
+    from lerobot.processor import ProcessorStepRegistry
+
+    import ceed_vla.backbones.pi0_fast_inputs  # these register steps
+    import ceed_vla.processor_ceed_vla  # noqa: F401
+
+    names = [name for name in ProcessorStepRegistry.list() if name.startswith("ceed_vla_")]
+    kinds = {name: ProcessorStepRegistry.get(name) for name in names}
+    return {**_PLAIN, **{n: kind for n, kind in kinds.items() if kind.__module__.startswith("ceed_vla.")}}
+
+
+# ---- one step -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One entry of a processor's file, as found.
+
+    Attributes:
+        file: The file.
+        name: Registered name.
+        settings: Of the step.
+        state: File of its tensors; None without.
+    """
+
+    file: Path
+    name: str
+    settings: dict[str, Any]
+    state: Path | None
+
+    def error(self, problem: object) -> CheckpointError:
+        """An error about this step; raise it."""
+        return CheckpointError(f"{self.file}: the step {self.name!r} {problem}")
+
+    def tensor(self, name: str) -> Tensor | None:
+        """A tensor of its state as float64 (N,); None without."""
+        if self.state is None:
+            return None
+        with opened(self.state) as tensors:
+            if name not in tensors.keys():  # noqa: SIM118  (not a mapping)
+                return None
+            if math.prod(tensors.get_slice(name).get_shape()) > 1e6:
+                raise self.error(
+                    f"has more than a million values in {name!r} of {self.state.name}; copy it again."
+                )
+            return tensors.get_tensor(name).double().flatten()
+
+
+def read_steps(folder: Path, name: str, allowed: dict[str, Maker]) -> list[Step]:
+    """The steps that a processor's file names.
+
+    Args:
+        folder: The checkpoint.
+        name: One of `PROCESSOR_FILES`.
+        allowed: Registered name -> what its settings must make without complaint.
+
+    Raises:
+        CheckpointError: A file that is no processor's, a step that is not allowed, or with other settings or files.
+    """
+    file = folder / name
+    entries = read_json(file).get("steps")
+    if (
+        not isinstance(entries, list)
+        or len(entries) > MOST_STEPS
+        or not all(isinstance(e, dict) for e in entries)
+    ):
+        raise CheckpointError(
+            f"{file} is no processor's file: it needs a list of at most {MOST_STEPS} 'steps'."
+        )
+    steps = [_read_step(file, entry, allowed) for entry in entries]
+    names = [step.name for step in steps]
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise CheckpointError(f"{file} has the step {min(twice)!r} twice; copy it again.")
+    return steps
+
+
+def _read_step(file: Path, entry: dict[str, Any], allowed: dict[str, Maker]) -> Step:
+    name = entry.get("registry_name")
+    if not isinstance(name, str) or "class" in entry or not (name in allowed or _of_named_package(name)):
+        shown = str(name if isinstance(name, str) and "class" not in entry else entry.get("class"))[:200]
+        raise CheckpointError(
+            f"{file} has a step {shown!r}, which could run code that the checkpoint names. The steps that are loaded: "
+            f"{', '.join(sorted(allowed))}; and those of packages given with --discover_packages_path."
+        )
+    settings, state = entry.get("config", {}), entry.get("state_file")
+    if unknown := entry.keys() - {"registry_name", "config", "state_file"}:
+        raise CheckpointError(
+            f"{file}: the step {name!r} has the unknown entry {min(unknown)!r}; copy it again."
+        )
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{file}: the settings of the step {name!r} are no mapping; copy it again.")
+    path = None
+    if state is not None:
+        path = file.parent / plain_name(state, f"{file}: the state_file of the step {name!r}")
+        if path.suffix != ".safetensors" or not path.is_file():
+            raise CheckpointError(
+                f"{file} names the state {state!r}, which is no *.safetensors there; copy it too."
+            )
+    step = Step(file, name, settings, path)
+    if name in allowed:
+        try:
+            allowed[name](**settings)
+        except CeedVLAError as error:
+            raise step.error(f"cannot be used: {error}") from error
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            raise step.error(f"has other settings than it may have ({error}); copy it again.") from error
+    return step
+
+
+def _of_named_package(name: str) -> bool:
+    """Whether a step was registered by a package that the user named, or by the user's own script."""
+    from lerobot.processor import ProcessorStepRegistry
+
+    if name not in ProcessorStepRegistry.list():
+        return False
+    module = str(ProcessorStepRegistry.get(name).__module__)
+    return module == "__main__" or named_by_user(module)
+
+
+# ---- a checkpoint's processors ------------------------------------------------------------------------------------
+
+
+def check_processors(folder: Path, config: CeedVLAConfig) -> None:
+    """Check both processors of a checkpoint of this package: its steps, their settings, and its normalisation.
+
+    Raises:
+        CheckpointError: What is wrong, in which file.
+    """
+    own = _own_steps()
+    pre, post = (read_steps(folder, name, own) for name in PROCESSOR_FILES)
+    needed = {
+        PREPROCESSOR: (*config.backbone.steps, NORMALIZER, DEVICE),
+        POSTPROCESSOR: (UNNORMALIZER, DEVICE),
+    }
+    for (name, wanted), steps in zip(needed.items(), (pre, post), strict=True):
+        if missing := set(wanted) - {step.name for step in steps}:
+            raise CheckpointError(f"{folder / name} lacks the step {min(missing)!r}; copy it again.")
+    for step in (*pre, *post):
+        if step.name.startswith("ceed_vla_") and step.name in own:
+            try:
+                own[step.name](**step.settings).check_policy(config)
+            except CeedVLAError as error:
+                raise step.error(f"does not fit config.json: {error}") from error
+        if step.name == DEVICE and step.settings.get("float_dtype") not in (None, "float32"):
+            raise step.error(f"changes the type to {step.settings['float_dtype']}; the policy reads float32.")
+    _check_normalisation(pre, post, config)
+    inputs, outputs = config.input_features or {}, config.output_features or {}
+    for step in (*pre, *post):
+        features = {NORMALIZER: {**inputs, **outputs}, UNNORMALIZER: outputs}.get(step.name)
+        if features is not None and _shapes(step) != {
+            n: (f.type.value, tuple(f.shape)) for n, f in features.items()
+        }:
+            raise step.error("normalises other features than config.json has; copy both again.")
+
+
+def check_foreign_processors(folder: Path, config: PreTrainedConfig) -> None:
+    """Check both processors of another LeRobot policy: only harmless steps, and the normalisation it was trained with.
+
+    Raises:
+        CheckpointError: What is wrong, in which file.
+    """
+    pre, post = (read_steps(folder, name, _OF_OTHERS) for name in PROCESSOR_FILES)
+    _check_normalisation(pre, post, config)
+
+
+def _check_normalisation(pre: list[Step], post: list[Step], config: PreTrainedConfig) -> None:
+    """That what the policy was trained with is undone and done: no normaliser without its numbers, none left out."""
+    modes = {_name(kind): _name(mode) for kind, mode in getattr(config, "normalization_mapping", {}).items()}
+    features = ((pre, NORMALIZER, config.input_features), (post, UNNORMALIZER, config.output_features))
+    for steps, name, declared in features:
+        kinds = {feature.type.value for feature in (declared or {}).values()}
+        used = [kind for kind in kinds if modes.get(kind, "IDENTITY") != "IDENTITY"]
+        step = next((s for s in steps if s.name == name), None)
+        if step is None:
+            if used:
+                file = steps[0].file if steps else "The processor"
+                raise CheckpointError(
+                    f"{file} lacks the step {name!r} for {', '.join(sorted(used))}; copy it again."
+                )
+            continue
+        if {str(k): str(m) for k, m in step.settings.get("norm_map", {}).items()} != modes:
+            raise step.error(
+                f"has the modes {step.settings.get('norm_map')}, config.json has {modes}; copy both again."
+            )
+        if step.settings.get("normalize_observation_keys") is not None:
+            raise step.error(
+                "normalises some keys only (normalize_observation_keys), which no training here writes."
+            )
+        for feature, (kind, shape) in _shapes(step).items():
+            if (mode := modes.get(kind, "IDENTITY")) != "IDENTITY":
+                _check_statistics(step, feature, kind, shape, mode)
+
+
+def _check_statistics(step: Step, feature: str, kind: str, shape: tuple[int, ...], mode: str) -> None:
+    """Check the numbers that one feature is normalised with."""
+    if mode not in _STATISTICS:
+        raise step.error(f"has the mode {mode!r}; it may be IDENTITY, {', '.join(_STATISTICS)}.")
+    length = shape[0] if kind == "VISUAL" else math.prod(shape)
+    values = []
+    for name in _STATISTICS[mode]:
+        value = step.tensor(f"{feature}.{name}")
+        if value is None or len(value) != length or not bool(torch.isfinite(value).all()):
+            found = (
+                "none"
+                if value is None
+                else f"{len(value)} values"
+                if len(value) != length
+                else "some not finite"
+            )
+            raise step.error(
+                f"needs {length} finite values {name!r} of {feature} for {mode}; it has {found}."
+            )
+        values.append(value)
+    width = values[1] if mode == "MEAN_STD" else values[1] - values[0]
+    # A range of actions is only multiplied by; one that never moved may be empty.
+    least = 0.0 if kind == "ACTION" and mode != "MEAN_STD" else SMALLEST_SCALE
+    narrow = width < least
+    if bool(narrow.any()):
+        at = int(narrow.nonzero()[0])
+        raise step.error(
+            f"divides dimension {at} of {feature} by {float(width[at]):g} ({mode}); at least {least:g} is needed. "
+            "A dimension that never moves in the data needs some width; training with this package gives it one."
+        )
+
+
+def _shapes(step: Step) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Feature -> type and shape, as the normaliser's settings say."""
+    try:
+        return {
+            str(name): (str(feature["type"]), tuple(int(side) for side in feature["shape"]))
+            for name, feature in step.settings["features"].items()
+        }
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+        raise step.error(f"has features without type and shape ({error!r}); copy it again.") from error
+
+
+def _name(value: Any) -> str:
+    return str(getattr(value, "value", value))

@@ -1,0 +1,99 @@
+"""What tokens and actions that somebody passes must be; one check each, for all vocabularies and decoders."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ceed_vla.errors import ConfigError, TokenError
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+def check_tokens(
+    tokens: object, what: str, shape: tuple[int | None, int], vocabulary: int, *, none: bool = False
+) -> None:
+    """Check integer tokens.
+
+    Args:
+        tokens: (B, k) integers in ``[0, V)``.
+        what: What the message calls them.
+        shape: B and k; None for any number of rows.
+        vocabulary: V; 0 leaves the values alone.
+        none: A row may hold -1 throughout.
+
+    Raises:
+        TokenError: No tensor, another shape or type, or a token outside.
+    """
+    rows, length = shape
+    if not isinstance(tokens, Tensor):
+        raise TokenError(
+            f"{what}: expected a tensor ({rows or 'B'}, {length}) of integers, got {type(tokens).__name__}."
+        )
+    if (
+        tokens.ndim != 2
+        or tokens.shape[1] != length
+        or rows not in (None, tokens.shape[0])
+        or tokens.dtype not in _INTEGERS
+    ):
+        raise TokenError(
+            f"{what}: {tuple(tokens.shape)} {tokens.dtype}, expected ({'B' if rows is None else rows}, {length}) "
+            "integers."
+        )
+    if not vocabulary or not tokens.numel():
+        return
+    least, most = torch.stack(tokens.aminmax()).tolist()
+    if 0 <= least <= most < vocabulary:
+        return
+    outside = (tokens < 0) | (tokens >= vocabulary)
+    if none:
+        outside &= (tokens != -1).any(dim=1, keepdim=True)
+    if bool(outside.any()):
+        b, slot = outside.nonzero()[0].tolist()
+        raise TokenError(
+            f"{what}[{b}, {slot}] is {tokens[b, slot].item()}; tokens lie in [0, {vocabulary - 1}]"
+            + (", or are all -1 in a row that has none." if none else ".")
+        )
+
+
+def check_actions(actions: object, chunk_steps: int, action_dim: int) -> None:
+    """Check action chunks (B, m, A) of finite numbers.
+
+    Raises:
+        TokenError: No tensor, another shape or type, NaN or infinity.
+    """
+    if not isinstance(actions, Tensor):
+        raise TokenError(
+            f"actions are {type(actions).__name__}; expected a tensor (B, {chunk_steps}, {action_dim})."
+        )
+    if actions.ndim != 3 or tuple(actions.shape[1:]) != (chunk_steps, action_dim) or actions.is_complex():
+        raise TokenError(
+            f"actions have shape {tuple(actions.shape)} {actions.dtype}, expected (B, {chunk_steps}, {action_dim})."
+        )
+    finite = torch.isfinite(actions)
+    if not bool(finite.all()):
+        b, step, d = (~finite).nonzero()[0].tolist()
+        raise TokenError(
+            f"actions[{b}, {step}, {d}] is {actions[b, step, d].item()} (batch row {b}, step {step}, dimension {d}); "
+            "only finite actions can become tokens. Clean the data or stop the robot."
+        )
+
+
+def numbers(values: object, name: str) -> list[float]:
+    """`values` as plain numbers, from any sequence of them, arrays and tensors included.
+
+    Raises:
+        ConfigError: Something else; the message calls it `name`.
+    """
+    try:
+        return [float(value) for value in values]  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} is {str(values)[:200]}; it must be a sequence of numbers.") from error
+
+
+def whole(values: object, name: str) -> list[int]:
+    """`values` as whole numbers; see `numbers`."""
+    found = numbers(values, name)
+    if any(value != round(value) if abs(value) < 1e15 else True for value in found):
+        raise ConfigError(f"{name} is {str(values)[:200]}; it must be whole numbers.")
+    return [int(value) for value in found]

@@ -1,0 +1,306 @@
+"""Weights in safetensors files: what they declare is compared with file and model before it is believed."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ceed_vla.errors import CheckpointError
+from ceed_vla.files import plain_name, read_json
+from ceed_vla.lora import is_adapter
+
+if TYPE_CHECKING:
+    from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+    from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+HEADS = ("head", "lm_head")  # modules that give the scores
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file; its header has been compared with the file's size.
+
+    Raises:
+        CheckpointError: It is missing, truncated or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"The weights {file} do not load ({type(error).__name__}: {str(error)[:200]}); copy them again or "
+            "rebuild them."
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, one or its shards.
+
+    Raises:
+        CheckpointError: None, or a shard that the index names is missing.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"The weights of this policy lie in {str(folder)!r}, which is no folder (any more); correct "
+            "backbone.path in the checkpoint's config.json."
+        )
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        pickled = ", ".join(sorted(file.name for pattern in PICKLED for file in folder.glob(pattern)))
+        raise CheckpointError(
+            f"{folder} has neither {WEIGHTS} nor {INDEX}"
+            + (
+                f", only {pickled}; pickled files can run code when they are read: save them as safetensors first."
+                if pickled
+                else "."
+            )
+        )
+    found = read_json(folder / INDEX).get("weight_map")
+    named = found.values() if isinstance(found, dict) else ()
+    shards = sorted({plain_name(name, f"{folder / INDEX}: a shard") for name in named})
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing or not shards:
+        raise CheckpointError(
+            f"{folder} lacks {', '.join(missing) or 'all shards'}, which {INDEX} names; copy them too."
+        )
+    return [folder / name for name in shards]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a weights file holds.
+
+    Attributes:
+        tensors: How many tensors.
+        numbers: How many numbers in all.
+    """
+
+    tensors: int
+    numbers: int
+
+    @classmethod
+    def read(cls, files: Sequence[Path]) -> Header:
+        """Of one file, or of all shards.
+
+        Raises:
+            CheckpointError: A file is missing or damaged.
+        """
+        shapes = []
+        for file in files:
+            with opened(file) as tensors:
+                shapes += [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+        return cls(len(shapes), sum(math.prod(shape) for shape in shapes))
+
+    def check(self, layers: int, numbers: int, source: Path | str) -> None:
+        """Refuse a configuration of more layers than there are tensors, or of more numbers than there are.
+
+        Args:
+            layers: Layers that the configuration describes.
+            numbers: Numbers that these have at least.
+            source: What the message calls the weights.
+
+        Raises:
+            CheckpointError: It describes more.
+        """
+        if layers > self.tensors or numbers > self.numbers:
+            raise CheckpointError(
+                f"{source}: the configuration describes {layers:,} layers with at least {numbers:,} weights, the file "
+                f"holds {self.tensors:,} tensors with {self.numbers:,}; they belong to different models."
+            )
+
+
+@torch.no_grad()
+def copy_weights(
+    module: nn.Module,
+    files: Sequence[Path],
+    rename: Callable[[str], str] = str,
+    skip: Callable[[str], bool] = lambda name: False,
+) -> tuple[list[str], list[str]]:
+    """Copy weights into a module's, one tensor at a time, converted to the module's types.
+
+    Args:
+        module: With weights of the right sizes.
+        files: One safetensors file, or its shards.
+        rename: From the name in a file to the module's.
+        skip: Names in a file that are passed over.
+
+    Returns:
+        The module's weights that no file has (a tied weight has its partner's), and those that the module lacks.
+
+    Raises:
+        CheckpointError: A file that cannot be read; or names the file and the first tensor of another shape or class of
+            types, that is not finite, or a head of zeros.
+    """
+    own, read, unknown, matrices, zeros = module.state_dict(), set(), [], 0, []
+    for file in files:
+        with opened(file) as tensors:
+            for published in tensors.keys():  # noqa: SIM118  (not a mapping)
+                name = rename(published)
+                if skip(published):
+                    continue
+                if name not in own:
+                    unknown.append(published)
+                    continue
+                place = own[name]
+                _check_entry(file, published, tensors.get_slice(published), place)
+                place.copy_(tensors.get_tensor(published))
+                read.add(name)
+                if place.is_floating_point() and place.numel():
+                    empty = check_finite(file, published, place)
+                    matrices += place.ndim > 1
+                    zeros += [published] if empty and place.ndim > 1 else []
+    scoring = [name for name in zeros if name.split(".")[-2:-1] and name.split(".")[-2] in HEADS]
+    if scoring or (zeros and len(zeros) == matrices):
+        raise CheckpointError(
+            f"{files[0]}: {(scoring or zeros)[0]} holds nothing but zeros; no training leaves it so. Copy it again."
+        )
+    pointers = {own[name].data_ptr() for name in read}
+    missing = sorted(name for name in own.keys() - read if own[name].data_ptr() not in pointers)
+    return missing, sorted(unknown)
+
+
+def _check_entry(file: Path, name: str, found: Any, place: Tensor) -> None:
+    """Check shape and class of types of one tensor before it is read."""
+    shape, kind = tuple(found.get_shape()), found.get_dtype()
+    if shape != tuple(place.shape):
+        raise CheckpointError(
+            f"The weights {file} do not load: {name} has shape {shape}, config.json describes {tuple(place.shape)}; "
+            "configuration and weights belong to different models."
+        )
+    if (kind in _FLOATS) != place.is_floating_point():
+        raise CheckpointError(
+            f"The weights {file} do not load: {name} is of type {kind}, the model's is {place.dtype}; copy them again."
+        )
+
+
+def check_finite(file: Path | str, name: str, weight: Tensor) -> bool:
+    """Whether a weight is zero throughout; `CheckpointError` if it is not finite."""
+    least, most = (float(v) for v in weight.aminmax())
+    if not (math.isfinite(least) and math.isfinite(most)):
+        raise CheckpointError(
+            f"The weights {file} are damaged: {name} holds NaN or infinity (in {weight.dtype}); copy them again or "
+            "rebuild them."
+        )
+    return least == most == 0.0
+
+
+def check_weights(module: nn.Module, source: Path | str) -> None:
+    """Refuse a module with weights that are not finite; `source` is what the message calls them.
+
+    Raises:
+        CheckpointError: Names the weight.
+    """
+    for name, weight in module.named_parameters():
+        if weight.is_floating_point() and weight.numel():
+            check_finite(source, name, weight)
+
+
+def check_floating(files: Sequence[Path]) -> None:
+    """Refuse weights of whole numbers, which a loader would convert without a word.
+
+    Raises:
+        CheckpointError: Names the file and the tensor.
+    """
+    for file in files:
+        with opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if (
+                    name.endswith((".weight", ".bias"))
+                    and (kind := tensors.get_slice(name).get_dtype()) not in _FLOATS
+                ):
+                    raise CheckpointError(
+                        f"The weights {file} do not load: {name} is of type {kind}; copy them again."
+                    )
+
+
+# ---- a policy's weights -------------------------------------------------------------------------------------------
+
+
+def check_size(config: CeedVLAConfig, folder: Path) -> None:
+    """Refuse sizes in a configuration that the checkpoint's weights cannot have, before a model is built of them.
+
+    Raises:
+        CheckpointError: The configuration describes more than there is.
+    """
+    layers, numbers = config.backbone.least_sizes(config)
+    files = config.backbone.weight_files() or [folder / WEIGHTS]
+    Header.read(files).check(layers, numbers, files[0])
+
+
+def load_weights(policy: CeedVLAPolicy, folder: Path, strict: bool = True) -> None:
+    """Read a checkpoint's weights into a policy.
+
+    Args:
+        policy: Built from the checkpoint's configuration.
+        folder: The checkpoint.
+        strict: Refuse missing and additional weights; otherwise they are only logged. Weights that the policy
+            refers to elsewhere (`CeedVLAPolicy.referenced`) are not missing.
+
+    Raises:
+        CheckpointError: Truncated, corrupt or not finite weights, or those of other sizes.
+    """
+    file = folder / WEIGHTS
+    missing, unknown = copy_weights(policy, [file], skip=is_adapter)
+    with opened(file) as tensors:
+        own = set(tensors.keys())
+        policy.adapters = {name: tensors.get_tensor(name) for name in own if is_adapter(name)}
+    for name, weight in policy.adapters.items():
+        if not weight.is_floating_point() or weight.ndim != 2 or not weight.numel():
+            raise CheckpointError(
+                f"The weights {file} do not load: {name} is {weight.dtype} {tuple(weight.shape)}."
+            )
+        check_finite(file, name, weight)
+    lost = set(missing) - policy.referenced
+    policy.referenced -= own
+    for kind, names in (("misses", lost), ("has unknown", set(unknown))):
+        if names and strict:
+            raise CheckpointError(
+                f"The weights {file} do not load: the checkpoint {kind} {', '.join(sorted(names)[:8])}; "
+                "copy it again or rebuild it."
+            )
+        if names:
+            logger.warning("The checkpoint %s %s weights: %s", folder, kind, ", ".join(sorted(names)))
+
+
+def save_weights(policy: CeedVLAPolicy, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
+    """Write a policy's weights, without those that it refers to and has not trained.
+
+    Args:
+        policy: The policy.
+        folder: Existing folder.
+        state_dict: The weights, gathered by whoever sharded them; the policy's own if None.
+    """
+    from safetensors.torch import save_file, save_model
+
+    file = folder / WEIGHTS
+    if state_dict is None and not policy.referenced:
+        save_model(policy, str(file))
+        return
+    kept = policy.referenced - {name for name, p in policy.named_parameters() if p.requires_grad}
+    weights = policy.state_dict() if state_dict is None else state_dict
+    own = {name: tensor.contiguous() for name, tensor in weights.items() if _weight(name) not in kept}
+    save_file(own, file, metadata={"format": "pt"})
+
+
+def _weight(name: str) -> str:
+    """The weight that an entry belongs to: itself, but for the scales and states of bitsandbytes."""
+    module, _, last = name.rpartition(".")
+    if last in ("SCB", "weight_format"):
+        return f"{module}.weight"
+    return f"{name.partition('.weight.')[0]}.weight" if ".weight." in name else name

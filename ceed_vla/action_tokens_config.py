@@ -16,6 +16,7 @@ from ceed_vla.fields import check_fields, chosen, ranged
 if TYPE_CHECKING:
     from ceed_vla.action_tokens import ActionTokens
 
+ACTIONS = "[-1e6, 1e6]"  # whatever the unit: metres, degrees or ticks of an encoder
 ACTION_RANGES = ("quantile", "min_max", "fixed")
 
 
@@ -89,8 +90,8 @@ class UniformTokensConfig(ActionTokensConfig):
 
     num_bins: int = ranged(255, "[2, 65536]")
     action_range: str = chosen("quantile", ACTION_RANGES)
-    action_low: list[float] = field(default_factory=list)
-    action_high: list[float] = field(default_factory=list)
+    action_low: list[float] = ranged([], ACTIONS)
+    action_high: list[float] = ranged([], ACTIONS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,8 +151,8 @@ class OpenVLATokensConfig(ActionTokensConfig):
 
     n_action_bins: int = ranged(256, "[3, 65536]")
     unnorm_key: str = ""
-    q01: list[float] = field(default_factory=list)
-    q99: list[float] = field(default_factory=list)
+    q01: list[float] = ranged([], ACTIONS)
+    q99: list[float] = ranged([], ACTIONS)
     mask: list[bool] = field(default_factory=list)
 
     @property

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ceed_vla.action_tokens_config import ActionTokensConfig
+from ceed_vla.action_tokens_config import ACTIONS, ActionTokensConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import check_fields, ranged
 from ceed_vla.files import read_json, write_text
@@ -49,8 +49,8 @@ class FastTokensConfig(ActionTokensConfig):
     path: str = ""
     vocabulary_size: int = ranged(1024, "[2, 65536]")
     scale: float = ranged(10.0, "(0, 1e6]")
-    action_low: list[float] = field(default_factory=list)
-    action_high: list[float] = field(default_factory=list)
+    action_low: list[float] = ranged([], ACTIONS)
+    action_high: list[float] = ranged([], ACTIONS)
     max_tokens: int = ranged(0, "[0, 65536]")
     chunk_steps: int = ranged(0, "[0, 4096]")
     symbols: list[int] = ranged([], "[-1e9, 1e9]")

@@ -24,28 +24,29 @@ LONGEST_NAME = 200
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
-def read_json(file: Path, error: type[CeedVLAError] = CheckpointError) -> dict[str, Any]:
+def read_json(file: Path, error: type[CeedVLAError] = CheckpointError, source: str = "") -> dict[str, Any]:
     """A JSON object.
 
     Args:
         file: Where it is.
         error: Raised instead of `CheckpointError`, for files of another kind.
+        source: What messages call it; `file` if empty.
 
     Raises:
         CheckpointError: No such file, or another content.
     """
+    name = source or str(file)
     try:
-        if file.stat().st_size > MOST_JSON:
-            raise error(
-                f"{file} has {file.stat().st_size / 1e6:.0f} MB; settings take less than {MOST_JSON / 1e6:.0f}."
-            )
+        size = file.stat().st_size
+        if size > MOST_JSON:
+            raise error(f"{name} has {size / 1e6:.0f} MB; settings take less than {MOST_JSON / 1e6:.0f}.")
         values = json.loads(file.read_text(encoding="utf-8"))
     except OSError as problem:
-        raise error(f"{file} cannot be read ({problem.strerror}); is this the right folder?") from problem
+        raise error(f"{name} cannot be read ({problem.strerror}); is this the right folder?") from problem
     except (ValueError, RecursionError) as problem:
-        raise error(f"{file} is not JSON ({str(problem)[:200]}); copy it again.") from problem
+        raise error(f"{name} is not JSON ({str(problem)[:200]}); copy it again.") from problem
     if not isinstance(values, dict):
-        raise error(f"{file} holds a {type(values).__name__} instead of settings; copy it again.")
+        raise error(f"{name} holds a {type(values).__name__} instead of settings; copy it again.")
     return values
 
 

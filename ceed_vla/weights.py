@@ -191,7 +191,7 @@ def _check_entry(file: Path, name: str, found: Any, place: Tensor) -> None:
 
 def check_finite(file: Path | str, name: str, weight: Tensor) -> bool:
     """Whether a weight is zero throughout; `CheckpointError` if it is not finite."""
-    least, most = (float(v) for v in weight.aminmax())
+    least, most = (float(end) for end in weight.detach().aminmax())
     if not (math.isfinite(least) and math.isfinite(most)):
         raise CheckpointError(
             f"The weights {file} are damaged: {name} holds NaN or infinity (in {weight.dtype}); copy them again or "

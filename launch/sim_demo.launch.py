@@ -3,6 +3,8 @@
 ros2 launch ceed_vla sim_demo.launch.py task:=cube_in_bin seed:=1
 """
 
+import os
+
 from launch import LaunchDescription
 from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription
 from launch.launch_description_sources import PythonLaunchDescriptionSource
@@ -27,7 +29,8 @@ POLICY = {
 
 
 def generate_launch_description() -> LaunchDescription:
-    """Two nodes."""
+    """Two nodes, which only this machine's find unless the environment says otherwise."""
+    os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     described = {name: (default, text) for name, (default, text, _) in PARAMETERS.items()} | POLICY
     arguments = [
         DeclareLaunchArgument(name, default_value=default, description=text)

@@ -11,8 +11,10 @@ from ros_nodes.inference import InferenceWorker
 from ros_nodes.loop_statistics import LoopStatistics
 from ros_nodes.motion import Motion
 from ros_nodes.observations import Observations
-from ros_nodes.predictor import Request
+from ros_nodes.predictor import BAD_INSTRUCTION, Request
 from ros_nodes.step_grid import UNSURE
+
+_FIRST_RETRY, _LAST_RETRY = 0.1, 2.0  # between a failure and the next request; doubled each time [s]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class ChunkRequests:
         stream: Plans the chunks and joins them.
         worker: A started policy.
         statistics: Told of answers and latencies.
+
+    Attributes:
+        failure: `Response.code` of the last answer, unless `refusal` says it.
     """
 
     def __init__(
@@ -49,6 +54,9 @@ class ChunkRequests:
         self._stream, self._worker, self._statistics = stream, worker, statistics
         self._asked: dict[int, _Asked] = {}
         self._fresh: _Asked | None = None  # the next command is the first computed from this request
+        self._instruction = ""  # of the last request
+        self._refusals: dict[str, str] = {}  # instruction -> why the policy does not take it
+        self.try_again()
 
     def ask_if_due(self, instruction: str, now: float, remaining: float, wait: float) -> Plan | None:
         """Ask for the next chunk unless observations that are still to come will do.
@@ -62,7 +70,7 @@ class ChunkRequests:
         Returns:
             The plan that was sent; None if none was.
         """
-        if not self._worker.idle:
+        if not self._worker.idle or now < self._retry_at:
             return None
         plan = self._stream.plan(remaining, (wait + UNSURE) / self._stream.action_dt)
         if plan is not None and not self._ask(plan, instruction, now):
@@ -78,15 +86,16 @@ class ChunkRequests:
         self._statistics.answered(response)
         asked = self._asked.pop(response.id, None)
         if response.error is not None:
-            self._stream.cancel(response.id)
+            self._failed(response.id, response.code, response.error, now)
             return False
         try:
             accepted = self._stream.offer(response.id, response.actions, response.tokens, remaining)
         except ConfigError as error:
             self._statistics.errors += 1
             self._statistics.last_error = str(error)
-            self._stream.cancel(response.id)
+            self._failed(response.id, "", str(error), now)
             return False
+        self.try_again()
         if asked is None or not accepted:
             return False
         self._statistics.last_error = ""
@@ -116,6 +125,24 @@ class ChunkRequests:
         self._asked.clear()
         self._fresh = None
 
+    def try_again(self) -> None:
+        """Forget what failed: the next request waits for nothing."""
+        self._failures, self._retry_at, self.failure = 0, -math.inf, ""
+        self._refusals.clear()
+
+    def refusal(self, instruction: str) -> str | None:
+        """Why the policy does not take an instruction; None as far as one knows."""
+        return self._refusals.get(instruction)
+
+    def _failed(self, plan_id: int, code: str, error: str, now: float) -> None:
+        self._stream.cancel(plan_id)
+        if code == BAD_INSTRUCTION:
+            self._refusals = {self._instruction: error}
+        else:
+            self.failure = code
+        self._retry_at = now + min(_FIRST_RETRY * 2**self._failures, _LAST_RETRY)
+        self._failures = min(self._failures + 1, 10)
+
     def _ask(self, plan: Plan, instruction: str, now: float) -> bool:
         """Send the newest observation to the policy; False if it cannot be sent."""
         try:
@@ -134,6 +161,7 @@ class ChunkRequests:
         )
         if not self._worker.submit(request):
             return False
+        self._instruction = instruction
         taken = math.nan if taken is None else taken
         self._asked[plan.id] = _Asked(taken, now, plan.frozen_steps, plan.deadline_s)
         return True

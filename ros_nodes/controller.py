@@ -3,8 +3,8 @@
 Time is a grid of steps of ``action_dt``, each ``N`` ticks long. A step has one end target; the command of tick i of N
 lies on the straight line from the target before to this one, so commands stay continuous where one chunk follows
 another. As soon as `SafetyFilter` or an input objects, the arm holds and everything the policy had planned is dropped;
-it goes on from where it was held. A chunk is asked for with the last images that can still make the step at which it
-takes over, and `StepGrid` sees to it that these are fresh.
+it goes on from where it was held, or from where it is if nobody knew that meanwhile. A chunk is asked for with the last
+images that can still make the step at which it takes over, and `StepGrid` sees to it that these are fresh.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from ros_nodes.inference import InferenceWorker
 from ros_nodes.loop_statistics import LoopStatistics
 from ros_nodes.motion import Motion
 from ros_nodes.observations import Observations
-from ros_nodes.safety import Decision, Hold, SafetyFilter
+from ros_nodes.safety import JOINT_STATES, Decision, Hold, SafetyFilter
 from ros_nodes.step_grid import SLEW, StepGrid
+from ros_nodes.texts import instruction_problem
 
 Array = NDArray[np.float64]
 
 WAITING, STARVED = "waiting", "starved"
-_OWN_HOLDS = (WAITING, STARVED)  # the stream goes on after these by itself
+# How long the last command is repeated while nobody knows where the arm is [s]: by hand nobody moves an arm and powers
+# it up again sooner. Afterwards it would leap back as its drives come on.
+BLIND_HOLD = 5.0
 _SPEECHLESS = ("act", "diffusion", "multi_task_dit", "tdmpc", "vqbet")  # policies that no instruction reaches
 
 
@@ -73,6 +76,7 @@ class PolicyController:
         self._rate = command_rate
         self.grid = StepGrid(command_rate, ticks_per_step(command_rate, stream.action_dt), slew)
         self.instruction = instruction
+        self._instruction_problem = instruction_problem(instruction)
         self._needs_instruction = worker.spec.policy_type not in _SPEECHLESS
         self.statistics = LoopStatistics(1.0 / command_rate)
         self._requests = ChunkRequests(observations, motion, stream, worker, self.statistics)
@@ -81,6 +85,7 @@ class PolicyController:
         self._enable_asked = False
         self._enabled_at = -math.inf  # images from before are of another situation
         self._silent = True
+        self._blind_since: float | None = None  # steady time since which nobody knows where the arm is
         self._clock_fault: Hold | None = None
         self._last_tick: float | None = None
         self._boundary = False  # the step that runs is done, the next one waits for the answer that is due
@@ -99,15 +104,11 @@ class PolicyController:
         Returns:
             Why not, or None. With `insist` it is tried again at every tick until joint states come.
         """
-        refused = self._safety.enable()
+        refused = self._safety.enable(self.ages(now)[JOINT_STATES])
         self._enable_asked = insist and refused is not None and self._safety.stopped is None
         if refused is None:
-            self._drop_plans()
-            joints = self._observations.joints
-            measured = self._safety.measured
-            assert measured is not None
-            self._motion.restart(measured, joints.opening if joints else None)
-            self._enabled_at = now
+            self._start_here(now, resumed=False)
+            self._requests.try_again()
         return refused
 
     def disable(self) -> None:
@@ -130,6 +131,8 @@ class PolicyController:
         """Do something else from the next chunk on, which is asked for at once."""
         if instruction != self.instruction:
             self.instruction = instruction
+            self._instruction_problem = instruction_problem(instruction)
+            self._requests.try_again()
             self._stream.hurry()
 
     # ---- the loop -----------------------------------------------------------------------------------------------
@@ -150,10 +153,9 @@ class PolicyController:
         self.grid.count(now, dt)
         dt = max(dt, 1.0 / self._rate)  # a tick that only makes up for a late one is no faster motion
         self.receive(now)
-        if self._enable_asked:
-            self.enable(clock, insist=True)
-        hold = self._objection()
-        if self._stays_silent(clock):
+        refused = self.enable(clock, insist=True) if self._enable_asked else None
+        hold = refused or self._objection()
+        if self._stays_silent(now, clock):
             return self._fall_silent(dt, clock, hold)
         decision = self._move(dt, clock, hold) if self._stream.started else self._wait(dt, clock, hold)
         self.hold = self._cause(decision.hold)
@@ -210,6 +212,8 @@ class PolicyController:
         if dt <= 0.0:
             self._clock_fault = Hold("clock", f"the clock went back by {-dt:.2f} s; waiting for new inputs")
             self._observations.forget()
+            self._requests.try_again()
+            self._blind_since = None
             self._drop_plans()
         elif self._clock_fault is not None and None not in self.ages(clock).values():
             self._clock_fault = None
@@ -220,21 +224,47 @@ class PolicyController:
             return hold
         return self._clock_fault or self._observations.fault or hold
 
-    def _stays_silent(self, clock: float) -> bool:
-        """Whether nothing is sent. Out of silence, motion starts from wherever others moved the arm meanwhile."""
+    def _pose_fault(self, clock: float) -> Hold | None:
+        return self._cause(self._safety.pose_fault(self.ages(clock)[JOINT_STATES]))
+
+    def _stays_silent(self, now: float, clock: float) -> bool:
+        """Whether nothing is sent. Out of silence, motion starts from wherever others moved the arm meanwhile.
+
+        So it does when joint states come back after a hold: no command follows from a pose of before.
+        """
+        known, blind_since = self._pose_fault(clock) is None, self._blind_since
+        if known:
+            self._blind_since = None
+        elif blind_since is None:
+            self._blind_since = now
+        elif now - blind_since > BLIND_HOLD:
+            return True
         if self._safety.stopped is not None:
             return self._silent  # an arm that was commanded is held; one that was left alone is left alone
         if not self._safety.enabled or self.conflict is not None:
             return True
-        if self._silent:
-            self._silent = self.enable(clock) is not None
+        if known and (self._silent or blind_since is not None):
+            self._safety.restart(self.ages(clock)[JOINT_STATES])
+            self._start_here(clock, resumed=not self._silent)
+            self._silent = False
         return self._silent
+
+    def _start_here(self, clock: float, *, resumed: bool) -> None:
+        """Plan nothing, and start from the measured pose; what the gripper was told stays true if it is `resumed`."""
+        self._drop_plans()
+        self.statistics.paused()
+        joints, measured = self._observations.joints, self._safety.measured
+        assert measured is not None
+        self._motion.restart(measured, joints.opening if joints and not resumed else None)
+        self._enabled_at = clock
 
     def _fall_silent(self, dt: float, clock: float, hold: Hold | None) -> Decision | None:
         """The last command once more, so that a twist ends too; then nothing."""
         if self._silent:
             stopped = self._safety.stopped
             self.hold = Hold("estop", f"emergency stop ({stopped})") if stopped is not None else None
+            if self._safety.enabled and self.conflict is None:
+                hold = self._pose_fault(clock) or hold
             self.hold = self.hold or hold or Hold("disabled", "not enabled")
             return None
         self._silent = True
@@ -243,7 +273,7 @@ class PolicyController:
         decision = self._safety.command(
             None, None, dt=dt, ages=self.ages(clock), hold=hold or Hold("disabled", "")
         )
-        self.hold = decision.hold
+        self.hold = self._cause(decision.hold)
         if decision.positions is None or self.conflict is not None:
             return None
         return self._without_old_gripper(decision)
@@ -270,8 +300,8 @@ class PolicyController:
         decision = self._safety.command(
             self._wanted, self._motion.gripper, dt=dt, ages=self.ages(clock), hold=hold or self._step_hold
         )
-        if decision.hold is not None and decision.hold.code not in _OWN_HOLDS:
-            self._drop_plans()
+        if decision.hold is not None and decision.hold is not self._step_hold:
+            self._drop_plans()  # after its own holds the stream goes on by itself
             return decision
         if decision.hold is None:
             self._requests.commanded(clock)
@@ -302,7 +332,8 @@ class PolicyController:
                 else "the chunk ended before the next one came"
             )
             error = self.statistics.last_error
-            self._step_hold = Hold(target.source, f"{detail} (last error: {error})" if error else detail)
+            code = self._requests.failure or target.source
+            self._step_hold = Hold(code, f"{detail} (last error: {error})" if error else detail)
             return
         self._step_hold, self._seam = None, target.seam
         self._motion.advance(np.asarray(target.action, dtype=np.float64))
@@ -322,6 +353,9 @@ class PolicyController:
             return self._observations.fault
         if self._needs_instruction and not self.instruction.strip():
             return Hold("no_instruction", "publish one on ~/instruction or set the parameter instruction")
+        refused = self._instruction_problem or self._requests.refusal(self.instruction)
+        if refused is not None:
+            return Hold("bad_instruction", refused)
         taken = self._observations.image_stamp
         if taken is not None and taken < self._enabled_at:
             return Hold(WAITING, "for images taken after motion was enabled")

@@ -118,7 +118,8 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
         "command_rate": COMMAND_RATE,
     }
     domain = config.domain if config.domain >= 0 else 1 + os.getpid() % 99
-    console.print(f"Starting simulated robot and policy node (ROS domain {domain}, this machine only).")
+    reach = os.environ.get("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    console.print(f"Starting simulated robot and policy node (ROS domain {domain}, discovery {reach}).")
     with Session(
         folder,
         domain,

@@ -40,7 +40,9 @@ _KEPT = 1000  # messages that a slow recorder may fall behind
 
 
 class Session:
-    """Two node processes in a ROS domain of their own on this machine, and a bag of what they say.
+    """Two node processes in a ROS domain of their own, and a bag of what they say.
+
+    They stay on this machine unless the environment says otherwise.
 
     Args:
         folder: Where their output ("sim.log", "policy.log") and "bag.mcap" go.
@@ -65,9 +67,8 @@ class Session:
         sim_arguments: list[str],
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = (
-            "LOCALHOST"  # read by rclpy.init, here and in the children
-        )
+        # Read by rclpy.init, here and in the children.
+        os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
         self.policy: dict[str, str] = {}
         self.speed, self.heard = 0.0, 0
         self._folder, self._domain = folder, domain
@@ -145,7 +146,11 @@ class Session:
         Raises:
             NodeError: It refuses.
         """
+        end = time.monotonic() + CALL_TIMEOUT
         response = self._call("/policy/enable", SetBool, SetBool.Request(data=on))
+        while response.message.startswith("stale") and time.monotonic() < end:  # on a busy machine
+            self.spin(0.1)
+            response = self._call("/policy/enable", SetBool, SetBool.Request(data=on))
         if not response.success:
             raise NodeError(f"The policy node does not {'enable' if on else 'disable'}: {response.message}")
 

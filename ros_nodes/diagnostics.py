@@ -11,12 +11,14 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from ros_nodes.chunk_stream import ChunkStream
 from ros_nodes.controller import STARVED, WAITING, PolicyController
 from ros_nodes.safety import Hold, SafetyFilter
+from ros_nodes.texts import short
 
 HARMLESS = (
     WAITING,
     STARVED,
     "disabled",
     "no_instruction",
+    "bad_instruction",
 )  # holds that are no fault of the robot or its inputs
 
 
@@ -36,7 +38,7 @@ def running_status(
         level, message = DiagnosticStatus.OK, "active"
     else:
         level = DiagnosticStatus.WARN if hold.code in HARMLESS else DiagnosticStatus.ERROR
-        message = f"{hold.code}: {hold.detail}"
+        message = short(f"{hold.code}: {hold.detail}")
     values: dict[str, Any] = {
         "state": state_of(hold),
         "hold_reason": message if hold is not None else "",
@@ -59,7 +61,8 @@ def status_message(
     node_name: str, hardware: str, level: bytes, message: str, values: dict[str, Any], stamp: Time
 ) -> DiagnosticArray:
     """The array to publish."""
-    status = DiagnosticStatus(level=level, name=f"{node_name}: policy", message=message, hardware_id=hardware)
+    status = DiagnosticStatus(level=level, name=f"{node_name}: policy", message=message)
+    status.hardware_id = short(hardware)
     status.values = [KeyValue(key=key, value=_text(value)) for key, value in values.items()]
     array = DiagnosticArray(status=[status])
     array.header.stamp = stamp
@@ -94,7 +97,7 @@ def _statistics(controller: PolicyController, now: float) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """Numbers with four digits; "" for what is not known yet."""
+    """Numbers with four digits, texts cut; "" for what is not known yet."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else short(value)

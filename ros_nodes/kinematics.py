@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
+from ros_nodes.texts import short
 
 try:
     import mink
@@ -49,6 +52,7 @@ class ArmKinematics:
     Attributes:
         position_low: (J,) [rad], from the model; -inf without a limit.
         position_high: (J,) [rad].
+        velocity: (J,) [rad/s], of a URDF; NaN where the model has no limit, as every MJCF.
 
     Raises:
         ConfigError: An unreadable model, or names that are not in it (the message lists those that are).
@@ -71,6 +75,8 @@ class ArmKinematics:
             self._order
         ]  # one position a joint
         self.position_low, self.position_high = ranges.T.copy()
+        limits = _urdf_velocities(Path(model_path))
+        self.velocity = np.array([limits.get(name, np.nan) for name in joint_names])
         self.home = self.model.qpos0[self._order] if home is None else np.array(home, dtype=np.float64)
         if self.home.shape != (len(joint_names),) or not max_joint_step > 0:
             raise ConfigError(
@@ -291,10 +297,26 @@ def _arm_model(path: Path, joint_names: Sequence[str]) -> mujoco.MjModel:
         if joint.name not in joint_names:
             spec.delete(joint)
     spec.compiler.fusestatic = False  # a URDF's fixed links would lose their names, the TCP's among them
-    model = spec.compile()
+    try:
+        model = spec.compile()
+    except ValueError as error:
+        raise ConfigError(f"The robot model {path} cannot be used ({short(error)}).") from error
     if model.nq != len(joint_names):
         raise ConfigError(f"The joints {list(joint_names)} of {path.name} must have one position each.")
     return model
+
+
+def _urdf_velocities(path: Path) -> dict[str, float]:
+    """Joint -> velocity limit [rad/s] of a URDF, which mujoco does not keep; an MJCF has none."""
+    try:
+        joints = ElementTree.parse(path).getroot().findall("joint")
+    except ElementTree.ParseError:  # mujoco reads a little more than XML
+        return {}
+    velocities = {}
+    for joint in joints:
+        with suppress(AttributeError, TypeError, ValueError):  # without a limit, or not a number
+            velocities[joint.get("name", "")] = float(joint.find("limit").get("velocity"))  # type: ignore
+    return {name: limit for name, limit in velocities.items() if 0.0 < limit < np.inf}  # 0: not known
 
 
 def _frame_type(model: mujoco.MjModel, name: str, path: str | Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ObservationError
+from ros_nodes.texts import short, shown
 
 try:
     from builtin_interfaces.msg import Time
@@ -47,6 +49,7 @@ COMMAND = QoSProfile(
 """Commands to controllers; ros2_control subscribes to them with the system's default, which this matches."""
 
 ENCODINGS = ("rgb8", "bgr8")
+MAX_PIXELS = 25_000_000  # of a compressed image; more take seconds to read, and the commands would wait
 
 
 def image_to_array(message: Image) -> NDArray[np.uint8]:
@@ -57,7 +60,7 @@ def image_to_array(message: Image) -> NDArray[np.uint8]:
     """
     if message.encoding not in ENCODINGS:
         raise ObservationError(
-            f"The image has encoding {message.encoding!r}; use {' or '.join(ENCODINGS)} "
+            f"The image has encoding {shown(message.encoding)}; use {' or '.join(ENCODINGS)} "
             "(set it in the camera driver, or convert with image_proc)."
         )
     height, width, step = message.height, message.width, message.step
@@ -84,13 +87,21 @@ def compressed_to_array(message: CompressedImage) -> NDArray[np.uint8]:
     """
     from PIL import Image as PillowImage
 
+    data = io.BytesIO(bytes(message.data))
     try:
-        with PillowImage.open(io.BytesIO(bytes(message.data)), formats=("JPEG", "PNG")) as image:
+        with (
+            warnings.catch_warnings(action="ignore", category=PillowImage.DecompressionBombWarning),
+            PillowImage.open(data, formats=("JPEG", "PNG")) as image,
+        ):
+            if image.width * image.height > MAX_PIXELS:
+                raise ObservationError(
+                    f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS}"
+                )
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, PillowImage.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise some ten kinds on damaged files
         raise ObservationError(
-            f"The compressed image (format {message.format!r}, {len(message.data)} bytes) cannot be read: {error}. "
-            "Send JPEG or PNG."
+            f"The compressed image (format {shown(message.format)}, {len(message.data)} bytes) cannot be read: "
+            f"{short(error)}. Send JPEG or PNG."
         ) from error
 
 
@@ -133,12 +144,12 @@ def _by_name(
     if len(values) != len(have):
         raise ObservationError(f"The joint state has {len(have)} names and {len(values)} {what}.")
     if len(set(have)) != len(have):
-        raise ObservationError(f"The joint state names a joint twice: {', '.join(have)}.")
+        raise ObservationError(f"The joint state names a joint twice: {short(', '.join(have))}.")
     table = dict(zip(have, values, strict=True))
     missing = [name for name in names if name not in table]
     if missing:
         raise ObservationError(
-            f"The joint state lacks {', '.join(missing)}; it has {', '.join(have) or 'no joints'}."
+            f"The joint state lacks {', '.join(missing)}; it has {short(', '.join(have)) or 'no joints'}."
         )
     chosen = np.array([table[name] for name in names], dtype=np.float64)
     if not np.isfinite(chosen).all():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from ceed_vla.errors import ConfigError
+from ros_nodes.texts import shown
 
 START, SETUP, LIVE = "start", "setup", "live"
 """When a parameter may change: only at the start (read-only), while a lifecycle node is unconfigured, or always."""
@@ -28,6 +29,7 @@ class NodeParameter:
         low: Smallest number.
         high: Largest number.
         choices: Allowed texts; any if empty.
+        check: What else is wrong with a text; None if nothing is.
     """
 
     name: str
@@ -37,6 +39,7 @@ class NodeParameter:
     low: float = 0.0
     high: float = 0.0
     choices: tuple[str, ...] = ()
+    check: Callable[[str], str | None] = lambda _: None
 
     @property
     def is_number(self) -> bool:
@@ -82,7 +85,10 @@ class NodeParameter:
             fits = value in self.choices
         elif fits and self.is_number:
             fits = self.low <= value <= self.high
-        return None if fits else f"{self.name} is {value!r}; it must be {self.allowed}."
+        if not fits:
+            return f"{self.name} is {shown(value)}; it must be {self.allowed}."
+        wrong = self.check(value) if isinstance(value, str) else None
+        return f"{self.name} cannot be taken: {wrong}." if wrong else None
 
 
 Table = Sequence[NodeParameter]

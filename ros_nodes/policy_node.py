@@ -6,13 +6,14 @@ Behaviour is in `PolicyController`; this file is its connection to ROS. docs/rob
 from __future__ import annotations  # noqa: I001 - ros_nodes.messages comes first: it explains absent ROS
 
 import gc
+import os
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from ros_nodes.messages import COMMAND, LATCHED, SENSOR
+from ros_nodes.messages import COMMAND, LATCHED, SENSOR, seconds
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
@@ -24,7 +25,7 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
-from ceed_vla.errors import CeedVLAError
+from ceed_vla.errors import CeedVLAError, NodeError
 from ros_nodes import parameters
 from ros_nodes.diagnostics import running_status, status_message
 from ros_nodes.interfaces import ArmInterface, GripperCommands, make_interface
@@ -33,8 +34,10 @@ from ros_nodes.policy_setup import PolicySetup, make_setup
 from ros_nodes.safety import Decision
 from ros_nodes.spinning import StopSignal, raise_priority, run
 from ros_nodes.step_grid import SLEW
+from ros_nodes.texts import instruction_problem, short
 
 CONFLICT_PERIOD = 0.2  # how often other commanders are looked for [s]
+LONGEST_FAILURE = 500  # characters: what is wrong, what is allowed and what to do
 
 
 class PolicyNode(LifecycleNode):
@@ -57,6 +60,7 @@ class PolicyNode(LifecycleNode):
         self._setup: PolicySetup | None = None
         self._active: _Streaming | None = None
         self._failure = ""  # why the last transition failed
+        self._starting = False  # by itself: then nobody could set right what fails
         self._scheduling = "normal"
         self._stopped_early: str | None = None  # an emergency stop while there was nothing to stop
         self._inputs: list[Any] = []
@@ -68,6 +72,10 @@ class PolicyNode(LifecycleNode):
         self.create_service(Trigger, "~/estop", self._on_estop)
         self.create_service(Trigger, "~/reset", self._on_reset)
         self.create_service(SetBool, "~/enable", self._on_enable)
+        self.get_logger().info(
+            f"ROS domain {self.context.get_domain_id()}, discovery range "
+            f"{os.environ.get('ROS_AUTOMATIC_DISCOVERY_RANGE') or 'not set, which is SUBNET'}"
+        )
         if self.get_parameter("autostart").value:
             self._autostart = self.create_timer(0.0, self._start, clock=self._steady)
 
@@ -80,14 +88,12 @@ class PolicyNode(LifecycleNode):
         try:
             setup = make_setup(
                 parameters.values(self, POLICY_PARAMETERS),
-                cancelled=lambda: self._stop is not None and self._stop.received,
+                cancelled=lambda: self._stopping,
                 notify=self._answered.trigger,
                 slew=0.0 if self.get_parameter("use_sim_time").value else SLEW,
             )
-        except CeedVLAError as error:
-            self._failure = f"configure failed: {error}"
-            self.get_logger().error(self._failure)
-            return TransitionCallbackReturn.FAILURE
+        except Exception as error:  # a model's file may make mujoco and mink raise anything
+            return self._fail("configure", error)
         self._setup = setup
         if self._stopped_early is not None:
             setup.controller.estop(self._stopped_early)
@@ -111,9 +117,7 @@ class PolicyNode(LifecycleNode):
         try:
             self._active = _Streaming(self, self._setup, self._steady)
         except CeedVLAError as error:
-            self._failure = f"activate failed: {error}"
-            self.get_logger().error(self._failure)
-            return TransitionCallbackReturn.FAILURE
+            return self._fail("activate", error)
         if self.get_parameter("start_enabled").value:
             self._setup.controller.enable(self.clock_time(), insist=True)
         gc.collect()
@@ -155,10 +159,31 @@ class PolicyNode(LifecycleNode):
         super().destroy_node()
 
     def _start(self) -> None:
-        """Configure and activate, once."""
+        """Configure and activate, once.
+
+        Raises:
+            NodeError: It fails; a launch file or a service manager sees that the node is gone.
+        """
         self._autostart.cancel()
-        if self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
-            self.trigger_activate()
+        self._starting = True
+        for transition in (self.trigger_configure, self.trigger_activate):
+            if transition() != TransitionCallbackReturn.SUCCESS:
+                if self._stopping:
+                    return
+                raise NodeError(self._failure or "the node does not start")
+        self._starting = False
+
+    @property
+    def _stopping(self) -> bool:
+        return self._stop is not None and self._stop.received
+
+    def _fail(self, transition: str, error: Exception) -> TransitionCallbackReturn:
+        """A transition cannot be done; the log and the diagnostics say why."""
+        kind = "" if isinstance(error, CeedVLAError) else f"{type(error).__name__}: "
+        self._failure = short(f"{transition} failed: {kind}{error}", LONGEST_FAILURE)
+        if not self._starting:  # else it is the last thing that is said
+            self.get_logger().error(self._failure)
+        return TransitionCallbackReturn.FAILURE
 
     def _end_stream(self) -> None:
         if self._active is not None:
@@ -183,7 +208,7 @@ class PolicyNode(LifecycleNode):
 
     def _on_joint_states(self, message: JointState) -> None:
         assert self._setup is not None
-        self._setup.safety.measure(message.name, message.position)
+        self._setup.safety.measure(message.name, message.position, seconds(message.header.stamp))
         self._setup.observations.take_joints(message)
 
     def _on_image(self, camera: Any, message: Image | CompressedImage) -> None:
@@ -197,7 +222,12 @@ class PolicyNode(LifecycleNode):
             self._setup.controller.receive(self._active.now())
 
     def _on_instruction(self, message: String) -> None:
-        self.set_parameters([Parameter("instruction", value=message.data)])
+        problem = instruction_problem(message.data)
+        self.set_parameters([Parameter("instruction", value="" if problem else message.data)])
+        if problem:
+            self.get_logger().warning(f"Bad instruction: {problem}", throttle_duration_sec=1.0)
+            if self._setup is not None:
+                self._setup.controller.instruct(message.data)
 
     def _check_parameters(self, changes: list[Parameter]) -> SetParametersResult:
         return parameters.refusal(POLICY_PARAMETERS, changes, configured=self._setup is not None)

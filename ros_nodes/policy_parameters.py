@@ -2,6 +2,7 @@
 
 from ros_nodes.parameters import LIVE, START, NodeParameter
 from ros_nodes.robot_config import INTERFACES
+from ros_nodes.texts import LONGEST_INSTRUCTION, instruction_problem
 
 POLICY_PARAMETERS = (
     NodeParameter(
@@ -11,7 +12,13 @@ POLICY_PARAMETERS = (
         "robot_config", "", "Robot's YAML file (topics, joints, limits); empty: the simulated arm's."
     ),
     NodeParameter("action_interface", "forward_position", "How commands reach the arm.", choices=INTERFACES),
-    NodeParameter("instruction", "", "What to do; ~/instruction sets it too, the last one counts.", LIVE),
+    NodeParameter(
+        "instruction",
+        "",
+        f"What to do, in at most {LONGEST_INSTRUCTION} characters; ~/instruction sets it too, the last one counts.",
+        LIVE,
+        check=instruction_problem,
+    ),
     NodeParameter(
         "autostart", False, "Configure and activate at the start, without a lifecycle manager.", START
     ),

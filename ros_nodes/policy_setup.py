@@ -15,6 +15,7 @@ from ros_nodes.controller import PolicyController, ticks_per_step
 from ros_nodes.inference import InferenceWorker
 from ros_nodes.motion import make_motion
 from ros_nodes.observations import Observations
+from ros_nodes.plausibility import PHYSICAL_VELOCITY
 from ros_nodes.predictor import PolicySpec
 from ros_nodes.robot_config import Interface, RobotConfig
 from ros_nodes.robot_file import load_robot_config
@@ -138,6 +139,11 @@ def _limits(
     if kinematics is not None and not robot.limits.low:
         low, high = kinematics.position_low, kinematics.position_high
     step = np.array(robot.limits.step)
+    physical = np.array(robot.limits.physical_velocity)
+    if not len(physical):
+        unknown = np.full(len(step), np.nan)
+        own = kinematics.velocity if kinematics is not None else unknown
+        physical = np.where(np.isnan(own), np.maximum(robot.limits.velocity, PHYSICAL_VELOCITY), own)
     if interface.kind == "servo_twist":  # only the TCP is commanded: the arm's posture may be another
         step, values = np.full_like(step, 2.0 * np.pi), {**values, "max_joint_step": 2.0 * np.pi}
 
@@ -152,6 +158,7 @@ def _limits(
             max_velocity=np.minimum(robot.limits.velocity, values["max_joint_velocity"]),
             max_step=np.minimum(step, values["max_joint_step"]),
             timeouts={JOINT_STATES: values["joint_state_timeout"], **cameras},
+            physical_velocity=physical,
             **opening,
         )
 

@@ -5,7 +5,6 @@ The module itself imports neither torch nor lerobot, so that a node whose policy
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -16,11 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ceed_vla.errors import CheckpointError, ObservationError
+from ceed_vla.errors import CeedVLAError, CheckpointError, NotFiniteError, ObservationError
+from ros_nodes.failure_log import FailureLog
+from ros_nodes.texts import short, shown
 
 logger = logging.getLogger(__name__)
 
 STATE_KEY = "observation.state"
+BAD_INSTRUCTION, NOT_FINITE = "bad_instruction", "not_finite"
 _LEAST_DEADLINE = 1e-4  # [s]: the first iteration runs in any case
 
 
@@ -91,6 +93,7 @@ class Response:
         exit_reason: Rule that ended decoding; "" for policies that do not say.
         seconds: "preprocess", "prefill", "decode", "total" [s]; without stages all is in "decode".
         error: Why there are no actions; None if all went well.
+        code: `BAD_INSTRUCTION`, `NOT_FINITE`, or "" for any other error.
     """
 
     id: int
@@ -100,6 +103,11 @@ class Response:
     exit_reason: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    code: str = ""
+
+
+class _InstructionError(ObservationError):
+    """The policy does not take the instruction."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,9 @@ class Predictor:
         # Tokens of variable length belong to no step: they can be neither frozen nor counted in steps.
         self._can_freeze = self._is_ceed and getattr(self._policy.tokenizer, "stop_token", None) is None
         self._prefill_s = 0.0
+        self._failures: FailureLog | None = None  # while it warms up, an error ends the load
+        steps = self._preprocess.steps if self._is_ceed else ()
+        self._vocabulary = {word for step in steps for word in getattr(step, "vocabulary", ())}
         features = config.input_features
         self.spec = PolicySpec(
             checkpoint=settings.checkpoint,
@@ -155,6 +166,7 @@ class Predictor:
             warmup_s=0.0,
         )
         self.spec = self._warm_up()
+        self._failures = FailureLog(logger)
 
     def predict(self, request: Request, deadline: float | None = None) -> Response:
         """Decode one chunk; never raises, an error is in the response.
@@ -167,10 +179,13 @@ class Predictor:
         try:
             response = self._predict(request, deadline)
         except Exception as error:  # a policy of any make may raise anything, and the worker must go on
-            logger.exception("Inference failed")
-            return Response(request.id, error=f"{type(error).__name__}: {error}")
+            if self._failures is not None:
+                self._failures.add(error)
+            text = str(error) if isinstance(error, CeedVLAError) else f"{type(error).__name__}: {error}"
+            return Response(request.id, error=short(text), code=_code(error))
         if not np.isfinite(response.actions).all():
-            return Response(request.id, error=f"The policy {self.spec.checkpoint} returned NaN or infinity.")
+            text = f"The policy {short(self.spec.checkpoint)} returned NaN or infinity."
+            return Response(request.id, error=text, code=NOT_FINITE)
         if self._settings.delay_s:
             self._wait(self._settings.delay_s)
         response.seconds["total"] = time.monotonic() - started
@@ -181,7 +196,7 @@ class Predictor:
 
         started = time.monotonic()
         with torch.inference_mode():
-            batch = self._preprocess(self._batch(request))
+            batch = self._prepare(request)
             prepared = time.monotonic()
             times = {"preprocess": prepared - started, "prefill": 0.0}
             if not self._is_ceed:
@@ -220,6 +235,21 @@ class Predictor:
                 arguments["frozen"] = previous[:, begin : begin + request.frozen_steps * dim]
         return arguments
 
+    def _prepare(self, request: Request) -> Any:
+        """The request as the policy reads it. The instruction is what a blank observation did not test."""
+        from ceed_vla.processor_ceed_vla import split_words
+
+        batch, words = self._batch(request), split_words(request.instruction)
+        try:
+            if self._vocabulary and not self._vocabulary & set(words):
+                raise ObservationError(
+                    f"The instruction {shown(request.instruction)} has no word that the policy knows; it knows "
+                    f"{', '.join(sorted(self._vocabulary)[:8])} and others."
+                )
+            return self._preprocess(batch)
+        except ObservationError as error:
+            raise _InstructionError(str(error)) from error
+
     def _batch(self, request: Request) -> dict[str, Any]:
         """The request as a LeRobot batch of one: images (1, 3, H, W) in [0, 1], vectors (1, D), the task."""
         import torch
@@ -237,7 +267,7 @@ class Predictor:
                 continue
             if value.shape != (self.spec.states[key],) or not np.isfinite(value).all():
                 raise ObservationError(
-                    f"{key} is {value.tolist()}, expected {self.spec.states[key]} finite numbers."
+                    f"{key} is {shown(value.tolist())}, expected {self.spec.states[key]} finite numbers."
                 )
             batch[key] = torch.tensor(value, dtype=torch.float32).unsqueeze(0)
         return batch
@@ -276,25 +306,32 @@ class Predictor:
 
     def _known_word(self) -> str:
         """A word that the policy knows, so that warming up does not warn about one that it does not."""
-        words = [w for step in self._preprocess.steps for w in getattr(step, "vocabulary", ())]
-        return str(words[0]) if words else "move"
+        return str(min(self._vocabulary)) if self._vocabulary else "move"
+
+
+def _code(error: Exception) -> str:
+    """See `Response.code`."""
+    if isinstance(error, _InstructionError):
+        return BAD_INSTRUCTION
+    return NOT_FINITE if isinstance(error, NotFiniteError) else ""
 
 
 def _load(settings: PredictorSettings) -> tuple[Any, Any, Any]:
     """(policy in evaluation mode, pre-processor, post-processor) of any LeRobot checkpoint folder."""
     from ceed_vla.checkpoints import load, resolve_checkpoint
+    from ceed_vla.devices import check_device
+    from ceed_vla.files import read_json
 
-    folder = resolve_checkpoint(settings.checkpoint)
-    try:
-        kind = json.loads((folder / "config.json").read_text())["type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{settings.checkpoint}: config.json names no policy type ({error!r}); copy it again."
-        ) from error
+    folder, device = resolve_checkpoint(settings.checkpoint), check_device(settings.device)
+    kind = read_json(folder / "config.json").get("type")
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{settings.checkpoint}: config.json names no policy type; copy it again.")
     if kind == "ceed_vla":
-        return load(folder, device=settings.device)
+        return load(folder, device=device)
     try:
-        return _load_other(folder, kind, settings.device)
+        return _load_other(folder, kind, device)
+    except CheckpointError:
+        raise
     except Exception as error:  # every policy of LeRobot fails in its own way
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise CheckpointError(
@@ -304,6 +341,13 @@ def _load(settings: PredictorSettings) -> tuple[Any, Any, Any]:
 
 
 def _load_other(folder: Path, kind: str, device: str) -> tuple[Any, Any, Any]:
+    """Another policy of LeRobot; its checkpoint may name harmless steps only, and nothing is asked of a hub."""
+    import huggingface_hub.constants
+
+    from ceed_vla.processor_steps import check_foreign_processors
+    from ceed_vla.weights import WEIGHTS, check_floating, check_weights
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # policies may name models there; read at every request
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
     from lerobot.utils.import_utils import register_third_party_plugins
@@ -318,7 +362,10 @@ def _load_other(folder: Path, kind: str, device: str) -> tuple[Any, Any, Any]:
         )
     if hasattr(config, "pretrained_backbone_weights"):
         config.pretrained_backbone_weights = None  # the checkpoint holds them: nothing to download
+    check_foreign_processors(folder, config)
+    check_floating([folder / WEIGHTS])
     policy = policy_class.from_pretrained(folder, config=config, strict=True)
+    check_weights(policy, folder / WEIGHTS)
     overrides = {"device_processor": {"device": device}}
     pre, post = make_pre_post_processors(config, str(folder), preprocessor_overrides=overrides)
     return policy.eval(), pre, post

@@ -129,12 +129,15 @@ class Limits:
         high: Highest positions [rad]; empty for the model's.
         velocity: Largest velocities [rad/s].
         step: Largest distances of a command from the measured position [rad].
+        physical_velocity: Velocities that the joints reach physically [rad/s], to tell joint states that cannot be
+            true; empty for the model's.
     """
 
     low: tuple[float, ...]
     high: tuple[float, ...]
     velocity: tuple[float, ...]
     step: tuple[float, ...]
+    physical_velocity: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

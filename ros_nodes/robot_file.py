@@ -23,6 +23,7 @@ from ros_nodes.robot_config import (
     Limits,
     RobotConfig,
 )
+from ros_nodes.texts import short, shown
 from ros_nodes.yaml_fields import Fields
 
 PACKAGED = "tabletop_robot.yaml"
@@ -53,7 +54,7 @@ def load_robot_config(path: str | Path = "") -> RobotConfig:
     config = RobotConfig(
         source=file,
         images=_images(fields.child("images", optional=True)),
-        joint_states=fields.child("joint_states").text("topic"),
+        joint_states=fields.child("joint_states").topic("topic"),
         states=_states(fields.child("state", optional=True)),
         arm=arm,
         gripper=_gripper(fields.child("gripper")) if "gripper" in fields else None,
@@ -75,7 +76,7 @@ def _images(fields: Fields) -> tuple[ImageSource, ...]:
         if not feature.startswith("observation."):
             raise fields.error(feature, "is no feature; it must start with 'observation.'")
         transport = image.text("transport", "raw", TRANSPORTS)
-        sources.append(ImageSource(feature, image.text("topic"), transport, image.flag("resize", False)))
+        sources.append(ImageSource(feature, image.topic("topic"), transport, image.flag("resize", False)))
         image.finish()
     names = [source.name for source in sources]
     if len(set(names)) != len(names) or "joint_states" in names:
@@ -95,10 +96,15 @@ def _arm(fields: Fields) -> Arm:
         raise fields.error("joints", "is empty; name the arm's joints")
     model: Path | None = None
     if "model" in fields:
-        model = fields.source.parent / Path(fields.text("model")).expanduser()
-        if not model.is_file():
+        named = fields.text("model")
+        try:
+            model = fields.source.parent / Path(named).expanduser()
+            there = model.is_file()
+        except (OSError, RuntimeError, ValueError) as error:  # too long, no such home
+            raise fields.error("model", f"is {shown(named)}: {short(error)}") from error
+        if not there:
             raise fields.error(
-                "model", f"is {str(model)!r}, which is no file; paths start at this file's folder"
+                "model", f"is {short(model)!r}, which is no file; paths start at this file's folder"
             )
     tcp = fields.text("tcp") if model else ""
     home = fields.numbers("home", len(joints)) if "home" in fields else ()
@@ -114,7 +120,7 @@ def _gripper(fields: Fields) -> Gripper:
         closed=fields.number("closed"),
         open=fields.number("open"),
         action=fields.text("action", "binary", GRIPPER_ACTIONS),
-        topic=fields.text("topic"),
+        topic=fields.topic("topic"),
     )
     if not gripper.closed < gripper.open:
         raise fields.error("open", f"is {gripper.open}; it must be more than closed ({gripper.closed})")
@@ -156,8 +162,13 @@ def _limits(fields: Fields, joints: int) -> Limits:
         if not all(a < b for a, b in zip(low, high, strict=True)):
             raise position.error("low", f"is not below high for every joint: {low}, {high}")
         position.finish()
+    physical = "physical_velocity"
     limits = Limits(
-        low, high, fields.numbers("velocity", joints, 1e-3, 100.0), fields.numbers("step", joints, 1e-3, 10.0)
+        low,
+        high,
+        fields.numbers("velocity", joints, 1e-3, 100.0),
+        fields.numbers("step", joints, 1e-3, 10.0),
+        fields.numbers(physical, joints, 1e-3, 100.0) if physical in fields else (),
     )
     fields.finish()
     return limits
@@ -168,7 +179,7 @@ def _interfaces(fields: Fields) -> dict[str, Interface]:
     for kind, one in fields.children():
         if kind not in INTERFACES:
             raise fields.error(kind, f"is unknown; the interfaces are {', '.join(INTERFACES)}")
-        topic = one.text("topic")
+        topic = one.topic("topic")
         if kind == "forward_position":
             found[kind] = Interface(kind, topic)
         elif kind == "joint_trajectory":

@@ -1,8 +1,8 @@
 """The last check of every command, free of ROS: what may be sent to the arm now, and why not more.
 
-A command passes in this order: latched stop, enabled, joint states and inputs fresh, the caller's own reason to hold,
-joint set, finite numbers; then it is clamped to the position limits, to the neighbourhood of the measured position and
-to the velocity limit. A hold repeats the last command, so an arm never stops by a jump.
+A command passes in this order: latched stop, enabled, joint states plausible and inputs fresh, the caller's own reason
+to hold, joint set, finite numbers; then it is clamped to the position limits, to the neighbourhood of the measured
+position and to the velocity limit. A hold repeats the last command, so an arm never stops by a jump.
 
 This is software: it is no safety-rated stop.
 """
@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
+from ros_nodes.plausibility import PHYSICAL_VELOCITY, Plausibility
+from ros_nodes.texts import shown
 
 Array = NDArray[np.float64]
 
@@ -27,6 +29,7 @@ HOLD_CODES = (
     "disabled",
     "no_joint_states",  # none has come yet
     "bad_joint_states",  # the last one lacked joints or was not finite
+    "implausible_joint_states",  # they did what no arm does; latched until `SafetyFilter.enable`
     "stale",  # an input is too old, or never came
     "clock",  # an input comes from the future, or no time has passed: the clock went back
     "joint_set",  # a command for another number of joints
@@ -50,6 +53,8 @@ class SafetyLimits:
             command catches up at limited speed.
         gripper_low: Smallest gripper command [m of opening].
         gripper_high: Largest gripper command [m of opening].
+        physical_velocity: (J,) that the joints reach physically [rad/s], for `Plausibility`; empty: the larger of
+            `max_velocity` and `PHYSICAL_VELOCITY`.
 
     Raises:
         ConfigError: Wrong lengths, limits that are not finite or in the wrong order, a timeout that is not positive.
@@ -64,27 +69,28 @@ class SafetyLimits:
     max_dt: float = 0.05
     gripper_low: float = 0.0
     gripper_high: float = 0.1
+    physical_velocity: Array = field(default_factory=lambda: np.empty(0))
 
     def __post_init__(self) -> None:
         names = tuple(self.joint_names)
         object.__setattr__(self, "joint_names", names)
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"joint_names are {list(names)}; give every joint once.")
-        for field in ("position_low", "position_high", "max_velocity", "max_step"):
-            value = np.array(getattr(self, field), dtype=np.float64)
+        if not np.size(self.physical_velocity):
+            object.__setattr__(self, "physical_velocity", np.maximum(self.max_velocity, PHYSICAL_VELOCITY))
+        for name in ("position_low", "position_high", "max_velocity", "max_step", "physical_velocity"):
+            value = np.array(getattr(self, name), dtype=np.float64)
             if value.shape != (len(names),) or not np.isfinite(value).all():
                 raise ConfigError(
-                    f"{field} is {value.tolist()}; give one finite number for each of {list(names)}."
+                    f"{name} is {value.tolist()}; give one finite number for each of {list(names)}."
                 )
-            object.__setattr__(self, field, value)
+            object.__setattr__(self, name, value)
         if (self.position_low >= self.position_high).any():
             joint = names[int((self.position_low >= self.position_high).argmax())]
             raise ConfigError(f"The lower position limit of {joint} is not below the upper one.")
-        for field in ("max_velocity", "max_step"):
-            if (getattr(self, field) <= 0).any():
-                raise ConfigError(
-                    f"{field} is {getattr(self, field).tolist()}; every value must be positive."
-                )
+        for name in ("max_velocity", "max_step", "physical_velocity"):
+            if (getattr(self, name) <= 0).any():
+                raise ConfigError(f"{name} is {getattr(self, name).tolist()}; every value must be positive.")
         if JOINT_STATES not in self.timeouts:
             raise ConfigError(f"timeouts has {sorted(self.timeouts)}; {JOINT_STATES!r} must have one.")
         wrong = {name: value for name, value in self.timeouts.items() if not 0 < value < math.inf}
@@ -116,8 +122,8 @@ class Decision:
     """What to send.
 
     Attributes:
-        positions: (J,) [rad], always finite and inside the limits; None while no good joint state has ever come: send
-            nothing then.
+        positions: (J,) [rad], always finite and inside the limits; None if there was no command yet and nobody knows
+            where the arm is: send nothing then.
         gripper: Opening [m]; None if it was never commanded.
         hold: Why this repeats the last command; None in normal motion.
         clamped: Which of `CLAMPS` changed what was asked for.
@@ -152,6 +158,10 @@ class SafetyFilter:
         self.holds: Counter[str] = Counter()
         self._measured: Array | None = None
         self._fault: Hold | None = Hold("no_joint_states", "no joint state has come yet")
+        self._latched: Hold | None = None  # joint states that cannot be true came while motion was enabled
+        self._plausibility = Plausibility(
+            limits.joint_names, limits.position_low, limits.position_high, limits.physical_velocity
+        )
         self._last: Array | None = None  # last command, inside the limits
         self._gripper: float | None = None
 
@@ -167,33 +177,71 @@ class SafetyFilter:
         """Last command (J,) [rad], which a hold repeats; None before the first."""
         return None if self._last is None else self._last.copy()
 
-    def measure(self, names: Sequence[str], positions: Sequence[float]) -> Hold | None:
+    def measure(
+        self, names: Sequence[str], positions: Sequence[float], stamp: float | None = None
+    ) -> Hold | None:
         """Take a joint state, matched by name; joints of other parts of the robot are ignored.
 
+        While motion is enabled a state that cannot be true is latched. Otherwise the arm may be elsewhere all at once,
+        as in a simulation that is reset, and only a position outside the limits counts.
+
+        Args:
+            names: Joints.
+            positions: Of these joints [rad].
+            stamp: When they were measured [s]; None if that is not known: jumps are not found then.
+
         Returns:
-            Why the arm holds until a good state comes, or None.
+            Why the arm holds, or None.
         """
         self._fault = self._joint_fault(names, positions)
-        if self._fault is None:
-            index = {name: i for i, name in enumerate(names)}
-            self._measured = np.array(
-                [positions[index[name]] for name in self.limits.joint_names], dtype=np.float64
-            )
-        return self._fault
+        if self._fault is not None:
+            return self._fault
+        table = dict(zip(names, positions, strict=True))
+        measured = np.array([table[name] for name in self.limits.joint_names], dtype=np.float64)
+        outside = self._plausibility.outside(measured)
+        doubt = outside or self._plausibility.jump(measured, stamp)
+        if doubt and self.enabled and self._latched is None:
+            detail = f"{doubt}; see where the arm is, then enable"
+            self._latched = Hold("implausible_joint_states", detail)
+        if outside:
+            self._fault = Hold("implausible_joint_states", outside)
+        else:
+            self._measured = measured
+        return self._latched or self._fault
 
-    def enable(self) -> Hold | None:
-        """Allow motion, from the measured position on.
+    def pose_fault(self, age: float | None) -> Hold | None:
+        """Why nobody knows where the arm is; None if it is known.
+
+        Args:
+            age: Of the newest joint state [s]; None if none came.
+        """
+        return self._latched or self._fault or self._age_fault(JOINT_STATES, age)
+
+    def enable(self, age: float | None = 0.0) -> Hold | None:
+        """Allow motion, from the measured position on; unlatches implausible joint states.
+
+        Args:
+            age: Of the newest joint state [s]; None if none came.
 
         Returns:
             Why not, or None.
         """
         if self.stopped is not None:
             return Hold("estop", f"the emergency stop is latched ({self.stopped}); reset it first")
+        late = self._age_fault(JOINT_STATES, age)
         if self._fault is not None:
             return self._fault
-        self._last = None
+        if late is not None:
+            return Hold("stale", late.detail)
+        assert self._measured is not None
+        self._latched = None
+        self._last = np.clip(self._measured, self.limits.position_low, self.limits.position_high)
         self.enabled = True
         return None
+
+    def restart(self, age: float | None) -> Hold | None:
+        """Go on from the measured position without an operator: as `enable`, but what is latched stays so."""
+        return self._latched or self.enable(age)
 
     def disable(self) -> None:
         """Hold until `enable`."""
@@ -236,7 +284,8 @@ class SafetyFilter:
             raise ConfigError("There is no command; pass a reason to hold.")
         wanted = np.empty(0) if positions is None else np.asarray(positions, dtype=np.float64)
         reason = self._reason_to_hold(ages) or hold or self._command_fault(wanted, gripper, dt)
-        if self._last is None and self._measured is not None:
+        known = self.pose_fault(ages.get(JOINT_STATES)) is None
+        if self._last is None and self._measured is not None and known:
             self._last = np.clip(self._measured, self.limits.position_low, self.limits.position_high)
         if reason is not None:
             self.holds[reason.code] += 1
@@ -253,26 +302,29 @@ class SafetyFilter:
             return Hold("estop", f"emergency stop ({self.stopped})")
         if not self.enabled:
             return Hold("disabled", "not enabled")
-        return self._fault or self._age_fault(ages)
+        faults = (self._age_fault(name, ages.get(name)) for name in self.limits.timeouts)
+        return self._latched or self._fault or next(filter(None, faults), None)
 
-    def _age_fault(self, ages: Mapping[str, float | None]) -> Hold | None:
-        for name, limit in self.limits.timeouts.items():
-            age = ages.get(name)
-            if age is None:
-                return Hold("stale", f"{name} never came")
-            if not age <= limit:  # NaN too
-                return Hold("stale", f"{name} is {age:.2f} s old, the limit is {limit:.2f} s")
-            if age < -limit:
-                return Hold("clock", f"{name} lies {-age:.2f} s in the future; did the clock go back?")
+    def _age_fault(self, name: str, age: float | None) -> Hold | None:
+        limit = self.limits.timeouts[name]
+        if age is None:
+            return Hold("stale", f"{name} never came")
+        if not age <= limit:  # NaN too
+            return Hold("stale", f"{name} is {age:.2f} s old, the limit is {limit:.2f} s")
+        if age < -limit:
+            detail = f"{name} lies {-age:.2f} s in the future, the limit is {limit:.2f} s"
+            return Hold("clock", f"{detail}; did the clock go back?")
         return None
 
     def _joint_fault(self, names: Sequence[str], positions: Sequence[float]) -> Hold | None:
         wanted = self.limits.joint_names
         missing = [name for name in wanted if name not in names]
         if missing:
-            return Hold("bad_joint_states", f"the joint state lacks {missing}; it has {list(names)}")
+            detail = f"lacks {shown(missing)}; it has {shown(list(names))}"
+            return Hold("bad_joint_states", f"the joint state {detail}")
         if len(names) != len(positions) or any(list(names).count(name) != 1 for name in wanted):
-            return Hold("bad_joint_states", f"{len(positions)} positions for the joints {list(names)}")
+            detail = f"{len(positions)} positions for the joints {shown(list(names))}"
+            return Hold("bad_joint_states", detail)
         bad = [
             name
             for name, value in zip(names, positions, strict=True)

@@ -263,6 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 if the node cannot start.
     """
+    os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")  # nobody else needs this robot
     return run(SimNode, "sim_node", arguments)
 
 

@@ -20,6 +20,7 @@ from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 
 from ceed_vla.errors import CeedVLAError
+from ros_nodes.texts import short
 
 _POLL = 0.2  # longest time between a signal and the end of the loop, without any message or timer [s]
 
@@ -100,7 +101,7 @@ def run(
         while not stop.received and executor.context.ok():
             executor.spin_once(timeout_sec=_POLL)
     except (CeedVLAError, ParameterException) as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: error: {short(' '.join(str(error).split()), 1000)}", file=sys.stderr)
         return 1
     finally:
         if node is not None:

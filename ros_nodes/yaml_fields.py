@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,23 @@ from typing import Any
 import yaml
 
 from ceed_vla.errors import ConfigError
+from ros_nodes.texts import LONGEST, short, shown
 
 _MISSING: Any = object()
+HUGE = 1e6  # m, rad or anything per second: sums and squares of such numbers are finite
+_LARGEST_FILE = 1_000_000  # [bytes]
+_TOPIC = re.compile(r"(~/|/)?[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML's own loader silently takes the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise ConfigError(f"the key {shown(twice)} is there twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 class Fields:
@@ -36,9 +52,12 @@ class Fields:
             ConfigError: The file cannot be read, is no YAML, or no mapping.
         """
         try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{file} cannot be read: {error}") from error
+            if not file.is_file() or file.stat().st_size > _LARGEST_FILE:
+                raise ConfigError(f"it is no file of at most {_LARGEST_FILE} bytes")
+            values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        except Exception as error:  # too deep, impossible dates, ...: YAML's constructors raise anything
+            reason = short(error) or type(error).__name__
+            raise ConfigError(f"{short(file)} cannot be read: {reason}") from error
         return cls(file, "", _mapping(file, "the file", values))
 
     def __contains__(self, key: str) -> bool:
@@ -51,7 +70,7 @@ class Fields:
 
     def error(self, key: str, problem: str) -> ConfigError:
         """An error about `key`; raise it."""
-        return ConfigError(f"{self.source}: {self._name(key)} {problem}.")
+        return ConfigError(f"{self.source}: {short(self._name(key))} {problem}.")
 
     def child(self, key: str, *, optional: bool = False) -> Fields:
         """The mapping below `key`; an empty one if it is optional and absent."""
@@ -67,9 +86,16 @@ class Fields:
         """A string, one of `choices` if there are any."""
         value = self._get(key, default)
         if not isinstance(value, str) or (not value and default != ""):
-            raise self.error(key, f"is {value!r}; give a text")
+            raise self.error(key, f"is {shown(value)}; give a text")
         if choices and value not in choices:
-            raise self.error(key, f"is {value!r}; choose one of {', '.join(choices)}")
+            raise self.error(key, f"is {shown(value)}; choose one of {', '.join(choices)}")
+        return value
+
+    def topic(self, key: str) -> str:
+        """A name that ROS takes for a topic."""
+        value = self.text(key)
+        if not _TOPIC.fullmatch(value) or len(value) > LONGEST:
+            raise self.error(key, f"is {shown(value)}; a topic has letters, digits and _ between single /")
         return value
 
     def texts(
@@ -78,41 +104,39 @@ class Fields:
         """A list of different strings."""
         value = self._get(key, default)
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) and item for item in value):
-            raise self.error(key, f"is {value!r}; give a list of texts")
+            raise self.error(key, f"is {shown(value)}; give a list of texts")
         if len(set(value)) != len(value):
-            raise self.error(key, f"is {value!r}; a value is there twice")
+            raise self.error(key, f"is {shown(value)}; a value is there twice")
         unknown = [item for item in value if choices and item not in choices]
         if unknown:
-            raise self.error(key, f"has {', '.join(map(repr, unknown))}; choose from {', '.join(choices)}")
+            raise self.error(
+                key, f"has {', '.join(map(shown, unknown[:3]))}; choose from {', '.join(choices)}"
+            )
         return tuple(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """A truth value."""
         value = self._get(key, default)
         if not isinstance(value, bool):
-            raise self.error(key, f"is {value!r}; give true or false")
+            raise self.error(key, f"is {shown(value)}; give true or false")
         return value
 
-    def number(
-        self, key: str, low: float = -math.inf, high: float = math.inf, default: float = _MISSING
-    ) -> float:
+    def number(self, key: str, low: float = -HUGE, high: float = HUGE, default: float = _MISSING) -> float:
         """A finite number in [low, high]."""
         return self._number(key, self._get(key, default), low, high)
 
-    def numbers(
-        self, key: str, length: int, low: float = -math.inf, high: float = math.inf
-    ) -> tuple[float, ...]:
+    def numbers(self, key: str, length: int, low: float = -HUGE, high: float = HUGE) -> tuple[float, ...]:
         """A list of `length` finite numbers in [low, high]."""
         value = self._get(key, _MISSING)
         if not isinstance(value, list) or len(value) != length:
-            raise self.error(key, f"is {value!r}; give a list of {length} numbers")
+            raise self.error(key, f"is {shown(value)}; give a list of {length} numbers")
         return tuple(self._number(key, item, low, high) for item in value)
 
     def finish(self) -> None:
         """Refuse keys that nobody took: a misspelt limit must not be ignored."""
         unknown = [key for key in self._values if key not in self._taken]
         if unknown:
-            known = ", ".join(sorted(self._taken))
+            known = short(", ".join(sorted(self._taken)))
             raise self.error(unknown[0], f"is unknown; the keys here are {known}")
 
     # ---- internals ----------------------------------------------------------------------------------------------
@@ -128,14 +152,18 @@ class Fields:
         return value
 
     def _number(self, key: str, value: Any, low: float, high: float) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.error(key, f"has {value!r}; give a finite number")
+        whole = isinstance(value, int) and not isinstance(value, bool)  # of any size, unlike a float
+        if not whole and not (isinstance(value, float) and math.isfinite(value)):
+            raise self.error(key, f"has {shown(value)}; give a finite number")
         if not low <= value <= high:
-            raise self.error(key, f"has {value}; it must lie in [{low:g}, {high:g}]")
+            raise self.error(key, f"has {shown(value)}; it must lie in [{low:g}, {high:g}]")
         return float(value)
 
 
 def _mapping(source: Path, name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ConfigError(f"{source}: {name} is {value!r}; give keys with values.")
-    return {str(key): item for key, item in value.items()}
+        raise ConfigError(f"{source}: {short(name)} is {shown(value)}; give keys with values.")
+    strange = [key for key in value if not isinstance(key, str)]
+    if strange:
+        raise ConfigError(f"{source}: {short(name)} has the key {shown(strange[0])}; keys are texts.")
+    return value

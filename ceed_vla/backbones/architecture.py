@@ -11,6 +11,8 @@ from ceed_vla.errors import CheckpointError
 # Names in the configurations of transformers; a model has one of each row.
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "depth")
 _WIDTH = ("hidden_size", "n_embd", "d_model", "embed_dim")
+_OTHERS = ("intermediate_size", "vocab_size", "num_attention_heads", "head_dim", "image_size", "patch_size")
+_PARTS = ("text_config", "vision_config")
 
 
 def read_architecture(text: str) -> dict[str, Any]:
@@ -34,22 +36,27 @@ def read_architecture(text: str) -> dict[str, Any]:
 
 
 def least_sizes(values: Mapping[str, Any]) -> tuple[int, int]:
-    """Layers of a transformer's configuration, and the fewest numbers that its weights have.
+    """Layers of a transformer's configuration, and the fewest numbers that its weights have; of all its parts.
 
     Raises:
         CheckpointError: Sizes that are no positive whole numbers.
     """
+    parts = [part for part in map(values.get, _PARTS) if isinstance(part, dict)]
+    if parts:
+        found = [least_sizes(part) for part in parts]
+        return sum(layers for layers, _ in found), sum(numbers for _, numbers in found)
     sizes = {}
-    for name in (*_LAYERS, *_WIDTH, "intermediate_size", "vocab_size", "num_attention_heads", "head_dim"):
+    for name in (*_LAYERS, *_WIDTH, *_OTHERS):
         value = values.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise CheckpointError(
-                f"{name} of the model's configuration is {value!r}; it must be a positive whole number."
+                f"{name} of the model's configuration is {str(value)[:200]!r}; it must be a positive whole number."
             )
         sizes[name] = value or 0
     layers, width = (max(sizes[name] for name in names) for names in (_LAYERS, _WIDTH))
     inside = max(sizes["intermediate_size"], sizes["num_attention_heads"] * sizes["head_dim"])
-    return layers, width * (layers * inside + sizes["vocab_size"])
+    places = (sizes["image_size"] // sizes["patch_size"]) ** 2 if sizes["patch_size"] else 0
+    return layers, width * (layers * inside + max(sizes["vocab_size"], places))
 
 
 def _names_code(value: Any) -> bool:

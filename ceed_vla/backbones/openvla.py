@@ -24,7 +24,7 @@ from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features, c
 from ceed_vla.backbones.openvla_folder import Architecture
 from ceed_vla.backbones.openvla_vision import Projector, VisionTowers
 from ceed_vla.cache import TransformersCache
-from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.errors import CheckpointError, ConfigError, TokenError
 
 IDS_KEY, MASK_KEY = "observation.openvla.input_ids", "observation.openvla.attention_mask"
 PIXELS_KEY = "observation.openvla.pixel_values"
@@ -77,11 +77,15 @@ class OpenVLABackbone(TrainableBackbone):
         settings = dict(architecture.text)
         self.dtype = getattr(torch, dtype)
         with no_init_weights():
-            config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-            self.language_model = cast(
-                "PreTrainedModel",
-                AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=False),
-            )
+            try:
+                config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+                model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=False)
+            except Exception as error:  # transformers and torch each raise their own kinds
+                reason = " ".join(str(error).split())[:200]
+                raise CheckpointError(
+                    f"text_config in config.json does not describe a model ({reason})."
+                ) from error
+            self.language_model = cast("PreTrainedModel", model)
             self.language_model.tie_weights()
             self.vision_backbone = VisionTowers(architecture).to(self.dtype)
             width = self.vision_backbone.width

@@ -13,6 +13,7 @@ from ceed_vla.backbones.config import DTYPES, WEIGHTS, BackboneConfig
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import check_fields, chosen
 from ceed_vla.templates import check_template
+from ceed_vla.weights import Header, weight_files
 
 if TYPE_CHECKING:
     from ceed_vla.backbones.base import TrainableBackbone
@@ -66,6 +67,9 @@ class OpenVLAConfig(BackboneConfig):
             self.architecture = json.dumps(describe_model(self.path))
         architecture = self._architecture()
         architecture.check_bins(policy.num_bins)
+        if new:
+            files = weight_files(Path(self.path))
+            Header.read(files).check(*self.least_sizes(policy), files[0])
         self.prompt = self.prompt or architecture.prompt
         if self.dtype == "auto":
             self.dtype = architecture.dtype
@@ -85,8 +89,6 @@ class OpenVLAConfig(BackboneConfig):
         return least_sizes(text)
 
     def weight_files(self) -> list[Path]:
-        from ceed_vla.weights import weight_files
-
         return weight_files(Path(self.path)) if self.weights == "reference" else []
 
     def _architecture(self) -> Architecture:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
+from ceed_vla.backbones.openvla_folder import LARGEST_SIDE
 from ceed_vla.errors import CheckpointError
 
 STRATEGIES = ("resize-naive", "letterbox", "resize-crop")
@@ -63,7 +64,7 @@ class OpenVLAImages:
             parts = [_expanded(settings, strategy, tower, size) for tower, size in enumerate(sizes)]
             self._transforms = [_transform(part) for part in parts]
             fill = [int(255 * value) for value in settings["means"][-1]]  # the last tower's
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             raise CheckpointError(
                 f"{file} needs input_sizes, interpolations ({', '.join(MODES)}), means and stds, one entry a vision "
                 f"tower ({type(error).__name__}: {error})."
@@ -77,6 +78,13 @@ class OpenVLAImages:
         boxed = settings.get("tvf_do_letterbox")
         self._letterbox = strategy == "letterbox" if boxed is None else bool(boxed)
         self._fill = list(settings.get("tvf_letterbox_fill") or fill)
+        if (
+            not all(isinstance(value, int) and 0 <= value <= 255 for value in self._fill)
+            or len(self._fill) != 3
+        ):
+            raise CheckpointError(
+                f"{file}: the letterbox is filled with {self._fill}; give three numbers in [0, 255]."
+            )
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Pixels (3 * towers, S, S) float32 of one picture of any size."""
@@ -111,10 +119,20 @@ def _expanded(settings: dict[str, Any], strategy: str, tower: int, size: list[in
 
 def _transform(values: dict[str, Any]) -> _Transform:
     size, crop, mode = values["size"], values["output_size"], values["interpolation"]
+    mean, std = [float(v) for v in values["mean"]], [float(v) for v in values["std"]]
+    sides = [int(v) for v in ([size] if isinstance(size, int) else size)]
+    crop = [int(v) for v in ([crop] * 2 if isinstance(crop, int) else crop)]
+    if not all(1 <= side <= LARGEST_SIDE for side in (*sides, *crop)) or len(crop) != 2 or len(sides) > 2:
+        raise ValueError(f"the sizes {sides} and {crop}")
+    plausible = all(abs(v) <= 100 for v in mean) and all(
+        1e-3 <= v <= 100 for v in std
+    )  # of pixels in [0, 1]; no NaN
+    if len(mean) != 3 or len(std) != 3 or not plausible:
+        raise ValueError(f"the mean {mean} and the deviation {std}")
     return _Transform(
-        resize=[int(size)] if isinstance(size, int) else [int(v) for v in size],
+        resize=sides,
         interpolation=InterpolationMode(MODES[mode] if isinstance(mode, int) else mode),
-        crop=[int(crop)] * 2 if isinstance(crop, int) else [int(v) for v in crop],
-        mean=list(values["mean"]),
-        std=list(values["std"]),
+        crop=crop,
+        mean=mean,
+        std=std,
     )

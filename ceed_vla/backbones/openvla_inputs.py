@@ -109,7 +109,8 @@ class OpenVLAInputsStep(ObservationProcessorStep):
             raise CheckpointError(f"{source} lacks {IMAGES_FILE}; copy it too.")
         with tempfile.TemporaryDirectory() as folder:
             write_files(files, Path(folder))
-            self._images = OpenVLAImages(read_json(Path(folder) / IMAGES_FILE), f"{source}: {IMAGES_FILE}")
+            name = f"{source}: {IMAGES_FILE}"
+            self._images = OpenVLAImages(read_json(Path(folder) / IMAGES_FILE, source=name), name)
             self._tokenizer = read_tokenizer(Path(folder), source)
 
     # ---- inputs -------------------------------------------------------------------------------------------------

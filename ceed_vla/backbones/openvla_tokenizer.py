@@ -37,7 +37,8 @@ def read_tokenizer(folder: Path, source: Path | str) -> TextTokenizer:
         CheckpointError: None of the files, or one that cannot be read.
     """
     settings_file = folder / "tokenizer_config.json"
-    settings = read_json(settings_file) if settings_file.is_file() else {}
+    name = f"{source}: {settings_file.name}"
+    settings = read_json(settings_file, source=name) if settings_file.is_file() else {}
     for name, kind in ((FAST, _Fast), (SLOW, _SentencePiece)):
         if (folder / name).is_file():
             try:

@@ -109,14 +109,7 @@ class VLMConfig(BackboneConfig):
         return {"sizes": sizes, "layout": self.cameras, "prompt": self.prompt, "state_places": places}
 
     def least_sizes(self, policy: CeedVLAConfig) -> tuple[int, int]:
-        values = read_architecture(self.architecture)
-        parts = [
-            part
-            for part in (values.get("text_config"), values.get("vision_config"))
-            if isinstance(part, dict)
-        ]
-        found = [least_sizes(part) for part in parts or [values]]
-        return sum(layers for layers, _ in found), sum(numbers for _, numbers in found)
+        return least_sizes(read_architecture(self.architecture))
 
     def weight_files(self) -> list[Path]:
         from ceed_vla.weights import weight_files

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # One row an observation, or several (images, patches) that the model wants in one long list.
 ROW_KEY, FLAT_KEY = "observation.vlm.", "observation.vlm_flat."
 IDS, MASK = "input_ids", "attention_mask"
+LONGEST_PROMPT = 65_536  # [tokens]
 
 
 @ProcessorStepRegistry.register(name="ceed_vla_vlm_inputs")
@@ -122,6 +123,11 @@ class VLMInputsStep(ObservationProcessorStep):
                 f"{texts[0]!r} ({error})."
             ) from error
         inputs.pop("labels", None)
+        if IDS not in inputs or inputs[IDS].shape[-1] > LONGEST_PROMPT:
+            raise ObservationError(
+                f"{type(self._processor).__name__} made {tuple(inputs[IDS].shape) if IDS in inputs else 'no'} ids of "
+                f"the prompt; at most {LONGEST_PROMPT} are read."
+            )
         self._add_state_places(inputs)
         return {**observation, **keyed(inputs, len(images))}
 

@@ -18,15 +18,41 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from ceed_vla.backbones.architecture import read_architecture
+from ceed_vla.backbones.architecture import least_sizes, read_architecture
 from ceed_vla.backbones.vlm import VLMBackbone
 from ceed_vla.cache import TransformersCache
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.files import read_json
-from ceed_vla.weights import check_floating, check_weights, weight_files
+from ceed_vla.weights import Header, check_floating, check_weights, weight_files
 
 # Nothing is fetched, and a file that names classes of its own (auto_map) does not get to run them.
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+LARGEST_SIDE, MOST_PIXELS = 8192, 2**25
+# Settings of image processors that decide how many numbers they make.
+SIZES = (
+    *(
+        "height",
+        "width",
+        "shortest_edge",
+        "longest_edge",
+        "min_pixels",
+        "max_pixels",
+        "patch_size",
+        "merge_size",
+    ),
+    *(
+        "temporal_patch_size",
+        "num_additional_image_tokens",
+        "image_seq_length",
+        "image_seq_len",
+        "size",
+        "crop_size",
+    ),
+    *("max_image_tiles", "max_num_crops"),
+)
 
 
 # ---- folders ----------------------------------------------------------------------------------------------------
@@ -51,7 +77,8 @@ def check_folder(folder: Path) -> None:
             f"{folder / 'config.json'}: model_type {kind!r} {reason}; the image-text-to-text models that can be read "
             f"are {', '.join(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))}."
         )
-    weight_files(folder)
+    sizes = least_sizes(read_architecture(json.dumps({k: v for k, v in config.items() if k != "auto_map"})))
+    Header.read(weight_files(folder)).check(*sizes, folder)
 
 
 def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -92,6 +119,9 @@ def load_processor(folder: str | Path, source: str = "") -> ProcessorMixin:
         CheckpointError: It is missing, damaged, or needs code of its own.
     """
     name = source or str(folder)
+    for file in IMAGE_FILES:
+        if (Path(folder) / file).is_file():
+            _check_image_settings(f"{name}: {file}", read_json(Path(folder) / file, source=f"{name}: {file}"))
     try:
         processor = AutoProcessor.from_pretrained(str(folder), **LOCAL)
     except Exception as error:
@@ -112,6 +142,25 @@ def load_processor(folder: str | Path, source: str = "") -> ProcessorMixin:
             raise CheckpointError(f"{name}: the tokenizer has neither a padding nor an end token; add one.")
         tokenizer.pad_token = tokenizer.eos_token
     return cast("ProcessorMixin", processor)
+
+
+def _check_image_settings(what: str, values: dict[str, Any], area: bool = False) -> None:
+    """Refuse sizes that no camera has, with which a processor would fill the memory."""
+    area = area or "Qwen" in str(values.get("image_processor_type"))  # counts pixels where others give sides
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _check_image_settings(what, value, area)
+        most = MOST_PIXELS if name.endswith(("_edge", "_pixels")) and area else LARGEST_SIDE
+        least = {"image_std": 1e-3, "image_mean": -100.0}.get(name)
+        if least is not None and value is not None:
+            numbers = value if isinstance(value, list) else [value]
+            if not numbers or not all(isinstance(v, int | float) and least <= v <= 100 for v in numbers):
+                raise CheckpointError(
+                    f"{what}: {name} is {str(value)[:100]}; it must be numbers in [{least:g}, 100]."
+                )
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and name in SIZES and not 0 <= value <= most:
+            raise CheckpointError(f"{what}: {name} is {value}; it must lie in [0, {most}].")
 
 
 # ---- architecture: what a checkpoint keeps of the model's configuration ------------------------------------------

@@ -136,7 +136,7 @@ class Status:
         self._messages = graph.listen("/diagnostics", DiagnosticArray)
 
     def wait(
-        self, fits: Callable[[str, dict[str, str]], bool], what: str, timeout: float = 60.0
+        self, fits: Callable[[str, dict[str, str]], bool], what: str, timeout: float = 120.0
     ) -> dict[str, str]:
         """The values of the first status from now on for which ``fits(message, values)``."""
         start = len(self._messages)

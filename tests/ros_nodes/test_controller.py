@@ -66,6 +66,7 @@ class Policy:
             "fake", "ceed_vla", {FEATURE: (3, 4, 4)}, {"observation.state": 2}, 2, M, H, True, 0.01
         )
         self.delay, self.now = 0.02, 0.0
+        self.error: tuple[str, str] | None = None  # of the next answers: text, code
         self.failed: str | None = None
         self.asked: list[tuple[float, Request]] = []
         self._due: float | None = None
@@ -90,6 +91,8 @@ class Policy:
             return None
         self._due = None
         request = self.asked[-1][1]
+        if self.error is not None:
+            return Response(request.id, error=self.error[0], code=self.error[1])
         at = request.observation["observation.state"][0]
         chunk = at + CLIMB * np.arange(1, M + 1)
         if request.previous is not None:
@@ -110,10 +113,13 @@ class Loop:
     Attributes:
         sent: (time, decision) of every tick.
         cameras: Whether images come.
+        states: Whether joint states come.
         late: Tick -> how late it is [s].
     """
 
-    def __init__(self, camera_rate: float = 30.0, phase: float = 0.017, **options: Any) -> None:
+    def __init__(
+        self, camera_rate: float = 30.0, phase: float = 0.017, enable: bool = True, **options: Any
+    ) -> None:
         self.policy, self.now = Policy(), 100.0
         config = robot()
         self.observations = Observations(config, self.policy.spec.cameras, self.policy.spec.states, None)
@@ -141,14 +147,16 @@ class Loop:
         )
         self.sent: list[tuple[float, Decision | None]] = []
         self.position = np.zeros(2)
-        self.cameras = True
+        self.follows = True  # commands move the arm
+        self.cameras = self.states = True
         self.late: dict[int, float] = {}
         self._grid = self.now
         self._image_period = 1.0 / camera_rate
         self._next_image, self._next_tick = self.now + phase, self.now
         self._joints()
         self._image()
-        assert self.controller.enable(self.now) is None
+        if enable:
+            assert self.controller.enable(self.now) is None
 
     def run(self, seconds: float) -> None:
         end = self.now + seconds
@@ -168,7 +176,7 @@ class Loop:
         self._joints()
         decision = self.controller.tick(self.now, self.now)
         self.sent.append((self.now, decision))
-        if decision is not None and decision.positions is not None:
+        if decision is not None and decision.positions is not None and self.follows:
             self.position = decision.positions
         self.controller.after_tick(self.now)
         # Like rclpy's timer: the grid does not move when a tick is late, and ticks that are past are left out.
@@ -180,8 +188,9 @@ class Loop:
     def _joints(self) -> None:
         message = JointState(name=list(JOINTS), position=self.position.tolist())
         message.header.stamp = stamp(self.now)
-        self.safety.measure(message.name, message.position)
-        self.observations.take_joints(message)
+        if self.states:
+            self.safety.measure(message.name, message.position, self.now)
+            self.observations.take_joints(message)
 
     def _image(self) -> None:
         if self.cameras:
@@ -306,6 +315,211 @@ def test_a_policy_that_died_holds_and_says_so() -> None:
     held = Counter(loop.safety.holds)
     loop.run(0.1)
     assert loop.safety.holds["inference_failed"] > held["inference_failed"]
+
+
+# ---- nobody knows where the arm is --------------------------------------------------------------------------------
+
+
+def hold_code(loop: Loop) -> str:
+    assert loop.controller.hold is not None
+    return loop.controller.hold.code
+
+
+def sent_since(loop: Loop, count: int) -> list[np.ndarray]:
+    return [d.positions for _, d in loop.sent[count:] if d is not None and d.positions is not None]
+
+
+def test_enable_waits_for_fresh_joint_states_and_starts_from_them() -> None:
+    loop = Loop()
+    loop.run(1.0)
+    loop.controller.disable()
+    loop.run(0.1)
+    loop.states = False
+    loop.run(0.5)
+    loop.position = np.array([0.7, -0.4])  # by hand, and nobody saw it
+    refused = loop.controller.enable(loop.now)
+    assert refused is not None
+    assert refused.code == "stale"
+    assert "joint_states is 0.5" in refused.detail
+    assert "the limit is 0.20 s" in refused.detail
+    count = len(loop.sent)
+    loop.run(0.3)
+    assert not sent_since(loop, count)
+    loop.controller.enable(loop.now, insist=True)
+    loop.run(0.3)
+    assert not sent_since(loop, count)
+    assert hold_code(loop) == "stale"
+    loop.states = True
+    loop.run(0.5)
+    assert loop.controller.hold is None
+    first, *rest = sent_since(loop, count)
+    np.testing.assert_array_equal(first, [0.7, -0.4])
+    assert rest
+
+
+def test_without_joint_states_an_enabled_start_says_so_and_sends_nothing() -> None:
+    loop = Loop(enable=False)
+    loop.safety = loop.controller._safety = SafetyFilter(loop.safety.limits)
+    loop.observations.forget()
+    loop.states = False
+    loop.controller.enable(loop.now, insist=True)
+    loop.run(0.3)
+    assert hold_code(loop) == "no_joint_states"
+    assert not sent_since(loop, 0)
+    loop.states, loop.position = True, np.array([0.3, 0.3])
+    loop.run(0.3)
+    np.testing.assert_array_equal(sent_since(loop, 0)[0], [0.3, 0.3])
+
+
+@pytest.mark.parametrize("pause", [0.5, 4.0, 8.0])
+def test_after_a_hold_without_joint_states_the_old_pose_is_never_sent_again(pause: float) -> None:
+    loop = Loop()
+    loop.run(1.0)
+    loop.states, loop.follows = False, False
+    loop.run(pause)
+    assert hold_code(loop) == "stale"
+    held = loop.path[-1]
+    if pause > 7.0:
+        count = len(loop.sent)
+        loop.run(0.1)
+        assert not sent_since(loop, count)  # an arm that is powered up again does not leap back
+    loop.position = held + [0.5, -0.5]  # by hand
+    loop.states, count = True, len(loop.sent)
+    loop.run(0.02)
+    np.testing.assert_allclose(sent_since(loop, count)[0], loop.position)
+    loop.follows = True
+    loop.run(1.0)
+    assert loop.controller.hold is None
+    assert np.abs(np.array(sent_since(loop, count)) - held).max(axis=1).min() > 0.4
+
+
+def test_out_of_a_conflict_and_out_of_a_stop_motion_waits_for_joint_states() -> None:
+    loop = Loop()
+    loop.run(1.0)
+    for silence in ("conflict", "estop"):
+        held = loop.path[-1]
+        if silence == "conflict":
+            loop.controller.conflict = "another node"
+        else:
+            loop.controller.estop("operator")
+        loop.run(0.1)
+        loop.states, loop.follows = False, False
+        loop.run(1.0)
+        loop.controller.conflict, loop.position = None, held + [0.3, 0.3]
+        loop.controller.reset()
+        loop.run(0.02)
+        count = len(loop.sent)
+        if silence == "estop":
+            assert hold_code(loop) == "disabled"
+            assert loop.controller.enable(loop.now) is not None
+        loop.run(0.3)
+        assert not sent_since(loop, count)
+        loop.states = loop.follows = True
+        loop.run(0.02)
+        if silence == "estop":
+            assert loop.controller.enable(loop.now) is None
+        loop.run(0.1)
+        np.testing.assert_array_equal(sent_since(loop, count)[0], held + [0.3, 0.3])
+        loop.run(1.0)
+
+
+def test_implausible_joint_states_hold_until_an_operator_enables() -> None:
+    loop = Loop()
+    loop.run(1.0)
+    held, true = loop.path[-1], loop.position
+    loop.follows, loop.position = False, true + [1.0, 0.0]
+    loop.run(0.5)
+    assert hold_code(loop) == "implausible_joint_states"
+    np.testing.assert_allclose(loop.path[-1], held, atol=1e-12)
+    loop.position = true
+    loop.run(2.0)
+    assert hold_code(loop) == "implausible_joint_states"
+    np.testing.assert_allclose(loop.path[-1], held, atol=1e-12)
+    assert loop.safety.holds["implausible_joint_states"] > 200
+    assert loop.controller.enable(loop.now) is None
+    loop.follows = True
+    loop.run(0.5)
+    assert loop.controller.hold is None
+    assert np.abs(np.diff(loop.path, axis=0)).max() < 0.02
+
+
+STRANGE = (float("nan"), float("inf"), 1e308, -1e308, 1e9, 57.3, 1.0, 0.0)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_strange_messages_hold_and_raise_nothing(data: st.DataObject) -> None:
+    loop = Loop()
+    loop.run(0.3)
+    for _ in range(data.draw(st.integers(1, 6))):
+        names = data.draw(st.lists(st.sampled_from([*JOINTS, "", "x" * 10_000]), max_size=5))
+        count = data.draw(st.sampled_from([len(names), 0, 7]))
+        values = data.draw(st.lists(st.sampled_from(STRANGE), min_size=count, max_size=count))
+        state = JointState(name=names, position=values, velocity=values[:1])
+        state.header.stamp = stamp(data.draw(st.sampled_from([0.0, loop.now, loop.now - 0.001, 2e9])))
+        size = st.sampled_from([0, 1, 4, 12, 2**32 - 1])
+        image = array_to_image(PIXELS, stamp(loop.now), "camera")
+        image.width, image.height, image.step = data.draw(size), data.draw(size), data.draw(size)
+        image.encoding = data.draw(st.sampled_from(["rgb8", "", "mono16", "x" * 10_000]))
+        loop.safety.measure(state.name, state.position, loop.now)
+        loop.observations.take_joints(state)
+        loop.observations.take_image(loop.observations.cameras[0], image)
+        decision = loop.controller.tick(loop.now, loop.now)
+        loop.controller.after_tick(loop.now)
+        loop.controller.observed(loop.now)
+        assert decision is None or (decision.positions is not None and np.abs(decision.positions).max() < 0.2)
+        loop.now += 0.01
+
+
+# ---- what the policy does not take ----------------------------------------------------------------------------------
+
+
+def test_a_refused_instruction_holds_at_once_and_is_asked_once() -> None:
+    loop = Loop()
+    loop.run(1.0)
+    loop.policy.error = ("The instruction has 600 words.", "bad_instruction")
+    loop.controller.instruct("word " * 80)
+    asked = len(loop.policy.asked)
+    loop.run(3.0)
+    assert hold_code(loop) == "bad_instruction"
+    assert "600 words" in loop.controller.hold.detail  # type: ignore[union-attr]
+    assert len(loop.policy.asked) <= asked + 2  # the one under way was of the old instruction
+    loop.policy.error = None
+    loop.controller.instruct("climb on")
+    loop.run(0.2)
+    assert loop.controller.hold is None
+
+
+@pytest.mark.parametrize("text", ["x" * 501, "up\n and down", "up\x1b[2J", "\ud800"])
+def test_texts_that_are_no_instructions_never_reach_the_policy(text: str) -> None:
+    loop = Loop()
+    loop.run(1.0)
+    loop.controller.instruct(text)
+    asked = len(loop.policy.asked)
+    loop.run(1.0)
+    assert hold_code(loop) == "bad_instruction"
+    assert len(loop.policy.asked) == asked
+    loop.controller.instruct("x" * 500)
+    loop.run(0.3)
+    assert loop.controller.hold is None
+
+
+@pytest.mark.parametrize(("code", "hold"), [("not_finite", "not_finite"), ("", "starved")])
+def test_a_policy_that_fails_is_asked_less_and_less_often(code: str, hold: str) -> None:
+    loop = Loop()
+    loop.run(1.0)
+    loop.policy.error = ("The scores are not finite.", code)
+    asked = len(loop.policy.asked)
+    loop.run(10.0)
+    assert hold_code(loop) == hold
+    assert "The scores are not finite." in loop.controller.hold.detail  # type: ignore[union-attr]
+    assert 5 <= len(loop.policy.asked) - asked <= 12  # after 0.1, 0.2, 0.4, 0.8, 1.6, 2, 2, ... s
+    loop.policy.error = None
+    loop.run(2.5)
+    assert loop.controller.hold is None
+    starved = loop.stream.counters.starved
+    loop.run(5.0)
+    assert loop.stream.counters.starved == starved
 
 
 def test_ticks_fit_steps() -> None:

@@ -18,6 +18,7 @@ import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
+from rcl_interfaces.srv import GetParameters
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Float64MultiArray, String
@@ -123,10 +124,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
         graph = Graph(tmp_path_factory.mktemp("faults"))
-        made = Bench(graph)
-        made.status.state("disabled")
-        yield made
-        graph.close()
+        try:
+            made = Bench(graph)
+            made.status.state("disabled")
+            yield made
+        finally:
+            graph.close()
 
 
 def other_encoding(message: Image) -> Image:
@@ -151,6 +154,21 @@ def nan_in_state(message: JointState) -> JointState:
 def from_the_future(message: JointState) -> JointState:
     """As if the clock of this computer had been set back."""
     message.header.stamp.sec += 60
+    return message
+
+
+def jumped(message: JointState) -> JointState:
+    message.position[0] += 1.0
+    return message
+
+
+def swapped(message: JointState) -> JointState:
+    message.name[1], message.name[3] = message.name[3], message.name[1]
+    return message
+
+
+def in_degrees(message: JointState) -> JointState:
+    message.position = np.degrees(message.position).tolist()
     return message
 
 
@@ -206,6 +224,68 @@ def test_spoilt_inputs_stop_the_arm_and_it_goes_on_after_them(
     bench.status.state("active")
     bench.graph.wait(bench.moves, "the arm to move again", timeout=10.0)
     bench.check_smooth(since)
+
+
+@pytest.mark.realtime
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        jumped,
+        pytest.param(swapped, marks=pytest.mark.slow),
+        pytest.param(in_degrees, marks=pytest.mark.slow),
+    ],
+)
+def test_joint_states_that_cannot_be_true_stop_the_arm_until_somebody_enables_it(
+    bench: Bench, spoil: Any
+) -> None:
+    bench.begin(seed=1)
+    since = len(bench.commands)
+    bench.joints = spoil
+    bench.status.state("holding", "implausible_joint_states: joint")
+    bench.check_rest()
+    bench.repair()
+    bench.graph.spin(1.0)
+    bench.status.state("holding", "implausible_joint_states: joint")
+    bench.check_rest()
+    assert bench.graph.call("/policy/enable", SetBool, SetBool.Request(data=True)).success
+    bench.status.state("active")
+    bench.graph.wait(bench.moves, "the arm to move again", timeout=10.0)
+    bench.check_smooth(since)
+
+
+@pytest.mark.realtime
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("red " * 100, "the instruction"),  # more words than the policy reads
+        pytest.param("x" * 10_000, "10000 characters; at most 500", marks=pytest.mark.slow),
+        pytest.param("xyzzy plugh", "no word that the policy knows", marks=pytest.mark.slow),
+        pytest.param("move\x1b[2J the red cube", "control characters", marks=pytest.mark.slow),
+    ],
+)
+def test_an_instruction_that_is_refused_stops_the_arm_and_fills_no_log(
+    bench: Bench, text: str, told: str
+) -> None:
+    bench.begin(seed=3)
+    before = len(bench.graph.output("policy_node"))
+    bench.instruction.publish(String(data=text))
+    values = bench.status.wait(
+        lambda message, _: message.startswith("bad_instruction") and told in message.lower(), "the hold"
+    )
+    assert values["state"] == "holding"
+    assert max(map(len, values.values())) <= 200
+    bench.check_rest()
+    bench.graph.spin(2.0)
+    said = bench.graph.output("policy_node")[before:]
+    assert "Traceback" not in said
+    assert len(said) < 2000
+    shown = bench.graph.call(
+        "/policy/get_parameters", GetParameters, GetParameters.Request(names=["instruction"])
+    )
+    assert len(shown.values[0].string_value) <= 500
+    bench.instruction.publish(String(data="move the red cube into the bin"))
+    bench.status.state("active")
+    bench.graph.wait(bench.moves, "the arm to move again", timeout=10.0)
 
 
 def test_topics_services_and_diagnostics_are_the_documented_ones(bench: Bench) -> None:

@@ -20,7 +20,7 @@ import torch
 
 import ceed_vla
 from ceed_vla.decoding import DecodingConfig
-from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.errors import CheckpointError, ConfigError, NotFiniteError
 from ros_nodes.inference import MODES, InferenceWorker, Request, Response
 from tests.ros_nodes.conftest import tiny_act
 
@@ -135,6 +135,33 @@ def test_an_empty_instruction_is_answered(worker: InferenceWorker) -> None:
     answer = ask(worker, Request(3, observation(), "  "))
     assert answer.error is not None
     assert "has no word" in answer.error
+
+
+@pytest.mark.parametrize("text", ["%%% ???", "xyzzy plugh", "red " * 50])
+def test_an_instruction_that_the_policy_does_not_take_is_told_from_other_errors(
+    worker: InferenceWorker, text: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    answer = ask(worker, Request(3, observation(), text))
+    assert answer.error is not None
+    assert len(answer.error) <= 200
+    assert answer.code == "bad_instruction"
+    bad = {**observation(), STATE: np.zeros(9, np.float32)}
+    assert ask(worker, Request(4, bad, INSTRUCTION)).code == ""
+    for _ in range(50):
+        ask(worker, Request(5, observation(), text))
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    assert len(out + err) < 2000
+
+
+def test_scores_that_are_not_finite_are_told_from_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise NotFiniteError("The scores are not finite.")
+
+    with InferenceWorker("student", mode="thread", warmup=1) as worker:
+        monkeypatch.setattr(worker._policy._predictor._policy, "decode", broken)  # type: ignore[union-attr]
+        answer = ask(worker, Request(1, observation(), INSTRUCTION))
+    assert (answer.error, answer.code) == ("The scores are not finite.", "not_finite")
 
 
 def test_tokens_that_do_not_fit_are_answered(worker: InferenceWorker) -> None:

@@ -27,6 +27,30 @@ URDF = """<robot name="two">
 <joint name="c" type="revolute"><parent link="lower"/><child link="tip"/><origin xyz="1 0 0"/><axis xyz="0 0 1"/>
   <limit lower="-3" upper="3" effort="1" velocity="1"/></joint>
 </robot>"""
+MASS = '<inertial><mass value="1"/><inertia ixx="1" iyy="1" izz="1" ixy="0" ixz="0" iyz="0"/></inertial>'
+for link in ("upper", "lower", "tip"):
+    URDF = URDF.replace(f'<link name="{link}"/>', f'<link name="{link}">{MASS}</link>')
+
+
+def test_velocity_limits_are_the_urdfs(tmp_path: Path, kinematics: ArmKinematics) -> None:
+    text = URDF.replace('velocity="1"', 'velocity="0"', 1).replace('velocity="1"', 'velocity="2.5"', 1)
+    (tmp_path / "two.urdf").write_text(text)
+    velocity = ArmKinematics(tmp_path / "two.urdf", "tip", ("c", "b", "a")).velocity
+    np.testing.assert_array_equal(velocity, [1.0, 2.5, np.nan])  # 0 says nothing
+    assert np.isnan(kinematics.velocity).all()
+
+
+def test_a_model_that_mujoco_cannot_build_is_refused(tmp_path: Path) -> None:
+    for text in (
+        "<mujoco",
+        "<mujoco/>",
+        "",
+        "<robot name='a'><link name='b'/></robot>",
+        URDF.replace(MASS, ""),
+    ):
+        (tmp_path / "arm.urdf").write_text(text)
+        with pytest.raises(ConfigError):
+            ArmKinematics(tmp_path / "arm.urdf", "tip", ("a",))
 
 
 def pose_limits(**changes: Any) -> PoseLimits:
@@ -186,12 +210,8 @@ def test_a_bad_action_is_refused(action: np.ndarray) -> None:
 
 
 def test_a_urdf_works_too_and_joints_keep_the_given_order(tmp_path: Path) -> None:
-    text = URDF
-    mass = '<inertial><mass value="1"/><inertia ixx="1" iyy="1" izz="1" ixy="0" ixz="0" iyz="0"/></inertial>'
-    for link in ("upper", "lower", "tip"):
-        text = text.replace(f'<link name="{link}"/>', f'<link name="{link}">{mass}</link>')
     path = tmp_path / "two.urdf"
-    path.write_text(text)
+    path.write_text(URDF)
     planar = ArmKinematics(path, "tip", ("b", "a"))
     assert planar.position_low.tolist() == [-1.0, -2.0]
     position, _ = planar.forward(np.array([np.pi / 2, 0.0]))  # b, a; c is not named: it stays at 0

@@ -131,6 +131,17 @@ def test_demo_passes_on_what_the_policy_takes(monkeypatch: pytest.MonkeyPatch) -
     assert set(passed) <= set(arguments(file, monkeypatch))
 
 
+@pytest.mark.parametrize(("given", "used"), [(None, "LOCALHOST"), ("SUBNET", "SUBNET")])
+def test_the_demo_stays_on_this_machine_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, used: str
+) -> None:
+    monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", given or "")
+    if given is None:
+        monkeypatch.delenv("ROS_AUTOMATIC_DISCOVERY_RANGE")
+    made("sim_demo.launch.py", monkeypatch, "Node")
+    assert os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] == used
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_config_files_that_launch_files_name_are_installed(file: str) -> None:
     installed = {path.name for path in (LAUNCH / "config").iterdir()}

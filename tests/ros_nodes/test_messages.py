@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -55,6 +56,9 @@ def test_padded_rows_are_cut() -> None:
         ({"step": 14}, "step 14; a row of 5 rgb8 pixels takes 15"),
         ({"step": 16}, "60 bytes; step 16 x height 4 makes 64"),
         ({"data": b""}, "0 bytes"),
+        ({"width": 2**32 - 1, "height": 2**32 - 1, "step": 2**32 - 1}, "step 4294967295; a row of"),
+        ({"height": 2**32 - 1, "step": 2**32 - 1}, "step 4294967295 x height 4294967295"),
+        ({"encoding": "x" * 10_000}, r"'x+\.\.\.x+'; use rgb8"),
     ],
 )
 def test_malformed_images_are_refused(changes: dict[str, object], message: str) -> None:
@@ -78,10 +82,38 @@ def test_compressed_images(kind: str) -> None:
     np.testing.assert_allclose(pixels, flat, atol=4)
 
 
-@pytest.mark.parametrize("data", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n" + 20 * b"\0"])
+def written(kind: str, size: tuple[int, int]) -> bytes:
+    file = io.BytesIO()
+    PillowImage.new("1" if kind == "PNG" else "L", size).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"no image at all",
+        b"\x89PNG\r\n\x1a\n" + 20 * b"\0",
+        written("JPEG", (64, 64))[:300],
+        written("PNG", (6000, 6000)),
+        written("PNG", (10_000, 10_000)),  # Pillow warns
+        written("PNG", (20_000, 10_000)),  # Pillow refuses
+    ],
+)
 def test_broken_compressed_images_are_refused(data: bytes) -> None:
-    with pytest.raises(ObservationError, match="Send JPEG or PNG"):
+    with pytest.raises(ObservationError, match=r"(?s)^.{,500}Send JPEG or PNG"):
         messages.compressed_to_array(CompressedImage(format="png", data=data))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_damaged_images_raise_nothing_else(kind: str) -> None:
+    whole, rng = written(kind, (40, 30)), np.random.default_rng(0)
+    for _ in range(300):
+        data = np.frombuffer(whole, np.uint8).copy()
+        data[rng.integers(8, len(data), 4)] = rng.integers(0, 256, 4)
+        message = CompressedImage(format="x" * 1000, data=data[: rng.integers(8, len(data) + 1)].tobytes())
+        with suppress(ObservationError):
+            assert messages.compressed_to_array(message).shape[2] == 3
 
 
 def test_joints_are_matched_by_name() -> None:
@@ -104,6 +136,7 @@ def test_velocities_are_optional() -> None:
         (JointState(name=["a", "b"], position=[1.0]), "2 names and 1 positions"),
         (JointState(name=["a", "b"], position=[1.0, 2.0], velocity=[1.0]), "2 names and 1 velocities"),
         (JointState(name=["a", "a", "b"], position=[1.0, 2.0, 3.0]), "twice: a, a, b"),
+        (JointState(name=["a"] * 10_000 + ["b"], position=[1.0] * 10_001), r"twice: a, .*\.\.\.\."),
         (JointState(name=["a", "b"], position=[1.0, math.nan]), "positions are not finite: b nan"),
         (JointState(name=["a", "b"], position=[1.0, 2.0], velocity=[math.inf, 0.0]), "velocities are not"),
     ],

@@ -38,10 +38,13 @@ class Robot:
         encoding: Of the images.
         state: Joint -> position [rad] or [m].
         wrong: Joint -> what the joint states say instead.
+        states: Whether joint states are published.
+        powered: Whether commands move the arm.
     """
 
     def __init__(self, graph: Any, cameras: dict[str, tuple[int, int]], state: dict[str, float]) -> None:
         self.images, self.state = True, dict(state)
+        self.states = self.powered = True
         self.encoding = "rgb8"
         self.wrong: dict[str, float] = {}
         rng = np.random.default_rng(0)
@@ -58,9 +61,12 @@ class Robot:
 
     def follow(self, positions: Any) -> None:
         """Be where the command says."""
-        self.state.update(zip(ARM, positions, strict=True))
+        if self.powered:
+            self.state.update(zip(ARM, positions, strict=True))
 
     def _publish_joints(self) -> None:
+        if not self.states:
+            return
         state = self.state | self.wrong
         names = list(reversed(self.state))  # an order of its own: joints are matched by name
         message = JointState(name=names, position=[state[name] for name in names])
@@ -192,10 +198,92 @@ def test_operator_stops_resets_enables_and_instructs(graph: Any) -> None:
     assert graph.stop("policy_node", signal.SIGTERM) == 0
 
 
+@pytest.mark.realtime
+def test_no_command_follows_from_a_pose_of_before(graph: Any) -> None:
+    robot, status = tabletop(graph), Status(graph)
+    commands = graph.listen(COMMANDS, Float64MultiArray)
+    graph.node.create_subscription(
+        Float64MultiArray, COMMANDS, lambda message: robot.follow(message.data), 10
+    )
+    robot.states = False
+    start(graph)
+    status.state("holding", "no_joint_states")
+    assert not commands
+    assert "ROS domain" in graph.output("policy_node")
+    assert "discovery range LOCALHOST" in graph.output("policy_node")
+    robot.states = True
+    status.state("active")  # it was to be enabled at the start
+
+    assert graph.call("/policy/enable", SetBool, SetBool.Request(data=False)).success
+    graph.spin(0.3)
+    robot.states = False
+    graph.spin(0.5)
+    robot.state["joint1"] = 0.4  # by hand, and nobody saw it
+    before = len(commands)
+    refused = graph.call("/policy/enable", SetBool, SetBool.Request(data=True))
+    assert not refused.success
+    assert "stale: joint_states is" in refused.message
+    assert "limit is 0.20 s" in refused.message
+    graph.spin(0.5)
+    assert len(commands) == before
+    robot.states = True
+    graph.spin(0.3)
+    assert len(commands) == before  # a refused wish is forgotten
+    assert graph.call("/policy/enable", SetBool, SetBool.Request(data=True)).success
+    status.state("active")
+    assert commands[before].data[0] == pytest.approx(0.4, abs=1e-6)
+
+    robot.states = robot.powered = False  # in motion
+    status.state("holding", "stale")
+    held = commands[-1].data[0]
+    robot.state["joint1"] = -0.4
+    before = len(commands)
+    robot.states = True
+    status.wait(lambda _, values: float(values.get("observation_age_s.joint_states") or 9) < 0.2, "states")
+    later = np.array([message.data[0] for message in commands[before:]])
+    turn = int((np.abs(later - held) > 0.1).argmax())
+    np.testing.assert_allclose(later[:turn], held, atol=1e-6)  # until they came
+    np.testing.assert_allclose(later[turn:], -0.4, atol=0.35)  # policy at work, `limits.step` from the arm
+    assert later[turn] == pytest.approx(-0.4, abs=1e-6)
+    assert graph.stop("policy_node", signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "told"),
+    [
+        ("config.json", "{", "configure failed: "),
+        ("robot.yaml", "[" * 3000, "robot.yaml cannot be read"),
+        pytest.param("robot.yaml", "arm: {joints: [a]}", "is missing", marks=pytest.mark.slow),
+        pytest.param("robot.yaml", "topic", "topic.xml cannot be used", marks=pytest.mark.slow),
+    ],
+)
+def test_a_node_that_starts_by_itself_ends_if_it_cannot(
+    graph: Any, tmp_path: Path, file: str, text: str, told: str
+) -> None:
+    (tmp_path / "topic.xml").write_text(
+        "<mujoco><worldbody><body><joint name='joint1'/></body></worldbody></mujoco>"
+    )
+    if text == "topic":
+        values = yaml.safe_load(ROBOT.source.read_text())
+        values["arm"] |= {"model": "topic.xml", "joints": ["joint1"], "home": [0.0], "tcp": "a"}
+        values["limits"] = {"velocity": [1.0], "step": [1.0]}
+        text = yaml.safe_dump(values)
+    (tmp_path / file).write_text(text)
+    name = "robot_config" if file == "robot.yaml" else "checkpoint"
+    start(graph, **{name: str(tmp_path / file if file == "robot.yaml" else tmp_path)})
+    assert graph.processes["policy_node"].wait(60) == 1
+    output = graph.output("policy_node")
+    assert told in output
+    errors = [line for line in output.splitlines() if "[INFO]" not in line]
+    assert len(errors) == 1, output
+    assert errors[0].startswith("policy_node: error: configure failed: ")
+
+
 def test_bad_checkpoint_is_no_crash_and_the_lifecycle_works(graph: Any, tmp_path: Path) -> None:
     tabletop(graph)
     status = Status(graph)
-    start(graph, checkpoint=str(tmp_path / "none"))
+    start(graph, autostart=False, checkpoint=str(tmp_path / "none"))
+    assert not change_state(graph, Transition.TRANSITION_CONFIGURE)
     found = status.wait(lambda message, _: "configure failed" in message, "the failure")
     assert found["state"] == "unconfigured"
     assert "No checkpoint folder at" in found["message"]

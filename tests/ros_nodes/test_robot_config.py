@@ -122,6 +122,18 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("limits/velocity", [1.0] * 6, "limits.velocity is .* give a list of 7 numbers"),
         ("limits/velocity", [-1.0] * 7, "limits.velocity has -1"),
         ("limits/speed", [1.0] * 7, "limits.speed is unknown"),
+        ("limits/physical_velocity", [0.0] * 7, r"limits.physical_velocity has 0.0; it must lie in \[0.001"),
+        ("limits/physical_velocity", 2.0, "limits.physical_velocity is 2.0; give a list of 7 numbers"),
+        ("joint_states/topic", "joint states", "topic is 'joint states'; a topic has letters, digits and _"),
+        pytest.param("joint_states/topic", "a" * 300, "a topic has letters", id="long topic"),
+        pytest.param("arm/model", "a" * 5000, "File name too long", id="long path"),
+        ("arm/model", "~nobody_here/arm.xml", "home directory"),
+        ("action/dt", float("nan"), "action.dt has nan; give a finite number"),
+        pytest.param("action/dt", 10**400, "action.dt has 10+...0+; it must lie in", id="no float"),
+        ("action/dt", True, "action.dt has True; give a finite number"),
+        ("gripper/open", 1e300, "it must lie in"),
+        ("gripper/topic", {"a": [[["x"] * 10_000]]}, "gripper.topic is .* give a text"),
+        pytest.param("arm/" + "x" * 5000, 1, "arm.x+... is unknown", id="long key"),
         ("limits/position", {"low": [1.0] * 7, "high": [0.0] * 7}, "limits.position.low is not below high"),
         ("state/observation.state", ["joints"], f"'joints'; choose from {COMPONENTS[0]}"),
         ("images/front", {"topic": "a"}, "images.front is no feature; it must start with 'observation.'"),
@@ -147,6 +159,7 @@ def test_bad_files_are_refused(tmp_path: Path, path: str, value: Any, message: s
     with pytest.raises(ConfigError, match=message) as caught:
         load_robot_config(file)
     assert str(file) in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 def test_what_needs_a_model_says_so(tmp_path: Path) -> None:
@@ -165,6 +178,14 @@ def test_what_needs_a_model_says_so(tmp_path: Path) -> None:
         robot.interface("servo_twist")
 
 
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    text = (CONFIG / "real_arm_example.yaml").read_text()
+    file = tmp_path / "robot.yaml"
+    file.write_text(text.replace("  step: [", "  velocity: [9.0, 9.0, 9.0, 9.0, 9.0, 9.0]\n  step: ["))
+    with pytest.raises(ConfigError, match="the key 'velocity' is there twice"):
+        load_robot_config(file)
+
+
 def test_commanded_poses_are_of_ee_deltas(tmp_path: Path) -> None:
     values = packaged()
     values["action"] = {"kind": "joint_position", "dt": 0.1}
@@ -172,7 +193,23 @@ def test_commanded_poses_are_of_ee_deltas(tmp_path: Path) -> None:
         load_robot_config(write(tmp_path, values))
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "\x00"])
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i}, ' * 9}]\n" for i in range(30))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[1, 2]", "a: [", "\x00", "1: 2", "? [a]\n: b", "- a", ".nan", "text"),
+        *("a: !!timestamp b", "a: 2024-13-45", "a: !!int b", "!!python/name:os.system", "a: *b"),
+        pytest.param("[" * 5000, id="deep"),
+        pytest.param("a: " + "9" * 5000, id="many digits"),
+        pytest.param("a: 0x" + "f" * 5000, id="many hexadecimal digits"),
+        pytest.param("a" * 1_000_001, id="long"),
+        pytest.param(LAUGHS, id="a billion laughs"),
+        pytest.param(LAUGHS + "arm: *a30", id="a billion laughs, shown"),
+        pytest.param("arm: &a {arm: *a}", id="in itself"),
+    ],
+)
 def test_no_yaml(tmp_path: Path, text: str) -> None:
     (tmp_path / "robot.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"robot\.yaml"):

@@ -138,8 +138,8 @@ def test_a_stall_of_the_sender_does_not_buy_a_larger_step() -> None:
 
 
 def test_a_measured_position_outside_the_limits_leads_back_inside() -> None:
-    safety = moving((1.5, 0.0))
-    decision = safety.command(np.array([1.5, 0.0]), dt=DT, ages=FRESH)
+    safety = moving((1.08, 0.0))
+    decision = safety.command(np.array([1.08, 0.0]), dt=DT, ages=FRESH)
     assert decision.positions == pytest.approx([1.0, 0.0])
 
 
@@ -270,6 +270,125 @@ def test_enabling_starts_from_where_the_arm_is() -> None:
     assert decision.clamped == ()
 
 
+# ---- joint states that are too old, or cannot be true ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("age", "detail"),
+    [
+        (0.21, "joint_states is 0.21 s old, the limit is 0.20 s"),
+        (1e9, "joint_states is 1000000000.00 s old"),
+        (math.nan, "joint_states is nan"),
+        (None, "joint_states never came"),
+        (-0.3, "joint_states lies 0.30 s in the future, the limit is 0.20 s"),
+    ],
+)
+def test_motion_is_not_enabled_from_a_pose_of_another_time(age: float | None, detail: str) -> None:
+    safety = SafetyFilter(limits())
+    safety.measure(NAMES, (0.1, 0.1))
+    for enable in (safety.enable, safety.restart):
+        refused = enable(age)
+        assert refused is not None
+        assert refused.code == "stale"
+        assert detail in refused.detail
+    assert not safety.enabled
+    late = {"joint_states": age, "front": 0.0}
+    assert safety.command(np.zeros(2), dt=DT, ages=late).positions is None  # not even held
+    assert safety.enable(0.2) is None
+
+
+def test_a_pose_that_ages_between_enable_and_the_first_command_is_not_taken_later() -> None:
+    safety = moving((0.1, 0.1))
+    safety.measure(NAMES, (0.3, 0.1))
+    late = {"joint_states": 0.3, "front": 0.0}
+    assert safety.command(np.zeros(2), dt=DT, ages=late).positions == pytest.approx([0.1, 0.1])
+
+
+def watching(velocity: float = 1.0) -> SafetyFilter:
+    """An enabled filter that has seen the arm at 0 at 10 s."""
+    safety = SafetyFilter(limits(physical_velocity=[velocity, velocity]))
+    assert safety.measure(NAMES, (0.0, 0.0), 10.0) is None
+    assert safety.enable() is None
+    return safety
+
+
+@pytest.mark.parametrize(
+    ("at", "stamp", "detail"),
+    [
+        ((0.08, 0.0), 10.01, "shoulder went from 0 to 0.08 rad in 0.010 s; it moves at most 1 rad/s"),
+        ((0.06, 0.0), 10.0, "in 0.000 s"),  # two states of one moment
+        ((0.06, 0.0), 9.999, "shoulder went"),  # a late one
+        ((0.0, -1.0), 10.2, "elbow went from 0 to -1 rad"),
+        ((1.11, 0.0), 99.0, "shoulder is at 1.11 rad, 0.11 outside its limits [-1, 1]"),
+        ((0.0, -57.3), None, "elbow is at -57.3 rad"),
+        ((0.0, 1e308), 10.01, "elbow is at 1e+308 rad"),
+    ],
+)
+def test_joint_states_that_cannot_be_true_hold_until_enable(
+    at: tuple[float, float], stamp: float | None, detail: str
+) -> None:
+    safety = watching()
+    safety.command(np.array([0.01, 0.0]), dt=DT, ages=FRESH)
+    fault = safety.measure(NAMES, at, stamp)
+    assert fault is not None
+    assert fault.code == "implausible_joint_states"
+    assert detail in fault.detail
+    last = 10.0 if stamp is None else stamp
+    safety.measure(NAMES, np.clip(at, -1, 1), last)  # good ones do not help, ...
+    for i in range(1, 60):
+        safety.measure(NAMES, (0.02, 0.0), last + i)
+    decision = safety.command(np.array([0.5, 0.0]), dt=DT, ages=FRESH)
+    assert decision.hold == fault
+    assert decision.positions == pytest.approx([0.01, 0.0])
+    assert safety.restart(0.0) == fault  # ... nor does what is no operator
+    assert safety.enable(0.5) is not None  # and a refused `enable` does not either
+    assert safety.restart(0.0) == fault
+    assert safety.enable(0.0) is None
+    assert safety.command(np.array([0.025, 0.0]), dt=DT, ages=FRESH).positions == pytest.approx([0.025, 0.0])
+
+
+@pytest.mark.parametrize(
+    "states",
+    [
+        pytest.param([(0.049, 10.0), (0.0, 10.0), (0.049, 10.0)], id="noise in equal stamps"),
+        pytest.param([(0.02 * (-1) ** i, 10.0 + 1e-3 * i) for i in range(1, 50)], id="1 kHz with noise"),
+        pytest.param([(0.02, 10.02), (0.01, 10.01), (0.03, 10.03)], id="out of order"),
+        pytest.param([(0.9, 11.0)], id="after a pause"),
+        pytest.param([(0.9, 0.5), (0.91, 0.51), (0.92, 0.52)], id="the clock went back"),
+        pytest.param([(0.9, 0.0), (0.9, 0.0)], id="stamp 0"),
+        pytest.param([(0.0199 * i, 10.0 + 0.01 * i) for i in range(1, 50)], id="twice its velocity"),
+        pytest.param([(1.09, 11.0)], id="a little outside"),
+    ],
+)
+def test_what_arms_do_is_plausible(states: list[tuple[float, float]]) -> None:
+    safety = watching()
+    for position, stamp in states:
+        assert safety.measure(NAMES, (position, 0.0), stamp) is None
+
+
+def test_while_disabled_the_arm_may_be_elsewhere_but_not_outside() -> None:
+    safety = watching()
+    safety.disable()
+    assert safety.measure(NAMES, (0.9, 0.9), 10.01) is None  # a simulation is reset
+    fault = safety.measure(NAMES, (0.9, 50.0), 10.02)
+    assert fault is not None
+    refused = safety.enable()
+    assert refused is not None
+    assert refused.code == "implausible_joint_states"
+    assert safety.measure(NAMES, (-0.9, 0.9), 10.03) is None
+    assert safety.enable() is None
+    assert safety.measure(NAMES, (-0.9, 0.9), 10.04) is None
+    safety.estop("operator")
+    assert safety.measure(NAMES, (0.9, 0.9), 10.05) is None
+    safety.reset()
+    assert safety.enable() is None
+
+
+def test_physical_velocities_have_a_default() -> None:
+    assert limits().physical_velocity == pytest.approx([np.pi, np.pi])
+    assert limits(max_velocity=[1.0, 9.0]).physical_velocity == pytest.approx([np.pi, 9.0])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -278,6 +397,8 @@ def test_enabling_starts_from_where_the_arm_is() -> None:
         ({"position_low": [0.0]}, "position_low is .* one finite number for each"),
         ({"max_velocity": [1.0, math.inf]}, "max_velocity is"),
         ({"max_step": [0.1, 0.0]}, "max_step .* must be positive"),
+        ({"physical_velocity": [0.1, 0.0]}, "physical_velocity .* must be positive"),
+        ({"physical_velocity": [0.1]}, "physical_velocity is .* one finite number for each"),
         ({"position_low": [-1.0, 2.0]}, "lower position limit of elbow"),
         ({"timeouts": {"front": 1.0}}, "'joint_states' must have one"),
         ({"timeouts": {"joint_states": 0.0}}, "must be positive"),

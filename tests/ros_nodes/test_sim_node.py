@@ -23,6 +23,7 @@ from std_msgs.msg import Bool, Float64MultiArray, String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
+from ros_nodes import sim_node
 from ros_nodes.messages import LATCHED, SENSOR, image_to_array, joint_state_by_name, seconds
 from sim.tabletop.env import TabletopEnv
 
@@ -94,6 +95,17 @@ def test_publishes_what_a_robot_publishes(graph: Any) -> None:
     values = {value.key: value.value for value in diagnostics[-1].status[0].values}
     assert values["episode_seed"] == "5"
     assert values["commanders_of_/forward_position_controller/commands"] == "0"
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "LOCALHOST"), ("SUBNET", "SUBNET")])
+def test_only_this_machine_finds_it_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, used: str
+) -> None:
+    monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", given or "")
+    if given is None:
+        monkeypatch.delenv("ROS_AUTOMATIC_DISCOVERY_RANGE")
+    monkeypatch.setattr(sim_node, "run", lambda *_: os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"])
+    assert str(sim_node.main()) == used
 
 
 def test_reset_starts_the_episode_that_the_parameters_name(graph: Any) -> None:

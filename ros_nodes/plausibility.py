@@ -1,0 +1,68 @@
+"""Whether joint states can be true: a broken sensor, swapped names or another unit do what no arm does. Free of ROS.
+
+An arm that is commanded from such a state moves at its limit, so `SafetyFilter` holds until an operator has looked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+PHYSICAL_VELOCITY = float(np.pi)  # of a joint whose own limit is not known [rad/s]
+_SPEEDS = 2.0  # physical velocities that are believed
+_SLACK = 0.05  # noise, and stamps that jitter [rad]
+_OUTSIDE = 0.1  # beyond the position limits [rad]
+
+
+class Plausibility:
+    """Compares each joint state with the limits, and with the one before it.
+
+    Args:
+        names: J joints.
+        low: (J,) [rad].
+        high: (J,) [rad].
+        velocity: (J,) that a joint reaches physically [rad/s].
+    """
+
+    def __init__(self, names: Sequence[str], low: Array, high: Array, velocity: Array) -> None:
+        self._names, self._low, self._high, self._velocity = tuple(names), low, high, velocity
+        self._last: tuple[Array, float | None] | None = None
+
+    def outside(self, positions: Array) -> str:
+        """Which joint of a state (J,) [rad] lies where none can be; "" if none does."""
+        beyond = np.maximum(self._low - positions, positions - self._high)
+        joint = int(beyond.argmax())
+        if beyond[joint] <= _OUTSIDE:
+            return ""
+        return (
+            f"{self._names[joint]} is at {positions[joint]:.6g} rad, {beyond[joint]:.3g} outside its limits "
+            f"[{self._low[joint]:.4g}, {self._high[joint]:.4g}]"
+        )
+
+    def jump(self, positions: Array, stamp: float | None) -> str:
+        """Which joint moved faster than it can since the last call; "" if none did.
+
+        The order of the stamps does not matter: a late message is a state of a moment ago, and after a jump of the
+        clock the time between two states is long.
+
+        Args:
+            positions: (J,) [rad], inside the limits.
+            stamp: When they were measured [s]; None if that is not known, then nothing is compared.
+        """
+        before, self._last = self._last, (positions, stamp)
+        if before is None or before[1] is None or stamp is None:
+            return ""
+        seconds = abs(stamp - before[1])
+        moved = np.abs(positions - before[0])
+        excess = moved - (_SPEEDS * self._velocity * seconds + _SLACK)
+        joint = int(excess.argmax())
+        if excess[joint] <= 0.0:
+            return ""
+        return (
+            f"{self._names[joint]} went from {before[0][joint]:.4g} to {positions[joint]:.4g} rad in {seconds:.3f} s; "
+            f"it moves at most {self._velocity[joint]:.3g} rad/s"
+        )

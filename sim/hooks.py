@@ -50,8 +50,13 @@ class ClosedLoopValidation:
             ]
             for first, count in shares
         ]
-        counts = [json.loads(text.strip().splitlines()[-1]) for text in _run_all(commands)]
-        return sum(count["successes"] for count in counts), sum(count["episodes"] for count in counts)
+        try:
+            counts = [json.loads(text.strip().splitlines()[-1]) for text in _run_all(commands)]
+            return sum(count["successes"] for count in counts), sum(count["episodes"] for count in counts)
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise SimulationError(
+                f"A validation of {policy} printed no result ({error!r}); see above."
+            ) from error
 
 
 class TakeoverRecorder:

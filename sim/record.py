@@ -31,7 +31,7 @@ from sim.recording.attempts import (
     grounding_scenes,
     perturb_attempt,
 )
-from sim.recording.commits import is_recording
+from sim.recording.commits import PROGRESS_FILE, is_recording
 from sim.recording.config import RecordConfig
 from sim.recording.interrupts import InterruptGuard
 
@@ -93,9 +93,14 @@ def record(
 
     started = time.perf_counter()
     with _recorder(config, policy_bundle) as (run_unit, features), InterruptGuard() as guard:
-        writer = DatasetWriter(
-            config.root, repo_id=config.repo_id, fps=FPS, features=features, robot_type=ROBOT_TYPE
-        )
+        try:
+            writer = DatasetWriter(
+                config.root, repo_id=config.repo_id, fps=FPS, features=features, robot_type=ROBOT_TYPE
+            )
+        except OSError as error:
+            raise DatasetError(
+                f"{config.root} cannot be written ({error}); make room, or choose another root"
+            ) from error
         session = _Session(config, writer, guard)
         try:
             session.run(run_unit, on_attempt)
@@ -128,6 +133,11 @@ def _recorder(
         from sim.rollout import EnvPool, PolicyRunner
 
         bundle = policy_bundle or ceed_vla.load(config.policy_path or "")
+        steps = bundle[0].config.chunk_size
+        if config.executed_steps > steps:
+            raise ConfigError(
+                f"executed_steps is {config.executed_steps}; the policy's chunks have {steps} steps."
+            )
         decoding = named_decoding(config.decoding, bundle[0].config, config.executed_steps)
         runner = PolicyRunner(bundle, decoding)
         with EnvPool(config.batch, image_size=config.image_size) as pool:
@@ -160,7 +170,7 @@ class _Session:
 
     def __init__(self, config: RecordConfig, writer: Any, guard: InterruptGuard) -> None:
         self.config, self.writer, self.guard = config, writer, guard
-        stored = writer.progress
+        stored = self._checked(writer.progress)
         if stored and stored["config"] != config.identity():
             changed = [
                 name for name, value in config.identity().items() if stored["config"].get(name) != value
@@ -179,6 +189,22 @@ class _Session:
             dynamic_ncols=True,
         )
         self.started, self.first_frame = time.perf_counter(), writer.frames
+
+    def _checked(self, stored: dict[str, Any]) -> dict[str, Any]:
+        """What `_progress` wrote, whose counts agree; nothing of a new data set."""
+        if not stored:
+            return stored
+        outcomes, attempts = stored.get("outcomes"), stored.get("attempts")
+        counts: list[Any] = list(outcomes.values()) if isinstance(outcomes, dict) else [None]
+        seeds = [stored.get(name) for name in ("failed_seeds", "episode_seeds")]
+        lists = all(isinstance(s, list) and all(map(_is_count, s)) for s in seeds)
+        fits = isinstance(stored.get("config"), dict) and lists and all(map(_is_count, [attempts, *counts]))
+        if not fits or sum(counts) != attempts or len(stored["episode_seeds"]) != self.writer.episodes:
+            raise DatasetError(
+                f"{self.config.root / PROGRESS_FILE} is damaged: its attempts, outcomes and seeds do not fit the "
+                f"{self.writer.episodes} stored episodes. Record into a new root."
+            )
+        return stored
 
     def _load(self, stored: dict[str, Any]) -> None:
         self.attempts: int = stored.get("attempts", 0)
@@ -260,6 +286,10 @@ class _Session:
         )
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -271,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}; see --help", file=sys.stderr)
         return 2
-    except CeedVLAError as error:
+    except (CeedVLAError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ceed_vla.errors import ConfigError
+from ceed_vla.fields import check_fields, chosen, ranged
 from ceed_vla.lora import A, B
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 
@@ -39,20 +40,14 @@ class LoRAConfig:
         train: Comma-separated modules of the teacher that learn in full beside, e.g. state,auxiliary,embed_tokens.
     """
 
-    rank: int = 0
-    alpha: int = 0
-    dropout: float = 0.0
-    targets: str = "language"
+    rank: int = ranged(0, "[0, 4096]")
+    alpha: int = ranged(0, "[0, 1e6]")
+    dropout: float = ranged(0.0, "[0, 1)")
+    targets: str = chosen("language", TARGETS)
     train: str = "state,auxiliary"
 
     def __post_init__(self) -> None:
-        if self.rank < 0 or self.alpha < 0 or not 0 <= self.dropout < 1:
-            raise ConfigError(
-                f"lora.rank {self.rank} and lora.alpha {self.alpha} must not be negative, lora.dropout {self.dropout} "
-                "must lie in [0, 1)."
-            )
-        if self.targets not in TARGETS:
-            raise ConfigError(f"lora.targets is {self.targets!r}; choose one of {', '.join(TARGETS)}.")
+        check_fields(self, "lora.")
 
 
 def attach(policy: CeedVLAPolicy, config: LoRAConfig) -> None:

@@ -19,12 +19,15 @@ from torch import Tensor
 from ceed_vla.checkpoints import load
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError, DatasetError
+from ceed_vla.fields import COUNTS, chosen, ranged
 from training.adapters import attach_student
+from training.clipping import check_clipping
 from training.corruption import StateDraw, draw_states
 from training.distill_data import DistillData, OnlineData, StoredData, TrajectoriesConfig
 from training.losses import LOSSES, after_first_divergence
 from training.objective import DistillationObjective
-from training.run import ClosedLoop, Run, RunConfig
+from training.run import NONE_OR_RATES, RATES, ClosedLoop, Run, RunConfig
+from training.settings import BATCHES, NONE_OR_COUNTS
 from training.trajectories import guess_shares
 
 STATES = ("online", "stored")
@@ -55,35 +58,28 @@ class DistillConfig(RunConfig):
     teacher_path: str = ""
     trajectories: TrajectoriesConfig = field(default_factory=TrajectoriesConfig)
     roots: str = ""
-    loss: str = "trust_region"
-    states: str = "online"
-    omega: float = 3.0
-    delta_quantile: float = 0.95
+    loss: str = chosen("trust_region", LOSSES)
+    states: str = chosen("online", STATES)
+    omega: float = ranged(3.0, "[0, 1e6]")
+    delta_quantile: float = ranged(0.95, "(0, 1]")
     guesses: str = "0.7,0.2,0.1"
-    max_updates: int = 2
-    max_iterations: int = 2
-    confidence: float | None = None
+    max_updates: int = ranged(2, "[0, 1000]")
+    max_iterations: int = ranged(2, "[1, 1e6]")
+    confidence: float | None = ranged(None, "(0, 1]")
     device: str = "cpu"
-    steps: int = 400
-    batch_size: int = 48
-    lr: float = 3e-4
-    muon_lr: float = 3e-4
-    warmup: int = 20
-    eval_every: int = 100
-    eval_frames: int = 96
-    save_every: int = 100
-    log_every: int = 10
+    steps: int = ranged(400, COUNTS)
+    batch_size: int = ranged(48, BATCHES)
+    lr: float = ranged(3e-4, RATES)
+    muon_lr: float = ranged(3e-4, NONE_OR_RATES)
+    warmup: int = ranged(20, NONE_OR_COUNTS)
+    eval_every: int = ranged(100, NONE_OR_COUNTS)
+    eval_frames: int = ranged(96, BATCHES)
+    save_every: int = ranged(100, COUNTS)
+    log_every: int = ranged(10, COUNTS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss not in LOSSES:
-            raise ConfigError(f"loss is {self.loss!r}; choose one of {', '.join(LOSSES)}.")
-        if self.states not in STATES:
-            raise ConfigError(f"states is {self.states!r}; choose one of {', '.join(STATES)}.")
-        if not 0 < self.delta_quantile <= 1:
-            raise ConfigError(f"delta_quantile is {self.delta_quantile}; it must lie in (0, 1].")
-        if self.max_updates < 0 or self.eval_frames < 1:
-            raise ConfigError("max_updates must be at least 0, eval_frames at least 1.")
+        guess_shares(self.guesses)
 
 
 def distill(config: DistillConfig, closed_loop: ClosedLoop | None = None) -> Path:
@@ -132,6 +128,7 @@ class DistillRun(Run):
         self.objective = DistillationObjective(student, teacher, config.loss, config.omega)
         with self.accelerator.main_process_first():  # the first one decodes the images
             self.data = self._data(student, pre)
+        check_clipping(student.tokenizer, self.data.stores, config.max_clipped)
         self.prepare(self.objective, student, pre, post, weight_decay=0.0)
 
     def _data(self, student: Any, pre: Any) -> DistillData:

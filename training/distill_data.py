@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ceed_vla.errors import ConfigError, DatasetError
+from ceed_vla.fields import check_fields
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.variable_length import VariableLengthTokenizer
 from training.corruption import PREVIOUS, StateDraw, guess_states
 from training.data import open_dataset
 from training.losses import chunk_distance, mixed_labels
 from training.mixture import check_fits, join_batches
-from training.run import split_list
-from training.trajectories import distinct_states, read_trajectories
+from training.settings import split_list
+from training.trajectories import distinct_states, layout_of, read_trajectories
 
 # The teacher: (observation, guesses (B, n) or None) -> the fixed points (B, n) and, from guesses, all states (k, B, n).
 Decode = Callable[[dict[str, Any], Tensor | None], tuple[Tensor, Tensor | None]]
@@ -38,6 +39,7 @@ class TrajectoriesConfig:
     online: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, "trajectories.")
         if self.path and self.online:
             raise ConfigError(
                 f"trajectories.path is {self.path!r} and trajectories.online is set; choose one of the two."
@@ -177,7 +179,17 @@ class StoredData(DistillData):
         delta_quantile: float,
     ) -> None:
         super().__init__(roots, policy, pre)
+        if not path:
+            raise ConfigError(
+                "No trajectories: set --trajectories.path to their folder, or --trajectories.online=true."
+            )
         self.trajectories = read_trajectories(path, teacher)
+        different = [key for key, value in layout_of(policy).items() if self.trajectories.meta[key] != value]
+        if different:
+            values = {key: self.trajectories.meta[key] for key in different}
+            raise DatasetError(
+                f"{path}: meta.json says {values}, the policy has {layout_of(policy)}; collect the trajectories again."
+            )
         found = [{"name": s.root.name, "frames": len(s)} for s in self.stores]
         if found != self.trajectories.meta["datasets"]:
             raise DatasetError(

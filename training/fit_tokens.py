@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor
 
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-from ceed_vla.errors import ConfigError
+from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.fast_tokens_config import FastTokensConfig
+from ceed_vla.fields import check_fields, ranged
+from ceed_vla.files import replacing
+from training.clipping import MOST_CLIPPED, check_actions
 from training.data import FrameStore, read_chunks
-from training.run import split_list
+from training.settings import SHARES, full_disk, split_list
 
 
 @dataclass
@@ -31,23 +35,26 @@ class FitTokensConfig:
         action_low: Lower end of every action dimension; the data's if empty.
         action_high: Upper end of every action dimension.
         gripper_dims: Two-valued action dimensions.
+        max_clipped: Largest share of a dimension's actions far outside the range.
     """
 
     roots: str = ""
     output: str = "fast_tokens.json"
-    chunk_size: int = 8
-    vocabulary_size: int = 1024
-    scale: float = 10.0
-    max_tokens: int = 0
-    action_low: list[float] = field(default_factory=list)
-    action_high: list[float] = field(default_factory=list)
-    gripper_dims: list[int] = field(default_factory=lambda: [-1])
+    chunk_size: int = ranged(8, "[1, 4096]")
+    vocabulary_size: int = ranged(1024, "[2, 1e6]")
+    scale: float = ranged(10.0, "(0, 1e6]")
+    max_tokens: int = ranged(0, "[0, 65536]")
+    action_low: list[float] = ranged([], "[-1e9, 1e9]")
+    action_high: list[float] = ranged([], "[-1e9, 1e9]")
+    gripper_dims: list[int] = ranged([-1], "[-1000, 1000]")
+    max_clipped: float = ranged(MOST_CLIPPED, SHARES)
 
     def __post_init__(self) -> None:
-        if self.chunk_size < 1:
-            raise ConfigError(f"chunk_size is {self.chunk_size}; it must be at least 1.")
+        check_fields(self)
         if not split_list(self.roots):
             raise ConfigError("No data: set --roots to one or more recorded folders.")
+        if not self.output.strip():
+            raise ConfigError("No --output; name the file for the tokens.")
 
 
 def fit_tokens(config: FitTokensConfig) -> dict[str, Any]:
@@ -60,6 +67,8 @@ def fit_tokens(config: FitTokensConfig) -> dict[str, Any]:
         DatasetError: Unreadable data sets, or without actions.
         ConfigError: Settings that do not fit the data.
     """
+    output = Path(config.output)
+    _check_own(output)
     tokens = FastTokensConfig(
         vocabulary_size=config.vocabulary_size,
         scale=config.scale,
@@ -75,10 +84,23 @@ def fit_tokens(config: FitTokensConfig) -> dict[str, Any]:
         )
     chunks = torch.cat(parts)
     tokens.fit_chunks(chunks)
-    tokens.write(config.output)
+    check_actions(tokens.build(*chunks.shape[1:]), chunks[:, 0].numpy(), config.max_clipped)
+    with full_disk(output.parent, "nothing was written"), replacing(output) as temporary:
+        tokens.write(temporary)
     report = measure_tokens(tokens, chunks)
     print(f"{config.output}: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items()))
     return report
+
+
+def _check_own(output: Path) -> None:
+    """Refuse to overwrite anything but tokens."""
+    if output.exists():
+        try:
+            FastTokensConfig(path=str(output))
+        except CeedVLAError as error:
+            raise ConfigError(
+                f"{output} exists and holds no fitted tokens; choose another --output."
+            ) from error
 
 
 def fit_action_tokens(policy: CeedVLAConfig, stores: Sequence[FrameStore]) -> None:

@@ -36,7 +36,7 @@ class Mixture:
         check_compatible(stores)
         self.stores, self.seed, self.chunk_size = list(stores), seed, chunk_size
         shares = np.asarray(weights if weights else [len(s) for s in stores], dtype=np.float64)
-        if len(shares) != len(stores) or (shares < 0).any() or shares.sum() <= 0:
+        if len(shares) != len(stores) or not (shares >= 0).all() or not 0 < shares.sum() < np.inf:
             raise DatasetError(
                 f"{len(shares)} weights for {len(stores)} data sets; give one positive number each."
             )

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -19,11 +18,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ceed_vla.checkpoints import save
+from ceed_vla.devices import check_device
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
+from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, chosen, ranged
+from ceed_vla.files import read_json, write_text
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from training import states
 from training.adapters import LoRAConfig
+from training.clipping import MOST_CLIPPED
+from training.dataset_files import is_whole
 from training.optim import build_optimizers, computes_bfloat16, cosine_factor
+from training.settings import BATCHES, NONE_OR_COUNTS, SHARES, full_disk, output_folder
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +37,8 @@ ClosedLoop = Callable[[Path], tuple[int, int]]
 
 PROGRESS = "progress.json"
 STATES = ("state_a", "state_b")  # written in turns, so that the last complete one survives an interrupt
+PRECISIONS = ("auto", "bf16", "no")
+RATES, NONE_OR_RATES = "(0, 10]", "[0, 10]"
 
 
 @dataclass
@@ -54,32 +61,30 @@ class RunConfig:
         mixed_precision: "bf16", "no", or "auto": bf16 where the device computes in it and does not emulate it.
         seed: Seed of weights, batches and augmentation.
         threads: CPU threads; 0 leaves torch's default.
+        max_clipped: Largest share of a dimension's actions far outside the policy's range.
         resume: Continue an interrupted run in `output_dir`.
     """
 
     output_dir: str = ""
-    steps: int = 1000
-    batch_size: int = 32
-    gradient_accumulation: int = 1
+    steps: int = ranged(1000, COUNTS)
+    batch_size: int = ranged(32, BATCHES)
+    gradient_accumulation: int = ranged(1, BATCHES)
     gradient_checkpointing: bool = False
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    lr: float = 1e-3
-    muon_lr: float = 1e-3
-    warmup: int = 50
-    validate_every: int = 0
-    save_every: int = 200
-    log_every: int = 20
-    mixed_precision: str = "auto"
-    seed: int = 0
-    threads: int = 0
+    lr: float = ranged(1e-3, RATES)
+    muon_lr: float = ranged(1e-3, NONE_OR_RATES)
+    warmup: int = ranged(50, NONE_OR_COUNTS)
+    validate_every: int = ranged(0, NONE_OR_COUNTS)
+    save_every: int = ranged(200, COUNTS)
+    log_every: int = ranged(20, COUNTS)
+    mixed_precision: str = chosen("auto", PRECISIONS)
+    seed: int = ranged(0, SEEDS)
+    threads: int = ranged(0, THREADS)
+    max_clipped: float = ranged(MOST_CLIPPED, SHARES)
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.mixed_precision not in ("auto", "bf16", "no"):
-            raise ConfigError(f"mixed_precision is {self.mixed_precision!r}; choose auto, bf16 or no.")
+        check_fields(self)
 
 
 class Run:
@@ -106,8 +111,9 @@ class Run:
         )
 
         self.settings, self.closed_loop = config, closed_loop
-        self.output = Path(config.output_dir)
+        self.output = output_folder(config.output_dir, "checkpoints and logs")
         self._check_folder()
+        check_device(device)
         if config.threads:
             torch.set_num_threads(config.threads)
         # Grounding frames use no action head; while one process validates or records, the others wait.
@@ -134,8 +140,6 @@ class Run:
 
     def _check_folder(self) -> None:
         folder, started = self.settings.output_dir, (self.output / PROGRESS).exists()
-        if not folder:
-            raise ConfigError("No --output_dir; name the folder for checkpoints and logs.")
         if started and not self.settings.resume:
             raise ConfigError(
                 f"{folder} already holds a run; continue it with --resume=true or choose another folder."
@@ -223,8 +227,9 @@ class Run:
         settings = self.settings
         if settings.resume:
             self.load_state()
-        self._trim_log()
-        self.accelerator.init_trackers("tensorboard")
+        with self._writing():
+            self._trim_log()
+            self.accelerator.init_trackers("tensorboard")
         if not settings.resume:
             self.save_state()  # from here on an interrupt can be resumed
         self.model.train()
@@ -259,7 +264,8 @@ class Run:
         self.policy.finish_training()
         final = self.save_policy("final")
         self.validate(final)
-        self.accelerator.end_training()
+        with self._writing():
+            self.accelerator.end_training()
         return final
 
     def optimize[T](self, parts: Sequence[T], loss: Callable[[T], Tensor]) -> None:
@@ -302,24 +308,26 @@ class Run:
 
     def log(self, values: dict[str, float]) -> None:
         """Write values of this step to tensorboard and ``log.jsonl``."""
-        self.accelerator.log(values, step=self.step)
-        if self.accelerator.is_main_process:
-            with (self.output / "log.jsonl").open("a") as file:
-                file.write(json.dumps({"step": self.step, **values}) + "\n")
+        with self._writing():
+            self.accelerator.log(values, step=self.step)
+            if self.accelerator.is_main_process:
+                with (self.output / "log.jsonl").open("a") as file:
+                    file.write(json.dumps({"step": self.step, **values}) + "\n")
 
     def _trim_log(self) -> None:
         """Drop log lines of steps that will be taken (again)."""
         file = self.output / "log.jsonl"
         if self.accelerator.is_main_process and file.is_file():
-            lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if self.settings.resume and json.loads(line)["step"] <= self.step]
-            write_atomically(file, "".join(f"{line}\n" for line in kept))
+            lines = file.read_text(errors="replace").splitlines() if self.settings.resume else []
+            kept = [line for line in lines if is_whole(_step_of(line), 0, self.step)]
+            write_text(file, "".join(f"{line}\n" for line in kept))
 
     def validate(self, folder: Path) -> None:
         """Measure a checkpoint in closed loop, where there is a simulator."""
         if self.closed_loop is not None and self.accelerator.is_main_process:
+            tqdm.write(f"step {self.step}: validating in closed loop, which takes minutes ...")
             successes, episodes = self.closed_loop(folder)
-            self.log({"validation_success": successes / episodes})
+            self.log({"validation_success": successes / max(1, episodes)})
             tqdm.write(f"step {self.step}: {successes}/{episodes} validation episodes succeed")
         self.accelerator.wait_for_everyone()
 
@@ -328,21 +336,25 @@ class Run:
         folder = self.output / "checkpoints" / name / "pretrained_model"
         weights = states.weights(self.accelerator, self.model, self.policy, self.settings.lora.rank > 0)
         if self.accelerator.is_main_process:
-            save(folder, self.policy, self.pre, self.post, weights)
+            with self._writing():
+                save(folder, self.policy, self.pre, self.post, weights)
         self.accelerator.wait_for_everyone()
         return folder
 
     def save_state(self) -> None:
         """Write all that resuming needs. The state before it stays valid until this one is complete."""
         progress = self.output / PROGRESS
-        current = json.loads(progress.read_text())["state"] if progress.is_file() else STATES[1]
+        current = self._read_progress()["state"] if progress.is_file() else STATES[1]
         name = STATES[1 - STATES.index(current)]
         self.accelerator.wait_for_everyone()  # every process has read the name
-        self.accelerator.save_state(str(self.output / name))
+        with self._writing():
+            self.accelerator.save_state(str(self.output / name))
         self._undo_empty_step()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            write_atomically(progress, json.dumps({"step": self.step, "state": name, **self.state_dict()}))
+            done = {"step": self.step, "state": name, "processes": self.accelerator.num_processes}
+            with self._writing():
+                write_text(progress, json.dumps({**done, **self.state_dict()}))
         self.accelerator.wait_for_everyone()
 
     def load_state(self) -> None:
@@ -351,17 +363,38 @@ class Run:
         Raises:
             CheckpointError: The state cannot be read, or belongs to a policy of other sizes.
         """
+        progress = self._read_progress()
+        folder = self.output / progress["state"]
         try:
-            state = json.loads((self.output / PROGRESS).read_text())
-            self.accelerator.load_state(str(self.output / state["state"]))
-        except Exception as error:  # json, torch, safetensors and accelerate each raise their own kinds
+            states.check_metadata(folder)
+            self.accelerator.load_state(str(folder))
+            if self.accelerator.process_index < progress["processes"]:
+                states.check_random_state(folder, self.accelerator.process_index)
+            if not self.sharded:
+                states.check_optimizers(self.optimizers)
+        except Exception as error:  # torch, safetensors and accelerate each raise their own kinds
             raise CheckpointError(
-                f"{self.output} cannot be resumed ({type(error).__name__}: {error}); "
+                f"{folder} cannot be resumed ({type(error).__name__}: {str(error)[:300]}); "
                 "repeat the settings it was started with, or start again in another folder."
             ) from error
-        self.step = state["step"]
+        self.step = progress["step"]
         self._undo_empty_step()
-        self.load_state_dict(state)
+        self.load_state_dict(progress)
+
+    def _read_progress(self) -> dict[str, Any]:
+        """What `save_state` wrote beside the state; the number of processes only since it matters."""
+        file = self.output / PROGRESS
+        progress: dict[str, Any] = {"processes": 1, **read_json(file)}
+        fits = is_whole(progress.get("step"), 0, self.total) and is_whole(progress["processes"], 1)
+        if not fits or progress.get("state") not in STATES:
+            raise CheckpointError(
+                f"{file} holds {str(progress)[:200]}; it must name a step up to {self.total}, the run's steps now, and "
+                f"a state, {' or '.join(STATES)}. Repeat the settings the run was started with, or start again."
+            )
+        return progress
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return full_disk(self.output, "the last complete state is kept; go on with --resume=true")
 
     def _undo_empty_step(self) -> None:
         """Before the first step: torch takes one without gradients to write the state of sharded optimisers."""
@@ -376,14 +409,9 @@ def layer_classes(policy: CeedVLAPolicy) -> list[str]:
     return sorted({type(m[0]).__name__ for m in lists if len(m) > 1 and len({type(x) for x in m}) == 1})
 
 
-def split_list(text: str) -> list[str]:
-    """The non-empty parts of a comma-separated list."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Replace `file` in one step, so that an interrupt leaves the old or the new text."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(file)
+def _step_of(line: str) -> object:
+    """The step of a line of ``log.jsonl``; None of a damaged one."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None

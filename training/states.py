@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
+import random
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from safetensors.torch import load_model
+from accelerate.utils.other import load as load_numbers  # no code: weights_only
+from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint import metadata
 
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from training.adapters import plain_weights, scale_of
@@ -65,6 +73,10 @@ def keep_in_states(accelerator: Accelerator, adapted: bool) -> None:
     def load(models: list[nn.Module], folder: str) -> None:
         while models:  # accelerate loads those that are left
             plain, file = accelerator.unwrap_model(models.pop()), Path(folder) / "model.safetensors"
+            own = plain.state_dict()
+            for name, weight in load_file(file).items():
+                if name in own and (weight.dtype != own[name].dtype or not torch.isfinite(weight).all()):
+                    raise ValueError(f"{name} in {file} is {weight.dtype}, or not finite")
             missing, unknown = load_model(plain, file, strict=not adapted)
             learns = {name for name, parameter in plain.named_parameters() if parameter.requires_grad}
             if unknown or learns & set(missing):
@@ -72,3 +84,62 @@ def keep_in_states(accelerator: Accelerator, adapted: bool) -> None:
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+# ---- what accelerate believes -----------------------------------------------------------------------------------
+
+
+def check_random_state(folder: Path, process: int) -> None:
+    """Raise unless the random state is the one in a state's folder; accelerate only logs that it was not restored."""
+    file = folder / f"random_states_{process}.pkl"
+    saved = load_numbers(file)
+    numpy_state: Any = np.random.get_state()
+    same = torch.equal(torch.get_rng_state(), saved["torch_manual_seed"])
+    same &= random.getstate() == saved["random_state"]
+    same &= all(np.array_equal(a, b) for a, b in zip(numpy_state, saved["numpy_random_seed"], strict=True))
+    if torch.cuda.is_available() and "torch_cuda_manual_seed" in saved:  # a run may move to the CPU and back
+        pairs = zip(torch.cuda.get_rng_state_all(), saved["torch_cuda_manual_seed"], strict=False)
+        same &= all(torch.equal(a, b) for a, b in pairs)
+    if not same:
+        raise ValueError(f"the random state in {file} was not restored")
+
+
+def check_optimizers(optimizers: Iterable[Any]) -> None:
+    """Raise unless what optimisers remember of every weight has its shape, and is finite."""
+    for optimizer in optimizers:
+        for parameter, remembered in optimizer.state.items():
+            for name, value in remembered.items():
+                if not isinstance(value, Tensor) or not torch.isfinite(value).all():
+                    raise ValueError(f"the optimiser's {name} is not finite")
+                if value.ndim and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"the optimiser's {name} is {tuple(value.shape)}, not {tuple(parameter.shape)}"
+                    )
+
+
+_PLAIN = {
+    "collections": "OrderedDict",
+    "pathlib": "PosixPath",
+    "torch": "Size",
+    "torch.serialization": "_get_layout",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+}
+
+
+class _Metadata(pickle.Unpickler):
+    """Reads nothing but what torch writes about the parts of sharded weights."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = module in (metadata.__name__, *_PLAIN)
+        found = super().find_class(module, name) if known else None
+        own = module == metadata.__name__ and getattr(found, "__module__", None) == module
+        if own or (known and name == _PLAIN.get(module)) or isinstance(found, torch.dtype):
+            return found
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of sharded weights")
+
+
+def check_metadata(folder: Path) -> None:
+    """Raise if the description of sharded weights, which torch unpickles, names anything but their parts."""
+    for file in folder.glob("*/.metadata"):
+        with file.open("rb") as opened:
+            _Metadata(opened).load()

@@ -17,14 +17,17 @@ from torch import Tensor, nn
 
 from ceed_vla.checkpoints import load
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig, tabletop_config
-from ceed_vla.errors import ConfigError, DatasetError
+from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
+from ceed_vla.fields import COUNTS, SEEDS, ranged
 from ceed_vla.modeling_ceed_vla import AUGMENTATION_NOISE, CeedVLAPolicy
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from training.adapters import attach
+from training.clipping import check_clipping
 from training.data import ENVIRONMENT, STATE, FrameStore, open_dataset
 from training.fit_tokens import fit_action_tokens
 from training.mixture import Mixture, check_fits, state_statistics
-from training.run import ClosedLoop, Run, RunConfig, split_list
+from training.run import NONE_OR_RATES, RATES, ClosedLoop, Run, RunConfig
+from training.settings import BATCHES, NONE_OR_COUNTS, number_list, split_list
 
 logger = logging.getLogger(__name__)
 
@@ -60,27 +63,27 @@ class TrainConfig(RunConfig):
     grounding_roots: str = ""
     policy: CeedVLAConfig = field(default_factory=tabletop_config)
     policy_path: str = ""
-    grounding_steps: int = 1000
-    steps: int = 8000
-    batch_size: int = 32
-    grounding_batch: int = 12
-    named_terms: int = 8
-    lr: float = 1e-3
-    muon_lr: float = 2e-3
-    weight_decay: float = 0.05
-    warmup: int = 50
-    rounds: int = 2
-    takeover_episodes: int = 600
-    takeover_seed: int = 30_000
-    takeover_weight: float = 0.4
+    grounding_steps: int = ranged(1000, NONE_OR_COUNTS)
+    steps: int = ranged(8000, COUNTS)
+    batch_size: int = ranged(32, BATCHES)
+    grounding_batch: int = ranged(12, "[0, 1e6]")
+    named_terms: int = ranged(8, "[0, 1e6]")
+    lr: float = ranged(1e-3, RATES)
+    muon_lr: float = ranged(2e-3, NONE_OR_RATES)
+    weight_decay: float = ranged(0.05, "[0, 10]")
+    warmup: int = ranged(50, NONE_OR_COUNTS)
+    rounds: int = ranged(2, "[0, 1000]")
+    takeover_episodes: int = ranged(600, "[1, 1e6]")
+    takeover_seed: int = ranged(30_000, SEEDS)
+    takeover_weight: float = ranged(0.4, "[0, 1)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("grounding_steps", "grounding_batch", "named_terms", "rounds"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative.")
-        if not 0 <= self.takeover_weight < 1:
-            raise ConfigError(f"takeover_weight is {self.takeover_weight}; it is a share in [0, 1).")
+        weights, roots = number_list(self.root_weights, "root_weights"), split_list(self.roots)
+        if weights and (len(weights) != len(roots) or not sum(weights)):
+            raise ConfigError(
+                f"root_weights has {len(weights)} weights for {len(roots)} roots; give one each, not all 0."
+            )
 
 
 class TeacherObjective(nn.Module):
@@ -145,7 +148,10 @@ class TeacherRun(Run):
             raise ConfigError(
                 f"rounds is {config.rounds}, but nothing records takeovers; use `ceed-vla train` or rounds=0."
             )
-        super().__init__(config, config.policy.device or "cpu", closed_loop)
+        asked = (
+            config.policy.asked_device or config.policy.device or "cpu"
+        )  # LeRobot replaces one that is not there
+        super().__init__(config, asked, closed_loop)
         self.config, self.record_takeover = config, record_takeover
         with self.accelerator.main_process_first():  # the first one decodes the images
             self.demonstrations = [open_dataset(root) for root in split_list(config.roots)]
@@ -156,6 +162,7 @@ class TeacherRun(Run):
         policy, pre, post = self._policy()
         for store in (*self.demonstrations, *self.grounding):
             check_fits(store, policy.config)
+        check_clipping(policy.tokenizer, self.demonstrations, config.max_clipped)
         if config.lora.rank:
             attach(policy, config.lora)
         self.prepare(TeacherObjective(policy), policy, pre, post, weight_decay=config.weight_decay)
@@ -204,7 +211,7 @@ class TeacherRun(Run):
 
     def _mixture(self) -> Mixture:
         config = self.config
-        weights = [float(w) for w in split_list(config.root_weights)] or [
+        weights = number_list(config.root_weights, "root_weights") or [
             float(len(s)) for s in self.demonstrations
         ]
         stores = list(self.demonstrations)
@@ -212,6 +219,7 @@ class TeacherRun(Run):
         if roots:
             with self.accelerator.main_process_first():
                 takeovers = [open_dataset(root) for root in roots]
+            check_clipping(self.policy.tokenizer, takeovers, config.max_clipped)
             frames = sum(len(s) for s in takeovers)
             share = config.takeover_weight / (1 - config.takeover_weight) * sum(weights)
             weights += [share * len(s) / frames for s in takeovers]
@@ -275,7 +283,17 @@ class TeacherRun(Run):
         return {"takeovers": self.takeovers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.takeovers = state["takeovers"]
+        rounds = state.get("takeovers")
+        rounds = rounds if isinstance(rounds, list) and len(rounds) <= self.config.rounds else [None]
+        folder = (self.output / "takeover").resolve()
+        for roots in rounds:
+            inside = isinstance(roots, list) and all(isinstance(root, str) for root in roots)
+            if not inside or not all(Path(root).resolve().is_relative_to(folder) for root in roots):
+                raise CheckpointError(
+                    f"{self.output} cannot be resumed: its takeovers are {str(state.get('takeovers'))[:200]}; they "
+                    f"must be data sets in {folder}, of {self.config.rounds} rounds at most."
+                )
+        self.takeovers = rounds
         self.mixture = self._mixture()
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
@@ -24,14 +25,28 @@ from tqdm import tqdm
 
 from ceed_vla.checkpoints import load, weights_hash
 from ceed_vla.decoding import DecodingConfig
+from ceed_vla.devices import check_device
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
+from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, ranged
+from ceed_vla.files import replacing, write_text
+from training.clipping import MOST_CLIPPED, check_clipping
 from training.data import FrameStore, open_dataset
 from training.mixture import check_fits
-from training.run import split_list, write_atomically
+from training.settings import SHARES, full_disk, number_list, output_folder, split_list
+from training.shards import (
+    GUESSES,
+    META,
+    MOST_TOKENS,
+    SCHEMA,
+    blocks,
+    find_shards,
+    lengths_of,
+    read_meta,
+    read_shard,
+)
 
 logger = logging.getLogger(__name__)
 
-GUESSES = ("previous", "mid", "random")
 EPISODES_PER_SHARD = 64
 
 
@@ -53,7 +68,8 @@ class CollectConfig:
         num_shards: Processes that share the work; under torchrun or `accelerate launch` leave both out.
         seed: Seed of episodes and guesses.
         threads: CPU threads; 0 leaves torch's default.
-        resume: Skip shards that are complete.
+        max_clipped: Largest share of a dimension's actions far outside the policy's range.
+        resume: Skip shards that are complete; they are checked.
     """
 
     policy_path: str = ""
@@ -62,14 +78,24 @@ class CollectConfig:
     states: bool = True
     guesses: str = "0.7,0.2,0.1"
     device: str = "cpu"
-    frame_stride: int = 2
-    max_frames: int = 0
-    batch_size: int = 64
-    shard_index: int = 0
-    num_shards: int = 1
-    seed: int = 0
-    threads: int = 0
+    frame_stride: int = ranged(2, COUNTS)
+    max_frames: int = ranged(0, "[0, 1e9]")
+    batch_size: int = ranged(64, "[1, 1e6]")
+    shard_index: int = ranged(0, "[0, 1e6]")
+    num_shards: int = ranged(1, "[1, 1e6]")
+    seed: int = ranged(0, SEEDS)
+    threads: int = ranged(0, THREADS)
+    max_clipped: float = ranged(MOST_CLIPPED, SHARES)
     resume: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        guess_shares(self.guesses)
+        if self.shard_index >= self.num_shards:
+            raise ConfigError(
+                f"shard_index is {self.shard_index}; of {self.num_shards} shards it must be one of "
+                f"0..{self.num_shards - 1}."
+            )
 
 
 @dataclass
@@ -104,48 +130,51 @@ def collect(config: CollectConfig) -> Path:
     Raises:
         ConfigError: Bad settings, or a folder that belongs to another teacher, data set or mixture.
     """
-    if not config.output_dir:
-        raise ConfigError("No --output_dir; name the folder for the trajectories.")
-    if config.num_shards == 1:
-        ranks = {"shard_index": "RANK", "num_shards": "WORLD_SIZE"}  # set by torchrun and accelerate
-        found = {name: int(os.environ.get(v, getattr(config, name))) for name, v in ranks.items()}
-        config = replace(config, **found)  # type: ignore[arg-type]
-    if not 0 <= config.shard_index < config.num_shards:
-        raise ConfigError(f"shard_index is {config.shard_index}; it must lie in 0..{config.num_shards - 1}.")
+    output = output_folder(config.output_dir, "the trajectories")
+    check_device(config.device)
+    if config.num_shards == 1 and "WORLD_SIZE" in os.environ:  # set by torchrun and accelerate
+        rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+        if not (rank.isdecimal() and world.isdecimal()):
+            raise ConfigError(
+                f"RANK is {rank!r} and WORLD_SIZE {world!r}; they must be numbers, or not be set."
+            )
+        config = replace(config, shard_index=int(rank), num_shards=int(world))
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.device == "cuda" and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # every process its own GPU
-    shares = guess_shares(config.guesses)
     policy, pre, _ = load(config.policy_path, device=config.device)
     steps = policy.config.n_action_steps
-    if policy.config.num_bins > np.iinfo(np.int16).max:
+    if policy.config.num_bins > MOST_TOKENS:
         raise ConfigError(
             f"The policy's tokens have {policy.config.num_bins} values; trajectories store 16 bits. Restrict them to "
             "actions (pi0-FAST: convert with --vocabulary=actions)."
         )
-    if config.frame_stride < 1 or steps % config.frame_stride:
+    if steps % config.frame_stride:
         raise ConfigError(f"frame_stride {config.frame_stride} does not divide n_action_steps = {steps}.")
     stores = [open_dataset(root) for root in split_list(config.roots)]
     if not stores:
         raise ConfigError("No data: set --roots to one or more recorded folders.")
     for store in stores:
         check_fits(store, policy.config)
+    check_clipping(policy.tokenizer, stores, config.max_clipped)
     units = list(_work_units(stores, config))
-    output = Path(config.output_dir)
-    _write_meta(config, policy, stores, len(units), output)
-    collector = _Collector(config, policy, pre, shares)
-    total = sum(len(frames) for _, _, frames in units)
-    with tqdm(total=total, desc="trajectories", unit="frame", dynamic_ncols=True) as progress:
-        for unit, (root, name, frames) in enumerate(units):
-            file = output / f"{name}.parquet"
-            if unit % config.num_shards == config.shard_index and not file.exists():
-                table = collector.run(stores[root], root, frames, progress)
-                temporary = file.with_suffix(".tmp")
+    kept = "complete shards are kept; go on with --resume=true"
+    with full_disk(output, kept):
+        meta = _write_meta(config, policy, stores, len(units), output)
+    collector = _Collector(config, policy, pre, guess_shares(config.guesses))
+    mine = [unit for i, unit in enumerate(units) if i % config.num_shards == config.shard_index]
+    done = {name for _, name, frames in mine if _is_done(output / name, meta, frames)}
+    with tqdm(
+        total=sum(len(f) for _, _, f in mine), desc="trajectories", unit="frame", dynamic_ncols=True
+    ) as bar:
+        for root, name, frames in mine:
+            if name in done:
+                bar.update(len(frames))
+                continue
+            table = collector.run(stores[root], root, frames, bar)
+            with full_disk(output, kept), replacing(output / name) as temporary:
                 pq.write_table(table, temporary, compression="zstd")
-                temporary.replace(file)
-            else:
-                progress.update(len(frames))
     if collector.malformed:
         logger.warning("%d of the teacher's chunks are malformed; they are kept.", collector.malformed)
     return output
@@ -157,13 +186,17 @@ def guess_shares(text: str) -> NDArray[np.float64]:
     Raises:
         ConfigError: Not three numbers, or none positive.
     """
-    try:
-        shares = np.array([float(part) for part in split_list(text)])
-    except ValueError as error:
-        raise ConfigError(f"guesses is {text!r}; give three numbers, e.g. 0.7,0.2,0.1.") from error
-    if len(shares) != 3 or (shares < 0).any() or shares.sum() <= 0:
+    shares = number_list(text, "guesses")
+    if len(shares) != len(GUESSES) or not sum(shares):
         raise ConfigError(f"guesses is {text!r}; give the shares of {', '.join(GUESSES)}, e.g. 0.7,0.2,0.1.")
-    return shares / shares.sum()
+    return np.array(shares) / sum(shares)
+
+
+def _is_done(file: Path, meta: dict[str, Any], frames: NDArray[np.int64]) -> bool:
+    """Whether a shard is there, which then is whole."""
+    if file.exists():
+        read_shard(file, meta, frames)
+    return file.exists()
 
 
 def _work_units(
@@ -181,7 +214,7 @@ def _work_units(
             frames = np.flatnonzero(np.isin(store.episode, group))
             start = np.searchsorted(store.episode, store.episode[frames])
             frames = frames[(frames - start) % config.frame_stride == 0]
-            yield index, f"data{index}-{part // EPISODES_PER_SHARD:05d}", frames
+            yield index, f"data{index}-{part // EPISODES_PER_SHARD:05d}.parquet", frames
 
 
 class _Collector:
@@ -202,10 +235,9 @@ class _Collector:
             of_wave = frames[waves == wave]
             for part in range(0, len(of_wave), self.config.batch_size):
                 chosen = of_wave[part : part + self.config.batch_size]
-                rows += self._decode(store, chosen, known, random)
+                rows += [{"root": root, **row} for row in self._decode(store, chosen, known, random)]
                 progress.update(len(chosen))
-        columns = {key: _column(key, [row[key] for row in rows]) for key in rows[0]}
-        return pa.table({"root": pa.array([root] * len(rows), pa.int16()), **columns})
+        return pa.table({key: pa.array([row[key] for row in rows], kind) for key, kind in SCHEMA.items()})
 
     def _decode(
         self,
@@ -272,24 +304,13 @@ def distinct_states(states: NDArray[np.int16]) -> NDArray[np.int16]:
     return kept if len(kept) > 1 else np.concatenate([kept, kept])
 
 
-def _column(name: str, values: list[Any]) -> pa.Array:
-    if name == "guess_kind":
-        return pa.array(values)
-    if name in ("frame", "iterations"):
-        return pa.array(values, pa.int64())
-    return pa.array(values, pa.list_(pa.int16()))
-
-
 def _write_meta(
     config: CollectConfig, policy: Any, stores: Sequence[FrameStore], shards: int, output: Path
-) -> None:
+) -> dict[str, Any]:
     meta = {
         "teacher": weights_hash(config.policy_path),
         "datasets": [{"name": s.root.name, "frames": len(s)} for s in stores],
-        "chunk_size": policy.config.chunk_size,
-        "action_dim": policy.config.action_dim,
-        "num_bins": policy.config.num_bins,
-        "shift_steps": policy.config.n_action_steps,
+        **layout_of(policy),
         "states": config.states,
         "guesses": dict(zip(GUESSES, map(float, guess_shares(config.guesses)), strict=True)),
         "frame_stride": config.frame_stride,
@@ -297,9 +318,8 @@ def _write_meta(
         "seed": config.seed,
         "shards": shards,
     }
-    file = output / "meta.json"
-    if file.exists():
-        found = json.loads(file.read_text())
+    if (output / META).exists():
+        found = read_meta(output)
         different = [key for key in meta if found.get(key) != meta[key]]
         if different:
             raise ConfigError(
@@ -307,7 +327,24 @@ def _write_meta(
             )
         if not config.resume and config.num_shards == 1:
             raise ConfigError(f"{output} already holds trajectories; continue them with --resume=true.")
-    write_atomically(file, json.dumps(meta, indent=2))
+    elif unknown := find_shards(output):
+        raise ConfigError(
+            f"{output} has no {META}, so nobody knows whose {unknown[0].name} is; choose another folder."
+        )
+    write_text(output / META, json.dumps(meta, indent=2))
+    return meta
+
+
+def layout_of(policy: Any) -> dict[str, int]:
+    """What trajectories and the policy that uses them must have in common."""
+    config = policy.config
+    return {
+        "chunk_size": config.chunk_size,
+        "action_dim": config.action_dim,
+        "block_length": config.block_length,
+        "num_bins": config.num_bins,
+        "shift_steps": config.n_action_steps,
+    }
 
 
 def read_trajectories(folder: str | Path, teacher: str | Path | None = None) -> Trajectories:
@@ -318,31 +355,35 @@ def read_trajectories(folder: str | Path, teacher: str | Path | None = None) -> 
         teacher: Checkpoint that must have made them; not checked if None.
 
     Raises:
-        DatasetError: Nothing to read.
+        DatasetError: Nothing to read, or what `collect` does not write.
         CheckpointError: Made by another teacher.
     """
     folder = Path(folder)
-    files = sorted(folder.glob("*.parquet"))
-    if not (folder / "meta.json").is_file() or not files:
+    meta, files = read_meta(folder), find_shards(folder)
+    if not files:
         raise DatasetError(f"No trajectories at {folder}; make them with `ceed-vla collect`.")
-    meta = json.loads((folder / "meta.json").read_text())
     if teacher is not None and weights_hash(teacher) != meta["teacher"]:
         raise CheckpointError(f"{folder} was collected from teacher {meta['teacher']}, not from {teacher}.")
+    if len(files) > meta["shards"]:
+        raise DatasetError(
+            f"{folder} has {len(files)} shards, its {META} says {meta['shards']}; collect it again."
+        )
     if len(files) < meta["shards"]:
         logger.warning("%s has %d of %d shards; collect the others too.", folder, len(files), meta["shards"])
-    table = pa.concat_tables([pq.read_table(file) for file in files])
-    n = len(table["fixed_point"][0])
-
-    def block(name: str) -> NDArray[np.int16]:
-        return table[name].combine_chunks().flatten().to_numpy().astype(np.int16).reshape(-1, n)
-
-    states = [s.reshape(-1, n) for s in table["states"].to_numpy()] if meta["states"] else []
+    table = pa.concat_tables([read_shard(file, meta) for file in files])
+    root, frame = (table[name].to_numpy().astype(np.int64) for name in ("root", "frame"))
+    if len(np.unique(np.stack([root, frame]), axis=1).T) < len(frame):
+        raise DatasetError(
+            f"{folder} has frames in more than one of its {len(files)} shards; collect it again."
+        )
+    n, ends = meta["block_length"], np.cumsum(lengths_of(table["states"]))[:-1]
+    states = np.split(pc.list_flatten(table["states"]).to_numpy(), ends) if meta["states"] else []
     return Trajectories(
-        root=table["root"].to_numpy().astype(np.int64),
-        frame=table["frame"].to_numpy().astype(np.int64),
-        fixed_point=block("fixed_point"),
-        guess=block("guess"),
-        previous=block("previous"),
-        states=states,
+        root=root,
+        frame=frame,
+        fixed_point=blocks(table, "fixed_point", n),
+        guess=blocks(table, "guess", n),
+        previous=blocks(table, "previous", n),
+        states=[s.reshape(-1, n) for s in states],
         meta=meta,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ceed_vla.cache import BlockCache
-from ceed_vla.errors import ConfigError, ObservationError
+from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
 
 
 @dataclass
@@ -200,6 +201,23 @@ def check_features(
                 f"{key} holds ids from {least} to {most}; they must lie in [0, {end - 1}]."
             )
     return rows
+
+
+@contextmanager
+def runs(model: nn.Module) -> Iterator[None]:
+    """Say what is wrong with a model that another library built of a checkpoint's settings, and that does not run.
+
+    Raises:
+        CheckpointError: Instead of what torch or the library raised.
+    """
+    try:
+        yield
+    except (TypeError, RuntimeError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{type(model).__name__} does not run ({type(error).__name__}: {reason}); the settings in config.json "
+            "contradict each other, or the device has too little memory."
+        ) from error
 
 
 def check_left_padding(batch: Mapping[str, Any], ids: str, mask: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features, check_left_padding
+from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features, check_left_padding, runs
 from ceed_vla.backbones.openvla_folder import Architecture
 from ceed_vla.backbones.openvla_vision import Projector, VisionTowers
 from ceed_vla.cache import TransformersCache
@@ -194,7 +194,8 @@ class OpenVLABackbone(TrainableBackbone):
         """Hidden vectors (B, t, d) of embeddings (B, t, d), whose keys and values go into the cache."""
         trunk = cast("nn.Module", self.language_model.model)
         past = cache.begin(embeds.shape[1])
-        output = trunk(inputs_embeds=embeds, past_key_values=past, use_cache=True, **inputs)
+        with runs(self.language_model):
+            output = trunk(inputs_embeds=embeds, past_key_values=past, use_cache=True, **inputs)
         return cast("Tensor", output.last_hidden_state)
 
     def _head(self, hidden: Tensor) -> Tensor:

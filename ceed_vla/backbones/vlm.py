@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features, check_left_padding
+from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features, check_left_padding, runs
 from ceed_vla.backbones.vlm_inputs import FLAT_KEY, IDS, MASK, ROW_KEY
 from ceed_vla.backbones.vlm_prefix import PrefixEmbeddings, VLMPrefix, language_model_arguments
 from ceed_vla.cache import TransformersCache
@@ -215,9 +215,10 @@ class VLMBackbone(TrainableBackbone):
 
     def _run(self, embeds: Tensor, cache: Any, inputs: dict[str, Any]) -> Tensor:
         """Hidden vectors (B, t, d) of embeddings (B, t, d), whose keys and values are appended to the cache."""
-        output = self.decoder(
-            inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **inputs
-        )
+        with runs(self.model):
+            output = self.decoder(
+                inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **inputs
+            )
         return cast("Tensor", output.last_hidden_state)
 
     def _head(self, hidden: Tensor) -> Tensor:

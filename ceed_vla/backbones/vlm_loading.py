@@ -71,7 +71,7 @@ def check_folder(folder: Path) -> None:
         )
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
-    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    if not isinstance(kind, str) or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         reason = "needs code of its own (auto_map), which is never run" if "auto_map" in config else "is none"
         raise CheckpointError(
             f"{folder / 'config.json'}: model_type {kind!r} {reason}; the image-text-to-text models that can be read "

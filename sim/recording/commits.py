@@ -1,24 +1,27 @@
 """Commit points of a growing data set: all that is on disk belongs to the last commit, or can be undone.
 
 `recording.json` is replaced atomically at the end of every commit and names all its parquet files. The few
-files of `meta/` that a commit rewrites are copied first; going back then only renames and deletes, which also
-works on a full disk.
+files of `meta/` that a commit rewrites are copied first, the parquet files that it adds are named; going back then
+only renames and deletes these, which also works on a full disk.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ceed_vla.errors import DatasetError
+from ceed_vla.files import read_json, write_text
 
 PROGRESS_FILE = "recording.json"
 WORK_FOLDER = ".recording"
 _META_FILES = ("info.json", "stats.json", "tasks.parquet")
+_EPISODE_FILE = re.compile(r"(data|meta/episodes)/chunk-\d{3,}/file-\d{3,}\.parquet")
 
 
 def is_recording(root: Path) -> bool:
@@ -27,43 +30,43 @@ def is_recording(root: Path) -> bool:
 
 
 def read_progress(root: Path) -> dict[str, Any]:
-    """The last committed `recording.json`.
+    """The last committed `recording.json`: ``total_episodes``, ``files`` and the caller's ``progress``.
 
     Raises:
-        DatasetError: Missing or unreadable.
+        DatasetError: Missing or damaged.
     """
-    path = root / PROGRESS_FILE
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    record = read_json(root / PROGRESS_FILE, DatasetError)
+    files, count = record.get("files"), record.get("total_episodes")
+    named = isinstance(files, list) and all(isinstance(f, str) and _EPISODE_FILE.fullmatch(f) for f in files)
+    counted = isinstance(count, int) and not isinstance(count, bool) and count >= 0
+    if not (named and counted and isinstance(record.get("progress"), dict)):
         raise DatasetError(
-            f"{path} cannot be read ({error}); only a root written by `ceed-vla record` can be resumed. "
-            "Record into a new root"
-        ) from error
+            f"{root / PROGRESS_FILE} is damaged: its files, total_episodes or progress are not what `ceed-vla record` "
+            "writes. Record into a new root."
+        )
+    return record
 
 
-def write_progress(root: Path, total_episodes: int, progress: Mapping[str, Any]) -> None:
-    """The commit point: declare everything now in `data/` and `meta/` valid."""
-    record = {
-        "total_episodes": total_episodes,
-        "files": sorted(str(path.relative_to(root)) for path in _parquet_files(root)),
-        "progress": dict(progress),
-    }
-    temporary = root / f"{PROGRESS_FILE}.tmp"
-    temporary.write_text(json.dumps(record, indent=1))
-    os.replace(temporary, root / PROGRESS_FILE)
+def write_progress(
+    root: Path, total_episodes: int, files: Sequence[str], progress: Mapping[str, Any]
+) -> None:
+    """The commit point: declare the parquet `files` and all that is in `meta/` valid."""
+    record = {"total_episodes": total_episodes, "files": sorted(files), "progress": dict(progress)}
+    write_text(root / PROGRESS_FILE, json.dumps(record, indent=1))
 
 
-def begin_commit(root: Path, total_episodes: int) -> None:
-    """Copy what the commit is about to rewrite. `total_episodes` are those before the commit."""
+def begin_commit(root: Path, total_episodes: int, adding: Sequence[str]) -> None:
+    """Copy what the commit is about to rewrite, and name the parquet files that it adds.
+
+    `total_episodes` are those before the commit.
+    """
     folder = root / WORK_FOLDER / "backup"
     folder.mkdir(parents=True, exist_ok=True)
     present = [name for name in _META_FILES if (root / "meta" / name).is_file()]
     for name in present:
         shutil.copy2(root / "meta" / name, folder / name)
-    temporary = folder / "marker.tmp"
-    temporary.write_text(json.dumps({"total_episodes": total_episodes, "files": present}))
-    os.replace(temporary, folder / "marker.json")
+    marker = {"total_episodes": total_episodes, "files": present, "adding": list(adding)}
+    write_text(folder / "marker.json", json.dumps(marker))
 
 
 def end_commit(root: Path) -> None:
@@ -71,28 +74,70 @@ def end_commit(root: Path) -> None:
     (root / WORK_FOLDER / "backup" / "marker.json").unlink(missing_ok=True)
 
 
-def undo_incomplete_commit(root: Path) -> None:
+def undo_incomplete_commit(root: Path) -> list[str]:
     """Return to the last commit point; does nothing if it is the newest state. May itself be interrupted.
 
+    Only what the incomplete commit has added is deleted. Whatever else is there makes `root` no recording of ours.
+
+    Returns:
+        The parquet files of the data set.
+
     Raises:
-        DatasetError: `recording.json` is unreadable.
+        DatasetError: Damaged bookkeeping, links, or parquet files that are missing or unknown.
     """
+    links = [str(path.relative_to(root)) for path in root.rglob("*") if path.is_symlink()]
+    if links:
+        raise DatasetError(
+            f"{root} holds links ({_listed(links)}), through which recording would write elsewhere."
+        )
     committed = read_progress(root)
+    files: list[str] = committed["files"]
     backup = root / WORK_FOLDER / "backup"
-    marker = backup / "marker.json"
-    if marker.is_file():
-        before = json.loads(marker.read_text())
-        if before["total_episodes"] == committed["total_episodes"]:
-            for name in _META_FILES:
-                if name not in before["files"]:
-                    (root / "meta" / name).unlink(missing_ok=True)
-                elif (backup / name).is_file():
-                    os.replace(backup / name, root / "meta" / name)
-    for path in _parquet_files(root):
-        if str(path.relative_to(root)) not in committed["files"]:
-            path.unlink()
+    marker = _read_marker(backup / "marker.json") if (backup / "marker.json").is_file() else None
+    incomplete = marker is not None and marker["total_episodes"] == committed["total_episodes"]
+    added = set(marker["adding"]) - set(files) if marker is not None and incomplete else set()
+    there = {path.relative_to(root).as_posix() for path in _stored(root)} - added
+    for what, names in (
+        ("lacks", set(files) - there),
+        ("holds files that it does not know:", there - set(files)),
+    ):
+        if names:
+            raise DatasetError(
+                f"{root} {what} {_listed(sorted(names))}. Bring the folder back to what `ceed-vla record` left there, "
+                "or record into a new root; nothing was changed."
+            )
+    if marker is not None and incomplete:
+        for name in _META_FILES:
+            if name not in marker["files"]:
+                (root / "meta" / name).unlink(missing_ok=True)
+            elif (backup / name).is_file():
+                os.replace(backup / name, root / "meta" / name)
+        for name in added:
+            (root / name).unlink(missing_ok=True)
     end_commit(root)
+    return files
 
 
-def _parquet_files(root: Path) -> list[Path]:
-    return [*root.glob("data/*/*.parquet"), *root.glob("meta/episodes/*/*.parquet")]
+def _stored(root: Path) -> list[Path]:
+    """What lies where the parquet files are."""
+    return [
+        path for folder in ("data", "meta/episodes") for path in (root / folder).rglob("*") if path.is_file()
+    ]
+
+
+def _read_marker(file: Path) -> dict[str, Any]:
+    marker = read_json(file, DatasetError)
+    files, adding, count = marker.get("files"), marker.get("adding", []), marker.get("total_episodes")
+    # Only the first commit finds no statistics and no tasks there; what is not listed is deleted.
+    needed = {"info.json", *(_META_FILES if count else ())}
+    enough = isinstance(count, int) and isinstance(files, list) and set(map(str, files)) >= needed
+    enough = enough and isinstance(adding, list)
+    if not enough or not all(isinstance(name, str) and _EPISODE_FILE.fullmatch(name) for name in adding):
+        raise DatasetError(
+            f"{file} is damaged, so an interrupted commit cannot be undone. Record into a new root."
+        )
+    return {"total_episodes": count, "files": files, "adding": adding}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ceed_vla.errors import ConfigError
+from ceed_vla.fields import COUNTS, SEEDS, check_fields, chosen, ranged
 from sim.decoders import checked_name
 
 MODES = ("clean", "perturb", "grounding", "takeover")
+STEPS = "[1, 1e6]"
 
 # Seed ranges: recording | closed-loop data | validation | evaluation. Data never comes from the last two.
 RECORDING_SEEDS = (0, 30_000)
@@ -60,38 +62,42 @@ class RecordConfig:
 
     root: Path
     tasks: str = "all"
-    episodes: int = 100
-    mode: str = "clean"
-    seed: int | None = None
+    episodes: int = ranged(100, "[1, 1e6]")
+    mode: str = chosen("clean", MODES)
+    seed: int | None = ranged(None, SEEDS)
     resume: bool = False
-    image_size: int = 96
-    max_steps: int = 120
-    action_noise: float = 0.0
-    burst_every_min: int = 11
-    burst_every_max: int = 19
-    excursion_fraction: float = 0.25
-    poses_per_scene: int = 2
-    scenes_per_episode: int = 200
+    image_size: int = ranged(96, "[1, 4096]")
+    max_steps: int = ranged(120, STEPS)
+    action_noise: float = ranged(0.0, "[0, 1]")
+    burst_every_min: int = ranged(11, STEPS)
+    burst_every_max: int = ranged(19, STEPS)
+    excursion_fraction: float = ranged(0.25, "[0, 1]")
+    poses_per_scene: int = ranged(2, STEPS)
+    scenes_per_episode: int = ranged(200, STEPS)
     policy_path: Path | None = None
     decoding: str = "ar"
-    executed_steps: int = 4
-    batch: int = 16
-    max_chunks: int = 15
-    takeover_steps: int = 60
-    switches: int = 1
-    commit_frames: int = 3000
+    executed_steps: int = ranged(4, "[1, 4096]")
+    batch: int = ranged(16, "[1, 1000]")
+    max_chunks: int = ranged(15, STEPS)
+    takeover_steps: int = ranged(60, STEPS)
+    switches: int = ranged(1, STEPS)
+    commit_frames: int = ranged(3000, COUNTS)
     progress: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         self.root = Path(self.root)
-        if self.mode not in MODES:
-            raise ConfigError(f"unknown mode {self.mode!r}; choose one of {', '.join(MODES)}")
+        if self.root == Path():
+            raise ConfigError(f"root is {str(self.root)!r}; name a new folder for the data set.")
         checked_name(self.decoding)
         if self.seed is None:
             self.seed = TAKEOVER_SEEDS[0] if self.mode == "takeover" else RECORDING_SEEDS[0]
         self.families()
         self._check_seeds()
-        self._check_numbers()
+        if self.burst_every_max < self.burst_every_min:
+            raise ConfigError(
+                f"burst_every_max={self.burst_every_max} must be at least {self.burst_every_min=}"
+            )
         if self.mode != "clean" and self.action_noise:
             raise ConfigError(f"action_noise={self.action_noise} works in mode clean only, not {self.mode!r}")
 
@@ -104,27 +110,6 @@ class RecordConfig:
                 "seeds from 40000 are for validation, from 50000 for evaluation, and are never recorded. "
                 "Lower --seed or --episodes"
             )
-
-    def _check_numbers(self) -> None:
-        positive = "image_size max_steps poses_per_scene scenes_per_episode executed_steps batch max_chunks"
-        for name in [
-            *positive.split(),
-            "takeover_steps",
-            "switches",
-            "commit_frames",
-            "episodes",
-            "burst_every_min",
-        ]:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0.0 <= self.excursion_fraction <= 1.0:
-            raise ConfigError(f"excursion_fraction={self.excursion_fraction} must lie in [0, 1]")
-        if self.burst_every_max < self.burst_every_min:
-            raise ConfigError(
-                f"burst_every_max={self.burst_every_max} must be at least {self.burst_every_min=}"
-            )
-        if not 0.0 <= self.action_noise <= 1.0:
-            raise ConfigError(f"action_noise={self.action_noise} must lie in [0, 1] (actions are in [-1, 1])")
 
     @property
     def first_seed(self) -> int:

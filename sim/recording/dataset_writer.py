@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 from lerobot.datasets.compute_stats import aggregate_stats
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.feature_utils import get_hf_features_from_features
-from lerobot.datasets.io_utils import load_info, load_stats, load_tasks, write_info, write_stats, write_tasks
-from lerobot.datasets.utils import DEFAULT_EPISODES_PATH
+from lerobot.datasets.io_utils import load_info, load_stats, write_info, write_stats, write_tasks
+from lerobot.datasets.utils import DEFAULT_CHUNK_SIZE, DEFAULT_DATA_PATH, DEFAULT_EPISODES_PATH
 from lerobot.utils.constants import DEFAULT_FEATURES
 from lerobot.utils.utils import flatten_dict
 
@@ -60,6 +60,7 @@ class DatasetWriter:
         self, root: Path, *, repo_id: str, fps: int, features: Mapping[str, Mapping], robot_type: str
     ) -> None:
         self.root = root
+        self._fps, self._files = fps, list[str]()
         if commits.is_recording(root):
             self._load()
             self._check_features(features)
@@ -76,20 +77,67 @@ class DatasetWriter:
             root=root,
             use_videos=False,
         )
-        commits.write_progress(root, 0, {})
+        commits.write_progress(root, 0, [], {})
         self._load()
 
     def _load(self) -> None:
         """Read the last commit; pending episodes are dropped."""
-        commits.undo_incomplete_commit(self.root)
+        self._files = commits.undo_incomplete_commit(self.root)
         self._pending_file.unlink(missing_ok=True)
-        self._info = load_info(self.root)
-        self._stats = load_stats(self.root)
-        known = load_tasks(self.root).sort_values("task_index").index if self._info.total_tasks else []
+        try:
+            self._info = load_info(self.root)
+            self._stats = load_stats(self.root)
+            known = _known_tasks(self.root) if self._info.total_episodes else []
+            self._schema = get_hf_features_from_features(self._info.features).arrow_schema
+            self._check_stored(known)
+        except DatasetError:
+            raise
+        except Exception as error:  # LeRobot, pandas and pyarrow each raise their own kinds
+            raise DatasetError(
+                f"{self.root} cannot be continued: its meta or data files are damaged ({type(error).__name__}: "
+                f"{str(error)[:200]}). Copy it again, or record into a new root."
+            ) from error
         self._task_ids = {task: index for index, task in enumerate(known)}
-        self._schema = get_hf_features_from_features(self._info.features).arrow_schema
-        self._batches = len(list(self.root.glob("data/*/*.parquet")))  # one data and one episodes file each
+        self._batches = sum(
+            name.startswith("data/") for name in self._files
+        )  # one data and one episodes file each
         self._start_batch()
+
+    def _check_stored(self, tasks: list[str]) -> None:
+        """Before anything is appended: what is stored is whole, and what ``meta/`` says of it is true."""
+        info, root = self._info, self.root
+        rows = {
+            folder: sum(
+                pq.ParquetFile(root / f).metadata.num_rows for f in self._files if f.startswith(folder)
+            )
+            for folder in ("data/", "meta/episodes/")
+        }
+        # `fps`, the templates and the sizes are those that this writer and LeRobot's readers work with.
+        expected = {
+            "total_frames": rows["data/"],
+            "total_episodes": commits.read_progress(root)["total_episodes"],
+            "total_tasks": len(tasks),
+            "fps": self._fps,
+            "chunks_size": DEFAULT_CHUNK_SIZE,
+            "data_path": DEFAULT_DATA_PATH,
+        }
+        wrong = [name for name, value in expected.items() if getattr(info, name) != value]
+        wrong += ["meta/episodes"] if rows["meta/episodes/"] != info.total_episodes else []
+        if wrong:
+            found = getattr(info, wrong[0], rows["meta/episodes/"])
+            raise DatasetError(
+                f"{root}: {wrong[0]} is {str(found)[:100]!r}, the stored files and this version give "
+                f"{str(expected.get(wrong[0], info.total_episodes))[:100]!r}. Copy it again, or record into a new root."
+            )
+        if info.total_episodes:
+            aggregate_stats([self._stats, self._stats])  # raises if the next commit's would
+            values = [
+                np.asarray(v, dtype=np.float64) for stats in self._stats.values() for v in stats.values()
+            ]
+            if set(self._stats) != set(info.features) or not all(np.isfinite(v).all() for v in values):
+                raise DatasetError(
+                    f"{root}/meta/stats.json lacks features or is not finite; record into a new root."
+                )
 
     def _start_batch(self) -> None:
         self._pending: list[tuple[int, list[str], dict[str, Statistics]]] = []  # (length, tasks, statistics)
@@ -157,15 +205,18 @@ class DatasetWriter:
             OSError: The disk is full or fails. `rollback()` then returns to the last commit.
         """
         if self._parquet is not None:
-            commits.begin_commit(self.root, self._info.total_episodes)
+            chunk, file = divmod(self._batches, DEFAULT_CHUNK_SIZE)
+            places = (DEFAULT_DATA_PATH, DEFAULT_EPISODES_PATH)
+            adding = [place.format(chunk_index=chunk, file_index=file) for place in places]
+            commits.begin_commit(self.root, self._info.total_episodes, adding)
             self._parquet.close()
-            chunk, file = divmod(self._batches, self._info.chunks_size)
-            target = self.root / self._info.data_path.format(chunk_index=chunk, file_index=file)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self._pending_file, target)
-            self._write_metadata(chunk, file)
+            for name in adding:
+                (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self._pending_file, self.root / adding[0])
+            self._write_metadata(chunk, file, self.root / adding[1])
+            self._files += adding
             self._batches += 1
-        commits.write_progress(self.root, self._info.total_episodes, progress)
+        commits.write_progress(self.root, self._info.total_episodes, self._files, progress)
         commits.end_commit(self.root)
         self._start_batch()
 
@@ -176,7 +227,7 @@ class DatasetWriter:
                 self._parquet.close()
         self._load()
 
-    def _write_metadata(self, chunk: int, file: int) -> None:
+    def _write_metadata(self, chunk: int, file: int, episodes: Path) -> None:
         """Bring `meta/` up to date with the pending episodes, stored in data file (chunk, file)."""
         info, rows = self._info, []
         for length, tasks, statistics in self._pending:
@@ -200,9 +251,7 @@ class DatasetWriter:
         known = [] if self._stats is None else [self._stats]
         self._stats = aggregate_stats([*known, *(statistics for _, _, statistics in self._pending)])
 
-        path = self.root / DEFAULT_EPISODES_PATH.format(chunk_index=chunk, file_index=file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows), path, compression="snappy")
+        pq.write_table(pa.Table.from_pylist(rows), episodes, compression="snappy")
         index = pd.Index(list(self._task_ids), name="task")
         write_tasks(pd.DataFrame({"task_index": range(len(index))}, index=index), self.root)
         write_stats(self._stats, self.root)
@@ -214,7 +263,12 @@ class DatasetWriter:
         }
 
     def _check_features(self, features: Mapping[str, Mapping]) -> None:
-        stored = {name: (ft["dtype"], tuple(ft["shape"])) for name, ft in self._own_features().items()}
+        try:
+            stored = {name: (ft["dtype"], tuple(ft["shape"])) for name, ft in self._own_features().items()}
+        except (TypeError, KeyError, AttributeError) as error:
+            raise DatasetError(
+                f"{self.root}: meta/info.json has features without type and shape ({error!r})"
+            ) from error
         wanted = {name: (ft["dtype"], tuple(ft["shape"])) for name, ft in features.items()}
         if stored != wanted:
             raise DatasetError(f"{self.root} stores {stored}; this recording writes {wanted}. Use a new root")
@@ -267,6 +321,18 @@ class DatasetWriter:
                 flat = pa.array(values.reshape(-1), type=field.type.value_type)
                 arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
         return pa.Table.from_arrays(arrays, schema=self._schema)
+
+
+def _known_tasks(root: Path) -> list[str]:
+    """Instructions in the order of their index."""
+    table = pq.ParquetFile(root / "meta" / "tasks.parquet").read(columns=["task", "task_index"]).to_pydict()
+    tasks = [task for _, task in sorted(zip(table["task_index"], table["task"], strict=True))]
+    text = all(isinstance(task, str) and task for task in tasks) and len(set(tasks)) == len(tasks)
+    if not text or sorted(table["task_index"]) != list(range(len(tasks))):
+        raise DatasetError(
+            f"{root}/meta/tasks.parquet does not number the instructions; record into a new root."
+        )
+    return tasks
 
 
 def _png(image: np.ndarray) -> bytes:

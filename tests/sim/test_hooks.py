@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ceed_vla.errors import ConfigError
-from sim import hooks
-from sim.hooks import TakeoverRecorder
+from ceed_vla.errors import ConfigError, SimulationError
+from sim import hooks, validate
+from sim.hooks import ClosedLoopValidation, TakeoverRecorder
 
 
 def test_rounds_use_every_seed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,3 +33,17 @@ def test_rounds_that_leave_their_seeds_are_refused(seed: int, rounds: int) -> No
     with pytest.raises(ConfigError, match="30000 to 39999"):
         TakeoverRecorder(2, seed, rounds)
     TakeoverRecorder(2, seed=39_998, rounds=1)
+
+
+@pytest.mark.parametrize("text", ["", "no result", "[]", "{}", '{"successes": "x", "episodes": 1}'])
+def test_a_validation_without_a_result_is_an_error(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "_run_all", lambda commands: [text for _ in commands])
+    with pytest.raises(SimulationError, match="printed no result"):
+        ClosedLoopValidation(4)(Path("policy"))
+
+
+def test_a_validation_explains_itself_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert validate.main([]) == 2
+    assert validate.main([str(tmp_path), "x", "1"]) == 2
+    assert validate.main([str(tmp_path), "40000", "1"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")

@@ -272,11 +272,17 @@ def test_statistics_match_numpy() -> None:
         ({"seed": 40_000, "mode": "takeover"}, "never recorded"),
         ({"seed": 29_999, "episodes": 2}, "range of mode 'clean'"),
         ({"seed": 0, "mode": "takeover"}, "range of mode 'takeover'"),
-        ({"seed": -1}, "not all in"),
+        ({"seed": -1}, "seed is -1"),
         ({"mode": "dirty"}, "clean, perturb, grounding, takeover"),
         ({"tasks": "juggle"}, "cube_in_bin, cube_on_plate, push_cube, stack_cubes"),
         ({"tasks": ""}, "choose 'all'"),
-        ({"episodes": 0}, "at least 1"),
+        ({"episodes": 0}, r"episodes is 0.*\[1, 1e6\]"),
+        ({"image_size": 100_000}, "image_size is 100000"),
+        ({"commit_frames": 0}, "commit_frames is 0"),
+        ({"excursion_fraction": float("nan")}, "excursion_fraction is nan"),
+        ({"burst_every_min": 5, "burst_every_max": 4}, "burst_every_max"),
+        ({"executed_steps": -1}, "executed_steps is -1"),
+        ({"tasks": 5}, "tasks is 5"),
         ({"mode": "perturb", "action_noise": 0.1}, "mode clean only"),
         ({"action_noise": -0.1}, r"\[0, 1\]"),
         ({"decoding": "fast"}, "Unknown decoder 'fast'"),
@@ -303,6 +309,18 @@ def test_resume_with_other_options_is_refused(tmp_path: Path) -> None:
         record(config(tmp_path / "set", episodes=1, max_steps=50, resume=True))
     with pytest.raises(ConfigError, match="--resume"):
         record(config(tmp_path / "set", episodes=1))
+
+
+def test_no_root(tmp_path: Path) -> None:
+    for root in ("", "."):
+        with pytest.raises(ConfigError, match="root is"):
+            config(Path(root))
+
+
+def test_more_steps_than_a_chunk_has(tmp_path: Path) -> None:
+    options = {"mode": "takeover", "policy_path": Path("student"), "executed_steps": 99}
+    with pytest.raises(ConfigError, match="executed_steps is 99; the policy's chunks have"):
+        record(config(tmp_path / "set", **options))
 
 
 def test_takeover_needs_a_policy(tmp_path: Path) -> None:

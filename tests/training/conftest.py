@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,3 +218,30 @@ def _tiny_policy() -> Callable[..., Any]:
 @pytest.fixture(scope="session", name="read_log")
 def _read_log() -> Callable[..., dict[int, float]]:
     return read_log
+
+
+@pytest.fixture
+def copy(studio: Studio, tmp_path: Path) -> Path:
+    """A copy of the demonstrations that a test may damage."""
+    return shutil.copytree(studio.demo, tmp_path / "copy", ignore=shutil.ignore_patterns(".frames"))
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    """Two episodes of four frames as videos."""
+    from lerobot.datasets import LeRobotDataset
+
+    features = {
+        CAMERAS[0]: {"dtype": "video", "shape": (64, 64, 3), "names": ["height", "width", "channels"]},
+        "observation.state": {"dtype": "float32", "shape": (2,), "names": None},
+        "action": {"dtype": "float32", "shape": (2,), "names": None},
+    }
+    dataset = LeRobotDataset.create("local/video", 10, features, root=tmp_path / "video", use_videos=True)
+    for step in range(8):
+        image = np.full((64, 64, 3), 30 * step, np.uint8)
+        vector = np.full(2, step, np.float32)
+        dataset.add_frame({CAMERAS[0]: image, "observation.state": vector, "action": vector, "task": "go"})
+        if step % 4 == 3:
+            dataset.save_episode()
+    dataset.finalize()
+    return tmp_path / "video"

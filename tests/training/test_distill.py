@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from copy import copy
 from pathlib import Path
@@ -221,9 +223,18 @@ def test_online_states_are_jacobi_updates_of_a_guess(
     [
         ({"loss": "l2"}, "trust_region, paper"),
         ({"states": "none"}, "online, stored"),
+        ({"omega": -1.0}, r"omega is -1.0.*\[0, 1e6\]"),
+        ({"omega": float("nan")}, "omega is nan"),
+        ({"max_iterations": 0}, "max_iterations is 0"),
+        ({"confidence": 1.5}, "confidence is 1.5"),
+        ({"eval_every": -1}, "eval_every is -1"),
+        ({"eval_frames": 0}, "eval_frames is 0"),
+        ({"guesses": "nan,1,1"}, "guesses"),
+        ({"lr": float("nan")}, "lr is nan"),
         ({"delta_quantile": 0.0}, "delta_quantile"),
         ({"max_updates": -1}, "max_updates"),
         ({"steps": 0}, "steps"),
+        ({"guesses": "1"}, "shares"),
     ],
 )
 def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
@@ -239,7 +250,9 @@ def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
         ({"trajectories": "MISSING"}, DatasetError, "No trajectories"),
         ({"teacher_path": "MISSING"}, CheckpointError, "No checkpoint"),
         ({"eval_frames": 63}, DatasetError, "more than eval_frames"),
-        ({"guesses": "1"}, ConfigError, "shares"),
+        ({"device": "cuda:99"}, ConfigError, "cuda:99"),
+        ({"trajectories": ""}, ConfigError, "No trajectories"),
+        ({"output_dir": " "}, ConfigError, "output_dir"),
         ({"resume": True}, CheckpointError, "nothing to resume"),
     ],
 )
@@ -253,6 +266,22 @@ def test_settings_that_cannot_work(
         changes["trajectories"] = TrajectoriesConfig(changes["trajectories"])
     with pytest.raises(error, match=message):
         distill(studio.distill_config(tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_bins": 65}, {"shift_steps": 4}, {"chunk_size": 7, "action_dim": 4}], ids=str
+)
+def test_trajectories_of_another_layout_are_refused(
+    studio: Any, teacher: tuple[Any, Any, Any], tmp_path: Path, change: dict[str, int]
+) -> None:
+    copy = shutil.copytree(studio.trajectories, tmp_path / "copy")
+    meta = json.loads((copy / "meta.json").read_text())
+    (copy / "meta.json").write_text(json.dumps({**meta, **change}))
+    with pytest.raises(DatasetError, match=next(iter(change))):
+        StoredData(
+            str(copy), f"{studio.demo},{studio.other}", str(studio.teacher), *teacher[:2],
+            eval_frames=8, delta_quantile=0.8,
+        )  # fmt: skip
 
 
 def test_stored_states_must_have_been_kept(studio: Any, tmp_path: Path) -> None:

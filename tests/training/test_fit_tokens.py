@@ -124,12 +124,34 @@ def test_the_command_writes_what_a_trainer_reads(studio: Any, tmp_path: Path) ->
     again = FastTokensConfig(scale=8.0)
     again.fit_chunks(all_chunks(stores, 4))
     assert again.merges == read.merges
+    fit_tokens(config)  # its own file may be written again
     with pytest.raises(DatasetError, match="holds no actions"):
-        fit_tokens(FitTokensConfig(roots=str(studio.grounding)))
+        fit_tokens(FitTokensConfig(roots=str(studio.grounding), output=str(tmp_path / "other.json")))
     with pytest.raises(ConfigError, match="set --roots"):
         FitTokensConfig()
     with pytest.raises(ConfigError, match="chunk_size is 0"):
         FitTokensConfig(roots="x", chunk_size=0)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "folder", "config.json"])
+def test_no_other_file_is_overwritten(studio: Any, tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "notes.txt").write_text("keep me")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="choose another --output"):
+        fit_tokens(FitTokensConfig(roots=str(studio.demo), output=str(tmp_path / name), chunk_size=4))
+    assert (tmp_path / "notes.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"output": ""}, {"chunk_size": 10**9}, {"scale": float("inf")}, {"scale": 0.0}, {"max_tokens": -1},
+     {"vocabulary_size": 1}, {"action_low": [float("nan")]}, {"gripper_dims": [1.5]}],
+    ids=str,
+)  # fmt: skip
+def test_settings_out_of_range(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        FitTokensConfig(**{"roots": "x", **changes})
 
 
 def test_tokens_that_are_known_are_not_fitted_again(studio: Any, tiny_policy: Callable[..., Any]) -> None:

@@ -1,0 +1,184 @@
+"""Recordings that are damaged, or hold what `record` did not write: refused before anything is changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from ceed_vla.errors import DatasetError
+from sim.record import record
+from sim.recording.config import RecordConfig
+from sim.recording.dataset_writer import DatasetWriter
+
+FEATURES = {
+    "observation.images.front": {
+        "dtype": "image",
+        "shape": (8, 8, 3),
+        "names": ["height", "width", "channels"],
+    },
+    "action": {"dtype": "float32", "shape": (2,), "names": ["x", "y"]},
+}
+
+
+def config(root: Path, **options: Any) -> RecordConfig:
+    return RecordConfig(root=root, progress=False, **({"episodes": 2, "tasks": "push_cube"} | options))
+
+
+def fake_frames(length: int, task: str = "do it", seed: int = 0) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "observation.images.front": rng.integers(0, 256, (8, 8, 3), dtype=np.uint8),
+            "action": rng.normal(size=2).astype(np.float32),
+            "task": task,
+        }
+        for _ in range(length)
+    ]
+
+
+def new_writer(root: Path) -> DatasetWriter:
+    return DatasetWriter(root, repo_id="local/test", fps=10, features=FEATURES, robot_type="test")
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """A recording of two commits, as `record` writes its progress."""
+    root = tmp_path / "set"
+    writer = new_writer(root)
+    for episode in range(2):
+        writer.add_episode(fake_frames(5, f"task {episode}"))
+        writer.commit({"done": episode})
+    return root
+
+
+def damaged(name: str, **changes: Any) -> Any:
+    def edit(root: Path) -> None:
+        values = json.loads((root / name).read_text())
+        (root / name).write_text(json.dumps({**values, **changes}))
+
+    return edit
+
+
+def feature(**changes: Any) -> Any:
+    def edit(root: Path) -> None:
+        info = json.loads((root / "meta" / "info.json").read_text())
+        info["features"]["action"].update(changes)
+        (root / "meta" / "info.json").write_text(json.dumps(info))
+
+    return edit
+
+
+FIRST_FILE = "data/chunk-000/file-000.parquet"
+DAMAGES: dict[str, tuple[Any, str]] = {
+    "unknown file": (lambda r: (r / "data/chunk-000/mine.parquet").write_bytes(b"x"), "know: data/chunk-000/mine"),
+    "unknown note": (lambda r: (r / "data/notes.txt").write_bytes(b"x"), r"know: data/notes\.txt"),
+    "unknown episodes": (lambda r: (r / "meta/episodes/chunk-000/file-009.parquet").write_bytes(b"x"), "does not know"),
+    "next file": (lambda r: (r / "data/chunk-000/file-002.parquet").write_bytes(b"x"), "does not know"),
+    "missing file": (lambda r: (r / FIRST_FILE).unlink(), f"lacks {FIRST_FILE}"),
+    "truncated file": (lambda r: (r / FIRST_FILE).write_bytes((r / FIRST_FILE).read_bytes()[:-100]), "damaged"),
+    "empty file": (lambda r: (r / FIRST_FILE).write_bytes(b""), "damaged"),
+    "other rows": (lambda r: pq.write_table(pq.read_table(r / FIRST_FILE).slice(0, 2), r / FIRST_FILE), "total_frames"),
+    "link": (lambda r: (r / "meta/mine").symlink_to("/tmp"), "links"),
+    "progress": (lambda r: (r / "recording.json").write_text("{"), "not JSON"),
+    "progress list": (lambda r: (r / "recording.json").write_text("[]"), "instead of settings"),
+    "files": (damaged("recording.json", files=5), "damaged"),
+    "no files": (damaged("recording.json", files=[]), "does not know"),
+    "file outside": (damaged("recording.json", files=["../x.parquet"]), "damaged"),
+    "absolute file": (damaged("recording.json", files=["/tmp/x.parquet"]), "damaged"),
+    "file numbers": (damaged("recording.json", files=[1]), "damaged"),
+    "episodes": (damaged("recording.json", total_episodes=7), "total_episodes"),
+    "episodes text": (damaged("recording.json", total_episodes="2"), "damaged"),
+    "no progress": (damaged("recording.json", progress=None), "damaged"),
+    "info": (lambda r: (r / "meta/info.json").write_text("{"), "damaged"),
+    "info list": (lambda r: (r / "meta/info.json").write_text("[]"), "damaged"),
+    "no info": (lambda r: (r / "meta/info.json").unlink(), "damaged"),
+    "fps": (damaged("meta/info.json", fps=-5), "damaged"),
+    "other fps": (damaged("meta/info.json", fps=20), "fps"),
+    "fps text": (damaged("meta/info.json", fps="10"), "damaged"),
+    "template": (damaged("meta/info.json", data_path="{chunk_index.__class__}/{file_index}.parquet"), "data_path"),
+    "template outside": (damaged("meta/info.json", data_path="../{chunk_index}{file_index}"), "data_path"),
+    "chunk size": (damaged("meta/info.json", chunks_size=1), "chunks_size"),
+    "frames": (damaged("meta/info.json", total_frames=99), "total_frames"),
+    "tasks": (damaged("meta/info.json", total_tasks=0), "total_tasks"),
+    "features": (damaged("meta/info.json", features=[]), "damaged"),
+    "feature shape": (feature(shape=[5]), "Use a new root"),
+    "feature type": (feature(dtype="object"), "damaged|new root"),
+    "stats": (lambda r: (r / "meta/stats.json").write_text("{"), "damaged"),
+    "no stats": (lambda r: (r / "meta/stats.json").unlink(), "damaged"),
+    "stats list": (lambda r: (r / "meta/stats.json").write_text("[]"), "damaged"),
+    "stats text": (damaged("meta/stats.json", action={"mean": "x"}), "damaged"),
+    "stats NaN": (damaged("meta/stats.json", index={n: [float("nan")] for n in ("min", "max", "mean", "std", "count")}),
+                  "not finite"),
+    "no tasks": (lambda r: (r / "meta/tasks.parquet").unlink(), "damaged"),
+    "tasks file": (lambda r: (r / "meta/tasks.parquet").write_bytes(b"x"), "damaged"),
+}  # fmt: skip
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {
+        str(p): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file() and ".recording" not in p.parts
+    }
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_recording_is_refused_and_left_as_it_is(stored: Path, damage: str) -> None:
+    break_it, message = DAMAGES[damage]
+    break_it(stored)
+    before = contents(stored)
+    with pytest.raises(DatasetError, match=message):
+        new_writer(stored)
+    assert contents(stored) == before
+
+
+@pytest.mark.parametrize(
+    "marker",
+    ["{", "[]", "{}", '{"total_episodes": 2, "files": []}', '{"total_episodes": 2, "files": ["info.json"]}',
+     '{"total_episodes": 2, "files": 3}', '{"total_episodes": "2", "files": ["info.json"]}',
+     '{"total_episodes": 2, "files": ["info.json", "stats.json", "tasks.parquet"], "adding": ["../victim"]}',
+     '{"total_episodes": 2, "files": ["info.json", "stats.json", "tasks.parquet"], "adding": ["meta/info.json"]}'],
+)  # fmt: skip
+def test_a_damaged_marker_deletes_nothing(stored: Path, marker: str) -> None:
+    (stored / ".recording" / "backup" / "marker.json").write_text(marker)
+    before = contents(stored)
+    with pytest.raises(DatasetError, match=r"marker\.json"):
+        new_writer(stored)
+    assert contents(stored) == before
+
+
+def test_a_marker_cannot_name_what_is_committed(stored: Path) -> None:
+    marker = {
+        "total_episodes": 2,
+        "files": ["info.json", "stats.json", "tasks.parquet"],
+        "adding": [FIRST_FILE],
+    }
+    for name in marker["files"]:  # type: ignore[attr-defined]
+        (stored / ".recording" / "backup" / name).write_bytes((stored / "meta" / name).read_bytes())
+    (stored / ".recording" / "backup" / "marker.json").write_text(json.dumps(marker))
+    before = contents(stored)
+    assert new_writer(stored).frames == 10
+    assert contents(stored) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"attempts": -1}, {"attempts": 5}, {"attempts": "1"}, {"outcomes": []}, {"outcomes": {"push_cube/recorded": 9}},
+     {"outcomes": {"push_cube/recorded": None}}, {"failed_seeds": "x"}, {"episode_seeds": []}, {"episode_seeds": ["0"]},
+     {"config": None}],
+    ids=str,
+)  # fmt: skip
+def test_damaged_progress_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    root = tmp_path / "set"
+    record(config(root, episodes=1))
+    values = json.loads((root / "recording.json").read_text())
+    (root / "recording.json").write_text(
+        json.dumps({**values, "progress": {**values["progress"], **changes}})
+    )
+    before = contents(root)
+    with pytest.raises(DatasetError, match=r"recording\.json is damaged"):
+        record(config(root, episodes=2, resume=True))
+    assert contents(root) == before

@@ -1,0 +1,264 @@
+"""The files of a LeRobotDataset v3 besides its images: read, and checked against each other before anything is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from ceed_vla.errors import CeedVLAError, DatasetError
+from ceed_vla.files import plain_name, read_json
+
+STATE, ACTION, ENVIRONMENT = "observation.state", "action", "observation.environment_state"
+NUMBERS = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
+MOST = 10**9  # frames, episodes, values of a vector
+LARGEST_IMAGE = 2**13  # [px] of a side
+LARGEST_ACTION = 1e9  # in any unit: beyond it are broken numbers
+
+
+@dataclass(frozen=True)
+class Info:
+    """What ``meta/info.json`` says, as far as training reads it.
+
+    Attributes:
+        root: The data set's folder.
+        fps: Frames a second [Hz].
+        frames: Frames of all episodes.
+        episodes: Episodes.
+        vectors: Shapes of state, action and environment state, where there are.
+        cameras: Camera feature -> (H, W, 3).
+        videos: Cameras that are stored as videos.
+        names: All features.
+    """
+
+    root: Path
+    fps: float
+    frames: int
+    episodes: int
+    vectors: dict[str, tuple[int, ...]]
+    cameras: dict[str, tuple[int, int, int]]
+    videos: tuple[str, ...]
+    names: str
+
+
+@contextmanager
+def readable(file: Path | str, remedy: str = "copy it again") -> Iterator[None]:
+    """Turn whatever a reader raises into a `DatasetError` that names the file."""
+    try:
+        yield
+    except CeedVLAError:
+        raise
+    except Exception as error:  # pyarrow, Pillow and video decoders each raise their own kinds, and KeyError
+        raise DatasetError(
+            f"{file} cannot be read ({type(error).__name__}: {str(error)[:200]}); {remedy}."
+        ) from error
+
+
+def is_whole(value: object, low: int, high: int = MOST) -> bool:
+    """Whether `value`, as found in a file, is a whole number in [low, high]."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+# ---- meta/info.json ---------------------------------------------------------------------------------------------
+
+
+def read_info(root: Path) -> Info:
+    """Read and check ``meta/info.json``.
+
+    Raises:
+        DatasetError: No such file, or values that describe no data set.
+    """
+    file = root / "meta" / "info.json"
+    if not file.is_file():
+        raise DatasetError(
+            f"No LeRobotDataset at {root}: no meta/info.json there. Record one with `ceed-vla record`."
+        )
+    info = read_json(file, DatasetError)
+    version, fps, features = (info.get(key) for key in ("codebase_version", "fps", "features"))
+    if not (isinstance(version, str) and version.startswith("v3.")):
+        raise DatasetError(
+            f"{root} has LeRobot's format {str(version)[:50]}, this needs v3; convert it with LeRobot's tools."
+        )
+    _require(
+        is_whole(info.get("total_frames"), 0), file, "total_frames", info.get("total_frames"), "a number"
+    )
+    _require(
+        is_whole(info.get("total_episodes"), 0),
+        file,
+        "total_episodes",
+        info.get("total_episodes"),
+        "a number",
+    )
+    if not info["total_frames"]:
+        raise DatasetError(f"{root}: the data set has no frame.")
+    number = isinstance(fps, int | float) and not isinstance(fps, bool)
+    _require(number and 0 < fps <= 10_000, file, "fps", fps, "a number in (0, 10000]")  # type: ignore[operator]
+    _require(isinstance(features, dict) and features, file, "features", features, "a mapping of features")
+    for name, feature in features.items():  # type: ignore[union-attr]
+        plain_name(name, f"A feature in {file}", DatasetError)
+        fits = (
+            isinstance(feature, dict)
+            and isinstance(feature.get("dtype"), str)
+            and _is_shape(feature.get("shape"))
+        )
+        _require(fits, file, name, feature, "a dtype and a shape of positive numbers")
+    vectors = {name: features[name] for name in (STATE, ACTION, ENVIRONMENT) if name in features}  # type: ignore[index, operator]
+    for name, feature in vectors.items():
+        _require(
+            feature["dtype"] in NUMBERS, file, f"the dtype of {name}", feature["dtype"], "a type of numbers"
+        )
+    cameras = {name: f for name, f in features.items() if f["dtype"] in ("image", "video")}  # type: ignore[union-attr]
+    return Info(
+        root=root,
+        fps=float(fps),  # type: ignore[arg-type]
+        frames=info["total_frames"],
+        episodes=info["total_episodes"],
+        vectors={name: tuple(feature["shape"]) for name, feature in vectors.items()},
+        cameras={name: _image_shape(file, name, feature) for name, feature in cameras.items()},
+        videos=tuple(name for name, feature in cameras.items() if feature["dtype"] == "video"),
+        names=", ".join(features)[:500],  # type: ignore[arg-type]
+    )
+
+
+def _require(fits: Any, file: Path, what: str, value: object, rule: str) -> None:
+    if not fits:
+        raise DatasetError(
+            f"{file}: {what} is {str(value)[:100]!r}; it must be {rule}. Copy or record it again."
+        )
+
+
+def _is_shape(shape: Any) -> bool:
+    sizes = isinstance(shape, list) and 0 < len(shape) <= 8 and all(is_whole(size, 1) for size in shape)
+    return sizes and math.prod(shape) <= MOST
+
+
+def _image_shape(file: Path, name: str, feature: dict[str, Any]) -> tuple[int, int, int]:
+    """(H, W, 3), whichever order the data set names."""
+    shape, names = feature["shape"], feature.get("names")
+    if isinstance(names, list) and names and str(names[0]).startswith("channel"):
+        shape = [*shape[1:], shape[0]]
+    fits = len(shape) == 3 and shape[2] == 3 and max(shape) <= LARGEST_IMAGE
+    _require(
+        fits, file, f"the shape of {name}", feature["shape"], f"height and width up to {LARGEST_IMAGE}, and 3"
+    )
+    return tuple(shape)  # type: ignore[return-value]
+
+
+# ---- parquet ----------------------------------------------------------------------------------------------------
+
+
+def data_files(root: Path) -> list[Path]:
+    """The parquet files that hold the frames, in order."""
+    return sorted((root / "data").rglob("*.parquet"))
+
+
+def read_rows(info: Info, vectors: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Columns of all frames: (N, D) float32 for `vectors`, (N,) for the indices of episode and task and the timestamp.
+
+    Raises:
+        DatasetError: Files that cannot be read, or that hold something else than ``meta/info.json`` says.
+    """
+    root, remedy = info.root, "the recording was not finalised, or copy it again"
+    shapes = {"index": (), "episode_index": (), "task_index": (), "timestamp": ()}
+    wanted = {**shapes, **{name: info.vectors[name] for name in vectors}}
+    files = data_files(root)
+    with readable(f"{root}: a data file", remedy):
+        opened = [pq.ParquetFile(file) for file in files]
+        rows, size = sum(f.metadata.num_rows for f in opened), sum(file.stat().st_size for file in files)
+        if rows != info.frames or rows > size:  # a row takes more than a byte
+            raise DatasetError(
+                f"{root}: the data files hold {rows} frames in {size} bytes, meta/info.json says {info.frames} frames; "
+                f"{remedy}."
+            )
+        tables = [file.read(columns=list(wanted)) for file in opened]
+        columns = {name: pa.chunked_array([c for t in tables for c in t[name].chunks]) for name in wanted}
+    arrays = {name: numbers(columns[name], shape, f"{root}: {name}") for name, shape in wanted.items()}
+    for name in ("index", "episode_index", "task_index"):
+        if arrays[name].dtype.kind not in "iu":
+            raise DatasetError(
+                f"{root}: {name} is {arrays[name].dtype}; it must be whole numbers. Record it again."
+            )
+    episode = arrays["episode_index"].astype(np.int64)
+    steps = np.diff(episode, prepend=-1, append=info.episodes)
+    if (
+        (arrays.pop("index") != np.arange(rows)).any()
+        or (steps < 0).any()
+        or steps.max() > 1
+        or steps[[0, -1]].min() < 1
+    ):
+        raise DatasetError(
+            f"{root}: index or episode_index of the frames are out of order; they must count the {rows} frames and "
+            f"{info.episodes} episodes from 0. Record it again."
+        )
+    for name in vectors:
+        arrays[name] = _finite(
+            arrays[name], f"{root}: {name}", LARGEST_ACTION if name == ACTION else math.inf
+        )
+    return {**arrays, "episode_index": episode, "task_index": arrays["task_index"].astype(np.int64)}
+
+
+def numbers(column: pa.ChunkedArray, shape: tuple[int, ...], what: str) -> NDArray[Any]:
+    """A column as an array (N,) or (N, D): every row of it holds numbers in the given shape.
+
+    Raises:
+        DatasetError: Nulls, text, or rows of another shape.
+    """
+    values, rows = column.combine_chunks(), len(column)
+    for length in shape:
+        values = getattr(values, "storage", values)  # of an extension type
+        if not isinstance(values, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
+            break  # one value a row
+        if values.null_count or pc.any(pc.not_equal(pc.list_value_length(values), length)).as_py():
+            raise DatasetError(f"{what} has rows of other lengths than {shape}, or none; record it again.")
+        values = values.flatten()
+    kind = values.type
+    if values.null_count or not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise DatasetError(
+            f"{what} is {kind} with {values.null_count} nulls; it must be numbers. Record it again."
+        )
+    if len(values) != rows * math.prod(shape):
+        raise DatasetError(
+            f"{what} has {len(values)} values in {rows} rows, which do not have the shape {shape}."
+        )
+    array: NDArray[Any] = values.to_numpy(zero_copy_only=False)
+    return array.reshape(rows, -1) if shape else array
+
+
+def _finite(values: NDArray[Any], what: str, largest: float) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    bad = np.flatnonzero(~(np.isfinite(values) & (np.abs(values) <= largest)).all(axis=1))
+    if len(bad):
+        kind = "not finite" if not np.isfinite(values[bad[0]]).all() else f"beyond {largest:.0e}"
+        raise DatasetError(
+            f"{what} of frame {bad[0]} is {kind} ({len(bad)} such frames); remove that episode."
+        )
+    return values
+
+
+def read_tasks(root: Path, used: NDArray[np.int64]) -> list[str]:
+    """Instructions in the order of their index; `used` (N,) are the indices of the frames."""
+    file = root / "meta" / "tasks.parquet"
+    with readable(file, "every frame needs its instruction (`task`)"):
+        table = pq.ParquetFile(file).read()
+        name = "task" if "task" in table.column_names else "__index_level_0__"
+        pairs = sorted(zip(table["task_index"].to_pylist(), table[name].to_pylist(), strict=True))
+    tasks = [task for _, task in pairs]
+    if [index for index, _ in pairs] != list(range(len(pairs))):
+        raise DatasetError(f"{file}: task_index does not count the instructions from 0; record it again.")
+    if not tasks or not all(isinstance(task, str) and task.strip() for task in tasks):
+        raise DatasetError(f"{root}: the data set has frames without an instruction (`task`).")
+    if used.min() < 0 or used.max() >= len(tasks):
+        raise DatasetError(
+            f"{root}: the task_index of frames is out of order: it must lie in 0..{len(tasks) - 1}."
+        )
+    return tasks

@@ -1,0 +1,66 @@
+"""What the settings of several commands share: lists in a text, output folders, and disks that are full."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ceed_vla.errors import CeedVLAError, ConfigError
+
+SHARES = "[0, 1]"
+BATCHES = "[1, 1e6]"
+NONE_OR_COUNTS = "[0, 1e9]"
+LARGEST = 1e9
+_TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "No space left", "file write failed")
+
+
+def split_list(text: str) -> list[str]:
+    """The non-empty parts of a comma-separated list."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def number_list(text: str, name: str) -> list[float]:
+    """The numbers of a comma-separated list, none of them negative.
+
+    Raises:
+        ConfigError: Something else; names the setting.
+    """
+    try:
+        numbers = [float(part) for part in split_list(text)]
+    except ValueError:
+        numbers = [-1.0]
+    if not all(0 <= number <= LARGEST for number in numbers):
+        raise ConfigError(
+            f"{name} is {text!r}; it must be numbers in [0, {LARGEST:.0e}], separated by commas."
+        )
+    return numbers
+
+
+def output_folder(text: str, purpose: str) -> Path:
+    """The folder that ``output_dir`` names; it need not exist.
+
+    Raises:
+        ConfigError: No name, or a file's.
+    """
+    if not text.strip():
+        raise ConfigError(f"No --output_dir; name the folder for {purpose}.")
+    if Path(text).exists() and not Path(text).is_dir():
+        raise ConfigError(f"output_dir is {text}, which is a file; name a folder for {purpose}.")
+    return Path(text)
+
+
+@contextmanager
+def full_disk(folder: Path, kept: str) -> Iterator[None]:
+    """Say in one line that `folder` cannot be written, and what is `kept`."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_WRITES):
+            raise
+        full = getattr(error, "errno", None) == errno.ENOSPC or not isinstance(error, OSError)
+        reason = f"{'is the disk full? ' if full else ''}{(str(error).splitlines() or [''])[0][:200]}"
+        raise CeedVLAError(f"{folder} cannot be written ({reason}). Make room there; {kept}.") from error

@@ -1,11 +1,12 @@
 """`ceed-vla <command> [--flag value ...]`: one entry for the whole pipeline.
 
 A command's module, and with it torch or MuJoCo, is imported when that command runs.
-Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted. Every error is one line.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -13,15 +14,19 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ceed_vla import __version__
-from ceed_vla.cli_flags import UsageError, format_help, parse_flags
+from ceed_vla.cli_flags import format_help, parse_flags, take_packages
+from ceed_vla.cli_values import UsageError
+from ceed_vla.discovery import discover
 from ceed_vla.errors import CeedVLAError
 
 PROGRAM = "ceed-vla"
 TRACEBACK = "CEED_VLA_TRACEBACK"
+LONGEST_MESSAGE = 1500
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Command:
         config: Name of its configuration dataclass there: its flags.
         function: Name of its function there, called with the configuration.
         kept: What an interrupt leaves behind; formatted with the configuration's fields.
+        must: Flags that `--help` lists first, besides those without a default.
+        may: Flags that it explains after these; the others it only names. With neither, it explains all.
         positional: The flag that a word without ``--`` stands for.
         simulator: Gives the function's further arguments, for commands that may not import the simulator.
     """
@@ -43,6 +50,8 @@ class Command:
     config: str
     function: str
     kept: str
+    must: tuple[str, ...] = ()
+    may: tuple[str, ...] = ()
     positional: str = ""
     simulator: Callable[[Any], dict[str, Any]] | None = None
 
@@ -72,6 +81,8 @@ COMMANDS = {
         config="RecordConfig",
         function="record",
         kept=f"complete attempts are in {{root}}; {_RESUMABLE}",
+        must=("root",),
+        may=("mode", "tasks", "episodes", "seed", "policy_path", "action_noise", "resume"),
     ),
     "train": Command(
         summary="train the autoregressive teacher on recorded data",
@@ -79,6 +90,21 @@ COMMANDS = {
         config="TrainConfig",
         function="train",
         kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
+        must=("roots", "output_dir"),
+        may=(
+            "grounding_roots",
+            "steps",
+            "batch_size",
+            "rounds",
+            "policy_path",
+            "policy.chunk_size",
+            "policy.backbone.type",
+            "policy.backbone.path",
+            "policy.action_tokens.type",
+            "policy.device",
+            "threads",
+            "resume",
+        ),
         simulator=teacher_simulator,
     ),
     "fit-tokens": Command(
@@ -87,6 +113,8 @@ COMMANDS = {
         config="FitTokensConfig",
         function="fit_tokens",
         kept="nothing was written",
+        must=("roots", "output"),
+        may=("chunk_size", "vocabulary_size", "gripper_dims"),
     ),
     "collect": Command(
         summary="write the teacher's Jacobi trajectories over a data set",
@@ -94,6 +122,8 @@ COMMANDS = {
         config="CollectConfig",
         function="collect",
         kept=f"complete shards are in {{output_dir}}; {_RESUMABLE}",
+        must=("policy_path", "roots", "output_dir"),
+        may=("device", "batch_size", "max_frames", "shard_index", "num_shards", "threads", "resume"),
     ),
     "distill": Command(
         summary="distill the teacher into a student that decodes in few forwards",
@@ -101,6 +131,22 @@ COMMANDS = {
         config="DistillConfig",
         function="distill",
         kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
+        must=("teacher_path", "trajectories.path", "roots", "output_dir"),
+        may=(
+            "trajectories.online",
+            "steps",
+            "batch_size",
+            "lr",
+            "loss",
+            "states",
+            "max_iterations",
+            "confidence",
+            "lora.rank",
+            "device",
+            "seed",
+            "threads",
+            "resume",
+        ),
         simulator=student_simulator,
     ),
     "eval": Command(
@@ -108,7 +154,20 @@ COMMANDS = {
         module="sim.evaluate",
         config="EvalConfig",
         function="evaluate",
-        kept="a report of the finished episodes, if any, is in {output_dir}",
+        kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
+        must=("policy.path",),
+        may=(
+            "teacher.path",
+            "decoders",
+            "episodes",
+            "seed",
+            "task",
+            "split",
+            "output_dir",
+            "device",
+            "threads",
+            "resume",
+        ),
     ),
     "show": Command(
         summary="draw how one observation's tokens settle over the iterations",
@@ -116,6 +175,8 @@ COMMANDS = {
         config="ShowConfig",
         function="show",
         kept="nothing was written",
+        must=("policy.path",),
+        may=("teacher.path", "output", "seed", "chunk", "task", "device"),
     ),
     "grounding": Command(
         summary="how well a policy sees where cube and goal are, by distance",
@@ -123,13 +184,15 @@ COMMANDS = {
         config="GroundingConfig",
         function="grounding",
         kept="nothing was written",
+        must=("policy.path",),
+        may=("scenes", "edges", "output", "device"),
     ),
     "demo": Command(
         summary="run the shipped policies: table, plots and clips in a few minutes",
         module="sim.demo",
         config="DemoConfig",
         function="demo",
-        kept="a report of the finished episodes, if any, is in {output_dir}",
+        kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
     ),
     "ros-demo": Command(
         summary="drive the simulated robot through ROS 2: success, command rate, a bag",
@@ -137,6 +200,7 @@ COMMANDS = {
         config="RosDemoConfig",
         function="ros_demo",
         kept="the bag and the nodes' output, as far as they came, are in {output_dir}",
+        may=("episodes", "checkpoint", "task", "action_interface", "decoding", "output_dir"),
     ),
     "convert": Command(
         summary="make a checkpoint from a published model (OpenVLA, pi0-FAST)",
@@ -144,6 +208,18 @@ COMMANDS = {
         config="ConvertConfig",
         function="convert",
         kept="nothing was written",
+        must=("path", "output_dir"),
+        may=(
+            "from",
+            "unnorm_key",
+            "chunk_size",
+            "n_action_steps",
+            "camera",
+            "camera_size",
+            "fast_tokenizer",
+            "text_tokenizer",
+            "device",
+        ),
         positional="path",
     ),
     "verify": Command(
@@ -152,7 +228,16 @@ COMMANDS = {
         config="VerifyConfig",
         function="verify",
         kept="nothing was written",
+        must=("folder",),
+        may=("policy_path", "device"),
         positional="folder",
+    ),
+    "doctor": Command(
+        summary="look at this installation: versions, GL, ROS, devices, disk; what to do where something is missing",
+        module="ceed_vla.doctor",
+        config="DoctorConfig",
+        function="doctor",
+        kept="nothing was written",
     ),
 }
 
@@ -180,19 +265,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(PROGRAM, f"unknown command {name!r}{guess}; choose one of {', '.join(COMMANDS)}", 2)
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything of the hub is imported: no command asks it
     _configure_logging()
+    if arguments is None and not os.environ.get(TRACEBACK):
+        sys.unraisablehook = lambda _: (
+            None
+        )  # what fails while objects are thrown away changes nothing any more
     return _run(name, COMMANDS[name], flags)
 
 
 def _configure_logging() -> None:
-    """Our own progress, others' warnings; LeRobot's remarks on missing accelerators are left out."""
+    """Our own progress, others' warnings, one line each; LeRobot's remarks on missing accelerators are left out."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     for name in ("ceed_vla", "training", "sim", "ros_nodes"):
         logging.getLogger(name).setLevel(logging.INFO)
     for handler in logging.getLogger().handlers:
-        handler.addFilter(
-            lambda record: record.levelno >= logging.ERROR or "lerobot" not in Path(record.pathname).parts
-        )
+        handler.addFilter(_is_for_the_user)
+
+
+def _is_for_the_user(record: logging.LogRecord) -> bool:
+    if not os.environ.get(TRACEBACK):
+        record.exc_info = record.exc_text = record.stack_info = None
+    return record.levelno >= logging.ERROR or "lerobot" not in Path(record.pathname).parts
 
 
 def overview() -> str:
@@ -202,7 +296,8 @@ def overview() -> str:
         f"usage: {PROGRAM} <command> [--flag value ...]\n\n"
         f"Vision-language-action policies that decode their action tokens in parallel.\n\n"
         f"commands:\n{rows}\n\n"
-        f"{PROGRAM} <command> --help lists the flags of a command; {PROGRAM} --version names the version.\n"
+        f"{PROGRAM} <command> --help explains the flags that matter, --help=all every flag; {PROGRAM} --version names "
+        f"the version.\n"
         f"{TRACEBACK}=1 in the environment shows where an error comes from."
     )
 
@@ -210,31 +305,83 @@ def overview() -> str:
 def _run(name: str, command: Command, flags: list[str]) -> int:
     program, config = f"{PROGRAM} {name}", None
     try:
+        packages, flags = take_packages(flags)
+        discover(packages)
         module = importlib.import_module(command.module)
         config_class = getattr(module, command.config)
-        if "-h" in flags or "--help" in flags:
-            print(format_help(program, config_class, command.positional))
+        wanted = _help(flags)
+        if wanted:
+            everything = wanted == "all"
+            print(
+                format_help(
+                    program,
+                    config_class,
+                    command.positional,
+                    command.must,
+                    command.may,
+                    everything=everything,
+                )
+            )
             return 0
         config = parse_flags(config_class, flags, command.positional)
         injected = command.simulator(config) if command.simulator else {}
         result = getattr(module, command.function)(config, **injected)
+        if result is not None and not isinstance(
+            result, dict
+        ):  # a dict is a report that the command has printed
+            print(result)
     except UsageError as error:
         return _complain(program, f"{error} ({program} --help lists the flags)", 2)
-    except (CeedVLAError, OSError) as error:
-        if os.environ.get(TRACEBACK):
-            raise
-        return _complain(program, str(error), 1)
     except KeyboardInterrupt:
         kept = command.kept.format_map(vars(config)) if config is not None else "nothing was started"
         print(f"\n{program}: interrupted; {kept}", file=sys.stderr)
         return 130
-    if result is not None and not isinstance(result, dict):  # a dict is a report that the command has printed
-        print(result)
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        return _complain(program, explain(error), 1)
     return 0
 
 
+def _help(flags: Sequence[str]) -> str:
+    """Which help is asked for: "some" or "all"; empty for none."""
+    for word, following in pairwise([*flags, ""]):
+        if word in ("-h", "--help", "--help=all"):
+            return "all" if "all" in (following, word.partition("=")[2]) else "some"
+    return ""
+
+
+def explain(error: Exception) -> str:
+    """What a user can do about an exception, whatever raised it."""
+    text = str(error)
+    if isinstance(error, CeedVLAError):
+        return text
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        room = (
+            "; make room there, what is complete is kept"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else ""
+        )
+        return f"{where}{error.strerror}{room}"
+    if isinstance(error, OSError):
+        return text
+    if type(error).__name__ == "SafetensorError":
+        return f"weights cannot be read or written ({text}); is the file complete, and is there room on the disk?"
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+        return f"not enough memory ({text or 'MemoryError'}); a smaller batch, model or image needs less"
+    if isinstance(error, RecursionError):
+        return "an input is nested too deep"
+    if isinstance(error, ImportError):
+        return f"{text}; `{PROGRAM} doctor` tells what this installation lacks"
+    return f"unexpected {type(error).__name__}: {text} (this is a defect or damaged input; {TRACEBACK}=1 shows where)"
+
+
 def _complain(program: str, message: str, code: int) -> int:
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    """One line on stderr, without what would steer a terminal."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+    line = line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]} ..."
+    print(f"{program}: error: {line}", file=sys.stderr)
     return code
 
 

@@ -7,20 +7,30 @@ import re
 import shutil
 import textwrap
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
-from ceed_vla.choices import Choice
+from ceed_vla.cli_values import (
+    UsageError,
+    guess,
+    is_choice,
+    is_nested,
+    read_config,
+    read_yaml,
+    shaped,
+    type_hints,
+)
+from ceed_vla.devices import check_device
+from ceed_vla.discovery import FLAG as DISCOVER
 from ceed_vla.errors import CeedVLAError
+from ceed_vla.fields import allowed_of
 
 _COLUMN = 34  # where a flag's description starts
-
-
-class UsageError(Exception):
-    """The command line cannot be read."""
+_COMMON = (
+    ("config_path", "FILE", "Read flags from a YAML or JSON file; those given here win."),
+    (DISCOVER, "STR", "Comma-separated packages of yours, imported first for what they register."),
+)
 
 
 def parse_flags[T](config_class: type[T], flags: Sequence[str], positional: str = "") -> T:
@@ -35,7 +45,7 @@ def parse_flags[T](config_class: type[T], flags: Sequence[str], positional: str 
         positional: The flag that one word without ``--`` stands for; none if empty.
 
     Raises:
-        UsageError: Unknown flag, missing flag, or a value of another type.
+        UsageError: Unknown flag, missing or repeated flag, or a value of another type.
         CeedVLAError: A value that the configuration itself refuses.
     """
     import draccus
@@ -43,12 +53,13 @@ def parse_flags[T](config_class: type[T], flags: Sequence[str], positional: str 
 
     given = _read_words(config_class, flags, positional)
     file = given.pop("config_path", None)
-    reserved = {f"{name}_" for name in given} & {item.name for item in fields(config_class)}  # type: ignore[arg-type]
-    given |= {name: given.pop(name.removesuffix("_")) for name in reserved}
+    defaults = _over(_nested_defaults(config_class), read_config(config_class, file))
+    merged = _over(defaults, shaped(given, config_class))
+    policy = merged.get("policy")
+    if isinstance(policy, dict) and policy.get("device") is not None:
+        check_device(policy["device"])  # LeRobot's configurations take another one instead
     try:
-        return draccus.decode(
-            config_class, _over(_over(_nested_defaults(config_class), _read_config(file)), given)
-        )
+        return draccus.decode(config_class, merged)
     except DraccusException as error:
         cause: BaseException | None = error
         while cause is not None:
@@ -58,43 +69,91 @@ def parse_flags[T](config_class: type[T], flags: Sequence[str], positional: str 
         raise UsageError(_explain(error)) from error
 
 
-def format_help(program: str, config_class: type[Any], positional: str = "") -> str:
-    """Text of `--help`: what the command does, then every flag with type, meaning and default."""
+def take_packages(flags: Sequence[str]) -> tuple[str, list[str]]:
+    """LeRobot's flag `--discover_packages_path`: its value (empty without it), and the other words.
+
+    Raises:
+        UsageError: The flag has no value.
+    """
+    names, others, words = [], [], list(flags)
+    while words:
+        word = words.pop(0)
+        flag, equals, text = word.partition("=")
+        if flag != f"--{DISCOVER}":
+            others.append(word)
+            continue
+        if not equals and words and not words[0].startswith("--"):
+            text = words.pop(0)
+        if not text.strip():
+            raise UsageError(f"--{DISCOVER} needs a value")
+        names.append(text)
+    return ",".join(names), others
+
+
+def format_help(
+    program: str,
+    config_class: type[Any],
+    positional: str = "",
+    must: Sequence[str] = (),
+    may: Sequence[str] = (),
+    *,
+    everything: bool = False,
+) -> str:
+    """Text of `--help`: what the command does, then its flags in groups, with type, meaning, range and default.
+
+    Args:
+        program: The command as typed.
+        config_class: Its configuration.
+        positional: See `parse_flags`.
+        must: Flags without which the command does nothing; besides those without a default.
+        may: Flags that many runs set; with neither group given, all that have a meaning.
+        everything: Explain the other flags too, instead of naming them.
+    """
     width = max(60, min(shutil.get_terminal_size((110, 24)).columns, 120))
     introduction, _ = _split_docstring(config_class)
+    flags = {flag[0]: flag for flag in _describe(config_class)}
+    required = [name for name, (*_, default) in flags.items() if default == "(required)"]
+    first = list(dict.fromkeys([*must, *required]))
+    second = list(may) if must or may else [name for name in flags if flags[name][2] and name not in first]
+    rest = [name for name in flags if name not in (*first, *second)]
     word = f"{positional.upper()} " if positional else ""
-    lines, others = (
-        [
-            f"usage: {program} {word}[--flag value | --flag=value ...] [--config_path FILE]",
-            "",
-            introduction,
-            "",
-            "flags:",
-        ],
-        [],
-    )
-    for name, kind, meaning, default in _describe(config_class):
-        if not meaning:
-            others.append(f"--{name}")
-            continue
-        head = f"  --{name} {kind}"
-        wrapped = textwrap.wrap(f"{meaning} {default}", width - _COLUMN)
-        if len(head) + 2 > _COLUMN:
-            lines.append(head)
-        else:
-            lines.append(f"{head:<{_COLUMN}}{wrapped.pop(0)}")
-        lines += [" " * _COLUMN + line for line in wrapped]
-    lines.append(
-        f"{'  --config_path FILE':<{_COLUMN}}Read flags from a YAML or JSON file; those given here win."
-    )
-    if others:
-        lines += [
-            "",
-            *textwrap.wrap(
-                f"also: {', '.join(others)}", width, subsequent_indent="  ", break_on_hyphens=False
-            ),
-        ]
+    lines = [
+        f"usage: {program} {word}[--flag value | --flag=value ...] [--config_path FILE]",
+        "",
+        introduction,
+    ]
+    if first:
+        lines += ["", "you must set:", *(line for name in first for line in _explained(*flags[name], width))]
+    lines += ["", "you may want:", *(line for name in second for line in _explained(*flags[name], width))]
+    for name, kind, meaning in _COMMON:
+        lines += _explained(name, kind, meaning, "", width)
+    if rest and everything:
+        lines += ["", "the rest:", *(line for name in rest for line in _explained(*flags[name], width))]
+    if rest and not everything:
+        lines += ["", "the rest (--help=all explains them):", *_named(rest, width)]
     return "\n".join(lines)
+
+
+def _explained(name: str, kind: str, meaning: str, default: str, width: int) -> list[str]:
+    head = f"  --{name} {kind}"
+    wrapped = textwrap.wrap(f"{meaning} {default}", width - _COLUMN, break_on_hyphens=False)
+    first = f"{head:<{_COLUMN}}{wrapped.pop(0)}" if wrapped and len(head) + 2 <= _COLUMN else head
+    return [first] + [" " * _COLUMN + line for line in wrapped]
+
+
+def _named(names: Iterable[str], width: int) -> list[str]:
+    """Flags by name only; those of a group share its prefix."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        outer, dot, last = name.rpartition(".")
+        groups.setdefault(f"--{outer}{dot}" if dot else "", []).append(last if dot else f"--{name}")
+    lines = []
+    for outer, inner in groups.items():
+        text = f"{outer}{{{', '.join(inner)}}}" if outer else ", ".join(inner)
+        lines += textwrap.wrap(
+            text, width, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False
+        )
+    return lines
 
 
 def _describe(
@@ -102,20 +161,23 @@ def _describe(
 ) -> Iterator[tuple[str, str, str, str]]:
     """(name, type, meaning, default) of every flag, nested ones as `outer.inner`."""
     _, meanings = _split_docstring(config_class)
-    hints = _type_hints(config_class)
+    hints = type_hints(config_class)
     for item in fields(config_class):
         if not item.init:
             continue
         value = getattr(defaults, item.name, MISSING) if defaults is not None else _default(item)
         kind = hints.get(item.name, item.type)
-        if _is_choice(kind):
+        if is_choice(kind):
             yield from _describe_choice(kind, prefix + item.name, meanings.get(item.name, ""), value)
             continue
         if isinstance(kind, type) and is_dataclass(kind):
             yield from _describe(kind, f"{prefix}{item.name}.", None if value is MISSING else value)
             continue
         shown = "(required)" if value is MISSING else "" if value in (None, "") else f"[{_plain(value)}]"
-        yield prefix + item.name.removesuffix("_"), _type_name(kind), meanings.get(item.name, ""), shown
+        meaning, allowed = meanings.get(item.name, ""), allowed_of(item)
+        if meaning and allowed is not None:
+            meaning = f"{meaning.rstrip('.')}; {allowed}."
+        yield prefix + item.name.removesuffix("_"), _type_name(kind), meaning, shown
 
 
 def _describe_choice(
@@ -136,11 +198,6 @@ def _describe_choice(
                 yield flag, flag_kind, text and of + text, shown
 
 
-def _is_choice(kind: Any) -> bool:
-    """Whether a dataclass of several kinds is meant, which ``type`` chooses."""
-    return isinstance(kind, type) and Choice in kind.__bases__
-
-
 def _default(item: Field[Any]) -> Any:
     return item.default_factory() if item.default_factory is not MISSING else item.default
 
@@ -148,13 +205,6 @@ def _default(item: Field[Any]) -> Any:
 def _plain(value: Any) -> str:
     text = {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)
     return textwrap.shorten(text, 60, placeholder=" ...")
-
-
-def _type_hints(config_class: type[Any]) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(config_class)
-    except (NameError, TypeError):  # a type that is imported for checkers only
-        return {}
 
 
 def _type_name(kind: Any) -> str:
@@ -177,10 +227,10 @@ def _split_docstring(config_class: type[Any]) -> tuple[str, dict[str, str]]:
 
 
 def _read_words(config_class: type[Any], flags: Sequence[str], positional: str) -> dict[str, Any]:
-    """The given flags as nested mappings; values are read as YAML, as draccus does."""
+    """The given flags as nested mappings; lists and mappings are read as YAML, as draccus does."""
     kinds = {name: kind for name, kind, *_ in _describe(config_class)} | {"config_path": "FILE"}
     values: dict[str, Any] = {}
-    words = list(flags)
+    words, seen = list(flags), set()
     while words:
         word = words.pop(0)
         if positional and not word.startswith("--") and positional not in values:
@@ -189,8 +239,12 @@ def _read_words(config_class: type[Any], flags: Sequence[str], positional: str) 
         if name not in kinds and f"{name}.path" in kinds:
             name = f"{name}.path"  # --policy FOLDER
         if not word.startswith("--") or name not in kinds:
-            close = get_close_matches(name, kinds, n=1) if word.startswith("--") else []
-            raise UsageError(f"unknown flag {word!r}" + (f"; did you mean --{close[0]}?" if close else ""))
+            raise UsageError(
+                f"unknown flag {word[:200]!r}{guess(name, kinds) if word.startswith('--') else ''}"
+            )
+        if name in seen:
+            raise UsageError(f"--{name} is given twice")
+        seen.add(name)
         if not equals:
             if words and not words[0].startswith("--"):
                 text = words.pop(0)
@@ -198,32 +252,14 @@ def _read_words(config_class: type[Any], flags: Sequence[str], positional: str) 
                 text = "true"
             else:
                 raise UsageError(f"--{name} needs a value")
+        is_text = kinds[name] in ("STR", "PATH", "FILE")
+        if not is_text and not text.strip():
+            raise UsageError(f"--{name} needs a value")
         *outer, last = name.split(".")
         place = values
         for part in outer:
             place = place.setdefault(part, {})
-        place[last] = text if kinds[name] in ("STR", "PATH", "FILE") else _yaml(text, f"--{name}")
-    return values
-
-
-def _yaml(text: str, source: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{source} cannot be read: {error}") from error
-
-
-def _read_config(file: str | None) -> dict[str, Any]:
-    if file is None:
-        return {}
-    try:
-        values = _yaml(Path(file).read_text(encoding="utf-8"), f"--config_path {file}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config_path {file} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"--config_path {file} holds no mapping of flags to values")
+        place[last] = text if is_text else read_yaml(text, f"--{name}")
     return values
 
 
@@ -232,8 +268,8 @@ def _nested_defaults(config_class: type[Any]) -> dict[str, Any]:
 
     Without them, `--policy.width=96` would build a new policy configuration without the outer class's choices.
     """
-    hints = _type_hints(config_class)
-    nested = [item for item in fields(config_class) if _is_nested(hints.get(item.name))]
+    hints = type_hints(config_class)
+    nested = [item for item in fields(config_class) if is_nested(hints.get(item.name))]
     changes = {
         item.name: _changes(_default(item), hints[item.name])
         for item in nested
@@ -245,25 +281,21 @@ def _nested_defaults(config_class: type[Any]) -> dict[str, Any]:
 def _changes(value: Any, kind: type[Any]) -> dict[str, Any]:
     import draccus
 
-    if _is_choice(kind):
+    if is_choice(kind):
         chosen = value.__class__
         return {"type": kind.get_choice_name(chosen), **_changes(value, chosen)}
-    plain, hints, changed = kind(), _type_hints(kind), {}
+    plain, hints, changed = kind(), type_hints(kind), {}
     for item in fields(kind):
         if not item.init:
             continue
         own, inner = getattr(value, item.name), hints.get(item.name)
-        if inner is not None and _is_nested(inner):
+        if inner is not None and is_nested(inner):
             nested = _changes(own, inner)  # against the inner class: what the outer one gives it, too
             if nested:
                 changed[item.name] = nested
         elif own != getattr(plain, item.name):
             changed[item.name] = draccus.encode(own)
     return changed
-
-
-def _is_nested(kind: Any) -> bool:
-    return is_dataclass(kind) or _is_choice(kind)
 
 
 def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

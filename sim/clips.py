@@ -10,7 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from ceed_vla.errors import SimulationError
+from ceed_vla.files import replacing
 from sim.closed_loop import Replan, drive
+from sim.outputs import MADE_BY
 from sim.rollout import EnvPool, PolicyRunner
 
 Frame = NDArray[np.uint8]
@@ -25,7 +28,7 @@ _INK, _PAPER, _FAINT, _ACCENT, _GOOD = (
     (230, 159, 0),
     (86, 180, 233),
 )
-_MARGIN = 14
+_MARGIN, _SIDE_MARGIN = 14, 5
 _MOST_SQUARES = 12
 END_FRAMES = 12  # the outcome stays readable
 
@@ -63,6 +66,10 @@ def compose_frame(
     picture.paste(Image.fromarray(wrist).resize((INSET, INSET), Image.Resampling.NEAREST), (VIEW, HEADER))
     draw = ImageDraw.Draw(picture)
     draw.text((_MARGIN, HEADER // 2), instruction, fill=_INK, font=_fitting_font(instruction), anchor="lm")
+    # The front camera faces the robot.
+    for side, x, anchor in (("right", _SIDE_MARGIN, "ld"), ("left", VIEW - _SIDE_MARGIN, "rd")):
+        where = (x, HEIGHT - _SIDE_MARGIN)
+        draw.text(where, f"robot's {side}", _INK, _font(12), anchor, stroke_width=2, stroke_fill=_PAPER)
 
     left, top = VIEW + _MARGIN, HEADER + INSET + _MARGIN
     draw.text((left, top), decoder, fill=_INK, font=_font(22))
@@ -90,23 +97,33 @@ def write_clip(path: Path, frames: Iterable[Frame], fps: int = 10) -> Path:
 
     Returns:
         `path`.
+
+    Raises:
+        SimulationError: The encoder failed; what was there is left.
     """
-    writer = imageio_ffmpeg.write_frames(
-        str(path),
-        (WIDTH, HEIGHT),
-        fps=fps,
-        codec="libx264",
-        quality=7,
-        macro_block_size=16,
-        ffmpeg_log_level="error",
-        output_params=["-preset", "veryfast"],
-    )
-    writer.send(None)
-    try:
-        for frame in frames:
-            writer.send(np.ascontiguousarray(frame))
-    finally:
-        writer.close()
+    with replacing(path) as file:
+        writer = imageio_ffmpeg.write_frames(
+            str(file),
+            (WIDTH, HEIGHT),
+            fps=fps,
+            codec="libx264",
+            quality=7,
+            macro_block_size=16,
+            ffmpeg_log_level="quiet",
+            output_params=["-preset", "veryfast", "-metadata", f"comment={MADE_BY}"],
+        )
+        writer.send(None)
+        try:
+            for frame in frames:
+                writer.send(np.ascontiguousarray(frame))
+            writer.close()
+            whole = b"moov" in file.read_bytes()  # the index, which is written last
+        except OSError:  # imageio's says how it called ffmpeg
+            whole = False
+        finally:
+            writer.close()
+        if not whole:
+            raise SimulationError(f"{path} could not be written; is the disk full?")
     return path
 
 

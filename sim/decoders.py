@@ -18,7 +18,8 @@ DECODERS = (
     "_random (the guess); all with teacher_ in front"
 )
 _STARTS = ("mid", "random")
-_EXIT_RULE = re.compile(r"(?:conf(?P<confidence>\d*\.?\d+)_)?cap(?P<cap>\d+)")
+_EXIT_RULE = re.compile(r"(?:conf(?P<confidence>[0-9]*\.?[0-9]+)_)?cap(?P<cap>[0-9]+)")
+_LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,17 @@ def _named(name: str, executed_steps: int, early_exit: DecodingConfig) -> Decodi
         return early_exit if plain == name else replace(early_exit, guess=start)
     if plain == "jacobi":
         return DecodingConfig(guess=start)
-    rule = _EXIT_RULE.fullmatch(plain)
+    rule = _EXIT_RULE.fullmatch(plain) if len(plain) <= _LONGEST_NAME else None
     if rule is None:
         return None
     confidence = None if rule["confidence"] is None else float(rule["confidence"])
-    return DecodingConfig(
-        guess=start, confidence=confidence, max_iterations=int(rule["cap"]), executed_steps=executed_steps
-    )
+    try:
+        return DecodingConfig(
+            guess=start, confidence=confidence, max_iterations=int(rule["cap"]), executed_steps=executed_steps
+        )
+    except ConfigError as error:
+        reason = str(error).replace("max_iterations", "its cap K").replace("confidence", "its confidence P")
+        raise ConfigError(f"Decoder {name!r}: {reason}") from error
 
 
 def parse_decoders(text: str, *, has_teacher: bool) -> list[str]:
@@ -81,7 +86,7 @@ def parse_decoders(text: str, *, has_teacher: bool) -> list[str]:
         raise ConfigError(f"--decoders is empty; name at least one of {DECODERS}.")
     for name in names:
         if _named(name.removeprefix(TEACHER_PREFIX), 1, DecodingConfig()) is None:
-            raise ConfigError(f"Unknown decoder {name!r}; choose from {DECODERS}.")
+            raise ConfigError(f"Unknown decoder {name[:_LONGEST_NAME]!r}; choose from {DECODERS}.")
         if name.startswith(TEACHER_PREFIX) and not has_teacher:
             raise ConfigError(f"Decoder {name!r} needs the teacher; pass --teacher.path=<checkpoint folder>.")
     if has_teacher:
@@ -135,9 +140,10 @@ def checked_name(name: str) -> str:
     if name.startswith(TEACHER_PREFIX):
         plain = name.removeprefix(TEACHER_PREFIX)
         raise ConfigError(
-            f"Decoder {name!r} is a teacher's, and only one policy decodes here; try {plain!r}."
+            f"Decoder {name[:_LONGEST_NAME]!r} is a teacher's, and only one policy decodes here; try "
+            f"{plain[:_LONGEST_NAME]!r}."
         )
     names = parse_decoders(name, has_teacher=False)
     if len(names) > 1:
-        raise ConfigError(f"{name!r} names {len(names)} decoders; choose one of {DECODERS}.")
+        raise ConfigError(f"{name[:_LONGEST_NAME]!r} names {len(names)} decoders; choose one of {DECODERS}.")
     return names[0]

@@ -8,7 +8,15 @@ from typing import Any
 from rich.console import Console
 
 from ceed_vla.checkpoints import pretrained_path
-from sim.evaluate import EVALUATION_SEEDS, CheckpointPath, EvalConfig, default_console, evaluate
+from ceed_vla.fields import SEEDS, check_fields, ranged
+from sim.evaluate import (
+    EPISODE_COUNTS,
+    EVALUATION_SEEDS,
+    CheckpointPath,
+    EvalConfig,
+    default_console,
+    evaluate,
+)
 
 DECODERS = "teacher_ar,teacher_cap4,jacobi,ceed"
 
@@ -21,11 +29,16 @@ class DemoConfig:
         episodes: Episodes a decoder.
         seed: First seed.
         output_dir: Folder for the report, plots and clips.
+        resume: Keep the finished episodes of an interrupted run.
     """
 
-    episodes: int = 20
-    seed: int = EVALUATION_SEEDS
+    episodes: int = ranged(20, EPISODE_COUNTS)
+    seed: int = ranged(EVALUATION_SEEDS, SEEDS)
     output_dir: str = "outputs/demo"
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--")
 
 
 def demo(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
@@ -56,7 +69,8 @@ def demo(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
             episodes=config.episodes,
             seed=config.seed,
             output_dir=config.output_dir,
-            batch=config.episodes,
+            batch=min(config.episodes, 20),
+            resume=config.resume,
         ),
         console,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,15 @@ from rich.progress import (
 )
 
 from ceed_vla.checkpoints import load, resolve_checkpoint, weights_hash
+from ceed_vla.devices import check_device
 from ceed_vla.errors import ConfigError
+from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
+from ceed_vla.files import write_text
 from sim.clips import record_clip
 from sim.decoders import Row, parse_decoders, resolve_rows
-from sim.plots import write_plots
+from sim.episode_log import EPISODES, EpisodeLog, Results, fingerprint, refuse_unfinished
+from sim.outputs import MADE_BY, claim_folder
+from sim.plots import PLOTS, write_plots
 from sim.report import console_table, markdown
 from sim.rollout import MAX_EPISODE_STEPS, Bundle, EnvPool, EpisodeResult, rollout
 from sim.summary import hardware, paired_entries, row_entry, versions
@@ -33,8 +39,10 @@ from sim.timing import Samples, collect_observations, make_runner, measure, summ
 logger = logging.getLogger(__name__)
 
 ENVIRONMENTS = ("tabletop",)
+EPISODE_COUNTS = "[1, 100000]"
 EVALUATION_SEEDS = 50_000  # nothing is recorded, trained or tuned on seeds from here on
 GROUP_BATCHES = 5  # a decoder runs so many batches of seeds before the next decoder
+REPORT = "report.json"
 
 
 @dataclass
@@ -47,6 +55,9 @@ class CheckpointPath:
 
     path: str = ""
 
+    def __post_init__(self) -> None:
+        check_fields(self, "the checkpoint's ")
+
 
 @dataclass
 class EvalConfig:
@@ -55,15 +66,15 @@ class EvalConfig:
     Attributes:
         policy: The policy to evaluate.
         teacher: Its autoregressive teacher; adds the rows teacher_ar and teacher_cap4, and allows others.
-        env: Simulation, "tabletop".
+        env: Simulation.
         decoders: Comma-separated names: ar, ar_h (stops after the executed steps), jacobi (strict), ceed (the
             checkpoint's early exit), cap<K> (at most K forwards, e.g. cap2), conf<P>_cap<K> (or until confident, e.g.
             conf0.2_cap3); Jacobi ones also with _mid or _random (the guess); all with teacher_ in front.
         episodes: Episodes a decoder.
         seed: First seed; every decoder runs seed, seed + 1, ... Seeds from 50000 up are for evaluation only.
-        output_dir: Folder for the report, plots and clips.
+        output_dir: Folder for the report, plots and clips. A report that we completed there earlier is replaced.
         task: "mixed", a task family, or families separated by commas, which take turns.
-        split: Colour and phrase combinations: "train", "heldout" or "all".
+        split: Colour and phrase combinations.
         max_episode_steps: Control steps after which an episode counts as failed.
         batch: Episodes that run in lock-step.
         executed_steps: Steps executed of each chunk.
@@ -73,25 +84,30 @@ class EvalConfig:
             the episodes stay eager.
         threads: Threads of torch; None leaves torch's choice.
         device: Overrides the checkpoints' device.
+        resume: Keep the finished episodes of an interrupted evaluation with the same options in `output_dir`.
     """
 
     policy: CheckpointPath = field(default_factory=CheckpointPath)
     teacher: CheckpointPath = field(default_factory=CheckpointPath)
-    env: str = "tabletop"
+    env: str = chosen("tabletop", ENVIRONMENTS)
     decoders: str = "ar,jacobi,ceed"
-    episodes: int = 20
-    seed: int = EVALUATION_SEEDS
+    episodes: int = ranged(20, EPISODE_COUNTS)
+    seed: int = ranged(EVALUATION_SEEDS, SEEDS)
     output_dir: str = "outputs/eval"
     task: str = "mixed"
-    split: str = "train"
-    max_episode_steps: int = MAX_EPISODE_STEPS
-    batch: int = 20
-    executed_steps: int = 4
+    split: str = chosen("train", SPLITS)
+    max_episode_steps: int = ranged(MAX_EPISODE_STEPS, "[1, 100000]")
+    batch: int = ranged(20, "[1, 1000]")
+    executed_steps: int = ranged(4, "[1, 4096]")
     clips: bool = True
-    timing_chunks: int = 100
+    timing_chunks: int = ranged(100, "[0, 100000]")
     compile: bool = False
-    threads: int | None = None
+    threads: int | None = ranged(None, "[1, 256]")
     device: str | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--")
 
 
 @dataclass
@@ -101,7 +117,7 @@ class _Run:
     config: EvalConfig
     rows: list[Row]
     bundles: dict[str, Bundle]
-    results: dict[str, list[EpisodeResult]]
+    results: Results
     samples: dict[str, Samples] = field(default_factory=dict)
     timing: dict[str, Any] = field(default_factory=dict)
 
@@ -109,7 +125,9 @@ class _Run:
 def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, Any]:
     """Run every decoder on the same seeds, measure latency, write report, plots and clips.
 
-    An interrupt leaves a report of the finished episodes, marked ``"complete": false``, and is raised on.
+    An interrupt leaves a report of the finished episodes, marked ``"complete": false``, and is raised on. `resume`
+    keeps these episodes; the report is then that of an evaluation in one go, but for times. (Episodes with random
+    guesses share their source with others of their batches, so of these only whole groups of batches are kept.)
 
     Args:
         config: Options.
@@ -127,19 +145,26 @@ def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, An
     names = check(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    folder = claim_folder("output_dir", config.output_dir, _file_names(config, names), (REPORT, EPISODES))
+    if not config.resume:
+        refuse_unfinished(folder, REPORT)
     bundles = load_bundles(config)
     rows = resolve_rows(
         names, {model: bundle[0].config for model, bundle in bundles.items()}, config.executed_steps
     )
-    run = _Run(config, rows, bundles, {row.name: [] for row in rows})
-    folder = Path(config.output_dir)
+    log = EpisodeLog(folder, _identity(config, rows, bundles), dict(_plan(config)), config.max_episode_steps)
+    kept = _whole_groups(config, rows, log.read()) if config.resume else {row.name: [] for row in rows}
+    run = _Run(config, rows, bundles, kept)
     folder.mkdir(parents=True, exist_ok=True)
+    log.start(kept)
     complete = False
     try:
-        _run_episodes(run, console, folder)
+        _write_json(_build_report(run, complete=False), folder)
+        _run_episodes(run, console, folder, log)
         _run_timing(run, console)
         complete = True
     finally:
+        log.close()
         report = _build_report(run, complete=complete)
         files = _write_report(report, folder)
         if not complete:
@@ -162,23 +187,6 @@ def check(config: EvalConfig) -> list[str]:
             "--policy.path is missing; give a checkpoint folder, or student or teacher for the shipped ones."
         )
     names = parse_decoders(config.decoders, has_teacher=bool(config.teacher.path))
-    if config.env not in ENVIRONMENTS:
-        raise ConfigError(f"--env is {config.env!r}; choose one of {', '.join(ENVIRONMENTS)}.")
-    if config.split not in SPLITS:
-        raise ConfigError(f"--split is {config.split!r}; choose one of {', '.join(SPLITS)}.")
-    least = {
-        "episodes": 1,
-        "seed": 0,
-        "batch": 1,
-        "executed_steps": 1,
-        "max_episode_steps": 1,
-        "timing_chunks": 0,
-    }
-    for option, smallest in least.items():
-        if getattr(config, option) < smallest:
-            raise ConfigError(f"--{option} is {getattr(config, option)}; it must be at least {smallest}.")
-    if config.threads is not None and config.threads < 1:
-        raise ConfigError(f"--threads is {config.threads}; it must be at least 1.")
     if config.seed < EVALUATION_SEEDS:
         logger.warning(
             "Seeds below %d may have been recorded or tuned on; do not report them as results.",
@@ -193,8 +201,10 @@ def load_bundles(config: Any) -> dict[str, Bundle]:
 
     Raises:
         CheckpointError: A checkpoint that cannot be loaded.
-        ConfigError: More steps are to be executed than a chunk has.
+        ConfigError: No such device, or more steps are to be executed than a chunk has.
     """
+    if config.device is not None:
+        check_device(config.device)
     paths = {"policy": config.policy.path, "teacher": config.teacher.path}
     bundles = {model: load(path, device=config.device) for model, path in paths.items() if path}
     for model, (policy, _, _) in bundles.items():
@@ -220,7 +230,7 @@ def _families(task: str) -> list[str]:
     unknown = [name for name in names if name not in allowed]
     if unknown or not names or ("mixed" in names and len(names) > 1):
         raise ConfigError(
-            f"--task is {task!r}; choose mixed, or families separated by commas: {', '.join(TASKS)}."
+            f"--task is {task[:200]!r}; choose mixed, or families separated by commas: {', '.join(TASKS)}."
         )
     return names
 
@@ -231,29 +241,64 @@ def _plan(config: EvalConfig) -> list[tuple[int, str]]:
     return [(config.seed + i, families[i % len(families)]) for i in range(config.episodes)]
 
 
+def _file_names(config: EvalConfig, names: Sequence[str]) -> list[str]:
+    clips = [f"clip_{name}.mp4" for name in names] if config.clips else []
+    return [EPISODES, REPORT, "report.md", *PLOTS, *clips]
+
+
+def _identity(config: EvalConfig, rows: Sequence[Row], bundles: dict[str, Bundle]) -> dict[str, Any]:
+    """What decides an episode."""
+    options = ("env", "task", "split", "seed", "episodes", "executed_steps", "max_episode_steps", "batch")
+    return {
+        **{name: getattr(config, name) for name in options},
+        "device": str(bundles["policy"][0].config.device),
+        "policy": fingerprint(config.policy.path),
+        "teacher": fingerprint(config.teacher.path) if config.teacher.path else None,
+        "decoders": {row.name: {"model": row.model, **asdict(row.decoding)} for row in rows},
+    }
+
+
+def _groups(config: EvalConfig) -> list[list[tuple[int, str]]]:
+    """(seed, task) of the episodes that one decoder runs before the next one."""
+    plan, size = _plan(config), GROUP_BATCHES * config.batch
+    return [plan[start : start + size] for start in range(0, len(plan), size)]
+
+
+def _whole_groups(config: EvalConfig, rows: Sequence[Row], results: Results) -> Results:
+    """Without the episodes that cannot be gone on with: random guesses come from one source for a whole group."""
+    for row in rows:
+        if row.decoding.guess == "random":
+            done = {episode.seed for episode in results[row.name]}
+            whole = {seed for group in _groups(config) if done >= {s for s, _ in group} for seed, _ in group}
+            results[row.name] = [episode for episode in results[row.name] if episode.seed in whole]
+    return results
+
+
 def _pool(config: EvalConfig, size: int) -> EnvPool:
     return EnvPool(size, config.split, max_episode_steps=config.max_episode_steps)
 
 
-def _run_episodes(run: _Run, console: Console, folder: Path) -> None:
+def _run_episodes(run: _Run, console: Console, folder: Path, log: EpisodeLog) -> None:
     """All decoders on one group of seeds after the other, so that an early stop leaves comparable rows."""
     config = run.config
-    plan, group = _plan(config), GROUP_BATCHES * config.batch
-    with _progress(console) as progress, _pool(config, min(config.batch, len(plan))) as pool:
-        bar = progress.add_task("episodes", total=len(plan) * len(run.rows))
-        for start in range(0, len(plan), group):
-            seeds, tasks = zip(*plan[start : start + group], strict=True)
+    with _progress(console) as progress, _pool(config, min(config.batch, config.episodes)) as pool:
+        kept = sum(map(len, run.results.values()))
+        bar = progress.add_task("episodes", total=config.episodes * len(run.rows), completed=kept)
+        for group in _groups(config):
             for row in run.rows:
+                done = {episode.seed for episode in run.results[row.name]}
+                missing = [(seed, task) for seed, task in group if seed not in done]
                 progress.update(bar, description=row.name)
 
                 def finish(episode: EpisodeResult, name: str = row.name) -> None:
+                    log.append(name, episode)
                     run.results[name].append(episode)
                     progress.advance(bar)
 
                 rollout(
                     run.bundles[row.model],
-                    seeds,
-                    tasks,
+                    [seed for seed, _ in missing],
+                    [task for _, task in missing],
                     decoding=row.decoding,
                     executed_steps=config.executed_steps,
                     pool=pool,
@@ -312,6 +357,7 @@ def _build_report(run: _Run, *, complete: bool) -> dict[str, Any]:
         entry["decoding"] = asdict(row.decoding)
         entries[row.name] = entry
     return {
+        "program": MADE_BY,
         "complete": complete,
         "env": config.env,
         "task": config.task,
@@ -335,22 +381,21 @@ def _checkpoint_entry(path: str) -> dict[str, str]:
 
 
 def _write_json(report: dict[str, Any], folder: Path) -> Path:
-    path = folder / "report.json"
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    return partial.replace(path)
+    write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
+    return folder / REPORT
 
 
 def _write_report(report: dict[str, Any], folder: Path) -> list[Path]:
     files = [_write_json(report, folder), folder / "report.md"]
     plots = write_plots(report, folder)
-    files[1].write_text(markdown(report, [plot.name for plot in plots]))
+    write_text(files[1], markdown(report, [plot.name for plot in plots]))
     return files + plots
 
 
 def _write_clips(run: _Run, folder: Path, console: Console) -> list[Path]:
     """One clip a decoder, all of the same episode: the first one that the first decoder solved."""
-    config, first = run.config, run.results[run.rows[0].name]
+    config = run.config
+    first = sorted(run.results[run.rows[0].name], key=lambda episode: episode.seed)
     shown = next((episode for episode in first if episode.success), first[0])
     task = dict(_plan(config))[shown.seed]
     files = []

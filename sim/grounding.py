@@ -11,7 +11,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -24,10 +23,15 @@ from rich.table import Table
 
 import sim  # noqa: F401  (registers the environment)
 from ceed_vla.checkpoints import load
+from ceed_vla.devices import check_device
 from ceed_vla.errors import ConfigError
+from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
+from ceed_vla.files import write_text
 from sim.evaluate import EVALUATION_SEEDS, CheckpointPath
+from sim.outputs import MADE_BY, claim_file
 from sim.rollout import ENV_ID, Bundle, observation_batch
 from sim.tabletop.env import PRIVILEGED_NAMES
+from sim.tabletop.tasks import SPLITS
 
 TARGET, GOAL = slice(0, 3), slice(5, 8)  # positions relative to the TCP, in `PRIVILEGED_NAMES`
 _BATCH = 64
@@ -41,26 +45,33 @@ class GroundingConfig:
         policy: The policy; it must have an auxiliary regression (``auxiliary_scale``).
         scenes: Random scenes, each with one arm pose.
         seed: First seed; scenes from 50000 up are never recorded.
-        split: "train", "heldout" or "all".
+        split: Colour and phrase combinations.
         edges: Distances between gripper and cube that separate the rows [m].
         output: JSON file to write; empty for none.
         device: Overrides the checkpoint's device.
     """
 
     policy: CheckpointPath = field(default_factory=CheckpointPath)
-    scenes: int = 400
-    seed: int = EVALUATION_SEEDS
-    split: str = "train"
-    edges: list[float] = field(default_factory=lambda: [0.15, 0.2, 0.25, 0.3, 0.35])
+    scenes: int = ranged(400, "[1, 100000]")
+    seed: int = ranged(EVALUATION_SEEDS, SEEDS)
+    split: str = chosen("train", SPLITS)
+    edges: list[float] = ranged([0.15, 0.2, 0.25, 0.3, 0.35], "(0, 10]")
     output: str = ""
     device: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--")
+        if sorted(set(self.edges)) != list(self.edges):
+            raise ConfigError(
+                f"--edges is {str(self.edges)[:200]}; it must be increasing distances in metres."
+            )
 
 
 def grounding(config: GroundingConfig) -> dict[str, Any]:
     """Measure and print the localisation errors.
 
     Returns:
-        ``{"rows": [...], "seed": ..., "scenes": ...}``; errors in [cm].
+        ``{"program": ..., "rows": [...], "seed": ..., "scenes": ...}``; errors in [cm].
 
     Raises:
         ConfigError: No policy, one without an auxiliary regression of the tabletop's leading terms, or bad edges.
@@ -70,11 +81,9 @@ def grounding(config: GroundingConfig) -> dict[str, Any]:
         raise ConfigError(
             "--policy.path is missing; give a checkpoint folder, or teacher for the shipped one."
         )
-    if config.scenes < 1 or sorted(set(config.edges)) != list(config.edges):
-        raise ConfigError(
-            f"--scenes is {config.scenes} and --edges {config.edges}; "
-            "at least one scene and increasing distances in metres are needed."
-        )
+    output = claim_file("output", config.output, ".json") if config.output else None
+    if config.device is not None:
+        check_device(config.device)
     bundle = load(config.policy.path, device=config.device)
     if len(bundle[0].config.auxiliary_scale) < GOAL.stop:
         raise ConfigError(
@@ -84,10 +93,10 @@ def grounding(config: GroundingConfig) -> dict[str, Any]:
     found, truth = _predictions(bundle, config)
     rows = error_rows(found, truth, config.edges)
     Console().print(_table(rows))
-    report = {"rows": rows, "seed": config.seed, "scenes": config.scenes}
-    if config.output:
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.output).write_text(json.dumps(report, indent=2) + "\n")
+    report = {"program": MADE_BY, "rows": rows, "seed": config.seed, "scenes": config.scenes}
+    if output is not None:
+        write_text(output, json.dumps(report, indent=2) + "\n")
+        Console().print(f"Written: {output}", soft_wrap=True, highlight=False)
     return report
 
 

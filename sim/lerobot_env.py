@@ -18,9 +18,9 @@ from lerobot.envs.utils import NEW_ROLLOUT_OPTION, freeze_after_episode_end
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
 from ceed_vla.errors import ConfigError
-from sim.tabletop.tasks import TASKS
+from ceed_vla.fields import check_fields, chosen, ranged
+from sim.tabletop.tasks import SPLITS, TASKS
 
-SPLITS = ("train", "heldout", "all")
 _ACTION_DIM, _STATE_DIM = 7, 14
 
 
@@ -40,18 +40,23 @@ class CeedTabletopEnv(EnvConfig):
     """
 
     task: str | None = "all"
-    fps: int = 10
-    split: str = "train"
-    episode_length: int = 120
-    image_size: int = 96
+    fps: int = ranged(10, "[1, 1000]")
+    split: str = chosen("train", SPLITS)
+    episode_length: int = ranged(120, "[1, 100000]")
+    image_size: int = ranged(96, "[16, 512]")
     cameras: list[str] = field(default_factory=lambda: ["front", "wrist"])
     features: dict[str, PolicyFeature] = field(default_factory=dict)
     features_map: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        from sim.tabletop.scene import CAMERAS  # not before somebody wants the environment: it imports MuJoCo
+
+        check_fields(self)
         self.families()
-        if self.split not in SPLITS:
-            raise ConfigError(f"unknown split {self.split!r}; choose one of {', '.join(SPLITS)}")
+        if not self.cameras or len(set(self.cameras)) < len(self.cameras) or set(self.cameras) - set(CAMERAS):
+            raise ConfigError(
+                f"cameras are {str(self.cameras)[:200]}; choose some of {', '.join(CAMERAS)}, each once."
+            )
         size = self.image_size
         self.features = {
             ACTION: PolicyFeature(type=FeatureType.ACTION, shape=(_ACTION_DIM,)),

@@ -12,6 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ceed_vla.files import replacing
+from sim.outputs import MADE_BY
+
 # Okabe and Ito's palette.
 BLUE, SKY, GREEN, ORANGE, VERMILLION, GREY = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#8A8F98"
 INK, FAINT = "#23262B", "#DDE1E6"
@@ -30,6 +33,9 @@ STYLE: Any = {  # rcParams
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+
+
+PLOTS = ("success.png", "latency.png", "forwards.png")
 
 
 def row_color(name: str) -> str:
@@ -52,18 +58,29 @@ def write_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
         The files written; figures without data are left out.
     """
     with mpl.rc_context(STYLE):
-        figures = {
-            "success.png": success_figure(report),
-            "latency.png": latency_figure(report),
-            "forwards.png": forwards_figure(report),
-        }
+        figures = dict(
+            zip(
+                PLOTS,
+                (draw(report) for draw in (success_figure, latency_figure, forwards_figure)),
+                strict=True,
+            )
+        )
         return [save_figure(figure, folder / name) for name, figure in figures.items() if figure is not None]
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 150) -> Path:
-    """Save as PNG without a display backend."""
+    """Save as PNG without a display backend, in one step."""
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=dpi, facecolor="white", bbox_inches="tight", pad_inches=0.15)
+    with replacing(path) as file:
+        figure.savefig(
+            file,
+            dpi=dpi,
+            facecolor="white",
+            bbox_inches="tight",
+            pad_inches=0.15,
+            format="png",
+            metadata={"Software": MADE_BY},
+        )
     return path
 
 
@@ -92,7 +109,8 @@ def success_figure(report: Mapping[str, Any]) -> Figure | None:
     axes.set(
         xlim=(0, 112),
         xticks=range(0, 101, 20),
-        xlabel="success [%]   bar: 95 % Wilson interval   dots: task families",
+        xlabel="episodes solved [%]\n"
+        "bar: all episodes   whisker: its 95 % Wilson interval   white dots: single task families",
     )
     axes.set_title("Success on the same seeds")
     return figure
@@ -119,7 +137,9 @@ def latency_figure(report: Mapping[str, Any]) -> Figure | None:
         axes.text(longest * 1.03, y, text, va="center", ha="left", fontsize=9)
     axes.set(
         xlim=(0, longest * 1.28),
-        xlabel="latency of one chunk [ms]   bar: p50, hatched: before decoding   dot: p95   tick: p99",
+        xlabel="time from observation to chunk [ms]\n"
+        "bar: p50, hatched: pre-processing and prefill   dot: p95   tick: p99\n"
+        "at the right: p50, and how many times faster than the same model token by token",
     )
     threads, device = report["hardware"]["threads"], report["hardware"]["device"]
     axes.set_title(f"Latency at batch 1, {device}, {threads} thread{'s' if threads != 1 else ''}")
@@ -146,15 +166,17 @@ def forwards_figure(report: Mapping[str, Any]) -> Figure | None:
             axes.bar(k, 100 * count / total, width=0.78, color=row_color(name), alpha=0.88, zorder=2)
         mean = block[name]["forwards_mean"]
         axes.axvline(mean, color=INK, lw=1.2, ls=(0, (3, 2)), zorder=3)
-        axes.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=12)
-        axes.set(ylim=(0, 112), yticks=(0, 100), yticklabels=("0", "100 %"))
+        axes.set_ylabel("chunks [%]", fontsize=9)
+        axes.set(ylim=(0, 112), yticks=(0, 100))
         axes.tick_params(axis="y", labelsize=7.5, length=0)
-        axes.text(1.01, 0.5, f"mean {mean:.2f}", transform=axes.transAxes, va="center", fontsize=9)
+        axes.text(1.01, 0.5, f"{name}\nmean {mean:.2f}", transform=axes.transAxes, va="center", fontsize=10)
     step = 1 if longest <= 16 else 5
     panels[-1].set(xlim=(0.3, longest + 0.7), xticks=range(step if step > 1 else 1, longest + 1, step))
     single = [f"{name} {entry['forwards_mean']:.0f}" for name, entry in rows.items() if name not in block]
     note = f"   (single-token forwards: {', '.join(single)})" if single else ""
-    panels[-1].set_xlabel("block forwards of one chunk after the prefill" + note)
+    panels[-1].set_xlabel(
+        f"block forwards of one chunk, after the prefill{note}\ndashed line: mean over all chunks"
+    )
     panels[0].set_title("Forwards per chunk in the closed loop")
     figure.subplots_adjust(hspace=0.45)
     return figure

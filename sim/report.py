@@ -9,6 +9,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from sim.outputs import MADE_BY
+
 COLUMNS = (  # a line break is a space in Markdown
     "decoder",
     "success\n[95 %]",
@@ -106,6 +108,7 @@ def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
         ]
     parts += ["", "## How the chunks ended", "", _markdown_table(*_exit_table(report)), ""]
     parts += [f"![{Path(figure).stem}]({figure})\n" for figure in figures]
+    parts.append(f"*{report.get('program', MADE_BY)}*\n")
     return "\n".join(parts)
 
 

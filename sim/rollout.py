@@ -271,13 +271,23 @@ def rollout(
         One `EpisodeResult` per seed, in the order of `seeds`.
 
     Raises:
-        ConfigError: Impossible `batch`, `executed_steps` or `task`.
+        ConfigError: Impossible `seeds`, `batch`, `executed_steps` or `task`.
         SimulationError: The policy's actions are not finite.
     """
     seeds = list(seeds)
     tasks = [task] * len(seeds) if isinstance(task, str) else list(task)
     if len(tasks) != len(seeds):
         raise ConfigError(f"{len(tasks)} tasks for {len(seeds)} seeds; give one family, or one per seed")
+    for seed, family in zip(seeds, tasks, strict=True):
+        if (
+            not isinstance(seed, int | np.integer)
+            or isinstance(seed, bool)
+            or seed < 0
+            or not isinstance(family, str)
+        ):
+            raise ConfigError(
+                f"seed {seed!r} with task {family!r}; a seed is a whole number of at least 0, a task a text"
+            )
     runner = PolicyRunner(policy_bundle, decoding, generator)
     executed_steps = runner.executed_steps if executed_steps is None else executed_steps
     if executed_steps < 1:

@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError
+from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
 from sim.closed_loop import Replan, drive
-from sim.evaluate import EVALUATION_SEEDS, CheckpointPath, load_bundles
+from sim.evaluate import ENVIRONMENTS, EVALUATION_SEEDS, CheckpointPath, load_bundles
+from sim.outputs import claim_file
 from sim.plots import BLUE, FAINT, GREY, INK, SKY, STYLE, VERMILLION, save_figure
 from sim.rollout import Bundle, EnvPool, PolicyRunner, observation_batch, stack_previous
+from sim.tabletop.tasks import SPLITS, TASKS
 
 UNKNOWN, WRONG, AHEAD, SETTLED = range(4)
 _COLORS = (FAINT, "#F0A46A", SKY, BLUE)
@@ -40,12 +43,12 @@ class ShowConfig:
     Attributes:
         policy: The (distilled) policy.
         teacher: Its autoregressive teacher; without one the policy's own autoregressive decoding is shown.
-        output: PNG file to write.
+        output: PNG file to write; an earlier picture of ours is replaced.
         seed: Seed of the episode.
         chunk: Which chunk of the episode is shown; the policy drives until then. 0 has no warm start.
-        env: Simulation, "tabletop".
-        task: "mixed" or a task family.
-        split: "train", "heldout" or "all".
+        env: Simulation.
+        task: A task family, or "mixed" for the episode's own.
+        split: Colour and phrase combinations.
         executed_steps: Steps executed of each chunk.
         device: Overrides the checkpoints' device.
     """
@@ -53,13 +56,16 @@ class ShowConfig:
     policy: CheckpointPath = field(default_factory=CheckpointPath)
     teacher: CheckpointPath = field(default_factory=CheckpointPath)
     output: str = "show.png"
-    seed: int = EVALUATION_SEEDS
-    chunk: int = 3
-    env: str = "tabletop"
-    task: str = "mixed"
-    split: str = "train"
-    executed_steps: int = 4
+    seed: int = ranged(EVALUATION_SEEDS, SEEDS)
+    chunk: int = ranged(3, "[0, 10000]")
+    env: str = chosen("tabletop", ENVIRONMENTS)
+    task: str = chosen("mixed", ("mixed", *TASKS))
+    split: str = chosen("train", SPLITS)
+    executed_steps: int = ranged(4, "[1, 4096]")
     device: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--")
 
 
 @dataclass
@@ -98,15 +104,12 @@ def show(config: ShowConfig) -> Path:
         raise ConfigError(
             "--policy.path is missing; give a checkpoint folder, or student for the shipped one."
         )
-    if config.chunk < 0:
-        raise ConfigError(f"--chunk is {config.chunk}; it must be at least 0.")
+    path = claim_file("output", config.output, ".png")
     bundles = load_bundles(config)
     early_exit = bundles["policy"][0].config.decoding
     with EnvPool(1, config.split) as pool:
         replan = _replan(PolicyRunner(bundles["policy"], early_exit), pool, config)
     panels = build_panels(bundles, replan, early_exit)
-    path = Path(config.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
     policy_config = bundles["policy"][0].config
     with mpl.rc_context(STYLE):
         figure = draw(panels, replan, policy_config.action_dim, config.executed_steps)
@@ -244,7 +247,7 @@ def _draw_panel(axes: Axes, panel: Panel, action_dim: int, executed_steps: int, 
         spine.set_visible(False)
     if last:
         axes.annotate(
-            "executed before the next chunk",
+            "left of the dashed line: executed before the next chunk",
             (executed_steps * action_dim, 0),
             (-6, -24),
             xycoords=("data", "axes fraction"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import subprocess
 import sys
 import types
@@ -15,6 +17,7 @@ import ceed_vla
 from ceed_vla import cli
 from ceed_vla.cli_flags import UsageError, parse_flags
 from ceed_vla.errors import ConfigError, DatasetError
+from ceed_vla.fields import check_fields, ranged
 
 
 @dataclass
@@ -41,6 +44,7 @@ class ToyConfig:
         steps: How often; a sentence that is long enough to need a second line of text, so that wrapping is seen,
             even on a terminal that is as wide as the help text may become.
         mode: "good" or "fine".
+        rate: How fast.
         resume: Go on.
         inner: What is inside.
     """
@@ -48,11 +52,13 @@ class ToyConfig:
     root: Path
     steps: int = 3
     mode: str = "good"
+    rate: float = ranged(0.5, "(0, 1]")
     resume: bool = False
     unexplained: int = 0
     inner: Inner = field(default_factory=lambda: Inner(width=16, sizes=[1, 2]))
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.mode not in ("good", "fine"):
             raise ConfigError(f"unknown mode {self.mode!r}; choose good or fine")
 
@@ -139,7 +145,24 @@ def test_report_is_not_printed(toy: Any, capsys: pytest.CaptureFixture[str]) -> 
     ("flags", "message"),
     [
         (["--root", "x", "--stesp=1"], "unknown flag '--stesp=1'; did you mean --steps?"),
-        (["--root", "x", "--steps", "many"], "`steps`: Couldn't parse 'many' into an int"),
+        (["--root", "x", "--steps", "many"], "--steps is 'many'; it must be a whole number"),
+        (["--root", "x", "--steps=1.5"], "--steps is 1.5; it must be a whole number"),
+        (["--root", "x", "--steps=true"], "--steps is True; it must be a whole number"),
+        (["--root", "x", "--steps=[1]"], "--steps is [1]; it must be a whole number"),
+        (["--root", "x", "--steps=1_000"], "--steps is '1_000'; it must be a whole number"),
+        (["--root", "x", f"--steps={'9' * 5000}"], "--steps cannot be read"),
+        (["--root", "x", "--steps="], "--steps needs a value"),
+        (["--root", "x", "--steps=null"], "--steps is None; it must be a whole number"),
+        (["--root", "x", "--rate=nan"], "--rate is 'nan'; it must be a finite number"),
+        (["--root", "x", "--rate=1e999"], "--rate is inf; it must be a finite number"),
+        (["--root", "x", "--steps=1", "--steps=2"], "--steps is given twice"),
+        (["--root", "x", "--resume=maybe"], "--resume is 'maybe'; it must be true or false"),
+        (["--root=x", "--inner.sizes=[1, many]"], "--inner.sizes.1 is 'many'; it must be a whole number"),
+        (["--root=x", f"--inner.sizes={'[' * 5000}"], "--inner.sizes cannot be read: it is nested too deep"),
+        (["--root=x", "="], "unknown flag '='"),
+        (["--root=x", "--=1"], "unknown flag '--=1'"),
+        (["--root=x", "--" + "q" * 100_000], "unknown flag '--qqq"),
+        (["--root=x", "--inner=5", "--inner.path=6"], "--inner.path is given twice"),
         (["--root"], "--root needs a value"),
         (["--root", "--steps=1"], "--root needs a value"),
         (["x"], "unknown flag 'x'"),
@@ -155,6 +178,7 @@ def test_wrong_usage(toy: Any, capsys: pytest.CaptureFixture[str], flags: list[s
     assert captured.err.startswith("ceed-vla toy: error: ")
     assert message in captured.err
     assert captured.err.count("\n") == 1
+    assert len(captured.err) < 2000
     assert captured.out == ""
 
 
@@ -163,8 +187,37 @@ def test_refused_value_is_an_error_of_the_configuration(toy: Any, capsys: pytest
     assert capsys.readouterr().err == "ceed-vla toy: error: unknown mode 'bad'; choose good or fine\n"
 
 
-@pytest.mark.parametrize("error", [DatasetError("no frames\nin x"), PermissionError(13, "denied", "x")])
-def test_error_is_one_line(toy: Any, capsys: pytest.CaptureFixture[str], error: Exception) -> None:
+class SafetensorError(Exception):
+    """As that of safetensors is called."""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (DatasetError("no frames\nin x"), "no frames in x"),
+        (DatasetError("a\x1b[2Jb\udcff"), "a?[2Jb?"),
+        (DatasetError("x" * 10_000), "xxx ..."),
+        (PermissionError(13, "denied", "x"), "x: denied"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a.png"),
+            "a.png: No space left on device; make room",
+        ),
+        (OSError("no network"), "no network"),
+        (SafetensorError("header too large"), "weights cannot be read or written (header too large)"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 TB"), "not enough memory"),
+        (RecursionError("maximum"), "nested too deep"),
+        (ModuleNotFoundError("No module named 'rclpy'"), "No module named 'rclpy'; `ceed-vla doctor`"),
+        (
+            KeyError("steps"),
+            "unexpected KeyError: 'steps' (this is a defect or damaged input; CEED_VLA_TRACEBACK=1",
+        ),
+        (AssertionError(), "unexpected AssertionError"),
+    ],
+)
+def test_error_is_one_line(
+    toy: Any, capsys: pytest.CaptureFixture[str], error: Exception, words: str
+) -> None:
     def fail(config: ToyConfig) -> None:
         raise error
 
@@ -172,7 +225,22 @@ def test_error_is_one_line(toy: Any, capsys: pytest.CaptureFixture[str], error: 
     assert cli.main(["toy", "--root=x"]) == 1
     message = capsys.readouterr().err
     assert message.startswith("ceed-vla toy: error: ")
+    assert words in message
     assert message.count("\n") == 1
+    assert len(message) < 2000
+    assert "Traceback" not in message
+
+
+def test_what_others_log_has_no_traceback(
+    toy: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = logging.LogRecord("lerobot", logging.ERROR, __file__, 1, "failed", (), None)
+    try:
+        raise DatasetError("no frames")
+    except DatasetError:
+        record.exc_info = sys.exc_info()
+    assert cli._is_for_the_user(record)
+    assert record.exc_info is None
 
 
 def test_traceback_on_request(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,8 +280,50 @@ def test_help_describes_every_flag(toy: Any, capsys: pytest.CaptureFixture[str])
     assert "Do something to a folder." in text
     assert "--root PATH                     The folder. (required)" in text
     assert "--inner.width INT               Its width. [16]" in text
-    assert "also: --unexplained" in text
+    assert "--rate FLOAT                    How fast; in (0, 1]. [0.5]" in text
+    assert text.index("you must set:") < text.index("--root") < text.index("you may want:")
+    assert text.endswith("the rest (--help=all explains them):\n  --unexplained\n")
     assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("words", [["--help=all"], ["--help", "all"]])
+def test_help_in_full(toy: Any, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert cli.main(["toy", *words]) == 0
+    text = capsys.readouterr().out
+    assert "the rest:\n  --unexplained INT" in text
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_is_short_and_its_groups_are_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = cli.COMMANDS[name]
+    assert cli.main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 50
+    assert cli.main([name, "--help=all"]) == 0
+    full = capsys.readouterr().out
+    for flag in (*command.must, *command.may):
+        assert f"\n  --{flag} " in text
+    assert "the rest (" not in full
+
+
+def test_range_in_help_is_the_one_in_the_error(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["toy", "--root=x", "--rate=7"]) == 1
+    assert (
+        capsys.readouterr().err == "ceed-vla toy: error: rate is 7.0; it must be a finite number in (0, 1].\n"
+    )
+
+
+def test_packages_of_the_user_are_imported_first(
+    toy: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ours_of_test_cli.py").write_text("print('registered')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main(["toy", "--root=x", "--discover_packages_path", "ours_of_test_cli"]) == 0
+    assert capsys.readouterr().out == "registered\nran x 3\n"
+    assert cli.main(["toy", "--root=x", "--discover_packages_path=no.such.package"]) == 1
+    assert "'no.such.package' cannot be imported" in capsys.readouterr().err
+    assert cli.main(["toy", "--root=x", "--discover_packages_path"]) == 2
+    assert "--discover_packages_path needs a value" in capsys.readouterr().err
 
 
 def test_setting_one_nested_flag_keeps_the_other_defaults() -> None:
@@ -234,12 +344,50 @@ def test_text_stays_text(value: str) -> None:
     assert (config.root, config.inner.path) == (Path(value), value)
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "\xff"])
-def test_unusable_file(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[1, 2]", "no mapping"),
+        ("", "no mapping"),
+        ("a: [", "cannot be read"),
+        ("\xff", "cannot be read"),
+        ("\0", "cannot be read"),
+        ("- " * 5000 + "a", "nested too deep"),
+        ("{" * 3000, "nested too deep"),
+        ("inner: &a {path: p}\nroot: *a", "alias"),
+        ("steps: 1\nsteps: 2", "'steps' stands there twice"),
+        ("1: 2", "a name in it is no text"),
+        ("? [1]\n: 2", "a name in it is no text"),
+        ("root: !!python/object/apply:os.getcwd []", "cannot be read"),
+        ("stesp: 2", "unknown flag '--stesp'; did you mean --steps?"),
+        ("inner: {widht: 2}", "unknown flag '--inner.widht'; did you mean --inner.width?"),
+        ("inner: 5", "--inner is 5; it must be"),
+        ("inner: {width: {a: 1}}", "--inner.width is {'a': 1}; it must be a whole number"),
+        ("mode: [good]", "--mode is ['good']; it must be a text"),
+        ("root:", "--root is None; it must be a path"),
+        ("rate: .inf", "--rate is '.inf'; it must be a finite number"),
+        ("mode: " + "x" * 2**20, "more than 1048 kB"),
+    ],
+)
+def test_unusable_file(tmp_path: Path, text: str, words: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(UsageError, match=r"run\.yaml"):
+    with pytest.raises(UsageError) as error:
         parse_flags(ToyConfig, ["--root=x", f"--config_path={file}"])
+    assert "run.yaml" in str(error.value)
+    assert words in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+def test_a_folder_and_a_device_are_no_files_of_flags(tmp_path: Path) -> None:
+    for path in (tmp_path, "/dev/zero"):
+        with pytest.raises(UsageError, match="is no file"):
+            parse_flags(ToyConfig, ["--root=x", f"--config_path={path}"])
+
+
+def test_numbers_are_those_of_yaml_1_2() -> None:
+    config = parse_flags(ToyConfig, ["--root=x", "--steps=010", "--rate=1e-3", "--inner.sizes=[010, 1]"])
+    assert (config.steps, config.rate, config.inner.sizes) == (10, 0.001, [10, 1])
 
 
 @pytest.mark.parametrize(

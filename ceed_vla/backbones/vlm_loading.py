@@ -146,7 +146,8 @@ def load_processor(folder: str | Path, source: str = "") -> ProcessorMixin:
 
 def _check_image_settings(what: str, values: dict[str, Any], area: bool = False) -> None:
     """Refuse sizes that no camera has, with which a processor would fill the memory."""
-    area = area or "Qwen" in str(values.get("image_processor_type"))  # counts pixels where others give sides
+    kinds = [str(value) for name, value in values.items() if name.endswith("_processor_type")]
+    area = area or any("Qwen" in kind for kind in kinds)  # these count pixels where others give sides
     for name, value in values.items():
         if isinstance(value, dict):
             _check_image_settings(what, value, area)

@@ -85,21 +85,20 @@ def test_another_kind_starts_from_its_own_defaults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "error", "message"),
+    ("flags", "message"),
     [
-        (["--policy.backbone.type=opnvla"], ConfigError, "backbone.type is 'opnvla'; choose one of compact"),
-        (["--policy.action_tokens.type=x"], ConfigError, "action_tokens.type is 'x'; choose one of uniform"),
+        (["--policy.backbone.type=opnvla"], "backbone.type is 'opnvla'; choose one of compact"),
+        (["--policy.action_tokens.type=x"], "action_tokens.type is 'x'; choose one of uniform"),
         (
             ["--policy.backbone.type=openvla", "--policy.backbone.width=3"],
-            UsageError,
-            "`width` are not valid",
+            "unknown flag .--policy.backbone.width",
         ),
-        (["--policy.backbone.depth=3"], UsageError, "unknown flag '--policy.backbone.depth=3'"),
-        (["--policy.backbone.dtype=int4"], UsageError, "`dtype` are not valid"),
+        (["--policy.backbone.depth=3"], "unknown flag '--policy.backbone.depth=3'"),
+        (["--policy.backbone.dtype=int4"], "dtype"),
     ],
 )
-def test_flags_that_fit_no_kind(flags: list[str], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+def test_flags_that_fit_no_kind(flags: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         parse_flags(ToolConfig, flags)
 
 

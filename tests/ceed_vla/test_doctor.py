@@ -100,11 +100,13 @@ def test_full_disk_and_damaged_checkpoint(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(1, 1, 1000))
-    (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    monkeypatch.setattr(module, "pretrained_path", lambda name: tmp_path)
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    monkeypatch.setattr(module, "SHIPPED", tmp_path)
     text = table(fails=True)
     assert "0.0 GB free" in text
     assert "model.safetensors is no file of weights" in text
+    assert "checkpoint student" in text.partition("model.safetensors is no file of weights")[2]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,12 @@ def test_network_of_ros(
     monkeypatch.setenv("ROS_DOMAIN_ID", domain)
     monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", reach)
     assert words in table()
+
+
+def test_the_table_does_not_need_what_it_looks_at() -> None:
+    script = "import sys, ceed_vla.cli, ceed_vla.doctor; print([m for m in ('torch', 'lerobot') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "[]"
 
 
 def test_exit_code(probes: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

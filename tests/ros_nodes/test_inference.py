@@ -200,6 +200,7 @@ def test_the_added_delay_is_part_of_the_time_and_ends_at_close() -> None:
 # ---- processes -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_process_that_stands_still_or_dies_never_blocks_the_control_loop() -> None:
     worker = InferenceWorker("student", mode="process", warmup=1)
     worker.start()

@@ -163,6 +163,7 @@ def test_parameter_files_fit_the_declarations(file: str, executable: str) -> Non
         assert parameter.problem(value) is None
 
 
+@pytest.mark.slow
 def test_the_node_runs_as_launch_runs_it(graph: Any, tmp_path: Path) -> None:
     """An installed executable, a namespace, a parameter file, launch's own parameter file, and a remap."""
     module, function = entry_points()["policy_node"].split(":")

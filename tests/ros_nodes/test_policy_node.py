@@ -152,6 +152,7 @@ def test_streams_holds_and_recovers(graph: Any) -> None:
     assert graph.stop("policy_node", signal.SIGINT) == 0
 
 
+@pytest.mark.slow
 def test_operator_stops_resets_enables_and_instructs(graph: Any) -> None:
     robot, status = tabletop(graph), Status(graph)
     commands = graph.listen(COMMANDS, Float64MultiArray)
@@ -279,6 +280,7 @@ def test_a_node_that_starts_by_itself_ends_if_it_cannot(
     assert errors[0].startswith("policy_node: error: configure failed: ")
 
 
+@pytest.mark.slow
 def test_bad_checkpoint_is_no_crash_and_the_lifecycle_works(graph: Any, tmp_path: Path) -> None:
     tabletop(graph)
     status = Status(graph)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
+import shutil
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import draccus
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 
 import sim.evaluate as evaluate_module
@@ -20,7 +26,11 @@ from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from sim.decoders import resolve_rows
 from sim.demo import DECODERS, DemoConfig
+from sim.episode_log import EPISODES, EpisodeLog
 from sim.evaluate import CheckpointPath, EvalConfig, check, evaluate
+from sim.outputs import is_own
+from sim.plots import write_plots
+from sim.rollout import EpisodeResult
 from sim.show import ShowConfig, show
 from sim.tabletop.tasks import vocabulary
 
@@ -86,10 +96,30 @@ def test_options_are_parsed_from_the_command_line() -> None:
         ({"env": "kitchen"}, "tabletop"),
         ({"task": "fold_towel"}, "cube_in_bin"),
         ({"task": "mixed,push_cube"}, "--task"),
-        ({"split": "test"}, "heldout"),
-        ({"episodes": 0}, "--episodes is 0"),
-        ({"threads": 0}, "--threads is 0"),
+        ({"split": "test"}, "--split is 'test'; it must be one of train, heldout, all"),
+        ({"episodes": 0}, "--episodes is 0; it must be a whole number in [1, 100000]"),
+        ({"episodes": 10**9}, "--episodes is 1000000000"),
+        ({"episodes": 2.5}, "--episodes is 2.5"),
+        ({"threads": 0}, "--threads is 0; it must be a whole number in [1, 256]"),
+        ({"threads": 100_000}, "--threads is 100000"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"batch": 10**6}, "--batch is 1000000"),
+        ({"timing_chunks": -1}, "--timing_chunks is -1"),
         ({"executed_steps": 99}, "a chunk of"),
+        ({"device": "cuda:77"}, "The device is 'cuda:77'; this machine has cpu"),
+        ({"decoders": "ar,cap0"}, "Decoder 'cap0': its cap K is 0; it must be a whole number in [1, 1e6]"),
+        ({"decoders": "teacher_cap0"}, "its cap K is 0"),
+        ({"decoders": "conf2_cap1"}, "its confidence P is 2.0"),
+        ({"decoders": f"cap{'9' * 20}"}, "its cap K is 99999999999999999999"),
+        ({"decoders": "cap" + "9" * 10_000}, "Unknown decoder 'cap999"),
+        ({"decoders": "cap\u0662"}, "Unknown decoder"),
+        ({"task": "x" * 10_000}, "choose mixed"),
+        ({"output_dir": " "}, "--output_dir is empty"),
+        ({"output_dir": f"{__file__}"}, "which is a file; name a folder"),
+        ({"output_dir": f"{__file__}/new"}, "is a file; name another folder"),
+        ({"output_dir": "x" * 5000}, "cannot be a path"),
+        ({"output_dir": f"{Path(__file__).parent}"}, "that ceed-vla did not make"),
+        ({"output_dir": "a\0b"}, "--output_dir is 'a\\x00b'"),
     ],
 )
 def test_impossible_options_are_named(
@@ -98,6 +128,8 @@ def test_impossible_options_are_named(
     with pytest.raises(ConfigError) as error:
         evaluate(options(checkpoint, tmp_path, **changes), quiet())
     assert message in str(error.value)
+    assert len(str(error.value)) < 1000
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_demo_is_an_evaluation_with_valid_decoders(checkpoint: Path, tmp_path: Path) -> None:
@@ -134,7 +166,9 @@ def test_evaluation_from_options_to_files(checkpoint: Path, tmp_path: Path) -> N
     assert list(rows) == ["teacher_ar", "teacher_cap4", "jacobi", "jacobi_random", "ceed"]
     files = {path.name for path in tmp_path.iterdir()}
     plots = {"success.png", "latency.png", "forwards.png"}
-    assert files == {"report.json", "report.md", *plots, *(f"clip_{name}.mp4" for name in rows)}
+    clips = {f"clip_{name}.mp4" for name in rows}
+    assert files == {"report.json", "report.md", "episodes.jsonl", *plots, *clips}
+    assert all(is_own(tmp_path / name) for name in files)
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert report["complete"]
     assert report["seeds"] == {"first": 50_000, "count": 2}
@@ -178,6 +212,130 @@ def test_interrupt_leaves_a_partial_report(
     assert "Partial" in (tmp_path / "report.md").read_text()
 
 
+def lines_of(folder: Path) -> list[str]:
+    return (folder / EPISODES).read_text().splitlines()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_resume_gives_the_report_of_a_run_in_one_go(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    monkeypatch.setattr(evaluate_module, "GROUP_BATCHES", 1)  # groups of two seeds
+    changes = {"decoders": "jacobi_random,ceed", "episodes": 5, "batch": 2, "timing_chunks": 0}
+    whole = evaluate(options(checkpoint, tmp_path / "whole", **changes), quiet())
+    folder, append = tmp_path / "parts", EpisodeLog.append
+    started: list[tuple[str, int]] = []
+
+    def interrupted(log: EpisodeLog, name: str, episode: EpisodeResult) -> None:
+        append(log, name, episode)
+        started.append((name, episode.seed))
+        if len(started) == 5:  # the first of the second group
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(EpisodeLog, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(options(checkpoint, folder, **changes), quiet())
+    assert len(lines_of(folder)) == 6
+    if killed:  # no last report, and the last line is not whole
+        (folder / "report.json").unlink()
+        (folder / EPISODES).write_text((folder / EPISODES).read_text()[:-20])
+    with pytest.raises(ConfigError, match=r"interrupted evaluation .* --resume=true"):
+        evaluate(options(checkpoint, folder, **changes), quiet())
+    again = evaluate(options(checkpoint, folder, resume=True, **changes), quiet())
+
+    assert again == whole
+    assert sorted(lines_of(folder)) == sorted(lines_of(tmp_path / "whole"))
+    assert started.count(("ceed", 50_000)) == 1  # finished episodes are kept
+    assert started.count(("jacobi_random", 50_002)) == (2 if started[4][0] == "jacobi_random" else 1)
+    assert len(started) == 5 + 10 - 4
+    assert evaluate(options(checkpoint, folder, resume=True, **changes), quiet()) == whole
+    assert len(started) == 11
+    assert evaluate(options(checkpoint, folder, **changes), quiet()) == whole  # a complete report is replaced
+    assert len(started) == 21
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    evaluate(options(checkpoint, folder, decoders="ceed", timing_chunks=0), quiet())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda lines: [lines[0], lines[1][:-5], lines[2]], "line 2 is no episode"),
+        (
+            lambda lines: [lines[0], lines[1], lines[1]],
+            "line 3 is no episode of this evaluation, or a second one",
+        ),
+        (lambda lines: [lines[0], lines[1].replace('"success": false', '"success": "yes"')], "line 2"),
+        (lambda lines: [lines[0], lines[1].replace('"steps": 8', '"steps": 9')], "line 2"),
+        (lambda lines: [lines[0], lines[1].replace('"seed": 5', '"seed": 4')], "line 2"),
+        (lambda lines: [lines[0], lines[1].replace('"forwards": [', '"forwards": [-1, ')], "line 2"),
+        (lambda lines: [lines[0], lines[1].replace('"decoder": "ceed"', '"decoder": "ar"')], "line 2"),
+        (lambda lines: [lines[0], "5", lines[2]], "line 2"),
+        (lambda lines: [lines[0], "[" * 10_000, lines[2]], "line 2"),
+        (lambda lines: lines[1:], "'episodes.jsonl' that ceed-vla did not make"),
+        (lambda lines: ["made by ceed-vla 1", *lines[1:]], "does not say what it is of"),
+        (
+            lambda lines: [lines[0].replace('"seed": 50000', '"seed": 50001'), *lines[1:]],
+            "its seed is 50001, here",
+        ),
+        (lambda lines: [lines[0].replace('"batch": 20', '"batch": 7'), *lines[1:]], "its batch is 7"),
+    ],
+)
+def test_damaged_episodes_are_not_believed(
+    checkpoint: Path, finished: Path, tmp_path: Path, change: Callable[[list[str]], list[str]], words: str
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / EPISODES).write_text("\n".join(change(lines_of(finished))) + "\n")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    config = options(checkpoint, tmp_path / "run", decoders="ceed", timing_chunks=0, resume=True)
+    with pytest.raises(ConfigError) as error:
+        evaluate(config, quiet())
+    assert words in str(error.value)
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+
+
+def test_episodes_of_another_checkpoint_are_not_believed(
+    checkpoint: Path, finished: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    file = other / "policy_preprocessor.json"
+    file.write_text(file.read_text() + " ")
+    folder = shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(ConfigError, match="its policy is"):
+        evaluate(options(other, folder, decoders="ceed", timing_chunks=0, resume=True), quiet())
+
+
+@pytest.mark.parametrize("name", ["report.json", "success.png", "notes.txt"])
+def test_files_of_others_are_left_alone(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"complete": true}')
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=f"holds '{name}' that ceed-vla did not make"):
+            evaluate(options(checkpoint, tmp_path, resume=resume), quiet())
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == '{"complete": true}'
+
+
+def test_a_full_disk_leaves_what_was_there(
+    checkpoint: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: object, *_: object, **__: object) -> None:
+        Path(str(file)).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before = (folder / "forwards.png").read_bytes()
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: full(file))
+    with pytest.raises(OSError, match="No space left") as error:
+        write_plots(json.loads((folder / "report.json").read_text()), folder)
+    assert error.value.filename == str(folder / "success.png")
+    assert (folder / "forwards.png").read_bytes() == before
+    assert {file.name for file in folder.iterdir()} == {file.name for file in finished.iterdir()}
+
+
 def test_show_draws_a_picture(checkpoint: Path, tmp_path: Path) -> None:
     config = ShowConfig(
         policy=CheckpointPath(str(checkpoint)),
@@ -187,5 +345,35 @@ def test_show_draws_a_picture(checkpoint: Path, tmp_path: Path) -> None:
         executed_steps=2,
     )
     assert show(config).read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ConfigError, match="--chunk"):
-        show(ShowConfig(policy=config.policy, chunk=-1))
+    assert show(config) == Path(config.output)  # our own picture is replaced
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["show.png"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"chunk": -1}, "--chunk is -1"),
+        ({"task": "fold"}, "--task is 'fold'; it must be one of mixed, cube_in_bin"),
+        ({"output": ""}, "--output is empty"),
+        ({"output": "."}, "is a folder; name a file in it"),
+        ({"output": "picture"}, "a file with the ending .png is written"),
+        ({"output": "picture.jpg"}, "a file with the ending .png is written"),
+        ({"output": "theirs.png"}, "a file that ceed-vla did not make"),
+        ({"output": "nowhere.png"}, "a file that ceed-vla did not make"),
+        ({"output": "/dev/null/x.png"}, "/dev/null is a file"),
+        ({"device": "cuda:77"}, "this machine has cpu"),
+    ],
+)
+def test_show_refuses(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("theirs.png").write_bytes(b"\x89PNG of somebody else")
+    Path("nowhere.png").symlink_to("missing")
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        show(ShowConfig(**{"policy": CheckpointPath(str(checkpoint)), "executed_steps": 2, **options}))
+    assert Path("theirs.png").read_bytes() == b"\x89PNG of somebody else"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from ceed_vla.cli import main
 from ceed_vla.errors import ConfigError
 from sim.evaluate import CheckpointPath
 from sim.grounding import GroundingConfig, error_rows, grounding
+from sim.outputs import is_own
 
 
 def test_errors_are_listed_by_distance() -> None:
@@ -31,6 +33,7 @@ def test_errors_are_listed_by_distance() -> None:
 def test_the_shipped_teacher_sees_the_named_cube(tmp_path: Path) -> None:
     output = tmp_path / "grounding.json"
     assert main(["grounding", "--policy.path=teacher", "--scenes=40", f"--output={output}"]) == 0
+    assert is_own(output)
     row = json.loads(output.read_text())["rows"][-1]
     assert row["frames"] == 40
     assert row["target_p50_cm"] < 0.4 * row["chance_cm"]
@@ -39,11 +42,25 @@ def test_the_shipped_teacher_sees_the_named_cube(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (GroundingConfig(), "--policy.path is missing"),
-        (GroundingConfig(policy=CheckpointPath("teacher"), scenes=0), "--scenes is 0"),
-        (GroundingConfig(policy=CheckpointPath("teacher"), edges=[0.2, 0.1]), "increasing distances"),
+        ({"policy": CheckpointPath()}, "--policy.path is missing"),
+        ({"scenes": 0}, r"--scenes is 0; it must be a whole number in \[1, 100000\]"),
+        ({"edges": [0.2, 0.1]}, "increasing distances"),
+        ({"edges": [0.1, 0.1]}, "increasing distances"),
+        ({"edges": [-0.1]}, "--edges is"),
+        ({"edges": [float("nan")]}, "--edges is"),
+        ({"split": "test"}, "--split is 'test'"),
+        ({"device": "tpu"}, "The device is 'tpu'"),
+        ({"output": " "}, "--output is empty"),
+        ({"output": "."}, "which is a folder"),
+        ({"output": "x.txt"}, r"the ending \.json"),
+        ({"output": "theirs.json"}, "a file that ceed-vla did not make"),
     ],
 )
-def test_refusals(config: GroundingConfig, words: str) -> None:
+def test_refusals(
+    config: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("theirs.json").write_text("{}")
     with pytest.raises(ConfigError, match=words):
-        grounding(config)
+        grounding(GroundingConfig(**{"policy": CheckpointPath("teacher"), **config}))
+    assert Path("theirs.json").read_text() == "{}"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ceed_vla.errors import ConfigError
+from ceed_vla.errors import ConfigError, SimulationError
 from sim.clips import HEIGHT, WIDTH, compose_frame, write_clip
 from sim.decoders import parse_decoders
 from sim.paired import compare_paired, paired_interval, sign_test
@@ -157,6 +157,15 @@ def test_plots_are_written_where_there_is_data(tmp_path: Path) -> None:
     }
 
 
+def test_a_clip_that_cannot_be_encoded_leaves_the_old_one(tmp_path: Path) -> None:
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"the old one")
+    with pytest.raises(SimulationError, match="could not be written"):
+        write_clip(clip, [np.zeros((HEIGHT, WIDTH, 3), np.uint8)], fps=-1)
+    assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
+    assert clip.read_bytes() == b"the old one"
+
+
 def test_clip_is_a_readable_video(tmp_path: Path) -> None:
     imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
     view = np.full((96, 96, 3), 90, np.uint8)
@@ -185,9 +194,9 @@ def test_an_unknown_decoder_is_named_with_those_that_exist(name: str) -> None:
 
 
 def test_impossible_exit_rules_say_what_is_allowed() -> None:
-    with pytest.raises(ConfigError, match="max_iterations is 0"):
+    with pytest.raises(ConfigError, match="Decoder 'cap0': its cap K is 0"):
         parse_decoders("cap0", has_teacher=False)
-    with pytest.raises(ConfigError, match=r"confidence is 1\.5"):
+    with pytest.raises(ConfigError, match=r"its confidence P is 1\.5"):
         parse_decoders("conf1.5_cap2", has_teacher=False)
 
 

@@ -183,11 +183,18 @@ def test_one_family_per_seed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"batch": 0}, "at least 1"), ({"executed_steps": 0}, "at least 1")]
+    ("options", "message"),
+    [
+        ({"batch": 0}, "at least 1"),
+        ({"executed_steps": 0}, "at least 1"),
+        ({"seeds": [-1]}, "seed -1"),
+        ({"seeds": [1.5]}, r"seed 1\.5"),
+        ({"task": [None]}, "with task None"),
+    ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        rollout(bundle(FakePolicy()), [1], **options)
+        rollout(bundle(FakePolicy()), **{"seeds": [1], **options})
 
 
 def test_success_rate_and_interval() -> None:

@@ -111,6 +111,7 @@ def assert_equal_losses(read_log: Callable[..., dict[int, float]]) -> Callable[.
     return check
 
 
+@pytest.mark.slow
 def test_teacher_trajectories_and_student(
     studio: Any, tmp_path: Path, together: Callable[..., int], assert_equal_losses: Callable[..., None]
 ) -> None:

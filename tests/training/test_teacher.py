@@ -262,6 +262,7 @@ def test_damaged_lines_of_the_log_are_dropped(
     assert read_log(progress.parent) == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_error_and_the_last_state_is_kept(
     studio: Any, tmp_path: Path, read_log: Callable[..., dict[int, float]]
 ) -> None:

@@ -99,8 +99,8 @@ UNUSABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no images": (lambda f: (f / "images.npz").unlink(), "has no array 'images'"),
     "damaged images": (lambda f: (f / "images.npz").write_bytes(b"PK"), "has no array 'images'"),
     "no expectation": (lambda f: (f / "expected.json").unlink(), "expected.json cannot be read"),
-    "no cases": (lambda f: write(f, {"chunk": 1, "cases": []}), "needs 'chunk' and a list 'cases'"),
-    "incomplete case": (lambda f: write(f, {"chunk": 1, "cases": [{}, {}]}), "case 0 lacks instruction"),
+    "no cases": (lambda f: write(f, {"chunk": 1, "cases": []}), "needs a whole number 'chunk' and a list 'cases'"),
+    "incomplete case": (lambda f: write(f, {"chunk": 1, "cases": [{}, {}]}), "case 0 lacks 'instruction'"),
     "grayscale": (lambda f: np.savez(f / "images.npz", images=np.zeros((2, 8, 8), np.uint8)), "one RGB picture"),
     "floats": (lambda f: np.savez(f / "images.npz", images=np.zeros((2, 8, 8, 3))), "float64, expected"),
     "fewer images": (
@@ -195,7 +195,7 @@ def test_where_a_checkpoint_goes(published: Any, tmp_path: Path) -> None:
     source = {"path": str(published("siglip")), "unnorm_key": "garage"}
     with pytest.raises(ConfigError, match="No --output_dir"):
         convert(ConvertConfig(**source))
-    with pytest.raises(ConfigError, match="already holds a model"):
+    with pytest.raises(ConfigError, match="is no empty folder"):
         convert(ConvertConfig(**source, output_dir=source["path"]))
     with pytest.raises(ConfigError, match="n_action_steps is 3, more than chunk_size = 2"):
         convert(ConvertConfig(**source, output_dir=str(tmp_path / "x"), chunk_size=2, n_action_steps=3))

@@ -1,0 +1,197 @@
+"""Values of flags, from the command line or a file: read as YAML 1.2, checked against the configuration's types."""
+
+from __future__ import annotations
+
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ceed_vla.choices import Choice
+from ceed_vla.fields import describe
+
+MOST_FLAGS = 2**20  # [bytes] of a file of flags
+_WHOLE = re.compile(r"[-+]?[0-9]+")
+_DECIMAL = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_LONGEST_NUMBER = 400  # [characters]
+
+
+class UsageError(Exception):
+    """The command line cannot be read."""
+
+
+def guess(name: str, known: Iterable[str]) -> str:
+    """The flag that was meant, as the end of a message; empty if none is close."""
+    close = get_close_matches(name[:100], known, n=1)
+    return f"; did you mean --{close[0]}?" if close else ""
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """YAML by the rules of version 1.2, where 010 is ten and "no" is a text; neither aliases nor repeated names.
+
+    Raises:
+        UsageError: Something else; the message begins with `source`.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("it has an alias (*name); write the value out")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if key.tag != "tag:yaml.org,2002:str":
+                    raise yaml.YAMLError("a name in it is no text")
+                if key.value in seen:
+                    raise yaml.YAMLError(f"{key.value!r} stands there twice")
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    scalars: dict[str, tuple[str, typing.Callable[[str], Any]]] = {
+        "null": (r"~|null|Null|NULL|", lambda value: None),
+        "bool": (r"true|True|TRUE|false|False|FALSE", lambda value: value.lower() == "true"),
+        "int": (_WHOLE.pattern, int),
+        "float": (_DECIMAL.pattern, float),
+    }
+    for kind, (pattern, read) in scalars.items():
+        tag = f"tag:yaml.org,2002:{kind}"
+        Loader.add_implicit_resolver(tag, re.compile(rf"^(?:{pattern})$"), None)
+        Loader.add_constructor(tag, lambda loader, node, read=read: read(str(node.value)))
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UsageError(f"{source} cannot be read: {error}") from error
+    except RecursionError as error:
+        raise UsageError(f"{source} cannot be read: it is nested too deep") from error
+
+
+def read_config(config_class: type[Any], file: str | None) -> dict[str, Any]:
+    """What a file of flags says, as `shaped` gives it; nothing without a file.
+
+    Raises:
+        UsageError: No such file, or something else in it.
+    """
+    if file is None:
+        return {}
+    source, path = f"--config_path {file}", Path(file)
+    try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{source} is no file")
+        if path.stat().st_size > MOST_FLAGS:
+            raise UsageError(f"{source} has more than {MOST_FLAGS // 1000} kB; it cannot be a file of flags")
+        values = read_yaml(path.read_text(encoding="utf-8"), source)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{source} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{source} holds no mapping of flags to values")
+    try:
+        return shaped(values, config_class)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from error
+
+
+def shaped(values: dict[str, Any], config_class: type[Any], prefix: str = "") -> dict[str, Any]:
+    """`values` under the names of the fields, each of the type that its field has.
+
+    Args:
+        values: Names as in flags, nested.
+        config_class: The dataclass, or the family of which the entry ``type`` names one. Without that entry any kind
+            may have a name; which one it is, the default decides later.
+        prefix: Of the names in messages, such as "policy.".
+
+    Raises:
+        UsageError: An unknown name, or a value of another type.
+    """
+    owners: list[Any] = [config_class]
+    result: dict[str, Any] = {}
+    if is_choice(config_class):
+        kinds = config_class.get_known_choices()  # type: ignore[attr-defined]
+        owners = list(kinds.values())
+        if "type" in values:
+            kind = values["type"]
+            if not isinstance(kind, str) or kind not in kinds:
+                raise UsageError(f"--{prefix}type is {_shown(kind)}; choose one of {', '.join(kinds)}")
+            owners, result = [kinds[kind]], {"type": kind}
+    known = {i.name.removesuffix("_"): (i.name, owner) for owner in owners for i in fields(owner) if i.init}
+    for name, value in values.items():
+        if name in result:
+            continue
+        if name not in known:
+            raise UsageError(
+                f"unknown flag {_shown(f'--{prefix}{name}')}{guess(prefix + name, [prefix + n for n in known])}"
+            )
+        field, owner = known[name]
+        result[field] = _typed(value, type_hints(owner).get(field, Any), prefix + name)
+    return result
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    """`value` as draccus takes it for `hint`, if it is of that type or the text of one.
+
+    Raises:
+        UsageError: Another type.
+    """
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    for option in typing.get_args(hint) if union else (hint,):
+        fits, typed = _as(value, option, name)
+        if fits:
+            return typed
+    raise UsageError(f"--{name} is {_shown(value)}; it must be {describe(hint, None)}")
+
+
+def _as(value: Any, hint: Any, name: str) -> tuple[bool, Any]:
+    """(whether `value` is or reads as a `hint`, the value)."""
+    if hint is type(None):
+        return value is None or value in ("None", "none"), None
+    if is_nested(hint):
+        return isinstance(value, dict), shaped(value, hint, f"{name}.") if isinstance(value, dict) else None
+    origin, inside = typing.get_origin(hint) or hint, typing.get_args(hint) or (Any,)
+    if origin in (list, tuple):
+        fits = isinstance(value, list)
+        return fits, [_typed(v, inside[0], f"{name}.{i}") for i, v in enumerate(value)] if fits else None
+    if origin is dict:
+        return isinstance(value, dict), value
+    if hint in (str, Path):
+        return isinstance(value, str | int | float) and not isinstance(value, bool), str(value)
+    if hint is bool:
+        return isinstance(value, bool) or value in ("true", "false"), value in (True, "true")
+    if hint not in (int, float):
+        return True, value
+    pattern = _WHOLE if hint is int else _DECIMAL
+    if isinstance(value, str) and len(value) <= _LONGEST_NUMBER and pattern.fullmatch(value):
+        value = hint(value)
+    numbers = (int,) if hint is int else (int, float)
+    return type(value) in numbers and (type(value) is int or math.isfinite(value)), value
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def is_choice(kind: Any) -> bool:
+    """Whether a dataclass of several kinds is meant, which ``type`` chooses."""
+    return isinstance(kind, type) and Choice in kind.__bases__
+
+
+def is_nested(kind: Any) -> bool:
+    """Whether a setting has settings."""
+    return is_dataclass(kind) or is_choice(kind)
+
+
+def type_hints(config_class: type[Any]) -> dict[str, Any]:
+    """Types of the fields by name, as far as they can be found."""
+    try:
+        return typing.get_type_hints(config_class)
+    except (NameError, TypeError):  # a type that is imported for checkers only
+        return {}

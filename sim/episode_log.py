@@ -1,0 +1,192 @@
+"""Finished episodes of an evaluation on disk, one line each, so that an interrupted one goes on where it was.
+
+The first line says of what evaluation they are: an episode is believed only where all that decides it is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from ceed_vla.checkpoints import resolve_checkpoint, weights_hash
+from ceed_vla.errors import CeedVLAError, ConfigError
+from ceed_vla.files import read_json, write_text
+from sim.outputs import MADE_BY
+from sim.rollout import EpisodeResult
+
+EPISODES = "episodes.jsonl"
+Results = dict[str, list[EpisodeResult]]  # by the decoder's name
+
+_KINDS = {
+    "decoder": str,
+    "seed": int,
+    "task": str,
+    "instruction": str,
+    "success": bool,
+    "steps": int,
+    "forwards": list,
+    "exit_reasons": list,
+}
+_LONGEST = 2**28  # [bytes]
+
+
+class EpisodeLog:
+    """Appends finished episodes to a file; each is on disk before the next one counts.
+
+    Args:
+        folder: Where `EPISODES` lies.
+        identity: What decides an episode: checkpoints, decoders, seeds and so on; anything that JSON can hold.
+        plan: Task of every seed, "mixed" for any.
+        longest: Most steps of an episode.
+    """
+
+    def __init__(
+        self, folder: Path, identity: Mapping[str, Any], plan: Mapping[int, str], longest: int
+    ) -> None:
+        self.file = folder / EPISODES
+        self.identity = json.loads(json.dumps(identity))
+        self.plan, self.longest = plan, longest
+        self._open: IO[str] | None = None
+
+    def read(self) -> Results:
+        """Episodes of this evaluation that finished; none without a file.
+
+        Raises:
+            ConfigError: A file of another evaluation, or damage elsewhere than in the last line.
+        """
+        results: Results = {name: [] for name in self.identity["decoders"]}
+        seen: set[tuple[str, int]] = set()
+        lines = _lines(self.file)
+        if not lines:
+            return results
+        self._check_identity(_values(lines[0]))
+        for number, line in enumerate(lines[1:], start=2):
+            values = _values(line)
+            if values is None and number == len(lines):
+                break  # a process died while it wrote
+            episode = self._episode(values)
+            if episode is None or (values["decoder"], episode.seed) in seen:
+                raise ConfigError(
+                    f"{self.file}: line {number} is no episode of this evaluation, or a second one; restore the file, "
+                    "or start anew in another --output_dir."
+                )
+            seen.add((values["decoder"], episode.seed))
+            results[values["decoder"]].append(episode)
+        return results
+
+    def start(self, results: Results) -> None:
+        """Write a file of `results`, and open it for more."""
+        header = {"program": MADE_BY, "identity": self.identity}
+        lines = [
+            json.dumps(header),
+            *(_line(name, e) for name, episodes in results.items() for e in episodes),
+        ]
+        write_text(self.file, "\n".join(lines) + "\n")
+        self._open = self.file.open("a", encoding="utf-8")
+
+    def append(self, name: str, episode: EpisodeResult) -> None:
+        """Keep an episode of decoder `name`."""
+        assert self._open is not None
+        try:
+            self._open.write(_line(name, episode) + "\n")
+            self._open.flush()
+            os.fsync(self._open.fileno())
+        except OSError as error:
+            error.filename = str(self.file)
+            raise
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._open is not None:
+            self._open.close()
+
+    def _check_identity(self, header: Any) -> None:
+        theirs = header.get("identity") if isinstance(header, dict) else None
+        if not isinstance(theirs, dict):
+            raise ConfigError(f"{self.file} does not say what it is of; start anew in another --output_dir.")
+        for name in {**self.identity, **theirs}:
+            ours, other = self.identity.get(name), theirs.get(name)
+            if ours != other:
+                raise ConfigError(
+                    f"{self.file} is of another evaluation: its {name} is {str(other)[:200]}, here it is "
+                    f"{str(ours)[:200]}; give the same options, or start anew in another --output_dir."
+                )
+
+    def _episode(self, values: Any) -> EpisodeResult | None:
+        """The episode of a line's `values`; None if it cannot be one of this evaluation."""
+        if not isinstance(values, dict) or values.keys() != _KINDS.keys():
+            return None
+        if any(type(values[name]) is not kind for name, kind in _KINDS.items()):
+            return None
+        episode = EpisodeResult(**{name: value for name, value in values.items() if name != "decoder"})
+        counts, reasons = episode.forwards, episode.exit_reasons
+        planned = self.plan.get(episode.seed)
+        fits = (
+            values["decoder"] in self.identity["decoders"]
+            and planned in ("mixed", episode.task)
+            and 0 < episode.steps <= self.longest
+            and 0 < len(counts) == len(reasons) <= episode.steps
+            and all(type(count) is int and 0 <= count < 10**6 for count in counts)
+            and all(type(reason) is str and len(reason) < 100 for reason in reasons)
+        )
+        return episode if fits else None
+
+
+def refuse_unfinished(folder: Path, report: str) -> None:
+    """Keep the episodes of an interrupted evaluation from being thrown away.
+
+    Args:
+        folder: Where `EPISODES` lies, if there is one.
+        report: The file there that tells whether the evaluation was completed.
+
+    Raises:
+        ConfigError: There are such episodes.
+    """
+    episodes = len(_lines(folder / EPISODES)) - 1
+    try:
+        done = read_json(folder / report).get("complete") is True
+    except CeedVLAError:
+        done = False
+    if episodes > 0 and not done:
+        raise ConfigError(
+            f"{folder} holds an interrupted evaluation ({episodes} finished episodes); go on with the same options and "
+            "--resume=true, or name another --output_dir."
+        )
+
+
+def fingerprint(path: str) -> str:
+    """Names a checkpoint: its weights, and the settings beside them."""
+    digest = hashlib.sha256(weights_hash(path).encode())
+    for file in sorted(resolve_checkpoint(path).glob("*")):
+        if file.suffix in (".json", ".safetensors") and file.name != "model.safetensors":
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _lines(file: Path) -> list[str]:
+    """Lines of an episode file; none without one."""
+    if not file.is_file():
+        return []
+    try:
+        if file.stat().st_size > _LONGEST:
+            raise ConfigError(f"{file} has {file.stat().st_size / 1e6:.0f} MB; it is no file of ours.")
+        return file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is damaged; start anew in another --output_dir.") from error
+
+
+def _values(line: str) -> Any:
+    """What JSON says; None if it is none."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _line(name: str, episode: EpisodeResult) -> str:
+    values = {field: getattr(episode, field) for field in _KINDS if field != "decoder"}
+    return json.dumps({"decoder": name, **values})

@@ -1,0 +1,98 @@
+"""Where a command writes: never over a file that it did not make.
+
+Every file that we make says so inside (`MADE_BY`), so that the next run can tell its own files from a user's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from ceed_vla import __version__
+from ceed_vla.errors import ConfigError
+
+MADE_BY = f"made by ceed-vla {__version__}"
+_MARK = b"made by ceed-vla "
+_SEARCHED = 2**17  # [bytes] at both ends of a file
+
+
+def is_own(file: Path) -> bool:
+    """Whether `file` says that it was made by us."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as content:
+        start = content.read(_SEARCHED)
+        content.seek(max(0, file.stat().st_size - _SEARCHED))
+        return _MARK in start or _MARK in content.read(_SEARCHED)
+
+
+def claim_file(option: str, text: str, suffix: str) -> Path:
+    """The file that an option names, if it may be written.
+
+    Args:
+        option: The option's name, for messages.
+        text: Its value.
+        suffix: What the file's name must end in.
+
+    Raises:
+        ConfigError: An empty name, another suffix, a folder, or a file of somebody else's.
+    """
+    path = _path(option, text)
+    if path.is_dir():
+        raise ConfigError(
+            f"--{option} is {text!r}, which is a folder; name a file in it, such as {path / 'out'}{suffix}."
+        )
+    if path.suffix.lower() != suffix:
+        raise ConfigError(f"--{option} is {text!r}; a file with the ending {suffix} is written, so name one.")
+    if _is_there(path) and not is_own(path):
+        raise ConfigError(
+            f"--{option} is {text!r}, a file that ceed-vla did not make; it is left alone, name another."
+        )
+    return path
+
+
+def claim_folder(option: str, text: str, names: Iterable[str], known_by: Iterable[str]) -> Path:
+    """The folder that an option names, if files may be written into it: a new or empty one, or one of ours.
+
+    Args:
+        option: The option's name, for messages.
+        text: Its value.
+        names: Files that will be written.
+        known_by: Files of which one of ours makes a folder ours.
+
+    Raises:
+        ConfigError: An empty name, a file, or what somebody else put there.
+    """
+    path = _path(option, text)
+    if _is_there(path) and not path.is_dir():
+        raise ConfigError(f"--{option} is {text!r}, which is a file; name a folder.")
+    content = sorted(file.name for file in path.iterdir() if file.name[0] != ".") if path.is_dir() else []
+    strange = [name for name in names if _is_there(path / name) and not is_own(path / name)]
+    if content and not any(is_own(path / name) for name in known_by):
+        strange = strange or content
+    if strange:
+        raise ConfigError(
+            f"--{option} is {text!r}, which holds {strange[0]!r} that ceed-vla did not make; name a new or empty "
+            "folder."
+        )
+    return path
+
+
+def _path(option: str, text: str) -> Path:
+    if not text.strip():
+        raise ConfigError(f"--{option} is empty; name where to write.")
+    path = Path(text)
+    try:
+        existing = next(place for place in (path, *path.absolute().parents) if _is_there(place))
+    except OSError as error:
+        raise ConfigError(
+            f"--{option} is {text[:200]!r}, which cannot be a path ({error.strerror})."
+        ) from error
+    if existing != path and not existing.is_dir():
+        raise ConfigError(f"--{option} is {text!r}, but {existing} is a file; name another folder.")
+    return path
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a name is taken, by a link that leads nowhere too."""
+    return path.exists() or path.is_symlink()

@@ -1,0 +1,235 @@
+"""What the control loop does while it does not know where the arm is, or its policy takes no instruction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
+
+from builtin_interfaces.msg import Time
+from sensor_msgs.msg import JointState
+
+from ros_nodes.messages import array_to_image
+from ros_nodes.safety import SafetyFilter
+
+JOINTS = ("shoulder", "elbow")
+M, H, DT, RATE = 8, 4, 0.1, 100.0  # of the loop in conftest.py
+CLIMB = 0.02  # what its policy wants each step [rad]
+
+EVEN = CLIMB * 1.0 / (RATE * DT)  # change per tick while nothing disturbs
+
+
+# ---- nobody knows where the arm is --------------------------------------------------------------------------------
+
+
+def stamp(now: float) -> Time:
+    return Time(sec=int(now), nanosec=int(1e9 * (now % 1)))
+
+
+def hold_code(loop: Any) -> str:
+    assert loop.controller.hold is not None
+    return loop.controller.hold.code
+
+
+def sent_since(loop: Any, count: int) -> list[np.ndarray]:
+    return [d.positions for _, d in loop.sent[count:] if d is not None and d.positions is not None]
+
+
+def test_enable_waits_for_fresh_joint_states_and_starts_from_them(make_loop: Any) -> None:
+    loop = make_loop()
+    loop.run(1.0)
+    loop.controller.disable()
+    loop.run(0.1)
+    loop.states = False
+    loop.run(0.5)
+    loop.position = np.array([0.7, -0.4])  # by hand, and nobody saw it
+    refused = loop.controller.enable(loop.now)
+    assert refused is not None
+    assert refused.code == "stale"
+    assert "joint_states is 0.5" in refused.detail
+    assert "the limit is 0.20 s" in refused.detail
+    count = len(loop.sent)
+    loop.run(0.3)
+    assert not sent_since(loop, count)
+    loop.controller.enable(loop.now, insist=True)
+    loop.run(0.3)
+    assert not sent_since(loop, count)
+    assert hold_code(loop) == "stale"
+    loop.states = True
+    loop.run(0.5)
+    assert loop.controller.hold is None
+    first, *rest = sent_since(loop, count)
+    np.testing.assert_array_equal(first, [0.7, -0.4])
+    assert rest
+
+
+def test_without_joint_states_an_enabled_start_says_so_and_sends_nothing(make_loop: Any) -> None:
+    loop = make_loop(enable=False)
+    loop.safety = loop.controller._safety = SafetyFilter(loop.safety.limits)
+    loop.observations.forget()
+    loop.states = False
+    loop.controller.enable(loop.now, insist=True)
+    loop.run(0.3)
+    assert hold_code(loop) == "no_joint_states"
+    assert not sent_since(loop, 0)
+    loop.states, loop.position = True, np.array([0.3, 0.3])
+    loop.run(0.3)
+    np.testing.assert_array_equal(sent_since(loop, 0)[0], [0.3, 0.3])
+
+
+@pytest.mark.parametrize("pause", [0.5, 4.0, 8.0])
+def test_after_a_hold_without_joint_states_the_old_pose_is_never_sent_again(
+    make_loop: Any, pause: float
+) -> None:
+    loop = make_loop()
+    loop.run(1.0)
+    loop.states, loop.follows = False, False
+    loop.run(pause)
+    assert hold_code(loop) == "stale"
+    held = loop.path[-1]
+    if pause > 7.0:
+        count = len(loop.sent)
+        loop.run(0.1)
+        assert not sent_since(loop, count)  # an arm that is powered up again does not leap back
+    loop.position = held + [0.5, -0.5]  # by hand
+    loop.states, count = True, len(loop.sent)
+    loop.run(0.02)
+    np.testing.assert_allclose(sent_since(loop, count)[0], loop.position)
+    loop.follows = True
+    loop.run(1.0)
+    assert loop.controller.hold is None
+    assert np.abs(np.array(sent_since(loop, count)) - held).max(axis=1).min() > 0.4
+
+
+def test_out_of_a_conflict_and_out_of_a_stop_motion_waits_for_joint_states(make_loop: Any) -> None:
+    loop = make_loop()
+    loop.run(1.0)
+    for silence in ("conflict", "estop"):
+        held = loop.path[-1]
+        if silence == "conflict":
+            loop.controller.conflict = "another node"
+        else:
+            loop.controller.estop("operator")
+        loop.run(0.1)
+        loop.states, loop.follows = False, False
+        loop.run(1.0)
+        loop.controller.conflict, loop.position = None, held + [0.3, 0.3]
+        loop.controller.reset()
+        loop.run(0.02)
+        count = len(loop.sent)
+        if silence == "estop":
+            assert hold_code(loop) == "disabled"
+            assert loop.controller.enable(loop.now) is not None
+        loop.run(0.3)
+        assert not sent_since(loop, count)
+        loop.states = loop.follows = True
+        loop.run(0.02)
+        if silence == "estop":
+            assert loop.controller.enable(loop.now) is None
+        loop.run(0.1)
+        np.testing.assert_array_equal(sent_since(loop, count)[0], held + [0.3, 0.3])
+        loop.run(1.0)
+
+
+def test_implausible_joint_states_hold_until_an_operator_enables(make_loop: Any) -> None:
+    loop = make_loop()
+    loop.run(1.0)
+    held, true = loop.path[-1], loop.position
+    loop.follows, loop.position = False, true + [1.0, 0.0]
+    loop.run(0.5)
+    assert hold_code(loop) == "implausible_joint_states"
+    np.testing.assert_allclose(loop.path[-1], held, atol=1e-12)
+    loop.position = true
+    loop.run(2.0)
+    assert hold_code(loop) == "implausible_joint_states"
+    np.testing.assert_allclose(loop.path[-1], held, atol=1e-12)
+    assert loop.safety.holds["implausible_joint_states"] > 200
+    assert loop.controller.enable(loop.now) is None
+    loop.follows = True
+    loop.run(0.5)
+    assert loop.controller.hold is None
+    assert np.abs(np.diff(loop.path, axis=0)).max() < 0.02
+
+
+STRANGE = (float("nan"), float("inf"), 1e308, -1e308, 1e9, 57.3, 1.0, 0.0)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_strange_messages_hold_and_raise_nothing(make_loop: Any, data: st.DataObject) -> None:
+    loop = make_loop()
+    loop.run(0.3)
+    for _ in range(data.draw(st.integers(1, 6))):
+        names = data.draw(st.lists(st.sampled_from([*JOINTS, "", "x" * 10_000]), max_size=5))
+        count = data.draw(st.sampled_from([len(names), 0, 7]))
+        values = data.draw(st.lists(st.sampled_from(STRANGE), min_size=count, max_size=count))
+        state = JointState(name=names, position=values, velocity=values[:1])
+        state.header.stamp = stamp(data.draw(st.sampled_from([0.0, loop.now, loop.now - 0.001, 2e9])))
+        size = st.sampled_from([0, 1, 4, 12, 2**32 - 1])
+        image = array_to_image(np.zeros((4, 4, 3), np.uint8), stamp(loop.now), "camera")
+        image.width, image.height, image.step = data.draw(size), data.draw(size), data.draw(size)
+        image.encoding = data.draw(st.sampled_from(["rgb8", "", "mono16", "x" * 10_000]))
+        loop.safety.measure(state.name, state.position, loop.now)
+        loop.observations.take_joints(state)
+        loop.observations.take_image(loop.observations.cameras[0], image)
+        decision = loop.controller.tick(loop.now, loop.now)
+        loop.controller.after_tick(loop.now)
+        loop.controller.observed(loop.now)
+        assert decision is None or (decision.positions is not None and np.abs(decision.positions).max() < 0.2)
+        loop.now += 0.01
+
+
+# ---- what the policy does not take ----------------------------------------------------------------------------------
+
+
+def test_a_refused_instruction_holds_at_once_and_is_asked_once(make_loop: Any) -> None:
+    loop = make_loop()
+    loop.run(1.0)
+    loop.policy.error = ("The instruction has 600 words.", "bad_instruction")
+    loop.controller.instruct("word " * 80)
+    asked = len(loop.policy.asked)
+    loop.run(3.0)
+    assert hold_code(loop) == "bad_instruction"
+    assert "600 words" in loop.controller.hold.detail  # type: ignore[union-attr]
+    assert len(loop.policy.asked) <= asked + 2  # the one under way was of the old instruction
+    loop.policy.error = None
+    loop.controller.instruct("climb on")
+    loop.run(0.2)
+    assert loop.controller.hold is None
+
+
+@pytest.mark.parametrize("text", ["x" * 501, "up\n and down", "up\x1b[2J", "\ud800"])
+def test_texts_that_are_no_instructions_never_reach_the_policy(make_loop: Any, text: str) -> None:
+    loop = make_loop()
+    loop.run(1.0)
+    loop.controller.instruct(text)
+    asked = len(loop.policy.asked)
+    loop.run(1.0)
+    assert hold_code(loop) == "bad_instruction"
+    assert len(loop.policy.asked) == asked
+    loop.controller.instruct("x" * 500)
+    loop.run(0.3)
+    assert loop.controller.hold is None
+
+
+@pytest.mark.parametrize(("code", "hold"), [("not_finite", "not_finite"), ("", "starved")])
+def test_a_policy_that_fails_is_asked_less_and_less_often(make_loop: Any, code: str, hold: str) -> None:
+    loop = make_loop()
+    loop.run(1.0)
+    loop.policy.error = ("The scores are not finite.", code)
+    asked = len(loop.policy.asked)
+    loop.run(10.0)
+    assert hold_code(loop) == hold
+    assert "The scores are not finite." in loop.controller.hold.detail  # type: ignore[union-attr]
+    assert 5 <= len(loop.policy.asked) - asked <= 12  # after 0.1, 0.2, 0.4, 0.8, 1.6, 2, 2, ... s
+    loop.policy.error = None
+    loop.run(2.5)
+    assert loop.controller.hold is None
+    starved = loop.stream.counters.starved
+    loop.run(5.0)
+    assert loop.stream.counters.starved == starved

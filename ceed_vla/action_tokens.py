@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ceed_vla.errors import ConfigError
+from ceed_vla.fields import short
 from ceed_vla.tensors import check_actions, check_tokens, numbers, whole
 
 RANGE_MODES = ("quantile", "min_max")
 _RANGE_KEYS = {"quantile": ("q01", "q99"), "min_max": ("min", "max")}
 MOST_BINS = 65_536
+LARGEST = 1e30  # end of a range [action units]
 _LEAST_WIDTH = 1e-3  # a dimension that never moves still needs distinct bins [action units]
 
 
@@ -109,14 +111,15 @@ class ActionTokenizer:
         # float64: rounding to a bin must not depend on how a float32 grid rounds.
         self.low = torch.tensor(low, dtype=torch.float64)  # (A,)
         self.high = torch.tensor(high, dtype=torch.float64)  # (A,)
-        ordered = torch.isfinite(self.low) & torch.isfinite(self.high) & (self.low < self.high)
+        width = (self.high - self.low) / (self.num_bins - 1)
+        ordered = (self.low.abs() < LARGEST) & (self.high.abs() < LARGEST) & (width > 1 / LARGEST)
         if not bool(ordered.all()):
             d = int((~ordered).nonzero()[0])
             raise ConfigError(
-                f"Dimension {d} has the range [{low[d]}, {high[d]}]; low must be below high and both finite. "
-                "Widen it by hand if the dimension never moves."
+                f"Dimension {d} has the range [{low[d]}, {high[d]}]; low must be below high, both within "
+                f"{LARGEST:g}. Widen it by hand if the dimension never moves."
             )
-        self.step = (self.high - self.low) / (self.num_bins - 1)  # (A,) distance of two bin centres
+        self.step = width  # (A,) distance of two bin centres
         self._centres = self._grid()  # (V, A) float32
         self._by_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         self.zero_bins = (-self.low / self.step).round().clamp(0, self.num_bins - 1).long()  # (A,)
@@ -199,6 +202,8 @@ def ranges_from_stats(
     Raises:
         ConfigError: Unknown mode, statistics that are missing or not finite, or gripper dimensions outside.
     """
+    if not isinstance(stats, Mapping):
+        raise ConfigError(f"The action statistics are {short(stats)}; pass those of a LeRobot data set.")
     if mode not in RANGE_MODES:
         raise ConfigError(f"The range mode is {mode!r}; choose one of {', '.join(RANGE_MODES)}.")
     low, high = (_statistic(stats, key) for key in _RANGE_KEYS[mode])
@@ -232,10 +237,11 @@ def _statistic(stats: Mapping[str, Any], key: str) -> list[float]:
         )
     try:
         values = torch.as_tensor(stats[key], dtype=torch.float64).flatten()
+        finite = bool(torch.isfinite(values).all())
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"The action statistic {key!r} holds no numbers ({error}); recompute it."
+            f"The action statistic {key!r} holds no numbers ({short(error)}); recompute it."
         ) from error
-    if not bool(torch.isfinite(values).all()):
+    if not finite:
         raise ConfigError(f"The action statistic {key!r} is {values.tolist()}; all values must be finite.")
     return [float(v) for v in values]

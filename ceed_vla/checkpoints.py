@@ -6,11 +6,13 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.devices import check_device
-from ceed_vla.errors import CheckpointError
+from ceed_vla.errors import CheckpointError, root_cause
 from ceed_vla.files import read_json
 from ceed_vla.processor_steps import PROCESSOR_FILES, check_processors
 from ceed_vla.weights import WEIGHTS, check_size
@@ -106,7 +108,7 @@ def read_config(folder: Path, device: str | None = None) -> CeedVLAConfig:
         config = draccus.decode(CeedVLAConfig, values)
         config.validate_features()
     except Exception as error:  # draccus raises its own kinds, and passes on those of the configuration
-        raise CheckpointError(f"{folder}: config.json cannot be used ({_reason(error)}).") from error
+        raise CheckpointError(f"{folder}: config.json cannot be used ({root_cause(error)}).") from error
     return config
 
 
@@ -138,7 +140,7 @@ def load(
         pre, post = make_pre_post_processors(config, str(folder), preprocessor_overrides=overrides)
     except Exception as error:  # LeRobot's pipelines raise many kinds
         raise CheckpointError(
-            f"The processors of {path} cannot be loaded ({_reason(error)}); copy it again."
+            f"The processors of {path} cannot be loaded ({root_cause(error)}); copy it again."
         ) from error
     return policy, pre, post
 
@@ -160,6 +162,7 @@ def check_checkpoint(folder: Path, config: CeedVLAConfig) -> None:
         raise CheckpointError(
             f"{folder}: backbone.architecture in config.json is empty; copy the checkpoint again."
         )
+    _check_decoding(folder)
     check_size(config, folder)
     if any((folder / name).exists() for name in PROCESSOR_FILES):
         check_processors(folder, config)
@@ -203,6 +206,19 @@ def save(
     return folder
 
 
+def _check_decoding(folder: Path) -> None:
+    """Refuse decoding settings that are left out, for which a default would decode otherwise without a word."""
+    found = read_json(folder / "config.json").get("decoding")
+    settings: dict[str, Any] = found if isinstance(found, dict) else {}
+    lost = [item.name for item in fields(DecodingConfig) if item.name not in settings]
+    wrong = [name for name, value in settings.items() if isinstance(value, bool)]
+    if lost or wrong:
+        raise CheckpointError(
+            f"{folder}: decoding in config.json {'lacks' if lost else 'has true or false for'} {(lost or wrong)[0]!r}; "
+            "copy the checkpoint again."
+        )
+
+
 def weights_hash(path: str | Path) -> str:
     """First 12 hex digits of the SHA-256 of the weights: names a checkpoint in reports and trajectories.
 
@@ -215,11 +231,3 @@ def weights_hash(path: str | Path) -> str:
     if isinstance(backbone, dict) and backbone.get("weights") == "reference":
         digest.update(json.dumps(backbone, sort_keys=True).encode())
     return digest.hexdigest()[:12]
-
-
-def _reason(error: BaseException) -> str:
-    """Kind and first line of the error that caused `error`."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    line = (str(error).strip().splitlines() or ["no message"])[0][:300]
-    return f"{type(error).__name__}: {line}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
@@ -16,8 +18,8 @@ from ceed_vla.backbones.config import BackboneConfig, CompactConfig
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.devices import check_device_name
 from ceed_vla.errors import ConfigError
-from ceed_vla.fields import check_fields, ranged
-from ceed_vla.files import plain_name
+from ceed_vla.fields import check_fields, ranged, short
+from ceed_vla.files import plain_name, saving
 
 MOST_SIDE = 16384  # of an image [px], or values of a state
 
@@ -83,6 +85,14 @@ class CeedVLAConfig(PreTrainedConfig):
         if self.device is not None:
             check_device_name(self.device)
         check_fields(self)
+        if self.n_obs_steps != 1:
+            raise ConfigError(
+                f"n_obs_steps is {short(self.n_obs_steps)}; the policy sees one observation at a time."
+            )
+        if self.use_peft:
+            raise ConfigError(
+                "use_peft is true; adapters lie in the checkpoint's own weights, so it must be false."
+            )
         super().__post_init__()
         if self.n_action_steps > self.chunk_size:
             raise ConfigError(
@@ -98,6 +108,36 @@ class CeedVLAConfig(PreTrainedConfig):
                 f"decoding.executed_steps is {self.decoding.executed_steps}, more than chunk_size = {self.chunk_size}; "
                 "set it to n_action_steps."
             )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_name_or_path: str | Path, **options: Any) -> CeedVLAConfig:
+        """Read the configuration of a local checkpoint; never asks a hub.
+
+        Args:
+            pretrained_name_or_path: A checkpoint folder, or "teacher" / "student" for the shipped ones.
+            options: What LeRobot's own reader takes.
+
+        Raises:
+            CheckpointError: No such checkpoint, or a configuration that cannot be used.
+        """
+        from ceed_vla.checkpoints import read_config, resolve_checkpoint
+
+        folder = resolve_checkpoint(pretrained_name_or_path, ("config.json",))
+        return (
+            super().from_pretrained(folder, **options)
+            if options.get("cli_overrides")
+            else read_config(folder)
+        )
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write config.json into a folder.
+
+        Raises:
+            ConfigError: No folder's name, or a hub is asked for.
+            CheckpointError: It cannot be written.
+        """
+        with saving(save_directory, options):
+            super().save_pretrained(save_directory, **options)
 
     @property
     def action_dim(self) -> int:
@@ -157,10 +197,13 @@ class CeedVLAConfig(PreTrainedConfig):
         Raises:
             ConfigError: No camera, no action, or what the backbone or the action tokens miss.
         """
+        check_fields(self)
         for name, feature in {**(self.input_features or {}), **(self.output_features or {})}.items():
             plain_name(name, "The name of a feature", ConfigError)
+            if not isinstance(feature, PolicyFeature) or not isinstance(feature.shape, tuple | list):
+                raise ConfigError(f"The feature {name} is {short(feature)}; it must have a type and a shape.")
             sides = tuple(feature.shape)
-            if not sides or not all(isinstance(n, int) and 1 <= n <= MOST_SIDE for n in sides):
+            if not sides or not all(type(n) is int and 1 <= n <= MOST_SIDE for n in sides):
                 raise ConfigError(
                     f"The feature {name} has the shape {sides}; sides are whole numbers in [1, {MOST_SIDE}]."
                 )

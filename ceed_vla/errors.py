@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from draccus.utils import ParsingError
+
 
 class CeedVLAError(Exception):
     """Base class of every error that this project raises on purpose."""
 
 
-class ConfigError(CeedVLAError, ValueError):
-    """A setting has a value that cannot work."""
+class ConfigError(CeedVLAError, ParsingError):
+    """A setting has a value that cannot work. (LeRobot's parser lets errors of its own kind pass as they are.)"""
+
+
+def root_cause(error: BaseException) -> str:
+    """Kind and first line of what caused `error`."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = (str(error).strip().splitlines() or ["no message"])[0][:300]
+    return line if isinstance(error, CeedVLAError) else f"{type(error).__name__}: {line}"
 
 
 class CheckpointError(CeedVLAError):

@@ -19,6 +19,7 @@ from typing import Any
 from ceed_vla.errors import ConfigError
 
 _ALLOWED = "allowed"
+_LARGEST = 1e308  # NaN and infinity are not below it, nor are whole numbers that no float can hold
 LONGEST_TEXT = 2**26  # a tokenizer in a checkpoint's settings is the longest
 SEEDS = "[0, 2147483647]"
 COUNTS = "[1, 1e9]"  # of steps, frames, episodes
@@ -101,7 +102,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
         value, allowed = getattr(config, item.name, None), allowed_of(item)
         if not _fits(value, hints.get(item.name, Any), allowed):
             what = describe(hints.get(item.name, Any), allowed)
-            raise ConfigError(f"{prefix}{item.name.removesuffix('_')} is {_shown(value)}; it must be {what}.")
+            raise ConfigError(f"{prefix}{item.name.removesuffix('_')} is {short(value)}; it must be {what}.")
 
 
 def describe(hint: Any, allowed: Interval | Choices | None) -> str:
@@ -137,7 +138,9 @@ def _fits(value: Any, hint: Any, allowed: Interval | Choices | None) -> bool:
         return value is None
     if hint in (int, float):
         number = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
-        return number and (value in allowed if isinstance(allowed, Interval) else math.isfinite(value))
+        return (
+            number and abs(value) < _LARGEST and (value in allowed if isinstance(allowed, Interval) else True)
+        )
     if hint is str:
         fits = isinstance(value, str) and len(value) <= LONGEST_TEXT and "\0" not in value
         return fits and (value in allowed if isinstance(allowed, Choices) else True)
@@ -162,8 +165,12 @@ def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
+def short(value: object) -> str:
+    """A value in a message: one line, cut."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ceed_vla.errors import CeedVLAError, CheckpointError
+from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
+from ceed_vla.fields import short
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +38,7 @@ def read_json(file: Path, error: type[CeedVLAError] = CheckpointError, source: s
         CheckpointError: No such file, or another content.
     """
     name = source or str(file)
+    regular(file, error, name)
     try:
         size = file.stat().st_size
         if size > MOST_JSON:
@@ -48,6 +51,36 @@ def read_json(file: Path, error: type[CeedVLAError] = CheckpointError, source: s
     if not isinstance(values, dict):
         raise error(f"{name} holds a {type(values).__name__} instead of settings; copy it again.")
     return values
+
+
+def regular(file: Path, error: type[CeedVLAError] = CheckpointError, name: str = "") -> Path:
+    """`file`, unless it is there and reading it need not end: a pipe, a socket or a device, also behind a link.
+
+    Args:
+        file: What is about to be read; that it exists, its reader checks.
+        error: Raised instead of `CheckpointError`.
+        name: What messages call it; `file` if empty.
+
+    Raises:
+        CheckpointError: It is something else than a file.
+    """
+    try:
+        is_file = stat.S_ISREG(file.stat().st_mode)
+    except (OSError, ValueError):
+        return file
+    if not is_file:
+        raise error(
+            f"{name or file} cannot be read: it must be a file, not a folder, pipe or device; copy it again."
+        )
+    return file
+
+
+def strange(folder: Path) -> Iterator[Path]:
+    """Links, pipes and whatever else is neither file nor folder below `folder`, which may itself be a link."""
+    for place, folders, files in os.walk(folder):
+        for path in (Path(place, name) for name in (*folders, *files)):
+            if stat.S_IFMT(path.lstat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+                yield path
 
 
 def plain_name(name: object, what: str, error: type[CeedVLAError] = CheckpointError) -> str:
@@ -68,11 +101,15 @@ def plain_name(name: object, what: str, error: type[CeedVLAError] = CheckpointEr
 
 
 def read_files(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """The given files of `folder` that exist: name -> uint8 (bytes,)."""
+    """The given files of `folder` that exist: name -> uint8 (bytes,).
+
+    Raises:
+        CheckpointError: One of them is no file.
+    """
     import numpy as np
     import torch
 
-    found = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    found = {name: regular(folder / name).read_bytes() for name in names if (folder / name).exists()}
     return {name: torch.from_numpy(np.frombuffer(data, np.uint8).copy()) for name, data in found.items()}
 
 
@@ -107,7 +144,7 @@ def replacing(file: Path) -> Iterator[Path]:
         temporary.replace(file)
     except OSError as error:
         if error.errno is not None and error.filename in (None, str(temporary)):
-            error.filename, error.filename2 = str(file), None  # what the user knows
+            raise OSError(error.errno, error.strerror, str(file)) from error  # the name that the user knows
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -117,3 +154,23 @@ def write_text(file: Path, text: str) -> None:
     """Replace `file` in one step, so that an interrupt leaves the old or the new text."""
     with replacing(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def saving(folder: object, options: Mapping[str, Any]) -> Iterator[None]:
+    """Check what LeRobot's ``save_pretrained`` is given, and say why it cannot write.
+
+    Raises:
+        ConfigError: The options ask for a hub.
+        CheckpointError: No folder's name, or it cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    if not isinstance(folder, str | Path) or not str(folder):
+        raise CheckpointError(f"save_directory is {short(folder)}; give a folder.")
+    if options.get("push_to_hub"):
+        raise ConfigError("push_to_hub is true; nothing here asks a hub: upload the folder with `hf upload`.")
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{short(str(folder))} cannot be written ({short(error)}).") from error

@@ -15,16 +15,17 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
+from ceed_vla.backbones.base import runs
 from ceed_vla.checkpoints import POLICY_FILES, check_checkpoint, read_config, resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_block, named_config
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, TokenError
+from ceed_vla.fields import short
+from ceed_vla.files import saving
 from ceed_vla.lora import merge
+from ceed_vla.targets import AUGMENTATION_NOISE, ENVIRONMENT_STATE_KEY, check_targets
 from ceed_vla.variable_length import VariableLengthTokenizer
 from ceed_vla.weights import load_weights, save_weights
-
-ENVIRONMENT_STATE_KEY = "observation.environment_state"
-AUGMENTATION_NOISE = "augmentation_noise"
 
 
 class CeedVLAPolicy(PreTrainedPolicy):
@@ -89,6 +90,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
             CheckpointError: Missing, foreign, truncated or corrupt files.
         """
         folder = resolve_checkpoint(pretrained_name_or_path, POLICY_FILES)
+        _check_switches(strict=strict, merge_adapters=merge_adapters)
         if not isinstance(config, CeedVLAConfig | None):
             raise ConfigError(
                 f"config is a {type(config).__name__}; pass a CeedVLAConfig, or None for the checkpoint's."
@@ -109,16 +111,42 @@ class CeedVLAPolicy(PreTrainedPolicy):
         """Write configuration and weights into a folder, as LeRobot does.
 
         Raises:
+            ConfigError: A hub is asked for.
             CheckpointError: No folder's name, or it cannot be written.
         """
-        if not isinstance(save_directory, str | Path) or not str(save_directory):
-            raise CheckpointError(f"save_directory is {save_directory!r}; give a folder.")
-        return super().save_pretrained(save_directory, **options)
+        with saving(save_directory, options):
+            return super().save_pretrained(save_directory, **options)
+
+    def push_to_hub(self, *arguments: Any, **options: Any) -> str:
+        """Refused: nothing here asks a hub.
+
+        Raises:
+            ConfigError: Always; it says what to do.
+        """
+        raise ConfigError("Nothing here asks a hub: save_pretrained writes a folder, `hf upload` uploads it.")
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Configuration and weights; weights that the backbone refers to stay where they are."""
+        if state_dict is not None and not (
+            isinstance(state_dict, Mapping)
+            and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state_dict.items())
+        ):
+            raise CheckpointError(f"state_dict is {short(state_dict)}; it must map names to tensors.")
         self.config._save_pretrained(save_directory)
         save_weights(self, save_directory, state_dict)
+
+    def to(self, *arguments: Any, **options: Any) -> Any:
+        """As torch's.
+
+        Raises:
+            ConfigError: No such device or type.
+        """
+        try:
+            return super().to(*arguments, **options)
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise ConfigError(
+                f"The policy cannot move to {short(arguments or options)} ({short(error)})."
+            ) from error
 
     # ---- acting -------------------------------------------------------------------------------------------------
 
@@ -163,28 +191,30 @@ class CeedVLAPolicy(PreTrainedPolicy):
             NotFiniteError: The model's scores are NaN or infinite.
         """
         self.check_observation(batch)
+        _check_switches(record_states=record_states, read=read)
         config = self.decoding_config(decoding)
         steps = self.config.n_action_steps if shift_steps is None else shift_steps
         if not isinstance(steps, int) or not 0 <= steps <= self.config.chunk_size:
             raise TokenError(
-                f"shift_steps is {steps!r}; it must be whole steps, at most {self.config.chunk_size}."
+                f"shift_steps is {short(steps)}; it must be whole steps, at most {self.config.chunk_size}."
             )
         if not isinstance(generator, torch.Generator | None):
             raise ConfigError(f"generator is a {type(generator).__name__}; pass a torch.Generator or None.")
         started = time.perf_counter()
-        prefix = self.backbone.prefill(batch)
-        prefilled = time.perf_counter()
-        result = decode_block(
-            self.backbone,
-            prefix,
-            config,
-            tokenizer=self.tokenizer,
-            previous=previous,
-            shift_steps=steps,
-            frozen=frozen,
-            generator=generator,
-            record_states=record_states,
-        )
+        with runs(self.backbone):
+            prefix = self.backbone.prefill(batch)
+            prefilled = time.perf_counter()
+            result = decode_block(
+                self.backbone,
+                prefix,
+                config,
+                tokenizer=self.tokenizer,
+                previous=previous,
+                shift_steps=steps,
+                frozen=frozen,
+                generator=generator,
+                record_states=record_states,
+            )
         if read:
             result.actions = self.tokenizer.decode(result.tokens)
         result.seconds = {"prefill": prefilled - started, "decode": time.perf_counter() - prefilled}
@@ -239,19 +269,20 @@ class CeedVLAPolicy(PreTrainedPolicy):
         Returns:
             The loss and its parts as floats.
         """
-        if reduction not in ("mean", "none"):
-            raise ConfigError(f"reduction is {reduction!r}; choose mean or none.")
+        if not isinstance(reduction, str) or reduction not in ("mean", "none"):
+            raise ConfigError(f"reduction is {short(reduction)}; choose mean or none.")
         rows_count = self.check_observation(batch)
         if batch.get(ACTION) is None:
             raise ObservationError(
-                f"The batch has no {ACTION!r} to learn from; it has {', '.join(sorted(batch))}."
+                f"The batch has no {ACTION!r} to learn from; it has {', '.join(sorted(map(str, batch)))}."
             )
         self._check_targets(batch, rows_count)
         if self.training:
             batch = self._augment(batch)
         tokens = self.tokenizer.encode(batch[ACTION])  # (B, n)
-        embeddings = self.backbone.embed_prefix(batch)
-        state, (logits,) = self.backbone.packed_logits(embeddings, [tokens])  # (B, n, V)
+        with runs(self.backbone):
+            embeddings = self.backbone.embed_prefix(batch)
+            state, (logits,) = self.backbone.packed_logits(embeddings, [tokens])  # (B, n, V)
         weight = self._token_weight(batch, tokens)
         sigma = self.config.label_sigma if self.config.action_tokens.ordered else 0.0
         losses = soft_cross_entropy(logits, tokens, sigma)
@@ -259,7 +290,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         with torch.no_grad():
             hits = ((logits.argmax(-1) == tokens) * weight).sum() / weight.sum().clamp(min=1)
         parts = {"ar_loss": rows.mean().item(), "token_accuracy": hits.item()}
-        if self.backbone.auxiliary is not None and ENVIRONMENT_STATE_KEY in batch:
+        if self.backbone.auxiliary is not None and batch.get(ENVIRONMENT_STATE_KEY) is not None:
             auxiliary = self.auxiliary_loss(embeddings, state, batch[ENVIRONMENT_STATE_KEY])  # (B,)
             parts["auxiliary_loss"] = auxiliary.mean().item()
             rows = rows + self.config.auxiliary_weight * auxiliary
@@ -296,13 +327,14 @@ class CeedVLAPolicy(PreTrainedPolicy):
         if self.backbone.auxiliary is None:
             raise ConfigError("auxiliary_scale is empty: this policy has no grounding target.")
         rows = self.check_observation(batch)
-        if ENVIRONMENT_STATE_KEY not in batch:
+        if batch.get(ENVIRONMENT_STATE_KEY) is None:
             raise ObservationError(f"The batch has no {ENVIRONMENT_STATE_KEY!r} to learn from.")
         self._check_targets(batch, rows)
         if self.training:
             batch = self._augment(batch)
-        embeddings = self.backbone.embed_prefix(batch)
-        state = self.backbone.prefix_state(embeddings)
+        with runs(self.backbone):
+            embeddings = self.backbone.embed_prefix(batch)
+            state = self.backbone.prefix_state(embeddings)
         return self.auxiliary_loss(embeddings, state, batch[ENVIRONMENT_STATE_KEY]).mean()
 
     def augment(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -311,7 +343,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         ``batch["augmentation_noise"]`` (B, `augmentation_size`), uniform in [0, 1), decides where it is given: then
         the augmentation of a frame does not depend on how a batch is split over processes.
         """
-        self.check_observation(batch)
+        self._check_targets(batch, self.check_observation(batch))
         return self._augment(batch)
 
     def _augment(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -344,31 +376,10 @@ class CeedVLAPolicy(PreTrainedPolicy):
         state = self.config.robot_state_feature
         return 3 * len(self.backbone.augmented_images) + (int(state.shape[0]) if state else 0)
 
-    def _check_targets(self, batch: dict[str, Tensor], rows: int) -> None:
-        """Check what a training batch has beside the observation.
-
-        Raises:
-            ObservationError: Another type or shape, or values that are not finite.
-        """
-        shapes = {
-            "action_is_pad": (rows, self.config.chunk_size),
-            AUGMENTATION_NOISE: (rows, self.augmentation_size),
-        }
-        for key in ("action_is_pad", AUGMENTATION_NOISE, ENVIRONMENT_STATE_KEY):
-            value = batch.get(key)
-            if value is None:
-                continue
-            fits = isinstance(value, Tensor) and value.ndim == 2 and len(value) == rows
-            if not fits or tuple(value.shape) != shapes.get(key, tuple(value.shape)):
-                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ObservationError(f"{key} is {found}; expected {shapes.get(key, (rows, 'terms'))}.")
-            if key == ENVIRONMENT_STATE_KEY:
-                enough = value.shape[1] >= len(self.config.auxiliary_scale)
-                if not value.is_floating_point() or not enough or not bool(torch.isfinite(value).all()):
-                    raise ObservationError(
-                        f"{key} is {tuple(value.shape)} {value.dtype}; expected at least "
-                        f"{len(self.config.auxiliary_scale)} finite terms a row."
-                    )
+    def _check_targets(self, batch: Mapping[str, Any], rows: int) -> None:
+        check_targets(
+            batch, rows, self.config.chunk_size, self.augmentation_size, len(self.config.auxiliary_scale)
+        )
 
     def _token_weight(self, batch: dict[str, Tensor], tokens: Tensor) -> Tensor:
         if isinstance(self.tokenizer, VariableLengthTokenizer):
@@ -377,6 +388,12 @@ class CeedVLAPolicy(PreTrainedPolicy):
         if padded is None:
             return torch.ones_like(tokens, dtype=torch.float32)
         return (~padded.bool()).repeat_interleave(self.tokenizer.action_dim, dim=1).float()  # (B, n)
+
+
+def _check_switches(**switches: object) -> None:
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} is {short(value)}; it must be true or false.")
 
 
 def soft_cross_entropy(logits: Tensor, tokens: Tensor, sigma: float) -> Tensor:

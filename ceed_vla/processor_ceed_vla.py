@@ -60,9 +60,9 @@ class InstructionWordsStep(ObservationProcessorStep):
     def __post_init__(self) -> None:
         check_fields(self)
         wrong = [word for word in self.vocabulary if split_words(word) != [word]]
-        if wrong or len(set(self.vocabulary)) != len(self.vocabulary):
-            shown = f"has {wrong[0][:50]!r}" if wrong else "repeats a word"
-            raise ConfigError(f"vocabulary {shown}; it must hold different lower-case words.")
+        if wrong or sorted(set(self.vocabulary)) != self.vocabulary:
+            shown = f"has {wrong[0][:50]!r}" if wrong else "repeats a word, or is not in order"
+            raise ConfigError(f"vocabulary {shown}; it must hold different lower-case words, sorted.")
         self._ids = {word: FIRST_WORD_ID + i for i, word in enumerate(self.vocabulary)}
         self._warned: set[str] = set()
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from ceed_vla.devices import check_device, check_device_name
 from ceed_vla.discovery import named_by_user
 from ceed_vla.errors import CeedVLAError, CheckpointError
 from ceed_vla.fields import check_fields, chosen, ranged
@@ -32,7 +32,7 @@ PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.
 PROCESSOR_FILES = (PREPROCESSOR, POSTPROCESSOR)
 NORMALIZER, UNNORMALIZER, DEVICE = "normalizer_processor", "unnormalizer_processor", "device_processor"
 MOST_STEPS = 64
-SMALLEST_SCALE = 1e-6  # of a state's dimension that moves, in its own units
+SMALLEST_SCALE, LARGEST_SCALE = 1e-6, 1e9  # of a state's dimension that moves, in its own units
 
 # What an input is divided by, by normalisation mode.
 _STATISTICS = {
@@ -64,6 +64,10 @@ class _Device(_Settings):
     device: str = "cpu"
     float_dtype: str | None = chosen("float32", ("float32", "float16", "bfloat16", "float64"))
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_device_name(self.device)
+
 
 @dataclass
 class _Normalise(_Settings):
@@ -86,6 +90,7 @@ class _Absolute(_Settings):
 
 
 Maker = Callable[..., Any]
+_AFTER = (UNNORMALIZER, "absolute_actions_processor")  # belong behind the policy only
 _PLAIN: dict[str, Maker] = {
     "rename_observations_processor": _Rename,
     "to_batch_processor": _Settings,
@@ -123,15 +128,14 @@ CONVERTED: dict[str, Maker] = {
 }
 
 
-def _own_steps() -> dict[str, Maker]:
-    """Name -> class of the steps that this package writes."""
+def _own_steps(config: CeedVLAConfig) -> dict[str, Maker]:
+    """Name -> class of the steps that this package writes for such a policy."""
     from lerobot.processor import ProcessorStepRegistry
 
     import ceed_vla.backbones.pi0_fast_inputs  # these register steps
     import ceed_vla.processor_ceed_vla  # noqa: F401
 
-    names = [name for name in ProcessorStepRegistry.list() if name.startswith("ceed_vla_")]
-    kinds = {name: ProcessorStepRegistry.get(name) for name in names}
+    kinds = {name: ProcessorStepRegistry.get(name) for name in config.backbone.steps if name not in _PLAIN}
     return {**_PLAIN, **{n: kind for n, kind in kinds.items() if kind.__module__.startswith("ceed_vla.")}}
 
 
@@ -159,7 +163,7 @@ class Step:
         return CheckpointError(f"{self.file}: the step {self.name!r} {problem}")
 
     def tensor(self, name: str) -> Tensor | None:
-        """A tensor of its state as float64 (N,); None without."""
+        """A tensor of its state; None without."""
         if self.state is None:
             return None
         with opened(self.state) as tensors:
@@ -169,7 +173,7 @@ class Step:
                 raise self.error(
                     f"has more than a million values in {name!r} of {self.state.name}; copy it again."
                 )
-            return tensors.get_tensor(name).double().flatten()
+            return tensors.get_tensor(name)
 
 
 def read_steps(folder: Path, name: str, allowed: dict[str, Maker]) -> list[Step]:
@@ -213,8 +217,10 @@ def _read_step(file: Path, entry: dict[str, Any], allowed: dict[str, Maker]) -> 
         raise CheckpointError(
             f"{file}: the step {name!r} has the unknown entry {min(unknown)!r}; copy it again."
         )
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{file}: the settings of the step {name!r} are no mapping; copy it again.")
+    if not isinstance(settings, dict) or ("state_file" in entry and state is None):
+        raise CheckpointError(
+            f"{file}: the step {name!r} has no mapping of settings, or an empty state_file."
+        )
     path = None
     if state is not None:
         path = file.parent / plain_name(state, f"{file}: the state_file of the step {name!r}")
@@ -222,6 +228,11 @@ def _read_step(file: Path, entry: dict[str, Any], allowed: dict[str, Maker]) -> 
             raise CheckpointError(
                 f"{file} names the state {state!r}, which is no *.safetensors there; copy it too."
             )
+        with opened(path) as tensors:
+            if wrong := [key for key in tensors.keys() if "." not in key]:  # noqa: SIM118  (not a mapping)
+                raise CheckpointError(
+                    f"{path} has the tensor {wrong[0][:100]!r} of no feature; copy it again."
+                )
     step = Step(file, name, settings, path)
     if name in allowed:
         try:
@@ -252,8 +263,10 @@ def check_processors(folder: Path, config: CeedVLAConfig) -> None:
     Raises:
         CheckpointError: What is wrong, in which file.
     """
-    own = _own_steps()
-    pre, post = (read_steps(folder, name, own) for name in PROCESSOR_FILES)
+    own = _own_steps(config)
+    pre = read_steps(folder, PREPROCESSOR, {n: kind for n, kind in own.items() if n not in _AFTER})
+    post = read_steps(folder, POSTPROCESSOR, {n: own[n] for n in (*_AFTER, DEVICE)})
+    _check_relative(pre, post)
     needed = {
         PREPROCESSOR: (*config.backbone.steps, NORMALIZER, DEVICE),
         POSTPROCESSOR: (UNNORMALIZER, DEVICE),
@@ -269,6 +282,11 @@ def check_processors(folder: Path, config: CeedVLAConfig) -> None:
                 raise step.error(f"does not fit config.json: {error}") from error
         if step.name == DEVICE and step.settings.get("float_dtype") not in (None, "float32"):
             raise step.error(f"changes the type to {step.settings['float_dtype']}; the policy reads float32.")
+        if step.name == "rename_observations_processor" and (
+            lost := sorted(set(step.settings.get("rename_map", {})) & set(config.input_features or {}))
+        ):
+            raise step.error(f"renames {lost[0]}, which the policy reads by that name; copy it again.")
+    check_device(next(step for step in post if step.name == DEVICE).settings.get("device", "cpu"))
     _check_normalisation(pre, post, config)
     inputs, outputs = config.input_features or {}, config.output_features or {}
     for step in (*pre, *post):
@@ -277,6 +295,18 @@ def check_processors(folder: Path, config: CeedVLAConfig) -> None:
             n: (f.type.value, tuple(f.shape)) for n, f in features.items()
         }:
             raise step.error("normalises other features than config.json has; copy both again.")
+
+
+def _check_relative(pre: list[Step], post: list[Step]) -> None:
+    """That actions are made absolute if and only if they were made relative."""
+    on = [
+        any(s.settings.get("enabled") for s in steps if s.name.endswith("_actions_processor"))
+        for steps in (pre, post)
+    ]
+    if on[0] != on[1]:
+        raise CheckpointError(
+            f"{(pre or post)[0].file.parent}: only one of the processors works with relative actions; copy both again."
+        )
 
 
 def check_foreign_processors(folder: Path, config: PreTrainedConfig) -> None:
@@ -321,22 +351,18 @@ def _check_statistics(step: Step, feature: str, kind: str, shape: tuple[int, ...
     """Check the numbers that one feature is normalised with."""
     if mode not in _STATISTICS:
         raise step.error(f"has the mode {mode!r}; it may be IDENTITY, {', '.join(_STATISTICS)}.")
-    length = shape[0] if kind == "VISUAL" else math.prod(shape)
+    wanted = (shape[0], 1, 1) if kind == "VISUAL" else shape
     values = []
     for name in _STATISTICS[mode]:
         value = step.tensor(f"{feature}.{name}")
-        if value is None or len(value) != length or not bool(torch.isfinite(value).all()):
-            found = (
-                "none"
-                if value is None
-                else f"{len(value)} values"
-                if len(value) != length
-                else "some not finite"
-            )
+        if value is None or tuple(value.shape) != wanted or not value.is_floating_point():
+            found = "none" if value is None else f"{tuple(value.shape)} {value.dtype}"
+            raise step.error(f"needs {wanted} floats {name!r} of {feature} for {mode}; it has {found}.")
+        if not bool((value.double().abs() <= LARGEST_SCALE).all()):
             raise step.error(
-                f"needs {length} finite values {name!r} of {feature} for {mode}; it has {found}."
+                f"has {name!r} of {feature} not finite or beyond {LARGEST_SCALE:g}; copy it again."
             )
-        values.append(value)
+        values.append(value.double().flatten())
     width = values[1] if mode == "MEAN_STD" else values[1] - values[0]
     # A range of actions is only multiplied by; one that never moved may be empty.
     least = 0.0 if kind == "ACTION" and mode != "MEAN_STD" else SMALLEST_SCALE

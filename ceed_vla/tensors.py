@@ -6,8 +6,19 @@ import torch
 from torch import Tensor
 
 from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.fields import short
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is a tensor of numbers one after the other: not sparse, nested, quantised, or without data."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not (value.is_nested or value.is_quantized or value.is_meta)
+        and not (value.is_floating_point() and value.element_size() < 2)
+    )
 
 
 def check_tokens(
@@ -26,9 +37,9 @@ def check_tokens(
         TokenError: No tensor, another shape or type, or a token outside.
     """
     rows, length = shape
-    if not isinstance(tokens, Tensor):
+    if not isinstance(tokens, Tensor) or not is_plain(tokens):
         raise TokenError(
-            f"{what}: expected a tensor ({rows or 'B'}, {length}) of integers, got {type(tokens).__name__}."
+            f"{what}: expected a dense tensor ({rows or 'B'}, {length}) of integers, got {type(tokens).__name__}."
         )
     if (
         tokens.ndim != 2
@@ -62,9 +73,9 @@ def check_actions(actions: object, chunk_steps: int, action_dim: int) -> None:
     Raises:
         TokenError: No tensor, another shape or type, NaN or infinity.
     """
-    if not isinstance(actions, Tensor):
+    if not isinstance(actions, Tensor) or not is_plain(actions):
         raise TokenError(
-            f"actions are {type(actions).__name__}; expected a tensor (B, {chunk_steps}, {action_dim})."
+            f"actions are {type(actions).__name__}; expected a dense tensor (B, {chunk_steps}, {action_dim})."
         )
     if actions.ndim != 3 or tuple(actions.shape[1:]) != (chunk_steps, action_dim) or actions.is_complex():
         raise TokenError(
@@ -87,13 +98,13 @@ def numbers(values: object, name: str) -> list[float]:
     """
     try:
         return [float(value) for value in values]  # type: ignore[attr-defined]
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name} is {str(values)[:200]}; it must be a sequence of numbers.") from error
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ConfigError(f"{name} is {short(values)}; it must be a sequence of numbers.") from error
 
 
 def whole(values: object, name: str) -> list[int]:
     """`values` as whole numbers; see `numbers`."""
     found = numbers(values, name)
     if any(value != round(value) if abs(value) < 1e15 else True for value in found):
-        raise ConfigError(f"{name} is {str(values)[:200]}; it must be whole numbers.")
+        raise ConfigError(f"{name} is {short(values)}; it must be whole numbers.")
     return [int(value) for value in found]

@@ -148,6 +148,7 @@ def copy_weights(
             types, that is not finite, or a head of zeros.
     """
     own, read, unknown, matrices, zeros = module.state_dict(), set(), [], 0, []
+    written: dict[int, str] = {}  # where a tensor was copied to -> its name; tied ones share it
     for file in files:
         with opened(file) as tensors:
             for published in tensors.keys():  # noqa: SIM118  (not a mapping)
@@ -159,7 +160,14 @@ def copy_weights(
                     continue
                 place = own[name]
                 _check_entry(file, published, tensors.get_slice(published), place)
-                place.copy_(tensors.get_tensor(published))
+                tensor = tensors.get_tensor(published)
+                tied = written.setdefault(place.data_ptr(), name) != name and place.numel()
+                if tied and not torch.equal(place, tensor.to(place)):
+                    raise CheckpointError(
+                        f"The weights {file} do not load: config.json ties {published} to {written[place.data_ptr()]}, "
+                        "the file has two different ones; they belong to different models."
+                    )
+                place.copy_(tensor)
                 read.add(name)
                 if place.is_floating_point() and place.numel():
                     empty = check_finite(file, published, place)
@@ -191,7 +199,8 @@ def _check_entry(file: Path, name: str, found: Any, place: Tensor) -> None:
 
 def check_finite(file: Path | str, name: str, weight: Tensor) -> bool:
     """Whether a weight is zero throughout; `CheckpointError` if it is not finite."""
-    least, most = (float(end) for end in weight.detach().aminmax())
+    values = weight.detach()
+    least, most = (float(end) for end in (values.float() if values.element_size() < 2 else values).aminmax())
     if not (math.isfinite(least) and math.isfinite(most)):
         raise CheckpointError(
             f"The weights {file} are damaged: {name} holds NaN or infinity (in {weight.dtype}); copy them again or "

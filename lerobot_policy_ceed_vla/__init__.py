@@ -1,9 +1,44 @@
 """Plugin of LeRobot's tools: registers the policy `ceed_vla` and, where MuJoCo is, the simulated environments."""
 
+import functools
 import importlib.util
+from pathlib import Path
+from typing import Any
+
+from lerobot.configs.policies import PreTrainedConfig
 
 import ceed_vla.configuration_ceed_vla
 import ceed_vla.processor_ceed_vla  # noqa: F401  (registers the processor steps that a saved pipeline names)
+from ceed_vla.errors import CeedVLAError, CheckpointError, root_cause
+from ceed_vla.files import read_json
 
 if importlib.util.find_spec("mujoco") is not None:
     import sim.lerobot_env  # noqa: F401
+
+
+def _is_ours(values: dict[str, Any]) -> bool:
+    kind = values.get("type")
+    others = [name for name in PreTrainedConfig.get_known_choices() if name != "ceed_vla"]
+    return not isinstance(kind, str) or kind not in others or "action_tokens" in values
+
+
+def _explaining(read: Any) -> Any:
+    """`PreTrainedConfig.from_pretrained`, which says what is wrong in the config.json of a folder of ours."""
+
+    @functools.wraps(read)
+    def from_pretrained(cls: Any, pretrained_name_or_path: Any, **options: Any) -> Any:
+        folder = Path(str(pretrained_name_or_path))
+        ours = folder.is_dir() and _is_ours(read_json(folder / "config.json"))
+        try:
+            return read(cls, pretrained_name_or_path, **options)
+        except CeedVLAError:
+            raise
+        except Exception as error:
+            if not ours:
+                raise
+            raise CheckpointError(f"{folder}: config.json cannot be used ({root_cause(error)}).") from error
+
+    return classmethod(from_pretrained)
+
+
+PreTrainedConfig.from_pretrained = _explaining(PreTrainedConfig.from_pretrained.__func__)  # type: ignore[method-assign]

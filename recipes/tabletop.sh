@@ -85,12 +85,12 @@ wait_all
 # 6. The exit rule, on validation seeds; then all of them against the teacher on the same 400 evaluation seeds.
 evaluate() { # name decoders
   ceed-vla eval --policy.path "$out/$1/checkpoints/final" --teacher.path "$teacher" --env tabletop --decoders "$2" \
-    --episodes 400 --seed 50000 --timing_chunks 0 --output_dir "$out/evaluate_$1"
+    --episodes 400 --seed 50000 --timing_chunks 0 --output_dir "$out/evaluate_$1" --resume true
 }
 rules=cap2,conf0.1_cap2,conf0.2_cap2,conf0.3_cap2,conf0.1_cap3,conf0.2_cap3,conf0.3_cap3
 for seed in 0 1 2; do
   ceed-vla eval --policy.path "$out/student_$seed/checkpoints/final" --env tabletop --decoders $rules \
-    --episodes 360 --seed 40000 --timing_chunks 0 --output_dir "$out/validate_$seed"
+    --episodes 360 --seed 40000 --timing_chunks 0 --output_dir "$out/validate_$seed" --resume true
 done
 for seed in 0 1 2; do evaluate "student_$seed" jacobi,ceed,cap1,cap2,cap3,conf0.2_cap3; done
 

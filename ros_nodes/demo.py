@@ -14,12 +14,13 @@ from rich.console import Console
 
 from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.errors import ConfigError, NodeError
+from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
 from ros_nodes.demo_report import COMMAND_RATE, build_report, console_table
 from ros_nodes.run_metrics import Window
 from sim.evaluate import EVALUATION_SEEDS, default_console
 from sim.rollout import MAX_EPISODE_STEPS
 from sim.tabletop.env import CTRL_DT
-from sim.tabletop.tasks import SPLITS, TASKS, check_choice
+from sim.tabletop.tasks import SPLITS, TASKS
 
 if TYPE_CHECKING:
     from ros_nodes.demo_session import Session
@@ -42,10 +43,10 @@ class RosDemoConfig:
         seed: First seed; the same seeds give the same scenes as in ``ceed-vla eval``.
         checkpoint: Checkpoint folder, or student or teacher for the shipped ones.
         output_dir: Folder for the results.
-        task: "mixed" or a task family.
-        split: Colour and phrase combinations: "train", "heldout" or "all".
-        action_interface: How commands reach the arm: forward_position, joint_trajectory or servo_twist.
-        decoding: How the checkpoint decodes: ceed, jacobi or ar.
+        task: A task family, or "mixed" for the episode's own.
+        split: Colour and phrase combinations.
+        action_interface: How commands reach the arm.
+        decoding: How the checkpoint decodes.
         inference_delay: Slows every chunk, to see that the command rate does not depend on it [s].
         stream_seconds: Afterwards the command stream is measured for so long without a pause [s].
         kill: At the end, kill the policy node (SIGKILL) in mid-motion and measure how soon the arm rests.
@@ -53,19 +54,22 @@ class RosDemoConfig:
         domain: ROS domain; -1 picks one, so that runs side by side do not meet.
     """
 
-    episodes: int = 10
-    seed: int = EVALUATION_SEEDS
+    episodes: int = ranged(10, "[1, 10000]")
+    seed: int = ranged(EVALUATION_SEEDS, SEEDS)
     checkpoint: str = "student"
     output_dir: str = "outputs/ros-demo"
-    task: str = "mixed"
-    split: str = "train"
-    action_interface: str = "forward_position"
-    decoding: str = "ceed"
-    inference_delay: float = 0.0
-    stream_seconds: float = 0.0
+    task: str = chosen("mixed", ("mixed", *TASKS))
+    split: str = chosen("train", SPLITS)
+    action_interface: str = chosen("forward_position", INTERFACES)
+    decoding: str = chosen("ceed", ("ceed", "jacobi", "ar"))
+    inference_delay: float = ranged(0.0, "[0, 5]")
+    stream_seconds: float = ranged(0.0, "[0, 3600]")
     kill: bool = False
-    max_episode_steps: int = MAX_EPISODE_STEPS
-    domain: int = -1
+    max_episode_steps: int = ranged(MAX_EPISODE_STEPS, "[1, 10000]")
+    domain: int = ranged(-1, "[-1, 101]")
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--")
 
 
 @dataclass(frozen=True)
@@ -98,12 +102,10 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
         The content of ``ros.json``.
 
     Raises:
-        ConfigError: An option that cannot work, or ROS is not installed.
+        ConfigError: ROS is not installed.
         CheckpointError: No such checkpoint.
-        SimulationError: An unknown task or split.
         NodeError: A node ended, refused a request or did not answer.
     """
-    check(config)
     try:
         from ros_nodes.demo_session import Session
     except ImportError as error:
@@ -144,32 +146,6 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
     console.print(console_table(report, details))
     console.print(f"Written: {folder / 'ros.json'}, {bag}", soft_wrap=True, highlight=False)
     return report
-
-
-def check(config: RosDemoConfig) -> None:
-    """Check the options before anything is started.
-
-    Raises:
-        ConfigError: Names the option, its value and what is allowed.
-        SimulationError: An unknown task or split.
-    """
-    check_choice("task", config.task, (*TASKS, "mixed"))
-    check_choice("split", config.split, SPLITS)
-    for option, choices in (("action_interface", INTERFACES), ("decoding", ("ceed", "jacobi", "ar"))):
-        if getattr(config, option) not in choices:
-            raise ConfigError(
-                f"--{option} is {getattr(config, option)!r}; choose one of {', '.join(choices)}."
-            )
-    for option, low, high in (
-        ("episodes", 1, 10_000),
-        ("seed", 0, 2**31 - 1),
-        ("max_episode_steps", 1, 10_000),
-        ("inference_delay", 0.0, 5.0),
-        ("stream_seconds", 0.0, 3600.0),
-        ("domain", -1, 101),
-    ):
-        if not low <= getattr(config, option) <= high:
-            raise ConfigError(f"--{option} is {getattr(config, option)}; it must be in [{low}, {high}].")
 
 
 def ros_arguments(parameters: Mapping[str, Any]) -> list[str]:

@@ -54,7 +54,7 @@ def load_robot_config(path: str | Path = "") -> RobotConfig:
     config = RobotConfig(
         source=file,
         images=_images(fields.child("images", optional=True)),
-        joint_states=fields.child("joint_states").topic("topic"),
+        joint_states=_joint_states(fields.child("joint_states")),
         states=_states(fields.child("state", optional=True)),
         arm=arm,
         gripper=_gripper(fields.child("gripper")) if "gripper" in fields else None,
@@ -84,6 +84,12 @@ def _images(fields: Fields) -> tuple[ImageSource, ...]:
             f"{fields.source}: the cameras {names} need different last parts, none 'joint_states'."
         )
     return tuple(sources)
+
+
+def _joint_states(fields: Fields) -> str:
+    topic = fields.topic("topic")
+    fields.finish()
+    return topic
 
 
 def _states(fields: Fields) -> dict[str, tuple[str, ...]]:

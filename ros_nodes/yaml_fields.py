@@ -8,26 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ceed_vla.cli_values import UsageError, read_yaml
 from ceed_vla.errors import ConfigError
 from ros_nodes.texts import LONGEST, short, shown
 
 _MISSING: Any = object()
 HUGE = 1e6  # m, rad or anything per second: sums and squares of such numbers are finite
-_LARGEST_FILE = 1_000_000  # [bytes]
+_LARGEST_FILE = 100_000  # [bytes]
 _TOPIC = re.compile(r"(~/|/)?[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*")
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML's own loader silently takes the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-        if twice is not None:
-            raise ConfigError(f"the key {shown(twice)} is there twice{node.start_mark}")
-        return super().construct_mapping(node, deep)
 
 
 class Fields:
@@ -46,7 +34,7 @@ class Fields:
 
     @classmethod
     def read(cls, file: Path) -> Fields:
-        """The top of a file.
+        """The top of a file, read as the command line reads values: YAML 1.2 without aliases or repeated keys.
 
         Raises:
             ConfigError: The file cannot be read, is no YAML, or no mapping.
@@ -54,7 +42,9 @@ class Fields:
         try:
             if not file.is_file() or file.stat().st_size > _LARGEST_FILE:
                 raise ConfigError(f"it is no file of at most {_LARGEST_FILE} bytes")
-            values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+            values = read_yaml(file.read_text(encoding="utf-8"), short(file))
+        except UsageError as error:
+            raise ConfigError(short(error, 2 * LONGEST)) from error
         except Exception as error:  # too deep, impossible dates, ...: YAML's constructors raise anything
             reason = short(error) or type(error).__name__
             raise ConfigError(f"{short(file)} cannot be read: {reason}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ceed_vla.errors import CeedVLAError, DatasetError
-from ceed_vla.files import plain_name, read_json
+from ceed_vla.files import plain_name, read_json, regular
 
 STATE, ACTION, ENVIRONMENT = "observation.state", "action", "observation.environment_state"
 NUMBERS = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
 MOST = 10**9  # frames, episodes, values of a vector
 LARGEST_IMAGE = 2**13  # [px] of a side
-LARGEST_ACTION = 1e9  # in any unit: beyond it are broken numbers
+LARGEST_NUMBER = 1e9  # in any unit: beyond it are broken numbers
+JITTER = 0.2  # of a step between two frames: how far recorded times may differ from 1 / fps ...
+TOLERANCE = 1e-4  # [s] ... beyond LeRobot's own tolerance
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Info:
         cameras: Camera feature -> (H, W, 3).
         videos: Cameras that are stored as videos.
         names: All features.
+        labels: Names of the dimensions of vectors, where they are a list.
     """
 
     root: Path
@@ -48,6 +51,7 @@ class Info:
     cameras: dict[str, tuple[int, int, int]]
     videos: tuple[str, ...]
     names: str
+    labels: dict[str, list[Any]]
 
 
 @contextmanager
@@ -126,6 +130,11 @@ def read_info(root: Path) -> Info:
         cameras={name: _image_shape(file, name, feature) for name, feature in cameras.items()},
         videos=tuple(name for name, feature in cameras.items() if feature["dtype"] == "video"),
         names=", ".join(features)[:500],  # type: ignore[arg-type]
+        labels={
+            name: feature["names"]
+            for name, feature in vectors.items()
+            if isinstance(feature.get("names"), list)
+        },
     )
 
 
@@ -158,7 +167,33 @@ def _image_shape(file: Path, name: str, feature: dict[str, Any]) -> tuple[int, i
 
 def data_files(root: Path) -> list[Path]:
     """The parquet files that hold the frames, in order."""
-    return sorted((root / "data").rglob("*.parquet"))
+    return [regular(file, DatasetError) for file in sorted((root / "data").rglob("*.parquet"))]
+
+
+def open_parquet(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> pq.ParquetFile:
+    """A parquet file of which no column has more values than its rows have: a few bytes can stand for millions.
+
+    Args:
+        file: Where it is.
+        shapes: The columns that will be read, and the (largest) shape of a row of each.
+
+    Raises:
+        DatasetError: No file, or columns that would unpack to more.
+    """
+    opened = pq.ParquetFile(regular(file, DatasetError))
+    parts, schema = opened.metadata, set(opened.schema_arrow.names)
+    for group in map(parts.row_group, range(parts.num_row_groups)):
+        for chunk in map(group.column, range(group.num_columns)):
+            path = chunk.path_in_schema.split(".")  # action.list.element
+            prefixes = (".".join(path[:length]) for length in range(len(path), 0, -1))
+            name = next((prefix for prefix in prefixes if prefix in schema), "")
+            most = group.num_rows * math.prod(shapes.get(name, (MOST,)))
+            if chunk.num_values > most:
+                raise DatasetError(
+                    f"{file}: {name} has {chunk.num_values} values in {group.num_rows} rows, of other lengths "
+                    f"than its shape, which gives {most}. Make or copy the file again."
+                )
+    return opened
 
 
 def read_rows(info: Info, vectors: Sequence[str]) -> dict[str, NDArray[Any]]:
@@ -172,7 +207,7 @@ def read_rows(info: Info, vectors: Sequence[str]) -> dict[str, NDArray[Any]]:
     wanted = {**shapes, **{name: info.vectors[name] for name in vectors}}
     files = data_files(root)
     with readable(f"{root}: a data file", remedy):
-        opened = [pq.ParquetFile(file) for file in files]
+        opened = [open_parquet(file, wanted) for file in files]
         rows, size = sum(f.metadata.num_rows for f in opened), sum(file.stat().st_size for file in files)
         if rows != info.frames or rows > size:  # a row takes more than a byte
             raise DatasetError(
@@ -200,10 +235,22 @@ def read_rows(info: Info, vectors: Sequence[str]) -> dict[str, NDArray[Any]]:
             f"{info.episodes} episodes from 0. Record it again."
         )
     for name in vectors:
-        arrays[name] = _finite(
-            arrays[name], f"{root}: {name}", LARGEST_ACTION if name == ACTION else math.inf
-        )
+        arrays[name] = _finite(arrays[name], f"{root}: {name}", LARGEST_NUMBER)
+    _check_times(arrays["timestamp"].astype(np.float64), steps[1:-1] == 0, info)
     return {**arrays, "episode_index": episode, "task_index": arrays["task_index"].astype(np.int64)}
+
+
+def _check_times(times: NDArray[np.float64], same: NDArray[np.bool_], info: Info) -> None:
+    """Raise `DatasetError` unless frames follow at `fps`; `same` (N - 1,): the next frame is of the same episode."""
+    with np.errstate(invalid="ignore"):
+        off = np.abs(np.diff(times) - 1 / info.fps) > JITTER / info.fps + TOLERANCE
+    bad = np.flatnonzero((same & off) | ~np.isfinite(times[1:]) | ~np.isfinite(times[:-1]))
+    if len(bad) or not np.isfinite(times).all():
+        frame = int(bad[0]) if len(bad) else 0
+        raise DatasetError(
+            f"{info.root}: timestamp is {times[frame : frame + 2].tolist()} s from frame {frame} on; at fps = "
+            f"{info.fps:g} frames are {1 / info.fps:.4g} s apart. Record it again, or correct fps."
+        )
 
 
 def numbers(column: pa.ChunkedArray, shape: tuple[int, ...], what: str) -> NDArray[Any]:
@@ -249,7 +296,7 @@ def read_tasks(root: Path, used: NDArray[np.int64]) -> list[str]:
     """Instructions in the order of their index; `used` (N,) are the indices of the frames."""
     file = root / "meta" / "tasks.parquet"
     with readable(file, "every frame needs its instruction (`task`)"):
-        table = pq.ParquetFile(file).read()
+        table = pq.ParquetFile(regular(file, DatasetError)).read()
         name = "task" if "task" in table.column_names else "__index_level_0__"
         pairs = sorted(zip(table["task_index"].to_pylist(), table[name].to_pylist(), strict=True))
     tasks = [task for _, task in pairs]

@@ -18,9 +18,9 @@ from ceed_vla.variable_length import VariableLengthTokenizer
 from training.corruption import PREVIOUS, StateDraw, guess_states
 from training.data import open_dataset
 from training.losses import chunk_distance, mixed_labels
-from training.mixture import check_fits, join_batches
+from training.mixture import check_compatible, check_fits, join_batches
 from training.settings import split_list
-from training.trajectories import distinct_states, layout_of, read_trajectories
+from training.trajectories import are_those, describe, distinct_states, layout_of, read_trajectories
 
 # The teacher: (observation, guesses (B, n) or None) -> the fixed points (B, n) and, from guesses, all states (k, B, n).
 Decode = Callable[[dict[str, Any], Tensor | None], tuple[Tensor, Tensor | None]]
@@ -77,6 +77,7 @@ class DistillData:
             check_fits(store, policy.config)
             if store.action is None:
                 raise DatasetError(f"{store.root} holds no actions; distil on demonstrations.")
+        check_compatible(self.stores)
         self.delta_max = float("inf")
 
     def split(self, eval_frames: int) -> None:
@@ -190,11 +191,10 @@ class StoredData(DistillData):
             raise DatasetError(
                 f"{path}: meta.json says {values}, the policy has {layout_of(policy)}; collect the trajectories again."
             )
-        found = [{"name": s.root.name, "frames": len(s)} for s in self.stores]
-        if found != self.trajectories.meta["datasets"]:
+        if not are_those(self.stores, self.trajectories.meta["datasets"]):
             raise DatasetError(
-                f"The trajectories were collected on {self.trajectories.meta['datasets']}, --roots gives {found}; "
-                "name the same folders in the same order."
+                f"The trajectories were collected on {self.trajectories.meta['datasets']}, --roots gives "
+                f"{describe(self.stores)}; name the same folders, unchanged, in the same order."
             )
         self.root, self.frame = self.trajectories.root, self.trajectories.frame
         self.split(eval_frames)

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
 from ceed_vla.errors import DatasetError
 from ceed_vla.files import write_text
-from training.dataset_files import Info, data_files, is_whole, numbers, readable
+from training.dataset_files import Info, data_files, is_whole, numbers, open_parquet, readable
 
 CACHE, COMPLETE = ".frames", "complete.json"
 FORMATS, MODES = ("PNG", "JPEG", "WEBP"), ("RGB", "RGBA", "L", "P")  # others lose bits or start programs
@@ -177,7 +176,7 @@ def _stored_images(info: Info, cameras: list[str]) -> Decoded:
     first = 0
     with ThreadPoolExecutor(2) as pool:
         for file in data_files(info.root):
-            for part in pq.ParquetFile(file).iter_batches(256, columns=cameras):
+            for part in open_parquet(file, dict.fromkeys(cameras, ())).iter_batches(256, columns=cameras):
                 items = [
                     (camera, first + i, stored)
                     for camera in cameras
@@ -216,7 +215,8 @@ def _video_places(info: Info, camera: str) -> list[tuple[Path, float]]:
         raise DatasetError(f"{info.root} has no meta/episodes, which says where its videos are; copy it too.")
     names = [f"videos/{camera}/{part}" for part in ("chunk_index", "file_index", "from_timestamp")]
     with readable(f"{info.root}/meta/episodes"):
-        tables = [pq.ParquetFile(file).read(columns=["episode_index", *names]) for file in files]
+        columns_read = ["episode_index", *names]
+        tables = [open_parquet(f, dict.fromkeys(columns_read, ())).read(columns=columns_read) for f in files]
         episode, *columns = (
             np.concatenate([numbers(table[name], (), f"{info.root}: {name}") for table in tables])
             for name in ("episode_index", *names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +22,7 @@ from ceed_vla.checkpoints import save
 from ceed_vla.devices import check_device
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, chosen, ranged
-from ceed_vla.files import read_json, write_text
+from ceed_vla.files import read_json, strange, write_text
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from training import states
 from training.adapters import LoRAConfig
@@ -37,6 +38,7 @@ ClosedLoop = Callable[[Path], tuple[int, int]]
 
 PROGRESS = "progress.json"
 STATES = ("state_a", "state_b")  # written in turns, so that the last complete one survives an interrupt
+LOG, CHECKPOINTS, TRACKER, TAKEOVER = "log.jsonl", "checkpoints", "tensorboard", "takeover"
 PRECISIONS = ("auto", "bf16", "no")
 RATES, NONE_OR_RATES = "(0, 10]", "[0, 10]"
 
@@ -96,7 +98,8 @@ class Run:
         closed_loop: Measures a checkpoint in simulation; skipped if None.
 
     Raises:
-        ConfigError: No output folder, or one that holds another run.
+        ConfigError: No output folder, or one that holds another run, or files that this one would replace.
+        CheckpointError: Nothing to resume, or links through which the run would write elsewhere.
     """
 
     name = "run"
@@ -146,6 +149,18 @@ class Run:
             )
         if self.settings.resume and not started:
             raise CheckpointError(f"{folder} has no {PROGRESS}; there is nothing to resume there.")
+        names = [] if started else [PROGRESS, LOG, CHECKPOINTS, TRACKER, TAKEOVER, *STATES]
+        foreign = next((name for name in names if os.path.lexists(self.output / name)), None)
+        if foreign:
+            raise ConfigError(
+                f"{folder} holds {foreign}, which a run would replace, but no {PROGRESS}: another program's, or of a "
+                "run that ended before its first state. Name a new or empty folder."
+            )
+        if elsewhere := next(strange(self.output), None) if started else None:
+            raise CheckpointError(
+                f"{elsewhere} is a link, a pipe or a device; a run reads and writes only files of its own folder. "
+                "Put the file itself there."
+            )
 
     def prepare(
         self, objective: nn.Module, policy: CeedVLAPolicy, pre: Any, post: Any, *, weight_decay: float
@@ -227,11 +242,11 @@ class Run:
         settings = self.settings
         if settings.resume:
             self.load_state()
+        else:
+            self.save_state()  # from here on an interrupt can be resumed
         with self._writing():
             self._trim_log()
-            self.accelerator.init_trackers("tensorboard")
-        if not settings.resume:
-            self.save_state()  # from here on an interrupt can be resumed
+            self.accelerator.init_trackers(TRACKER)
         self.model.train()
         with tqdm(
             total=self.total,
@@ -311,12 +326,12 @@ class Run:
         with self._writing():
             self.accelerator.log(values, step=self.step)
             if self.accelerator.is_main_process:
-                with (self.output / "log.jsonl").open("a") as file:
+                with (self.output / LOG).open("a") as file:
                     file.write(json.dumps({"step": self.step, **values}) + "\n")
 
     def _trim_log(self) -> None:
         """Drop log lines of steps that will be taken (again)."""
-        file = self.output / "log.jsonl"
+        file = self.output / LOG
         if self.accelerator.is_main_process and file.is_file():
             lines = file.read_text(errors="replace").splitlines() if self.settings.resume else []
             kept = [line for line in lines if is_whole(_step_of(line), 0, self.step)]
@@ -333,7 +348,7 @@ class Run:
 
     def save_policy(self, name: str) -> Path:
         """Write the policy as a checkpoint folder."""
-        folder = self.output / "checkpoints" / name / "pretrained_model"
+        folder = self.output / CHECKPOINTS / name / "pretrained_model"
         weights = states.weights(self.accelerator, self.model, self.policy, self.settings.lora.rank > 0)
         if self.accelerator.is_main_process:
             with self._writing():
@@ -366,12 +381,13 @@ class Run:
         progress = self._read_progress()
         folder = self.output / progress["state"]
         try:
+            settings = states.optimizer_settings(self.optimizers)
             states.check_metadata(folder)
             self.accelerator.load_state(str(folder))
             if self.accelerator.process_index < progress["processes"]:
                 states.check_random_state(folder, self.accelerator.process_index)
             if not self.sharded:
-                states.check_optimizers(self.optimizers)
+                states.check_optimizers(self.optimizers, settings)
         except Exception as error:  # torch, safetensors and accelerate each raise their own kinds
             raise CheckpointError(
                 f"{folder} cannot be resumed ({type(error).__name__}: {str(error)[:300]}); "
@@ -394,7 +410,11 @@ class Run:
         return progress
 
     def _writing(self) -> AbstractContextManager[None]:
-        return full_disk(self.output, "the last complete state is kept; go on with --resume=true")
+        kept = "the last complete state is kept; go on with --resume=true"
+        started = (self.output / PROGRESS).exists()
+        return full_disk(
+            self.output, kept if started else "no state is complete yet; start again in a new folder"
+        )
 
     def _undo_empty_step(self) -> None:
         """Before the first step: torch takes one without gradients to write the state of sharded optimisers."""

@@ -55,12 +55,13 @@ def output_folder(text: str, purpose: str) -> Path:
 
 @contextmanager
 def full_disk(folder: Path, kept: str) -> Iterator[None]:
-    """Say in one line that `folder` cannot be written, and what is `kept`."""
+    """Say in one line why `folder` cannot be written, what helps, and what is `kept`."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_WRITES):
             raise
-        full = getattr(error, "errno", None) == errno.ENOSPC or not isinstance(error, OSError)
+        full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = f"{'is the disk full? ' if full else ''}{(str(error).splitlines() or [''])[0][:200]}"
-        raise CeedVLAError(f"{folder} cannot be written ({reason}). Make room there; {kept}.") from error
+        remedy = "Make room there" if full else "Make it writable"
+        raise CeedVLAError(f"{folder} cannot be written ({reason}). {remedy}; {kept}.") from error

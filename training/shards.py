@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ceed_vla.errors import DatasetError
-from ceed_vla.files import read_json
-from training.dataset_files import is_whole, readable
+from ceed_vla.files import read_json, regular
+from training.dataset_files import is_whole, open_parquet, readable
 
 META = "meta.json"
 GUESSES = ("previous", "mid", "random")
@@ -75,6 +74,7 @@ def find_shards(folder: Path) -> list[Path]:
     for file in files:
         if not _NAME.fullmatch(file.name):
             raise DatasetError(f"{file} is no shard of trajectories; move it elsewhere.")
+        regular(file, DatasetError)
     return files
 
 
@@ -99,7 +99,9 @@ def read_shard(file: Path, meta: dict[str, Any], frames: NDArray[np.int64] | Non
     assert name is not None
     number, most = int(name[1]), sets[int(name[1])]["frames"]
     with readable(file, "remove it, and collect it again with --resume=true"):
-        opened = pq.ParquetFile(file)
+        most_states = (n + 2) * n if meta["states"] else n  # Jacobi decoding ends after n iterations
+        shapes = {key: (n if kind == _BLOCK else 1,) for key, kind in SCHEMA.items()}
+        opened = open_parquet(file, {**shapes, "states": (most_states,)})
         require(
             0 < opened.metadata.num_rows <= most, f"it has {opened.metadata.num_rows} rows of {most} frames"
         )

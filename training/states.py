@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +104,24 @@ def check_random_state(folder: Path, process: int) -> None:
         raise ValueError(f"the random state in {file} was not restored")
 
 
-def check_optimizers(optimizers: Iterable[Any]) -> None:
-    """Raise unless what optimisers remember of every weight has its shape, and is finite."""
+def optimizer_settings(optimizers: Iterable[Any]) -> list[dict[str, Any]]:
+    """Settings of all groups of weights but the learning rate, which every step sets."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return [{name: group[name] for name in group if name not in ("params", "lr")} for group in groups]
+
+
+def check_optimizers(optimizers: Sequence[Any], settings: Sequence[dict[str, Any]]) -> None:
+    """Raise unless optimisers kept their `settings`, and what they remember of every weight can be its own."""
+    for now, own in zip(optimizer_settings(optimizers), settings, strict=True):
+        if changed := [name for name, value in own.items() if now.get(name) != value]:
+            raise ValueError(f"the optimiser's {changed[0]} is {now.get(changed[0])}, not {own[changed[0]]}")
     for optimizer in optimizers:
         for parameter, remembered in optimizer.state.items():
             for name, value in remembered.items():
                 if not isinstance(value, Tensor) or not torch.isfinite(value).all():
                     raise ValueError(f"the optimiser's {name} is not finite")
+                if name in ("step", "exp_avg_sq") and (value < 0).any():
+                    raise ValueError(f"the optimiser's {name} is negative")
                 if value.ndim and value.shape != parameter.shape:
                     raise ValueError(
                         f"the optimiser's {name} is {tuple(value.shape)}, not {tuple(parameter.shape)}"

@@ -19,14 +19,15 @@ from ceed_vla.checkpoints import load
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig, tabletop_config
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, SEEDS, ranged
-from ceed_vla.modeling_ceed_vla import AUGMENTATION_NOISE, CeedVLAPolicy
+from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from ceed_vla.targets import AUGMENTATION_NOISE
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from training.adapters import attach
 from training.clipping import check_clipping
 from training.data import ENVIRONMENT, STATE, FrameStore, open_dataset
 from training.fit_tokens import fit_action_tokens
 from training.mixture import Mixture, check_fits, state_statistics
-from training.run import NONE_OR_RATES, RATES, ClosedLoop, Run, RunConfig
+from training.run import NONE_OR_RATES, RATES, TAKEOVER, ClosedLoop, Run, RunConfig
 from training.settings import BATCHES, NONE_OR_COUNTS, number_list, split_list
 
 logger = logging.getLogger(__name__)
@@ -273,7 +274,7 @@ class TeacherRun(Run):
         self.validate(folder)
         roots: list[list[str]] = [[]]
         if self.accelerator.is_main_process and self.record_takeover is not None:
-            roots = [[str(root) for root in self.record_takeover(folder, index, self.output / "takeover")]]
+            roots = [[str(root) for root in self.record_takeover(folder, index, self.output / TAKEOVER)]]
         self.takeovers += broadcast_object_list(roots)
         self.mixture = self._mixture()
         self.save_state()
@@ -285,7 +286,7 @@ class TeacherRun(Run):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         rounds = state.get("takeovers")
         rounds = rounds if isinstance(rounds, list) and len(rounds) <= self.config.rounds else [None]
-        folder = (self.output / "takeover").resolve()
+        folder = (self.output / TAKEOVER).resolve()
         for roots in rounds:
             inside = isinstance(roots, list) and all(isinstance(root, str) for root in roots)
             if not inside or not all(Path(root).resolve().is_relative_to(folder) for root in roots):

@@ -309,7 +309,7 @@ def _write_meta(
 ) -> dict[str, Any]:
     meta = {
         "teacher": weights_hash(config.policy_path),
-        "datasets": [{"name": s.root.name, "frames": len(s)} for s in stores],
+        "datasets": describe(stores),
         **layout_of(policy),
         "states": config.states,
         "guesses": dict(zip(GUESSES, map(float, guess_shares(config.guesses)), strict=True)),
@@ -320,6 +320,8 @@ def _write_meta(
     }
     if (output / META).exists():
         found = read_meta(output)
+        if are_those(stores, found["datasets"]):
+            meta["datasets"] = found["datasets"]
         different = [key for key in meta if found.get(key) != meta[key]]
         if different:
             raise ConfigError(
@@ -333,6 +335,17 @@ def _write_meta(
         )
     write_text(output / META, json.dumps(meta, indent=2))
     return meta
+
+
+def describe(stores: Sequence[FrameStore]) -> list[dict[str, Any]]:
+    """What ``meta.json`` says of the data sets that trajectories are collected on."""
+    return [{"name": s.root.name, "frames": len(s), "digest": s.digest} for s in stores]
+
+
+def are_those(stores: Sequence[FrameStore], stored: list[dict[str, Any]]) -> bool:
+    """Whether `stored` describes these data sets; one without a digest is known by name and frames."""
+    own = describe(stores)
+    return len(own) == len(stored) and all({**a, **b} == a for a, b in zip(own, stored, strict=True))
 
 
 def layout_of(policy: Any) -> dict[str, int]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ceed_vla.cache import BlockCache
-from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
+from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, ObservationError
+from ceed_vla.tensors import is_plain
 
 
 @dataclass
@@ -169,12 +170,12 @@ def check_features(
     first, rows = next(iter(wanted)), 0
     for key, shape in wanted.items():
         value = batch.get(key)
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or not is_plain(value):
             have = ", ".join(sorted(str(k) for k in batch if str(k).startswith("observation."))) or "none"
             problem = (
                 f"lacks {key!r}"
                 if value is None
-                else f"has {key!r} as {type(value).__name__}, not as a tensor"
+                else f"has {key!r} as {type(value).__name__}, not as a dense tensor"
             )
             raise ObservationError(
                 f"The observation {problem}; it has {have}. Pass it through the checkpoint's pre-processor first."
@@ -212,11 +213,13 @@ def runs(model: nn.Module) -> Iterator[None]:
     """
     try:
         yield
+    except CeedVLAError:
+        raise
     except (TypeError, RuntimeError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{type(model).__name__} does not run ({type(error).__name__}: {reason}); the settings in config.json "
-            "contradict each other, or the device has too little memory."
+            "contradict each other, model and batch have other devices or types, or memory is short."
         ) from error
 
 

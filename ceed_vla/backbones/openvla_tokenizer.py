@@ -58,6 +58,8 @@ class _Fast:
         from tokenizers.processors import TemplateProcessing
 
         self._tokenizer = Tokenizer.from_file(str(file))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self.size = max(self._tokenizer.get_vocab().values()) + 1
         if settings.get("tokenizer_class") not in LLAMA:
             return  # the file's own template counts

@@ -12,6 +12,7 @@ from ceed_vla.backbones.architecture import read_architecture
 from ceed_vla.backbones.config import WEIGHTS, BackboneConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import check_fields, chosen, ranged
+from ceed_vla.weights import Header, weight_files
 
 if TYPE_CHECKING:
     from ceed_vla.backbones.base import TrainableBackbone
@@ -124,6 +125,8 @@ class Pi0FastConfig(BackboneConfig):
         new = not self.architecture
         if new:
             self.architecture = loading.read_architecture(self.path)
+            files = weight_files(Path(self.path))
+            Header.read(files).check(*self.least_sizes(policy), files[0])
         tokenizer = tokens.build(policy.chunk_size, policy.action_dim)
         backbone = Pi0FastBackbone(loading.build_model(self.architecture), tokenizer)
         if new or self.weights == "reference":
@@ -143,8 +146,6 @@ class Pi0FastConfig(BackboneConfig):
         return sizes.depth, sizes.depth * 3 * sizes.width * sizes.mlp_dim
 
     def weight_files(self) -> list[Path]:
-        from ceed_vla.weights import weight_files
-
         return weight_files(Path(self.path)) if self.weights == "reference" else []
 
     def processor_steps(self, policy: CeedVLAConfig, instructions: Sequence[str]) -> list[Any]:

@@ -149,14 +149,15 @@ class VLMInputsStep(ObservationProcessorStep):
     def _text(self, task: str, images: int) -> str:
         """The prompt, in the model's chat format where it has one."""
         processor = self._processor
-        if not getattr(processor, "chat_template", None):
+        template = getattr(processor, "chat_template", None)
+        if isinstance(template, str) and not template.strip():
+            raise CheckpointError("The checkpoint's chat template is empty; copy it again.")
+        if template is None:
             return str(getattr(processor, "image_token", "<image>")) * images + fill_template(
                 self.prompt, task
             )
         if images not in self._rendered:
-            text = render(
-                processor.chat_template, images, self.prompt, processor.tokenizer.special_tokens_map
-            )
+            text = render(template, images, self.prompt, processor.tokenizer.special_tokens_map)
             check_template(text, "The prompt in the checkpoint's chat format")
             self._rendered[images] = text
         return fill_template(self._rendered[images], task)

@@ -57,7 +57,7 @@ class DecodingConfig:
         if isinstance(self.tolerance_bins, list):
             object.__setattr__(self, "tolerance_bins", tuple(self.tolerance_bins))
         check_fields(self)
-        if self.tolerance_bins == ():
+        if isinstance(self.tolerance_bins, tuple) and not self.tolerance_bins:
             raise ConfigError("tolerance_bins is (); give a number of bins, or one for every dimension.")
         if self.window is not None and self.confidence is not None:
             raise ConfigError(

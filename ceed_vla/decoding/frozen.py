@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.errors import TokenError
-from ceed_vla.tensors import check_tokens
+from ceed_vla.tensors import check_tokens, is_plain
 
 
 def frozen_length(
@@ -31,9 +31,9 @@ def frozen_length(
     """
     if frozen is None:
         return 0
-    length = frozen.shape[1] if isinstance(frozen, Tensor) and frozen.ndim == 2 else block_length
+    length = frozen.shape[1] if is_plain(frozen) and frozen.ndim == 2 else block_length
     if length % action_dim or length >= block_length:
-        found = f"{tuple(frozen.shape)}" if isinstance(frozen, Tensor) else type(frozen).__name__
+        found = f"{tuple(frozen.shape)}" if is_plain(frozen) else type(frozen).__name__
         raise TokenError(
             f"The frozen prefix is {found}; expected ({batch}, k * {action_dim}) with fewer tokens than the block's "
             f"{block_length}."

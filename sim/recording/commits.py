@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ceed_vla.errors import DatasetError
-from ceed_vla.files import read_json, write_text
+from ceed_vla.files import read_json, strange, write_text
 
 PROGRESS_FILE = "recording.json"
 WORK_FOLDER = ".recording"
@@ -85,10 +85,11 @@ def undo_incomplete_commit(root: Path) -> list[str]:
     Raises:
         DatasetError: Damaged bookkeeping, links, or parquet files that are missing or unknown.
     """
-    links = [str(path.relative_to(root)) for path in root.rglob("*") if path.is_symlink()]
+    links = [str(path.relative_to(root)) for path in strange(root)]
     if links:
         raise DatasetError(
-            f"{root} holds links ({_listed(links)}), through which recording would write elsewhere."
+            f"{root} holds links or pipes ({_listed(links)}), through which recording would write elsewhere; put the "
+            "files themselves there."
         )
     committed = read_progress(root)
     files: list[str] = committed["files"]

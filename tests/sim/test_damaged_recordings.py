@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "empty file": (lambda r: (r / FIRST_FILE).write_bytes(b""), "damaged"),
     "other rows": (lambda r: pq.write_table(pq.read_table(r / FIRST_FILE).slice(0, 2), r / FIRST_FILE), "total_frames"),
     "link": (lambda r: (r / "meta/mine").symlink_to("/tmp"), "links"),
+    "pipe": (lambda r: [(r / "meta/stats.json").unlink(), os.mkfifo(r / "meta/stats.json")], "pipes"),
+    "progress pipe": (lambda r: [(r / "recording.json").rename(r / "x"), os.mkfifo(r / "recording.json")], "no record"),
     "progress": (lambda r: (r / "recording.json").write_text("{"), "not JSON"),
     "progress list": (lambda r: (r / "recording.json").write_text("[]"), "instead of settings"),
     "files": (damaged("recording.json", files=5), "damaged"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +177,13 @@ ROWS: dict[str, tuple[Any, str]] = {
     "plain action": (retyped("action", pa.float32(), lambda v: v[0]), "values in 50 rows"),
     "huge action": (column_with("action", [1e30] * 7), "beyond 1e"),
     "overflow": (retyped("action", pa.list_(pa.float64()), lambda v: [1e300] * 7), "not finite"),
+    "huge state": (column_with("observation.state", [3e38] * 14), "beyond 1e"),
+    "one time": (retyped("timestamp", pa.float32(), lambda v: 0.0), "0.1 s apart"),
+    "NaN time": (retyped("timestamp", pa.float32(), lambda v: float("nan")), "0.1 s apart"),
+    "slow": (retyped("timestamp", pa.float32(), lambda v: 50 * v), "0.1 s apart"),
+    "late": (column_with("timestamp", float("inf")), "0.1 s apart"),
+    "bomb": (retyped("action", pa.list_(pa.float32()), lambda v: [0.0] * 10**4), "action has 500000 values in 50 rows"),
+    "images bomb": (retyped(FRONT, pa.list_(pa.int8()), lambda v: [0] * 10**4), "front has 500000 values"),
     "NaN state": (column_with("observation.state", [float("nan")] * 14), "not finite"),
     "null episode": (column_with("episode_index", None), "nulls"),
     "negative episode": (column_with("episode_index", -1), "out of order"),
@@ -242,6 +250,21 @@ def test_other_indices_never_index(store: FrameStore, frames: Any) -> None:
     with pytest.raises(DatasetError, match="chunk_size"):
         store.chunks(np.array([0]), 0)
     assert len(store.chunks([0, 49], CHUNK)[0]) == 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("place", ["meta/info.json", "meta/tasks.parquet", "data", "meta/episodes"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_never_ends_is_not_read(video: Path, place: str, kind: str) -> None:
+    file = next(f for f in (video / place, *sorted((video / place).rglob("*.parquet"))) if f.is_file())
+    file.unlink()
+    file.symlink_to("/dev/zero") if kind == "device" else os.mkfifo(file)
+    with pytest.raises(DatasetError, match=r"not a folder, pipe or device|no meta/info\.json"):
+        open_dataset(video)
+
+
+def test_recorded_times_may_jitter(copy: Path) -> None:
+    edit_column(copy, "timestamp", lambda v: [t + 0.009 * (-1) ** i for i, t in enumerate(v)])
+    assert len(open_dataset(copy)) == 50
 
 
 # ---- decoded images ---------------------------------------------------------------------------------------------

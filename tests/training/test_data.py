@@ -102,14 +102,18 @@ OTHERS: dict[str, tuple[Callable[[FrameStore], FrameStore], str]] = {
     "state": (lambda s: changed(s, state=s.state[:, :6]), r"observation.state: \(6,\) and \(14,\)"),
     "action": (lambda s: changed(s, action=s.action[:, :6]), r"action: \(6,\)"),  # type: ignore[index]
     "no action": (lambda s: changed(s, action=None), "action: missing"),
+    "fps": (lambda s: changed(s, fps=20.0), r"fps: 20\.0 and 10\.0"),
+    "order": (lambda s: changed(s, labels={"action": list("bacdefg")}), "names of action"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_mixed_features_are_refused(store: FrameStore, kind: str) -> None:
     make, message = OTHERS[kind]
+    store = FrameStore(**{**vars(store), "labels": {"action": list("abcdefg")}})
     with pytest.raises(DatasetError, match=message):
         check_compatible([store, make(store)])
+    check_compatible([store, changed(store, labels={})])
     check_compatible([store, changed(store)])
 
 

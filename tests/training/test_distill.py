@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
@@ -282,6 +283,21 @@ def test_trajectories_of_another_layout_are_refused(
             str(copy), f"{studio.demo},{studio.other}", str(studio.teacher), *teacher[:2],
             eval_frames=8, delta_quantile=0.8,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("digest", ["0" * 16, None], ids=["other actions", "none stored"])
+def test_trajectories_of_other_actions_are_refused(
+    studio: Any, teacher: tuple[Any, Any, Any], tmp_path: Path, digest: str | None
+) -> None:
+    copy = shutil.copytree(studio.trajectories, tmp_path / "copy")
+    meta = json.loads((copy / "meta.json").read_text())
+    del meta["datasets"][1]["digest"]
+    if digest:
+        meta["datasets"][1]["digest"] = digest
+    (copy / "meta.json").write_text(json.dumps(meta))
+    places = (str(copy), f"{studio.demo},{studio.other}", str(studio.teacher))
+    with pytest.raises(DatasetError, match="unchanged") if digest else nullcontext():
+        StoredData(*places, *teacher[:2], eval_frames=8, delta_quantile=0.8)
 
 
 def test_stored_states_must_have_been_kept(studio: Any, tmp_path: Path) -> None:

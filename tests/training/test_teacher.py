@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -171,95 +169,6 @@ def test_a_damaged_state_is_an_error(studio: Any, tmp_path: Path) -> None:
         (state / "model.safetensors").write_bytes(b"half")
     with pytest.raises(CheckpointError, match="cannot be resumed"):
         train(studio.train_config(tmp_path / "run", resume=True))
-
-
-@pytest.fixture
-def stopped(studio: Any, tmp_path: Path) -> Any:
-    """A short finished run: its settings to go on with, its progress.json and its last state."""
-    train(studio.train_config(tmp_path / "run", steps=1, grounding_steps=0))
-    progress = tmp_path / "run" / "progress.json"
-    state = tmp_path / "run" / json.loads(progress.read_text())["state"]
-    config = studio.train_config(tmp_path / "run", steps=1, grounding_steps=0, resume=True)
-    return config, progress, state
-
-
-class Payload:
-    """Unpickling it writes a file."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.file,)
-
-
-@pytest.mark.parametrize("name", ["random_states_0.pkl", "optimizer.bin", "shards/.metadata"])
-@pytest.mark.parametrize("damage", ["half", "code", "missing"])
-def test_a_state_that_is_not_restored_stops_and_runs_no_code(stopped: Any, name: str, damage: str) -> None:
-    config, _, state = stopped
-    file, touched = state / name, state / "touched"
-    file.parent.mkdir(exist_ok=True)
-    if damage == "missing":
-        if file.name.startswith("."):
-            pytest.skip("only sharded weights have it")
-        file.unlink()
-    elif damage == "half":
-        file.write_bytes(b"half")
-    elif file.name.startswith("."):
-        file.write_bytes(pickle.dumps(Payload(touched)))
-    else:
-        torch.save(Payload(touched), file)
-    with pytest.raises(CheckpointError, match=r"state_. cannot be resumed"):
-        train(config)
-    assert not touched.exists()
-
-
-def test_descriptions_of_sharded_weights_are_read(tmp_path: Path) -> None:
-    from torch.distributed import checkpoint
-
-    from training.states import check_metadata
-
-    layers = {"a": torch.nn.Linear(2, 3).half(), "b": torch.nn.Linear(3, 1)}
-    checkpoint.save(torch.nn.ModuleDict(layers).state_dict(), checkpoint_id=tmp_path / "model", no_dist=True)
-    assert (tmp_path / "model" / ".metadata").is_file()
-    check_metadata(tmp_path)
-
-
-def test_optimiser_states_of_other_weights_are_refused(stopped: Any) -> None:
-    from accelerate.utils.other import load
-
-    config, _, state = stopped
-    saved = load(state / "optimizer.bin")
-    next(iter(saved["state"].values()))["momentum_buffer"] = torch.zeros(1, 1)
-    torch.save(saved, state / "optimizer.bin")
-    with pytest.raises(CheckpointError, match="momentum_buffer"):
-        train(config)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["{", "[]", "{}", '{"step": 1}', '{"step": 0.5, "state": "state_a"}', '{"step": -1, "state": "state_a"}',
-     '{"step": 99, "state": "state_a"}', '{"step": 1, "state": "../state_a"}', '{"step": 1, "state": null}',
-     '{"step": 1, "state": "state_a", "processes": "x"}', '{"step": 1, "state": "STATE", "takeovers": 5}',
-     '{"step": 1, "state": "STATE", "takeovers": [["/etc"]]}', '{"step": 1, "state": "STATE"}'],
-)  # fmt: skip
-def test_a_damaged_progress_file_is_an_error(stopped: Any, text: str) -> None:
-    config, progress, state = stopped
-    config.rounds = 1
-    progress.write_text(text.replace("STATE", state.name))
-    with pytest.raises(CheckpointError, match=re.escape(str(progress.parent))):
-        TeacherRun(config, None, lambda *_: []).load_state()
-
-
-def test_damaged_lines_of_the_log_are_dropped(
-    stopped: Any, read_log: Callable[..., dict[int, float]]
-) -> None:
-    config, progress, _ = stopped
-    log = progress.parent / "log.jsonl"
-    before = read_log(progress.parent)
-    log.write_text(log.read_text() + '{"step": "x"}\n[1]}\n{"loss": 2}\n\n{"step": 7, "loss": 1}\n{"st')
-    train(config)
-    assert read_log(progress.parent) == before
 
 
 @pytest.mark.slow

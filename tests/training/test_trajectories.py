@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -146,7 +147,8 @@ def test_meta_names_what_was_collected(studio: Any) -> None:
     from ceed_vla.checkpoints import weights_hash
 
     assert meta["teacher"] == weights_hash(studio.teacher)
-    assert meta["datasets"] == [{"name": "demo", "frames": 50}, {"name": "other", "frames": 13}]
+    sets = meta["datasets"]
+    assert [(s["name"], s["frames"], len(s["digest"])) for s in sets] == [("demo", 50, 16), ("other", 13, 16)]
     assert (meta["chunk_size"], meta["action_dim"], meta["num_bins"], meta["shift_steps"]) == (4, 7, 63, 2)
     assert meta["guesses"] == pytest.approx({"previous": 0.7, "mid": 0.2, "random": 0.1})
     assert meta["shards"] == 2
@@ -336,6 +338,10 @@ SHARD_DAMAGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "wide tokens": (changed("guess", lambda v: v, pa.list_(pa.int64())), "columns"),
     "no states": (lambda t: t.drop_columns(["states"]), "columns"),
     "another column": (lambda t: t.append_column("more", t["frame"]), "columns"),
+    "bomb": (
+        lambda t: t.set_column(6, "fixed_point", pa.array([[0] * 1000] * len(t), pa.list_(pa.int16()))),
+        "fixed_point has 50000 values in 50 rows",
+    ),
     "no rows": (lambda t: t.slice(0, 0), "0 rows"),
 }
 
@@ -350,6 +356,16 @@ def test_a_damaged_shard_is_an_error(studio: Any, copy: Path, damage: str) -> No
     with pytest.raises(DatasetError, match=f"data0-00000.*{message}"):
         collect(studio.collect_config(copy, resume=True))
     assert file.exists()
+
+
+@pytest.mark.parametrize("name", ["data0-00000.parquet", "meta.json"])
+def test_pipes_are_not_read(studio: Any, copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    with pytest.raises(DatasetError, match=r"pipe or device|no meta\.json"):
+        read_trajectories(copy)
+    with pytest.raises(DatasetError, match=r"pipe or device|no meta\.json"):
+        collect(studio.collect_config(copy, resume=True))
 
 
 def test_shards_that_are_none(studio: Any, copy: Path) -> None:
@@ -386,6 +402,8 @@ def test_a_shard_of_other_frames_is_not_taken_for_done(studio: Any, copy: Path) 
 def test_collections_before_the_block_length_was_written_go_on(studio: Any, copy: Path) -> None:
     meta = json.loads((copy / "meta.json").read_text())
     del meta["block_length"]
+    for described in meta["datasets"]:
+        del described["digest"]
     (copy / "meta.json").write_text(json.dumps(meta))
     (copy / "data1-00000.parquet").unlink()
     collect(studio.collect_config(copy, resume=True))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
 from safetensors.torch import load_file, save_file
@@ -176,7 +177,7 @@ def _statistics(**changes: torch.Tensor | None) -> Callable[[Path], None]:
             tensors.pop(f"{STATE}.{name}", None)
             if value is not None:
                 tensors[f"{STATE}.{name}"] = value
-        save_file(tensors or {"other": torch.ones(1)}, file)
+        save_file(tensors or {"other.mean": torch.ones(1)}, file)
 
     return change
 
@@ -193,11 +194,14 @@ def _settings(**changes: Any) -> Callable[[Path], None]:
         (_without("normalizer_processor", PRE), "lacks the step 'normalizer_processor'"),
         (_without("unnormalizer_processor", POST), "lacks the step 'unnormalizer_processor'"),
         (_without("ceed_vla_instruction_words", PRE), "lacks the step 'ceed_vla_instruction_words'"),
-        (_statistics(mean=None, std=None), r"needs 14 finite values 'mean' .* it has none"),
+        (_statistics(mean=None, std=None), r"needs \(14,\) floats 'mean' .* it has none"),
         (_statistics(std=torch.zeros(14)), "divides dimension 0"),
         (_statistics(std=torch.ones(14).index_fill(0, torch.tensor(3), -1.0)), "divides dimension 3"),
-        (_statistics(mean=torch.full((14,), torch.nan)), "some not finite"),
-        (_statistics(std=torch.ones(7)), "it has 7 values"),
+        (_statistics(mean=torch.full((14,), torch.nan)), "not finite"),
+        (_statistics(mean=torch.full((14,), 1e30)), "beyond 1e"),
+        (_statistics(std=torch.ones(14, dtype=torch.int64)), "torch.int64"),
+        (_statistics(std=torch.ones(2, 7)), r"it has \(2, 7\)"),
+        (_statistics(std=torch.ones(7)), r"it has \(7,\)"),
         (_settings(norm_map={"STATE": "IDENTITY"}), "config.json has"),
         (_settings(features={}), "other features"),
         (_settings(normalize_observation_keys=[]), "some keys only"),
@@ -332,6 +336,10 @@ def test_what_is_no_batch(policy: CeedVLAPolicy, batch: Any, method: str) -> Non
         {"decoding": 5},
         {"decoding": None},
         {"decoding": "cap0"},
+        {"record_states": np.zeros(3)},
+        {"read": "yes"},
+        {"previous": torch.zeros(2, 28).long().to_sparse()},
+        {"previous": torch.zeros(2, 28, dtype=torch.long, device="meta")},
     ],
 )
 def test_arguments_of_another_kind(policy: CeedVLAPolicy, batch: Any, arguments: dict[str, Any]) -> None:
@@ -352,6 +360,82 @@ def test_paths_of_another_kind(path: Any) -> None:
 def test_instructions_of_another_kind(processors: Any, raw_observation: Any, task: Any) -> None:
     with pytest.raises(ObservationError, match="instruction"):
         processors[0]({**raw_observation(), "task": task})
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", lambda v: v.update(chunk_size=0), "chunk_size is 0"),
+        ("config.json", lambda v: v.update(nonsense=1), "nonsense"),
+        ("config.json", lambda v: v.update(backbone=[]), "choice class"),
+        ("config.json", lambda v: v.update(input_features=3), "config.json cannot be used"),
+        ("config.json", lambda v: v.update(use_peft=True), "use_peft"),
+        ("config.json", lambda v: v["decoding"].pop("max_iterations"), "lacks 'max_iterations'"),
+        ("config.json", lambda v: v["decoding"].update(window=True), "true or false for 'window'"),
+        (PRE, lambda v: v["steps"].append({"registry_name": "ceed_vla_vlm_inputs"}), "could run code"),
+        (PRE, lambda v: v["steps"].append({"registry_name": "absolute_actions_processor"}), "could run code"),
+        (PRE, lambda v: step(v, "ceed_vla_instruction_words")["config"]["vocabulary"].reverse(), "in order"),
+        (POST, lambda v: v["steps"].append({"registry_name": "rename_observations_processor"}), "run code"),
+        (
+            POST,
+            lambda v: v["steps"].append(
+                {"registry_name": "absolute_actions_processor", "config": {"enabled": True}}
+            ),
+            "relative actions",
+        ),
+        (POST, lambda v: step(v, "unnormalizer_processor").update(state_file=None), "empty state_file"),
+        (POST, lambda v: step(v, "device_processor")["config"].update(device="CPU"), "device is 'CPU'"),
+    ],
+)
+def test_lerobots_tools_end_in_an_error_of_ours(
+    folder: Path, file: str, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    import lerobot_policy_ceed_vla  # noqa: F401  (LeRobot's tools import their plugins)
+
+    edit(folder / file, change)
+    with pytest.raises(CeedVLAError, match=message):
+        load(folder)
+
+    def build() -> None:
+        config = PreTrainedConfig.from_pretrained(folder)
+        make_pre_post_processors(CeedVLAPolicy.from_pretrained(folder, config=config).config, str(folder))
+
+    with pytest.raises(CeedVLAError, match=message):
+        build()
+
+
+def test_training_batches_of_another_kind(make_policy: Any, batch: dict[str, Any]) -> None:
+    policy = make_policy(auxiliary_scale=[1.0, 1.0])
+    rows, steps = 2, policy.config.chunk_size
+    right = {
+        **batch,
+        "action": torch.zeros(rows, steps, 7),
+        "observation.environment_state": torch.zeros(rows, 2),
+        "action_is_pad": torch.zeros(rows, steps, dtype=torch.bool),
+        "augmentation_noise": torch.zeros(rows, policy.augmentation_size),
+    }
+    policy.forward(right)
+    for change in (
+        {"action": torch.zeros(rows + 1, steps, 7)},
+        {"action": torch.zeros(rows, steps, 7).to_sparse()},
+        {"observation.environment_state": torch.full((rows, 2), 1e38)},
+        {"action_is_pad": torch.full((rows, steps), torch.nan)},
+        {"augmentation_noise": torch.full((rows, policy.augmentation_size), 7.0)},
+    ):
+        with pytest.raises(CeedVLAError):
+            policy.forward({**right, **change})
+    with pytest.raises(CeedVLAError, match="augmentation_noise"):
+        policy.augment({**batch, "augmentation_noise": 5})
+    with pytest.raises(CeedVLAError, match="does not run"):
+        policy.half().decode(batch)
+
+
+@pytest.mark.parametrize("options", [{"push_to_hub": True}, {"state_dict": 5}, {"state_dict": {1: 2}}])
+def test_what_cannot_be_saved(policy: CeedVLAPolicy, tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(CeedVLAError):
+        policy.save_pretrained(tmp_path / "saved", **options)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        policy.save_pretrained("a\0b")
 
 
 def test_lerobots_own_route_is_covered(folder: Path) -> None:

@@ -93,12 +93,12 @@ class ActionTokenizer:
         )
         if len(low) != len(high) or len(low) == 0:
             raise ConfigError(
-                f"low has {len(low)} values and high {len(high)}; give one of each for every dimension."
+                f"low has {len(low)} values and high {len(high)}; give one for every dimension."
             )
         (chunk_steps, num_bins) = whole((chunk_steps, num_bins), "chunk_steps and num_bins")
         if chunk_steps < 1 or not 2 <= num_bins <= MOST_BINS:
             raise ConfigError(
-                f"chunk_steps is {chunk_steps} (at least 1) and num_bins {num_bins} (2 to {MOST_BINS})."
+                f"chunk_steps is {chunk_steps} (1 or more), num_bins {num_bins} (2 to {MOST_BINS})."
             )
         self.action_dim = len(low)
         self.chunk_steps = int(chunk_steps)
@@ -209,9 +209,7 @@ def ranges_from_stats(
     low, high = (_statistic(stats, key) for key in _RANGE_KEYS[mode])
     least, most = _statistic(stats, "min"), _statistic(stats, "max")
     if not len(low) == len(high) == len(least) == len(most):
-        raise ConfigError(
-            "The action statistics have different lengths; recompute the statistics of the data set."
-        )
+        raise ConfigError("The action statistics have different lengths; recompute the data set's.")
     action_dim = len(low)
     bad = [d for d in gripper_dims if not -action_dim <= d < action_dim]
     if bad:
@@ -240,7 +238,7 @@ def _statistic(stats: Mapping[str, Any], key: str) -> list[float]:
         finite = bool(torch.isfinite(values).all())
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"The action statistic {key!r} holds no numbers ({short(error)}); recompute it."
+            f"The action statistic {key!r} is no numbers ({short(error)}); recompute it."
         ) from error
     if not finite:
         raise ConfigError(f"The action statistic {key!r} is {values.tolist()}; all values must be finite.")

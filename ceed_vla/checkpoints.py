@@ -71,7 +71,7 @@ def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
         missing = [name for name in files if not (folder / name).is_file()]
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise CheckpointError(
-            f"The checkpoint {str(path)[:200]!r} cannot be read ({error.strerror})."
+            f"The checkpoint {str(path)[:200]!r} is not read ({error.strerror})."
         ) from error
     if not found:
         raise CheckpointError(
@@ -97,9 +97,7 @@ def read_config(folder: Path, device: str | None = None) -> CeedVLAConfig:
     values = read_json(folder / "config.json")
     kind, tokens = values.pop("type", None), values.get("action_tokens")
     if isinstance(tokens, dict) and tokens.get("path") and not tokens.get("symbols"):
-        raise CheckpointError(
-            f"{folder}: action_tokens in config.json are not fitted; a checkpoint holds its own."
-        )
+        raise CheckpointError(f"{folder}: action_tokens in config.json are not fitted; copy it again.")
     if kind != "ceed_vla":
         raise CheckpointError(f"{folder} holds a policy of type {kind!r}; this loader reads type 'ceed_vla'.")
     if device is not None:
@@ -159,9 +157,7 @@ def check_checkpoint(folder: Path, config: CeedVLAConfig) -> None:
     if (
         getattr(config.backbone, "architecture", None) == ""
     ):  # or the model would be read from wherever `path` says
-        raise CheckpointError(
-            f"{folder}: backbone.architecture in config.json is empty; copy the checkpoint again."
-        )
+        raise CheckpointError(f"{folder}: backbone.architecture in config.json is empty; copy it again.")
     _check_decoding(folder)
     check_size(config, folder)
     if any((folder / name).exists() for name in PROCESSOR_FILES):

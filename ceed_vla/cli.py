@@ -73,171 +73,101 @@ def student_simulator(config: Any) -> dict[str, Any]:
     return {"closed_loop": ClosedLoopValidation(decoding="ceed")}
 
 
+def _row(
+    summary: str, where: str, must: str = "", may: str = "", *, kept: str = "nothing was written", **more: Any
+) -> Command:
+    """A row whose module, configuration and function, and whose flags are words of one text each."""
+    module, config, function = where.split()
+    return Command(summary, module, config, function, kept, tuple(must.split()), tuple(may.split()), **more)
+
+
 _RESUMABLE = "go on with the same command and --resume=true"
 COMMANDS = {
-    "record": Command(
-        summary="record demonstrations of the scripted experts as a LeRobot data set",
-        module="sim.record",
-        config="RecordConfig",
-        function="record",
+    "record": _row(
+        "record demonstrations of the scripted experts as a LeRobot data set",
+        "sim.record RecordConfig record",
+        must="root",
+        may="mode tasks episodes seed policy_path action_noise resume",
         kept=f"complete attempts are in {{root}}; {_RESUMABLE}",
-        must=("root",),
-        may=("mode", "tasks", "episodes", "seed", "policy_path", "action_noise", "resume"),
     ),
-    "train": Command(
-        summary="train the autoregressive teacher on recorded data",
-        module="training.teacher",
-        config="TrainConfig",
-        function="train",
+    "train": _row(
+        "train the autoregressive teacher on recorded data",
+        "training.teacher TrainConfig train",
+        must="roots output_dir",
+        may="grounding_roots steps batch_size rounds policy_path policy.chunk_size policy.backbone.type "
+        "policy.backbone.path policy.action_tokens.type policy.device threads resume",
         kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
-        must=("roots", "output_dir"),
-        may=(
-            "grounding_roots",
-            "steps",
-            "batch_size",
-            "rounds",
-            "policy_path",
-            "policy.chunk_size",
-            "policy.backbone.type",
-            "policy.backbone.path",
-            "policy.action_tokens.type",
-            "policy.device",
-            "threads",
-            "resume",
-        ),
         simulator=teacher_simulator,
     ),
-    "fit-tokens": Command(
-        summary="fit FAST action tokens (DCT and BPE) on recorded data",
-        module="training.fit_tokens",
-        config="FitTokensConfig",
-        function="fit_tokens",
-        kept="nothing was written",
-        must=("roots", "output"),
-        may=("chunk_size", "vocabulary_size", "gripper_dims"),
+    "fit-tokens": _row(
+        "fit FAST action tokens (DCT and BPE) on recorded data",
+        "training.fit_tokens FitTokensConfig fit_tokens",
+        must="roots output",
+        may="chunk_size vocabulary_size gripper_dims",
     ),
-    "collect": Command(
-        summary="write the teacher's Jacobi trajectories over a data set",
-        module="training.trajectories",
-        config="CollectConfig",
-        function="collect",
+    "collect": _row(
+        "write the teacher's Jacobi trajectories over a data set",
+        "training.trajectories CollectConfig collect",
+        must="policy_path roots output_dir",
+        may="device batch_size max_frames shard_index num_shards threads resume",
         kept=f"complete shards are in {{output_dir}}; {_RESUMABLE}",
-        must=("policy_path", "roots", "output_dir"),
-        may=("device", "batch_size", "max_frames", "shard_index", "num_shards", "threads", "resume"),
     ),
-    "distill": Command(
-        summary="distill the teacher into a student that decodes in few forwards",
-        module="training.distill",
-        config="DistillConfig",
-        function="distill",
+    "distill": _row(
+        "distill the teacher into a student that decodes in few forwards",
+        "training.distill DistillConfig distill",
+        must="teacher_path trajectories.path roots output_dir",
+        may="trajectories.online steps batch_size lr loss states max_iterations confidence lora.rank device seed "
+        "threads resume",
         kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
-        must=("teacher_path", "trajectories.path", "roots", "output_dir"),
-        may=(
-            "trajectories.online",
-            "steps",
-            "batch_size",
-            "lr",
-            "loss",
-            "states",
-            "max_iterations",
-            "confidence",
-            "lora.rank",
-            "device",
-            "seed",
-            "threads",
-            "resume",
-        ),
         simulator=student_simulator,
     ),
-    "eval": Command(
-        summary="compare decoders in closed loop: success, forwards, latency, clips",
-        module="sim.evaluate",
-        config="EvalConfig",
-        function="evaluate",
-        kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
-        must=("policy.path",),
-        may=(
-            "teacher.path",
-            "decoders",
-            "episodes",
-            "seed",
-            "task",
-            "split",
-            "output_dir",
-            "device",
-            "threads",
-            "resume",
-        ),
-    ),
-    "show": Command(
-        summary="draw how one observation's tokens settle over the iterations",
-        module="sim.show",
-        config="ShowConfig",
-        function="show",
-        kept="nothing was written",
-        must=("policy.path",),
-        may=("teacher.path", "output", "seed", "chunk", "task", "device"),
-    ),
-    "grounding": Command(
-        summary="how well a policy sees where cube and goal are, by distance",
-        module="sim.grounding",
-        config="GroundingConfig",
-        function="grounding",
-        kept="nothing was written",
-        must=("policy.path",),
-        may=("scenes", "edges", "output", "device"),
-    ),
-    "demo": Command(
-        summary="run the shipped policies: table, plots and clips in a few minutes",
-        module="sim.demo",
-        config="DemoConfig",
-        function="demo",
+    "eval": _row(
+        "compare decoders in closed loop: success, forwards, latency, clips",
+        "sim.evaluate EvalConfig evaluate",
+        must="policy.path",
+        may="teacher.path decoders episodes seed task split output_dir device threads resume",
         kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
     ),
-    "ros-demo": Command(
-        summary="drive the simulated robot through ROS 2: success, command rate, a bag",
-        module="ros_nodes.demo",
-        config="RosDemoConfig",
-        function="ros_demo",
+    "show": _row(
+        "draw how one observation's tokens settle over the iterations",
+        "sim.show ShowConfig show",
+        must="policy.path",
+        may="teacher.path output seed chunk task device",
+    ),
+    "grounding": _row(
+        "how well a policy sees where cube and goal are, by distance",
+        "sim.grounding GroundingConfig grounding",
+        must="policy.path",
+        may="scenes edges output device",
+    ),
+    "demo": _row(
+        "run the shipped policies: table, plots and clips in a few minutes",
+        "sim.demo DemoConfig demo",
+        kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
+    ),
+    "ros-demo": _row(
+        "drive the simulated robot through ROS 2: success, command rate, a bag",
+        "ros_nodes.demo RosDemoConfig ros_demo",
+        may="episodes checkpoint task action_interface decoding output_dir",
         kept="the bag and the nodes' output, as far as they came, are in {output_dir}",
-        may=("episodes", "checkpoint", "task", "action_interface", "decoding", "output_dir"),
     ),
-    "convert": Command(
-        summary="make a checkpoint from a published model (OpenVLA, pi0-FAST)",
-        module="ceed_vla.convert",
-        config="ConvertConfig",
-        function="convert",
-        kept="nothing was written",
-        must=("path", "output_dir"),
-        may=(
-            "from",
-            "unnorm_key",
-            "chunk_size",
-            "n_action_steps",
-            "camera",
-            "camera_size",
-            "fast_tokenizer",
-            "text_tokenizer",
-            "device",
-        ),
+    "convert": _row(
+        "make a checkpoint from a published model (OpenVLA, pi0-FAST)",
+        "ceed_vla.convert ConvertConfig convert",
+        must="path output_dir",
+        may="from unnorm_key chunk_size n_action_steps camera camera_size fast_tokenizer text_tokenizer device",
         positional="path",
     ),
-    "verify": Command(
-        summary="check a published model against its reference outputs",
-        module="ceed_vla.verify",
-        config="VerifyConfig",
-        function="verify",
-        kept="nothing was written",
-        must=("folder",),
-        may=("policy_path", "device"),
+    "verify": _row(
+        "check a published model against its reference outputs",
+        "ceed_vla.verify VerifyConfig verify",
+        must="folder",
+        may="policy_path device",
         positional="folder",
     ),
-    "doctor": Command(
-        summary="look at this installation: versions, GL, ROS, devices, disk; what to do where something is missing",
-        module="ceed_vla.doctor",
-        config="DoctorConfig",
-        function="doctor",
-        kept="nothing was written",
+    "doctor": _row(
+        "look at this installation: versions, GL, ROS, devices, disk; what to do where something is missing",
+        "ceed_vla.doctor DoctorConfig doctor",
     ),
 }
 
@@ -268,9 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything of the hub is imported: no command asks it
     _configure_logging()
     if arguments is None and not os.environ.get(TRACEBACK):
-        sys.unraisablehook = lambda _: (
-            None
-        )  # what fails while objects are thrown away changes nothing any more
+        sys.unraisablehook = lambda _: None  # what fails while objects are thrown away changes nothing
     return _run(name, COMMANDS[name], flags)
 
 
@@ -311,24 +239,13 @@ def _run(name: str, command: Command, flags: list[str]) -> int:
         config_class = getattr(module, command.config)
         wanted = _help(flags)
         if wanted:
-            everything = wanted == "all"
-            print(
-                format_help(
-                    program,
-                    config_class,
-                    command.positional,
-                    command.must,
-                    command.may,
-                    everything=everything,
-                )
-            )
+            groups = (command.positional, command.must, command.may)
+            print(format_help(program, config_class, *groups, everything=wanted == "all"))
             return 0
         config = parse_flags(config_class, flags, command.positional)
         injected = command.simulator(config) if command.simulator else {}
         result = getattr(module, command.function)(config, **injected)
-        if result is not None and not isinstance(
-            result, dict
-        ):  # a dict is a report that the command has printed
+        if not isinstance(result, dict | None):  # a dict is a report that the command has printed
             print(result)
     except UsageError as error:
         return _complain(program, f"{error} ({program} --help lists the flags)", 2)
@@ -354,17 +271,11 @@ def _help(flags: Sequence[str]) -> str:
 def explain(error: Exception) -> str:
     """What a user can do about an exception, whatever raised it."""
     text = str(error)
-    if isinstance(error, CeedVLAError):
-        return text
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename is not None else ""
-        room = (
-            "; make room there, what is complete is kept"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
-            else ""
-        )
-        return f"{where}{error.strerror}{room}"
-    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return f"{where}{error.strerror}{'; make room there, what is complete is kept' if full else ''}"
+    if isinstance(error, CeedVLAError | OSError):
         return text
     if type(error).__name__ == "SafetensorError":
         return f"weights cannot be read or written ({text}); is the file complete, and is there room on the disk?"

@@ -13,23 +13,24 @@ from typing import Any
 
 from ceed_vla.cli_values import (
     UsageError,
-    guess,
     is_choice,
     is_nested,
     read_config,
     read_yaml,
     shaped,
     type_hints,
+    unknown,
 )
 from ceed_vla.devices import check_device
 from ceed_vla.discovery import FLAG as DISCOVER
 from ceed_vla.errors import CeedVLAError
 from ceed_vla.fields import allowed_of
 
+_Flag = tuple[str, str, str, str]  # name, type, meaning and default
 _COLUMN = 34  # where a flag's description starts
 _COMMON = (
-    ("config_path", "FILE", "Read flags from a YAML or JSON file; those given here win."),
-    (DISCOVER, "STR", "Comma-separated packages of yours, imported first for what they register."),
+    ("config_path", "FILE", "Read flags from a YAML or JSON file; those given here win.", ""),
+    (DISCOVER, "STR", "Comma-separated packages of yours, imported first for what they register.", ""),
 )
 
 
@@ -117,21 +118,20 @@ def format_help(
     second = list(may) if must or may else [name for name in flags if flags[name][2] and name not in first]
     rest = [name for name in flags if name not in (*first, *second)]
     word = f"{positional.upper()} " if positional else ""
-    lines = [
-        f"usage: {program} {word}[--flag value | --flag=value ...] [--config_path FILE]",
-        "",
-        introduction,
-    ]
+    usage = f"usage: {program} {word}[--flag value | --flag=value ...] [--config_path FILE]"
+    parts = [usage, "", introduction]
+
+    def explain(title: str, group: Iterable[_Flag]) -> None:
+        parts.extend(["", title, *(line for flag in group for line in _explained(*flag, width))])
+
     if first:
-        lines += ["", "you must set:", *(line for name in first for line in _explained(*flags[name], width))]
-    lines += ["", "you may want:", *(line for name in second for line in _explained(*flags[name], width))]
-    for name, kind, meaning in _COMMON:
-        lines += _explained(name, kind, meaning, "", width)
+        explain("you must set:", (flags[name] for name in first))
+    explain("you may want:", [*(flags[name] for name in second), *_COMMON])
     if rest and everything:
-        lines += ["", "the rest:", *(line for name in rest for line in _explained(*flags[name], width))]
-    if rest and not everything:
-        lines += ["", "the rest (--help=all explains them):", *_named(rest, width)]
-    return "\n".join(lines)
+        explain("the rest:", (flags[name] for name in rest))
+    elif rest:
+        parts += ["", "the rest (--help=all explains them):", *_named(rest, width)]
+    return "\n".join(parts)
 
 
 def _explained(name: str, kind: str, meaning: str, default: str, width: int) -> list[str]:
@@ -147,42 +147,34 @@ def _named(names: Iterable[str], width: int) -> list[str]:
     for name in names:
         outer, dot, last = name.rpartition(".")
         groups.setdefault(f"--{outer}{dot}" if dot else "", []).append(last if dot else f"--{name}")
-    lines = []
-    for outer, inner in groups.items():
-        text = f"{outer}{{{', '.join(inner)}}}" if outer else ", ".join(inner)
-        lines += textwrap.wrap(
-            text, width, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False
-        )
-    return lines
+    wrapper = textwrap.TextWrapper(width, "  ", "      ", break_on_hyphens=False)
+    texts = (
+        f"{outer}{{{', '.join(inner)}}}" if outer else ", ".join(inner) for outer, inner in groups.items()
+    )
+    return [line for text in texts for line in wrapper.wrap(text)]
 
 
-def _describe(
-    config_class: type[Any], prefix: str = "", defaults: Any = None
-) -> Iterator[tuple[str, str, str, str]]:
+def _describe(config_class: type[Any], prefix: str = "", defaults: Any = None) -> Iterator[_Flag]:
     """(name, type, meaning, default) of every flag, nested ones as `outer.inner`."""
     _, meanings = _split_docstring(config_class)
     hints = type_hints(config_class)
-    for item in fields(config_class):
-        if not item.init:
-            continue
+    for item in (item for item in fields(config_class) if item.init):
         value = getattr(defaults, item.name, MISSING) if defaults is not None else _default(item)
         kind = hints.get(item.name, item.type)
+        meaning, allowed = meanings.get(item.name, ""), allowed_of(item)
         if is_choice(kind):
-            yield from _describe_choice(kind, prefix + item.name, meanings.get(item.name, ""), value)
+            yield from _describe_choice(kind, prefix + item.name, meaning, value)
             continue
         if isinstance(kind, type) and is_dataclass(kind):
             yield from _describe(kind, f"{prefix}{item.name}.", None if value is MISSING else value)
             continue
         shown = "(required)" if value is MISSING else "" if value in (None, "") else f"[{_plain(value)}]"
-        meaning, allowed = meanings.get(item.name, ""), allowed_of(item)
         if meaning and allowed is not None:
             meaning = f"{meaning.rstrip('.')}; {allowed}."
         yield prefix + item.name.removesuffix("_"), _type_name(kind), meaning, shown
 
 
-def _describe_choice(
-    kind: type[Any], name: str, meaning: str, value: Any
-) -> Iterator[tuple[str, str, str, str]]:
+def _describe_choice(kind: type[Any], name: str, meaning: str, value: Any) -> Iterator[_Flag]:
     """`name.type`, then the flags of the usual kind, then those that only other kinds have."""
     usual = kind.get_choice_class(kind.default_choice_name()) if value is MISSING else value.__class__
     known = kind.get_known_choices()
@@ -239,21 +231,16 @@ def _read_words(config_class: type[Any], flags: Sequence[str], positional: str) 
         if name not in kinds and f"{name}.path" in kinds:
             name = f"{name}.path"  # --policy FOLDER
         if not word.startswith("--") or name not in kinds:
-            raise UsageError(
-                f"unknown flag {word[:200]!r}{guess(name, kinds) if word.startswith('--') else ''}"
-            )
+            raise unknown(name, kinds, word)
         if name in seen:
             raise UsageError(f"--{name} is given twice")
         seen.add(name)
-        if not equals:
-            if words and not words[0].startswith("--"):
-                text = words.pop(0)
-            elif kinds[name] == "BOOL":
-                text = "true"
-            else:
-                raise UsageError(f"--{name} needs a value")
+        if not equals and words and not words[0].startswith("--"):
+            text, equals = words.pop(0), "="
+        elif not equals and kinds[name] == "BOOL":
+            text = "true"
         is_text = kinds[name] in ("STR", "PATH", "FILE")
-        if not is_text and not text.strip():
+        if not text.strip() and not (is_text and equals):
             raise UsageError(f"--{name} needs a value")
         *outer, last = name.split(".")
         place = values
@@ -269,12 +256,8 @@ def _nested_defaults(config_class: type[Any]) -> dict[str, Any]:
     Without them, `--policy.width=96` would build a new policy configuration without the outer class's choices.
     """
     hints = type_hints(config_class)
-    nested = [item for item in fields(config_class) if is_nested(hints.get(item.name))]
-    changes = {
-        item.name: _changes(_default(item), hints[item.name])
-        for item in nested
-        if _default(item) is not MISSING
-    }
+    defaults = {item.name: _default(item) for item in fields(config_class) if is_nested(hints.get(item.name))}
+    changes = {k: _changes(value, hints[k]) for k, value in defaults.items() if value is not MISSING}
     return {name: values for name, values in changes.items() if values}
 
 
@@ -285,13 +268,10 @@ def _changes(value: Any, kind: type[Any]) -> dict[str, Any]:
         chosen = value.__class__
         return {"type": kind.get_choice_name(chosen), **_changes(value, chosen)}
     plain, hints, changed = kind(), type_hints(kind), {}
-    for item in fields(kind):
-        if not item.init:
-            continue
+    for item in (item for item in fields(kind) if item.init):
         own, inner = getattr(value, item.name), hints.get(item.name)
         if inner is not None and is_nested(inner):
-            nested = _changes(own, inner)  # against the inner class: what the outer one gives it, too
-            if nested:
+            if nested := _changes(own, inner):  # against the inner class: what the outer one gives it, too
                 changed[item.name] = nested
         elif own != getattr(plain, item.name):
             changed[item.name] = draccus.encode(own)
@@ -312,8 +292,7 @@ def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 def _explain(error: Exception) -> str:
     """One line about values that draccus refused."""
     text = str(error)
-    missing = re.match(r".*Missing required field\(s\) (.+) for", text)
-    if missing:
+    if missing := re.match(r".*Missing required field\(s\) (.+) for", text):
         return "missing " + ", ".join(f"--{name}" for name in re.findall(r"`(\w+)`", missing[1]))
     cause = error.__cause__
     return f"{text} ({cause})" if cause is not None and str(cause) not in text else text

@@ -25,10 +25,11 @@ class UsageError(Exception):
     """The command line cannot be read."""
 
 
-def guess(name: str, known: Iterable[str]) -> str:
-    """The flag that was meant, as the end of a message; empty if none is close."""
+def unknown(name: str, known: Iterable[str], word: str = "") -> UsageError:
+    """That there is no flag `name` (typed as `word`), and which of the `known` ones may be meant."""
     close = get_close_matches(name[:100], known, n=1)
-    return f"; did you mean --{close[0]}?" if close else ""
+    hint = f"; did you mean --{close[0]}?" if close else ""
+    return UsageError(f"unknown flag {_shown(word or f'--{name}')}{hint}")
 
 
 def read_yaml(text: str, source: str) -> Any:
@@ -69,10 +70,9 @@ def read_yaml(text: str, source: str) -> Any:
         Loader.add_constructor(tag, lambda loader, node, read=read: read(str(node.value)))
     try:
         return yaml.load(text, Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"{source} cannot be read: {error}") from error
-    except RecursionError as error:
-        raise UsageError(f"{source} cannot be read: it is nested too deep") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise UsageError(f"{source} cannot be read: {reason}") from error
 
 
 def read_config(config_class: type[Any], file: str | None) -> dict[str, Any]:
@@ -127,20 +127,14 @@ def shaped(values: dict[str, Any], config_class: type[Any], prefix: str = "") ->
         if name in result:
             continue
         if name not in known:
-            raise UsageError(
-                f"unknown flag {_shown(f'--{prefix}{name}')}{guess(prefix + name, [prefix + n for n in known])}"
-            )
+            raise unknown(prefix + name, [prefix + n for n in known])
         field, owner = known[name]
         result[field] = _typed(value, type_hints(owner).get(field, Any), prefix + name)
     return result
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:
-    """`value` as draccus takes it for `hint`, if it is of that type or the text of one.
-
-    Raises:
-        UsageError: Another type.
-    """
+    """`value` as draccus takes it for `hint`, if it is of that type or the text of one; else a UsageError."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     for option in typing.get_args(hint) if union else (hint,):
         fits, typed = _as(value, option, name)

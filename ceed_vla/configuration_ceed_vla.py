@@ -86,13 +86,9 @@ class CeedVLAConfig(PreTrainedConfig):
             check_device_name(self.device)
         check_fields(self)
         if self.n_obs_steps != 1:
-            raise ConfigError(
-                f"n_obs_steps is {short(self.n_obs_steps)}; the policy sees one observation at a time."
-            )
+            raise ConfigError(f"n_obs_steps is {short(self.n_obs_steps)}; the policy sees one observation.")
         if self.use_peft:
-            raise ConfigError(
-                "use_peft is true; adapters lie in the checkpoint's own weights, so it must be false."
-            )
+            raise ConfigError("use_peft is true; adapters lie in the checkpoint's own weights: set false.")
         super().__post_init__()
         if self.n_action_steps > self.chunk_size:
             raise ConfigError(

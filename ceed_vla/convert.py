@@ -190,9 +190,7 @@ def convert(config: ConvertConfig) -> str:
         raise ConfigError("No --output_dir; name the folder for the checkpoint.")
     output = Path(config.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(
-            f"{output} is no empty folder; choose another --output_dir: nothing there is overwritten."
-        )
+        raise ConfigError(f"{output} is no empty folder; choose another --output_dir.")
     if config.from_ == PI0_FAST:
         return _convert_pi0_fast(config)
     policy, *processors = published_policy(replace(config, quantization="none", device="cpu"))

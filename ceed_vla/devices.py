@@ -27,9 +27,7 @@ def check_device_name(name: object) -> None:
     """Raise `ConfigError` unless `name` names a device, of this machine or another."""
     kind, index = _parsed(name)
     if kind not in KINDS or index < 0:
-        raise ConfigError(
-            f"device is {str(name)[:200]!r}; it must be one of {', '.join(KINDS)}, or such as cuda:1."
-        )
+        raise ConfigError(f"device is {str(name)[:200]!r}; choose one of {', '.join(KINDS)}, or cuda:1.")
 
 
 def _parsed(name: object) -> tuple[str, int]:

@@ -104,9 +104,7 @@ class FastCodec:
             texts.append(texts[left] + texts[right])
             total += len(texts[-1])
             if total > _MOST_CHARACTERS:
-                raise ConfigError(
-                    f"The ids up to merge {i} stand for {total} coefficients; fit the tokens again."
-                )
+                raise ConfigError(f"The ids up to merge {i} stand for {total} coefficients; fit them again.")
         if len(set(texts)) < len(texts):
             raise ConfigError("Two merges make the same text; fit the tokens again.")
         vocabulary = {text: i for i, text in enumerate(texts)}

@@ -69,9 +69,7 @@ def regular(file: Path, error: type[CeedVLAError] = CheckpointError, name: str =
     except (OSError, ValueError):
         return file
     if not is_file:
-        raise error(
-            f"{name or file} cannot be read: it must be a file, not a folder, pipe or device; copy it again."
-        )
+        raise error(f"{name or file} cannot be read: it must be a file, not a folder, pipe or device.")
     return file
 
 
@@ -124,9 +122,7 @@ def write_files(files: Mapping[str, Tensor], folder: Path) -> None:
     """
     for name, data in files.items():
         if str(data.dtype) != "torch.uint8" or data.ndim != 1:
-            raise CheckpointError(
-                f"The checkpoint's file {name!r} is {data.dtype}; it must be bytes. Copy it again."
-            )
+            raise CheckpointError(f"The file {name!r} is {data.dtype}; it must be bytes. Copy it again.")
         (folder / plain_name(name, "A file in the checkpoint")).write_bytes(data.cpu().numpy().tobytes())
 
 

@@ -54,9 +54,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         if not isinstance(config, CeedVLAConfig):
             raise ConfigError(f"config is a {type(config).__name__}; a CeedVLAPolicy needs a CeedVLAConfig.")
         if not isinstance(dataset_stats, Mapping | None):
-            raise ConfigError(
-                f"dataset_stats is a {type(dataset_stats).__name__}; pass LeRobot's statistics or None."
-            )
+            raise ConfigError(f"dataset_stats is a {type(dataset_stats).__name__}; pass statistics or None.")
         super().__init__(config)
         config.validate_features()
         config.action_tokens.fit(config.action_dim, (dataset_stats or {}).get(ACTION))
@@ -92,9 +90,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         folder = resolve_checkpoint(pretrained_name_or_path, POLICY_FILES)
         _check_switches(strict=strict, merge_adapters=merge_adapters)
         if not isinstance(config, CeedVLAConfig | None):
-            raise ConfigError(
-                f"config is a {type(config).__name__}; pass a CeedVLAConfig, or None for the checkpoint's."
-            )
+            raise ConfigError(f"config is a {type(config).__name__}; pass a CeedVLAConfig or None.")
         chosen = read_config(folder) if config is None else config
         check_checkpoint(folder, chosen)
         try:
@@ -144,9 +140,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         try:
             return super().to(*arguments, **options)
         except (RuntimeError, TypeError, AssertionError) as error:
-            raise ConfigError(
-                f"The policy cannot move to {short(arguments or options)} ({short(error)})."
-            ) from error
+            raise ConfigError(f"It cannot move to {short(arguments or options)} ({short(error)}).") from error
 
     # ---- acting -------------------------------------------------------------------------------------------------
 
@@ -195,9 +189,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         config = self.decoding_config(decoding)
         steps = self.config.n_action_steps if shift_steps is None else shift_steps
         if not isinstance(steps, int) or not 0 <= steps <= self.config.chunk_size:
-            raise TokenError(
-                f"shift_steps is {short(steps)}; it must be whole steps, at most {self.config.chunk_size}."
-            )
+            raise TokenError(f"shift_steps is {short(steps)}; it must be in [0, {self.config.chunk_size}].")
         if not isinstance(generator, torch.Generator | None):
             raise ConfigError(f"generator is a {type(generator).__name__}; pass a torch.Generator or None.")
         started = time.perf_counter()

@@ -104,9 +104,7 @@ class InstructionWordsStep(ObservationProcessorStep):
         for word in words:
             if word not in self._ids and word not in self._warned and len(self._warned) < MOST_WARNINGS:
                 self._warned.add(word)
-                logger.warning(
-                    "The policy has never seen the word %r; it is read as an unknown word.", word[:50]
-                )
+                logger.warning("The policy has never seen the word %r; it is read as unknown.", word[:50])
         ids = [self._ids.get(word, UNKNOWN_ID) for word in words]
         return ids + [PAD_ID] * (self.max_words - len(ids))
 
@@ -139,9 +137,7 @@ def make_instruction_step(config: CompactConfig, instructions: Iterable[str]) ->
     instructions = list(instructions)
     vocabulary = build_vocabulary(instructions)
     if not vocabulary:
-        raise ConfigError(
-            "There is no instruction to take the vocabulary from; pass the data set's metadata."
-        )
+        raise ConfigError("There is no instruction to take the vocabulary from; pass the metadata.")
     longest = max(instructions, key=lambda text: len(split_words(text)), default="")
     if len(split_words(longest)) > config.max_instruction_words:
         raise ConfigError(

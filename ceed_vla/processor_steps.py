@@ -135,7 +135,11 @@ def _own_steps(config: CeedVLAConfig) -> dict[str, Maker]:
     import ceed_vla.backbones.pi0_fast_inputs  # these register steps
     import ceed_vla.processor_ceed_vla  # noqa: F401
 
-    kinds = {name: ProcessorStepRegistry.get(name) for name in config.backbone.steps if name not in _PLAIN}
+    ours = type(config.backbone).__module__.startswith(
+        "ceed_vla."
+    )  # another's backbone may use any of our steps
+    names = config.backbone.steps if ours else ProcessorStepRegistry.list()
+    kinds = {name: ProcessorStepRegistry.get(name) for name in names if name.startswith("ceed_vla_")}
     return {**_PLAIN, **{n: kind for n, kind in kinds.items() if kind.__module__.startswith("ceed_vla.")}}
 
 
@@ -170,9 +174,7 @@ class Step:
             if name not in tensors.keys():  # noqa: SIM118  (not a mapping)
                 return None
             if math.prod(tensors.get_slice(name).get_shape()) > 1e6:
-                raise self.error(
-                    f"has more than a million values in {name!r} of {self.state.name}; copy it again."
-                )
+                raise self.error(f"has over a million values in {name!r} of {self.state.name}.")
             return tensors.get_tensor(name)
 
 
@@ -194,9 +196,7 @@ def read_steps(folder: Path, name: str, allowed: dict[str, Maker]) -> list[Step]
         or len(entries) > MOST_STEPS
         or not all(isinstance(e, dict) for e in entries)
     ):
-        raise CheckpointError(
-            f"{file} is no processor's file: it needs a list of at most {MOST_STEPS} 'steps'."
-        )
+        raise CheckpointError(f"{file} is no processor's file: it needs at most {MOST_STEPS} 'steps'.")
     steps = [_read_step(file, entry, allowed) for entry in entries]
     names = [step.name for step in steps]
     if twice := {n for n in names if names.count(n) > 1}:
@@ -214,25 +214,17 @@ def _read_step(file: Path, entry: dict[str, Any], allowed: dict[str, Maker]) -> 
         )
     settings, state = entry.get("config", {}), entry.get("state_file")
     if unknown := entry.keys() - {"registry_name", "config", "state_file"}:
-        raise CheckpointError(
-            f"{file}: the step {name!r} has the unknown entry {min(unknown)!r}; copy it again."
-        )
+        raise CheckpointError(f"{file}: the step {name!r} has the entry {min(unknown)!r}; copy it again.")
     if not isinstance(settings, dict) or ("state_file" in entry and state is None):
-        raise CheckpointError(
-            f"{file}: the step {name!r} has no mapping of settings, or an empty state_file."
-        )
+        raise CheckpointError(f"{file}: the step {name!r} has no settings, or an empty state_file.")
     path = None
     if state is not None:
         path = file.parent / plain_name(state, f"{file}: the state_file of the step {name!r}")
         if path.suffix != ".safetensors" or not path.is_file():
-            raise CheckpointError(
-                f"{file} names the state {state!r}, which is no *.safetensors there; copy it too."
-            )
+            raise CheckpointError(f"{file} names the state {state!r}, which is no *.safetensors there.")
         with opened(path) as tensors:
             if wrong := [key for key in tensors.keys() if "." not in key]:  # noqa: SIM118  (not a mapping)
-                raise CheckpointError(
-                    f"{path} has the tensor {wrong[0][:100]!r} of no feature; copy it again."
-                )
+                raise CheckpointError(f"{path} has the tensor {wrong[0][:100]!r} of no feature.")
     step = Step(file, name, settings, path)
     if name in allowed:
         try:
@@ -330,18 +322,12 @@ def _check_normalisation(pre: list[Step], post: list[Step], config: PreTrainedCo
         if step is None:
             if used:
                 file = steps[0].file if steps else "The processor"
-                raise CheckpointError(
-                    f"{file} lacks the step {name!r} for {', '.join(sorted(used))}; copy it again."
-                )
+                raise CheckpointError(f"{file} lacks the step {name!r} for {', '.join(sorted(used))}.")
             continue
         if {str(k): str(m) for k, m in step.settings.get("norm_map", {}).items()} != modes:
-            raise step.error(
-                f"has the modes {step.settings.get('norm_map')}, config.json has {modes}; copy both again."
-            )
+            raise step.error(f"has the modes {step.settings.get('norm_map')}, config.json has {modes}.")
         if step.settings.get("normalize_observation_keys") is not None:
-            raise step.error(
-                "normalises some keys only (normalize_observation_keys), which no training here writes."
-            )
+            raise step.error("normalises some keys only (normalize_observation_keys); no training here does.")
         for feature, (kind, shape) in _shapes(step).items():
             if (mode := modes.get(kind, "IDENTITY")) != "IDENTITY":
                 _check_statistics(step, feature, kind, shape, mode)
@@ -359,9 +345,7 @@ def _check_statistics(step: Step, feature: str, kind: str, shape: tuple[int, ...
             found = "none" if value is None else f"{tuple(value.shape)} {value.dtype}"
             raise step.error(f"needs {wanted} floats {name!r} of {feature} for {mode}; it has {found}.")
         if not bool((value.double().abs() <= LARGEST_SCALE).all()):
-            raise step.error(
-                f"has {name!r} of {feature} not finite or beyond {LARGEST_SCALE:g}; copy it again."
-            )
+            raise step.error(f"has {name!r} of {feature} not finite or beyond {LARGEST_SCALE:g}.")
         values.append(value.double().flatten())
     width = values[1] if mode == "MEAN_STD" else values[1] - values[0]
     # A range of actions is only multiplied by; one that never moved may be empty.

@@ -44,9 +44,7 @@ def check_targets(batch: Mapping[str, Any], rows: int, steps: int, noise: int, t
         if key == ENVIRONMENT_STATE_KEY and not (
             floats and value.shape[1] >= terms and _within(value, -LARGEST, LARGEST)
         ):
-            raise ObservationError(
-                f"{key} is {found} {value.dtype}; expected at least {terms} finite terms a row."
-            )
+            raise ObservationError(f"{key} is {found} {value.dtype}; expected {terms} finite terms a row.")
         if key == AUGMENTATION_NOISE and not (floats and _within(value, 0, 1)):
             raise ObservationError(f"{key} is {value.dtype}; expected numbers in [0, 1).")
         if key == PADDED and (floats or value.is_complex() or not _within(value, 0, 1)):

@@ -25,7 +25,7 @@ from ceed_vla.checkpoints import load
 from ceed_vla.convert import EXPECTED, ConvertConfig, published_policy
 from ceed_vla.devices import check_device
 from ceed_vla.errors import CheckpointError, VerificationError
-from ceed_vla.fields import check_fields, chosen
+from ceed_vla.fields import check_fields, chosen, short
 from ceed_vla.files import read_json
 
 IMAGES = "images.npz"
@@ -130,9 +130,10 @@ def _check_case(what: str, case: Any) -> None:
         many = value if key in LISTS and isinstance(value, list) and len(value) < 1_000_000 else [value]
         wanted = (int, float) if kind is float else kind
         if (key in LISTS) != isinstance(value, list) or not all(
-            isinstance(v, wanted) and not isinstance(v, bool) for v in many
+            isinstance(v, wanted) and not isinstance(v, bool) and (kind is str or abs(v) < 2**62)
+            for v in many
         ):
-            raise CheckpointError(f"{what} lacks {key!r}, or it is of another kind: {str(value)[:100]}.")
+            raise CheckpointError(f"{what} lacks {key!r}, or it is of another kind: {short(value)}.")
     if not isinstance(case.get("prompt", ""), str):
         raise CheckpointError(f"{what} has a prompt that is no text.")
 

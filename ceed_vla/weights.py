@@ -76,9 +76,7 @@ def weight_files(folder: Path) -> list[Path]:
     shards = sorted({plain_name(name, f"{folder / INDEX}: a shard") for name in named})
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing or not shards:
-        raise CheckpointError(
-            f"{folder} lacks {', '.join(missing) or 'all shards'}, which {INDEX} names; copy them too."
-        )
+        raise CheckpointError(f"{folder} lacks {', '.join(missing) or 'all shards'}, which {INDEX} names.")
     return [folder / name for name in shards]
 
 
@@ -271,9 +269,7 @@ def load_weights(policy: CeedVLAPolicy, folder: Path, strict: bool = True) -> No
         policy.adapters = {name: tensors.get_tensor(name) for name in own if is_adapter(name)}
     for name, weight in policy.adapters.items():
         if not weight.is_floating_point() or weight.ndim != 2 or not weight.numel():
-            raise CheckpointError(
-                f"The weights {file} do not load: {name} is {weight.dtype} {tuple(weight.shape)}."
-            )
+            raise CheckpointError(f"The weights {file} do not load: {name} is {weight.dtype} {weight.shape}.")
         check_finite(file, name, weight)
     lost = set(missing) - policy.referenced
     policy.referenced -= own

@@ -27,15 +27,15 @@ class FailureLog:
 
     def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._logger, self._clock = logger, clock
-        self._kinds: set[tuple[type[BaseException], str, int]] = set()
+        self._kinds: set[tuple[object, ...]] = set()
         self._told, self._untold = float("-inf"), 0
 
     def add(self, error: Exception) -> None:
         """A failure happened."""
-        text = short(error) if isinstance(error, CeedVLAError) else short(f"{type(error).__name__}: {error}")
-        text = " ".join(text.split())
+        ours = isinstance(error, CeedVLAError)
+        text = " ".join(short(error if ours else f"{type(error).__name__}: {error}").split())
         frames = traceback.extract_tb(error.__traceback__)
-        kind = (type(error), frames[-1].filename if frames else "", (frames[-1].lineno or 0) if frames else 0)
+        kind = (type(error), *((frame.filename, frame.lineno) for frame in frames[-1:]))
         fresh = kind not in self._kinds and len(self._kinds) < _MOST_KINDS
         if not fresh and self._clock() - self._told < _PERIOD:
             self._untold += 1
@@ -44,7 +44,7 @@ class FailureLog:
             self._kinds.add(kind)
         before = f" ({self._untold} more since the last line)" if self._untold else ""
         self._told, self._untold = self._clock(), 0
-        if fresh and not isinstance(error, CeedVLAError):
+        if fresh and not ours:
             calls = "".join(traceback.format_list(frames[-_FRAMES:])).rstrip()
             self._logger.error("Inference failed: %s%s\n%s", text, before, calls)
         else:

@@ -38,10 +38,10 @@ class Plausibility:
         joint = int(beyond.argmax())
         if beyond[joint] <= _OUTSIDE:
             return ""
-        return (
-            f"{self._names[joint]} is at {positions[joint]:.6g} rad, {beyond[joint]:.3g} outside its limits "
-            f"[{self._low[joint]:.4g}, {self._high[joint]:.4g}]"
+        where = (
+            f"{self._names[joint]} is at {positions[joint]:.6g} rad, {beyond[joint]:.3g} outside its limits"
         )
+        return f"{where} [{self._low[joint]:.4g}, {self._high[joint]:.4g}]"
 
     def jump(self, positions: Array, stamp: float | None) -> str:
         """Which joint moved faster than it can since the last call; "" if none did.
@@ -57,12 +57,9 @@ class Plausibility:
         if before is None or before[1] is None or stamp is None:
             return ""
         seconds = abs(stamp - before[1])
-        moved = np.abs(positions - before[0])
-        excess = moved - (_SPEEDS * self._velocity * seconds + _SLACK)
+        excess = np.abs(positions - before[0]) - (_SPEEDS * self._velocity * seconds + _SLACK)
         joint = int(excess.argmax())
         if excess[joint] <= 0.0:
             return ""
-        return (
-            f"{self._names[joint]} went from {before[0][joint]:.4g} to {positions[joint]:.4g} rad in {seconds:.3f} s; "
-            f"it moves at most {self._velocity[joint]:.3g} rad/s"
-        )
+        way = f"from {before[0][joint]:.4g} to {positions[joint]:.4g} rad in {seconds:.3f} s"
+        return f"{self._names[joint]} went {way}; it moves at most {self._velocity[joint]:.3g} rad/s"

@@ -290,9 +290,7 @@ class Predictor:
             request = Request(0, observation, self._known_word(), response.tokens, frozen, frozen)
             response = self.predict(request)
             if response.error is not None:
-                raise CheckpointError(
-                    f"The checkpoint {self.spec.checkpoint} loads but cannot act: {response.error}"
-                )
+                raise CheckpointError(f"The checkpoint {self.spec.checkpoint} cannot act: {response.error}")
         steps, dim = response.actions.shape
         if dim != self.spec.action_dim:
             raise CheckpointError(
@@ -357,9 +355,7 @@ def _load_other(folder: Path, kind: str, device: str) -> tuple[Any, Any, Any]:
     config = PreTrainedConfig.from_pretrained(folder)
     config.device = device
     if config.n_obs_steps > 1:
-        raise CheckpointError(
-            f"it reads {config.n_obs_steps} observations at once; the node gives the newest one"
-        )
+        raise CheckpointError(f"it reads {config.n_obs_steps} observations at once, the node gives one")
     if hasattr(config, "pretrained_backbone_weights"):
         config.pretrained_backbone_weights = None  # the checkpoint holds them: nothing to download
     check_foreign_processors(folder, config)

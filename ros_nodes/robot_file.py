@@ -109,9 +109,7 @@ def _arm(fields: Fields) -> Arm:
         except (OSError, RuntimeError, ValueError) as error:  # too long, no such home
             raise fields.error("model", f"is {shown(named)}: {short(error)}") from error
         if not there:
-            raise fields.error(
-                "model", f"is {short(model)!r}, which is no file; paths start at this file's folder"
-            )
+            raise fields.error("model", f"is {short(model)!r}, no file; paths start at this file's folder")
     tcp = fields.text("tcp") if model else ""
     home = fields.numbers("home", len(joints)) if "home" in fields else ()
     arm = Arm(model, tcp, joints, home, fields.text("unit", "rad", JOINT_UNITS))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,16 +20,9 @@ from sim.rollout import EpisodeResult
 EPISODES = "episodes.jsonl"
 Results = dict[str, list[EpisodeResult]]  # by the decoder's name
 
-_KINDS = {
-    "decoder": str,
-    "seed": int,
-    "task": str,
-    "instruction": str,
-    "success": bool,
-    "steps": int,
-    "forwards": list,
-    "exit_reasons": list,
-}
+_KINDS = {"decoder": str, "seed": int, "task": str, "instruction": str, "success": bool, "steps": int}
+_KINDS |= {"forwards": list, "exit_reasons": list}
+_ANEW = "start anew in another --output_dir."
 _LONGEST = 2**28  # [bytes]
 
 
@@ -44,9 +36,7 @@ class EpisodeLog:
         longest: Most steps of an episode.
     """
 
-    def __init__(
-        self, folder: Path, identity: Mapping[str, Any], plan: Mapping[int, str], longest: int
-    ) -> None:
+    def __init__(self, folder: Path, identity: dict[str, Any], plan: dict[int, str], longest: int) -> None:
         self.file = folder / EPISODES
         self.identity = json.loads(json.dumps(identity))
         self.plan, self.longest = plan, longest
@@ -59,33 +49,28 @@ class EpisodeLog:
             ConfigError: A file of another evaluation, or damage elsewhere than in the last line.
         """
         results: Results = {name: [] for name in self.identity["decoders"]}
-        seen: set[tuple[str, int]] = set()
         lines = _lines(self.file)
         if not lines:
             return results
         self._check_identity(_values(lines[0]))
+        seen: set[tuple[str, int]] = set()
         for number, line in enumerate(lines[1:], start=2):
             values = _values(line)
             if values is None and number == len(lines):
                 break  # a process died while it wrote
             episode = self._episode(values)
             if episode is None or (values["decoder"], episode.seed) in seen:
-                raise ConfigError(
-                    f"{self.file}: line {number} is no episode of this evaluation, or a second one; restore the file, "
-                    "or start anew in another --output_dir."
-                )
+                what = f"line {number} is no episode of this evaluation, or a second one"
+                raise ConfigError(f"{self.file}: {what}; restore the file, or {_ANEW}")
             seen.add((values["decoder"], episode.seed))
             results[values["decoder"]].append(episode)
         return results
 
     def start(self, results: Results) -> None:
         """Write a file of `results`, and open it for more."""
-        header = {"program": MADE_BY, "identity": self.identity}
-        lines = [
-            json.dumps(header),
-            *(_line(name, e) for name, episodes in results.items() for e in episodes),
-        ]
-        write_text(self.file, "\n".join(lines) + "\n")
+        header = json.dumps({"program": MADE_BY, "identity": self.identity})
+        lines = [_line(name, episode) for name, episodes in results.items() for episode in episodes]
+        write_text(self.file, "\n".join([header, *lines, ""]))
         self._open = self.file.open("a", encoding="utf-8")
 
     def append(self, name: str, episode: EpisodeResult) -> None:
@@ -107,27 +92,24 @@ class EpisodeLog:
     def _check_identity(self, header: Any) -> None:
         theirs = header.get("identity") if isinstance(header, dict) else None
         if not isinstance(theirs, dict):
-            raise ConfigError(f"{self.file} does not say what it is of; start anew in another --output_dir.")
+            raise ConfigError(f"{self.file} does not say what it is of; {_ANEW}")
         for name in {**self.identity, **theirs}:
             ours, other = self.identity.get(name), theirs.get(name)
             if ours != other:
+                what = f"its {name} is {str(other)[:200]}, here it is {str(ours)[:200]}"
                 raise ConfigError(
-                    f"{self.file} is of another evaluation: its {name} is {str(other)[:200]}, here it is "
-                    f"{str(ours)[:200]}; give the same options, or start anew in another --output_dir."
+                    f"{self.file} is of another evaluation: {what}; give the same options, or {_ANEW}"
                 )
 
     def _episode(self, values: Any) -> EpisodeResult | None:
         """The episode of a line's `values`; None if it cannot be one of this evaluation."""
-        if not isinstance(values, dict) or values.keys() != _KINDS.keys():
-            return None
-        if any(type(values[name]) is not kind for name, kind in _KINDS.items()):
+        if not isinstance(values, dict) or {name: type(value) for name, value in values.items()} != _KINDS:
             return None
         episode = EpisodeResult(**{name: value for name, value in values.items() if name != "decoder"})
         counts, reasons = episode.forwards, episode.exit_reasons
-        planned = self.plan.get(episode.seed)
         fits = (
             values["decoder"] in self.identity["decoders"]
-            and planned in ("mixed", episode.task)
+            and self.plan.get(episode.seed) in ("mixed", episode.task)
             and 0 < episode.steps <= self.longest
             and 0 < len(counts) == len(reasons) <= episode.steps
             and all(type(count) is int and 0 <= count < 10**6 for count in counts)
@@ -152,10 +134,8 @@ def refuse_unfinished(folder: Path, report: str) -> None:
     except CeedVLAError:
         done = False
     if episodes > 0 and not done:
-        raise ConfigError(
-            f"{folder} holds an interrupted evaluation ({episodes} finished episodes); go on with the same options and "
-            "--resume=true, or name another --output_dir."
-        )
+        what = f"an interrupted evaluation ({episodes} finished episodes)"
+        raise ConfigError(f"{folder} holds {what}; go on with --resume=true, or name another --output_dir.")
 
 
 def fingerprint(path: str) -> str:
@@ -176,7 +156,7 @@ def _lines(file: Path) -> list[str]:
             raise ConfigError(f"{file} has {file.stat().st_size / 1e6:.0f} MB; it is no file of ours.")
         return file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is damaged; start anew in another --output_dir.") from error
+        raise ConfigError(f"{file} is damaged; {_ANEW}") from error
 
 
 def _values(line: str) -> Any:

@@ -229,9 +229,7 @@ def _families(task: str) -> list[str]:
     allowed = ("mixed", *TASKS)
     unknown = [name for name in names if name not in allowed]
     if unknown or not names or ("mixed" in names and len(names) > 1):
-        raise ConfigError(
-            f"--task is {task[:200]!r}; choose mixed, or families separated by commas: {', '.join(TASKS)}."
-        )
+        raise ConfigError(f"--task is {task[:200]!r}; choose mixed, or some of {', '.join(TASKS)}.")
     return names
 
 

@@ -62,9 +62,7 @@ class GroundingConfig:
     def __post_init__(self) -> None:
         check_fields(self, "--")
         if sorted(set(self.edges)) != list(self.edges):
-            raise ConfigError(
-                f"--edges is {str(self.edges)[:200]}; it must be increasing distances in metres."
-            )
+            raise ConfigError(f"--edges is {str(self.edges)[:200]}; give increasing distances [m].")
 
 
 def grounding(config: GroundingConfig) -> dict[str, Any]:

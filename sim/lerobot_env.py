@@ -54,9 +54,7 @@ class CeedTabletopEnv(EnvConfig):
         check_fields(self)
         self.families()
         if not self.cameras or len(set(self.cameras)) < len(self.cameras) or set(self.cameras) - set(CAMERAS):
-            raise ConfigError(
-                f"cameras are {str(self.cameras)[:200]}; choose some of {', '.join(CAMERAS)}, each once."
-            )
+            raise ConfigError(f"cameras are {str(self.cameras)[:200]}; choose some of {', '.join(CAMERAS)}.")
         size = self.image_size
         self.features = {
             ACTION: PolicyFeature(type=FeatureType.ACTION, shape=(_ACTION_DIM,)),

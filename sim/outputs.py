@@ -39,15 +39,11 @@ def claim_file(option: str, text: str, suffix: str) -> Path:
     """
     path = _path(option, text)
     if path.is_dir():
-        raise ConfigError(
-            f"--{option} is {text!r}, which is a folder; name a file in it, such as {path / 'out'}{suffix}."
-        )
+        raise ConfigError(f"--{option} is {text!r}, which is a folder; name a file in it.")
     if path.suffix.lower() != suffix:
         raise ConfigError(f"--{option} is {text!r}; a file with the ending {suffix} is written, so name one.")
     if _is_there(path) and not is_own(path):
-        raise ConfigError(
-            f"--{option} is {text!r}, a file that ceed-vla did not make; it is left alone, name another."
-        )
+        raise ConfigError(f"--{option} is {text!r}, a file that ceed-vla did not make; name another.")
     return path
 
 
@@ -71,10 +67,8 @@ def claim_folder(option: str, text: str, names: Iterable[str], known_by: Iterabl
     if content and not any(is_own(path / name) for name in known_by):
         strange = strange or content
     if strange:
-        raise ConfigError(
-            f"--{option} is {text!r}, which holds {strange[0]!r} that ceed-vla did not make; name a new or empty "
-            "folder."
-        )
+        what = f"which holds {strange[0]!r} that ceed-vla did not make"
+        raise ConfigError(f"--{option} is {text!r}, {what}; name a new or empty folder.")
     return path
 
 
@@ -85,9 +79,7 @@ def _path(option: str, text: str) -> Path:
     try:
         existing = next(place for place in (path, *path.absolute().parents) if _is_there(place))
     except OSError as error:
-        raise ConfigError(
-            f"--{option} is {text[:200]!r}, which cannot be a path ({error.strerror})."
-        ) from error
+        raise ConfigError(f"--{option} is {text[:200]!r}; it cannot be a path ({error.strerror}).") from error
     if existing != path and not existing.is_dir():
         raise ConfigError(f"--{option} is {text!r}, but {existing} is a file; name another folder.")
     return path

@@ -84,7 +84,7 @@ def read_info(root: Path) -> Info:
     file = root / "meta" / "info.json"
     if not file.is_file():
         raise DatasetError(
-            f"No LeRobotDataset at {root}: no meta/info.json there. Record one with `ceed-vla record`."
+            f"No LeRobotDataset at {root}: no meta/info.json there. `ceed-vla record` makes one."
         )
     info = read_json(file, DatasetError)
     version, fps, features = (info.get(key) for key in ("codebase_version", "fps", "features"))
@@ -140,9 +140,7 @@ def read_info(root: Path) -> Info:
 
 def _require(fits: Any, file: Path, what: str, value: object, rule: str) -> None:
     if not fits:
-        raise DatasetError(
-            f"{file}: {what} is {str(value)[:100]!r}; it must be {rule}. Copy or record it again."
-        )
+        raise DatasetError(f"{file}: {what} is {str(value)[:100]!r}; it must be {rule}. Record it again.")
 
 
 def _is_shape(shape: Any) -> bool:
@@ -219,9 +217,7 @@ def read_rows(info: Info, vectors: Sequence[str]) -> dict[str, NDArray[Any]]:
     arrays = {name: numbers(columns[name], shape, f"{root}: {name}") for name, shape in wanted.items()}
     for name in ("index", "episode_index", "task_index"):
         if arrays[name].dtype.kind not in "iu":
-            raise DatasetError(
-                f"{root}: {name} is {arrays[name].dtype}; it must be whole numbers. Record it again."
-            )
+            raise DatasetError(f"{root}: {name} is {arrays[name].dtype}; whole numbers are needed.")
     episode = arrays["episode_index"].astype(np.int64)
     steps = np.diff(episode, prepend=-1, append=info.episodes)
     if (
@@ -269,13 +265,9 @@ def numbers(column: pa.ChunkedArray, shape: tuple[int, ...], what: str) -> NDArr
         values = values.flatten()
     kind = values.type
     if values.null_count or not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        raise DatasetError(
-            f"{what} is {kind} with {values.null_count} nulls; it must be numbers. Record it again."
-        )
+        raise DatasetError(f"{what} is {kind} with {values.null_count} nulls; it must be numbers.")
     if len(values) != rows * math.prod(shape):
-        raise DatasetError(
-            f"{what} has {len(values)} values in {rows} rows, which do not have the shape {shape}."
-        )
+        raise DatasetError(f"{what} has {len(values)} values in {rows} rows of the shape {shape}.")
     array: NDArray[Any] = values.to_numpy(zero_copy_only=False)
     return array.reshape(rows, -1) if shape else array
 
@@ -305,7 +297,5 @@ def read_tasks(root: Path, used: NDArray[np.int64]) -> list[str]:
     if not tasks or not all(isinstance(task, str) and task.strip() for task in tasks):
         raise DatasetError(f"{root}: the data set has frames without an instruction (`task`).")
     if used.min() < 0 or used.max() >= len(tasks):
-        raise DatasetError(
-            f"{root}: the task_index of frames is out of order: it must lie in 0..{len(tasks) - 1}."
-        )
+        raise DatasetError(f"{root}: the task_index of frames is out of order (0..{len(tasks) - 1}).")
     return tasks

@@ -56,9 +56,7 @@ def read_images(info: Info, rows: dict[str, NDArray[Any]]) -> ImageMaps:
             write_text(cache / COMPLETE, key)
             maps = _decoded_before(cache, key, shapes)
     except OSError as error:
-        raise DatasetError(
-            f"{cache} cannot be written ({error}); make room there, or make it writable."
-        ) from error
+        raise DatasetError(f"{cache} cannot be written ({error}); make room or choose another.") from error
     if maps is None:
         raise DatasetError(f"{cache} changed while the images were decoded; start again.")
     return maps
@@ -67,14 +65,10 @@ def read_images(info: Info, rows: dict[str, NDArray[Any]]) -> ImageMaps:
 def _check_own(cache: Path) -> None:
     """Refuse a ``.frames`` that leads elsewhere, or that holds what we did not write."""
     if cache.is_symlink() or (cache.exists() and not cache.is_dir()):
-        raise DatasetError(
-            f"{cache} is a link or a file; decoded images go into a folder of that name. Remove it."
-        )
+        raise DatasetError(f"{cache} is a link or a file; images go into a folder of that name. Remove it.")
     foreign = cache.is_dir() and not (cache / COMPLETE).is_file()
     if foreign and any(not file.name.startswith(".") for file in cache.iterdir()):
-        raise DatasetError(
-            f"{cache} has no {COMPLETE}, so its files are not decoded images; move them elsewhere."
-        )
+        raise DatasetError(f"{cache} has no {COMPLETE}, so its files are no images of ours; move them.")
 
 
 def _decoded_before(cache: Path, key: str, shapes: Shapes) -> ImageMaps | None:
@@ -162,15 +156,11 @@ def _stored_images(info: Info, cameras: list[str]) -> Decoded:
         camera, frame, stored = item
         data = stored.get("bytes") if isinstance(stored, dict) else None
         if not isinstance(data, bytes):
-            raise DatasetError(
-                f"{info.root}: {camera} of frame {frame} has no bytes; images must lie in the data files."
-            )
+            raise DatasetError(f"{info.root}: {camera} of frame {frame} has no bytes in the data files.")
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_size(info, camera, frame, (image.height, image.width, 3))  # before it is unpacked
         if image.mode not in MODES:
-            raise DatasetError(
-                f"{info.root}: {camera} of frame {frame} is {image.mode}; images must have 8-bit colours."
-            )
+            raise DatasetError(f"{info.root}: {camera} of frame {frame} is {image.mode}, not 8-bit RGB.")
         return camera, frame, np.asarray(image.convert("RGB"))
 
     first = 0
@@ -222,9 +212,7 @@ def _video_places(info: Info, camera: str) -> list[tuple[Path, float]]:
             for name in ("episode_index", *names)
         )
     if episode.tolist() != list(range(info.episodes)):
-        raise DatasetError(
-            f"{info.root}/meta/episodes does not list the episodes 0..{info.episodes - 1}; copy it again."
-        )
+        raise DatasetError(f"{info.root}/meta/episodes does not list episodes 0..{info.episodes - 1}.")
     places = []
     for chunk, file, start in zip(*(column.tolist() for column in columns), strict=True):
         if not (is_whole(chunk, 0) and is_whole(file, 0) and 0 <= start < math.inf):

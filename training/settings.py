@@ -34,9 +34,7 @@ def number_list(text: str, name: str) -> list[float]:
     except ValueError:
         numbers = [-1.0]
     if not all(0 <= number <= LARGEST for number in numbers):
-        raise ConfigError(
-            f"{name} is {text!r}; it must be numbers in [0, {LARGEST:.0e}], separated by commas."
-        )
+        raise ConfigError(f"{name} is {text!r}; it must be numbers in [0, {LARGEST:.0e}], with commas.")
     return numbers
 
 

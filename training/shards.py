@@ -35,9 +35,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """
     file = folder / META
     if not file.is_file():
-        raise DatasetError(
-            f"No trajectories at {folder}: no {META} there. Make them with `ceed-vla collect`."
-        )
+        raise DatasetError(f"No trajectories at {folder}: no {META} there. `ceed-vla collect` makes them.")
     meta = read_json(file, DatasetError)
     meta.setdefault("block_length", None)
     if meta["block_length"] is None and all(

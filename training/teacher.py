@@ -20,8 +20,8 @@ from ceed_vla.configuration_ceed_vla import CeedVLAConfig, tabletop_config
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, SEEDS, ranged
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
-from ceed_vla.targets import AUGMENTATION_NOISE
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from ceed_vla.targets import AUGMENTATION_NOISE
 from training.adapters import attach
 from training.clipping import check_clipping
 from training.data import ENVIRONMENT, STATE, FrameStore, open_dataset

@@ -135,9 +135,7 @@ def collect(config: CollectConfig) -> Path:
     if config.num_shards == 1 and "WORLD_SIZE" in os.environ:  # set by torchrun and accelerate
         rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
         if not (rank.isdecimal() and world.isdecimal()):
-            raise ConfigError(
-                f"RANK is {rank!r} and WORLD_SIZE {world!r}; they must be numbers, or not be set."
-            )
+            raise ConfigError(f"RANK is {rank!r} and WORLD_SIZE {world!r}; they must be numbers or unset.")
         config = replace(config, shard_index=int(rank), num_shards=int(world))
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -330,9 +328,7 @@ def _write_meta(
         if not config.resume and config.num_shards == 1:
             raise ConfigError(f"{output} already holds trajectories; continue them with --resume=true.")
     elif unknown := find_shards(output):
-        raise ConfigError(
-            f"{output} has no {META}, so nobody knows whose {unknown[0].name} is; choose another folder."
-        )
+        raise ConfigError(f"{output} has no {META}, but {unknown[0].name}; choose another folder.")
     write_text(output / META, json.dumps(meta, indent=2))
     return meta
 
@@ -378,17 +374,13 @@ def read_trajectories(folder: str | Path, teacher: str | Path | None = None) -> 
     if teacher is not None and weights_hash(teacher) != meta["teacher"]:
         raise CheckpointError(f"{folder} was collected from teacher {meta['teacher']}, not from {teacher}.")
     if len(files) > meta["shards"]:
-        raise DatasetError(
-            f"{folder} has {len(files)} shards, its {META} says {meta['shards']}; collect it again."
-        )
+        raise DatasetError(f"{folder} has {len(files)} shards, its {META} says {meta['shards']}.")
     if len(files) < meta["shards"]:
         logger.warning("%s has %d of %d shards; collect the others too.", folder, len(files), meta["shards"])
     table = pa.concat_tables([read_shard(file, meta) for file in files])
     root, frame = (table[name].to_numpy().astype(np.int64) for name in ("root", "frame"))
     if len(np.unique(np.stack([root, frame]), axis=1).T) < len(frame):
-        raise DatasetError(
-            f"{folder} has frames in more than one of its {len(files)} shards; collect it again."
-        )
+        raise DatasetError(f"{folder} has frames in more than one of its {len(files)} shards.")
     n, ends = meta["block_length"], np.cumsum(lengths_of(table["states"]))[:-1]
     states = np.split(pc.list_flatten(table["states"]).to_numpy(), ends) if meta["states"] else []
     return Trajectories(

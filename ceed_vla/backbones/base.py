@@ -164,9 +164,7 @@ def check_features(
             finite or outside its range.
     """
     if not isinstance(batch, Mapping):
-        raise ObservationError(
-            f"The observation is {type(batch).__name__}; pass what the pre-processor returns."
-        )
+        raise ObservationError(f"The observation is {type(batch).__name__}; pass the pre-processor's.")
     first, rows = next(iter(wanted)), 0
     for key, shape in wanted.items():
         value = batch.get(key)
@@ -198,9 +196,7 @@ def check_features(
             raise ObservationError(f"{key} is {batch[key].dtype}; expected whole numbers (torch.int64).")
         least, most = torch.stack(batch[key].aminmax()).tolist()
         if not 0 <= least <= most < end:
-            raise ObservationError(
-                f"{key} holds ids from {least} to {most}; they must lie in [0, {end - 1}]."
-            )
+            raise ObservationError(f"{key} has ids from {least} to {most}; they must lie in [0, {end - 1}].")
     return rows
 
 

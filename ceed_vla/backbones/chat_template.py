@@ -52,9 +52,7 @@ def render(template: str, images: int, prompt: str, variables: Mapping[str, Any]
     except ValueError:
         answer, problem = {}, "it wrote no text"
     if "text" not in answer:
-        raise CheckpointError(
-            f"The checkpoint's chat template cannot be rendered ({problem[:200]}); copy it again."
-        )
+        raise CheckpointError(f"The chat template cannot be rendered ({problem[:200]}); copy it again.")
     return str(answer["text"])
 
 

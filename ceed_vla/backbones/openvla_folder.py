@@ -182,7 +182,7 @@ def _checked(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
     config["torch_dtype"] = str(next(filter(None, types), "float32")).removeprefix("torch.")
     if config["torch_dtype"] not in DTYPES:
         raise CheckpointError(
-            f"{file}: torch_dtype is {config['torch_dtype']!r}; it may be {', '.join(DTYPES)}."
+            f"{file}: torch_dtype is {config['torch_dtype']!r}; choose {', '.join(DTYPES)}."
         )
     padding, bins = config["pad_to_multiple_of"], config["n_action_bins"]
     words = text.setdefault("vocab_size", 32000) - padding
@@ -257,9 +257,7 @@ def action_statistics(folder: str | Path, unnorm_key: str = "") -> tuple[str, di
         sources = {folder / STATISTICS: read_json(folder / STATISTICS), **sources}
     for source, stats in sources.items():
         if not isinstance(stats, dict):
-            raise CheckpointError(
-                f"{source}: the action statistics are a {type(stats).__name__}; copy it again."
-            )
+            raise CheckpointError(f"{source}: the statistics are a {type(stats).__name__}; copy it again.")
     first = next(iter(sources))
     known = ", ".join(sorted({key for stats in sources.values() for key in stats}))
     if not known:

@@ -67,9 +67,7 @@ def _tower(architecture: Architecture, index: int) -> nn.Module:
     try:
         tower: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **settings)
     except Exception as error:  # timm raises many kinds
-        raise CheckpointError(
-            f"timm cannot build the vision tower {name!r} of config.json ({error})."
-        ) from error
+        raise CheckpointError(f"timm cannot build {name!r} of config.json ({error}).") from error
     if len(getattr(tower, "blocks", ())) < 2:
         raise CheckpointError(f"The vision tower {name!r} is no transformer of at least 2 blocks.")
     return tower

@@ -139,7 +139,7 @@ def write_pi0_fast(
         chunks: (N, m, A) normalised actions to fit the FAST tokenizer on.
         cameras: Features of the cameras.
         state_dim: Values of a state.
-        stats: LeRobot statistics that the processors normalise with.
+        stats: LeRobot statistics that the processors normalise with; those of standard normals if None.
         seed: Of the weights.
 
     Returns:
@@ -156,7 +156,9 @@ def write_pi0_fast(
     checkpoint.mkdir()
     config._save_pretrained(checkpoint)
     save_weights(model, checkpoint)
-    steps = make_default_policy_processor_steps(config, stats)
+    sizes = {"observation.state": state_dim, "action": chunks.shape[2]}
+    normal = {name: {"mean": torch.zeros(n), "std": torch.ones(n)} for name, n in sizes.items()}
+    steps = make_default_policy_processor_steps(config, stats or normal)
     prompt = TokenizerProcessorStep(
         tokenizer_name=str(folder / "text"), max_length=PROMPT, padding_side="right", padding="max_length"
     )

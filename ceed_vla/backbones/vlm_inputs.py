@@ -109,9 +109,7 @@ class VLMInputsStep(ObservationProcessorStep):
 
     def observation(self, observation: RobotObservation) -> RobotObservation:
         if self._processor is None:
-            raise CheckpointError(
-                "The pre-processor came without its processor's files; copy the checkpoint again."
-            )
+            raise CheckpointError("The pre-processor lacks its processor's files; copy the checkpoint again.")
         images = self._images(observation)  # (B lists of k images)
         tasks = self._tasks(len(images))
         texts = [self._text(task, len(row)) for task, row in zip(tasks, images, strict=True)]

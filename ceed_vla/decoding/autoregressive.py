@@ -71,9 +71,7 @@ def decode_autoregressive(
     elif wanted == n:
         tokens = torch.zeros(batch, n, dtype=torch.int64, device=prefix.logits.device)
     else:
-        raise TokenError(
-            f"Only {wanted} of {n} tokens are decoded; pass a guess (B, {n}) that fills the others."
-        )
+        raise TokenError(f"Only {wanted} of {n} tokens are decoded; pass a guess (B, {n}) for the others.")
     prefix.cache.roll_back()
 
     first = prefix.logits  # (B, V), of the first slot that is free

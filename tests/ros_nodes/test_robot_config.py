@@ -117,7 +117,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("arm/joints", [], "arm.joints is empty"),
         ("arm/joints", ["a", "a"], "a value is there twice"),
         ("arm/joints", "joint1", "give a list of texts"),
-        ("arm/model", "nowhere.xml", "nowhere.xml', which is no file; paths start at this file's folder"),
+        ("arm/model", "nowhere.xml", "nowhere.xml', no file; paths start at this file's folder"),
         ("arm/home", [0.0], "arm.home is .* give a list of 7 numbers"),
         ("arm/unit", "turns", "choose one of rad, deg"),
         ("limits/velocity", [1.0] * 6, "limits.velocity is .* give a list of 7 numbers"),

@@ -165,7 +165,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, Any], Any], str]] = {
     "unknown type of weights": (
         "siglip",
         lambda f, e: e(f / CONFIG, torch_dtype="float8"),
-        "torch_dtype is 'float8'; it may be float32, bfloat16, float16",
+        "torch_dtype is 'float8'; choose float32, bfloat16, float16",
     ),
     "unknown interpolation": (
         "siglip",

@@ -129,5 +129,5 @@ def test_rows_with_different_numbers_of_images() -> None:
 
 
 def test_a_step_without_its_files() -> None:
-    with pytest.raises(CheckpointError, match="without its processor's files"):
+    with pytest.raises(CheckpointError, match="lacks its processor's files"):
         PolicyProcessorPipeline([VLMInputsStep(sizes={FRONT: [64, 96]})])(raw())

@@ -199,6 +199,7 @@ def test_operator_stops_resets_enables_and_instructs(graph: Any) -> None:
     assert graph.stop("policy_node", signal.SIGTERM) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.realtime
 def test_no_command_follows_from_a_pose_of_before(graph: Any) -> None:
     robot, status = tabletop(graph), Status(graph)
@@ -249,6 +250,7 @@ def test_no_command_follows_from_a_pose_of_before(graph: Any) -> None:
     assert graph.stop("policy_node", signal.SIGTERM) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "text", "told"),
     [

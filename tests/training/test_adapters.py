@@ -149,6 +149,7 @@ def test_a_checkpoint_is_the_trained_policy(
     assert any("q_proj.weight" in name for name in kept) == (weights == "copied")
 
 
+@pytest.mark.slow
 def test_a_student_of_adapters(
     studio: Any, adapter_teacher: Path, tmp_path: Path, read_log: Callable[..., dict[int, float]]
 ) -> None:
@@ -216,6 +217,7 @@ def test_online_trajectories_are_the_teachers(studio: Any, tmp_path: Path, state
     assert np.isfinite(data.delta_max)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [LoRAConfig(), LoRAConfig(rank=4)], ids=["full", "lora"])
 @pytest.mark.parametrize("family", ["smolvlm", "paligemma"])
 def test_recomputed_activations_train_the_same(

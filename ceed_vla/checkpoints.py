@@ -121,7 +121,7 @@ def load(
         merge_adapters: See `CeedVLAPolicy.from_pretrained`.
 
     Returns:
-        (policy in eval mode, pre-processor, post-processor).
+        (policy in eval mode, pre-processor, post-processor); the processors raise `ObservationError`.
 
     Raises:
         CheckpointError: Missing, foreign, truncated or corrupt files.
@@ -129,6 +129,7 @@ def load(
     from lerobot.policies.factory import make_pre_post_processors
 
     from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+    from ceed_vla.pipelines import checked
 
     folder = resolve_checkpoint(path)
     config = read_config(folder, "cpu" if device is None else device)
@@ -140,7 +141,7 @@ def load(
         raise CheckpointError(
             f"The processors of {path} cannot be loaded ({root_cause(error)}); copy it again."
         ) from error
-    return policy, pre, post
+    return policy, checked(pre), checked(post)
 
 
 def check_checkpoint(folder: Path, config: CeedVLAConfig) -> None:

@@ -142,6 +142,22 @@ class CeedVLAPolicy(PreTrainedPolicy):
         except (RuntimeError, TypeError, AssertionError) as error:
             raise ConfigError(f"It cannot move to {short(arguments or options)} ({short(error)}).") from error
 
+    def train(self, mode: bool = True) -> CeedVLAPolicy:
+        """As torch's, for true or false only."""
+        _check_switches(mode=mode)
+        return super().train(mode)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *arguments: Any, **options: Any) -> Any:
+        """As torch's.
+
+        Raises:
+            CheckpointError: No weights, or those of another model.
+        """
+        try:
+            return super().load_state_dict(state_dict, *arguments, **options)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"These weights do not load ({short(str(error))}).") from error
+
     # ---- acting -------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
@@ -303,6 +319,10 @@ class CeedVLAPolicy(PreTrainedPolicy):
         """
         backbone = self.backbone
         assert backbone.auxiliary is not None
+        if type(self.auxiliary_terms) not in (int, type(None)) or (self.auxiliary_terms or 1) < 1:
+            raise ConfigError(
+                f"auxiliary_terms is {short(self.auxiliary_terms)}; it must be a whole number, or None."
+            )
         scale = torch.tensor(self.config.auxiliary_scale[: self.auxiliary_terms], device=state.device)
         target = environment_state[:, : len(scale)] * scale
         regressed = [backbone.auxiliary(state)]

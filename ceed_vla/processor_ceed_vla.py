@@ -79,6 +79,11 @@ class InstructionWordsStep(ObservationProcessorStep):
                 f"max_words {self.max_words} and {len(self.vocabulary)} words; the backbone has {sizes[0]} and room "
                 f"for {sizes[1] - FIRST_WORD_ID}."
             )
+        known = getattr(policy.backbone, "known_words", 0)
+        if known not in (0, len(self.vocabulary)):
+            raise ConfigError(
+                f"vocabulary has {len(self.vocabulary)} words; {known} were trained. Copy it again."
+            )
 
     def encode(self, instruction: str) -> list[int]:
         """Ids of one instruction, padded to `max_words`.
@@ -149,6 +154,7 @@ def make_instruction_step(config: CompactConfig, instructions: Iterable[str]) ->
             f"The instructions use {len(vocabulary)} words; vocabulary_size {config.vocabulary_size} holds "
             f"{config.vocabulary_size - FIRST_WORD_ID}. Raise vocabulary_size."
         )
+    config.known_words = len(vocabulary)
     return InstructionWordsStep(vocabulary=vocabulary, max_words=config.max_instruction_words)
 
 

@@ -375,6 +375,7 @@ def test_instructions_of_another_kind(processors: Any, raw_observation: Any, tas
         (PRE, lambda v: v["steps"].append({"registry_name": "ceed_vla_vlm_inputs"}), "could run code"),
         (PRE, lambda v: v["steps"].append({"registry_name": "absolute_actions_processor"}), "could run code"),
         (PRE, lambda v: step(v, "ceed_vla_instruction_words")["config"]["vocabulary"].reverse(), "in order"),
+        (PRE, lambda v: step(v, "ceed_vla_instruction_words")["config"]["vocabulary"].pop(), "were trained"),
         (POST, lambda v: v["steps"].append({"registry_name": "rename_observations_processor"}), "run code"),
         (
             POST,
@@ -428,6 +429,25 @@ def test_training_batches_of_another_kind(make_policy: Any, batch: dict[str, Any
         policy.augment({**batch, "augmentation_noise": 5})
     with pytest.raises(CeedVLAError, match="does not run"):
         policy.half().decode(batch)
+
+
+def test_what_load_returns_refuses_other_types(folder: Path) -> None:
+    policy, pre, post = load(folder)
+    for given in (None, 3, "text", {}, {"task": 5}, [1]):
+        with pytest.raises(ObservationError, match="preprocessor cannot read"):
+            pre(given)
+        with pytest.raises(ObservationError, match="postprocessor cannot read"):
+            post(given)
+    for call in (
+        lambda: policy.train("x"),
+        lambda: policy.load_state_dict(3),
+        lambda: policy.load_state_dict({}),
+    ):
+        with pytest.raises(CeedVLAError):
+            call()
+    policy.auxiliary_terms = "x"
+    with pytest.raises(CeedVLAError, match="auxiliary_terms"):
+        policy.auxiliary_loss(torch.zeros(1), torch.zeros(1, 4), torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize("options", [{"push_to_hub": True}, {"state_dict": 5}, {"state_dict": {1: 2}}])

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lerobot.configs import FeatureType, PolicyFeature
 
-from ceed_vla.action_tokens_config import OpenVLATokensConfig
 from ceed_vla.backbones.config import DTYPES, WEIGHTS
 from ceed_vla.backbones.openvla_config import OpenVLAConfig
 from ceed_vla.backbones.openvla_folder import LARGEST_SIDE, action_statistics, read_config
 from ceed_vla.checkpoints import save
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-from ceed_vla.decoding import DecodingConfig
 from ceed_vla.devices import check_device_name
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import check_fields, chosen, ranged
 from ceed_vla.files import plain_name, read_json
+from ceed_vla.tokens.openvla import OpenVLATokensConfig
 
 if TYPE_CHECKING:
     from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
@@ -109,8 +108,6 @@ def openvla_policy(config: ConvertConfig) -> CeedVLAConfig:
             n_action_bins=int(published["n_action_bins"]), unnorm_key=key, **statistics
         ),
         label_sigma=0.0,
-        # Strict until the model is distilled: an early exit would change what it does.
-        decoding=DecodingConfig(method="jacobi", guess="previous"),
         device=config.device,
         push_to_hub=False,
     )

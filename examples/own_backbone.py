@@ -44,17 +44,17 @@ class OwnBackbone(TrainableBackbone):
         self, policy: CeedVLAConfig, words: int, max_words: int, width: int, layers: int, heads: int
     ):
         super().__init__()
-        self.block_length, self.vocabulary_size = policy.block_length, policy.num_bins
+        self.block_length, self.vocabulary_size = policy.block_length, policy.vocabulary_size
         self.cameras, self.heads, self.max_words = policy.cameras, heads, max_words
         self.augmented_images = policy.cameras  # training shifts and brightens them
         self.state_dim = policy.robot_state_feature.shape[0]
         self.eye = nn.Sequential(nn.Conv2d(3, 32, 8, 8), nn.GELU(), nn.Conv2d(32, width, 4, 4), nn.Flatten(2))
         self.words, self.state = nn.Embedding(words, width), nn.Linear(self.state_dim, width)
-        self.tokens = nn.Embedding(policy.num_bins, width)
+        self.tokens = nn.Embedding(policy.vocabulary_size, width)
         self.places = nn.Parameter(0.02 * torch.randn(512, width))  # of the prefix
         self.slots = nn.Parameter(0.02 * torch.randn(policy.block_length, width))
         self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, policy.num_bins))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, policy.vocabulary_size))
 
     def check_observation(self, batch: Mapping[str, Any]) -> int:
         cameras = dict.fromkeys(self.cameras, (3, None, None))

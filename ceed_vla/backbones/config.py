@@ -41,7 +41,7 @@ class BackboneConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
 
     @abc.abstractmethod
     def build(self, policy: CeedVLAConfig) -> TrainableBackbone:
-        """The model, for a block of ``policy.block_length`` tokens of ``policy.num_bins`` values.
+        """The model, for a block of ``policy.block_length`` tokens of ``policy.vocabulary_size`` values.
 
         Raises:
             ConfigError: Settings that contradict the policy's.
@@ -133,7 +133,7 @@ class CompactConfig(BackboneConfig):
             cameras=policy.cameras,
             state_dim=int(state.shape[0]) if state else 0,
             block_length=policy.block_length,
-            vocabulary_size=policy.num_bins,
+            vocabulary_size=policy.vocabulary_size,
             words=self.vocabulary_size,
             max_words=self.max_instruction_words,
             image_size=self.image_size,
@@ -156,7 +156,7 @@ class CompactConfig(BackboneConfig):
     def least_sizes(self, policy: CeedVLAConfig) -> tuple[int, int]:
         d, cell = self.width, self.image_size // (8 * self.image_grid)
         prefix = self.max_instruction_words + len(policy.cameras) * self.image_grid**2
-        rows = self.vocabulary_size + prefix + 2 * policy.num_bins + policy.block_length
+        rows = self.vocabulary_size + prefix + 2 * policy.vocabulary_size + policy.block_length
         stem = self.stem_channels[3] * cell**2 * d + 9 * sum(a * b for a, b in pairwise(self.stem_channels))
         return self.layers, (
             self.layers * (4 * d * d + 3 * d * self.mlp_width) + rows * d + len(policy.cameras) * stem

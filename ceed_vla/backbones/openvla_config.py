@@ -66,14 +66,14 @@ class OpenVLAConfig(BackboneConfig):
         if new:
             self.architecture = json.dumps(describe_model(self.path))
         architecture = self._architecture()
-        architecture.check_bins(policy.num_bins)
+        architecture.check_bins(policy.vocabulary_size)
         if new:
             files = weight_files(Path(self.path))
             Header.read(files).check(*self.least_sizes(policy), files[0])
         self.prompt = self.prompt or architecture.prompt
         if self.dtype == "auto":
             self.dtype = architecture.dtype
-        model = OpenVLABackbone(architecture, policy.block_length, policy.num_bins, self.dtype)
+        model = OpenVLABackbone(architecture, policy.block_length, policy.vocabulary_size, self.dtype)
         if new or self.weights == "reference":
             names = load_weights(model, self.path)
             if self.weights == "reference":

@@ -70,7 +70,7 @@ class Pi0FastBackbone(TrainableBackbone):
         self.model = model
         self.config: PI0FastConfig = model.config
         self.block_length = tokenizer.block_length
-        self.vocabulary_size = tokenizer.num_bins
+        self.vocabulary_size = tokenizer.vocabulary_size
         self.augmented_images = tuple(k for k in self.config.image_features if ".empty_camera_" not in k)
         self._bos = tokenizer.text.bos
         words, ids = int(self._paligemma.lm_head.out_features), tokenizer.action_ids

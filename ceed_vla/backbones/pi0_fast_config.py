@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ceed_vla.action_tokens_config import ActionTokensConfig
 from ceed_vla.backbones.architecture import read_architecture
 from ceed_vla.backbones.config import WEIGHTS, BackboneConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import check_fields, chosen, ranged
+from ceed_vla.tokens.base import ActionTokensConfig
 from ceed_vla.weights import Header, weight_files
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Pi0FastTokensConfig(ActionTokensConfig):
     marker: list[int] = ranged([], "[0, 1e7]")
 
     @property
-    def vocabulary(self) -> int:
+    def vocabulary_size(self) -> int:
         return self.num_tokens
 
     def block_length(self, chunk_steps: int, action_dim: int) -> int:
@@ -67,7 +67,7 @@ class Pi0FastTokensConfig(ActionTokensConfig):
 
     def build(self, chunk_steps: int, action_dim: int) -> Pi0FastTokenizer:
         from ceed_vla.backbones.pi0_fast_tokens import Pi0FastTokenizer, TextIds
-        from ceed_vla.fast_codec import FastCodec
+        from ceed_vla.tokens.fast_codec import FastCodec
 
         if not self.bpe:
             raise ConfigError(

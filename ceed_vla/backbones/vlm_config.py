@@ -72,15 +72,15 @@ class VLMConfig(BackboneConfig):
                 )
             model = loading.load_model(self.path, dtype, self.attention)
             processor = loading.load_processor(self.path)
-            ids = loading.choose_action_ids(model, processor, self.action_ids, policy.num_bins)
+            ids = loading.choose_action_ids(model, processor, self.action_ids, policy.vocabulary_size)
             self.action_token_ids = self.action_token_ids or ids
         else:
             model = loading.build_model(self.architecture, dtype, self.attention)
         ids, rows = self.action_token_ids, int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-        if len(set(ids)) != policy.num_bins or len(ids) != policy.num_bins or max(ids) >= rows:
+        if len(set(ids)) != policy.vocabulary_size or len(ids) != policy.vocabulary_size or max(ids) >= rows:
             raise ConfigError(
                 f"backbone.action_token_ids has {len(set(ids))} different ids up to {max(ids, default=-1)} for "
-                f"{policy.num_bins} bins of a model of {rows} ids; the configuration was edited by hand."
+                f"{policy.vocabulary_size} bins of a model of {rows} ids; the configuration was edited by hand."
             )
         backbone = VLMBackbone(
             model,

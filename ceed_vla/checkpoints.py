@@ -151,9 +151,6 @@ def check_checkpoint(folder: Path, config: CeedVLAConfig) -> None:
     Raises:
         CheckpointError: What is wrong, in which file.
     """
-    import ceed_vla.backbones.pi0_fast_inputs
-    import ceed_vla.processor_ceed_vla  # noqa: F401  (these register the steps that a checkpoint may name)
-
     if (
         getattr(config.backbone, "architecture", None) == ""
     ):  # or the model would be read from wherever `path` says

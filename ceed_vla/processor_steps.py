@@ -132,9 +132,6 @@ def _own_steps(config: CeedVLAConfig) -> dict[str, Maker]:
     """Name -> class of the steps that this package writes for such a policy."""
     from lerobot.processor import ProcessorStepRegistry
 
-    import ceed_vla.backbones.pi0_fast_inputs  # these register steps
-    import ceed_vla.processor_ceed_vla  # noqa: F401
-
     ours = type(config.backbone).__module__.startswith(
         "ceed_vla."
     )  # another's backbone may use any of our steps
@@ -269,7 +266,7 @@ def check_processors(folder: Path, config: CeedVLAConfig) -> None:
     for step in (*pre, *post):
         if step.name.startswith("ceed_vla_") and step.name in own:
             try:
-                own[step.name](**step.settings).check_policy(config)
+                own[step.name](**step.settings).check_policy(config.backbone, config.shape)
             except CeedVLAError as error:
                 raise step.error(f"does not fit config.json: {error}") from error
         if step.name == DEVICE and step.settings.get("float_dtype") not in (None, "float32"):

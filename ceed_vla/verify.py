@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ceed_vla.backbones.config import DTYPES
-from ceed_vla.backbones.openvla import IDS_KEY, PIXELS_KEY, OpenVLABackbone
-from ceed_vla.backbones.openvla_inputs import OpenVLAInputsStep
+from ceed_vla.backbones.openvla.inputs import OpenVLAInputsStep
+from ceed_vla.backbones.openvla.model import IDS_KEY, PIXELS_KEY, OpenVLABackbone
 from ceed_vla.checkpoints import load
 from ceed_vla.convert import EXPECTED, ConvertConfig, published_policy
 from ceed_vla.devices import check_device

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,6 @@ from torch import Tensor, nn
 from ceed_vla.errors import CheckpointError
 from ceed_vla.files import plain_name, read_json
 from ceed_vla.lora import is_adapter
-
-if TYPE_CHECKING:
-    from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-    from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -239,18 +235,18 @@ def check_floating(files: Sequence[Path]) -> None:
 # ---- a policy's weights -------------------------------------------------------------------------------------------
 
 
-def check_size(config: CeedVLAConfig, folder: Path) -> None:
+def check_size(config: Any, folder: Path) -> None:
     """Refuse sizes in a configuration that the checkpoint's weights cannot have, before a model is built of them.
 
     Raises:
         CheckpointError: The configuration describes more than there is.
     """
-    layers, numbers = config.backbone.least_sizes(config)
+    layers, numbers = config.backbone.least_sizes(config.shape)
     files = config.backbone.weight_files() or [folder / WEIGHTS]
     Header.read(files).check(layers, numbers, files[0])
 
 
-def load_weights(policy: CeedVLAPolicy, folder: Path, strict: bool = True) -> None:
+def load_weights(policy: Any, folder: Path, strict: bool = True) -> None:
     """Read a checkpoint's weights into a policy.
 
     Args:
@@ -283,7 +279,7 @@ def load_weights(policy: CeedVLAPolicy, folder: Path, strict: bool = True) -> No
             logger.warning("The checkpoint %s %s weights: %s", folder, kind, ", ".join(sorted(names)))
 
 
-def save_weights(policy: CeedVLAPolicy, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
+def save_weights(policy: Any, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
     """Write a policy's weights, without those that it refers to and has not trained.
 
     Args:

@@ -35,22 +35,26 @@ class Backbone(Protocol):
     Attributes:
         block_length: Tokens ``n`` of one block.
         vocabulary_size: Action values ``V`` of one token. No other token has a score.
+        num_layers: Layers of a full forward.
     """
 
     block_length: int
     vocabulary_size: int
+    num_layers: int
 
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:
         """Run the prefix of every row once."""
         ...
 
-    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
+    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         """Score the successors of `tokens`.
 
         Args:
-            prefix: From `prefill`.
+            prefix: From `prefill`, which runs all layers.
             tokens: (B, k) in ``[0, V)``, in the block slots ``c .. c + k - 1`` with ``c =
                 prefix.cache.committed``.
+            depth: Run only so many of the first layers, then final norm and head; None runs all. The cache of the
+                others is not touched, and nothing can be committed before a pass through all.
 
         Returns:
             Logits (B, k, V). Output ``i`` depends on the prefix, the committed tokens and ``tokens[:, :i +
@@ -71,6 +75,7 @@ class TrainableBackbone(nn.Module, abc.ABC):
 
     block_length: int
     vocabulary_size: int
+    num_layers: int
     auxiliary: nn.Module | None
     early_auxiliary: nn.Module | None
     augmented_images: tuple[str, ...] = ()
@@ -84,7 +89,7 @@ class TrainableBackbone(nn.Module, abc.ABC):
         """Run the prefix of every row once."""
 
     @abc.abstractmethod
-    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
+    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         """Logits (B, k, V) of the successors of `tokens` (B, k); see `Backbone`."""
 
     @abc.abstractmethod
@@ -140,6 +145,13 @@ class TrainableBackbone(nn.Module, abc.ABC):
     def referenced(self) -> list[str]:
         """Names of the weights that a checkpoint leaves in the folder they were read from."""
         return []
+
+
+def check_depth(depth: int | None, layers: int) -> int:
+    """`depth`, or all `layers` if None; raises `ConfigError` outside [1, layers]."""
+    if depth is not None and not (isinstance(depth, int) and 1 <= depth <= layers):
+        raise ConfigError(f"depth is {depth!r}; it must be whole layers, in [1, {layers}].")
+    return layers if depth is None else depth
 
 
 def check_features(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 
 from ceed_vla.backbones.base import Prefix
-from ceed_vla.backbones.llama import PREFIX_KEY, LlamaBackbone
+from ceed_vla.backbones.prefix import PrefixEmbeddings
+from ceed_vla.backbones.transformers_backbone import TransformersBackbone
 from ceed_vla.cache import KVCache
+from ceed_vla.errors import ConfigError, TokenError
+
+PREFIX_KEY = "prefix_ids"
 
 
 class ToyBackbone(nn.Module):
@@ -24,6 +30,7 @@ class ToyBackbone(nn.Module):
     ) -> None:
         super().__init__()
         self.block_length, self.vocabulary_size, self.heads = block_length, vocabulary_size, heads
+        self.num_layers = 2
         self.calls: list[int] = []
         generator = torch.Generator().manual_seed(seed)
 
@@ -61,12 +68,12 @@ class ToyBackbone(nn.Module):
         cache.seal_prefix(length)
         return Prefix(logits=self._scores(x[:, -1]), cache=cache)
 
-    def block_logits(self, prefix: Prefix[KVCache], tokens: Tensor) -> Tensor:
+    def block_logits(self, prefix: Prefix[KVCache], tokens: Tensor, depth: int | None = None) -> Tensor:
         self.calls.append(tokens.shape[1])
         start, length = prefix.cache.committed, tokens.shape[1]
         mask = torch.ones(length, prefix.cache.length + length, dtype=torch.bool).tril(prefix.cache.length)
         x = self.tokens[tokens] + self.slots[start : start + length]
-        for layer, weight in enumerate(self.qkv):
+        for layer, weight in enumerate(self.qkv[:depth]):
             q, k, v = self._project(x, weight)
             x = self._attend(x, q, *prefix.cache.write(layer, k, v), mask)
         return self._scores(x)
@@ -81,6 +88,64 @@ class ToyBackbone(nn.Module):
         for weight in self.qkv:
             x = self._attend(x, *self._project(x, weight), mask)
         return self._scores(x[:, p - 1 :])
+
+
+class LlamaBackbone(TransformersBackbone):
+    """A Llama whose last ids are the actions; transformers' own `generate()` runs on the same weights."""
+
+    def __init__(self, model: LlamaForCausalLM, block_length: int, num_actions: int) -> None:
+        words = model.config.vocab_size
+        super().__init__(block_length, num_actions, torch.arange(words - num_actions, words))
+        self.model = model
+
+    @property
+    def pretrained(self) -> LlamaForCausalLM:
+        return self.model
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model.model
+
+    def check_observation(self, batch: dict[str, Tensor]) -> int:
+        return len(batch[PREFIX_KEY])
+
+    def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
+        ids = batch[PREFIX_KEY]  # (B, P) of the whole vocabulary, without padding
+        return PrefixEmbeddings.in_order(self.model.model.embed_tokens(ids), torch.ones_like(ids).bool())
+
+
+def depth_is_a_shorter_model(backbone: Any, observation: dict[str, Tensor]) -> None:
+    """Run to depth k: the model of the first k layers, which leaves no trace; at full depth nothing changes."""
+    rows, n, layers = backbone.check_observation(observation), backbone.block_length, backbone.num_layers
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(backbone.vocabulary_size, (rows, n - 1), generator=generator)
+    prefix = backbone.prefill(observation)
+    whole = backbone.block_logits(prefix, tokens)
+    assert layers > 1
+    for depth in range(1, layers):
+        shorter = copy.deepcopy(backbone)
+        trunk = shorter.decoder if isinstance(shorter, TransformersBackbone) else shorter
+        trunk.layers = trunk.layers[:depth]
+        if trunk is shorter:
+            shorter.num_layers = depth
+        other = shorter.prefill(observation)
+        for committed in (0, n // 2):
+            rest = tokens[:, committed:]
+            shallow = backbone.block_logits(prefix, rest, depth=depth)
+            assert torch.equal(shallow, shorter.block_logits(other, rest))
+            assert not torch.equal(shallow, whole[:, committed:])
+            with pytest.raises(TokenError, match="Cannot commit 1"):
+                prefix.cache.commit(1)
+            after = backbone.block_logits(prefix, rest)
+            if not committed:
+                assert torch.equal(after, whole)
+                assert torch.equal(backbone.block_logits(prefix, tokens, depth=layers), whole)
+                prefix.cache.commit(n // 2)
+                other.cache.commit(n // 2)
+        prefix.cache.roll_back()
+    for wrong in (0, layers + 1, 1.5):
+        with pytest.raises(ConfigError, match="depth is"):
+            backbone.block_logits(prefix, tokens, depth=wrong)
 
 
 class OnlyActions(LogitsProcessor):
@@ -148,6 +213,11 @@ def toy() -> Callable[[int, int, int, int], tuple[ToyBackbone, dict[str, Tensor]
 def llama() -> Callable[[int, int, int, int], tuple[LlamaBackbone, dict[str, Tensor]]]:
     """(seed, batch, block_length, vocabulary) -> random Llama backbone and an observation for it."""
     return _llama
+
+
+@pytest.fixture(scope="session", name="depth_is_a_shorter_model")
+def _depth_is_a_shorter_model() -> Callable[[Any, dict[str, Tensor]], None]:
+    return torch.no_grad()(depth_is_a_shorter_model)
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,9 @@ from torch import Tensor
 from ceed_vla import CeedVLAConfig, CeedVLAPolicy
 from ceed_vla.action_tokens_config import ActionTokensConfig, OpenVLATokensConfig, UniformTokensConfig
 from ceed_vla.backbones.base import check_features
-from ceed_vla.backbones.config import BackboneConfig, CompactConfig
-from ceed_vla.backbones.openvla_config import OpenVLAConfig
+from ceed_vla.backbones.compact.config import CompactConfig
+from ceed_vla.backbones.config import BackboneConfig
+from ceed_vla.backbones.openvla.config import OpenVLAConfig
 from ceed_vla.cli_flags import UsageError, format_help, parse_flags
 from ceed_vla.configuration_ceed_vla import tabletop_config
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
@@ -152,7 +153,7 @@ def test_kinds_that_do_not_fit_the_features(changes: dict[str, Any], message: st
 
 
 def test_uniform_bins_and_openvla_ids_must_agree(tmp_path: Path) -> None:
-    from ceed_vla.backbones.openvla_folder import Architecture
+    from ceed_vla.backbones.openvla.folder import Architecture
 
     with pytest.raises(ConfigError, match="255 values, the model 256 action ids"):
         Architecture({"n_action_bins": 256}).check_bins(255)

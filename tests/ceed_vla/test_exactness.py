@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ceed_vla.backbones.compact import CompactBackbone
+from ceed_vla.backbones.compact.model import CompactBackbone
 from ceed_vla.decoding import DecodingConfig, decode_autoregressive, decode_jacobi, make_guess
 
 AR = DecodingConfig(method="ar")
@@ -115,7 +115,7 @@ def test_llama_jacobi_is_cached_ar_uncached_ar_and_generate(
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_compact_backbone_jacobi_is_ar_and_teacher_forcing(batch: int) -> None:
+def test_compact_backbone_jacobi_is_ar_and_teacher_forcing(batch: int, depth_is_a_shorter_model) -> None:
     torch.manual_seed(batch)
     backbone = CompactBackbone(
         cameras=("observation.images.front",),
@@ -125,7 +125,7 @@ def test_compact_backbone_jacobi_is_ar_and_teacher_forcing(batch: int) -> None:
         image_size=32,
         stem_channels=(8, 8, 8, 8),
         width=32,
-        layers=2,
+        layers=3,
         heads=2,
         mlp_width=48,
     ).eval()
@@ -142,6 +142,11 @@ def test_compact_backbone_jacobi_is_ar_and_teacher_forcing(batch: int) -> None:
         _, (forced,) = backbone.packed_logits(backbone.embed_prefix(observation), [ar])
         assert torch.equal(forced.argmax(-1), ar)
         assert_strict(backbone, prefix, ar, 7, 0, 255)
+    depth_is_a_shorter_model(backbone, observation)
+
+
+def test_a_llama_cut_short(llama, depth_is_a_shorter_model) -> None:
+    depth_is_a_shorter_model(*llama(7, 3, 14, 31))
 
 
 def test_models_are_not_trivial(toy, llama) -> None:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ceed_vla.backbones.compact import LANGUAGE_KEY, STATE_KEY, CompactBackbone
+from ceed_vla.backbones.compact.model import LANGUAGE_KEY, STATE_KEY, CompactBackbone
 from training.losses import (
     after_first_divergence,
     chunk_distance,

@@ -86,6 +86,11 @@ def test_packed_blocks_equal_the_cache(kind: str, models: Any, pictures: np.ndar
         assert torch.equal(state, prefix.hidden)
 
 
+def test_a_model_cut_short(models: Any, pictures: np.ndarray, depth_is_a_shorter_model: Any) -> None:
+    policy, pre = models("siglip")
+    depth_is_a_shorter_model(policy.backbone, pre(observation(pictures, 3)))
+
+
 @pytest.mark.parametrize("kind", ["fused", "siglip"])
 def test_recomputed_activations_give_the_same_gradients(
     kind: str, published: Any, pictures: np.ndarray

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ceed_vla.backbones.openvla_folder import action_statistics
-from ceed_vla.backbones.openvla_weights import weight_files
+from ceed_vla.backbones.openvla.folder import action_statistics
 from ceed_vla.convert import ConvertConfig, published_policy
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
+from ceed_vla.weights import weight_files
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 

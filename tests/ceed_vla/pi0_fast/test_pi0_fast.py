@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from ceed_vla.backbones.pi0_fast import Pi0FastBackbone
-from ceed_vla.backbones.pi0_fast_tokens import Pi0FastTokenizer, TextIds
+from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone
+from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer, TextIds
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, MalformedChunkError, ObservationError, TokenError
 from ceed_vla.fast_codec import FastCodec
@@ -145,6 +145,11 @@ def test_packed_logits_are_those_of_block_logits(lab: Any) -> None:
         assert torch.allclose(logits, alone, atol=1e-4)
     _, (one,) = backbone.packed_logits(embeddings[1:], [blocks[0][1:]])
     assert torch.allclose(one, packed[0][1:], atol=1e-4)
+
+
+@pytest.mark.parametrize("vocabulary", ["full", "actions"])
+def test_a_model_cut_short(vocabulary: str, lab: Any, depth_is_a_shorter_model: Any) -> None:
+    depth_is_a_shorter_model(lab.wrap(lab.build(6), vocabulary)[0], lab.observe(2))
 
 
 def test_detokenising_agrees_with_lerobot(lab: Any) -> None:

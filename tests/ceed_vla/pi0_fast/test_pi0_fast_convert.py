@@ -16,10 +16,10 @@ from lerobot.processor import tokenizer_processor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ceed_vla.backbones.pi0_fast_loading import convert_pi0_fast
-from ceed_vla.backbones.pi0_fast_tokens import Pi0FastTokenizer
+from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer
 from ceed_vla.checkpoints import load, save
 from ceed_vla.cli import main
+from ceed_vla.convert.pi0_fast import convert_pi0_fast
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, MalformedChunkError
 

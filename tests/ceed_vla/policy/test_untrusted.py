@@ -152,7 +152,7 @@ def test_no_model_is_built_that_the_weights_do_not_fill(
     folder: Path, sizes: dict[str, int], loader: Loader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "ceed_vla.backbones.config.CompactConfig.build", lambda *_: pytest.fail("a model was built")
+        "ceed_vla.backbones.compact.config.CompactConfig.build", lambda *_: pytest.fail("a model was built")
     )
     edit(folder / "config.json", lambda values: values["backbone"].update(sizes))
     with pytest.raises(CheckpointError, match=r"different models|must be a whole number"):

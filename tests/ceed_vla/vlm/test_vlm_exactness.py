@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from ceed_vla.backbones.vlm import MASK_KEY, STATE_KEY, VLMBackbone
-from ceed_vla.backbones.vlm_tiny import FAMILIES
+from benchmarks.models.vlm import FAMILIES
+from ceed_vla.backbones.vlm.model import MASK_KEY, STATE_KEY, VLMBackbone
 from ceed_vla.decoding import DecodingConfig, decode_autoregressive, decode_jacobi
 
 AR, STRICT = DecodingConfig(method="ar"), DecodingConfig(method="jacobi")
@@ -41,9 +41,9 @@ def without_cache(model: VLMBackbone, observation: dict[str, torch.Tensor]) -> t
     embeddings = model.embed_prefix(observation)
     tokens = torch.zeros(len(embeddings), 0, dtype=torch.long)
     for _ in range(model.block_length):
-        inputs = embeddings.joined(model._embed_tokens(tokens))
+        inputs = embeddings.joined(model.embed_tokens(tokens))
         hidden = model.decoder(use_cache=False, **inputs).last_hidden_state[:, -1:]
-        tokens = torch.cat([tokens, model._head(hidden).argmax(-1)], dim=1)
+        tokens = torch.cat([tokens, model.score(hidden).argmax(-1)], dim=1)
     return tokens
 
 
@@ -92,6 +92,12 @@ def test_rows_do_not_influence_each_other(family: str, backbone: Any, observe: A
     embeddings = model.embed_prefix(observation)[torch.tensor([2, 0])]
     few = decode_autoregressive(model, model.prefill_embeddings(embeddings), AR).tokens
     assert torch.equal(few, together[[2, 0]])
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *SLIDING])
+def test_a_model_cut_short(family: str, backbone: Any, observe: Any, depth_is_a_shorter_model: Any) -> None:
+    model, step = backbone(family)
+    depth_is_a_shorter_model(model, observe(step, 3))
 
 
 @pytest.mark.parametrize("training", [False, True])

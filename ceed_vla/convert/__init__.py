@@ -11,8 +11,8 @@ from lerobot.configs import FeatureType, PolicyFeature
 
 from ceed_vla.action_tokens_config import OpenVLATokensConfig
 from ceed_vla.backbones.config import DTYPES, WEIGHTS
-from ceed_vla.backbones.openvla_config import OpenVLAConfig
-from ceed_vla.backbones.openvla_folder import LARGEST_SIDE, action_statistics, read_config
+from ceed_vla.backbones.openvla.config import OpenVLAConfig
+from ceed_vla.backbones.openvla.folder import LARGEST_SIDE, action_statistics, read_config
 from ceed_vla.checkpoints import save
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding import DecodingConfig
@@ -135,7 +135,7 @@ def _size(size: int | list[int]) -> tuple[int, int]:
 
 def _convert_pi0_fast(config: ConvertConfig) -> str:
     """LeRobot's pi0-FAST, which brings its own processors."""
-    from ceed_vla.backbones.pi0_fast_loading import convert_pi0_fast
+    from ceed_vla.convert.pi0_fast import convert_pi0_fast
 
     folder = convert_pi0_fast(
         config.path,

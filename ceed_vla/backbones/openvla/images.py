@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
-from ceed_vla.backbones.openvla_folder import LARGEST_SIDE
+from ceed_vla.backbones.openvla.folder import LARGEST_SIDE
 from ceed_vla.errors import CheckpointError
 
 STRATEGIES = ("resize-naive", "letterbox", "resize-crop")

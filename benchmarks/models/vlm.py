@@ -1,6 +1,6 @@
 """Tiny random models of real families, in their own file format: to try a pipeline, and for tests and examples.
 
-python -m ceed_vla.backbones.vlm_tiny smolvlm DIR    # a folder as --policy.backbone.path takes it
+python -m benchmarks.models.vlm smolvlm DIR    # a folder as --policy.backbone.path takes it
 """
 
 from __future__ import annotations

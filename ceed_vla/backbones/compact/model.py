@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features
-from ceed_vla.backbones.compact_stem import CameraStem, EarlyReadout
+from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_depth, check_features
+from ceed_vla.backbones.compact.stem import CameraStem, EarlyReadout
 from ceed_vla.cache import KVCache
 from ceed_vla.errors import ObservationError
 from ceed_vla.images import check_images
@@ -110,6 +110,7 @@ class CompactBackbone(TrainableBackbone):
         self.augmented_images = self.cameras
         self.state_dim, self.max_words = state_dim, max_words
         self.block_length, self.vocabulary_size = block_length, vocabulary_size
+        self.num_layers = layers
         self._recompute = False
         self.prefix_length = max_words + len(self.cameras) * (image_grid**2 + bool(keypoints)) + 1
         self.words = nn.Embedding(words, width)
@@ -229,13 +230,13 @@ class CompactBackbone(TrainableBackbone):
 
     # ---- block --------------------------------------------------------------------------------------------------
 
-    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
+    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         """Logits (B, k, V) for the slots after `tokens` (B, k), which follow the committed tokens of the cache."""
-        cache = prefix.cache
+        cache, depth = prefix.cache, check_depth(depth, self.num_layers)
         start, length = cache.committed, tokens.shape[1]
         x = self.action_tokens(tokens) + self.slots[start : start + length]  # (B, k, d)
         mask = None if length == 1 else self._block_mask(cache.length, length, x.device)
-        for index, layer in enumerate(self.trunk):
+        for index, layer in enumerate(self.trunk[:depth]):
             q, k, v = layer.project(x)
             keys, values = cache.write(index, k, v)  # (B, H, T, d / H)
             x = layer.finish(x, q, keys, values, mask)

@@ -1,4 +1,4 @@
-"""Read LeRobot's pi0-FAST checkpoints, and make policies of them. Offline, and without code from a checkpoint."""
+"""LeRobot's pi0-FAST checkpoints into policies: the same weights, tokens and processors."""
 
 from __future__ import annotations
 
@@ -7,40 +7,27 @@ import logging
 import shutil
 from pathlib import Path
 
-import draccus
-from lerobot.policies.pi0_fast import modeling_pi0_fast
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 from safetensors.torch import save_file
-from torch import nn
 
-from ceed_vla.backbones.architecture import read_architecture as read_values
-from ceed_vla.backbones.pi0_fast_config import Pi0FastConfig, Pi0FastTokensConfig
-from ceed_vla.backbones.pi0_fast_inputs import PromptTokensStep, load_text_tokenizer
-from ceed_vla.backbones.pi0_fast_tokens import TextIds
+from ceed_vla.backbones.pi0_fast.config import Pi0FastConfig, Pi0FastTokensConfig
+from ceed_vla.backbones.pi0_fast.inputs import PromptTokensStep, load_text_tokenizer
+from ceed_vla.backbones.pi0_fast.loading import EMBEDDING, HEAD, decode_architecture, describe_model
+from ceed_vla.backbones.pi0_fast.tokens import TextIds
 from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fast_codec import FastCodec
 from ceed_vla.files import read_json, write_text
+from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.processor_steps import CONVERTED, PROCESSOR_FILES, REMOTE_CODE, read_steps
-from ceed_vla.weights import WEIGHTS, copy_weights, opened
+from ceed_vla.weights import WEIGHTS, opened
 
 logger = logging.getLogger(__name__)
 
 VOCABULARIES = ("full", "actions")
 WINDOW = 32  # slots a forward computes; chunks of LIBERO take 25 to 35 tokens of the 256 slots
-_RANGES = {
-    "chunk_size": (1, 4096),
-    "n_action_steps": (1, 4096),
-    "tokenizer_max_length": (1, 65536),
-    "max_decoding_steps": (2, 65536),
-    "fast_skip_tokens": (0, 10**7),
-    "image_resolution": (1, 4096),
-    "empty_cameras": (0, 16),
-}
-_HEAD = "model.paligemma_with_expert.paligemma.lm_head.weight"
-_EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 
 
 def convert_pi0_fast(
@@ -71,8 +58,6 @@ def convert_pi0_fast(
         CheckpointError: Files that are missing, damaged or of another policy.
         ConfigError: Tokenizers that do not fit the model, or a folder that is not empty.
     """
-    from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
-
     folder, output = resolve_checkpoint(source), Path(output_dir)
     for name in PROCESSOR_FILES:
         read_steps(folder, name, CONVERTED)
@@ -80,7 +65,7 @@ def convert_pi0_fast(
         raise ConfigError(f"{output} is not empty; give a new output_dir.")
     if vocabulary not in VOCABULARIES:
         raise ConfigError(f"vocabulary is {vocabulary!r}; choose one of {', '.join(VOCABULARIES)}.")
-    config = decode_architecture(read_architecture(folder))
+    config = decode_architecture(describe_model(folder))
     if config.temperature:
         logger.warning(
             "%s samples its tokens with temperature %g; here it decodes greedily, as with temperature 0.",
@@ -108,68 +93,6 @@ def convert_pi0_fast(
     for name in ("policy_preprocessor", "policy_postprocessor"):
         _copy_pipeline(folder, output, name, text)
     return output
-
-
-def read_architecture(path: str | Path) -> str:
-    """LeRobot's configuration (JSON) in a checkpoint folder, for the CPU and without compilation.
-
-    Raises:
-        CheckpointError: Missing, unreadable, or of another policy.
-    """
-    folder = resolve_checkpoint(path)
-    values = read_json(folder / "config.json")
-    kind = values.get("type")
-    if kind != "pi0_fast":
-        raise CheckpointError(f"{folder} holds a policy of type {kind!r}; this reads LeRobot's 'pi0_fast'.")
-    return json.dumps({**values, "device": "cpu", "compile_model": False, "gradient_checkpointing": False})
-
-
-def decode_architecture(architecture: str) -> PI0FastConfig:
-    """LeRobot's configuration from its JSON.
-
-    Raises:
-        CheckpointError: Values that LeRobot refuses, or no features.
-    """
-    values = read_values(architecture)
-    values.pop("type", None)
-    try:
-        config = draccus.decode(PI0FastConfig, values)
-        config.validate_features()
-        for name, (low, high) in _RANGES.items():
-            found = getattr(config, name)
-            if not all(
-                low <= value <= high for value in (found if isinstance(found, tuple | list) else [found])
-            ):
-                raise ConfigError(f"{name} is {found}; it must lie in [{low}, {high}].")
-    except Exception as error:  # draccus raises its own kinds, and passes on those of the configuration
-        raise CheckpointError(f"LeRobot's config.json cannot be used ({error}).") from error
-    return config
-
-
-def build_model(architecture: str) -> modeling_pi0_fast.PI0FastPytorch:
-    """LeRobot's model with random weights. It gets no tokenizer: the backbone knows the ids."""
-    return modeling_pi0_fast.PI0FastPytorch(decode_architecture(architecture))
-
-
-def load_weights(holder: nn.Module, path: str | Path) -> None:
-    """Read the weights of LeRobot's checkpoint into ``holder.model``; LeRobot's loader keeps random ones on failure.
-
-    Raises:
-        CheckpointError: Missing, unreadable, incomplete or foreign weights.
-    """
-    file = resolve_checkpoint(path) / WEIGHTS
-    missing, unexpected = copy_weights(
-        holder, [file], rename=lambda k: k if k.startswith("model.") else f"model.{k}"
-    )
-    if _EMBEDDING in missing and _HEAD not in missing:  # published checkpoints hold the shared matrix once
-        own = holder.state_dict()
-        own[_EMBEDDING].copy_(own[_HEAD])
-        missing.remove(_EMBEDDING)
-    for kind, names in (("lacks", missing), ("has unknown", unexpected)):
-        if names:
-            raise CheckpointError(
-                f"{file} {kind} {len(names)} weights ({', '.join(names[:3])}, ...); it is no complete pi0-FAST."
-            )
 
 
 def find_folder(name: str, setting: str) -> Path:
@@ -211,7 +134,7 @@ def _scored(folder: Path) -> int:
     """Rows of the language model's head."""
     with opened(folder / WEIGHTS) as weights:
         names = {key.removeprefix("model."): key for key in list(weights.keys())}
-        key = names.get(_HEAD.removeprefix("model.")) or names.get(_EMBEDDING.removeprefix("model."))
+        key = names.get(HEAD.removeprefix("model.")) or names.get(EMBEDDING.removeprefix("model."))
         if key is None:
             raise CheckpointError(f"{folder / WEIGHTS} has no head of a language model; is it pi0-FAST's?")
         return int(weights.get_slice(key).get_shape()[0])

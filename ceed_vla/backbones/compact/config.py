@@ -68,24 +68,7 @@ class CompactConfig(BackboneConfig):
     def build(self, shape: PolicyShape) -> TrainableBackbone:
         from ceed_vla.backbones.compact.model import CompactBackbone
 
-        return CompactBackbone(
-            cameras=tuple(shape.cameras),
-            state_dim=shape.state_dim,
-            block_length=shape.block_length,
-            vocabulary_size=shape.vocabulary_size,
-            words=self.vocabulary_size,
-            max_words=self.max_instruction_words,
-            image_size=self.image_size,
-            image_grid=self.image_grid,
-            keypoints=self.keypoints,
-            stem_channels=self.stem_channels,
-            width=self.width,
-            layers=self.layers,
-            heads=self.heads,
-            mlp_width=self.mlp_width,
-            auxiliary_dim=shape.auxiliary_dim,
-            early_readout=self.early_readout,
-        )
+        return CompactBackbone(shape, **vars(self))
 
     def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:
         return [make_instruction_step(instructions, self.max_instruction_words, self.vocabulary_size)]

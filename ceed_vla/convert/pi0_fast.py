@@ -16,8 +16,9 @@ from ceed_vla.backbones.pi0_fast.loading import EMBEDDING, HEAD, decode_architec
 from ceed_vla.backbones.pi0_fast.tokens import TextIds
 from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.convert.config import ConvertConfig
 from ceed_vla.decoding.config import DecodingConfig
-from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.errors import CheckpointError
 from ceed_vla.fast_codec import FastCodec
 from ceed_vla.files import read_json, write_text
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
@@ -26,65 +27,35 @@ from ceed_vla.weights import WEIGHTS, opened
 
 logger = logging.getLogger(__name__)
 
-VOCABULARIES = ("full", "actions")
 WINDOW = 32  # slots a forward computes; chunks of LIBERO take 25 to 35 tokens of the 256 slots
 
 
-def convert_pi0_fast(
-    source: str | Path,
-    output_dir: str | Path,
-    *,
-    fast_tokenizer: str = "",
-    text_tokenizer: str = "",
-    vocabulary: str = "full",
-    weights: str = "copied",
-    device: str = "cpu",
-) -> Path:
-    """Write a policy folder from a LeRobot checkpoint.
-
-    Args:
-        source: LeRobot's checkpoint folder.
-        output_dir: New policy folder.
-        fast_tokenizer: FAST tokenizer folder; the one that the checkpoint names if empty.
-        text_tokenizer: PaliGemma's tokenizer folder; the one that the checkpoint names if empty.
-        vocabulary: "full" (LeRobot's tokens for any weights) or "actions" (only ids that an action can hold).
-        weights: "copied", or by "reference": they stay in `source`.
-        device: Where the policy runs unless told otherwise.
-
-    Returns:
-        `output_dir`.
-
-    Raises:
-        CheckpointError: Files that are missing, damaged or of another policy.
-        ConfigError: Tokenizers that do not fit the model, or a folder that is not empty.
-    """
-    folder, output = resolve_checkpoint(source), Path(output_dir)
+def write(config: ConvertConfig) -> str:
+    """Write the checkpoint; see `convert`."""
+    folder, output = resolve_checkpoint(config.path), Path(config.output_dir)
     for name in PROCESSOR_FILES:
         read_steps(folder, name, CONVERTED)
-    if output.exists() and any(output.iterdir()):
-        raise ConfigError(f"{output} is not empty; give a new output_dir.")
-    if vocabulary not in VOCABULARIES:
-        raise ConfigError(f"vocabulary is {vocabulary!r}; choose one of {', '.join(VOCABULARIES)}.")
-    config = decode_architecture(describe_model(folder))
-    if config.temperature:
+    theirs = decode_architecture(describe_model(folder))
+    if theirs.temperature:
         logger.warning(
             "%s samples its tokens with temperature %g; here it decodes greedily, as with temperature 0.",
             folder,
-            config.temperature,
+            theirs.temperature,
         )
-    fast = find_folder(fast_tokenizer or config.action_tokenizer_name, "fast_tokenizer")
-    text = find_folder(text_tokenizer or config.text_tokenizer_name, "text_tokenizer")
+    fast = find_folder(config.fast_tokenizer or theirs.action_tokenizer_name, "fast_tokenizer")
+    text = find_folder(config.text_tokenizer or theirs.text_tokenizer_name, "text_tokenizer")
+    scored = _scored(folder) if config.vocabulary == "full" else 0
     settings = CeedVLAConfig(
-        input_features=config.input_features,
-        output_features=config.output_features,
-        normalization_mapping=config.normalization_mapping,
-        chunk_size=config.chunk_size,
-        n_action_steps=config.n_action_steps,
-        backbone=Pi0FastConfig(path=str(folder.resolve()), weights=weights),
-        action_tokens=_tokens(config, fast, text, _scored(folder) if vocabulary == "full" else 0),
+        input_features=theirs.input_features,
+        output_features=theirs.output_features,
+        normalization_mapping=theirs.normalization_mapping,
+        chunk_size=theirs.chunk_size,
+        n_action_steps=theirs.n_action_steps,
+        backbone=Pi0FastConfig(path=str(folder.resolve()), weights=config.weights),
+        action_tokens=_tokens(theirs, fast, text, scored),
         augment_state=0.0,
         decoding=DecodingConfig(window=WINDOW),
-        device=device,
+        device=config.device,
         push_to_hub=False,
     )
     policy = CeedVLAPolicy(settings)
@@ -92,7 +63,7 @@ def convert_pi0_fast(
     policy.save_pretrained(output)
     for name in ("policy_preprocessor", "policy_postprocessor"):
         _copy_pipeline(folder, output, name, text)
-    return output
+    return f"{output}: LeRobot's pi0-FAST, weights {config.weights}, vocabulary {config.vocabulary}"
 
 
 def find_folder(name: str, setting: str) -> Path:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from ceed_vla import CeedVLAPolicy
-from ceed_vla.convert import ConvertConfig, published_policy
+from ceed_vla.convert import ConvertConfig
+from ceed_vla.convert.openvla import published_policy
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.verify import VerifyConfig, verify
 

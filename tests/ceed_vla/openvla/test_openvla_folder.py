@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ceed_vla.backbones.openvla.folder import action_statistics
-from ceed_vla.convert import ConvertConfig, published_policy
+from ceed_vla.convert import ConvertConfig
+from ceed_vla.convert.openvla import published_policy
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 from ceed_vla.weights import weight_files
 

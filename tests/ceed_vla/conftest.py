@@ -114,12 +114,11 @@ class LlamaBackbone(TransformersBackbone):
         return PrefixEmbeddings.in_order(self.model.model.embed_tokens(ids), torch.ones_like(ids).bool())
 
 
+@torch.no_grad()
 def depth_is_a_shorter_model(backbone: Any, observation: dict[str, Tensor]) -> None:
     """Run to depth k: the model of the first k layers, which leaves no trace; at full depth nothing changes."""
-    rows, n, layers = backbone.check_observation(observation), backbone.block_length, backbone.num_layers
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(backbone.vocabulary_size, (rows, n - 1), generator=generator)
-    prefix = backbone.prefill(observation)
+    n, layers, prefix = backbone.block_length, backbone.num_layers, backbone.prefill(observation)
+    tokens = torch.randint(backbone.vocabulary_size, (len(prefix.logits), n - 1))
     whole = backbone.block_logits(prefix, tokens)
     assert layers > 1
     for depth in range(1, layers):
@@ -130,22 +129,57 @@ def depth_is_a_shorter_model(backbone: Any, observation: dict[str, Tensor]) -> N
             shorter.num_layers = depth
         other = shorter.prefill(observation)
         for committed in (0, n // 2):
-            rest = tokens[:, committed:]
-            shallow = backbone.block_logits(prefix, rest, depth=depth)
-            assert torch.equal(shallow, shorter.block_logits(other, rest))
+            prefix.cache.commit(committed)
+            other.cache.commit(committed)
+            shallow = backbone.block_logits(prefix, tokens[:, committed:], depth=depth)
+            assert torch.equal(shallow, shorter.block_logits(other, tokens[:, committed:]))
             assert not torch.equal(shallow, whole[:, committed:])
             with pytest.raises(TokenError, match="Cannot commit 1"):
                 prefix.cache.commit(1)
-            after = backbone.block_logits(prefix, rest)
-            if not committed:
-                assert torch.equal(after, whole)
-                assert torch.equal(backbone.block_logits(prefix, tokens, depth=layers), whole)
-                prefix.cache.commit(n // 2)
-                other.cache.commit(n // 2)
+            full = backbone.block_logits(prefix, tokens[:, committed:], depth=layers)
+            assert committed or torch.equal(full, whole)
         prefix.cache.roll_back()
     for wrong in (0, layers + 1, 1.5):
         with pytest.raises(ConfigError, match="depth is"):
             backbone.block_logits(prefix, tokens, depth=wrong)
+
+
+def trains_as_it_decodes(backbone: Any, observation: dict[str, Tensor]) -> None:
+    """Packed logits are those of decoding, with recomputed activations too; distillation leaves the prefix alone."""
+    backbone = copy.deepcopy(backbone).train()
+    rows, n = backbone.check_observation(observation), backbone.block_length
+    blocks = [torch.randint(backbone.vocabulary_size, (rows, n)) for _ in range(2)]
+    found = []
+    for recompute in (False, True):
+        if recompute:
+            backbone.recompute_activations()
+        state, packed = backbone.packed_logits(backbone.embed_prefix(observation), blocks)
+        (torch.cat(packed).logsumexp(-1).sum() + state.sum()).backward()
+        gradients = {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
+        found.append({"state": state, "logits": torch.cat(packed), **gradients})
+        backbone.zero_grad(set_to_none=True)
+        early = backbone.prefix_state(backbone.embed_prefix(observation))
+        torch.testing.assert_close(early, state, rtol=1e-4, atol=1e-4)
+    assert found[0].keys() == found[1].keys()
+    assert set(backbone.distillation_parameters()) < found[0].keys()
+    largest = max(float(value.detach().abs().max()) for value in found[0].values())
+    for name, kept in found[0].items():
+        torch.testing.assert_close(found[1][name], kept, rtol=1e-3, atol=1e-4 * largest)
+    with torch.no_grad():
+        backbone.eval()
+        embeddings, order = backbone.embed_prefix(observation), torch.arange(rows - 1, -1, -1)
+        _, packed = backbone.packed_logits(embeddings, blocks)
+        _, (some,) = backbone.packed_logits(embeddings[order], [blocks[0][order]])
+        torch.testing.assert_close(some, packed[0][order], rtol=1e-4, atol=1e-4)
+        prefix = backbone.prefill(observation)
+        for block, logits in zip(blocks, packed, strict=True):
+            prefix.cache.roll_back()
+            decoded = torch.cat([prefix.logits[:, None], backbone.block_logits(prefix, block[:, :-1])], dim=1)
+            seen = decoded.isfinite()  # what speculation may not hold scores -inf
+            torch.testing.assert_close(logits[seen], decoded[seen], rtol=1e-4, atol=1e-4)
+        for name in backbone.distillation_parameters():
+            backbone.get_parameter(name).add_(0.01)
+        assert torch.equal(backbone.embed_prefix(observation).embeds, embeddings.embeds)
 
 
 class OnlyActions(LogitsProcessor):
@@ -217,7 +251,19 @@ def llama() -> Callable[[int, int, int, int], tuple[LlamaBackbone, dict[str, Ten
 
 @pytest.fixture(scope="session", name="depth_is_a_shorter_model")
 def _depth_is_a_shorter_model() -> Callable[[Any, dict[str, Tensor]], None]:
-    return torch.no_grad()(depth_is_a_shorter_model)
+    return depth_is_a_shorter_model
+
+
+@pytest.fixture(scope="session")
+def keeps_the_contract() -> Callable[[Any, dict[str, Tensor]], None]:
+    """What the families of `TransformersBackbone` share, checked on a model and an observation for it."""
+
+    def check(backbone: Any, observation: dict[str, Tensor]) -> None:
+        torch.manual_seed(0)
+        depth_is_a_shorter_model(backbone, observation)
+        trains_as_it_decodes(backbone, observation)
+
+    return check
 
 
 @pytest.fixture(scope="session")

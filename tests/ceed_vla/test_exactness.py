@@ -138,8 +138,8 @@ def test_compact_backbone_jacobi_is_ar_and_teacher_forcing(batch: int, depth_is_
     depth_is_a_shorter_model(backbone, observation)
 
 
-def test_a_llama_cut_short(llama, depth_is_a_shorter_model) -> None:
-    depth_is_a_shorter_model(*llama(7, 3, 14, 31))
+def test_a_llama_trains_and_is_cut_short(llama, keeps_the_contract) -> None:
+    keeps_the_contract(*llama(7, 3, 14, 31))
 
 
 def test_models_are_not_trivial(toy, llama) -> None:

@@ -203,10 +203,7 @@ def _smolvlm_parts(kind: str, width: int, layers: int) -> tuple[Any, Any, dict[s
         pad_token_id=tokenizer.pad_token_id,
         scale_factor=2,
     )
-    joint = {
-        "image_seq_len": (IMAGE // PATCH // 2) ** 2,
-        "chat_template": CHAT.replace("@", "<image>"),
-    }
+    joint = {"image_seq_len": (IMAGE // PATCH // 2) ** 2, "chat_template": CHAT.replace("@", "<image>")}
     return config, tokenizer, joint, {"longest_edge": IMAGE}
 
 

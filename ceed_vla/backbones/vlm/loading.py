@@ -160,10 +160,10 @@ def check_decoding(backbone: VLMBackbone) -> None:
     """
     model = cast("Any", backbone.model)
     ids = backbone.action_ids[None, :4]
-    mask = torch.zeros_like(ids)  # PaliGemma warns without
+    accepted = inspect.signature(model.forward).parameters
     extra = (
-        {"token_type_ids": mask} if "token_type_ids" in inspect.signature(model.forward).parameters else {}
-    )
+        {"token_type_ids": torch.zeros_like(ids)} if "token_type_ids" in accepted else {}
+    )  # PaliGemma warns
     try:
         afresh, continued = _with_and_without_cache(backbone.decoder, model.get_input_embeddings()(ids))
         logits = model(input_ids=ids, use_cache=False, **extra).logits  # (1, t, words)
@@ -176,8 +176,8 @@ def check_decoding(backbone: VLMBackbone) -> None:
         ) from error
     if not _close(afresh, continued):
         raise ConfigError(
-            f"{type(model).__name__} gives other values from a key/value cache than without: it has none that can be "
-            "used. Jacobi decoding needs a causal language model with attention in every layer."
+            f"{type(model).__name__} gives other values from a key/value cache than without. Jacobi decoding needs a "
+            "causal language model with attention in every layer."
         )
     if not _close(logits, scores):
         raise ConfigError(
@@ -191,21 +191,16 @@ def _with_and_without_cache(decoder: Any, embeds: Tensor) -> tuple[Tensor, Tenso
     positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
     afresh = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
     cache = TransformersCache()
-    decoder(
-        inputs_embeds=embeds[:, :1],
-        position_ids=positions[:, :1],
-        past_key_values=cache.begin(1),
-        use_cache=True,
-    )
+
+    def run(part: Tensor, places: Tensor) -> Tensor:
+        past = cache.begin(part.shape[1])
+        output = decoder(inputs_embeds=part, position_ids=places, past_key_values=past, use_cache=True)
+        return cast("Tensor", output.last_hidden_state)
+
+    run(embeds[:, :1], positions[:, :1])
     cache.seal_prefix(1)
-    for rest in (embeds[:, 1:].flip(1), embeds[:, 1:]):  # what the first one writes is cut off by the second
-        continued = decoder(
-            inputs_embeds=rest,
-            position_ids=positions[:, 1:],
-            past_key_values=cache.begin(rest.shape[1]),
-            use_cache=True,
-        ).last_hidden_state
-    return afresh[:, 1:], continued
+    run(embeds[:, 1:].flip(1), positions[:, 1:])  # cut off again
+    return afresh[:, 1:], run(embeds[:, 1:], positions[:, 1:])
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

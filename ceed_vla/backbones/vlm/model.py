@@ -48,7 +48,6 @@ class VLMBackbone(TransformersBackbone):
     """
 
     action_ids: Tensor
-    auxiliary: nn.Module | None
 
     def __init__(
         self,
@@ -65,18 +64,12 @@ class VLMBackbone(TransformersBackbone):
         super().__init__(block_length, len(action_ids), torch.tensor(list(action_ids), device=model.device))
         _make_causal(model)
         self.model = model
-        width = embedding.embedding_dim
+        width, like = embedding.embedding_dim, {"device": model.device, "dtype": model.dtype}
         self.state_dim = state_dim
-        self.state = (
-            nn.Linear(state_dim, width, device=model.device, dtype=model.dtype) if project_state else None
-        )
-        self.auxiliary = (
-            nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, auxiliary_dim)).to(
-                model.device, model.dtype
-            )
-            if auxiliary_dim
-            else None
-        )
+        self.state = nn.Linear(state_dim, width, **like) if project_state else None
+        if auxiliary_dim:
+            layers = (nn.Linear(width, width), nn.SiLU(), nn.Linear(width, auxiliary_dim))
+            self.auxiliary = nn.Sequential(*layers).to(**like)
         self._accepted = set(inspect.signature(self.trunk.forward).parameters) - {"labels"}
 
     @property
@@ -100,18 +93,16 @@ class VLMBackbone(TransformersBackbone):
             ObservationError: A tensor of the processor is missing or has other rows, the padding is not on the
                 left, or the state, where it is read, is missing, of another length or not finite.
         """
-        own = (
-            [k for k in batch if str(k).startswith((ROW_KEY, FLAT_KEY))] if isinstance(batch, Mapping) else []
-        )
-        inputs = {k: (None,) * (batch[k].ndim - 1) for k in own if isinstance(batch[k], Tensor)}
-        wanted: dict[str, tuple[int | None, ...]] = {IDS_KEY: (None,), MASK_KEY: (None,), **inputs}
+        found = batch.items() if isinstance(batch, Mapping) else ()
+        inputs = {k: v for k, v in found if str(k).startswith((ROW_KEY, FLAT_KEY)) and isinstance(v, Tensor)}
+        wanted: dict[str, tuple[int | None, ...]] = {IDS_KEY: (None,), MASK_KEY: (None,)}
+        wanted |= {key: (None,) * (value.ndim - 1) for key, value in inputs.items()}
+        finite = [key for key, value in inputs.items() if value.is_floating_point()]
         if self.state_dim:
             wanted[STATE_KEY] = (self.state_dim,)
-        finite = [key for key in inputs if batch[key].is_floating_point()]
+            finite.append(STATE_KEY)
         words = int(cast("Any", self.model).get_input_embeddings().num_embeddings)
-        rows = check_features(
-            batch, wanted, [*finite, *([STATE_KEY] if self.state_dim else [])], {IDS_KEY: words}
-        )
+        rows = check_features(batch, wanted, finite, {IDS_KEY: words})
         if not any(key.endswith(PIXELS) for key in inputs):
             raise ObservationError(
                 f"The observation lacks {ROW_KEY}{PIXELS}; pass it through the checkpoint's pre-processor first."

@@ -17,14 +17,9 @@ IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 LARGEST_SIDE, MOST_PIXELS = 8192, 2**25
 # Settings of image processors that decide how many numbers they make.
 _SIDES = ("height", "width", "shortest_edge", "longest_edge", "min_pixels", "max_pixels", "size", "crop_size")
-_COUNTS = (
-    "patch_size",
-    "merge_size",
-    "temporal_patch_size",
-    "num_additional_image_tokens",
-    "image_seq_length",
-)
-SIZES = (*_SIDES, *_COUNTS, "image_seq_len", "max_image_tiles", "max_num_crops")
+_PATCHES = ("patch_size", "merge_size", "temporal_patch_size", "max_image_tiles", "max_num_crops")
+_TOKENS = ("num_additional_image_tokens", "image_seq_length", "image_seq_len")
+SIZES = (*_SIDES, *_PATCHES, *_TOKENS)
 
 
 def load_processor(folder: str | Path, source: str = "") -> ProcessorMixin:
@@ -33,12 +28,12 @@ def load_processor(folder: str | Path, source: str = "") -> ProcessorMixin:
     Raises:
         CheckpointError: It is missing, damaged, or needs code of its own.
     """
+    from transformers import AutoProcessor
+
     name = source or str(folder)
     for file in IMAGE_FILES:
         if (Path(folder) / file).is_file():
             _check_image_settings(f"{name}: {file}", read_json(Path(folder) / file, source=f"{name}: {file}"))
-    from transformers import AutoProcessor
-
     try:
         processor = AutoProcessor.from_pretrained(str(folder), **LOCAL)
     except Exception as error:

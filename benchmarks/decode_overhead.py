@@ -26,7 +26,7 @@ from transformers import DynamicCache
 
 from ceed_vla.backbones.openvla.folder import Architecture
 from ceed_vla.backbones.openvla.model import OpenVLABackbone
-from ceed_vla.backbones.prefix import PrefixEmbeddings, TransformersPrefix
+from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings, TransformersPrefix
 from ceed_vla.checkpoints import load
 from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_autoregressive, decode_jacobi
 from ceed_vla.decoding.finite import check_rows, with_sums

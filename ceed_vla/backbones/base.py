@@ -229,13 +229,3 @@ def runs(model: nn.Module) -> Iterator[None]:
             f"{type(model).__name__} does not run ({type(error).__name__}: {reason}); the settings in config.json "
             "contradict each other, model and batch have other devices or types, or memory is short."
         ) from error
-
-
-def check_left_padding(batch: Mapping[str, Any], ids: str, mask: str) -> None:
-    """Raise `ObservationError` unless the mask of prompts (B, L) marks padding on the left."""
-    marks = batch[mask]
-    if marks.shape != batch[ids].shape or not bool(marks[:, -1].all()):
-        raise ObservationError(
-            f"{mask} {tuple(marks.shape)} does not mark left padding of {tuple(batch[ids].shape)} ids: "
-            "every prompt must end in the last column."
-        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -16,14 +15,9 @@ import draccus
 
 from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.choices import Choice
-from ceed_vla.fields import check_fields, chosen
-from ceed_vla.weights import Header, weight_files
 
 if TYPE_CHECKING:
     from ceed_vla.backbones.base import TrainableBackbone
-
-DTYPES = ("float32", "bfloat16", "float16")
-WEIGHTS = ("copied", "reference")  # into checkpoints, or by reference to the folder they were read from
 
 
 class BackboneConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
@@ -71,30 +65,3 @@ class BackboneConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
 
     def validate_features(self, shape: PolicyShape) -> None:
         """Raise `ConfigError` if the policy's features cannot be served; cameras and action are checked before."""
-
-
-@dataclass
-class PublishedConfig(BackboneConfig):
-    """Base of families whose weights somebody else published.
-
-    Attributes:
-        path: Local folder of the model as it was published (config.json, *.safetensors, tokenizer, image processor).
-        weights: "copied" into checkpoints, which then need nothing else, or by "reference": checkpoints hold only
-            what was trained, and read the rest from `path`.
-        architecture: The folder's configuration (JSON); filled when a policy is new.
-    """
-
-    path: str = ""
-    weights: str = chosen("copied", WEIGHTS)
-    architecture: str = ""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "backbone.")
-
-    def weight_files(self) -> list[Path]:
-        return weight_files(Path(self.path)) if self.weights == "reference" else []
-
-    def check_size(self, shape: PolicyShape) -> None:
-        """Refuse an `architecture` that describes more than the folder's weights, before a model is built of it."""
-        files = weight_files(Path(self.path))
-        Header.read(files).check(*self.least_sizes(shape), files[0])

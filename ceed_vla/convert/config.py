@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from ceed_vla.backbones.config import DTYPES, WEIGHTS
+from ceed_vla.backbones.transformers.config import DTYPES, WEIGHTS
 from ceed_vla.devices import check_device_name
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import check_fields, chosen, ranged

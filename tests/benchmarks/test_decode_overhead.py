@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.decode_overhead import bare_forwards, build, compare, recorded_calls
-from ceed_vla.backbones.prefix import PrefixEmbeddings
+from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
 from ceed_vla.decoding import DecodingConfig, decode_autoregressive
 
 

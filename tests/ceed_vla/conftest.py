@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 
 from ceed_vla.backbones.base import Prefix
-from ceed_vla.backbones.prefix import PrefixEmbeddings
-from ceed_vla.backbones.transformers_backbone import TransformersBackbone
+from ceed_vla.backbones.transformers.backbone import TransformersBackbone
+from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
 from ceed_vla.cache import KVCache
 from ceed_vla.errors import ConfigError, TokenError
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ceed_vla.backbones.architecture import least_sizes, read_architecture
-from ceed_vla.backbones.config import DTYPES, BackboneConfig, PublishedConfig
+from ceed_vla.backbones.config import BackboneConfig
 from ceed_vla.backbones.openvla.folder import Architecture, check_config, describe_model
 from ceed_vla.backbones.openvla.inputs import OpenVLAInputsStep
 from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.transformers.architecture import least_sizes, read_architecture
+from ceed_vla.backbones.transformers.config import DTYPES, TransformersConfig
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import chosen
 from ceed_vla.templates import check_template
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @BackboneConfig.register_subclass("openvla")
 @dataclass
-class OpenVLAConfig(PublishedConfig):
+class OpenVLAConfig(TransformersConfig):
     """An OpenVLA model: one or two vision towers, a projector and a Llama that writes one of 256 ids a number.
 
     Attributes:

@@ -10,8 +10,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ceed_vla.backbones.architecture import least_sizes, read_architecture
-from ceed_vla.backbones.config import DTYPES
+from ceed_vla.backbones.transformers.architecture import least_sizes, read_architecture
+from ceed_vla.backbones.transformers.config import DTYPES
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.files import read_json
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ceed_vla.backbones.base import check_features, check_left_padding
+from ceed_vla.backbones.base import check_features
 from ceed_vla.backbones.openvla.folder import Architecture
 from ceed_vla.backbones.openvla.inputs import IDS_KEY, MASK_KEY, PIXELS_KEY
 from ceed_vla.backbones.openvla.vision import Projector, VisionTowers
-from ceed_vla.backbones.prefix import PrefixEmbeddings
-from ceed_vla.backbones.transformers_backbone import TransformersBackbone, read_weights
+from ceed_vla.backbones.transformers.backbone import TransformersBackbone, check_left_padding, read_weights
+from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
 from ceed_vla.errors import CheckpointError
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import ceed_vla.backbones.pi0_fast.inputs  # noqa: F401  (registers its step)
 from ceed_vla.action_tokens_config import ActionTokensConfig
-from ceed_vla.backbones.architecture import read_architecture
-from ceed_vla.backbones.config import BackboneConfig, PublishedConfig
+from ceed_vla.backbones.config import BackboneConfig
 from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.transformers.architecture import read_architecture
+from ceed_vla.backbones.transformers.config import TransformersConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import ranged
 
@@ -89,7 +90,7 @@ class Pi0FastTokensConfig(ActionTokensConfig):
 
 @BackboneConfig.register_subclass("pi0_fast")
 @dataclass
-class Pi0FastConfig(PublishedConfig):
+class Pi0FastConfig(TransformersConfig):
     """LeRobot's pi0-FAST with the weights of one of its checkpoints; made by `ceed-vla convert --from pi0_fast`."""
 
     steps: ClassVar[tuple[str, ...]] = (

@@ -10,7 +10,7 @@ from lerobot.lerobot_types import RobotObservation
 from lerobot.processor import ProcessorStepRegistry, TokenizerProcessorStep
 
 from ceed_vla.backbones.shape import PolicyShape
-from ceed_vla.backbones.step_files import TOKENIZER_FILES, FilesStep
+from ceed_vla.backbones.transformers.step_files import TOKENIZER_FILES, FilesStep
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.files import read_files
 

@@ -10,8 +10,8 @@ from lerobot.policies.pi0_fast import modeling_pi0_fast
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 from torch import nn
 
-from ceed_vla.backbones.architecture import read_architecture
-from ceed_vla.backbones.transformers_backbone import read_weights
+from ceed_vla.backbones.transformers.architecture import read_architecture
+from ceed_vla.backbones.transformers.backbone import read_weights
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.files import read_json
 

@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 
 from ceed_vla.backbones.base import Prefix, check_features
 from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer
-from ceed_vla.backbones.prefix import PrefixEmbeddings
-from ceed_vla.backbones.transformers_backbone import TransformersBackbone
+from ceed_vla.backbones.transformers.backbone import TransformersBackbone
+from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
 from ceed_vla.errors import ConfigError
 from ceed_vla.images import check_images
 

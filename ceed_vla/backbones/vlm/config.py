@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ceed_vla.backbones.architecture import least_sizes, read_architecture
-from ceed_vla.backbones.config import DTYPES, BackboneConfig, PublishedConfig
+from ceed_vla.backbones.config import BackboneConfig
 from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.transformers.architecture import least_sizes, read_architecture
+from ceed_vla.backbones.transformers.config import DTYPES, TransformersConfig
 from ceed_vla.backbones.vlm.inputs import CAMERAS, VLMInputsStep
 from ceed_vla.backbones.vlm.processor import load_processor
 from ceed_vla.errors import ConfigError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @BackboneConfig.register_subclass("vlm")
 @dataclass
-class VLMConfig(PublishedConfig):
+class VLMConfig(TransformersConfig):
     """A transformers image-text-to-text model: LLaVA, LLaVA-OneVision, Qwen2.5-VL, SmolVLM, PaliGemma and relatives.
 
     Attributes:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from ceed_vla.backbones.shape import PolicyShape
-from ceed_vla.backbones.step_files import FilesStep
+from ceed_vla.backbones.transformers.step_files import FilesStep
 from ceed_vla.backbones.vlm.chat_template import render
 from ceed_vla.backbones.vlm.processor import load_processor
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError

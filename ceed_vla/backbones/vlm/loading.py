@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from ceed_vla.backbones.architecture import least_sizes, read_architecture
+from ceed_vla.backbones.transformers.architecture import least_sizes, read_architecture
 from ceed_vla.backbones.vlm.model import VLMBackbone
 from ceed_vla.backbones.vlm.processor import LOCAL
 from ceed_vla.cache import TransformersCache

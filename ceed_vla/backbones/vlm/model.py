@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ceed_vla.backbones.base import check_features, check_left_padding
-from ceed_vla.backbones.prefix import PrefixEmbeddings
-from ceed_vla.backbones.transformers_backbone import TransformersBackbone
+from ceed_vla.backbones.base import check_features
+from ceed_vla.backbones.transformers.backbone import TransformersBackbone, check_left_padding
+from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
 from ceed_vla.backbones.vlm.inputs import FLAT_KEY, IDS, MASK, ROW_KEY
 from ceed_vla.errors import ConfigError, ObservationError
 
@@ -64,7 +64,7 @@ class VLMBackbone(TransformersBackbone):
         super().__init__(block_length, len(action_ids), torch.tensor(list(action_ids), device=model.device))
         _make_causal(model)
         self.model = model
-        width, like = embedding.embedding_dim, {"device": model.device, "dtype": model.dtype}
+        width, like = embedding.embedding_dim, cast("Any", {"device": model.device, "dtype": model.dtype})
         self.state_dim = state_dim
         self.state = nn.Linear(state_dim, width, **like) if project_state else None
         if auxiliary_dim:

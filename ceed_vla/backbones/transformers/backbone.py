@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_depth, runs
-from ceed_vla.backbones.prefix import PrefixEmbeddings, TransformersPrefix
+from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings, TransformersPrefix
 from ceed_vla.cache import TransformersCache
-from ceed_vla.errors import CheckpointError, ConfigError, TokenError
+from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, TokenError
 from ceed_vla.weights import copy_weights, weight_files
 
 
@@ -182,6 +182,16 @@ class TransformersBackbone(TrainableBackbone):
 
     def referenced(self) -> list[str]:
         return self._referenced
+
+
+def check_left_padding(batch: Mapping[str, Any], ids: str, mask: str) -> None:
+    """Raise `ObservationError` unless the mask of prompts (B, L) marks padding on the left."""
+    marks = batch[mask]
+    if marks.shape != batch[ids].shape or not bool(marks[:, -1].all()):
+        raise ObservationError(
+            f"{mask} {tuple(marks.shape)} does not mark left padding of {tuple(batch[ids].shape)} ids: "
+            "every prompt must end in the last column."
+        )
 
 
 @torch.no_grad()

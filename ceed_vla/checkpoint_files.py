@@ -132,11 +132,13 @@ def _from_format_1(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
             "%s watched %s steps; now the %s executed ones", folder, executed, values.get("n_action_steps")
         )
     decoding |= {"watch": "block" if executed is None else "executed", "exits": []}
-    renamed = {"action_tokens": ("fast", "vocabulary_size", "most_ids")}
-    for setting, (kind, before, after) in renamed.items():
+    renamed = (("action_tokens", "fast", "most_ids"), ("backbone", "compact", "words"))
+    for setting, kind, after in renamed:
         part = values.get(setting)
-        if isinstance(part, dict) and part.get("type") == kind and before in part:
-            values[setting] = {after if name == before else name: value for name, value in part.items()}
+        if isinstance(part, dict) and part.get("type") == kind:
+            values[setting] = {
+                after if name == "vocabulary_size" else name: value for name, value in part.items()
+            }
     return {**values, "decoding": decoding, "format_version": FORMAT_VERSION}
 
 

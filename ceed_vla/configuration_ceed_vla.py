@@ -10,12 +10,12 @@ import draccus
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 
-import ceed_vla.backbones.openvla_config  # these register their families
-import ceed_vla.backbones.pi0_fast_config
-import ceed_vla.backbones.vlm_config
+import ceed_vla.backbones.families  # these register what they have
 import ceed_vla.tokens.fast
 import ceed_vla.tokens.openvla  # noqa: F401
-from ceed_vla.backbones.config import BackboneConfig, CompactConfig
+from ceed_vla.backbones.compact.config import CompactConfig
+from ceed_vla.backbones.config import BackboneConfig
+from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.checkpoint_files import FORMAT_VERSION, in_current_format, read_values, resolve_checkpoint
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.names import CEED, named_config
@@ -174,6 +174,20 @@ class CeedVLAConfig(PreTrainedConfig):
         return tuple(sorted(self.image_features))
 
     @property
+    def shape(self) -> PolicyShape:
+        """What the backbone must fit."""
+        state = self.robot_state_feature
+        return PolicyShape(
+            cameras={name: tuple(self.image_features[name].shape) for name in self.cameras},  # type: ignore[misc]
+            state_dim=int(state.shape[0]) if state else 0,
+            action_dim=self.action_dim,
+            chunk_size=self.chunk_size,
+            action_tokens=self.action_tokens,
+            auxiliary_dim=len(self.auxiliary_scale),
+            device=self.device or "cpu",
+        )
+
+    @property
     def observation_delta_indices(self) -> None:
         return None
 
@@ -231,7 +245,7 @@ class CeedVLAConfig(PreTrainedConfig):
         if self.action_feature is None or len(self.action_feature.shape) != 1:
             raise ConfigError("The data have no one-dimensional action feature.")
         self.action_tokens.validate_features(self.action_dim)
-        self.backbone.validate_features(self)
+        self.backbone.validate_features(self.shape)
         if self.auxiliary_scale and self.env_state_feature is not None:
             available = int(self.env_state_feature.shape[0])
             if len(self.auxiliary_scale) > available:

@@ -14,7 +14,6 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION
 from torch import Tensor
 
-import ceed_vla.backbones.pi0_fast_inputs
 import ceed_vla.processor_ceed_vla  # noqa: F401  (these register the steps that a checkpoint may name)
 from ceed_vla.backbones.base import runs
 from ceed_vla.checkpoint_files import POLICY_FILES, resolve_checkpoint
@@ -60,7 +59,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         config.validate_features()
         config.action_tokens.fit(config.action_dim, (dataset_stats or {}).get(ACTION))
         self.tokenizer = config.action_tokens.build(config.chunk_size, config.action_dim)
-        self.backbone = config.backbone.build(config)
+        self.backbone = config.backbone.build(config.shape)
         self.referenced = {f"backbone.{name}" for name in self.backbone.referenced()}
         self.adapters: dict[str, Tensor] = {}
         self.auxiliary_terms: int | None = None
@@ -296,7 +295,9 @@ def check_checkpoint(folder: Path, config: CeedVLAConfig) -> None:
     # Or the model would be read from wherever `path` says.
     if getattr(config.backbone, "architecture", None) == "":
         raise CheckpointError(f"{folder}: backbone.architecture in config.json is empty; copy it again.")
-    layers, numbers = config.backbone.least_sizes(config)  # sizes that the weights cannot have are not built
+    layers, numbers = config.backbone.least_sizes(
+        config.shape
+    )  # sizes that the weights cannot have are not built
     files = config.backbone.weight_files() or [folder / WEIGHTS]
     Header.read(files).check(layers, numbers, files[0])
     if any((folder / name).exists() for name in PROCESSOR_FILES):

@@ -263,7 +263,7 @@ def check_processors(folder: Path, config: Any) -> None:
     for step in (*pre, *post):
         if step.name.startswith("ceed_vla_") and step.name in own:
             try:
-                own[step.name](**step.settings).check_policy(config)
+                own[step.name](**step.settings).check_policy(config.backbone, config.shape)
             except CeedVLAError as error:
                 raise step.error(f"does not fit config.json: {error}") from error
         if step.name == DEVICE and step.settings.get("float_dtype") not in (None, "float32"):

@@ -240,7 +240,7 @@ class Predictor:
 
     def _prepare(self, request: Request) -> Any:
         """The request as the policy reads it. The instruction is what a blank observation did not test."""
-        from ceed_vla.processor_ceed_vla import split_words
+        from ceed_vla.backbones.compact.words import split_words
 
         batch, words = self._batch(request), split_words(request.instruction)
         try:

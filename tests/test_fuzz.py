@@ -237,9 +237,9 @@ def test_settings_files(tmp_path: Path) -> None:
 
 
 def test_published_models(tmp_path: Path) -> None:
-    from ceed_vla.backbones.openvla_folder import action_statistics
-    from ceed_vla.backbones.openvla_inputs import OpenVLAInputsStep
-    from ceed_vla.backbones.openvla_tiny import write_openvla
+    from benchmarks.models.openvla import write_openvla
+    from ceed_vla.backbones.openvla.folder import action_statistics
+    from ceed_vla.backbones.openvla.inputs import OpenVLAInputsStep
 
     good = write_openvla(tmp_path.parent / f"{tmp_path.name}-openvla", width=16)
     (good / "model.safetensors").unlink()

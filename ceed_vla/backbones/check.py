@@ -21,8 +21,8 @@ def check_backbone(
     """Decode one block by all routes, and compare every token.
 
     Greedy decoding with the cache must equal strict Jacobi decoding from random guesses, teacher forcing as in
-    training, decoding behind a prefix that was used before, and decoding of every row alone. In float32: lower
-    precision may flip near-ties.
+    training, decoding behind a prefix that was used before (a pass through the first layer only included), and decoding
+    of every row alone. In float32: lower precision may flip near-ties.
 
     Args:
         backbone: In evaluation mode. Weights of a model that is not trained should be large enough for its tokens to
@@ -49,6 +49,8 @@ def check_backbone(
         compared += _compare(
             strict.tokens, greedy, "strict Jacobi decoding", "a block that is not causal, or a cache"
         )
+    prefix.cache.roll_back()
+    backbone.block_logits(prefix, greedy[:, : n - 1], depth=1)
     again = decode_autoregressive(backbone, prefix, GREEDY).tokens
     compared += _compare(again, greedy, "a prefix that was used before", "a cache that is not rolled back")
     for row in range(rows):

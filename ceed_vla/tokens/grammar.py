@@ -63,6 +63,7 @@ class GrammarBackbone:
     def __init__(self, backbone: Backbone, prefix: Prefix, grammar: Grammar) -> None:
         self.backbone, self.grammar = backbone, grammar
         self.block_length, self.vocabulary_size = backbone.block_length, backbone.vocabulary_size
+        self.num_layers = backbone.num_layers
         batch, device = prefix.logits.shape[0], prefix.logits.device
         self._lengths = torch.zeros(
             batch, self.block_length, dtype=torch.int64, device=device
@@ -77,10 +78,10 @@ class GrammarBackbone:
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:
         return self.backbone.prefill(observation)
 
-    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
+    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         """Logits (B, k, V) of the successors of `tokens` (B, k); see `Backbone`."""
         start, k = prefix.cache.committed, tokens.shape[1]
-        logits = self.backbone.block_logits(prefix, tokens)
+        logits = self.backbone.block_logits(prefix, tokens, depth)
         # The committed slots came in earlier calls.
         self._lengths[:, start : start + k] = self.grammar.lengths.to(tokens.device)[tokens]
         used = self._lengths[:, : start + k].cumsum(1)[:, start:]  # (B, k)

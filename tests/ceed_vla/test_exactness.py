@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ceed_vla.backbones.compact import CompactBackbone
+from ceed_vla.backbones.compact.config import CompactConfig
+from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.decoding import DecodingConfig
-from ceed_vla.tokens.uniform import ActionTokenizer
+from ceed_vla.tokens.uniform import ActionTokenizer, UniformTokensConfig
 
 
 def uncached_toy(backbone, observation, n: int) -> Tensor:
@@ -112,20 +113,11 @@ def test_llama_jacobi_is_cached_ar_uncached_ar_and_generate(
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_compact_backbone_jacobi_is_ar_and_teacher_forcing(batch: int) -> None:
+def test_compact_backbone_jacobi_is_ar_and_teacher_forcing(batch: int, depth_is_a_shorter_model) -> None:
     torch.manual_seed(batch)
-    backbone = CompactBackbone(
-        cameras=("observation.images.front",),
-        state_dim=5,
-        block_length=21,
-        vocabulary_size=255,
-        image_size=32,
-        stem_channels=(8, 8, 8, 8),
-        width=32,
-        layers=2,
-        heads=2,
-        mlp_width=48,
-    ).eval()
+    sizes = CompactConfig(image_size=32, stem_channels=[8] * 4, width=32, layers=3, heads=2, mlp_width=48)
+    shape = PolicyShape({"observation.images.front": (3, 32, 32)}, 5, 7, 3, UniformTokensConfig())
+    backbone = sizes.build(shape).eval()
     for parameter in backbone.parameters():  # wide enough for every token to depend on those before it
         torch.nn.init.normal_(parameter, std=0.4)
     observation = {
@@ -139,6 +131,11 @@ def test_compact_backbone_jacobi_is_ar_and_teacher_forcing(batch: int) -> None:
         _, (forced,) = backbone.packed_logits(backbone.embed_prefix(observation), [ar])
         assert torch.equal(forced.argmax(-1), ar)
         assert_strict(backbone, prefix, ar, 7, 0, 255)
+    depth_is_a_shorter_model(backbone, observation)
+
+
+def test_a_llama_trains_and_is_cut_short(llama, keeps_the_contract) -> None:
+    keeps_the_contract(*llama(7, 3, 14, 31))
 
 
 def test_models_are_not_trivial(toy, llama) -> None:

@@ -85,7 +85,7 @@ def test_the_check_finds_what_is_wrong(own: Any) -> None:
     config = tabletop_config(backbone=own.OwnConfig(), **sizes)
     own.check(config)
     torch.manual_seed(0)
-    backbone = config.backbone.build(config).eval()
+    backbone = config.backbone.build(config.shape).eval()
     for parameter in backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     observation = {

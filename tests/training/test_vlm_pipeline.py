@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ceed_vla
-from ceed_vla.backbones.vlm_tiny import make_tiny_vlm
+from benchmarks.models.vlm import make_tiny_vlm
 from ceed_vla.cli import main
 from training.trajectories import read_trajectories
 

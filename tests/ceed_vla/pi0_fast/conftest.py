@@ -15,8 +15,7 @@ from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TO
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from ceed_vla.backbones.pi0_fast import Pi0FastBackbone
-from ceed_vla.backbones.pi0_fast_tiny import (
+from benchmarks.models.pi0_fast import (
     SKIP,
     STOP,
     WORDS,
@@ -25,7 +24,8 @@ from ceed_vla.backbones.pi0_fast_tiny import (
     write_fast_tokenizer,
     write_text_tokenizer,
 )
-from ceed_vla.backbones.pi0_fast_tokens import Pi0FastTokenizer, TextIds
+from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone
+from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer, TextIds
 from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_block
 from ceed_vla.tokens.fast_codec import FastCodec
 

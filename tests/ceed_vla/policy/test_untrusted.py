@@ -120,7 +120,7 @@ def test_features_have_plain_names(folder: Path) -> None:
         {"layers": 10_000_000},
         {"layers": 1024},
         {"width": 65_536},
-        {"vocabulary_size": 10**7},
+        {"words": 10**7},
         {"mlp_width": 10**6},
         {"image_grid": 256, "image_size": 4096},
         {"max_instruction_words": 4096},
@@ -130,7 +130,7 @@ def test_no_model_is_built_that_the_weights_do_not_fill(
     folder: Path, sizes: dict[str, int], loader: Loader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "ceed_vla.backbones.config.CompactConfig.build", lambda *_: pytest.fail("a model was built")
+        "ceed_vla.backbones.compact.config.CompactConfig.build", lambda *_: pytest.fail("a model was built")
     )
     edit(folder / "config.json", lambda values: values["backbone"].update(sizes))
     with pytest.raises(CheckpointError, match=r"different models|must be a whole number"):

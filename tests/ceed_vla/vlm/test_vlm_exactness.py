@@ -8,8 +8,8 @@ import pytest
 import torch
 from decoders import greedy, jacobi
 
-from ceed_vla.backbones.vlm import MASK_KEY, STATE_KEY, VLMBackbone
-from ceed_vla.backbones.vlm_tiny import FAMILIES
+from benchmarks.models.vlm import FAMILIES
+from ceed_vla.backbones.vlm.model import MASK_KEY, STATE_KEY, VLMBackbone
 
 SLIDING = ("llava+sliding", "qwen2_5_vl+sliding")
 
@@ -38,9 +38,9 @@ def without_cache(model: VLMBackbone, observation: dict[str, torch.Tensor]) -> t
     embeddings = model.embed_prefix(observation)
     tokens = torch.zeros(len(embeddings), 0, dtype=torch.long)
     for _ in range(model.block_length):
-        inputs = embeddings.joined(model._embed_tokens(tokens))
+        inputs = embeddings.joined(model.embed_tokens(tokens))
         hidden = model.decoder(use_cache=False, **inputs).last_hidden_state[:, -1:]
-        tokens = torch.cat([tokens, model._head(hidden).argmax(-1)], dim=1)
+        tokens = torch.cat([tokens, model.score(hidden).argmax(-1)], dim=1)
     return tokens
 
 
@@ -91,55 +91,7 @@ def test_rows_do_not_influence_each_other(family: str, backbone: Any, observe: A
     assert torch.equal(few, together[[2, 0]])
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_packed_logits_are_those_of_decoding(
-    family: str, training: bool, backbone: Any, observe: Any
-) -> None:
+@pytest.mark.parametrize("family", [*FAMILIES, *SLIDING])
+def test_training_and_depth(family: str, backbone: Any, observe: Any, keeps_the_contract: Any) -> None:
     model, step = backbone(family)
-    model.train(training)
-    observation = observe(step, 2)
-    blocks = [torch.randint(255, (2, 14), generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    state, logits = model.packed_logits(model.embed_prefix(observation), blocks)
-    prefix = model.prefill(observation)
-    torch.testing.assert_close(state, prefix.hidden)
-    for block, scores in zip(blocks, logits, strict=True):
-        prefix.cache.roll_back()
-        rest = model.block_logits(prefix, block[:, :-1])
-        expected = torch.cat([prefix.logits.unsqueeze(1), rest], dim=1)
-        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_with_and_without_checkpointing(family: str, backbone: Any, observe: Any) -> None:
-    model, step = backbone(family)
-    observation = observe(step, 2)
-    blocks = [torch.randint(255, (2, 14), generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    gradients = []
-    for checkpointing in (False, True):
-        model.train().zero_grad()
-        if checkpointing:
-            model.recompute_activations()
-        _, logits = model.packed_logits(model.embed_prefix(observation), blocks)
-        torch.stack([scores.log_softmax(-1)[..., 7].mean() for scores in logits]).sum().backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    learning = set(model.distillation_parameters())
-    assert learning <= gradients[0].keys()
-    assert any("vision" in name or "visual" in name for name in gradients[0])  # the tower learns too
-    assert gradients[0].keys() == gradients[1].keys()
-    largest = max(gradient.abs().max().item() for gradient in gradients[0].values())
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4 * largest)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_distillation_leaves_the_prefix_alone(family: str, backbone: Any, observe: Any) -> None:
-    model, step = backbone(family)
-    observation = observe(step, 2)
-    before = model.embed_prefix(observation).embeds.detach()
-    learning = set(model.distillation_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in learning:
-                parameter.add_(0.01)
-    assert torch.equal(model.embed_prefix(observation).embeds, before)
+    keeps_the_contract(model, observe(step, 3))

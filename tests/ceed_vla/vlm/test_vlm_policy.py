@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import ceed_vla
+from benchmarks.models.vlm import FAMILIES
 from ceed_vla import CeedVLAPolicy
-from ceed_vla.backbones.vlm_config import VLMConfig
-from ceed_vla.backbones.vlm_tiny import FAMILIES
+from ceed_vla.backbones.vlm.config import VLMConfig
 from ceed_vla.checkpoints import save, weights_hash
 from ceed_vla.configuration_ceed_vla import tabletop_config
 from ceed_vla.decoding import DecodingConfig

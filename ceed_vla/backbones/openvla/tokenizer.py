@@ -12,7 +12,6 @@ from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.files import read_json
 
 FAST, SLOW = "tokenizer.json", "tokenizer.model"
-FILES = (FAST, SLOW, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
@@ -26,7 +25,7 @@ class TextTokenizer(Protocol):
         ...
 
 
-def read_tokenizer(folder: Path, source: Path | str) -> TextTokenizer:
+def read_tokenizer(folder: Path, source: str) -> TextTokenizer:
     """The tokenizer of a folder: tokenizer.json, or the older tokenizer.model.
 
     Args:

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features
-from ceed_vla.backbones.compact_stem import CameraStem, EarlyReadout
+from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_depth, check_features
+from ceed_vla.backbones.compact.stem import CameraStem, EarlyReadout
+from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.cache import KVCache
 from ceed_vla.errors import ObservationError
 from ceed_vla.images import check_images
@@ -67,75 +68,49 @@ class Layer(nn.Module):
 
 
 class CompactBackbone(TrainableBackbone):
-    """Small VLA trunk behind the `Backbone` protocol.
-
-    Args:
-        cameras: Feature names of the cameras, in prefix order.
-        state_dim: Length of ``observation.state``.
-        block_length: Tokens ``n`` of a block.
-        vocabulary_size: Action bins ``V``.
-        words: Rows of the word embedding.
-        max_words: Instruction tokens ``L``.
-        image_size: Side of the images [px].
-        image_grid: Tokens a side of the camera grid.
-        keypoints: Places that a stem finds, as one more token a camera; 0 for none.
-        stem_channels: Channels of the stem.
-        width, layers, heads, mlp_width: Trunk sizes.
-        auxiliary_dim: Outputs of the auxiliary regression; 0 for none.
-        early_readout: Numbers that the auxiliary regression before the trunk reads of a prefix token; 0 for none.
-    """
+    """Small VLA trunk behind the `Backbone` protocol; `CompactConfig` says what its sizes are."""
 
     def __init__(
         self,
+        shape: PolicyShape,
         *,
-        cameras: Sequence[str],
-        state_dim: int,
-        block_length: int,
-        vocabulary_size: int,
-        words: int = 256,
-        max_words: int = 12,
-        image_size: int = 96,
-        image_grid: int = 4,
-        keypoints: int = 32,
-        stem_channels: Sequence[int] = (32, 64, 96, 128),
-        width: int = 192,
-        layers: int = 4,
-        heads: int = 6,
-        mlp_width: int = 512,
-        auxiliary_dim: int = 0,
-        early_readout: int = 32,
+        image_size: int,
+        image_grid: int,
+        keypoints: int,
+        stem_channels: Sequence[int],
+        max_instruction_words: int,
+        words: int,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp_width: int,
+        early_readout: int,
     ) -> None:
         super().__init__()
-        self.cameras, self.image_size = tuple(cameras), image_size
-        self.augmented_images = self.cameras
-        self.state_dim, self.max_words = state_dim, max_words
-        self.block_length, self.vocabulary_size = block_length, vocabulary_size
+        self.cameras = self.augmented_images = tuple(shape.cameras)
+        self.image_size, self.state_dim, self.max_words = image_size, shape.state_dim, max_instruction_words
+        self.block_length, self.vocabulary_size = shape.block_length, shape.vocabulary_size
+        self.num_layers = layers
         self._recompute = False
-        self.prefix_length = max_words + len(self.cameras) * (image_grid**2 + bool(keypoints)) + 1
+        tokens = image_grid**2 + bool(keypoints)  # of a camera
+        self.prefix_length = self.max_words + len(self.cameras) * tokens + 1
+        codes = self.max_words * WORD_CODE
         self.words = nn.Embedding(words, width)
         self.word_codes = nn.Embedding(words, WORD_CODE)
         self.stems = nn.ModuleList(
-            [
-                CameraStem(stem_channels, image_grid, keypoints, image_size, width, max_words * WORD_CODE)
-                for _ in self.cameras
-            ]
+            CameraStem(stem_channels, image_grid, keypoints, image_size, width, codes) for _ in self.cameras
         )
-        self.state = nn.Linear(state_dim, width)
+        self.state = nn.Linear(self.state_dim, width)
         self.prefix_positions = nn.Parameter(torch.zeros(self.prefix_length, width))
-        self.action_tokens = nn.Embedding(vocabulary_size, width)
-        self.slots = nn.Parameter(torch.zeros(block_length, width))
-        self.layers = nn.ModuleList([Layer(width, heads, mlp_width) for _ in range(layers)])
+        self.action_tokens = nn.Embedding(self.vocabulary_size, width)
+        self.slots = nn.Parameter(torch.zeros(self.block_length, width))
+        self.layers = nn.ModuleList(Layer(width, heads, mlp_width) for _ in range(layers))
         self.final_norm = nn.LayerNorm(width, bias=False)
-        self.head = nn.Linear(width, vocabulary_size)
-        self.auxiliary = (
-            nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, auxiliary_dim))
-            if auxiliary_dim
-            else None
-        )
-        if auxiliary_dim and early_readout:
-            self.early_auxiliary = EarlyReadout(
-                self.prefix_length, width, early_readout, width, auxiliary_dim
-            )
+        self.head = nn.Linear(width, self.vocabulary_size)
+        if outputs := shape.auxiliary_dim:
+            self.auxiliary = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs))
+            if early_readout:
+                self.early_auxiliary = EarlyReadout(self.prefix_length, width, early_readout, width, outputs)
         self._initialise()
 
     @property
@@ -210,56 +185,38 @@ class CompactBackbone(TrainableBackbone):
         """`prefill` from embeddings (B, P, d) that `embed_prefix` made."""
         batch, length, width = embeddings.shape
         heads = self.trunk[0].heads
-        cache = KVCache(
-            len(self.trunk),
-            batch,
-            heads,
-            length + self.block_length,
-            width // heads,
-            device=embeddings.device,
-            dtype=embeddings.dtype,
-        )
-        x = embeddings
-        for index, layer in enumerate(self.trunk):
-            q, k, v = layer.project(x)
-            keys, values = cache.write(index, k, v)
-            x = layer.finish(x, q, keys, values, None)
+        sizes = (self.num_layers, batch, heads, length + self.block_length, width // heads)
+        cache = KVCache(*sizes, device=embeddings.device, dtype=embeddings.dtype)
+        x = self._run(embeddings, cache)
         cache.seal_prefix(length)
         return Prefix(logits=self.head(self.final_norm(x[:, -1])), cache=cache)
 
-    # ---- block --------------------------------------------------------------------------------------------------
-
-    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
-        """Logits (B, k, V) for the slots after `tokens` (B, k), which follow the committed tokens of the cache."""
-        cache = prefix.cache
-        start, length = cache.committed, tokens.shape[1]
-        x = self.action_tokens(tokens) + self.slots[start : start + length]  # (B, k, d)
-        mask = None if length == 1 else self._block_mask(cache.length, length, x.device)
-        for index, layer in enumerate(self.trunk):
+    def _run(self, x: Tensor, cache: KVCache, mask: Tensor | None = None, depth: int | None = None) -> Tensor:
+        """X (B, t, d) through the first `depth` layers, behind what is in the cache."""
+        for index, layer in enumerate(self.trunk[:depth]):
             q, k, v = layer.project(x)
             keys, values = cache.write(index, k, v)  # (B, H, T, d / H)
             x = layer.finish(x, q, keys, values, mask)
-        return self.head(self.final_norm(x))
+        return x
 
-    @staticmethod
-    def _block_mask(past: int, length: int, device: torch.device) -> Tensor:
-        """(k, past + k) boolean: everything past, causal among the new tokens."""
-        return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
+    # ---- block --------------------------------------------------------------------------------------------------
+
+    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
+        """Logits (B, k, V) for the slots after `tokens` (B, k), which follow the committed tokens of the cache."""
+        cache, length = prefix.cache, tokens.shape[1]
+        x = self.action_tokens(tokens) + self.slots[cache.committed : cache.committed + length]  # (B, k, d)
+        mask = None  # (k, past + k): everything past, causal among the new tokens
+        if length > 1:
+            past = cache.length
+            mask = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)
+        return self.head(self.final_norm(self._run(x, cache, mask, check_depth(depth, self.num_layers))))
 
     # ---- training -----------------------------------------------------------------------------------------------
 
     def packed_logits(self, embeddings: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Teacher-forced logits of several blocks behind one prefix, in one forward.
+        """Teacher-forced logits of several blocks behind one prefix, in one forward; see `TrainableBackbone`.
 
         The blocks do not see each other and share their slots, so each sees exactly what `block_logits` shows it.
-
-        Args:
-            embeddings: Prefix embeddings (B, P, d).
-            blocks: Token blocks (B, n) each.
-
-        Returns:
-            The state token's final hidden vector (B, d), and for every block logits (B, n, V) that predict its own
-            tokens 0..n-1.
         """
         n = self.block_length
         inputs = [self.action_tokens(block[:, : n - 1]) + self.slots[: n - 1] for block in blocks]

@@ -1,4 +1,4 @@
-"""Image-text-to-text models and their processors from local folders: checked first, and never with code from there."""
+"""Image-text-to-text models from local folders: checked first, and never with code from there."""
 
 from __future__ import annotations
 
@@ -9,51 +9,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from ceed_vla.backbones.architecture import least_sizes, read_architecture
-from ceed_vla.backbones.vlm import VLMBackbone
+from ceed_vla.backbones.transformers.architecture import least_sizes, read_architecture
+from ceed_vla.backbones.vlm.model import VLMBackbone
+from ceed_vla.backbones.vlm.processor import LOCAL
 from ceed_vla.cache import TransformersCache
-from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.errors import CheckpointError, ConfigError, root_cause
 from ceed_vla.files import read_json
 from ceed_vla.weights import Header, check_floating, check_weights, weight_files
-
-# Nothing is fetched, and a file that names classes of its own (auto_map) does not get to run them.
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-
-
-IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
-LARGEST_SIDE, MOST_PIXELS = 8192, 2**25
-# Settings of image processors that decide how many numbers they make.
-SIZES = (
-    *(
-        "height",
-        "width",
-        "shortest_edge",
-        "longest_edge",
-        "min_pixels",
-        "max_pixels",
-        "patch_size",
-        "merge_size",
-    ),
-    *(
-        "temporal_patch_size",
-        "num_additional_image_tokens",
-        "image_seq_length",
-        "image_seq_len",
-        "size",
-        "crop_size",
-    ),
-    *("max_image_tiles", "max_num_crops"),
-)
-
 
 # ---- folders ----------------------------------------------------------------------------------------------------
 
@@ -100,7 +65,7 @@ def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTra
             **LOCAL,
         )
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds
-        raise CheckpointError(f"{folder} does not load ({_first_line(error)}).") from error
+        raise CheckpointError(f"{folder} does not load ({root_cause(error)}).") from error
     model, report = loaded
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := sorted(str(name) for name in report.get(problem, ())):
@@ -110,58 +75,6 @@ def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTra
             )
     check_weights(model, folder)
     return cast("PreTrainedModel", model)
-
-
-def load_processor(folder: str | Path, source: str = "") -> ProcessorMixin:
-    """The processor (tokenizer and image processor) of a folder, padding on the left; messages call it `source`.
-
-    Raises:
-        CheckpointError: It is missing, damaged, or needs code of its own.
-    """
-    name = source or str(folder)
-    for file in IMAGE_FILES:
-        if (Path(folder) / file).is_file():
-            _check_image_settings(f"{name}: {file}", read_json(Path(folder) / file, source=f"{name}: {file}"))
-    try:
-        processor = AutoProcessor.from_pretrained(str(folder), **LOCAL)
-    except Exception as error:
-        reason = _first_line(error).replace(str(folder), name)
-        raise CheckpointError(
-            f"{name} holds no processor that can be read ({reason}); it needs preprocessor_config.json "
-            "or processor_config.json, and the tokenizer's files. Code from a checkpoint is never run."
-        ) from error
-    if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
-        raise CheckpointError(
-            f"{name}: {type(processor).__name__} is no processor of images and text; "
-            "copy tokenizer and image processor into the folder."
-        )
-    tokenizer = processor.tokenizer
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise CheckpointError(f"{name}: the tokenizer has neither a padding nor an end token; add one.")
-        tokenizer.pad_token = tokenizer.eos_token
-    return cast("ProcessorMixin", processor)
-
-
-def _check_image_settings(what: str, values: dict[str, Any], area: bool = False) -> None:
-    """Refuse sizes that no camera has, with which a processor would fill the memory."""
-    kinds = [str(value) for name, value in values.items() if name.endswith("_processor_type")]
-    area = area or any("Qwen" in kind for kind in kinds)  # these count pixels where others give sides
-    for name, value in values.items():
-        if isinstance(value, dict):
-            _check_image_settings(what, value, area)
-        most = MOST_PIXELS if name.endswith(("_edge", "_pixels")) and area else LARGEST_SIDE
-        least = {"image_std": 1e-3, "image_mean": -100.0}.get(name)
-        if least is not None and value is not None:
-            numbers = value if isinstance(value, list) else [value]
-            if not numbers or not all(isinstance(v, int | float) and least <= v <= 100 for v in numbers):
-                raise CheckpointError(
-                    f"{what}: {name} is {str(value)[:100]}; numbers in [{least:g}, 100] are allowed."
-                )
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and name in SIZES and not 0 <= value <= most:
-            raise CheckpointError(f"{what}: {name} is {value}; it must lie in [0, {most}].")
 
 
 # ---- architecture: what a checkpoint keeps of the model's configuration ------------------------------------------
@@ -186,7 +99,7 @@ def build_model(text: str, dtype: torch.dtype, attention: str) -> PreTrainedMode
         )
     except Exception as error:
         raise CheckpointError(
-            f"backbone.architecture does not describe a model ({_first_line(error)}); copy config.json again."
+            f"backbone.architecture does not describe a model ({root_cause(error)}); copy config.json again."
         ) from error
     return cast("PreTrainedModel", model.eval())
 
@@ -247,10 +160,10 @@ def check_decoding(backbone: VLMBackbone) -> None:
     """
     model = cast("Any", backbone.model)
     ids = backbone.action_ids[None, :4]
-    mask = torch.zeros_like(ids)  # PaliGemma warns without
+    accepted = inspect.signature(model.forward).parameters
     extra = (
-        {"token_type_ids": mask} if "token_type_ids" in inspect.signature(model.forward).parameters else {}
-    )
+        {"token_type_ids": torch.zeros_like(ids)} if "token_type_ids" in accepted else {}
+    )  # PaliGemma warns
     try:
         afresh, continued = _with_and_without_cache(backbone.decoder, model.get_input_embeddings()(ids))
         logits = model(input_ids=ids, use_cache=False, **extra).logits  # (1, t, words)
@@ -258,13 +171,13 @@ def check_decoding(backbone: VLMBackbone) -> None:
         scores = model.get_output_embeddings()(hidden)
     except Exception as error:  # every family fails in its own way
         raise ConfigError(
-            f"{type(model).__name__} cannot continue a key/value cache that was cut back ({_first_line(error)}); "
+            f"{type(model).__name__} cannot continue a key/value cache that was cut back ({root_cause(error)}); "
             "Jacobi decoding needs a causal language model with attention in every layer."
         ) from error
     if not _close(afresh, continued):
         raise ConfigError(
-            f"{type(model).__name__} gives other values from a key/value cache than without: it has none that can be "
-            "used. Jacobi decoding needs a causal language model with attention in every layer."
+            f"{type(model).__name__} gives other values from a key/value cache than without. Jacobi decoding needs a "
+            "causal language model with attention in every layer."
         )
     if not _close(logits, scores):
         raise ConfigError(
@@ -278,21 +191,16 @@ def _with_and_without_cache(decoder: Any, embeds: Tensor) -> tuple[Tensor, Tenso
     positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
     afresh = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
     cache = TransformersCache()
-    decoder(
-        inputs_embeds=embeds[:, :1],
-        position_ids=positions[:, :1],
-        past_key_values=cache.begin(1),
-        use_cache=True,
-    )
+
+    def run(part: Tensor, places: Tensor) -> Tensor:
+        past = cache.begin(part.shape[1])
+        output = decoder(inputs_embeds=part, position_ids=places, past_key_values=past, use_cache=True)
+        return cast("Tensor", output.last_hidden_state)
+
+    run(embeds[:, :1], positions[:, :1])
     cache.seal_prefix(1)
-    for rest in (embeds[:, 1:].flip(1), embeds[:, 1:]):  # what the first one writes is cut off by the second
-        continued = decoder(
-            inputs_embeds=rest,
-            position_ids=positions[:, 1:],
-            past_key_values=cache.begin(rest.shape[1]),
-            use_cache=True,
-        ).last_hidden_state
-    return afresh[:, 1:], continued
+    run(embeds[:, 1:].flip(1), positions[:, 1:])  # cut off again
+    return afresh[:, 1:], run(embeds[:, 1:], positions[:, 1:])
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -300,10 +208,3 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool(torch.isfinite(a).all()) and torch.allclose(
         a.float(), b.float(), rtol=tolerance, atol=tolerance * max(1.0, float(a.abs().max()))
     )
-
-
-def _first_line(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    line = (str(error).strip().splitlines() or ["no message"])[0][:200]
-    return f"{type(error).__name__}: {line}"

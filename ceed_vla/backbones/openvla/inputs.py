@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from lerobot.configs import FeatureType, PipelineFeatureType, PolicyFeature
 from lerobot.lerobot_types import RobotObservation, TransitionKey
@@ -15,29 +13,27 @@ from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
 from PIL import Image
 from torch import Tensor
 
-from ceed_vla.backbones.openvla_folder import PROMPT, read_config
-from ceed_vla.backbones.openvla_tokenizer import FILES as TOKENIZER_FILES
-from ceed_vla.backbones.openvla_tokenizer import read_tokenizer
-from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
-from ceed_vla.files import read_files, read_json, write_files
-from ceed_vla.images import check_images
+from ceed_vla.backbones.openvla.folder import PROMPT, read_config
+from ceed_vla.backbones.openvla.images import OpenVLAImages
+from ceed_vla.backbones.openvla.tokenizer import read_tokenizer
+from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.transformers.step_files import TOKENIZER_FILES, FilesStep
+from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.files import read_files, read_json
+from ceed_vla.images import camera_pixels
 from ceed_vla.instructions import batch_instructions
 from ceed_vla.templates import check_template, fill_template
-
-if TYPE_CHECKING:
-    from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 
 IDS_KEY, MASK_KEY = "observation.openvla.input_ids", "observation.openvla.attention_mask"
 PIXELS_KEY = "observation.openvla.pixel_values"
 IMAGES_FILE = "preprocessor_config.json"
-EMPTY_TOKEN = (
-    29871  # "▁": training put it in front of the action ids, tokenizers leave it out at the end of a text
-)
+# "▁": training put it in front of the action ids, tokenizers leave it out at the end of a text
+EMPTY_TOKEN = 29871
 
 
 @ProcessorStepRegistry.register(name="ceed_vla_openvla_inputs")
 @dataclass
-class OpenVLAInputsStep(ObservationProcessorStep):
+class OpenVLAInputsStep(FilesStep, ObservationProcessorStep):
     """Make ``observation.openvla.input_ids``, ``...attention_mask`` (B, L) and ``...pixel_values`` (B, C, S, S).
 
     Attributes:
@@ -47,17 +43,16 @@ class OpenVLAInputsStep(ObservationProcessorStep):
 
     camera: str = "observation.images.front"
     prompt: str = PROMPT
-    _files: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_template(self.prompt, "prompt")
 
-    def check_policy(self, policy: CeedVLAConfig) -> None:
-        """Raise `ConfigError` unless these are the settings that the policy's configuration has."""
-        wanted = policy.backbone.prompt or self.prompt  # type: ignore[attr-defined]
-        if self.camera not in policy.cameras or self.prompt != wanted:
+    def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
+        """Raise `ConfigError` unless these are the settings that the backbone's configuration has."""
+        wanted = backbone.prompt or self.prompt
+        if self.camera not in shape.cameras or self.prompt != wanted:
             raise ConfigError(
-                f"camera {self.camera!r} and prompt {self.prompt!r}; the policy has {', '.join(policy.cameras)} and "
+                f"camera {self.camera!r} and prompt {self.prompt!r}; the policy has {', '.join(shape.cameras)} and "
                 f"{wanted!r}."
             )
 
@@ -70,7 +65,7 @@ class OpenVLAInputsStep(ObservationProcessorStep):
             CheckpointError: Files that are missing or damaged, or a tokenizer of another model.
         """
         config = read_config(path)
-        self._use(read_files(Path(path), (IMAGES_FILE, *TOKENIZER_FILES)), path)
+        self.use(read_files(Path(path), (IMAGES_FILE, *TOKENIZER_FILES)), path)
         words, largest = int(config["text_config"]["vocab_size"]), self._tokenizer.size - 1
         if max(largest, EMPTY_TOKEN) >= words:
             raise CheckpointError(
@@ -91,40 +86,25 @@ class OpenVLAInputsStep(ObservationProcessorStep):
             )
         return self
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The files as bytes."""
-        return dict(self._files)
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._use(state, "The checkpoint's pre-processor")
-
     def get_config(self) -> dict[str, Any]:
         return {"camera": self.camera, "prompt": self.prompt}
 
-    def _use(self, files: dict[str, Tensor], source: Path | str) -> None:
-        from ceed_vla.backbones.openvla_images import OpenVLAImages
-
-        self._files = dict(files)
-        if IMAGES_FILE not in files:
+    def _open(self, folder: Path, source: str) -> None:
+        if not (folder / IMAGES_FILE).is_file():
             raise CheckpointError(f"{source} lacks {IMAGES_FILE}; copy it too.")
-        with tempfile.TemporaryDirectory() as folder:
-            write_files(files, Path(folder))
-            name = f"{source}: {IMAGES_FILE}"
-            self._images = OpenVLAImages(read_json(Path(folder) / IMAGES_FILE, source=name), name)
-            self._tokenizer = read_tokenizer(Path(folder), source)
+        name = f"{source}: {IMAGES_FILE}"
+        self._images = OpenVLAImages(read_json(folder / IMAGES_FILE, source=name), name)
+        self._tokenizer = read_tokenizer(folder, source)
 
     # ---- inputs -------------------------------------------------------------------------------------------------
 
     def observation(self, observation: RobotObservation) -> RobotObservation:
-        if not self._files:
-            raise CheckpointError("The pre-processor came without its tokenizer; copy the checkpoint again.")
-        pictures = _pictures(observation, self.camera)
+        self.check_files()
+        pictures = map(Image.fromarray, camera_pixels(observation, self.camera))
         pixels = torch.stack([self._images(picture) for picture in pictures])  # (B, C, S, S)
-        ids, mask = self.encode(self._tasks(len(pictures)))
+        tasks = batch_instructions(self.transition.get(TransitionKey.COMPLEMENTARY_DATA), len(pixels))
+        ids, mask = self.encode(tasks)
         return {**observation, PIXELS_KEY: pixels, IDS_KEY: ids, MASK_KEY: mask}
-
-    def _tasks(self, rows: int) -> list[str]:
-        return batch_instructions(self.transition.get(TransitionKey.COMPLEMENTARY_DATA), rows)
 
     def text(self, instruction: str) -> str:
         """The prompt for an instruction."""
@@ -151,23 +131,3 @@ class OpenVLAInputsStep(ObservationProcessorStep):
         seen[IDS_KEY] = PolicyFeature(type=FeatureType.LANGUAGE, shape=(0,))
         seen[PIXELS_KEY] = PolicyFeature(type=FeatureType.VISUAL, shape=(3 * len(self._images.sizes), *size))
         return features
-
-
-def _pictures(observation: RobotObservation, camera: str) -> list[Image.Image]:
-    """RGB pictures of a camera (B, 3, H, W), floats in [0, 1] or bytes, of any size.
-
-    Raises:
-        ObservationError: The camera is missing, or its images have another mode or range.
-    """
-    if camera not in observation:
-        have = ", ".join(sorted(key for key in observation if key.startswith("observation."))) or "none"
-        raise ObservationError(f"The observation lacks {camera!r}; it has {have}.")
-    image = observation[camera]
-    if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[1] != 3 or not image.numel():
-        shape = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-        raise ObservationError(f"{camera} is {shape}; expected RGB images (B, 3, height, width).")
-    if image.dtype != torch.uint8:
-        check_images({camera: image})
-        image = (image.float() * 255).round().to(torch.uint8)
-    arrays: np.ndarray = image.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
-    return [Image.fromarray(array) for array in arrays]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,18 +20,18 @@ from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
 from PIL import Image
 from torch import Tensor
 
-from ceed_vla.backbones.chat_template import render
-from ceed_vla.backbones.vlm_config import CAMERAS
+from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.transformers.step_files import FilesStep
+from ceed_vla.backbones.vlm.chat_template import render
+from ceed_vla.backbones.vlm.processor import load_processor
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
 from ceed_vla.fields import check_fields, chosen, ranged
-from ceed_vla.files import read_files, write_files
-from ceed_vla.images import check_images
+from ceed_vla.files import read_files
+from ceed_vla.images import camera_pixels
 from ceed_vla.instructions import batch_instructions
 from ceed_vla.templates import check_template, fill_template
 
-if TYPE_CHECKING:
-    from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-
+CAMERAS = ("separate", "stacked")
 # One row an observation, or several (images, patches) that the model wants in one long list.
 ROW_KEY, FLAT_KEY = "observation.vlm.", "observation.vlm_flat."
 IDS, MASK = "input_ids", "attention_mask"
@@ -40,7 +40,7 @@ LONGEST_PROMPT = 65_536  # [tokens]
 
 @ProcessorStepRegistry.register(name="ceed_vla_vlm_inputs")
 @dataclass
-class VLMInputsStep(ObservationProcessorStep):
+class VLMInputsStep(FilesStep, ObservationProcessorStep):
     """Make ``observation.vlm.input_ids``, ``...attention_mask``, ``...pixel_values`` and what else the model reads.
 
     Every tensor has the rows of the batch first. Where the model wants all images or patches in one list, the key is
@@ -63,11 +63,10 @@ class VLMInputsStep(ObservationProcessorStep):
         check_template(self.prompt, "prompt")
         self._rendered: dict[int, str] = {}  # images -> the prompt in the chat format
         self._processor: Any = None
-        self._files: dict[str, Tensor] = {}
 
-    def check_policy(self, policy: CeedVLAConfig) -> None:
-        """Raise `ConfigError` unless these are the settings that the policy's configuration has."""
-        wanted = policy.backbone.input_settings(policy)  # type: ignore[attr-defined]
+    def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
+        """Raise `ConfigError` unless these are the settings that the backbone's configuration has."""
+        wanted = backbone.input_settings(shape)
         if wrong := [name for name, value in wanted.items() if getattr(self, name) != value]:
             raise ConfigError(
                 f"{wrong[0]} is {getattr(self, wrong[0])!r}; the policy's is {wanted[wrong[0]]!r}."
@@ -83,19 +82,8 @@ class VLMInputsStep(ObservationProcessorStep):
         self._processor = processor
         return self
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The processor's files."""
-        return self._files
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        from ceed_vla.backbones.vlm_loading import load_processor
-
-        with tempfile.TemporaryDirectory() as folder:
-            write_files(state, Path(folder))
-            self._processor, self._files = (
-                load_processor(folder, "The checkpoint's pre-processor"),
-                dict(state),
-            )
+    def _open(self, folder: Path, source: str) -> None:
+        self._processor = load_processor(folder, source)
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -108,10 +96,9 @@ class VLMInputsStep(ObservationProcessorStep):
     # ---- inputs -------------------------------------------------------------------------------------------------
 
     def observation(self, observation: RobotObservation) -> RobotObservation:
-        if self._processor is None:
-            raise CheckpointError("The pre-processor lacks its processor's files; copy the checkpoint again.")
+        self.check_files()
         images = self._images(observation)  # (B lists of k images)
-        tasks = self._tasks(len(images))
+        tasks = batch_instructions(self.transition.get(TransitionKey.COMPLEMENTARY_DATA), len(images))
         texts = [self._text(task, len(row)) for task, row in zip(tasks, images, strict=True)]
         try:
             inputs = dict(self._processor(images=images, text=texts, padding=True, return_tensors="pt"))
@@ -131,7 +118,7 @@ class VLMInputsStep(ObservationProcessorStep):
 
     def _images(self, observation: RobotObservation) -> list[list[Image.Image]]:
         """For every row its images, in the order of the prompt."""
-        cameras = [_pixels(observation, camera, size) for camera, size in self.sizes.items()]
+        cameras = [camera_pixels(observation, camera, size) for camera, size in self.sizes.items()]
         rows = len(cameras[0])
         if any(len(pixels) != rows for pixels in cameras):
             raise ObservationError(
@@ -140,9 +127,6 @@ class VLMInputsStep(ObservationProcessorStep):
         if self.layout == "stacked":
             cameras = [np.concatenate(cameras, axis=1)]  # (B, sum of heights, W, 3)
         return [[Image.fromarray(pixels[row]) for pixels in cameras] for row in range(rows)]
-
-    def _tasks(self, rows: int) -> list[str]:
-        return batch_instructions(self.transition.get(TransitionKey.COMPLEMENTARY_DATA), rows)
 
     def _text(self, task: str, images: int) -> str:
         """The prompt, in the model's chat format where it has one."""
@@ -202,26 +186,3 @@ def keyed(inputs: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
                 f"The processor made {len(value)} {name} of {rows} rows; every row needs equally many."
             )
     return named
-
-
-def _pixels(observation: RobotObservation, camera: str, size: list[int]) -> np.ndarray:
-    """(B, H, W, 3) uint8 of one camera.
-
-    Raises:
-        ObservationError: The camera is missing, or its images have another size, mode or range.
-    """
-    if camera not in observation:
-        have = ", ".join(sorted(key for key in observation if key.startswith("observation."))) or "none"
-        raise ObservationError(f"The observation lacks {camera!r}; it has {have}.")
-    image = observation[camera]
-    height, width = size
-    if not isinstance(image, Tensor) or tuple(image.shape[1:]) != (3, height, width):
-        shape = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-        raise ObservationError(
-            f"{camera} is {shape}, expected (B, 3, {height}, {width}): RGB, channels first, in the size that the "
-            "policy was trained with."
-        )
-    if image.dtype != torch.uint8:
-        check_images({camera: image})
-        image = (image * 255).round().to(torch.uint8)
-    return image.permute(0, 2, 3, 1).cpu().numpy()

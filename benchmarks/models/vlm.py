@@ -1,6 +1,6 @@
 """Tiny random models of real families, in their own file format: to try a pipeline, and for tests and examples.
 
-python -m ceed_vla.backbones.vlm_tiny smolvlm DIR    # a folder as --policy.backbone.path takes it
+python -m benchmarks.models.vlm smolvlm DIR    # a folder as --policy.backbone.path takes it
 """
 
 from __future__ import annotations
@@ -203,10 +203,7 @@ def _smolvlm_parts(kind: str, width: int, layers: int) -> tuple[Any, Any, dict[s
         pad_token_id=tokenizer.pad_token_id,
         scale_factor=2,
     )
-    joint = {
-        "image_seq_len": (IMAGE // PATCH // 2) ** 2,
-        "chat_template": CHAT.replace("@", "<image>"),
-    }
+    joint = {"image_seq_len": (IMAGE // PATCH // 2) ** 2, "chat_template": CHAT.replace("@", "<image>")}
     return config, tokenizer, joint, {"longest_edge": IMAGE}
 
 

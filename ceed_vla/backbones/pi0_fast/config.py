@@ -1,23 +1,23 @@
-"""Settings of LeRobot's pi0-FAST (`ceed_vla.backbones.pi0_fast`) and of its action vocabulary."""
+"""Settings of LeRobot's pi0-FAST and of its action vocabulary."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ceed_vla.backbones.architecture import read_architecture
-from ceed_vla.backbones.config import WEIGHTS, BackboneConfig
+import ceed_vla.backbones.pi0_fast.inputs  # noqa: F401  (registers its step)
+from ceed_vla.backbones.config import BackboneConfig
+from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.transformers.architecture import read_architecture
+from ceed_vla.backbones.transformers.config import TransformersConfig
 from ceed_vla.errors import CheckpointError, ConfigError
-from ceed_vla.fields import check_fields, chosen, ranged
+from ceed_vla.fields import ranged
 from ceed_vla.tokens.base import ActionTokensConfig
-from ceed_vla.weights import Header, weight_files
 
 if TYPE_CHECKING:
     from ceed_vla.backbones.base import TrainableBackbone
-    from ceed_vla.backbones.pi0_fast_tokens import Pi0FastTokenizer
-    from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+    from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer
 
 
 @ActionTokensConfig.register_subclass("pi0_fast")
@@ -66,7 +66,7 @@ class Pi0FastTokensConfig(ActionTokensConfig):
         return self.max_tokens
 
     def build(self, chunk_steps: int, action_dim: int) -> Pi0FastTokenizer:
-        from ceed_vla.backbones.pi0_fast_tokens import Pi0FastTokenizer, TextIds
+        from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer, TextIds
         from ceed_vla.tokens.fast_codec import FastCodec
 
         if not self.bpe:
@@ -90,33 +90,19 @@ class Pi0FastTokensConfig(ActionTokensConfig):
 
 @BackboneConfig.register_subclass("pi0_fast")
 @dataclass
-class Pi0FastConfig(BackboneConfig):
-    """LeRobot's pi0-FAST with the weights of one of its checkpoints; made by `ceed-vla convert --from pi0_fast`.
-
-    Attributes:
-        path: LeRobot's checkpoint folder (config.json, model.safetensors).
-        weights: "copied" into checkpoints, which then need nothing else, or by "reference": checkpoints hold only
-            what was trained, and read the rest from `path`.
-        architecture: LeRobot's configuration (JSON); filled when a policy is new.
-    """
+class Pi0FastConfig(TransformersConfig):
+    """LeRobot's pi0-FAST with the weights of one of its checkpoints; made by `ceed-vla convert --from pi0_fast`."""
 
     steps: ClassVar[tuple[str, ...]] = (
         "pi0_fast_prepare_state_tokenizer_processor_step",
         "ceed_vla_pi0_fast_prompt",
     )
 
-    path: str = ""
-    weights: str = chosen("copied", WEIGHTS)
-    architecture: str = ""
+    def build(self, shape: PolicyShape) -> TrainableBackbone:
+        from ceed_vla.backbones.pi0_fast import loading
+        from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone
 
-    def __post_init__(self) -> None:
-        check_fields(self, "backbone.")
-
-    def build(self, policy: CeedVLAConfig) -> TrainableBackbone:
-        from ceed_vla.backbones import pi0_fast_loading as loading
-        from ceed_vla.backbones.pi0_fast import Pi0FastBackbone
-
-        tokens = policy.action_tokens
+        tokens = shape.action_tokens
         if not isinstance(tokens, Pi0FastTokensConfig):
             raise ConfigError(
                 f"The backbone pi0_fast writes action tokens of type pi0_fast, not {tokens.type!r}; make the policy "
@@ -124,18 +110,17 @@ class Pi0FastConfig(BackboneConfig):
             )
         new = not self.architecture
         if new:
-            self.architecture = loading.read_architecture(self.path)
-            files = weight_files(Path(self.path))
-            Header.read(files).check(*self.least_sizes(policy), files[0])
-        tokenizer = tokens.build(policy.chunk_size, policy.action_dim)
-        backbone = Pi0FastBackbone(loading.build_model(self.architecture), tokenizer)
+            self.architecture = loading.describe_model(self.path)
+            self.check_size(shape)
+        model = loading.build_model(self.architecture)
+        backbone = Pi0FastBackbone(model, tokens.build(shape.chunk_size, shape.action_dim))
         if new or self.weights == "reference":
             loading.load_weights(backbone, self.path)
-            if self.weights == "reference":
-                backbone.refer()
+        if self.weights == "reference":
+            backbone.refer()
         return backbone
 
-    def least_sizes(self, policy: CeedVLAConfig) -> tuple[int, int]:
+    def least_sizes(self, shape: PolicyShape) -> tuple[int, int]:
         from lerobot.policies.pi0_fast import modeling_pi0_fast  # names of sizes stand for fixed ones there
 
         variant = read_architecture(self.architecture).get("paligemma_variant", "gemma_2b")
@@ -145,10 +130,7 @@ class Pi0FastConfig(BackboneConfig):
             raise CheckpointError(f"LeRobot's config.json cannot be used ({error}).") from error
         return sizes.depth, sizes.depth * 3 * sizes.width * sizes.mlp_dim
 
-    def weight_files(self) -> list[Path]:
-        return weight_files(Path(self.path)) if self.weights == "reference" else []
-
-    def processor_steps(self, policy: CeedVLAConfig, instructions: Sequence[str]) -> list[Any]:
+    def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:
         raise ConfigError(
             "A pi0-FAST policy brings the processors of its LeRobot checkpoint. Fine-tune it with lerobot-train "
             "--policy.type=pi0_fast, then `ceed-vla convert --from pi0_fast`."

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ceed_vla.backbones.openvla_folder import Architecture
+from ceed_vla.backbones.openvla.folder import Architecture
 from ceed_vla.errors import CheckpointError, ConfigError
 
 

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lerobot.lerobot_types import RobotObservation
 from lerobot.processor import ProcessorStepRegistry, TokenizerProcessorStep
-from torch import Tensor
 
+from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.transformers.step_files import TOKENIZER_FILES, FilesStep
 from ceed_vla.errors import CheckpointError, ConfigError
-from ceed_vla.files import read_files, write_files
-
-if TYPE_CHECKING:
-    from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.files import read_files
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 LONGEST_PROMPT = 65_536
-FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 
 @ProcessorStepRegistry.register(name="ceed_vla_pi0_fast_prompt")
 @dataclass
-class PromptTokensStep(TokenizerProcessorStep):
+class PromptTokensStep(FilesStep, TokenizerProcessorStep):
     """`TokenizerProcessorStep` whose tokenizer files are its state."""
-
-    _files: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """The tokenizer comes with `read_folder` or with the state."""
@@ -52,31 +40,20 @@ class PromptTokensStep(TokenizerProcessorStep):
                 f"tokenizer_name is {self.tokenizer_name!r}; the tokenizer is the step's state."
             )
 
-    def check_policy(self, policy: CeedVLAConfig) -> None:
+    def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
         """Nothing here repeats the policy's configuration."""
 
     def read_folder(self, path: str | Path) -> PromptTokensStep:
         """Take the tokenizer of a local folder; returns self."""
-        self._use(read_files(Path(path), FILES), str(path))
+        self.use(read_files(Path(path), TOKENIZER_FILES), str(path))
         return self
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The files as bytes."""
-        return dict(self._files)
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._use(state, "The checkpoint's pre-processor")
+    def _open(self, folder: Path, source: str) -> None:
+        self.input_tokenizer = load_text_tokenizer(folder, source)
 
     def observation(self, observation: RobotObservation) -> RobotObservation:
-        if not self._files:
-            raise CheckpointError("The pre-processor came without its tokenizer; copy the checkpoint again.")
+        self.check_files()
         return super().observation(observation)
-
-    def _use(self, files: dict[str, Tensor], source: str) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            write_files(files, Path(folder))
-            self.input_tokenizer = load_text_tokenizer(folder, source)
-        self._files = dict(files)
 
 
 def load_text_tokenizer(folder: str | Path, source: str = "") -> Any:

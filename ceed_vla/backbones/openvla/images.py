@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
-from ceed_vla.backbones.openvla_folder import LARGEST_SIDE
+from ceed_vla.backbones.openvla.folder import LARGEST_SIDE
 from ceed_vla.errors import CheckpointError
 
 STRATEGIES = ("resize-naive", "letterbox", "resize-crop")
@@ -78,10 +78,8 @@ class OpenVLAImages:
         boxed = settings.get("tvf_do_letterbox")
         self._letterbox = strategy == "letterbox" if boxed is None else bool(boxed)
         self._fill = list(settings.get("tvf_letterbox_fill") or fill)
-        if (
-            not all(isinstance(value, int) and 0 <= value <= 255 for value in self._fill)
-            or len(self._fill) != 3
-        ):
+        bytes_ = [value for value in self._fill if isinstance(value, int) and 0 <= value <= 255]
+        if len(bytes_) != 3 or len(self._fill) != 3:
             raise CheckpointError(
                 f"{file}: the letterbox is filled with {self._fill}; give three numbers in [0, 255]."
             )
@@ -124,15 +122,9 @@ def _transform(values: dict[str, Any]) -> _Transform:
     crop = [int(v) for v in ([crop] * 2 if isinstance(crop, int) else crop)]
     if not all(1 <= side <= LARGEST_SIDE for side in (*sides, *crop)) or len(crop) != 2 or len(sides) > 2:
         raise ValueError(f"the sizes {sides} and {crop}")
-    plausible = all(abs(v) <= 100 for v in mean) and all(
-        1e-3 <= v <= 100 for v in std
-    )  # of pixels in [0, 1]; no NaN
+    # Of pixels in [0, 1]; no NaN.
+    plausible = all(abs(v) <= 100 for v in mean) and all(1e-3 <= v <= 100 for v in std)
     if len(mean) != 3 or len(std) != 3 or not plausible:
         raise ValueError(f"the mean {mean} and the deviation {std}")
-    return _Transform(
-        resize=sides,
-        interpolation=InterpolationMode(MODES[mode] if isinstance(mode, int) else mode),
-        crop=crop,
-        mean=mean,
-        std=std,
-    )
+    interpolation = InterpolationMode(MODES[mode] if isinstance(mode, int) else mode)
+    return _Transform(resize=sides, interpolation=interpolation, crop=crop, mean=mean, std=std)

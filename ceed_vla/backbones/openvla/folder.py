@@ -10,47 +10,38 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ceed_vla.backbones.architecture import least_sizes, read_architecture
-from ceed_vla.backbones.config import DTYPES
+from ceed_vla.backbones.transformers.architecture import least_sizes, read_architecture
+from ceed_vla.backbones.transformers.config import DTYPES
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.files import read_json
 
 STATISTICS = "dataset_statistics.json"  # of a fine-tune; wins over norm_stats in config.json
 # What of config.json describes the model; norm_stats belong to the action tokens.
-DESCRIBING = (
+_MODEL = (
     "arch_specifier",
-    "image_sizes",
     "llm_backbone_id",
     "n_action_bins",
     "pad_to_multiple_of",
     "text_config",
-    "timm_model_ids",
-    "timm_model_kwargs",
-    "timm_override_act_layers",
     "torch_dtype",
-    "use_fused_vision_backbone",
 )
+_LISTS = (
+    "timm_model_ids",
+    "image_sizes",
+    "timm_override_act_layers",
+    "timm_model_kwargs",
+)  # an entry a tower
+DESCRIBING = (*_MODEL, *_LISTS, "use_fused_vision_backbone")
 LANGUAGE_MODELS = ("llama", "mistral")
 # timm reads files and hubs by some names and settings, so only these are passed on: towers of Prismatic VLMs.
 TOWERS = re.compile(
     r"vit_(tiny|small|base|large|so400m)_patch(8|14|16)"
     r"(_reg4)?(_dinov2|_siglip|_clip)?(_(224|256|336|384|512))?(\.[a-z0-9_]+)?"
 )
-TOWER_SETTINGS = (
-    "depth",
-    "embed_dim",
-    "num_heads",
-    "mlp_ratio",
-    "patch_size",
-    "class_token",
-    "reg_tokens",
-    "no_embed_class",
-    "init_values",
-    "pos_embed",
-    "global_pool",
-    "dynamic_img_size",
-    "pre_norm",
-)
+_SIZES = ("depth", "embed_dim", "num_heads", "mlp_ratio", "patch_size", "reg_tokens", "init_values")
+_SWITCHES = ("class_token", "no_embed_class", "pos_embed", "global_pool", "dynamic_img_size", "pre_norm")
+TOWER_SETTINGS = (*_SIZES, *_SWITCHES)
+TOWER_VALUES = (None, "learn", "none", "", "avg", "token", "map")  # beside numbers
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swish")
 LARGEST_SIDE = 4096  # of an image [px]
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
@@ -164,7 +155,7 @@ def _checked(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
     if config["use_fused_vision_backbone"] is None:
         config["use_fused_vision_backbone"] = len(towers) == 2
     expected = 2 if config["use_fused_vision_backbone"] else 1
-    for key in ("timm_model_ids", "image_sizes", "timm_override_act_layers", "timm_model_kwargs"):
+    for key in _LISTS:
         if config.get(key) is not None and len(config[key]) != expected:
             raise CheckpointError(
                 f"{file}: {key} has {len(config[key])} entries, use_fused_vision_backbone says {expected}."
@@ -205,9 +196,7 @@ def _check_towers(file: Path | str, config: dict[str, Any]) -> None:
     for settings in config.get("timm_model_kwargs") or ():
         for name, value in settings.items():
             number = isinstance(value, int | float) and abs(value) <= LARGEST_SIDE  # True and False too
-            if name not in TOWER_SETTINGS or not (
-                number or value is None or value in ("learn", "none", "", "avg", "token", "map")
-            ):
+            if name not in TOWER_SETTINGS or not (number or value in TOWER_VALUES):
                 raise CheckpointError(
                     f"{file}: timm_model_kwargs sets {name!r} to {str(value)[:200]!r}; it may set numbers of "
                     f"{', '.join(TOWER_SETTINGS)}."
@@ -219,10 +208,8 @@ def _check_towers(file: Path | str, config: dict[str, Any]) -> None:
             )
     for size in config["image_sizes"]:
         sides = [size] if isinstance(size, int) else list(size)
-        if (
-            not all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides)
-            or not 1 <= len(sides) <= 3
-        ):
+        fits = all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides)
+        if not fits or not 1 <= len(sides) <= 3:
             raise CheckpointError(
                 f"{file}: image_sizes has {size!r}; sides are whole numbers in [1, {LARGEST_SIDE}]."
             )

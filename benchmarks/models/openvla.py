@@ -1,6 +1,6 @@
 """A tiny random OpenVLA in the published file format: to try a pipeline, and for examples.
 
-python -m ceed_vla.backbones.openvla_tiny DIR    # a folder as `ceed-vla convert --from openvla` takes it
+python -m benchmarks.models.openvla DIR    # a folder as `ceed-vla convert --from openvla` takes it
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from ceed_vla.backbones.openvla import OpenVLABackbone
-from ceed_vla.backbones.openvla_folder import PROMPT, Architecture
+from ceed_vla.backbones.openvla.folder import PROMPT, Architecture
+from ceed_vla.backbones.openvla.model import OpenVLABackbone
 from ceed_vla.errors import ConfigError
 
 SIDE, WORDS = 56, 32000  # of the images [px], and ids before padding

@@ -14,25 +14,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features, check_left_padding, runs
-from ceed_vla.backbones.vlm_inputs import FLAT_KEY, IDS, MASK, ROW_KEY
-from ceed_vla.backbones.vlm_prefix import PrefixEmbeddings, VLMPrefix, language_model_arguments
-from ceed_vla.cache import TransformersCache
-from ceed_vla.errors import ConfigError, ObservationError, TokenError
+from ceed_vla.backbones.base import check_features
+from ceed_vla.backbones.transformers.backbone import TransformersBackbone, check_left_padding
+from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
+from ceed_vla.backbones.vlm.inputs import FLAT_KEY, IDS, MASK, ROW_KEY
+from ceed_vla.errors import ConfigError, ObservationError
 
 STATE_KEY = "observation.state"
 STATE_RANGE = 3.0  # the bins of a state span so many standard deviations to both sides
+_NOT_KEPT = ("input_ids", "past_key_values", "use_cache", "cache_position")
 IDS_KEY, MASK_KEY, PIXELS = ROW_KEY + IDS, ROW_KEY + MASK, "pixel_values"
 
 
-class VLMBackbone(TrainableBackbone):
+class VLMBackbone(TransformersBackbone):
     """A transformers image-text-to-text model behind the `Backbone` protocol.
 
     Args:
@@ -42,14 +42,12 @@ class VLMBackbone(TrainableBackbone):
         state_dim: Length of the normalised ``observation.state`` that takes the last places of the prefix; 0 for none.
         project_state: The state is projected to one token instead of written as `state_dim` action tokens.
         auxiliary_dim: Outputs of the auxiliary regression; 0 for none.
-        elsewhere: Checkpoints leave the model's weights in the folder they came from.
 
     Raises:
         ConfigError: Action ids that the vocabulary lacks or that repeat, or a model of another build.
     """
 
     action_ids: Tensor
-    auxiliary: nn.Module | None
 
     def __init__(
         self,
@@ -60,30 +58,23 @@ class VLMBackbone(TrainableBackbone):
         state_dim: int = 0,
         project_state: bool = False,
         auxiliary_dim: int = 0,
-        elsewhere: bool = False,
     ) -> None:
-        super().__init__()
         embedding = cast("nn.Embedding", model.get_input_embeddings())
         check_action_ids(action_ids, embedding.num_embeddings, block_length)
+        super().__init__(block_length, len(action_ids), torch.tensor(list(action_ids), device=model.device))
         _make_causal(model)
-        self.model, self.elsewhere = model, elsewhere
-        self.block_length, self.vocabulary_size = block_length, len(action_ids)
-        self.register_buffer(
-            "action_ids", torch.tensor(list(action_ids), device=model.device), persistent=False
-        )
-        width = embedding.embedding_dim
+        self.model = model
+        width, like = embedding.embedding_dim, cast("Any", {"device": model.device, "dtype": model.dtype})
         self.state_dim = state_dim
-        self.state = (
-            nn.Linear(state_dim, width, device=model.device, dtype=model.dtype) if project_state else None
-        )
-        self.auxiliary = (
-            nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, auxiliary_dim)).to(
-                model.device, model.dtype
-            )
-            if auxiliary_dim
-            else None
-        )
+        self.state = nn.Linear(state_dim, width, **like) if project_state else None
+        if auxiliary_dim:
+            layers = (nn.Linear(width, width), nn.SiLU(), nn.Linear(width, auxiliary_dim))
+            self.auxiliary = nn.Sequential(*layers).to(**like)
         self._accepted = set(inspect.signature(self.trunk.forward).parameters) - {"labels"}
+
+    @property
+    def pretrained(self) -> PreTrainedModel:
+        return self.model
 
     @property
     def trunk(self) -> nn.Module:
@@ -95,8 +86,6 @@ class VLMBackbone(TrainableBackbone):
         """The language model without its head."""
         return language_model(self.model)
 
-    # ---- prefix -------------------------------------------------------------------------------------------------
-
     def check_observation(self, batch: Mapping[str, Any]) -> int:
         """Rows ``B`` of a pre-processed batch.
 
@@ -104,18 +93,16 @@ class VLMBackbone(TrainableBackbone):
             ObservationError: A tensor of the processor is missing or has other rows, the padding is not on the
                 left, or the state, where it is read, is missing, of another length or not finite.
         """
-        own = (
-            [k for k in batch if str(k).startswith((ROW_KEY, FLAT_KEY))] if isinstance(batch, Mapping) else []
-        )
-        inputs = {k: (None,) * (batch[k].ndim - 1) for k in own if isinstance(batch[k], Tensor)}
-        wanted: dict[str, tuple[int | None, ...]] = {IDS_KEY: (None,), MASK_KEY: (None,), **inputs}
+        found = batch.items() if isinstance(batch, Mapping) else ()
+        inputs = {k: v for k, v in found if str(k).startswith((ROW_KEY, FLAT_KEY)) and isinstance(v, Tensor)}
+        wanted: dict[str, tuple[int | None, ...]] = {IDS_KEY: (None,), MASK_KEY: (None,)}
+        wanted |= {key: (None,) * (value.ndim - 1) for key, value in inputs.items()}
+        finite = [key for key, value in inputs.items() if value.is_floating_point()]
         if self.state_dim:
             wanted[STATE_KEY] = (self.state_dim,)
-        finite = [key for key in inputs if batch[key].is_floating_point()]
+            finite.append(STATE_KEY)
         words = int(cast("Any", self.model).get_input_embeddings().num_embeddings)
-        rows = check_features(
-            batch, wanted, [*finite, *([STATE_KEY] if self.state_dim else [])], {IDS_KEY: words}
-        )
+        rows = check_features(batch, wanted, finite, {IDS_KEY: words})
         if not any(key.endswith(PIXELS) for key in inputs):
             raise ObservationError(
                 f"The observation lacks {ROW_KEY}{PIXELS}; pass it through the checkpoint's pre-processor first."
@@ -175,119 +162,12 @@ class VLMBackbone(TrainableBackbone):
         share = (state.float().clamp(-STATE_RANGE, STATE_RANGE) + STATE_RANGE) / (2 * STATE_RANGE)
         return self.action_ids[(share * (self.vocabulary_size - 1)).round().long()]
 
-    def prefill(self, observation: dict[str, Tensor]) -> VLMPrefix:
-        """Run the prefix of every row once; rows may have prompts of different lengths."""
-        return self.prefill_embeddings(self.embed_prefix(observation))
-
-    def prefill_embeddings(self, embeddings: PrefixEmbeddings) -> VLMPrefix:
-        """`prefill` from what `embed_prefix` made."""
-        cache, length = TransformersCache(), embeddings.embeds.shape[1]
-        hidden = self._run(embeddings.embeds, cache.begin(length), embeddings.inputs)[:, -1]  # (B, d)
-        cache.seal_prefix(length)
-        padded = not bool(embeddings.real.all())
-        return VLMPrefix(
-            self._head(hidden), cache, hidden, embeddings.real if padded else None, embeddings.next_position
-        )
-
-    # ---- block --------------------------------------------------------------------------------------------------
-
-    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
-        """Logits (B, k, V) of the successors of `tokens` (B, k); see `Backbone`."""
-        if not isinstance(prefix, VLMPrefix):
-            raise TokenError(f"The prefix is a {type(prefix).__name__}; VLMBackbone continues its own only.")
-        return self._head(self._block_hidden(prefix, tokens))
-
-    def _block_hidden(self, prefix: VLMPrefix, tokens: Tensor) -> Tensor:
-        cache, k = prefix.cache, tokens.shape[1]
-        if cache.committed + k > self.block_length:
-            raise TokenError(
-                f"{k} tokens after {cache.committed} committed ones exceed the block of {self.block_length}."
-            )
-        offsets = torch.arange(cache.committed, cache.committed + k, device=tokens.device)
-        inputs = {"position_ids": prefix.next_position.unsqueeze(1) + offsets}  # (B, k)
-        if prefix.real is not None:
-            inputs["attention_mask"] = F.pad(prefix.real.long(), (0, cache.committed + k), value=1)
-        return self._run(self._embed_tokens(tokens), cache.begin(k), inputs)
-
-    def _embed_tokens(self, tokens: Tensor) -> Tensor:
-        """Embeddings (B, k, d) of action tokens (B, k)."""
-        return cast("Tensor", self.model.get_input_embeddings()(self.action_ids[tokens]))
-
-    def _run(self, embeds: Tensor, cache: Any, inputs: dict[str, Any]) -> Tensor:
-        """Hidden vectors (B, t, d) of embeddings (B, t, d), whose keys and values are appended to the cache."""
-        with runs(self.model):
-            output = self.decoder(
-                inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **inputs
-            )
-        return cast("Tensor", output.last_hidden_state)
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        """Scores (..., V) of the action ids."""
-        head = self.model.get_output_embeddings()
-        bias = None if getattr(head, "bias", None) is None else head.bias[self.action_ids]
-        return F.linear(hidden, head.weight[self.action_ids], bias)
-
-    # ---- training -----------------------------------------------------------------------------------------------
-
-    def packed_logits(
-        self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Teacher-forced logits of several blocks behind one prefix, which runs once.
-
-        Args:
-            embeddings: From `embed_prefix`.
-            blocks: Token blocks (B, n) each.
-
-        Returns:
-            The prefix's last hidden vector (B, d), and for every block logits (B, n, V) of its own tokens 0..n-1.
-        """
-        if self.training and getattr(self.model, "is_gradient_checkpointing", False):
-            return self._packed_without_cache(embeddings, blocks)
-        prefix = self.prefill_embeddings(embeddings)
-        logits = []
-        for block in blocks:
-            prefix.cache.roll_back()
-            hidden = [prefix.hidden.unsqueeze(1)]
-            if block.shape[1] > 1:
-                hidden.append(self._block_hidden(prefix, block[:, :-1]))
-            logits.append(self._head(torch.cat(hidden, dim=1)))
-        return prefix.hidden, logits
-
-    def _packed_without_cache(
-        self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The same where layers are recomputed in the backward pass, which a cache does not survive."""
-        length, logits = embeddings.embeds.shape[1], []
-        for block in blocks:
-            inputs = embeddings.joined(self._embed_tokens(block[:, :-1]))
-            hidden = self._run(inputs.pop("inputs_embeds"), None, inputs)[:, length - 1 :]  # (B, n, d)
-            logits.append(self._head(hidden))
-        return hidden[:, 0], logits
-
-    def recompute_activations(self) -> None:
-        if not self.model.supports_gradient_checkpointing:
-            super().recompute_activations()
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-    def prefix_state(self, embeddings: PrefixEmbeddings) -> Tensor:
-        """The prefix's last hidden vector (B, d), without any block."""
-        return self.prefill_embeddings(embeddings).hidden
-
-    def distillation_parameters(self) -> list[str]:
-        """The language model's layers and an untied head. Embeddings make the prefix, and stay."""
-        frozen = {id(p) for p in self.model.get_input_embeddings().parameters()}
-        learns = {id(p) for p in self.decoder.parameters()}
-        learns |= {id(p) for p in self.model.get_output_embeddings().parameters()}
-        return [name for name, p in self.named_parameters() if id(p) in learns - frozen]
-
-    def referenced(self) -> list[str]:
-        """The model's weights where they are kept elsewhere, but for embeddings that may have got new rows."""
-        if not self.elsewhere:
-            return []
+    def refer(self) -> None:
+        """Leave the model's weights where they are, but for embeddings that may have got new rows."""
         vocabulary = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         own = {id(p) for module in vocabulary for p in module.parameters()}
         state = self.model.state_dict(keep_vars=True)
-        return [f"model.{name}" for name, tensor in state.items() if id(tensor) not in own]
+        self._referenced = [f"model.{name}" for name, tensor in state.items() if id(tensor) not in own]
 
 
 def _make_causal(model: PreTrainedModel) -> None:
@@ -333,3 +213,28 @@ def check_action_ids(action_ids: Sequence[int], vocabulary: int, block_length: i
             f"The action ids {min(action_ids)}..{max(action_ids)} must be different ids in [0, {vocabulary - 1}], "
             "the rows of the model's embedding."
         )
+
+
+class _Arrived(Exception):  # noqa: N818  (a message, not a mistake)
+    """The forward pass has reached the language model, with these arguments."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+
+
+def _stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+    raise _Arrived({**kwargs, **({"input_ids": args[0]} if args else {})})
+
+
+def language_model_arguments(
+    trunk: nn.Module, decoder: nn.Module, inputs: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Run `trunk` on `inputs` up to its language model `decoder`; what that would be called with, but for the cache."""
+    handle = decoder.register_forward_pre_hook(_stop, with_kwargs=True)
+    try:
+        trunk(**inputs, use_cache=False)
+    except _Arrived as arrived:
+        return {k: v for k, v in arrived.arguments.items() if v is not None and k not in _NOT_KEPT}
+    finally:
+        handle.remove()
+    raise ConfigError(f"{type(trunk).__name__} did not call its language model {type(decoder).__name__}.")

@@ -1,19 +1,17 @@
-"""What a language model is given for a prefix, taken from the family's own forward pass."""
+"""What a language model of transformers is called with for a prefix, and what is left of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ceed_vla.backbones.base import Prefix
 from ceed_vla.cache import TransformersCache
 from ceed_vla.errors import ConfigError
-
-_NOT_KEPT = ("input_ids", "past_key_values", "use_cache", "cache_position")
 
 
 @dataclass
@@ -22,20 +20,28 @@ class PrefixEmbeddings:
 
     Attributes:
         embeds: (B, P, d).
-        real: (B, P) bool, False on the padding, which is on the left.
+        real: (B, P) bool, False on the padding.
         next_position: (B,) position of the first block token.
-        inputs: The other arguments, as the family made them (`position_ids`, `attention_mask`, ...).
+        inputs: The other arguments, as the family makes them: ``position_ids``, and ``attention_mask`` where needed.
     """
 
     embeds: Tensor
     real: Tensor
     next_position: Tensor
-    inputs: dict[str, Any]
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def in_order(cls, embeds: Tensor, real: Tensor) -> PrefixEmbeddings:
+        """Positions count from 0 in every row, and padding is not seen."""
+        inputs = {"position_ids": (real.cumsum(1) - 1).clamp(min=0)}
+        if not bool(real.all()):
+            inputs["attention_mask"] = real.long()
+        return cls(embeds, real, real.sum(1), inputs)
 
     def __len__(self) -> int:
         return len(self.embeds)
 
-    def __getitem__(self, rows: Tensor) -> PrefixEmbeddings:
+    def __getitem__(self, rows: Any) -> PrefixEmbeddings:
         """The given rows.
 
         Raises:
@@ -44,7 +50,7 @@ class PrefixEmbeddings:
         inputs = {name: self._rows(name, value, rows) for name, value in self.inputs.items()}
         return PrefixEmbeddings(self.embeds[rows], self.real[rows], self.next_position[rows], inputs)
 
-    def _rows(self, name: str, value: Any, rows: Tensor) -> Any:
+    def _rows(self, name: str, value: Any, rows: Any) -> Any:
         if isinstance(value, dict):  # masks of several kinds of layers
             return {key: self._rows(key, part, rows) for key, part in value.items()}
         if not isinstance(value, Tensor | list | tuple):
@@ -110,40 +116,15 @@ def _causal_behind(mask: Tensor, real: Tensor, k: int) -> Tensor:
 
 
 @dataclass
-class VLMPrefix(Prefix[TransformersCache]):
+class TransformersPrefix(Prefix[TransformersCache]):
     """A prefix in the cache.
 
     Attributes:
         hidden: (B, d), the last hidden vector, which predicts slot 0.
-        real: (B, P) bool, or None without padding.
+        real: (B, P) bool, False on the padding; None without any.
         next_position: (B,) position of the first block token.
     """
 
     hidden: Tensor
     real: Tensor | None
     next_position: Tensor
-
-
-class _Arrived(Exception):  # noqa: N818  (a message, not a mistake)
-    """The forward pass has reached the language model, with these arguments."""
-
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        self.arguments = arguments
-
-
-def _stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
-    raise _Arrived({**kwargs, **({"input_ids": args[0]} if args else {})})
-
-
-def language_model_arguments(
-    trunk: nn.Module, decoder: nn.Module, inputs: dict[str, Tensor]
-) -> dict[str, Any]:
-    """Run `trunk` on `inputs` up to its language model `decoder`; what that would be called with, but for the cache."""
-    handle = decoder.register_forward_pre_hook(_stop, with_kwargs=True)
-    try:
-        trunk(**inputs, use_cache=False)
-    except _Arrived as arrived:
-        return {k: v for k, v in arrived.arguments.items() if v is not None and k not in _NOT_KEPT}
-    finally:
-        handle.remove()
-    raise ConfigError(f"{type(trunk).__name__} did not call its language model {type(decoder).__name__}.")

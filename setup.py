@@ -107,8 +107,8 @@ setup(
     entry_points={
         "console_scripts": [
             "ceed-vla = ceed_vla.cli:main",
-            "policy_node = ros_nodes.policy_node:main",
-            "sim_node = ros_nodes.sim_node:main",
+            "policy_node = ros_nodes.robot.policy_node:main",
+            "sim_node = ros_nodes.simulated.sim_node:main",
         ]
     },
     zip_safe=False,

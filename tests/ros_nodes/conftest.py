@@ -41,14 +41,14 @@ class Graph:
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self.node)
 
-    def start(self, name: str, *arguments: str, module: str | None = None) -> subprocess.Popen[bytes]:
-        """Start ``python -m ros_nodes.<name> --ros-args <arguments>``; its output goes to a file."""
+    def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start policy_node or sim_node (a digit makes another one) with ``--ros-args``; its output goes to a file."""
         environment = os.environ | {
             "ROS_DOMAIN_ID": str(self.domain),
             "ROS_LOG_DIR": str(self.folder / "log"),
             "PYTHONPATH": str(ROOT),
         }
-        module = module or name.rstrip("0123456789")
+        module = {"p": "robot.policy_node", "s": "simulated.sim_node"}[name[0]]
         with (self.folder / f"{name}.txt").open("ab") as output:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", f"ros_nodes.{module}", "--ros-args", *arguments],

@@ -13,14 +13,14 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from builtin_interfaces.msg import Time
 from sensor_msgs.msg import Image, JointState
 
-from ros_nodes.chunk_stream import ChunkStream
-from ros_nodes.controller import PolicyController
-from ros_nodes.messages import array_to_image
-from ros_nodes.motion import JointPositions
-from ros_nodes.observations import Observations
-from ros_nodes.predictor import PolicySpec, Request, Response
-from ros_nodes.robot_config import Action, Arm, ImageSource, Interface, Limits, RobotConfig
-from ros_nodes.safety import JOINT_STATES, Decision, SafetyFilter, SafetyLimits
+from ros_nodes.robot.chunk_stream import ChunkStream
+from ros_nodes.robot.controller import PolicyController
+from ros_nodes.robot.messages import array_to_image
+from ros_nodes.robot.motion import JointPositions
+from ros_nodes.robot.observations import Observations
+from ros_nodes.robot.predictor import PolicySpec, Request, Response
+from ros_nodes.robot.robot_config import Action, Arm, ImageSource, Interface, Limits, RobotConfig
+from ros_nodes.robot.safety import JOINT_STATES, Decision, SafetyFilter, SafetyLimits
 
 FEATURE = "observation.images.front"
 JOINTS = ("shoulder", "elbow")

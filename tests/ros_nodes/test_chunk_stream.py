@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.chunk_stream import ChunkStream, Plan, Target
+from ros_nodes.robot.chunk_stream import ChunkStream, Plan, Target
 
 M, H, DT = 8, 4, 0.1
 TICKS = 10  # of a step

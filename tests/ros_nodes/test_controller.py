@@ -14,8 +14,8 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.controller import ticks_per_step
-from ros_nodes.step_grid import SLEW
+from ros_nodes.robot.controller import ticks_per_step
+from ros_nodes.robot.step_grid import SLEW
 
 JOINTS = ("shoulder", "elbow")
 M, H, DT, RATE = 8, 4, 0.1, 100.0  # of the loop in conftest.py

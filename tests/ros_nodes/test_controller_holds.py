@@ -14,8 +14,8 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from builtin_interfaces.msg import Time
 from sensor_msgs.msg import JointState
 
-from ros_nodes.messages import array_to_image
-from ros_nodes.safety import SafetyFilter
+from ros_nodes.robot.messages import array_to_image
+from ros_nodes.robot.safety import SafetyFilter
 
 JOINTS = ("shoulder", "elbow")
 M, H, DT, RATE = 8, 4, 0.1, 100.0  # of the loop in conftest.py

@@ -14,8 +14,8 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from rich.console import Console
 
 from ceed_vla.errors import CheckpointError, ConfigError
-from ros_nodes.demo import RosDemoConfig, ros_arguments, ros_demo
-from ros_nodes.demo_report import rest_after
+from ros_nodes.demo.report import rest_after
+from ros_nodes.demo.ros_demo import RosDemoConfig, ros_arguments, ros_demo
 
 KEYS = [
     *("command_rate_hz", "missed_ticks_fraction", "jitter_ms", "episodes", "success_rate", "success_ci95"),

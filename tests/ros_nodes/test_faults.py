@@ -24,8 +24,8 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 
-from ros_nodes import reference
-from ros_nodes.messages import LATCHED, SENSOR, array_to_image
+from ros_nodes.robot.messages import LATCHED, SENSOR, array_to_image
+from scripts import robots_page
 from tests.ros_nodes.conftest import Graph, Status
 
 COMMANDS = "/forward_position_controller/commands"
@@ -292,17 +292,17 @@ def test_topics_services_and_diagnostics_are_the_documented_ones(bench: Bench) -
     bench.begin(seed=1)
     values = bench.status.state("active")
     node = bench.graph.node
-    page = reference.PAGE.read_text(encoding="utf-8")
+    page = robots_page.PAGE.read_text(encoding="utf-8")
     moved = {"/relay/front": "/front/image_raw", "/relay/joint_states": "/joint_states"}
     interfaces = ("/joint_trajectory_controller/joint_trajectory", "/servo_node/delta_twist_cmds")
     for name, rows, absent in (
-        ("policy", reference.policy_topics(), interfaces),
-        ("sim", reference.sim_topics(), ("/clock",)),
+        ("policy", robots_page.policy_topics(), interfaces),
+        ("sim", robots_page.sim_topics(), ("/clock",)),
     ):
         there = {
-            reference.IN: node.get_subscriber_names_and_types_by_node(name, "/"),
-            reference.OUT: node.get_publisher_names_and_types_by_node(name, "/"),
-            reference.SERVICE: node.get_service_names_and_types_by_node(name, "/"),
+            robots_page.IN: node.get_subscriber_names_and_types_by_node(name, "/"),
+            robots_page.OUT: node.get_publisher_names_and_types_by_node(name, "/"),
+            robots_page.SERVICE: node.get_service_names_and_types_by_node(name, "/"),
         }
         found = {
             (moved.get(topic, topic), direction, kind)

@@ -21,7 +21,7 @@ import torch
 import ceed_vla
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, NotFiniteError
-from ros_nodes.inference import MODES, InferenceWorker, Request, Response
+from ros_nodes.robot.inference import MODES, InferenceWorker, Request, Response
 from tests.ros_nodes.conftest import tiny_act
 
 FRONT, WRIST, STATE = "observation.images.front", "observation.images.wrist", "observation.state"
@@ -245,7 +245,7 @@ def test_the_process_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "owner.py"
     script.write_text(
         "import time\n"
-        "from ros_nodes.inference import InferenceWorker\n"
+        "from ros_nodes.robot.inference import InferenceWorker\n"
         "if __name__ == '__main__':\n"
         "    worker = InferenceWorker('student', warmup=1)\n"
         "    worker.start()\n"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 pytest.importorskip("mink")
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.kinematics import ArmKinematics, CommandedPose, PoseLimits
+from ros_nodes.robot.kinematics import ArmKinematics, CommandedPose, PoseLimits
 from sim.tabletop import arm, env
 from sim.tabletop.scene import scene_xml
 

@@ -16,10 +16,10 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from ceed_vla.errors import ConfigError
-from ros_nodes import parameters
-from ros_nodes.parameters import NodeParameter
-from ros_nodes.policy_parameters import POLICY_PARAMETERS
-from ros_nodes.sim_parameters import SIM_PARAMETERS
+from ros_nodes.robot import parameters
+from ros_nodes.robot.parameters import NodeParameter
+from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+from ros_nodes.simulated.parameters import SIM_PARAMETERS
 
 BAD = [
     ("command_rate", 1e9, r"command_rate is 1000000000.0; it must be a number in \[5, 500\]"),

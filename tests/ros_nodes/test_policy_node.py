@@ -21,8 +21,8 @@ from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 from trajectory_msgs.msg import JointTrajectory
 
-from ros_nodes.messages import LATCHED, SENSOR, array_to_image, seconds
-from ros_nodes.robot_file import load_robot_config
+from ros_nodes.robot.messages import LATCHED, SENSOR, array_to_image, seconds
+from ros_nodes.robot.robot_file import load_robot_config
 from tests.ros_nodes.conftest import Status, tiny_act
 
 ROBOT = load_robot_config()

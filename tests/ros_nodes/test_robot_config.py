@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.robot_config import COMPONENTS, INTERFACES
-from ros_nodes.robot_file import load_robot_config, packaged_config
+from ros_nodes.robot.robot_config import COMPONENTS, INTERFACES
+from ros_nodes.robot.robot_file import load_robot_config, packaged_config
 from sim.tabletop import arm, env, scene
 
 CONFIG = Path(__file__).resolve().parents[2] / "launch" / "config"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.safety import Hold, SafetyFilter, SafetyLimits
+from ros_nodes.robot.safety import Hold, SafetyFilter, SafetyLimits
 
 NAMES = ("shoulder", "elbow")
 FRESH = {"joint_states": 0.01, "front": 0.05}

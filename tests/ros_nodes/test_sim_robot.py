@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ceed_vla.errors import SimulationError
-from ros_nodes.sim_robot import ARM_JOINTS, MAX_OPENING, SimRobot
+from ros_nodes.simulated.robot import ARM_JOINTS, MAX_OPENING, SimRobot
 from sim.tabletop import arm
 from sim.tabletop.env import TabletopEnv
 

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
 from ceed_vla.errors import ConfigError, ObservationError
-from ros_nodes.messages import compressed_to_array, image_to_array, joint_state_by_name, seconds
-from ros_nodes.motion import Motion
-from ros_nodes.robot_config import ImageSource, RobotConfig
-from ros_nodes.safety import JOINT_STATES, Hold
+from ros_nodes.robot.messages import compressed_to_array, image_to_array, joint_state_by_name, seconds
+from ros_nodes.robot.motion import Motion
+from ros_nodes.robot.robot_config import ImageSource, RobotConfig
+from ros_nodes.robot.safety import JOINT_STATES, Hold
 
 if TYPE_CHECKING:
-    from ros_nodes.kinematics import ArmKinematics
+    from ros_nodes.robot.kinematics import ArmKinematics
 
 Array = NDArray[np.float64]
 

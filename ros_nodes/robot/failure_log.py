@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 
 from ceed_vla.errors import CeedVLAError
-from ros_nodes.texts import short
+from ros_nodes.robot.texts import short
 
 _PERIOD = 10.0  # between two lines about failures of a known kind [s]
 _MOST_KINDS = 20  # kinds that get a line of their own

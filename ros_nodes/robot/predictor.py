@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import CeedVLAError, CheckpointError, NotFiniteError, ObservationError
-from ros_nodes.failure_log import FailureLog
-from ros_nodes.texts import short, shown
+from ros_nodes.robot.failure_log import FailureLog
+from ros_nodes.robot.texts import short, shown
 
 logger = logging.getLogger(__name__)
 

@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
-from ros_nodes.run_metrics import Window, command_timing, counts, number
+from ros_nodes.demo.run_metrics import Window, command_timing, counts, number
 from sim.rollout import wilson_interval
-
-if TYPE_CHECKING:
-    from ros_nodes.demo import Episode, RosDemoConfig
 
 COMMAND_RATE = 100.0  # of the policy node [Hz]
 _RESTING = 0.05  # speed of the fastest joint [rad/s]
 
 
+@dataclass(frozen=True)
+class Episode:
+    """One episode through ROS.
+
+    Attributes:
+        seed: Its seed.
+        instruction: What the policy was told.
+        success: Solved in time.
+        seconds: From enabling the policy to the end [s].
+        window: When the command stream counts [ns].
+    """
+
+    seed: int
+    instruction: str
+    success: bool
+    seconds: float
+    window: Window
+
+
 def build_report(
-    config: RosDemoConfig,
+    options: Mapping[str, Any],
     episodes: Sequence[Episode],
     windows: Sequence[Window],
     policy: Mapping[str, str],
@@ -32,17 +48,17 @@ def build_report(
     Times come from the bag, latencies and interventions from the policy's diagnostics.
 
     Args:
-        config: Options.
+        options: Of `RosDemoConfig`.
         episodes: Finished episodes.
         windows: When the command stream ran [ns].
         policy: Last diagnostics of the policy node.
         bag: What was recorded.
         killed: When the policy node was killed [ns].
     """
-    from ros_nodes.bag import read_messages, sent_times
-    from ros_nodes.demo_session import COMMAND_TOPICS
+    from ros_nodes.demo.bag import read_messages, sent_times
+    from ros_nodes.demo.session import COMMAND_TOPICS
 
-    topic = COMMAND_TOPICS[config.action_interface][0]
+    topic = COMMAND_TOPICS[options["action_interface"]][0]
     timing = command_timing(sent_times(bag, topic), windows, 1.0 / COMMAND_RATE)
     solved = sum(episode.success for episode in episodes)
     seam, inner = number(policy, "seam_step_max"), number(policy, "inner_step_max")
@@ -76,16 +92,8 @@ def build_report(
         "rest_after_kill_ms": None
         if killed is None
         else rest_after(((sent, m) for _, sent, m in read_messages(bag, ["/joint_states"])), killed),
-        "config": asdict(config),
-        "per_episode": [
-            {
-                "seed": episode.seed,
-                "instruction": episode.instruction,
-                "success": episode.success,
-                "seconds": round(episode.seconds, 2),
-            }
-            for episode in episodes
-        ],
+        "config": dict(options),
+        "per_episode": [{k: v for k, v in asdict(one).items() if k != "window"} for one in episodes],
     }
     return report, details
 

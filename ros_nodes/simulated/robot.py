@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ceed_vla.errors import SimulationError
-from ros_nodes.sim_controllers import Array, Controller, ForwardPosition, ServoTwist, Trajectory, finite
+from ros_nodes.simulated.controllers import Array, Controller, ForwardPosition, ServoTwist, Trajectory, finite
 from sim.tabletop import arm, tasks
 from sim.tabletop.env import TabletopEnv
 from sim.tabletop.render import check_image_size, render

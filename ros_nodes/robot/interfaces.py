@@ -15,11 +15,11 @@ from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.messages import COMMAND
-from ros_nodes.robot_config import Interface
+from ros_nodes.robot.messages import COMMAND
+from ros_nodes.robot.robot_config import Interface
 
 if TYPE_CHECKING:
-    from ros_nodes.kinematics import ArmKinematics
+    from ros_nodes.robot.kinematics import ArmKinematics
 
 Array = NDArray[np.float64]
 

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ceed_vla.errors import CheckpointError, ConfigError
-from ros_nodes.chunk_stream import ChunkStream
-from ros_nodes.controller import PolicyController, ticks_per_step
-from ros_nodes.inference import InferenceWorker
-from ros_nodes.motion import make_motion
-from ros_nodes.observations import Observations
-from ros_nodes.plausibility import PHYSICAL_VELOCITY
-from ros_nodes.predictor import PolicySpec
-from ros_nodes.robot_config import Interface, RobotConfig
-from ros_nodes.robot_file import load_robot_config
-from ros_nodes.safety import JOINT_STATES, SafetyFilter, SafetyLimits
+from ros_nodes.robot.chunk_stream import ChunkStream
+from ros_nodes.robot.controller import PolicyController, ticks_per_step
+from ros_nodes.robot.inference import InferenceWorker
+from ros_nodes.robot.motion import make_motion
+from ros_nodes.robot.observations import Observations
+from ros_nodes.robot.plausibility import PHYSICAL_VELOCITY
+from ros_nodes.robot.predictor import PolicySpec
+from ros_nodes.robot.robot_config import Interface, RobotConfig
+from ros_nodes.robot.robot_file import load_robot_config
+from ros_nodes.robot.safety import JOINT_STATES, SafetyFilter, SafetyLimits
 
 if TYPE_CHECKING:
-    from ros_nodes.kinematics import ArmKinematics
+    from ros_nodes.robot.kinematics import ArmKinematics
 
 _POLL = 0.05  # how often a load asks whether it is still wanted [s]
 
@@ -123,7 +123,7 @@ def _start(worker: InferenceWorker, cancelled: Callable[[], bool]) -> PolicySpec
 def _kinematics(robot: RobotConfig) -> ArmKinematics | None:
     if robot.arm.model is None:
         return None
-    from ros_nodes.kinematics import ArmKinematics
+    from ros_nodes.robot.kinematics import ArmKinematics
 
     step = {"max_joint_step": robot.action.max_joint_step} if robot.action.max_joint_step else {}
     return ArmKinematics(

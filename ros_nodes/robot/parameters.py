@@ -11,7 +11,7 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.texts import shown
+from ros_nodes.robot.texts import shown
 
 START, SETUP, LIVE = "start", "setup", "live"
 """When a parameter may change: only at the start (read-only), while a lifecycle node is unconfigured, or always."""

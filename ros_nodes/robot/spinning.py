@@ -20,7 +20,7 @@ from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 
 from ceed_vla.errors import CeedVLAError
-from ros_nodes.texts import short
+from ros_nodes.robot.texts import short
 
 _POLL = 0.2  # longest time between a signal and the end of the loop, without any message or timer [s]
 

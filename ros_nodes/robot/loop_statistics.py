@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ros_nodes.predictor import Response
+from ros_nodes.robot.predictor import Response
 
 MISSED = 1.5  # periods without a command that count as a missed tick
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.plausibility import PHYSICAL_VELOCITY, Plausibility
-from ros_nodes.texts import shown
+from ros_nodes.robot.plausibility import PHYSICAL_VELOCITY, Plausibility
+from ros_nodes.robot.texts import shown
 
 Array = NDArray[np.float64]
 

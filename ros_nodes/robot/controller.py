@@ -17,15 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.chunk_requests import ChunkRequests
-from ros_nodes.chunk_stream import ChunkStream, Plan, Target
-from ros_nodes.inference import InferenceWorker
-from ros_nodes.loop_statistics import LoopStatistics
-from ros_nodes.motion import Motion
-from ros_nodes.observations import Observations
-from ros_nodes.safety import JOINT_STATES, Decision, Hold, SafetyFilter
-from ros_nodes.step_grid import SLEW, StepGrid
-from ros_nodes.texts import instruction_problem
+from ros_nodes.robot.chunk_requests import ChunkRequests
+from ros_nodes.robot.chunk_stream import ChunkStream, Plan, Target
+from ros_nodes.robot.inference import InferenceWorker
+from ros_nodes.robot.loop_statistics import LoopStatistics
+from ros_nodes.robot.motion import Motion
+from ros_nodes.robot.observations import Observations
+from ros_nodes.robot.safety import JOINT_STATES, Decision, Hold, SafetyFilter
+from ros_nodes.robot.step_grid import SLEW, StepGrid
+from ros_nodes.robot.texts import instruction_problem
 
 Array = NDArray[np.float64]
 

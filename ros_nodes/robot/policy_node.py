@@ -3,7 +3,7 @@
 Behaviour is in `PolicyController`; this file is its connection to ROS. docs/robots.md lists topics and parameters.
 """
 
-from __future__ import annotations  # noqa: I001 - ros_nodes.messages comes first: it explains absent ROS
+from __future__ import annotations  # noqa: I001 - ros_nodes.robot.messages comes first: it explains absent ROS
 
 import gc
 import os
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from ros_nodes.messages import COMMAND, LATCHED, SENSOR, seconds
+from ros_nodes.robot.messages import COMMAND, LATCHED, SENSOR, seconds
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
@@ -26,15 +26,15 @@ from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
 from ceed_vla.errors import CeedVLAError, NodeError
-from ros_nodes import parameters
-from ros_nodes.diagnostics import running_status, status_message
-from ros_nodes.interfaces import ArmInterface, GripperCommands, make_interface
-from ros_nodes.policy_parameters import POLICY_PARAMETERS
-from ros_nodes.policy_setup import PolicySetup, make_setup
-from ros_nodes.safety import Decision
-from ros_nodes.spinning import StopSignal, raise_priority, run
-from ros_nodes.step_grid import SLEW
-from ros_nodes.texts import instruction_problem, short
+from ros_nodes.robot import parameters
+from ros_nodes.robot.diagnostics import running_status, status_message
+from ros_nodes.robot.interfaces import ArmInterface, GripperCommands, make_interface
+from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+from ros_nodes.robot.policy_setup import PolicySetup, make_setup
+from ros_nodes.robot.safety import Decision
+from ros_nodes.robot.spinning import StopSignal, raise_priority, run
+from ros_nodes.robot.step_grid import SLEW
+from ros_nodes.robot.texts import instruction_problem, short
 
 CONFLICT_PERIOD = 0.2  # how often other commanders are looked for [s]
 LONGEST_FAILURE = 500  # characters: what is wrong, what is allowed and what to do

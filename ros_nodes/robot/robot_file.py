@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.robot_config import (
+from ros_nodes.robot.robot_config import (
     ACTION_KINDS,
     COMMAND_COMPONENTS,
     COMPONENTS,
@@ -23,8 +23,8 @@ from ros_nodes.robot_config import (
     Limits,
     RobotConfig,
 )
-from ros_nodes.texts import short, shown
-from ros_nodes.yaml_fields import Fields
+from ros_nodes.robot.texts import short, shown
+from ros_nodes.robot.yaml_fields import Fields
 
 PACKAGED = "tabletop_robot.yaml"
 

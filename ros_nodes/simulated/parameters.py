@@ -1,6 +1,6 @@
 """Parameters of the simulated robot."""
 
-from ros_nodes.parameters import LIVE, START, NodeParameter
+from ros_nodes.robot.parameters import LIVE, START, NodeParameter
 from sim.tabletop.scene import MAX_IMAGE_SIZE
 from sim.tabletop.tasks import SPLITS, TASKS
 

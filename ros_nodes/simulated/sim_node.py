@@ -18,7 +18,7 @@ if sys.platform == "linux":
 # A writer into the shared memory of a process that was killed may wait a second for it, and the robot with it.
 os.environ.setdefault("FASTDDS_BUILTIN_TRANSPORTS", "UDPv4")
 
-from ros_nodes.messages import COMMAND, LATCHED, SENSOR, array_to_image, seconds  # noqa: I001 - explains absent ROS
+from ros_nodes.robot.messages import COMMAND, LATCHED, SENSOR, array_to_image, seconds  # noqa: I001 - explains absent ROS
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from geometry_msgs.msg import TwistStamped
@@ -34,10 +34,10 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from ceed_vla.errors import ConfigError, SimulationError
-from ros_nodes import parameters
-from ros_nodes.sim_parameters import SIM_PARAMETERS
-from ros_nodes.sim_robot import JOINTS, SimRobot
-from ros_nodes.spinning import run
+from ros_nodes.robot import parameters
+from ros_nodes.simulated.parameters import SIM_PARAMETERS
+from ros_nodes.simulated.robot import JOINTS, SimRobot
+from ros_nodes.robot.spinning import run
 from sim.tabletop.scene import CAMERAS
 
 JOINT_STATE_RATE = 100.0  # [Hz]

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
-from ros_nodes.predictor import PolicySpec, Predictor, PredictorSettings, Request, Response
+from ros_nodes.robot.predictor import PolicySpec, Predictor, PredictorSettings, Request, Response
 
 __all__ = ["MODES", "InferenceWorker", "PolicySpec", "Request", "Response"]
 

@@ -1,8 +1,8 @@
 """The policy node's parameters."""
 
-from ros_nodes.parameters import LIVE, START, NodeParameter
-from ros_nodes.robot_config import INTERFACES
-from ros_nodes.texts import LONGEST_INSTRUCTION, instruction_problem
+from ros_nodes.robot.parameters import LIVE, START, NodeParameter
+from ros_nodes.robot.robot_config import INTERFACES
+from ros_nodes.robot.texts import LONGEST_INSTRUCTION, instruction_problem
 
 POLICY_PARAMETERS = (
     NodeParameter(

@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass, replace
 
 from ceed_vla.errors import ConfigError, ObservationError
-from ros_nodes.chunk_stream import ChunkStream, Plan, Target
-from ros_nodes.inference import InferenceWorker
-from ros_nodes.loop_statistics import LoopStatistics
-from ros_nodes.motion import Motion
-from ros_nodes.observations import Observations
-from ros_nodes.predictor import BAD_INSTRUCTION, Request
-from ros_nodes.step_grid import UNSURE
+from ros_nodes.robot.chunk_stream import ChunkStream, Plan, Target
+from ros_nodes.robot.inference import InferenceWorker
+from ros_nodes.robot.loop_statistics import LoopStatistics
+from ros_nodes.robot.motion import Motion
+from ros_nodes.robot.observations import Observations
+from ros_nodes.robot.predictor import BAD_INSTRUCTION, Request
+from ros_nodes.robot.step_grid import UNSURE
 
 _FIRST_RETRY, _LAST_RETRY = 0.1, 2.0  # between a failure and the next request; doubled each time [s]
 

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +15,15 @@ from rich.console import Console
 from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.errors import ConfigError, NodeError
 from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
-from ros_nodes.demo_report import COMMAND_RATE, build_report, console_table
-from ros_nodes.run_metrics import Window
+from ros_nodes.demo.report import COMMAND_RATE, Episode, build_report, console_table
+from ros_nodes.demo.run_metrics import Window
 from sim.evaluate import EVALUATION_SEEDS, default_console
 from sim.rollout import MAX_EPISODE_STEPS
 from sim.tabletop.env import CTRL_DT
 from sim.tabletop.tasks import SPLITS, TASKS
 
 if TYPE_CHECKING:
-    from ros_nodes.demo_session import Session
+    from ros_nodes.demo.session import Session
 
 INTERFACES = ("forward_position", "joint_trajectory", "servo_twist")
 _SETTLE = 0.3  # after a reset, until the policy has seen the new scene [s]
@@ -72,25 +72,6 @@ class RosDemoConfig:
         check_fields(self, "--")
 
 
-@dataclass(frozen=True)
-class Episode:
-    """One episode through ROS.
-
-    Attributes:
-        seed: Its seed.
-        instruction: What the policy was told.
-        success: Solved in time.
-        seconds: From enabling the policy to the end [s].
-        window: When the command stream counts [ns].
-    """
-
-    seed: int
-    instruction: str
-    success: bool
-    seconds: float
-    window: Window
-
-
 def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str, Any]:
     """Run the demonstration.
 
@@ -107,7 +88,7 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
         NodeError: A node ended, refused a request or did not answer.
     """
     try:
-        from ros_nodes.demo_session import Session
+        from ros_nodes.demo.session import Session
     except ImportError as error:
         raise ConfigError(f"ros-demo needs ROS 2; install ceed_vla[ros2] ({error}).") from error
     console = console or default_console()
@@ -140,7 +121,7 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
         values = dict(session.policy)
         killed = _kill_in_motion(session, config, console) if config.kill else None
     bag = folder / "bag.mcap"
-    report, details = build_report(config, episodes, windows, values, bag, killed)
+    report, details = build_report(asdict(config), episodes, windows, values, bag, killed)
     for name, content in (("ros", report), ("details", details)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     console.print(console_table(report, details))
@@ -168,7 +149,7 @@ def _run_episode(session: Session, config: RosDemoConfig, seed: int, console: Co
     seconds, ended = time.monotonic() - start, time.time_ns()
     session.enable(False)
     console.print(f"  {seed}  {'solved' if success else 'failed':<7}{seconds:5.1f} s  {instruction}")
-    return Episode(seed, instruction, success, seconds, (began, ended))
+    return Episode(seed, instruction, success, round(seconds, 2), (began, ended))
 
 
 def _stream(session: Session, config: RosDemoConfig, console: Console) -> Window:

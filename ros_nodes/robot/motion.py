@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.robot_config import Gripper, RobotConfig
+from ros_nodes.robot.robot_config import Gripper, RobotConfig
 
 if TYPE_CHECKING:  # a robot that is commanded in joint positions needs no mink
-    from ros_nodes.kinematics import ArmKinematics
+    from ros_nodes.robot.kinematics import ArmKinematics
 
 Array = NDArray[np.float64]
 
@@ -109,7 +109,7 @@ class EndEffectorDeltas(Motion):
     """
 
     def __init__(self, robot: RobotConfig, kinematics: ArmKinematics) -> None:
-        from ros_nodes.kinematics import CommandedPose, PoseLimits
+        from ros_nodes.robot.kinematics import CommandedPose, PoseLimits
 
         super().__init__(robot)
         action = robot.action

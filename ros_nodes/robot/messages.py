@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ObservationError
-from ros_nodes.texts import short, shown
+from ros_nodes.robot.texts import short, shown
 
 try:
     from builtin_interfaces.msg import Time

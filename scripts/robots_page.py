@@ -1,6 +1,6 @@
 """The tables of docs/robots.md, made from the code: topics, services and parameters of both nodes.
 
-``python -m ros_nodes.reference`` writes them into the page again; a test compares.
+``python -m scripts.robots_page`` writes them into the page again; a test compares.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ros_nodes.parameters import LIVE, SETUP, START, Table
-from ros_nodes.policy_parameters import POLICY_PARAMETERS
-from ros_nodes.robot_file import load_robot_config
-from ros_nodes.sim_parameters import SIM_PARAMETERS
+from ros_nodes.robot.parameters import LIVE, SETUP, START, Table
+from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+from ros_nodes.robot.robot_file import load_robot_config
+from ros_nodes.simulated.parameters import SIM_PARAMETERS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "robots.md"
 IN, OUT, SERVICE = "in", "out", "service"

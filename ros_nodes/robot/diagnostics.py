@@ -8,10 +8,10 @@ from typing import Any
 from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
-from ros_nodes.chunk_stream import ChunkStream
-from ros_nodes.controller import STARVED, WAITING, PolicyController
-from ros_nodes.safety import Hold, SafetyFilter
-from ros_nodes.texts import short
+from ros_nodes.robot.chunk_stream import ChunkStream
+from ros_nodes.robot.controller import STARVED, WAITING, PolicyController
+from ros_nodes.robot.safety import Hold, SafetyFilter
+from ros_nodes.robot.texts import short
 
 HARMLESS = (
     WAITING,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.texts import short
+from ros_nodes.robot.texts import short
 
 try:
     import mink

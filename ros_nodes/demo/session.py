@@ -25,9 +25,9 @@ from std_srvs.srv import SetBool, Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from ceed_vla.errors import NodeError
-from ros_nodes.bag import BagWriter, record
-from ros_nodes.messages import COMMAND, LATCHED
-from ros_nodes.run_metrics import status_values
+from ros_nodes.demo.bag import BagWriter, record
+from ros_nodes.demo.run_metrics import status_values
+from ros_nodes.robot.messages import COMMAND, LATCHED
 
 COMMAND_TOPICS: dict[str, tuple[str, Any]] = {
     "forward_position": ("/forward_position_controller/commands", Float64MultiArray),
@@ -81,9 +81,9 @@ class Session:
         self._executor.add_node(self._node)
         self.bag = BagWriter(folder / "bag.mcap")
         self._subscribe(interface)
-        self._start("sim", "ros_nodes.sim_node", sim_arguments)
+        self._start("sim", "ros_nodes.simulated.sim_node", sim_arguments)
         arguments = ["-p", "autostart:=true", "-p", "start_enabled:=false", *policy_arguments]
-        self._start("policy", "ros_nodes.policy_node", arguments)
+        self._start("policy", "ros_nodes.robot.policy_node", arguments)
 
     def _subscribe(self, interface: str) -> None:
         sensor = QoSProfile(depth=_KEPT, reliability=ReliabilityPolicy.BEST_EFFORT)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ros_nodes.demo.bag import type_name
 from ros_nodes.robot.parameters import LIVE, SETUP, START, Table
 from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ros_nodes.robot.robot_file import load_robot_config
@@ -19,9 +20,6 @@ IN, OUT, SERVICE = "in", "out", "service"
 _TYPES = {
     "raw": "sensor_msgs/msg/Image",
     "compressed": "sensor_msgs/msg/CompressedImage",
-    "forward_position": "std_msgs/msg/Float64MultiArray",
-    "joint_trajectory": "trajectory_msgs/msg/JointTrajectory",
-    "servo_twist": "geometry_msgs/msg/TwistStamped",
 }
 _WHEN = {START: "start only (read-only)", SETUP: "while unconfigured", LIVE: "any time"}
 
@@ -32,8 +30,13 @@ def policy_topics() -> list[Row]:
     """(default name, direction, type, what it is) of all that the policy node exposes, for the packaged robot."""
     robot = load_robot_config()
     arms = [
-        (interface.topic, OUT, _TYPES[kind], f"commands at `command_rate`, if `action_interface` is `{kind}`")
-        for kind, interface in robot.interfaces.items()
+        (
+            one.topic,
+            OUT,
+            type_name(one.message_type),
+            f"commands at `command_rate`, if `action_interface` is `{name}`",
+        )
+        for name, one in robot.interfaces.items()
     ]
     gripper = robot.gripper
     return [

@@ -47,18 +47,18 @@ class BagWriter:
         self._writer = Writer(self._file)
         self._writer.start(profile="ros2", library="ceed_vla")
 
-    def write(self, topic: str, type_name: str, data: bytes, published: int, received: int) -> None:
+    def write(self, topic: str, kind: str, data: bytes, published: int, received: int) -> None:
         """Append one message.
 
         Args:
             topic: Its topic.
-            type_name: Its type, "sensor_msgs/msg/Image".
+            kind: Its type, "sensor_msgs/msg/Image".
             data: CDR with its four-byte header.
             published: When it was sent [ns since the epoch].
             received: When it was received [ns since the epoch].
         """
         if topic not in self._channels:
-            self._channels[topic] = self._writer.register_channel(topic, "cdr", self._schema(type_name))
+            self._channels[topic] = self._writer.register_channel(topic, "cdr", self._schema(kind))
         self._writer.add_message(self._channels[topic], received, data, published)
         self.counts[topic] = self.counts.get(topic, 0) + 1
 
@@ -76,11 +76,11 @@ class BagWriter:
     ) -> None:
         self.close()
 
-    def _schema(self, type_name: str) -> int:
-        if type_name not in self._schemas:
-            text = message_definition(type_name).encode()
-            self._schemas[type_name] = self._writer.register_schema(type_name, "ros2msg", text)
-        return self._schemas[type_name]
+    def _schema(self, kind: str) -> int:
+        if kind not in self._schemas:
+            text = message_definition(kind).encode()
+            self._schemas[kind] = self._writer.register_schema(kind, "ros2msg", text)
+        return self._schemas[kind]
 
 
 def record(node: Node, bag: BagWriter, topic: str, message_type: Any, qos: Any) -> Any:
@@ -98,13 +98,11 @@ def record(node: Node, bag: BagWriter, topic: str, message_type: Any, qos: Any) 
     Returns:
         The subscription.
     """
-    package, _, kind = message_type.__module__.partition(".")
-    type_name = f"{package}/{kind.split('.')[0]}/{message_type.__name__}"
-    name = node.resolve_topic_name(topic)
+    name, kind = node.resolve_topic_name(topic), type_name(message_type)
 
     def write(data: bytes, info: dict[str, int]) -> None:
         now = time.time_ns()
-        bag.write(name, type_name, data, info.get("source_timestamp") or now, now)
+        bag.write(name, kind, data, info.get("source_timestamp") or now, now)
 
     callback: Callable[..., None] = write
     return node.create_subscription(message_type, topic, callback, qos, raw=True)
@@ -135,18 +133,24 @@ def sent_times(path: str | Path, topic: str) -> list[int]:
         return [message.publish_time for _, _, message in make_reader(file).iter_messages(topics=[topic])]
 
 
-def message_definition(type_name: str) -> str:
+def type_name(message_type: Any) -> str:
+    """The name of a message class: "sensor_msgs/msg/Image"."""
+    package, kind, *_ = message_type.__module__.split(".")
+    return f"{package}/{kind}/{message_type.__name__}"
+
+
+def message_definition(kind: str) -> str:
     """The text of a message type and of all types it contains, as a bag stores them.
 
     Args:
-        type_name: "package/msg/Name".
+        kind: "package/msg/Name".
 
     Raises:
         ConfigError: A name of another form, or a type whose ``.msg`` file is not installed.
     """
-    parts = type_name.split("/")
+    parts = kind.split("/")
     if len(parts) != 3 or parts[1] != "msg":
-        raise ConfigError(f"{type_name!r} names no message type; write package/msg/Name.")
+        raise ConfigError(f"{kind!r} names no message type; write package/msg/Name.")
     texts: dict[str, str] = {}
     waiting = [(parts[0], parts[2])]
     while waiting:

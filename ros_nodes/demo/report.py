@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ros_nodes.demo.bag import read_messages, sent_times
 from ros_nodes.demo.run_metrics import Window, command_timing, counts, number
 from sim.rollout import wilson_interval
 
@@ -41,6 +42,7 @@ def build_report(
     windows: Sequence[Window],
     policy: Mapping[str, str],
     bag: Path,
+    topic: str,
     killed: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What ``ros.json`` and ``details.json`` contain.
@@ -53,12 +55,9 @@ def build_report(
         windows: When the command stream ran [ns].
         policy: Last diagnostics of the policy node.
         bag: What was recorded.
+        topic: Of the commands.
         killed: When the policy node was killed [ns].
     """
-    from ros_nodes.demo.bag import read_messages, sent_times
-    from ros_nodes.demo.session import COMMAND_TOPICS
-
-    topic = COMMAND_TOPICS[options["action_interface"]][0]
     timing = command_timing(sent_times(bag, topic), windows, 1.0 / COMMAND_RATE)
     solved = sum(episode.success for episode in episodes)
     seam, inner = number(policy, "seam_step_max"), number(policy, "inner_step_max")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ceed_vla.checkpoints import resolve_checkpoint
+from ceed_vla.discovery import discovered
 from ceed_vla.errors import ConfigError, NodeError
 from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
 from ros_nodes.demo.report import COMMAND_RATE, Episode, build_report, console_table
@@ -25,7 +26,6 @@ from sim.tabletop.tasks import SPLITS, TASKS
 if TYPE_CHECKING:
     from ros_nodes.demo.session import Session
 
-INTERFACES = ("forward_position", "joint_trajectory", "servo_twist")
 _SETTLE = 0.3  # after a reset, until the policy has seen the new scene [s]
 _DIAGNOSED = 1.2  # until the next diagnostics, which come once a second [s]
 _MOVING = 0.3  # speed of the fastest joint [rad/s]
@@ -45,8 +45,8 @@ class RosDemoConfig:
         output_dir: Folder for the results.
         task: A task family, or "mixed" for the episode's own.
         split: Colour and phrase combinations.
-        action_interface: How commands reach the arm.
-        decoding: How the checkpoint decodes.
+        action_interface: How commands reach the arm, one of launch/config/tabletop_robot.yaml.
+        decoding: How the checkpoint decodes: ceed, jacobi, ar, cap2, ...
         inference_delay: Slows every chunk, to see that the command rate does not depend on it [s].
         stream_seconds: Afterwards the command stream is measured for so long without a pause [s].
         kill: At the end, kill the policy node (SIGKILL) in mid-motion and measure how soon the arm rests.
@@ -60,8 +60,8 @@ class RosDemoConfig:
     output_dir: str = "outputs/ros-demo"
     task: str = chosen("mixed", ("mixed", *TASKS))
     split: str = chosen("train", SPLITS)
-    action_interface: str = chosen("forward_position", INTERFACES)
-    decoding: str = chosen("ceed", ("ceed", "jacobi", "ar"))
+    action_interface: str = "forward_position"
+    decoding: str = "ceed"
     inference_delay: float = ranged(0.0, "[0, 5]")
     stream_seconds: float = ranged(0.0, "[0, 3600]")
     kill: bool = False
@@ -83,18 +83,21 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
         The content of ``ros.json``.
 
     Raises:
-        ConfigError: ROS is not installed.
+        ConfigError: ROS is not installed, or the robot has no such action interface.
         CheckpointError: No such checkpoint.
         NodeError: A node ended, refused a request or did not answer.
     """
     try:
         from ros_nodes.demo.session import Session
+        from ros_nodes.robot.robot_file import load_robot_config
     except ImportError as error:
         raise ConfigError(f"ros-demo needs ROS 2; install ceed_vla[ros2] ({error}).") from error
     console = console or default_console()
     folder = Path(config.output_dir)
+    interface = load_robot_config().interface(config.action_interface)
     policy = {
         "checkpoint": str(resolve_checkpoint(config.checkpoint)),
+        "discover_packages": ",".join(sorted(discovered)),
         "action_interface": config.action_interface,
         "decoding": config.decoding,
         "inference_delay": config.inference_delay,
@@ -106,7 +109,7 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
     with Session(
         folder,
         domain,
-        config.action_interface,
+        interface,
         policy_arguments=ros_arguments(policy),
         sim_arguments=ros_arguments({"split": config.split}),
     ) as session:
@@ -121,7 +124,9 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
         values = dict(session.policy)
         killed = _kill_in_motion(session, config, console) if config.kill else None
     bag = folder / "bag.mcap"
-    report, details = build_report(asdict(config), episodes, windows, values, bag, killed)
+    report, details = build_report(
+        asdict(config), episodes, windows, values, bag, f"/{interface.topic}", killed
+    )
     for name, content in (("ros", report), ("details", details)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     console.print(console_table(report, details))

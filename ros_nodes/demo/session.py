@@ -13,7 +13,6 @@ from typing import Any
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
-from geometry_msgs.msg import TwistStamped
 from rcl_interfaces.srv import SetParameters
 from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
@@ -22,18 +21,13 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Bool, Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
-from trajectory_msgs.msg import JointTrajectory
 
 from ceed_vla.errors import NodeError
 from ros_nodes.demo.bag import BagWriter, record
 from ros_nodes.demo.run_metrics import status_values
+from ros_nodes.robot.interfaces.base import ActionInterface
 from ros_nodes.robot.messages import COMMAND, LATCHED
 
-COMMAND_TOPICS: dict[str, tuple[str, Any]] = {
-    "forward_position": ("/forward_position_controller/commands", Float64MultiArray),
-    "joint_trajectory": ("/joint_trajectory_controller/joint_trajectory", JointTrajectory),
-    "servo_twist": ("/servo_node/delta_twist_cmds", TwistStamped),
-}
 START_TIMEOUT = 90.0  # until both nodes answer; the policy loads its weights meanwhile [s]
 CALL_TIMEOUT = 10.0  # [s]
 _KEPT = 1000  # messages that a slow recorder may fall behind
@@ -47,7 +41,7 @@ class Session:
     Args:
         folder: Where their output ("sim.log", "policy.log") and "bag.mcap" go.
         domain: ROS domain.
-        interface: Action interface of the policy node.
+        interface: Action interface of the policy node, whose commands are recorded.
         policy_arguments: Further ``--ros-args`` of the policy node.
         sim_arguments: Further ``--ros-args`` of the simulated robot.
 
@@ -62,7 +56,7 @@ class Session:
         self,
         folder: Path,
         domain: int,
-        interface: str,
+        interface: ActionInterface,
         policy_arguments: list[str],
         sim_arguments: list[str],
     ) -> None:
@@ -85,7 +79,7 @@ class Session:
         arguments = ["-p", "autostart:=true", "-p", "start_enabled:=false", *policy_arguments]
         self._start("policy", "ros_nodes.robot.policy_node", arguments)
 
-    def _subscribe(self, interface: str) -> None:
+    def _subscribe(self, interface: ActionInterface) -> None:
         sensor = QoSProfile(depth=_KEPT, reliability=ReliabilityPolicy.BEST_EFFORT)
         command = QoSProfile(depth=_KEPT)
         topics = {
@@ -97,8 +91,7 @@ class Session:
             "/sim/success": (Bool, LATCHED),
             "/diagnostics": (DiagnosticArray, command),
         }
-        topic, message_type = COMMAND_TOPICS[interface]
-        topics[topic] = (message_type, command)
+        topics[f"/{interface.topic}"] = (interface.message_type, command)
         for name, (kind, qos) in topics.items():
             record(self._node, self.bag, name, kind, qos)
         self._node.create_subscription(Bool, "/sim/success", self._on_success, LATCHED)

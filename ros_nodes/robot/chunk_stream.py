@@ -112,7 +112,7 @@ class ChunkStream:
         delay_quantile: Quantile of their delays that it takes, in (0, 1].
         margin_s: Time between an answer and the boundary that needs it [s].
         least_lead: Steps before a boundary after which no request can be sent for it any more.
-        grace: Share of a step that an answer may come too late and still replace it (`retake`), in [0, 1).
+        grace: Share of a step that an answer may come too late and still replace it (`redo`), in [0, 1).
 
     Raises:
         ConfigError: A value outside its range.
@@ -201,10 +201,10 @@ class ChunkStream:
         self._forget()
         self._started = False
 
-    def hurry(self) -> None:
+    def preempt(self) -> None:
         """Ask for a new chunk at once and ignore the answer under way: the instruction changed."""
         self._pending = self._arrived = None
-        self._hurry = True
+        self._replan_now = True
 
     def plan(self, remaining: float = 0.0, wait: float = 0.0) -> Plan | None:
         """The chunk to ask for now, or None if none is due.
@@ -218,7 +218,7 @@ class ChunkStream:
         index, left = self._position()
         lead = self.lead
         frozen = max(math.ceil(lead - remaining - 1e-9), 0)  # steps that are consumed until it is ready
-        if left and not self._hurry:
+        if left and not self._replan_now:
             frozen = max(frozen, self.replan_steps - index)
             # What is frozen must be there, and the answer must come before the running chunk ends.
             if min(frozen, left) + remaining - lead >= wait:
@@ -234,7 +234,7 @@ class ChunkStream:
             deadline_s=(frozen + remaining + self.grace) * self.action_dt - self._margin if left else None,
         )
         self._pending = _Pending(plan, self._consumed, self._boundaries + 1 - remaining, frozen)
-        self._hurry = False
+        self._replan_now = False
         self.counters.planned += 1
         return plan
 
@@ -242,7 +242,7 @@ class ChunkStream:
         """The request was not sent, or failed: it is due again at once."""
         if self._pending is not None and self._pending.plan.id == plan_id:
             self._pending = None
-            self._hurry = True
+            self._replan_now = True
             self.counters.cancelled += 1
 
     def offer(
@@ -295,7 +295,7 @@ class ChunkStream:
         seam, self._seam = self._seam, False
         return Target("chunk", self._running.actions[index], self._running.id, index, seam)
 
-    def retake(self) -> Target | None:
+    def redo(self) -> Target | None:
         """The step that began last, from a chunk that came too late for it by less than `grace`; None if none did."""
         pending = self._pending
         if self._arrived is None or pending is None or self._running is None:
@@ -312,7 +312,7 @@ class ChunkStream:
         self._running = self._pending = self._arrived = None
         self._consumed = 0  # steps taken from chunks
         self._boundaries = 0  # the same with the steps that were held
-        self._hurry = self._seam = False
+        self._replan_now = self._seam = False
 
     def _position(self) -> tuple[int, int]:
         """Next step of the running chunk, and how many it has left."""

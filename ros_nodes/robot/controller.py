@@ -133,7 +133,7 @@ class PolicyController:
             self.instruction = instruction
             self._instruction_problem = instruction_problem(instruction)
             self._requests.try_again()
-            self._stream.hurry()
+            self._stream.preempt()
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
@@ -175,7 +175,7 @@ class PolicyController:
             else:
                 self._boundary = True
         if self._ask_if_due(now, self.grid.until_images(now)) is not None:
-            self.grid.give_way()
+            self.grid.delay()
 
     def observed(self, now: float) -> None:
         """An image has come; asks for the next chunk if the next images would come too late for it."""
@@ -318,7 +318,7 @@ class PolicyController:
 
     def _redo_step(self) -> None:
         """Let the answer that came just after the step had begun decide on the rest of it."""
-        target = self._stream.retake()
+        target = self._stream.redo()
         if target is not None:
             self._motion.restore(self._before_step)
             self._start, self._start_part = self._wanted, self.grid.part

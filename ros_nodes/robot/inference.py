@@ -1,6 +1,6 @@
 """Runs a policy beside the control loop, in a process of its own or in a thread, behind one class.
 
-A *courier* thread takes the newest request to wherever the policy runs and brings the answer back, so `submit` and
+A thread takes the newest request to wherever the policy runs and brings the answer back, so `submit` and
 `poll` never block, whatever the size of the images, and a policy that crashes is an answer too.
 
 The process is the default because a thread shares the interpreter lock with the control loop: decoding all the time
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 from ros_nodes.robot.predictor import PolicySpec, Predictor, PredictorSettings, Request, Response
@@ -43,13 +43,8 @@ class InferenceWorker:
     Args:
         checkpoint: LeRobot checkpoint folder, or "teacher" / "student".
         mode: "process" or "thread".
-        decoding: How CEED-VLA checkpoints decode: "ceed", "jacobi" or "ar"; other policies have one way.
-        replan_steps: Steps behind the frozen ones that must have converged; None for the checkpoint's own.
-        threads: torch threads of the policy.
-        device: "cpu", "cuda", ...
-        warmup: Calls on a blank observation before `start` returns.
-        delay_s: Added to every chunk, to see what slow inference does [s].
-        notify: Called in the courier's thread when an answer can be polled.
+        notify: Called in the thread that carries the answers when one can be polled.
+        settings: The other fields of `PredictorSettings`.
 
     Raises:
         ConfigError: An unknown mode, or a number outside its range.
@@ -60,30 +55,13 @@ class InferenceWorker:
         checkpoint: str | Path,
         *,
         mode: str = "process",
-        decoding: str = "ceed",
-        replan_steps: int | None = None,
-        threads: int = 1,
-        device: str = "cpu",
-        warmup: int = 3,
-        delay_s: float = 0.0,
         notify: Callable[[], None] = lambda: None,
+        **settings: Any,
     ) -> None:
         if mode not in MODES:
             raise ConfigError(f"The inference mode is {mode!r}; choose one of {', '.join(MODES)}.")
-        if (
-            threads < 1
-            or warmup < 1
-            or not 0 <= delay_s < 60
-            or (replan_steps is not None and replan_steps < 1)
-        ):
-            raise ConfigError(
-                f"threads {threads}, warmup {warmup} and replan_steps {replan_steps} must be at least 1, "
-                f"delay_s {delay_s} in [0, 60)."
-            )
-        settings = PredictorSettings(
-            str(checkpoint), decoding, replan_steps, threads, device, warmup, delay_s
-        )
-        self._policy: _Policy = _OwnProcess(settings) if mode == "process" else _SameProcess(settings)
+        chosen = PredictorSettings(str(checkpoint), **settings)
+        self._policy: _Policy = _OwnProcess(chosen) if mode == "process" else _SameProcess(chosen)
         self._spec: PolicySpec | None = None
         self._notify = notify
         self._inbox: queue.SimpleQueue[tuple[Request, float | None] | None] = queue.SimpleQueue()
@@ -92,7 +70,7 @@ class InferenceWorker:
         self._load_error: CeedVLAError | None = None
         self._closed = self._busy = False
         self._failed: str | None = None
-        self._courier = threading.Thread(target=self._carry, name="inference", daemon=True)
+        self._thread = threading.Thread(target=self._infer, name="inference", daemon=True)
 
     def start(self, timeout_s: float = 120.0) -> PolicySpec:
         """Load the policy and warm it up; blocks.
@@ -101,9 +79,9 @@ class InferenceWorker:
             CheckpointError: Missing, damaged, of a kind that cannot be served, or not ready in time.
             ConfigError: An unknown way to decode; or this worker was started before.
         """
-        if self._courier.ident is not None or self._closed:
+        if self._thread.ident is not None or self._closed:
             raise ConfigError("A worker starts once; make a new one.")
-        self._courier.start()
+        self._thread.start()
         if not self._loaded.wait(timeout_s):
             self.close()
             raise CheckpointError(f"The checkpoint was not ready after {timeout_s:g} s; is the machine busy?")
@@ -165,8 +143,8 @@ class InferenceWorker:
         self._closed = True
         self._inbox.put(None)
         self._policy.stop(timeout_s)
-        if self._courier.ident is not None:
-            self._courier.join(timeout_s)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
 
     def __enter__(self) -> Self:
         self.start()
@@ -177,8 +155,8 @@ class InferenceWorker:
     ) -> None:
         self.close()
 
-    def _carry(self) -> None:
-        """The courier's life."""
+    def _infer(self) -> None:
+        """What the thread does."""
         try:
             self._spec = self._policy.load()
         except CeedVLAError as error:
@@ -205,7 +183,7 @@ class InferenceWorker:
 
 
 class _Policy(Protocol):
-    """Where a policy runs. `load` and `predict` are called by the courier only."""
+    """Where a policy runs. `load` and `predict` are called by the inference thread only."""
 
     @property
     def pid(self) -> int | None: ...
@@ -218,7 +196,7 @@ class _Policy(Protocol):
 
 
 class _SameProcess:
-    """In the courier thread itself."""
+    """In the inference thread itself."""
 
     def __init__(self, settings: PredictorSettings) -> None:
         self._settings = settings

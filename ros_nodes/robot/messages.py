@@ -16,6 +16,7 @@ from ros_nodes.robot.texts import short, shown
 
 try:
     from builtin_interfaces.msg import Time
+    from rclpy.node import Node
     from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
     from sensor_msgs.msg import CompressedImage, Image, JointState
 except ImportError as error:
@@ -161,3 +162,8 @@ def _by_name(
 def seconds(stamp: Any) -> float:
     """A message's time stamp [s]."""
     return float(stamp.sec) + 1e-9 * float(stamp.nanosec)
+
+
+def clock_time(node: Node) -> float:
+    """Time that a node's messages are stamped with [s]; the simulation's with use_sim_time."""
+    return 1e-9 * float(node.get_clock().now().nanoseconds)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
+from ceed_vla.kinematics import ArmKinematics, Array, CommandedPose, PoseLimits
 from ros_nodes.robot.robot_config import Gripper, RobotConfig
-
-if TYPE_CHECKING:  # a robot that is commanded in joint positions needs no mink
-    from ros_nodes.robot.kinematics import ArmKinematics
-
-Array = NDArray[np.float64]
 
 
 class Motion:
@@ -105,30 +100,19 @@ class EndEffectorDeltas(Motion):
 
     Args:
         robot: The robot.
-        kinematics: Of its arm.
+        model: Of its arm.
+        limits: Of the pose.
     """
 
-    def __init__(self, robot: RobotConfig, kinematics: ArmKinematics) -> None:
-        from ros_nodes.robot.kinematics import CommandedPose, PoseLimits
-
+    def __init__(self, robot: RobotConfig, model: ArmKinematics, limits: PoseLimits) -> None:
         super().__init__(robot)
-        action = robot.action
-        self._kinematics = kinematics
-        self._pose = CommandedPose(
-            PoseLimits(
-                position_scale=action.position_scale,
-                rotation_scale=action.rotation_scale,
-                workspace_low=np.array(action.workspace_low),
-                workspace_high=np.array(action.workspace_high),
-                max_tilt=action.max_tilt,
-                max_yaw=action.max_yaw,
-            )
-        )
+        self._model = model
+        self._pose = CommandedPose(limits, 0.5 * (limits.workspace_low + limits.workspace_high))
 
     def resume(self, joints: Array) -> None:
         """See `Motion.resume`; the commanded pose is where these joints are."""
         super().resume(joints)
-        self._pose.reset(*self._kinematics.forward(self.joints))
+        self._pose.reset(*self._model.pose(self.joints))
 
     def save(self) -> tuple[Any, ...]:
         """See `Motion.save`."""
@@ -150,21 +134,17 @@ class EndEffectorDeltas(Motion):
         }
 
     def _move(self, action: Array) -> None:
-        self._pose.advance(action)
-        self.joints = self._kinematics.solve(self.joints, self._pose.position, self._pose.quaternion)
-        self._pose.follow(*self._kinematics.forward(self.joints))
+        self._pose.advance(np.clip(action, -1.0, 1.0))
+        self.joints = self._model.solve(self.joints, self._pose.position, self._pose.matrix)
+        self._pose.follow(*self._model.pose(self.joints))
 
 
-def make_motion(robot: RobotConfig, kinematics: ArmKinematics | None) -> Motion:
-    """The motion that a robot's file names.
-
-    Raises:
-        ConfigError: EE deltas without kinematics, or limits that cannot be.
-    """
+def make_motion(robot: RobotConfig, model: ArmKinematics | None) -> Motion:
+    """The motion that a robot's file names."""
     if robot.action.kind == "joint_position":
         return JointPositions(robot)
     if robot.action.kind == "joint_delta":
         return JointDeltas(robot)
-    if kinematics is None:
-        raise ConfigError(f"{robot.source}: ee_delta actions need arm.model.")
-    return EndEffectorDeltas(robot, kinematics)
+    assert model is not None  # `robot_file` has seen to it
+    assert robot.action.pose is not None
+    return EndEffectorDeltas(robot, model, robot.action.pose)

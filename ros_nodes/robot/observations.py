@@ -13,11 +13,11 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from ceed_vla.errors import ConfigError, ObservationError
 from ros_nodes.robot.messages import compressed_to_array, image_to_array, joint_state_by_name, seconds
 from ros_nodes.robot.motion import Motion
-from ros_nodes.robot.robot_config import ImageSource, RobotConfig
+from ros_nodes.robot.robot_config import POSE_COMPONENTS, ImageSource, RobotConfig
 from ros_nodes.robot.safety import JOINT_STATES, Hold
 
 if TYPE_CHECKING:
-    from ros_nodes.robot.kinematics import ArmKinematics
+    from ros_nodes.robot.kinematics import ModelArm
 
 Array = NDArray[np.float64]
 
@@ -44,7 +44,7 @@ class Observations:
         robot: The robot.
         cameras: The policy's cameras: feature -> (3, H, W).
         states: The policy's other features -> length.
-        kinematics: Of the arm; None without a model.
+        model: Of the arm; None without one.
 
     Raises:
         ConfigError: The policy wants a camera or a state that the robot does not have, or of another length.
@@ -55,9 +55,9 @@ class Observations:
         robot: RobotConfig,
         cameras: Mapping[str, tuple[int, int, int]],
         states: Mapping[str, int],
-        kinematics: ArmKinematics | None,
+        model: ModelArm | None,
     ) -> None:
-        self._robot, self._kinematics = robot, kinematics
+        self._robot, self._model = robot, model
         self.cameras = [_Camera(_source(robot, feature), shape) for feature, shape in cameras.items()]
         self._features = tuple(states)
         for feature, length in states.items():
@@ -147,8 +147,9 @@ class Observations:
             "finger_opening": joints.opening,
             **motion.commanded,
         }
-        if self._kinematics is not None and {"tcp_position", "tcp_quaternion"} & set(parts):
-            values["tcp_position"], values["tcp_quaternion"] = self._kinematics.forward(joints.positions)
+        if self._model is not None and set(POSE_COMPONENTS) & set(parts):
+            values["tcp_position"], matrix = self._model.pose(joints.positions)
+            values["tcp_quaternion"] = self._model.quaternion(matrix)
         return np.concatenate([np.atleast_1d(np.asarray(values[part])) for part in parts]).astype(np.float32)
 
 

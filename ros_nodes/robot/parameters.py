@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class NodeParameter:
     when: str = SETUP
     low: float = 0.0
     high: float = 0.0
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     check: Callable[[str], str | None] = lambda _: None
 
     @property

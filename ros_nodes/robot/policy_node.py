@@ -8,14 +8,12 @@ from __future__ import annotations  # noqa: I001 - ros_nodes.robot.messages come
 import gc
 import os
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from ros_nodes.robot.messages import COMMAND, LATCHED, SENSOR, seconds
+from ros_nodes.robot.messages import COMMAND, LATCHED, SENSOR, clock_time, seconds
 
-import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
@@ -25,18 +23,17 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
+from ceed_vla.discovery import discover
 from ceed_vla.errors import CeedVLAError, NodeError
 from ros_nodes.robot import parameters
 from ros_nodes.robot.diagnostics import running_status, status_message
-from ros_nodes.robot.interfaces import ArmInterface, GripperCommands, make_interface
 from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ros_nodes.robot.policy_setup import PolicySetup, make_setup
-from ros_nodes.robot.safety import Decision
 from ros_nodes.robot.spinning import StopSignal, raise_priority, run
 from ros_nodes.robot.step_grid import SLEW
+from ros_nodes.robot.streaming import Streaming
 from ros_nodes.robot.texts import instruction_problem, short
 
-CONFLICT_PERIOD = 0.2  # how often other commanders are looked for [s]
 LONGEST_FAILURE = 500  # characters: what is wrong, what is allowed and what to do
 
 
@@ -53,12 +50,14 @@ class PolicyNode(LifecycleNode):
 
     def __init__(self, stop: StopSignal | None = None, **node_options: Any) -> None:
         super().__init__("policy", **node_options)
-        parameters.declare_parameters(self, POLICY_PARAMETERS)
+        parameters.declare_parameters(self, POLICY_PARAMETERS[:1])
+        discover(self.get_parameter("discover_packages").value, "discover_packages")
+        parameters.declare_parameters(self, POLICY_PARAMETERS[1:])
         self.add_on_set_parameters_callback(self._check_parameters)
         self.add_post_set_parameters_callback(self._take_parameters)
         self._stop = stop
         self._setup: PolicySetup | None = None
-        self._active: _Streaming | None = None
+        self._active: Streaming | None = None
         self._failure = ""  # why the last transition failed
         self._starting = False  # by itself: then nobody could set right what fails
         self._scheduling = "normal"
@@ -115,11 +114,11 @@ class PolicyNode(LifecycleNode):
         """Hold the measured pose, then stream."""
         assert self._setup is not None
         try:
-            self._active = _Streaming(self, self._setup, self._steady)
+            self._active = Streaming(self, self._setup, self._steady)
         except CeedVLAError as error:
             return self._fail("activate", error)
         if self.get_parameter("start_enabled").value:
-            self._setup.controller.enable(self.clock_time(), insist=True)
+            self._setup.controller.enable(clock_time(self), insist=True)
         gc.collect()
         gc.freeze()  # a full collection takes longer than a tick
         self._scheduling = raise_priority(
@@ -202,10 +201,6 @@ class PolicyNode(LifecycleNode):
 
     # ---- inputs -------------------------------------------------------------------------------------------------
 
-    def clock_time(self) -> float:
-        """Time of the messages' stamps [s]; the simulation's with use_sim_time."""
-        return 1e-9 * float(self.get_clock().now().nanoseconds)
-
     def _on_joint_states(self, message: JointState) -> None:
         assert self._setup is not None
         self._setup.safety.measure(message.name, message.position, seconds(message.header.stamp))
@@ -260,7 +255,7 @@ class PolicyNode(LifecycleNode):
             return response
         controller = self._setup.controller
         if request.data:
-            refused = controller.enable(self.clock_time())
+            refused = controller.enable(clock_time(self))
             response.success = refused is None
             response.message = "enabled" if refused is None else f"{refused.code}: {refused.detail}"
         else:
@@ -275,7 +270,7 @@ class PolicyNode(LifecycleNode):
         if setup is not None and self._active is not None:
             now = self._active.now()
             self._publish(
-                *running_status(setup.controller, setup.safety, setup.stream, now, self.clock_time())
+                *running_status(setup.controller, setup.safety, setup.stream, now, clock_time(self))
             )
             return
         state = "unconfigured" if setup is None else "inactive"
@@ -283,7 +278,7 @@ class PolicyNode(LifecycleNode):
         values: dict[str, Any] = {"state": state, "hold_reason": self._failure}
         if setup is not None:
             values |= {
-                f"observation_age_s.{k}": v for k, v in setup.controller.ages(self.clock_time()).items()
+                f"observation_age_s.{k}": v for k, v in setup.controller.ages(clock_time(self)).items()
             }
         self._publish(level, self._failure or state, values)
 
@@ -295,77 +290,6 @@ class PolicyNode(LifecycleNode):
         self._diagnostics.publish(
             status_message(self.get_fully_qualified_name(), hardware, level, message, values | shown, stamp)
         )
-
-
-class _Streaming:
-    """What exists while the node is active: command publishers, and the timer that feeds them."""
-
-    def __init__(self, node: PolicyNode, setup: PolicySetup, steady: Clock) -> None:
-        self._node, self._setup = node, setup
-        self._simulated = node.get_parameter("use_sim_time").value
-        self._period = 1.0 / node.get_parameter("command_rate").value
-        limits = setup.safety.limits
-        self._arm: ArmInterface = make_interface(
-            node,
-            setup.interface,
-            limits.joint_names,
-            self._period,
-            (limits.position_low, limits.position_high),
-            setup.kinematics,
-        )
-        gripper = setup.robot.gripper
-        self._gripper = GripperCommands(node, gripper.topic) if gripper is not None else None
-        self._last: Decision | None = None
-        clock = node.get_clock() if self._simulated else steady
-        self._ticks = node.create_timer(self._period, self._tick, clock=clock)
-        self._looks = node.create_timer(CONFLICT_PERIOD, self._look_for_others, clock=steady)
-
-    def now(self) -> float:
-        """Time of the step grid [s]: steady, or the simulation's."""
-        return self._node.clock_time() if self._simulated else time.monotonic()
-
-    def end(self) -> None:
-        """Hold once more and stop."""
-        self._node.destroy_timer(self._ticks)
-        self._node.destroy_timer(self._looks)
-        self._setup.controller.disable()
-        self._send()
-        for publisher in self._publishers():
-            self._node.destroy_publisher(publisher)
-
-    def _tick(self) -> None:
-        self._send()
-        controller = self._setup.controller
-        controller.after_tick(self.now())
-        period = round(1e9 * controller.grid.period)
-        if period != self._ticks.timer_period_ns:
-            self._ticks.timer_period_ns = period
-
-    def _send(self) -> None:
-        now = self.now()
-        decision = self._setup.controller.tick(now, self._node.clock_time())
-        measured = self._setup.safety.measured
-        last, self._last = self._last, decision
-        if decision is None or decision.positions is None or measured is None:
-            return
-        velocities = 0.0 * decision.positions
-        if last is not None and last.positions is not None and decision.hold is None:
-            limit = self._setup.safety.limits.max_velocity  # a late command catches up by a longer step
-            velocities = np.clip((decision.positions - last.positions) / self._period, -limit, limit)
-        self._arm.send(decision.positions, velocities, measured)
-        if self._gripper is not None and decision.gripper is not None:
-            self._gripper.send(decision.gripper, now)
-
-    def _look_for_others(self) -> None:
-        """Two commanders would pull the arm to and fro: then nothing is sent."""
-        topics = [publisher.topic_name for publisher in self._publishers()]
-        crowded = [topic for topic in topics if self._node.count_publishers(topic) > 1]
-        self._setup.controller.conflict = (
-            f"another node publishes on {', '.join(crowded)} too; end one of them" if crowded else None
-        )
-
-    def _publishers(self) -> list[Any]:
-        return [*self._arm.publishers, *(self._gripper.publishers if self._gripper is not None else ())]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,10 +1,17 @@
 """The policy node's parameters."""
 
+from ros_nodes.robot.interfaces.base import INTERFACES
 from ros_nodes.robot.parameters import LIVE, START, NodeParameter
-from ros_nodes.robot.robot_config import INTERFACES
 from ros_nodes.robot.texts import LONGEST_INSTRUCTION, instruction_problem
 
 POLICY_PARAMETERS = (
+    # The first one: what these packages register is a choice of others.
+    NodeParameter(
+        "discover_packages",
+        "",
+        "Python packages, comma-separated, that register an interface, backbone, decoder, ... of your own.",
+        START,
+    ),
     NodeParameter(
         "checkpoint", "student", "LeRobot checkpoint folder, or teacher or student for the shipped ones."
     ),
@@ -37,7 +44,7 @@ POLICY_PARAMETERS = (
         low=0,
         high=64,
     ),
-    NodeParameter("decoding", "ceed", "How CEED-VLA checkpoints decode.", choices=("ceed", "jacobi", "ar")),
+    NodeParameter("decoding", "ceed", "How CEED-VLA checkpoints decode: ceed, jacobi, ar, cap2, ..."),
     NodeParameter("device", "cpu", "Where the policy runs: cpu, cuda, cuda:1, mps."),
     NodeParameter("inference_mode", "process", "Where inference runs.", choices=("process", "thread")),
     NodeParameter("inference_threads", 1, "Threads of inference on the CPU.", low=1, high=64),

@@ -13,16 +13,17 @@ from ceed_vla.errors import CheckpointError, ConfigError
 from ros_nodes.robot.chunk_stream import ChunkStream
 from ros_nodes.robot.controller import PolicyController, ticks_per_step
 from ros_nodes.robot.inference import InferenceWorker
+from ros_nodes.robot.interfaces.base import ActionInterface
 from ros_nodes.robot.motion import make_motion
 from ros_nodes.robot.observations import Observations
 from ros_nodes.robot.plausibility import PHYSICAL_VELOCITY
 from ros_nodes.robot.predictor import PolicySpec
-from ros_nodes.robot.robot_config import Interface, RobotConfig
+from ros_nodes.robot.robot_config import RobotConfig
 from ros_nodes.robot.robot_file import load_robot_config
 from ros_nodes.robot.safety import JOINT_STATES, SafetyFilter, SafetyLimits
 
 if TYPE_CHECKING:
-    from ros_nodes.robot.kinematics import ArmKinematics
+    from ros_nodes.robot.kinematics import ModelArm
 
 _POLL = 0.05  # how often a load asks whether it is still wanted [s]
 
@@ -32,8 +33,8 @@ class PolicySetup:
     """Everything that is made at configure."""
 
     robot: RobotConfig
-    interface: Interface
-    kinematics: ArmKinematics | None
+    interface: ActionInterface
+    model: ModelArm | None
     worker: InferenceWorker
     observations: Observations
     safety: SafetyFilter
@@ -59,11 +60,12 @@ def make_setup(
     robot = load_robot_config(values["robot_config"])
     interface = robot.interface(values["action_interface"])
     ticks_per_step(values["command_rate"], robot.action.dt)
-    kinematics = _kinematics(robot)
-    limits = _limits(robot, interface, kinematics, values)
+    model = _model(robot)
+    limits = _limits(robot, interface, model, values)
     worker = InferenceWorker(
         values["checkpoint"],
         mode=values["inference_mode"],
+        discover_packages=values["discover_packages"],
         decoding=values["decoding"],
         replan_steps=values["replan_steps"] or None,
         threads=values["inference_threads"],
@@ -74,7 +76,7 @@ def make_setup(
     try:
         spec = _start(worker, cancelled)
         _check_actions(robot, spec)
-        observations = Observations(robot, spec.cameras, spec.states, kinematics)
+        observations = Observations(robot, spec.cameras, spec.states, model)
         safety = SafetyFilter(limits(observations))
         stream = ChunkStream(
             spec.chunk_steps,
@@ -85,7 +87,7 @@ def make_setup(
         )
         controller = PolicyController(
             observations,
-            make_motion(robot, kinematics),
+            make_motion(robot, model),
             safety,
             stream,
             worker,
@@ -96,7 +98,7 @@ def make_setup(
     except BaseException:
         worker.close()
         raise
-    return PolicySetup(robot, interface, kinematics, worker, observations, safety, stream, controller)
+    return PolicySetup(robot, interface, model, worker, observations, safety, stream, controller)
 
 
 def _start(worker: InferenceWorker, cancelled: Callable[[], bool]) -> PolicySpec:
@@ -120,31 +122,29 @@ def _start(worker: InferenceWorker, cancelled: Callable[[], bool]) -> PolicySpec
     return worker.spec
 
 
-def _kinematics(robot: RobotConfig) -> ArmKinematics | None:
-    if robot.arm.model is None:
+def _model(robot: RobotConfig) -> ModelArm | None:
+    arm, step = robot.arm, robot.action.max_joint_step
+    if arm.model is None:
         return None
-    from ros_nodes.robot.kinematics import ArmKinematics
+    from ros_nodes.robot.kinematics import ModelArm
 
-    step = {"max_joint_step": robot.action.max_joint_step} if robot.action.max_joint_step else {}
-    return ArmKinematics(
-        robot.arm.model, robot.arm.tcp, robot.arm.joints, home=robot.arm.home or None, **step
-    )
+    return ModelArm(arm.model, arm.tcp, arm.joints, home=arm.home, max_joint_step=step)
 
 
 def _limits(
-    robot: RobotConfig, interface: Interface, kinematics: ArmKinematics | None, values: Mapping[str, Any]
+    robot: RobotConfig, interface: ActionInterface, model: ModelArm | None, values: Mapping[str, Any]
 ) -> Callable[[Observations], SafetyLimits]:
     """The safety limits, as soon as it is known which cameras there are."""
     low, high = np.array(robot.limits.low), np.array(robot.limits.high)
-    if kinematics is not None and not robot.limits.low:
-        low, high = kinematics.position_low, kinematics.position_high
+    if model is not None and not robot.limits.low:
+        low, high = model.low, model.high
     step = np.array(robot.limits.step)
     physical = np.array(robot.limits.physical_velocity)
     if not len(physical):
         unknown = np.full(len(step), np.nan)
-        own = kinematics.velocity if kinematics is not None else unknown
+        own = model.velocity if model is not None else unknown
         physical = np.where(np.isnan(own), np.maximum(robot.limits.velocity, PHYSICAL_VELOCITY), own)
-    if interface.kind == "servo_twist":  # only the TCP is commanded: the arm's posture may be another
+    if not interface.commands_joints:  # the arm's posture may be another
         step, values = np.full_like(step, 2.0 * np.pi), {**values, "max_joint_step": 2.0 * np.pi}
 
     def make(observations: Observations) -> SafetyLimits:

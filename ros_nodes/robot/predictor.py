@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ceed_vla.errors import CeedVLAError, CheckpointError, NotFiniteError, ObservationError
+from ceed_vla.discovery import discover
+from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, NotFiniteError, ObservationError
 from ros_nodes.robot.failure_log import FailureLog
 from ros_nodes.robot.texts import short, shown
 
@@ -112,15 +113,39 @@ class _InstructionError(ObservationError):
 
 @dataclass(frozen=True)
 class PredictorSettings:
-    """How to run a checkpoint; see `InferenceWorker` for the fields."""
+    """How to run a checkpoint.
+
+    Attributes:
+        checkpoint: LeRobot checkpoint folder, or "teacher" / "student".
+        discover_packages: Packages to import before, which register what the checkpoint names; comma-separated.
+        decoding: How CEED-VLA checkpoints decode, a name that `CeedVLAPolicy.decoding_config` knows; other policies
+            have one way.
+        replan_steps: Steps behind the frozen ones that must have converged; None for the checkpoint's own.
+        threads: torch threads of the policy.
+        device: "cpu", "cuda", ...
+        warmup: Calls on a blank observation before the first request.
+        delay_s: Added to every chunk, to see what slow inference does [s].
+
+    Raises:
+        ConfigError: A number outside its range.
+    """
 
     checkpoint: str
+    discover_packages: str = ""
     decoding: str = "ceed"
     replan_steps: int | None = None
     threads: int = 1
     device: str = "cpu"
     warmup: int = 3
     delay_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        replan = 1 if self.replan_steps is None else self.replan_steps
+        if min(self.threads, self.warmup, replan) < 1 or not 0 <= self.delay_s < 60:
+            raise ConfigError(
+                f"threads {self.threads}, warmup {self.warmup} and replan_steps {self.replan_steps} must be at least "
+                f"1, delay_s {self.delay_s} in [0, 60)."
+            )
 
 
 class Predictor:
@@ -135,13 +160,14 @@ class Predictor:
 
     Raises:
         CheckpointError: Missing, damaged, or of a kind that cannot be served.
-        ConfigError: An unknown way to decode.
+        ConfigError: An unknown way to decode, or a package that cannot be imported.
     """
 
     def __init__(self, settings: PredictorSettings, wait: Callable[[float], object] = time.sleep) -> None:
         import torch
 
         torch.set_num_threads(settings.threads)
+        discover(settings.discover_packages, "discover_packages")
         self._settings, self._wait = settings, wait
         self._policy, self._preprocess, self._postprocess = _load(settings)
         config = self._policy.config

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ceed_vla.errors import ConfigError
+from ceed_vla.kinematics import PoseLimits
+from ros_nodes.robot.interfaces.base import ActionInterface
 
 ACTION_KINDS = ("ee_delta", "joint_position", "joint_delta")
 GRIPPER_ACTIONS = ("binary", "opening", "none")
 TRANSPORTS = ("raw", "compressed")
 JOINT_UNITS = ("rad", "deg")
-INTERFACES = ("forward_position", "joint_trajectory", "servo_twist")
 POSE_COMPONENTS = ("tcp_position", "tcp_quaternion")
 COMMAND_COMPONENTS = ("commanded_position", "commanded_yaw_cos_sin")
 COMPONENTS = (
@@ -100,24 +101,14 @@ class Action:
     Attributes:
         kind: "ee_delta" (TCP translation and rotation vector in the base frame), "joint_position" or "joint_delta".
         dt: Duration of a step [s].
-        position_scale: Translation of a full action [m]; 0 unless "ee_delta", like all below.
-        rotation_scale: Rotation of a full action [rad].
-        workspace_low: Box of the commanded TCP position, xyz [m].
-        workspace_high: Its other corner.
-        max_tilt: Largest commanded |roll| and |pitch| [rad].
-        max_yaw: Largest commanded |yaw| [rad].
-        max_joint_step: Largest change of a joint in one step [rad].
+        pose: How "ee_delta" actions move the commanded TCP pose; None for other kinds.
+        max_joint_step: "ee_delta": largest change of a joint in one step [rad].
     """
 
     kind: str
     dt: float
-    position_scale: float = 0.0
-    rotation_scale: float = 0.0
-    workspace_low: tuple[float, ...] = ()
-    workspace_high: tuple[float, ...] = ()
-    max_tilt: float = 0.0
-    max_yaw: float = 0.0
-    max_joint_step: float = 0.0
+    pose: PoseLimits | None = None
+    max_joint_step: float = 0.6
 
 
 @dataclass(frozen=True)
@@ -141,29 +132,6 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Interface:
-    """How commands reach the arm.
-
-    Attributes:
-        kind: One of `INTERFACES`.
-        topic: Where to.
-        stop_time: "joint_trajectory": the way-points come to rest in this time after the next command [s].
-        frame: "servo_twist": frame of the twist.
-        gain: "servo_twist": speed per distance between the commanded and the measured TCP [1/s].
-        max_linear: "servo_twist": largest speed [m/s].
-        max_angular: "servo_twist": largest angular speed [rad/s].
-    """
-
-    kind: str
-    topic: str
-    stop_time: float = 0.0
-    frame: str = ""
-    gain: float = 0.0
-    max_linear: float = 0.0
-    max_angular: float = 0.0
-
-
-@dataclass(frozen=True)
 class RobotConfig:
     """A robot as a policy sees it.
 
@@ -176,7 +144,7 @@ class RobotConfig:
         gripper: Gripper; None without one.
         action: Action.
         limits: Limits.
-        interfaces: The interfaces that the robot has, by kind.
+        interfaces: The interfaces that the robot has, by name.
     """
 
     source: Path
@@ -187,7 +155,7 @@ class RobotConfig:
     gripper: Gripper | None
     action: Action
     limits: Limits
-    interfaces: dict[str, Interface]
+    interfaces: dict[str, ActionInterface]
 
     @property
     def action_dim(self) -> int:
@@ -199,16 +167,16 @@ class RobotConfig:
         """Length of a state feature."""
         return sum(_SIZES.get(component, len(self.arm.joints)) for component in self.states[feature])
 
-    def interface(self, kind: str) -> Interface:
-        """The settings of an interface.
+    def interface(self, name: str) -> ActionInterface:
+        """An interface of the robot.
 
         Raises:
             ConfigError: The robot has no such one, or one that needs a model of the arm without it.
         """
-        if kind not in self.interfaces:
+        if name not in self.interfaces:
             raise ConfigError(
-                f"{self.source} has no interface {kind!r}; it has {', '.join(self.interfaces)}."
+                f"{self.source} has no interface {name!r}; it has {', '.join(self.interfaces)}."
             )
-        if kind == "servo_twist" and self.arm.model is None:
-            raise ConfigError(f"{self.source}: servo_twist needs arm.model and arm.tcp.")
-        return self.interfaces[kind]
+        if self.interfaces[name].needs_model and self.arm.model is None:
+            raise ConfigError(f"{self.source}: {name} needs arm.model and arm.tcp.")
+        return self.interfaces[name]

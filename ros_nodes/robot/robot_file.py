@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
+
 from ceed_vla.errors import ConfigError
+from ceed_vla.kinematics import PoseLimits
+from ros_nodes.robot.interfaces.base import INTERFACES, ActionInterface
 from ros_nodes.robot.robot_config import (
     ACTION_KINDS,
     COMMAND_COMPONENTS,
     COMPONENTS,
     GRIPPER_ACTIONS,
-    INTERFACES,
     JOINT_UNITS,
     POSE_COMPONENTS,
     TRANSPORTS,
@@ -19,7 +22,6 @@ from ros_nodes.robot.robot_config import (
     Arm,
     Gripper,
     ImageSource,
-    Interface,
     Limits,
     RobotConfig,
 )
@@ -139,20 +141,19 @@ def _action(fields: Fields) -> Action:
         fields.finish()
         return Action(kind, dt)
     workspace = fields.child("workspace")
-    action = Action(
-        kind,
-        dt,
+    low, high = workspace.numbers("low", 3), workspace.numbers("high", 3)
+    if not all(a < b for a, b in zip(low, high, strict=True)):
+        raise fields.error("workspace", f"is empty: {low} to {high}")
+    workspace.finish()
+    limits = PoseLimits(
         position_scale=fields.number("position_scale", 1e-6, 1.0),
         rotation_scale=fields.number("rotation_scale", 1e-6, math.pi),
-        workspace_low=workspace.numbers("low", 3),
-        workspace_high=workspace.numbers("high", 3),
+        workspace_low=np.array(low),
+        workspace_high=np.array(high),
         max_tilt=fields.number("max_tilt", 0.0, 1.5),
         max_yaw=fields.number("max_yaw", 0.0, math.pi),
-        max_joint_step=fields.number("max_joint_step", 1e-3, math.pi, default=0.6),
     )
-    if not all(low < high for low, high in zip(action.workspace_low, action.workspace_high, strict=True)):
-        raise fields.error("workspace", f"is empty: {action.workspace_low} to {action.workspace_high}")
-    workspace.finish()
+    action = Action(kind, dt, limits, fields.number("max_joint_step", 1e-3, math.pi, default=0.6))
     fields.finish()
     return action
 
@@ -178,26 +179,13 @@ def _limits(fields: Fields, joints: int) -> Limits:
     return limits
 
 
-def _interfaces(fields: Fields) -> dict[str, Interface]:
+def _interfaces(fields: Fields) -> dict[str, ActionInterface]:
     found = {}
-    for kind, one in fields.children():
-        if kind not in INTERFACES:
-            raise fields.error(kind, f"is unknown; the interfaces are {', '.join(INTERFACES)}")
-        topic = one.topic("topic")
-        if kind == "forward_position":
-            found[kind] = Interface(kind, topic)
-        elif kind == "joint_trajectory":
-            found[kind] = Interface(kind, topic, stop_time=one.number("stop_time", 0.01, 1.0, default=0.1))
-        else:
-            found[kind] = Interface(
-                kind,
-                topic,
-                frame=one.text("frame"),
-                gain=one.number("gain", 0.0, 50.0, default=2.0),
-                max_linear=one.number("max_linear", 1e-3, 5.0, default=0.7),
-                max_angular=one.number("max_angular", 1e-3, 10.0, default=3.0),
-            )
-        one.finish()
+    for name, settings in fields.children():
+        if name not in INTERFACES:
+            raise fields.error(name, f"is unknown; the interfaces are {', '.join(INTERFACES)}")
+        found[name] = INTERFACES[name](settings)
+        settings.finish()
     if not found:
         raise ConfigError(f"{fields.source}: interfaces is empty; give one of {', '.join(INTERFACES)}.")
     return found

@@ -13,7 +13,7 @@ from collections import deque
 SLEW = 0.02  # largest change of the time between two ticks, in periods
 UNSURE = 0.0015  # images that are expected to come with less slack than this are not waited for [s]
 _SLACK = 0.003  # wanted between the arrival of images and the last moment to ask with them [s]
-_LATE = 0.004  # how far the grid gives way when images are missed [s]
+_LATE = 0.004  # how far the grid is delayed when images are missed [s]
 _DEAD_BAND = 0.001  # deviation from `_SLACK` at which the grid stays [s]
 
 
@@ -95,7 +95,7 @@ class StepGrid:
                 return due
         return 1.1 / self._rate
 
-    def give_way(self) -> None:
+    def delay(self) -> None:
         """Move the grid back: what could be waited for is over, and the images that were expected have not come."""
         if self._slew and len(self._images) > 1:
             self._shift = -_LATE

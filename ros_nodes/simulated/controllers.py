@@ -6,18 +6,13 @@ and the arm shall hold where it is. Free of ROS.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from ceed_vla.errors import SimulationError
-
-Array = NDArray[np.float64]
-PoseSolver = Callable[
-    [Array, Array, Array], Array
-]  # joints (J,), position (3,), rotation (3, 3) -> joints (J,)
+from ceed_vla.kinematics import ArmKinematics, Array, turn_matrix
 
 
 class Controller(Protocol):
@@ -135,18 +130,14 @@ class ServoTwist:
     """Integrates a TCP twist in the base frame and solves for the joints, like MoveIt Servo, until no more twists come.
 
     Args:
-        solve: Inverse kinematics.
+        arm: Its kinematics.
         now: Time of the first twist [s].
         joints: (J,) set-point to start from [rad].
-        position: TCP position there (3,) [m].
-        rotation: TCP rotation there (3, 3).
     """
 
-    def __init__(
-        self, solve: PoseSolver, now: float, joints: Array, position: Array, rotation: Array
-    ) -> None:
-        self._solve, self._time, self._joints = solve, now, joints
-        self._position, self._rotation = position, rotation
+    def __init__(self, arm: ArmKinematics, now: float, joints: Array) -> None:
+        self._arm, self._time, self._joints = arm, now, joints
+        self._position, self._rotation = arm.pose(joints)
         self._linear: Array = np.zeros(3)
         self._angular: Array = np.zeros(3)
         self._until = now
@@ -162,8 +153,8 @@ class ServoTwist:
         span, self._time = max(now - self._time, 0.0), max(now, self._time)
         if span > 0.0:
             self._position = self._position + span * self._linear
-            self._rotation = _turn(span * self._angular) @ self._rotation
-            self._joints = self._solve(self._joints, self._position, self._rotation)
+            self._rotation = turn_matrix(span * self._angular) @ self._rotation
+            self._joints = self._arm.solve(self._joints, self._position, self._rotation)
         return self._joints
 
     def velocity(self, now: float) -> Array:
@@ -186,13 +177,3 @@ def finite(what: str, values: ArrayLike, shape: tuple[int, ...]) -> Array:
     if not np.isfinite(array).all():
         raise SimulationError(f"The {what} {array.tolist()} are not finite.")
     return array
-
-
-def _turn(vector: Array) -> Array:
-    """Rotation matrix (3, 3) of a rotation vector (3,) [rad] (Rodrigues)."""
-    angle = float(np.linalg.norm(vector))
-    if angle < 1e-12:
-        return np.eye(3)
-    x, y, z = vector / angle
-    cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
-    return np.eye(3) + np.sin(angle) * cross + (1.0 - np.cos(angle)) * (cross @ cross)

@@ -46,7 +46,7 @@ class SimRobot:
         self.image_size, self.command_timeout = image_size, command_timeout
         self.time, self.holds = 0.0, 0
         self._env = TabletopEnv(task="mixed", split=split, cameras=(), render_mode=None)
-        self._ik = arm.InverseKinematics(self._env.scene.model, self._env.scene.tcp_site)
+        self._arm = arm.SceneArm(self._env.scene.model, self._env.scene.tcp_site)
         self._controller: Controller | None = None
         self._owed = 0.0  # time that is too short for a physics step yet [s]
         self._joints: Array = arm.HOME.copy()  # set-point
@@ -175,8 +175,7 @@ class SimRobot:
         """
         linear, angular = finite("linear velocity", linear, (3,)), finite("angular velocity", angular, (3,))
         if not isinstance(self._controller, ServoTwist):
-            pose = self._ik.pose(self._joints)
-            self._controller = ServoTwist(self._ik.solve, self.time, self._joints, *pose)
+            self._controller = ServoTwist(self._arm, self.time, self._joints)
         self._controller.command(linear, angular, self.time + self.command_timeout)
 
     def command_gripper(self, opening: ArrayLike) -> None:

@@ -46,7 +46,7 @@ class Graph:
         environment = os.environ | {
             "ROS_DOMAIN_ID": str(self.domain),
             "ROS_LOG_DIR": str(self.folder / "log"),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{self.folder}",
         }
         module = {"p": "robot.policy_node", "s": "simulated.sim_node"}[name[0]]
         with (self.folder / f"{name}.txt").open("ab") as output:

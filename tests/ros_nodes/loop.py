@@ -19,7 +19,7 @@ from ros_nodes.robot.messages import array_to_image
 from ros_nodes.robot.motion import JointPositions
 from ros_nodes.robot.observations import Observations
 from ros_nodes.robot.predictor import PolicySpec, Request, Response
-from ros_nodes.robot.robot_config import Action, Arm, ImageSource, Interface, Limits, RobotConfig
+from ros_nodes.robot.robot_config import Action, Arm, ImageSource, Limits, RobotConfig
 from ros_nodes.robot.safety import JOINT_STATES, Decision, SafetyFilter, SafetyLimits
 
 FEATURE = "observation.images.front"
@@ -40,7 +40,7 @@ def robot() -> RobotConfig:
         gripper=None,
         action=Action("joint_position", DT),
         limits=Limits((-9.0, -9.0), (9.0, 9.0), (5.0, 5.0), (9.0, 9.0)),
-        interfaces={"forward_position": Interface("forward_position", "commands")},
+        interfaces={},
     )
 
 

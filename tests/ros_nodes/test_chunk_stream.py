@@ -246,7 +246,7 @@ def test_cancelled_requests_are_due_again_and_stale_answers_are_dropped() -> Non
     assert (flow.counters.cancelled, flow.counters.stale) == (1, 2)
 
 
-def test_hurry_replans_at_once_and_drops_what_is_under_way() -> None:
+def test_preempt_replans_at_once_and_drops_what_is_under_way() -> None:
     flow = stream()
     flow.start()
     robot = Robot(flow)
@@ -254,11 +254,11 @@ def test_hurry_replans_at_once_and_drops_what_is_under_way() -> None:
     robot.tick(1)
     assert robot.executed == [0, 1]
     assert flow.plan(0.9, 0.1) is None
-    flow.hurry()
+    flow.preempt()
     plan = flow.plan(0.9, 0.1)
     assert plan is not None
     assert (plan.shift_steps, plan.frozen_steps) == (2, 1)
-    flow.hurry()
+    flow.preempt()
     assert not flow.offer(plan.id, chunk(0), None)
     assert flow.target().source == "chunk"  # the old chunk goes on meanwhile
 

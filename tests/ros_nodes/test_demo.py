@@ -29,8 +29,7 @@ MS = 1_000_000  # [ns]
     [
         ({"episodes": 0}, ConfigError, r"--episodes is 0; it must be a whole number in \[1, 10000\]"),
         ({"stream_seconds": -1.0}, ConfigError, "--stream_seconds"),
-        ({"action_interface": "wheels"}, ConfigError, "'wheels'; it must be one of forward_position"),
-        ({"decoding": "beam"}, ConfigError, "--decoding"),
+        ({"action_interface": "wheels"}, ConfigError, "no interface 'wheels'; it has forward_position"),
         ({"task": "juggle"}, ConfigError, "juggle"),
         ({"checkpoint": "nowhere"}, CheckpointError, "No checkpoint folder"),
     ],

@@ -91,7 +91,7 @@ class PolicyNode(LifecycleNode):
                 notify=self._answered.trigger,
                 slew=0.0 if self.get_parameter("use_sim_time").value else SLEW,
             )
-        except Exception as error:  # a model's file may make mujoco and mink raise anything
+        except Exception as error:  # a model's file may make mujoco raise anything
             return self._fail("configure", error)
         self._setup = setup
         if self._stopped_early is not None:

@@ -28,24 +28,9 @@ from tests.ros_nodes.conftest import Status
 from tests.ros_nodes.test_policy_node import start, tabletop
 
 ROBOT = load_robot_config()
-OWN = """
-import pathlib, os
-from std_msgs.msg import Float64MultiArray
-from ros_nodes.robot.interfaces.base import ActionInterface, register_interface
-
-(pathlib.Path(__file__).parent / f"imported-{os.getpid()}").touch()
-
-@register_interface("milliradians")
-class Milliradians(ActionInterface):
-    message_type = Float64MultiArray
-
-    def __init__(self, settings):
-        super().__init__(settings)
-        self.offset = settings.number("offset", -1.0, 1.0)
-
-    def message(self, command, arm):
-        return Float64MultiArray(data=(1000 * command.positions + self.offset).tolist())
-"""
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "robots.md").read_text(encoding="utf-8")
+OWN = PAGE.split("```python\n")[1].split("```")[0]  # the page's example
+OWN += "\nimport os, pathlib\n(pathlib.Path(__file__).parent / f'imported-{os.getpid()}').touch()\n"
 PERIOD = 0.01
 
 

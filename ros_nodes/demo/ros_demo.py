@@ -143,12 +143,18 @@ def ros_arguments(parameters: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _run_episode(session: Session, config: RosDemoConfig, seed: int, console: Console) -> Episode:
-    """Draw the scene with the arm held, then let the policy act until success or the time limit."""
-    session.enable(False)
+def _begin(session: Session, config: RosDemoConfig, seed: int) -> str:
+    """Draw a scene with the arm held, then let the policy act; returns the instruction."""
     instruction = session.reset_episode(seed, config.task)
     session.spin(_SETTLE)
     session.enable(True)
+    return instruction
+
+
+def _run_episode(session: Session, config: RosDemoConfig, seed: int, console: Console) -> Episode:
+    """Let the policy act until success or the time limit."""
+    session.enable(False)
+    instruction = _begin(session, config, seed)
     start, began = time.monotonic(), time.time_ns()
     success = session.spin(config.max_episode_steps * CTRL_DT, until=lambda: session.solved)
     seconds, ended = time.monotonic() - start, time.time_ns()
@@ -159,9 +165,7 @@ def _run_episode(session: Session, config: RosDemoConfig, seed: int, console: Co
 
 def _stream(session: Session, config: RosDemoConfig, console: Console) -> Window:
     """Let the policy act for a time, whatever it achieves."""
-    session.reset_episode(config.seed, config.task)
-    session.spin(_SETTLE)
-    session.enable(True)
+    _begin(session, config, config.seed)
     began = time.time_ns()
     session.spin(config.stream_seconds)
     ended = time.time_ns()
@@ -176,9 +180,7 @@ def _kill_in_motion(session: Session, config: RosDemoConfig, console: Console) -
     Raises:
         NodeError: The arm did not move.
     """
-    session.reset_episode(config.seed, config.task)
-    session.spin(_SETTLE)
-    session.enable(True)
+    _begin(session, config, config.seed)
     if not session.spin(5.0, until=lambda: session.speed > _MOVING):
         raise NodeError("The arm did not move within 5 s, so nothing was killed.")
     moment = session.kill_policy()

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
+from ros_nodes.robot.loop_statistics import MISSED
 
-MISSED = 1.5  # periods between two commands above which a tick counts as missed
 Window = tuple[int, int]  # first and last moment [ns]
 
 

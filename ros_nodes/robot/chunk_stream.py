@@ -34,6 +34,8 @@ from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
 
+_DELAYS = 32  # answers that the expected delay looks back on
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -108,20 +110,22 @@ class ChunkStream:
         replan_steps: Steps ``h`` after which the next chunk is due, in [1, m].
         action_dt: Duration of a step [s].
         delay_steps: First estimate of the steps consumed between a request and its answer, at least 0.
-        delay_window: Past answers that the estimate looks at.
-        delay_quantile: Quantile of their delays that it takes, in (0, 1].
-        margin_s: Time between an answer and the boundary that needs it [s].
         least_lead: Steps before a boundary after which no request can be sent for it any more.
+
+    Attributes:
         grace: Share of a step that an answer may come too late and still replace it (`redo`), in [0, 1).
+        margin: Time between an answer and the boundary that needs it [s].
+        quantile: Of the delays of the last answers, which is expected of the next one, in (0, 1].
 
     Raises:
-        ConfigError: A value outside its range.
+        ConfigError: More steps than a chunk has, or none.
     """
 
     _running: _Chunk | None
     _pending: _Pending | None
     _arrived: _Chunk | None
     _seam: bool
+    grace, margin, quantile = 0.3, 0.001, 0.5
 
     def __init__(
         self,
@@ -130,35 +134,18 @@ class ChunkStream:
         action_dt: float,
         *,
         delay_steps: float = 1.0,
-        delay_window: int = 32,
-        delay_quantile: float = 0.5,
-        margin_s: float = 0.001,
         least_lead: float = 0.0,
-        grace: float = 0.3,
     ) -> None:
         if chunk_steps < 1 or not 1 <= replan_steps <= chunk_steps:
             raise ConfigError(
                 f"replan_steps is {replan_steps} for chunks of {chunk_steps} steps; "
                 f"it must lie in [1, {max(chunk_steps, 1)}]."
             )
-        if not (0 < action_dt < math.inf and 0 <= margin_s < action_dt):
-            raise ConfigError(
-                f"action_dt is {action_dt} s with a margin of {margin_s} s; "
-                "the duration must be positive and the margin shorter."
-            )
-        if not 0 <= delay_steps < math.inf or delay_window < 1 or not 0 < delay_quantile <= 1:
-            raise ConfigError(
-                f"delay_steps is {delay_steps}, delay_window {delay_window}, delay_quantile {delay_quantile}; "
-                "the first must not be negative, the second at least 1, the third in (0, 1]."
-            )
-        if not 0 <= grace < 1:
-            raise ConfigError(f"grace is {grace} steps; it must lie in [0, 1).")
         self.chunk_steps, self.replan_steps, self.action_dt = chunk_steps, replan_steps, action_dt
         self.counters = StreamCounters()
-        self._margin, self._quantile, self.grace = margin_s, delay_quantile, grace
         self._least_lead = least_lead
         self._first_delay = delay_steps
-        self._delays: deque[float] = deque(maxlen=delay_window)
+        self._delays: deque[float] = deque(maxlen=_DELAYS)
         self._ids = itertools.count(1)
         self._started = False
         self._forget()
@@ -184,12 +171,12 @@ class ChunkStream:
         if not self._delays:
             return self._first_delay
         ordered = sorted(self._delays)
-        return ordered[math.ceil(self._quantile * len(ordered)) - 1]  # the smallest that covers the quantile
+        return ordered[math.ceil(self.quantile * len(ordered)) - 1]  # the smallest that covers the quantile
 
     @property
     def lead(self) -> float:
         """Steps before a boundary by which a request must be sent to be answered in time."""
-        return max(self.delay_steps + self._margin / self.action_dt, self._least_lead)
+        return max(self.delay_steps + self.margin / self.action_dt, self._least_lead)
 
     def start(self) -> None:
         """Begin without a chunk: hold until the first one arrives, and ask for it at once."""
@@ -231,7 +218,7 @@ class ChunkStream:
             previous=running.tokens if running else None,
             shift_steps=index,
             frozen_steps=frozen if running and running.tokens is not None else 0,
-            deadline_s=(frozen + remaining + self.grace) * self.action_dt - self._margin if left else None,
+            deadline_s=(frozen + remaining + self.grace) * self.action_dt - self.margin if left else None,
         )
         self._pending = _Pending(plan, self._consumed, self._boundaries + 1 - remaining, frozen)
         self._replan_now = False

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
@@ -31,6 +30,7 @@ __all__ = ["MODES", "InferenceWorker", "PolicySpec", "Request", "Response"]
 logger = logging.getLogger(__name__)
 
 MODES = ("process", "thread")
+_POLL = 0.05  # how often a load asks whether it is still wanted [s]
 
 
 class _PolicyDied(Exception):  # noqa: N818 - an event, not a message for users
@@ -72,22 +72,30 @@ class InferenceWorker:
         self._failed: str | None = None
         self._thread = threading.Thread(target=self._infer, name="inference", daemon=True)
 
-    def start(self, timeout_s: float = 120.0) -> PolicySpec:
+    def start(self, timeout_s: float = 120.0, cancelled: Callable[[], bool] = lambda: False) -> PolicySpec:
         """Load the policy and warm it up; blocks.
 
+        Args:
+            timeout_s: When to give up [s].
+            cancelled: Asked now and then; True gives up too.
+
         Raises:
-            CheckpointError: Missing, damaged, of a kind that cannot be served, or not ready in time.
+            CheckpointError: Missing, damaged, of a kind that cannot be served, not ready in time, or given up.
             ConfigError: An unknown way to decode; or this worker was started before.
         """
         if self._thread.ident is not None or self._closed:
             raise ConfigError("A worker starts once; make a new one.")
         self._thread.start()
-        if not self._loaded.wait(timeout_s):
+        end, problem = time.monotonic() + timeout_s, ""
+        while not problem and not self._loaded.wait(_POLL):
+            if cancelled():
+                problem = "The load was cancelled: the node is shutting down."
+            elif time.monotonic() > end:
+                problem = f"The checkpoint was not ready after {timeout_s:g} s; is the machine busy?"
+        error = CheckpointError(problem) if problem else self._load_error
+        if error is not None:
             self.close()
-            raise CheckpointError(f"The checkpoint was not ready after {timeout_s:g} s; is the machine busy?")
-        if self._load_error is not None:
-            self.close()
-            raise self._load_error
+            raise error
         return self.spec
 
     @property
@@ -150,23 +158,15 @@ class InferenceWorker:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _infer(self) -> None:
         """What the thread does."""
         try:
             self._spec = self._policy.load()
-        except CeedVLAError as error:
-            self._load_error = error
-        except _PolicyDied as error:
-            self._load_error = CheckpointError(f"The policy could not be loaded. {error}")
         except Exception as error:  # or `start` would wait for its whole timeout
-            self._load_error = CheckpointError(
-                f"The policy could not be loaded ({type(error).__name__}: {error})."
-            )
+            self._load_error = _load_error(error)
         self._loaded.set()
         while self._load_error is None and (job := self._inbox.get()) is not None:
             request, deadline = job
@@ -278,16 +278,12 @@ class _OwnProcess:
 
 def _serve(pipe: Connection, settings: PredictorSettings) -> None:
     """Main function of the child process."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent decides what ends when
+    # Ctrl-C reaches the whole group; the parent decides what ends when.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         predictor = Predictor(settings)
-    except CeedVLAError as error:
-        pipe.send(error)
-        return
     except Exception as error:
-        pipe.send(CheckpointError(f"The policy could not be loaded ({type(error).__name__}: {error})."))
+        pipe.send(_load_error(error))
         return
     try:
         pipe.send(predictor.spec)
@@ -296,3 +292,11 @@ def _serve(pipe: Connection, settings: PredictorSettings) -> None:
             pipe.send(predictor.predict(request, deadline))
     except (EOFError, OSError):
         return  # the parent is gone
+
+
+def _load_error(error: Exception) -> CeedVLAError:
+    """What `InferenceWorker.start` raises, and what passes through a pipe."""
+    if isinstance(error, CeedVLAError):
+        return error
+    text = str(error) if isinstance(error, _PolicyDied) else f"{type(error).__name__}: {error}"
+    return CheckpointError(f"The policy could not be loaded. {text}")

@@ -17,7 +17,7 @@ from ros_nodes.robot.texts import short, shown
 try:
     from builtin_interfaces.msg import Time
     from rclpy.node import Node
-    from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
+    from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
     from sensor_msgs.msg import CompressedImage, Image, JointState
 except ImportError as error:
     raise ImportError(
@@ -25,29 +25,12 @@ except ImportError as error:
         "or source a ROS 2 installation that has rclpy and the packages of package.xml."
     ) from error
 
-SENSOR = QoSProfile(
-    history=HistoryPolicy.KEEP_LAST,
-    depth=1,  # the newest observation wins: an old one in a queue only adds latency
-    reliability=ReliabilityPolicy.BEST_EFFORT,
-    durability=DurabilityPolicy.VOLATILE,
-)
-"""Cameras and joint states."""
-
-LATCHED = QoSProfile(
-    history=HistoryPolicy.KEEP_LAST,
-    depth=1,
-    reliability=ReliabilityPolicy.RELIABLE,
-    durability=DurabilityPolicy.TRANSIENT_LOCAL,
-)
-"""Values that a late subscriber must get too: the instruction, success."""
-
-COMMAND = QoSProfile(
-    history=HistoryPolicy.KEEP_LAST,
-    depth=10,
-    reliability=ReliabilityPolicy.RELIABLE,
-    durability=DurabilityPolicy.VOLATILE,
-)
-"""Commands to controllers; ros2_control subscribes to them with the system's default, which this matches."""
+# Cameras and joint states: the newest observation wins, an old one in a queue only adds latency.
+SENSOR = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+# Values that a late subscriber must get too: the instruction, success.
+LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+# Commands to controllers; ros2_control subscribes to them with the system's default, which this matches.
+COMMAND = QoSProfile(depth=10)
 
 ENCODINGS = ("rgb8", "bgr8")
 MAX_PIXELS = 25_000_000  # of a compressed image; more take seconds to read, and the commands would wait

@@ -137,20 +137,16 @@ class PolicyNode(LifecycleNode):
         return super().on_deactivate(state)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Forget robot and checkpoint."""
+        """Hold, and forget robot and checkpoint."""
         self._release()
         return TransitionCallbackReturn.SUCCESS
 
-    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Hold and end."""
-        self._release()
-        return TransitionCallbackReturn.SUCCESS
+    on_shutdown = on_cleanup
 
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Back to unconfigured."""
         self._failure = self._failure or "a transition raised an error; the log has it"
-        self._release()
-        return TransitionCallbackReturn.SUCCESS
+        return self.on_cleanup(state)
 
     def destroy_node(self) -> None:
         """Hold, end the policy, and go."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.errors import ConfigError
 from ros_nodes.robot.chunk_stream import ChunkStream
 from ros_nodes.robot.controller import PolicyController, ticks_per_step
 from ros_nodes.robot.inference import InferenceWorker
@@ -24,8 +23,6 @@ from ros_nodes.robot.safety import JOINT_STATES, SafetyFilter, SafetyLimits
 
 if TYPE_CHECKING:
     from ros_nodes.robot.kinematics import ModelArm
-
-_POLL = 0.05  # how often a load asks whether it is still wanted [s]
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def make_setup(
         notify=notify,
     )
     try:
-        spec = _start(worker, cancelled)
+        spec = worker.start(cancelled=cancelled)
         _check_actions(robot, spec)
         observations = Observations(robot, spec.cameras, spec.states, model)
         safety = SafetyFilter(limits(observations))
@@ -99,27 +96,6 @@ def make_setup(
         worker.close()
         raise
     return PolicySetup(robot, interface, model, worker, observations, safety, stream, controller)
-
-
-def _start(worker: InferenceWorker, cancelled: Callable[[], bool]) -> PolicySpec:
-    """Start the worker; the load runs in a thread, so that a signal to end need not wait for it."""
-    problem: list[Exception] = []
-
-    def load() -> None:
-        try:
-            worker.start()
-        except Exception as error:  # raised where it can be handled
-            problem.append(error)
-
-    thread = threading.Thread(target=load, name="load checkpoint", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(_POLL)
-        if cancelled():
-            raise CheckpointError("The load was cancelled: the node is shutting down.")
-    if problem:
-        raise problem[0]
-    return worker.spec
 
 
 def _model(robot: RobotConfig) -> ModelArm | None:

@@ -58,10 +58,10 @@ def running_status(
 
 
 def status_message(
-    node_name: str, hardware: str, level: bytes, message: str, values: dict[str, Any], stamp: Time
+    name: str, hardware: str, level: bytes, message: str, values: dict[str, Any], stamp: Time
 ) -> DiagnosticArray:
     """The array to publish."""
-    status = DiagnosticStatus(level=level, name=f"{node_name}: policy", message=message)
+    status = DiagnosticStatus(level=level, name=name, message=message)
     status.hardware_id = short(hardware)
     status.values = [KeyValue(key=key, value=_text(value)) for key, value in values.items()]
     array = DiagnosticArray(status=[status])

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 from ros_nodes.robot.predictor import PolicySpec, Predictor, PredictorSettings, Request, Response
@@ -61,7 +61,7 @@ class InferenceWorker:
         if mode not in MODES:
             raise ConfigError(f"The inference mode is {mode!r}; choose one of {', '.join(MODES)}.")
         chosen = PredictorSettings(str(checkpoint), **settings)
-        self._policy: _Policy = _OwnProcess(chosen) if mode == "process" else _SameProcess(chosen)
+        self._policy = _OwnProcess(chosen) if mode == "process" else _SameProcess(chosen)
         self._spec: PolicySpec | None = None
         self._notify = notify
         self._inbox: queue.SimpleQueue[tuple[Request, float | None] | None] = queue.SimpleQueue()
@@ -182,21 +182,8 @@ class InferenceWorker:
             self._notify()
 
 
-class _Policy(Protocol):
-    """Where a policy runs. `load` and `predict` are called by the inference thread only."""
-
-    @property
-    def pid(self) -> int | None: ...
-
-    def load(self) -> PolicySpec: ...
-
-    def predict(self, request: Request, deadline: float | None) -> Response: ...
-
-    def stop(self, timeout_s: float) -> None: ...
-
-
 class _SameProcess:
-    """In the inference thread itself."""
+    """Runs the policy in the inference thread, which calls `load` and `predict`."""
 
     def __init__(self, settings: PredictorSettings) -> None:
         self._settings = settings
@@ -215,7 +202,7 @@ class _SameProcess:
 
 
 class _OwnProcess:
-    """In a child process; dies with its parent, because its pipe ends then."""
+    """Runs it in a child process, which dies with its parent, because its pipe ends then."""
 
     def __init__(self, settings: PredictorSettings) -> None:
         self._settings = settings

@@ -58,7 +58,7 @@ class Observations:
         model: ModelArm | None,
     ) -> None:
         self._robot, self._model = robot, model
-        self.cameras = [_Camera(_source(robot, feature), shape) for feature, shape in cameras.items()]
+        self.cameras = [Camera(_source(robot, feature), shape) for feature, shape in cameras.items()]
         self._features = tuple(states)
         for feature, length in states.items():
             _check_state(robot, feature, length)
@@ -66,10 +66,6 @@ class Observations:
         self.joints: Joints | None = None
         self._joint_stamp: float | None = None
         self._joint_fault: str | None = None
-
-    def take_image(self, camera: _Camera, message: Image | CompressedImage) -> None:
-        """Take a camera's message; a malformed one becomes the camera's fault until a good one comes."""
-        camera.take(message)
 
     def renewed(self) -> bool:
         """Whether every camera has a new image since this was last true."""
@@ -153,8 +149,8 @@ class Observations:
         return np.concatenate([np.atleast_1d(np.asarray(values[part])) for part in parts]).astype(np.float32)
 
 
-class _Camera:
-    """The newest image of one camera."""
+class Camera:
+    """The newest image of one camera; a malformed message is a fault until a good one comes."""
 
     def __init__(self, source: ImageSource, shape: tuple[int, int, int]) -> None:
         self.source = source

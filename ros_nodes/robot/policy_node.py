@@ -27,6 +27,7 @@ from ceed_vla.discovery import discover
 from ceed_vla.errors import CeedVLAError, NodeError
 from ros_nodes.robot import parameters
 from ros_nodes.robot.diagnostics import running_status, status_message
+from ros_nodes.robot.observations import Camera
 from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ros_nodes.robot.policy_setup import PolicySetup, make_setup
 from ros_nodes.robot.spinning import StopSignal, raise_priority, run
@@ -202,9 +203,9 @@ class PolicyNode(LifecycleNode):
         self._setup.safety.measure(message.name, message.position, seconds(message.header.stamp))
         self._setup.observations.take_joints(message)
 
-    def _on_image(self, camera: Any, message: Image | CompressedImage) -> None:
+    def _on_image(self, camera: Camera, message: Image | CompressedImage) -> None:
         assert self._setup is not None
-        self._setup.observations.take_image(camera, message)
+        camera.take(message)
         if self._active is not None:
             self._setup.controller.observed(self._active.now())
 
@@ -283,9 +284,8 @@ class PolicyNode(LifecycleNode):
         shown["scheduling"] = self._scheduling
         hardware = self.get_parameter("robot_config").value or "tabletop"
         stamp = self.get_clock().now().to_msg()
-        self._diagnostics.publish(
-            status_message(self.get_fully_qualified_name(), hardware, level, message, values | shown, stamp)
-        )
+        name = f"{self.get_fully_qualified_name()}: policy"
+        self._diagnostics.publish(status_message(name, hardware, level, message, values | shown, stamp))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from ros_nodes.robot.controller import PolicyController, ticks_per_step
 from ros_nodes.robot.inference import InferenceWorker
 from ros_nodes.robot.interfaces.base import ActionInterface
 from ros_nodes.robot.motion import make_motion
-from ros_nodes.robot.observations import Observations
+from ros_nodes.robot.observations import Camera, Observations
 from ros_nodes.robot.plausibility import PHYSICAL_VELOCITY
 from ros_nodes.robot.predictor import PolicySpec
 from ros_nodes.robot.robot_config import RobotConfig
@@ -58,7 +58,6 @@ def make_setup(
     interface = robot.interface(values["action_interface"])
     ticks_per_step(values["command_rate"], robot.action.dt)
     model = _model(robot)
-    limits = _limits(robot, interface, model, values)
     worker = InferenceWorker(
         values["checkpoint"],
         mode=values["inference_mode"],
@@ -74,7 +73,7 @@ def make_setup(
         spec = worker.start(cancelled=cancelled)
         _check_actions(robot, spec)
         observations = Observations(robot, spec.cameras, spec.states, model)
-        safety = SafetyFilter(limits(observations))
+        safety = SafetyFilter(_limits(robot, interface, model, observations.cameras, values))
         stream = ChunkStream(
             spec.chunk_steps,
             values["replan_steps"] or spec.n_action_steps,
@@ -108,37 +107,35 @@ def _model(robot: RobotConfig) -> ModelArm | None:
 
 
 def _limits(
-    robot: RobotConfig, interface: ActionInterface, model: ModelArm | None, values: Mapping[str, Any]
-) -> Callable[[Observations], SafetyLimits]:
-    """The safety limits, as soon as it is known which cameras there are."""
-    low, high = np.array(robot.limits.low), np.array(robot.limits.high)
-    if model is not None and not robot.limits.low:
+    robot: RobotConfig,
+    interface: ActionInterface,
+    model: ModelArm | None,
+    cameras: Iterable[Camera],
+    values: Mapping[str, Any],
+) -> SafetyLimits:
+    limits, gripper = robot.limits, robot.gripper
+    low, high = np.array(limits.low), np.array(limits.high)
+    if model is not None and not limits.low:
         low, high = model.low, model.high
-    step = np.array(robot.limits.step)
-    physical = np.array(robot.limits.physical_velocity)
+    physical = np.array(limits.physical_velocity)
     if not len(physical):
-        unknown = np.full(len(step), np.nan)
-        own = model.velocity if model is not None else unknown
-        physical = np.where(np.isnan(own), np.maximum(robot.limits.velocity, PHYSICAL_VELOCITY), own)
+        own = model.velocity if model is not None else np.full(len(limits.step), np.nan)
+        physical = np.where(np.isnan(own), np.maximum(limits.velocity, PHYSICAL_VELOCITY), own)
+    step = np.minimum(limits.step, values["max_joint_step"])
     if not interface.commands_joints:  # the arm's posture may be another
-        step, values = np.full_like(step, 2.0 * np.pi), {**values, "max_joint_step": 2.0 * np.pi}
-
-    def make(observations: Observations) -> SafetyLimits:
-        cameras = {camera.source.name: values["image_timeout"] for camera in observations.cameras}
-        gripper = robot.gripper
-        opening = {"gripper_low": gripper.closed, "gripper_high": gripper.open} if gripper else {}
-        return SafetyLimits(
-            joint_names=robot.arm.joints,
-            position_low=low,
-            position_high=high,
-            max_velocity=np.minimum(robot.limits.velocity, values["max_joint_velocity"]),
-            max_step=np.minimum(step, values["max_joint_step"]),
-            timeouts={JOINT_STATES: values["joint_state_timeout"], **cameras},
-            physical_velocity=physical,
-            **opening,
-        )
-
-    return make
+        step = np.full_like(step, 2.0 * np.pi)
+    opening = {"gripper_low": gripper.closed, "gripper_high": gripper.open} if gripper else {}
+    timeouts = {camera.source.name: values["image_timeout"] for camera in cameras}
+    return SafetyLimits(
+        joint_names=robot.arm.joints,
+        position_low=low,
+        position_high=high,
+        max_velocity=np.minimum(limits.velocity, values["max_joint_velocity"]),
+        max_step=step,
+        timeouts={JOINT_STATES: values["joint_state_timeout"], **timeouts},
+        physical_velocity=physical,
+        **opening,
+    )
 
 
 def _check_actions(robot: RobotConfig, spec: PolicySpec) -> None:

@@ -22,7 +22,6 @@ from ros_nodes.robot.texts import short, shown
 
 logger = logging.getLogger(__name__)
 
-STATE_KEY = "observation.state"
 BAD_INSTRUCTION, NOT_FINITE = "bad_instruction", "not_finite"
 _LEAST_DEADLINE = 1e-4  # [s]: the first iteration runs in any case
 
@@ -52,11 +51,6 @@ class PolicySpec:
     n_action_steps: int
     is_ceed: bool
     warmup_s: float
-
-    @property
-    def state_dim(self) -> int:
-        """Length of ``observation.state``; 0 without one."""
-        return self.states.get(STATE_KEY, 0)
 
 
 @dataclass(frozen=True)
@@ -208,7 +202,10 @@ class Predictor:
             if self._failures is not None:
                 self._failures.add(error)
             text = str(error) if isinstance(error, CeedVLAError) else f"{type(error).__name__}: {error}"
-            return Response(request.id, error=short(text), code=_code(error))
+            code = BAD_INSTRUCTION if isinstance(error, _InstructionError) else ""
+            return Response(
+                request.id, error=short(text), code=NOT_FINITE if isinstance(error, NotFiniteError) else code
+            )
         if not np.isfinite(response.actions).all():
             text = f"The policy {short(self.spec.checkpoint)} returned NaN or infinity."
             return Response(request.id, error=text, code=NOT_FINITE)
@@ -331,13 +328,6 @@ class Predictor:
     def _known_word(self) -> str:
         """A word that the policy knows, so that warming up does not warn about one that it does not."""
         return str(min(self._vocabulary)) if self._vocabulary else "move"
-
-
-def _code(error: Exception) -> str:
-    """See `Response.code`."""
-    if isinstance(error, _InstructionError):
-        return BAD_INSTRUCTION
-    return NOT_FINITE if isinstance(error, NotFiniteError) else ""
 
 
 def _load(settings: PredictorSettings) -> tuple[Any, Any, Any]:

@@ -16,14 +16,10 @@ TRANSPORTS = ("raw", "compressed")
 JOINT_UNITS = ("rad", "deg")
 POSE_COMPONENTS = ("tcp_position", "tcp_quaternion")
 COMMAND_COMPONENTS = ("commanded_position", "commanded_yaw_cos_sin")
-COMPONENTS = (
-    *("joint_positions", "joint_velocities", "finger_opening", "commanded_gripper"),
-    *POSE_COMPONENTS,
-    *COMMAND_COMPONENTS,
-)
-_SIZES = {
-    **{"finger_opening": 1, "commanded_gripper": 1, "tcp_position": 3, "tcp_quaternion": 4},
-    **{"commanded_position": 3, "commanded_yaw_cos_sin": 2},
+# Component of a state -> its length; 0 stands for a value of each arm joint.
+COMPONENTS = {
+    **{"joint_positions": 0, "joint_velocities": 0, "finger_opening": 1, "commanded_gripper": 1},
+    **{"tcp_position": 3, "tcp_quaternion": 4, "commanded_position": 3, "commanded_yaw_cos_sin": 2},
 }
 
 
@@ -165,7 +161,7 @@ class RobotConfig:
 
     def state_dim(self, feature: str) -> int:
         """Length of a state feature."""
-        return sum(_SIZES.get(component, len(self.arm.joints)) for component in self.states[feature])
+        return sum(COMPONENTS[component] or len(self.arm.joints) for component in self.states[feature])
 
     def interface(self, name: str) -> ActionInterface:
         """An interface of the robot.

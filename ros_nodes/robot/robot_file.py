@@ -95,7 +95,7 @@ def _joint_states(fields: Fields) -> str:
 
 
 def _states(fields: Fields) -> dict[str, tuple[str, ...]]:
-    return {feature: fields.texts(feature, COMPONENTS) for feature in fields.keys}
+    return {feature: fields.texts(feature, tuple(COMPONENTS)) for feature in fields.keys}
 
 
 def _arm(fields: Fields) -> Arm:

@@ -22,10 +22,6 @@ class Controller(Protocol):
         """Joint positions (J,) [rad] at `now` [s]; None to hold."""
         ...
 
-    def velocity(self, now: float) -> Array:
-        """Wanted joint velocities (J,) at `now` [rad/s]."""
-        ...
-
 
 class ForwardPosition:
     """Sends positions straight to the joints, like a forward_command_controller, until no more come.
@@ -41,10 +37,6 @@ class ForwardPosition:
     def setpoint(self, now: float) -> Array | None:
         """See `Controller`."""
         return self._positions if now < self._until else None
-
-    def velocity(self, now: float) -> Array:
-        """See `Controller`."""
-        return np.zeros_like(self._positions)
 
 
 class Trajectory:
@@ -102,7 +94,7 @@ class Trajectory:
         return self._sample(now)[0]
 
     def velocity(self, now: float) -> Array:
-        """See `Controller`."""
+        """Wanted joint velocities (J,) at `now` [rad/s]."""
         return self._sample(now)[1]
 
     def _sample(self, now: float) -> tuple[Array, Array]:
@@ -156,10 +148,6 @@ class ServoTwist:
             self._rotation = turn_matrix(span * self._angular) @ self._rotation
             self._joints = self._arm.solve(self._joints, self._position, self._rotation)
         return self._joints
-
-    def velocity(self, now: float) -> Array:
-        """See `Controller`."""
-        return np.zeros_like(self._joints)
 
 
 def finite(what: str, values: ArrayLike, shape: tuple[int, ...]) -> Array:

@@ -160,9 +160,8 @@ class SimRobot:
         columns = (len(np.asarray(times)), len(ARM_JOINTS))
         points = finite("way-points", positions, columns)[:, order]
         slopes = None if velocities is None else finite("way-point velocities", velocities, columns)[:, order]
-        speed = (
-            np.zeros(len(ARM_JOINTS)) if self._controller is None else self._controller.velocity(self.time)
-        )
+        running = self._controller
+        speed = running.velocity(self.time) if isinstance(running, Trajectory) else np.zeros(len(ARM_JOINTS))
         self._controller = Trajectory(
             self.time + delay, self.time, self._joints, speed, times, _inside(points), slopes
         )

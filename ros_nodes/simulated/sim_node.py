@@ -20,7 +20,7 @@ os.environ.setdefault("FASTDDS_BUILTIN_TRANSPORTS", "UDPv4")
 
 from ros_nodes.robot.messages import COMMAND, LATCHED, SENSOR, array_to_image, seconds  # noqa: I001 - explains absent ROS
 
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from geometry_msgs.msg import TwistStamped
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
@@ -37,6 +37,7 @@ from ceed_vla.errors import ConfigError, SimulationError
 from ros_nodes.robot import parameters
 from ros_nodes.simulated.parameters import SIM_PARAMETERS
 from ros_nodes.simulated.robot import JOINTS, SimRobot
+from ros_nodes.robot.diagnostics import status_message
 from ros_nodes.robot.spinning import run
 from sim.tabletop.scene import CAMERAS
 
@@ -71,7 +72,7 @@ class SimNode(Node):
         self._refused: dict[str, int] = {}
         self._last_refusal, self._refused_at = "", -math.inf
         self._solved = False
-        self._make_interfaces()
+        self._make_topics()
         self._reset_episode()
         self._wall = time.monotonic()
         steady = Clock(clock_type=ClockType.STEADY_TIME)  # runs on when the system's time is set
@@ -81,7 +82,7 @@ class SimNode(Node):
         self.add_on_set_parameters_callback(self._check_parameters)
         self.add_post_set_parameters_callback(self._take_parameters)
 
-    def _make_interfaces(self) -> None:
+    def _make_topics(self) -> None:
         self._joint_states = self.create_publisher(JointState, "joint_states", COMMAND)
         self._images = {name: self.create_publisher(Image, f"{name}/image_raw", SENSOR) for name in CAMERAS}
         self._success = self.create_publisher(Bool, "~/success", LATCHED)
@@ -90,10 +91,12 @@ class SimNode(Node):
         self._clock_topic = (
             self.create_publisher(ClockMessage, "/clock", SENSOR) if self._publishes_clock else None
         )
-        self._obey("forward_position_controller/commands", Float64MultiArray, self._on_positions)
+        robot = self._robot
+        positions, gripper = "forward_position_controller/commands", "gripper_controller/commands"
+        self._obey(positions, Float64MultiArray, lambda message: robot.command_positions(message.data))
+        self._obey(gripper, Float64MultiArray, lambda message: robot.command_gripper(message.data))
         self._obey("joint_trajectory_controller/joint_trajectory", JointTrajectory, self._on_trajectory)
         self._obey("servo_node/delta_twist_cmds", TwistStamped, self._on_twist)
-        self._obey("gripper_controller/commands", Float64MultiArray, self._on_gripper)
         self.create_service(Trigger, "~/reset_episode", self._on_reset)
 
     def _obey(self, topic: str, message_type: Any, act: Callable[[Any], None]) -> None:
@@ -111,12 +114,6 @@ class SimNode(Node):
         self.create_subscription(message_type, topic, callback, COMMAND)
 
     # ------------------------------------------------------------------ commands
-
-    def _on_positions(self, message: Float64MultiArray) -> None:
-        self._robot.command_positions(message.data)
-
-    def _on_gripper(self, message: Float64MultiArray) -> None:
-        self._robot.command_gripper(message.data)
 
     def _on_twist(self, message: TwistStamped) -> None:
         linear, angular = message.twist.linear, message.twist.angular
@@ -218,15 +215,11 @@ class SimNode(Node):
     def _publish_diagnostics(self) -> None:
         commanders = {topic: self.count_publishers(topic) for topic in self._command_topics()}
         crowded = [topic for topic, count in commanders.items() if count > 1]
-        status = DiagnosticStatus(
-            level=DiagnosticStatus.OK, name=f"{self.get_name()}: robot", message="running"
-        )
+        level, message = DiagnosticStatus.OK, "running"
         if crowded:
-            status.level = DiagnosticStatus.ERROR
-            status.message = f"more than one node commands {', '.join(crowded)}"
+            level, message = DiagnosticStatus.ERROR, f"more than one node commands {', '.join(crowded)}"
         elif time.monotonic() - self._refused_at < REFUSAL_SHOWN:
-            status.level = DiagnosticStatus.WARN
-            status.message = f"refused a command: {self._last_refusal}"
+            level, message = DiagnosticStatus.WARN, f"refused a command: {self._last_refusal}"
         values = {
             "episode_seed": self.get_parameter("seed").value,
             "task": self._robot.family,
@@ -236,11 +229,8 @@ class SimNode(Node):
             **{f"commanders_of_{topic}": count for topic, count in commanders.items()},
             **{f"refused_on_{topic}": count for topic, count in self._refused.items()},
         }
-        status.hardware_id = "tabletop simulation"
-        status.values = [KeyValue(key=key, value=str(value)) for key, value in values.items()]
-        message = DiagnosticArray(status=[status])
-        message.header.stamp = self._now().to_msg()
-        self._diagnostics.publish(message)
+        stamp, name = self._now().to_msg(), f"{self.get_name()}: robot"
+        self._diagnostics.publish(status_message(name, "tabletop simulation", level, message, values, stamp))
 
     def _command_topics(self) -> list[str]:
         kinds = (Float64MultiArray, JointTrajectory, TwistStamped)

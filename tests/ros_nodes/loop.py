@@ -190,7 +190,7 @@ class Loop:
     def _image(self) -> None:
         if self.cameras:
             image: Image = array_to_image(PIXELS, stamp(self.now), "camera")
-            self.observations.take_image(self.observations.cameras[0], image)
+            self.observations.cameras[0].take(image)
 
     @property
     def path(self) -> np.ndarray:

@@ -176,7 +176,7 @@ def test_strange_messages_hold_and_raise_nothing(make_loop: Any, data: st.DataOb
         image.encoding = data.draw(st.sampled_from(["rgb8", "", "mono16", "x" * 10_000]))
         loop.safety.measure(state.name, state.position, loop.now)
         loop.observations.take_joints(state)
-        loop.observations.take_image(loop.observations.cameras[0], image)
+        loop.observations.cameras[0].take(image)
         decision = loop.controller.tick(loop.now, loop.now)
         loop.controller.after_tick(loop.now)
         loop.controller.observed(loop.now)

@@ -65,7 +65,7 @@ def test_the_spec_is_the_checkpoints(worker: InferenceWorker) -> None:
     spec = worker.spec
     assert spec.cameras == {FRONT: (3, 96, 96), WRIST: (3, 96, 96)}
     assert spec.states == {STATE: 14}
-    assert (spec.state_dim, spec.action_dim, spec.chunk_steps, spec.n_action_steps) == (14, A, 8, 4)
+    assert (spec.action_dim, spec.chunk_steps, spec.n_action_steps) == (A, 8, 4)
     assert (spec.policy_type, spec.is_ceed) == ("ceed_vla", True)
     assert spec.warmup_s > 0
 

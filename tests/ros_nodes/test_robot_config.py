@@ -134,7 +134,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("gripper/topic", {"a": [[["x"] * 1000]]}, "gripper.topic is .* give a text"),
         pytest.param("arm/" + "x" * 5000, 1, "arm.x+... is unknown", id="long key"),
         ("limits/position", {"low": [1.0] * 7, "high": [0.0] * 7}, "limits.position.low is not below high"),
-        ("state/observation.state", ["joints"], f"'joints'; choose from {COMPONENTS[0]}"),
+        ("state/observation.state", ["joints"], f"'joints'; choose from {next(iter(COMPONENTS))}"),
         ("images/front", {"topic": "a"}, "images.front is no feature; it must start with 'observation.'"),
         ("images/observation.images.front", {"topic": "a", "transport": "udp"}, "raw, compressed"),
         ("images/observation.images.front", {"topic": ""}, "topic is ''; give a text"),

@@ -13,13 +13,8 @@ from ros_nodes.robot.controller import STARVED, WAITING, PolicyController
 from ros_nodes.robot.safety import Hold, SafetyFilter
 from ros_nodes.robot.texts import short
 
-HARMLESS = (
-    WAITING,
-    STARVED,
-    "disabled",
-    "no_instruction",
-    "bad_instruction",
-)  # holds that are no fault of the robot or its inputs
+# Holds that are no fault of the robot or its inputs.
+HARMLESS = (WAITING, STARVED, "disabled", "no_instruction", "bad_instruction")
 
 
 def state_of(hold: Hold | None) -> str:

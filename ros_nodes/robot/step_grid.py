@@ -107,10 +107,8 @@ class StepGrid:
             slack: How much before they came this time [s].
             until_images: Time between images [s].
         """
-        if (
-            not self._slew or not 0.0 <= slack < until_images + UNSURE
-        ):  # the answer is needed sooner than that
-            return
+        if not self._slew or not 0.0 <= slack < until_images + UNSURE:
+            return  # the answer is needed sooner than that
         error = slack - _SLACK
         error -= until_images if error > 0.5 * until_images else 0.0  # the next images were nearer
         self._shift = error if abs(error) > _DEAD_BAND else 0.0

@@ -113,9 +113,8 @@ class SimRobot:
         Raises:
             SimulationError: No GL context can be made.
         """
-        mujoco.mj_forward(
-            self._env.scene.model, self._env.data
-        )  # poses of the state after the last physics step
+        # Poses of the state after the last physics step.
+        mujoco.mj_forward(self._env.scene.model, self._env.data)
         return {name: render(self._env.data, name, self.image_size) for name in CAMERAS}
 
     # ------------------------------------------------------------------ commands

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import signal
@@ -217,15 +216,3 @@ def graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Graph]:
     made = Graph(tmp_path)
     yield made
     made.close()
-
-
-@pytest.fixture(scope="session")
-def make_loop() -> Any:
-    """`loop.Loop`; with import-mode importlib a test file imports no other."""
-    found = importlib.util.spec_from_file_location("controller_loop", Path(__file__).with_name("loop.py"))
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module  # dataclasses look themselves up
-    found.loader.exec_module(module)
-    return module.Loop

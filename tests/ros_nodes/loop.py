@@ -26,6 +26,7 @@ FEATURE = "observation.images.front"
 JOINTS = ("shoulder", "elbow")
 M, H, DT, RATE = 8, 4, 0.1, 100.0
 CLIMB = 0.02  # what the policy wants each step [rad]
+EVEN = CLIMB / (RATE * DT)  # change per tick while nothing disturbs [rad]
 PIXELS = np.zeros((4, 4, 3), np.uint8)
 
 

@@ -154,7 +154,6 @@ def test_the_plan_names_what_the_decoder_needs() -> None:
         assert (target.source, target.chunk_id, target.index, target.seam) == ("chunk", 1, index, index == 0)
         assert flow.plan(0.9, 0.1) is None  # the next observation will do
     plan = flow.plan(0.65, 0.1)
-    assert plan is not None
     assert plan.previous is tokens
     assert (plan.id, plan.shift_steps, plan.frozen_steps) == (2, H, 0)
     assert plan.deadline_s == pytest.approx(0.065)
@@ -230,7 +229,6 @@ def test_cancelled_requests_are_due_again_and_stale_answers_are_dropped() -> Non
     flow.cancel(first.id)
     flow.target()
     second = flow.plan(1.0, 0.1)
-    assert second is not None
     assert second.id != first.id
     assert not flow.offer(first.id, chunk(0))
     assert flow.offer(second.id, chunk(0))
@@ -249,7 +247,6 @@ def test_preempt_replans_at_once_and_drops_what_is_under_way() -> None:
     assert flow.plan(0.9, 0.1) is None
     flow.preempt()
     plan = flow.plan(0.9, 0.1)
-    assert plan is not None
     assert (plan.shift_steps, plan.frozen_steps) == (2, 1)
     flow.preempt()
     assert not flow.offer(plan.id, chunk(0), None)
@@ -272,7 +269,6 @@ def test_stop_forgets_everything() -> None:
     flow.start()
     assert flow.target() == Target("waiting")
     plan = flow.plan(1.0, 0.1)
-    assert plan is not None
     assert (plan.previous, plan.frozen_steps) == (None, 0)
 
 
@@ -285,7 +281,6 @@ def test_policies_without_tokens_get_no_frozen_steps_but_a_deadline() -> None:
     for _ in range(H):
         flow.target()
     plan = flow.plan(0.05, 0.1)
-    assert plan is not None
     assert (plan.previous, plan.frozen_steps) == (None, 0)
     assert plan.deadline_s == pytest.approx(0.105)  # one more step is consumed until the answer is expected
     flow.target()

@@ -84,7 +84,6 @@ def test_the_answer_is_the_policys(worker: InferenceWorker, policy: tuple[Any, A
     expected = model.decode(batch, "ceed")
     assert first.error is None
     assert first.id == 1
-    assert first.tokens is not None
     assert first.tokens.tolist() == expected.tokens[0].tolist()
     np.testing.assert_array_equal(first.actions, expected.actions[0].numpy())
     assert first.actions.dtype == np.float32
@@ -93,7 +92,6 @@ def test_the_answer_is_the_policys(worker: InferenceWorker, policy: tuple[Any, A
     second = ask(worker, Request(2, raw, INSTRUCTION, first.tokens, shift_steps=3, frozen_steps=2))
     frozen = torch.tensor(first.tokens)[None, 3 * A : 5 * A]
     expected = model.decode(batch, "ceed", torch.tensor(first.tokens)[None], shift_steps=3, frozen=frozen)
-    assert second.tokens is not None
     assert second.tokens.tolist() == expected.tokens[0].tolist()
     np.testing.assert_array_equal(second.actions[:2], first.actions[3:5])
 
@@ -257,7 +255,6 @@ def test_the_process_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
     owner = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
     )
-    assert owner.stdout is not None
     pid = int(owner.stdout.readline().split()[-1])
     assert alive(pid)
     owner.kill()

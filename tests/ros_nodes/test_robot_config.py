@@ -44,7 +44,6 @@ def test_packaged_robot_is_the_simulated_one() -> None:
     np.testing.assert_allclose(robot.arm.home, arm.HOME)
     assert robot.action_dim == len(env.ACTION_NAMES)
     assert robot.state_dim("observation.state") == len(env.STATE_NAMES)
-    assert robot.gripper is not None
     assert robot.gripper.open == 2 * scene.FINGER_STROKE
     assert [(image.name, image.topic) for image in robot.images] == [
         ("front", "front/image_raw"),

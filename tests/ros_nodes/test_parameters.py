@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,17 +72,12 @@ def test_whole_numbers_are_taken_for_floats(context: Context) -> None:
 
 
 @pytest.mark.parametrize(("name", "value", "message"), BAD)
-def test_bad_values_at_the_start(context: Context, name: str, value: Any, message: str) -> None:
+def test_bad_values_are_refused(context: Context, name: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parameters.declare_parameters(make_node(context, **{name: value}), POLICY_PARAMETERS)
-
-
-@pytest.mark.parametrize(("name", "value", "message"), BAD)
-def test_bad_values_later(name: str, value: Any, message: str) -> None:
     result = parameters.refusal(POLICY_PARAMETERS, [Parameter(name, value=value)], configured=False)
     assert not result.successful
-    with pytest.raises(ConfigError, match=message):
-        raise ConfigError(result.reason)
+    assert re.search(message, result.reason)
 
 
 def test_setup_changes_only_while_unconfigured() -> None:

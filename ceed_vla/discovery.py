@@ -11,11 +11,11 @@ import sys
 from ceed_vla.errors import ConfigError
 
 FLAG = "discover_packages_path"
-_discovered: set[str] = set()
+discovered: set[str] = set()
 
 
-def discover(text: str) -> None:
-    """Import the packages of a comma-separated list, which register what they have.
+def discover(text: str, option: str = f"--{FLAG}") -> None:
+    """Import the packages of a comma-separated list, which register what they have; `option` is where it was given.
 
     Raises:
         ConfigError: A package that cannot be imported.
@@ -25,14 +25,14 @@ def discover(text: str) -> None:
             importlib.import_module(name)
         except Exception as error:  # a package of any make may raise anything
             raise ConfigError(
-                f"--{FLAG}: the package {name!r} cannot be imported ({type(error).__name__}: {error}); install it, or "
+                f"{option}: the package {name!r} cannot be imported ({type(error).__name__}: {error}); install it, or "
                 "set PYTHONPATH."
             ) from error
-        _discovered.add(name)
+        discovered.add(name)
 
 
 def named_by_user(module: str) -> bool:
     """Whether a module belongs to a package that the user named, to us or to a tool of LeRobot."""
     words = [word.partition("=") for word in sys.argv if FLAG in word.partition("=")[0]]
-    named = _discovered | {name.strip() for _, _, value in words for name in value.split(",") if name.strip()}
+    named = discovered | {name.strip() for _, _, value in words for name in value.split(",") if name.strip()}
     return any(module == name or module.startswith(f"{name}.") for name in named)

@@ -207,7 +207,7 @@ def test_recordings(dataset: Path, tmp_path: Path) -> None:
 
 def test_robot_files(tmp_path: Path) -> None:
     pytest.importorskip("rclpy")
-    from ros_nodes.robot_file import load_robot_config, packaged_config
+    from ros_nodes.robot.robot_file import load_robot_config, packaged_config
 
     good = tmp_path.parent / f"{tmp_path.name}-robot"
     good.mkdir()

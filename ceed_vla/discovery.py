@@ -31,6 +31,11 @@ def discover(text: str) -> None:
         _discovered.add(name)
 
 
+def discovered() -> list[str]:
+    """The packages that were imported so, for processes that shall import them too."""
+    return sorted(_discovered)
+
+
 def named_by_user(module: str) -> bool:
     """Whether a module belongs to a package that the user named, to us or to a tool of LeRobot."""
     words = [word.partition("=") for word in sys.argv if FLAG in word.partition("=")[0]]

@@ -27,10 +27,11 @@ from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features
 from ceed_vla.backbones.check import check_backbone
 from ceed_vla.backbones.config import BackboneConfig
 from ceed_vla.cache import KVCache
-from ceed_vla.configuration_ceed_vla import CeedVLAConfig, tabletop_config
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.processor_ceed_vla import InstructionWordsStep, build_vocabulary
 from sim.record import record
 from sim.recording.config import RecordConfig
+from sim.tabletop.policy import tabletop_config
 from training.distill import DistillConfig, TrajectoriesConfig, distill
 from training.teacher import TrainConfig, train
 

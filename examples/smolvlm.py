@@ -21,10 +21,11 @@ from pathlib import Path
 
 from ceed_vla.backbones.vlm_config import VLMConfig
 from ceed_vla.backbones.vlm_tiny import make_tiny_vlm
-from ceed_vla.configuration_ceed_vla import CeedVLAConfig, tabletop_config
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding import DecodingConfig
 from sim.record import record
 from sim.recording.config import RecordConfig
+from sim.tabletop.policy import tabletop_config
 from training.adapters import LoRAConfig
 from training.distill import DistillConfig, TrajectoriesConfig, distill
 from training.teacher import TrainConfig, train

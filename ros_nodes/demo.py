@@ -17,8 +17,9 @@ from ceed_vla.errors import ConfigError, NodeError
 from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
 from ros_nodes.demo_report import COMMAND_RATE, build_report, console_table
 from ros_nodes.run_metrics import Window
-from sim.evaluate import EVALUATION_SEEDS, default_console
-from sim.rollout import MAX_EPISODE_STEPS
+from sim.environment import EVALUATION_SEEDS
+from sim.evaluate import default_console
+from sim.tabletop import MAX_EPISODE_STEPS
 from sim.tabletop.env import CTRL_DT
 from sim.tabletop.tasks import SPLITS, TASKS
 

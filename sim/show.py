@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import matplotlib as mpl
 import numpy as np
 import torch
+from lerobot.envs.configs import EnvConfig
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -17,13 +19,13 @@ from numpy.typing import NDArray
 
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError
-from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
-from sim.closed_loop import Replan, drive
-from sim.evaluate import ENVIRONMENTS, EVALUATION_SEEDS, CheckpointPath, load_bundles
+from ceed_vla.fields import SEEDS, check_fields, ranged
+from sim.environment import EVALUATION_SEEDS, Bundle, EnvPool, images_of, observation_batch, turns
+from sim.evaluate import MOVED, CheckpointPath, load_bundles
 from sim.outputs import claim_file
 from sim.plots import BLUE, FAINT, GREY, INK, SKY, STYLE, VERMILLION, save_figure
-from sim.rollout import Bundle, EnvPool, PolicyRunner, observation_batch, stack_previous
-from sim.tabletop.tasks import SPLITS, TASKS
+from sim.rollout import PolicyRunner, Replan, drive, stack_previous
+from sim.tabletop.lerobot_env import mixed_tabletop
 
 UNKNOWN, WRONG, AHEAD, SETTLED = range(4)
 _COLORS = (FAINT, "#F0A46A", SKY, BLUE)
@@ -46,21 +48,19 @@ class ShowConfig:
         output: PNG file to write; an earlier picture of ours is replaced.
         seed: Seed of the episode.
         chunk: Which chunk of the episode is shown; the policy drives until then. 0 has no warm start.
-        env: Simulation.
-        task: A task family, or "mixed" for the episode's own.
-        split: Colour and phrase combinations.
+        env: The environment.
         executed_steps: Steps executed of each chunk.
         device: Overrides the checkpoints' device.
     """
+
+    moved: ClassVar[dict[str, str]] = MOVED
 
     policy: CheckpointPath = field(default_factory=CheckpointPath)
     teacher: CheckpointPath = field(default_factory=CheckpointPath)
     output: str = "show.png"
     seed: int = ranged(EVALUATION_SEEDS, SEEDS)
     chunk: int = ranged(3, "[0, 10000]")
-    env: str = chosen("tabletop", ENVIRONMENTS)
-    task: str = chosen("mixed", ("mixed", *TASKS))
-    split: str = chosen("train", SPLITS)
+    env: EnvConfig = field(default_factory=mixed_tabletop)
     executed_steps: int = ranged(4, "[1, 4096]")
     device: str | None = None
 
@@ -107,7 +107,7 @@ def show(config: ShowConfig) -> Path:
     path = claim_file("output", config.output, ".png")
     bundles = load_bundles(config)
     early_exit = bundles["policy"][0].config.decoding
-    with EnvPool(1, config.split) as pool:
+    with EnvPool(1, config.env) as pool:
         replan = _replan(PolicyRunner(bundles["policy"], early_exit), pool, config)
     panels = build_panels(bundles, replan, early_exit)
     policy_config = bundles["policy"][0].config
@@ -262,12 +262,17 @@ def _draw_cameras(figure: Figure, replan: Replan, height: float) -> None:
     side = 2.55  # [inch]
     width = figure.get_figwidth()
     top = height - 1.0
-    for camera, pixels in replan.observation["pixels"].items():
+    for name, pixels in images_of(replan.observation).items():
         axes = figure.add_axes((0.025, (top - side) / height, side / width, side / height))
         axes.imshow(pixels, interpolation="nearest")
         axes.set_axis_off()
         figure.text(
-            0.025, (top - side - 0.16) / height, f"{camera} camera", fontsize=9, color=GREY, va="center"
+            0.025,
+            (top - side - 0.16) / height,
+            f"{name.rpartition('.')[2]} camera",
+            fontsize=9,
+            color=GREY,
+            va="center",
         )
         top -= side + 0.42
     handles = [Patch(facecolor=_COLORS[code], label=label) for code, label in _LABELS.items()]
@@ -285,7 +290,6 @@ def _draw_cameras(figure: Figure, replan: Replan, height: float) -> None:
 
 def _replan(runner: PolicyRunner, pool: EnvPool, config: ShowConfig) -> Replan:
     """The wanted chunk, or the last one of a shorter episode."""
-    *_, replan = islice(
-        drive(runner, pool, config.seed, config.executed_steps, config.task), config.chunk + 1
-    )
+    moments = drive(runner, pool, config.seed, config.executed_steps, turns(config.env)[0])
+    *_, replan = islice(moments, config.chunk + 1)
     return replan

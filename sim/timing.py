@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sim.closed_loop import drive
 from sim.decoders import Row
-from sim.rollout import Bundle, Chunk, EnvPool, PolicyRunner
+from sim.environment import Bundle, EnvPool
+from sim.rollout import Chunk, PolicyRunner, drive
 
 WARM_UP = 3
 Observations = list[

@@ -19,9 +19,9 @@ from ceed_vla.backbones.base import check_features
 from ceed_vla.backbones.config import BackboneConfig, CompactConfig
 from ceed_vla.backbones.openvla_config import OpenVLAConfig
 from ceed_vla.cli_flags import UsageError, format_help, parse_flags
-from ceed_vla.configuration_ceed_vla import tabletop_config
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
 from ceed_vla.files import read_files, write_files
+from sim.tabletop.policy import tabletop_config
 
 
 @dataclass

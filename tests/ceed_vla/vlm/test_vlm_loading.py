@@ -23,9 +23,9 @@ from ceed_vla.backbones.vlm_loading import (
     load_processor,
 )
 from ceed_vla.backbones.vlm_tiny import FAMILIES, make_tiny_vlm, make_tokenizer
-from ceed_vla.configuration_ceed_vla import tabletop_config
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from sim.tabletop.policy import tabletop_config
 
 
 def load(folder: Path) -> Any:

@@ -78,8 +78,8 @@ COMMANDS = {
         "train the autoregressive teacher on recorded data",
         "training.teacher TrainConfig train",
         must="roots output_dir",
-        may="grounding_roots steps batch_size rounds env.type env.task validate_episodes policy_path policy.chunk_size "
-        "policy.backbone.type policy.backbone.path policy.action_tokens.type policy.device threads resume",
+        may="grounding_roots steps batch_size rounds env.type validate_episodes policy_path policy.chunk_size "
+        "policy.backbone.type policy.backbone.path policy.action_tokens.type policy.device resume",
         kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
         simulator="sim.hooks TeacherSimulation",
     ),
@@ -222,7 +222,7 @@ def config_of(command: Command) -> type[Any]:
     module, name = command.simulator.split()
     simulator = getattr(importlib.import_module(module), name)
     space = {"__doc__": config_class.__doc__, "__module__": config_class.__module__}
-    return dataclass(type(config_class.__name__, (config_class, simulator), space))
+    return dataclass(type(config_class.__name__, (simulator, config_class), space))
 
 
 def run(name: str, command: Command, flags: Sequence[str]) -> int:

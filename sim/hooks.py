@@ -47,7 +47,7 @@ class StudentSimulation:
     """The flags by which `distill` uses a simulator.
 
     Attributes:
-        env: The environment of validations and takeovers; with env.type=none there are neither.
+        env: Where policies are validated and takeovers recorded; none: neither is done.
         validate_episodes: Episodes of every validation; 0 for none.
     """
 

@@ -51,14 +51,14 @@ class TrainConfig(RunConfig):
         grounding_roots: Comma-separated action-free data sets for the auxiliary target.
         policy: The policy's configuration. Features come from the data; action ranges, two-valued dimensions and the
             auxiliary target too, where they are not set (auxiliary_weight 0 switches the target off).
-        policy_path: Start from this checkpoint instead of random weights; it replaces `policy` (but for the device).
+        policy_path: Start from this checkpoint; it replaces `policy` (but for the device).
         grounding_steps: Optimiser steps on grounding frames alone, first.
         steps: Optimiser steps on demonstrations.
         grounding_batch: Grounding frames beside every step.
         named_terms: Once there are actions to learn, regress only so many leading terms of the auxiliary target, those
             that tell of what the instruction names; 0 for all, by default what the environment says.
         weight_decay: Decoupled weight decay.
-        rounds: Takeover (DAgger) rounds, spread over the first 3/4 of `steps`.
+        rounds: Takeover (DAgger) rounds within the first 3/4 of `steps`.
         takeover_episodes: Takeovers a round.
         takeover_seed: First seed of the takeovers' scenes; a run that goes on from another one's policy takes new ones.
         takeover_weight: Share of a batch that comes from takeover data once there is some.

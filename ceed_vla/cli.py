@@ -79,7 +79,7 @@ COMMANDS = {
         "training.teacher TrainConfig train",
         must="roots output_dir",
         may="grounding_roots steps batch_size rounds env.type validate_episodes policy_path policy.chunk_size "
-        "policy.backbone.type policy.backbone.path policy.action_tokens.type policy.device resume",
+        "policy.backbone.type policy.action_tokens.type policy.device threads resume",
         kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
         simulator="sim.hooks TeacherSimulation",
     ),

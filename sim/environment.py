@@ -95,13 +95,15 @@ def check_expert(config: EnvConfig, purpose: str) -> None:
 
 def flags(config: EnvConfig) -> list[str]:
     """The words ``--env.type=... --env.<field>=...`` that stand for `config`."""
-    plain, words = type(config)(), [f"--env.type={config.type}"]
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if item.init and value != getattr(plain, item.name):
-            text = value if isinstance(value, str) else json.dumps(draccus.encode(value))
-            words.append(f"--env.{item.name}={text}")
-    return words
+    names = [item.name for item in fields(config) if item.init]
+    derived = [name for name in names if name in ("features", "features_map")]  # by most from the others
+    given: dict[str, Any] = {}
+    for name in sorted(names, key=derived.count):
+        value = getattr(config, name)
+        if value != getattr(type(config)(**given), name):
+            given[name] = value
+    texts = {name: v if isinstance(v, str) else json.dumps(draccus.encode(v)) for name, v in given.items()}
+    return [f"--env.type={config.type}", *(f"--env.{name}={text}" for name, text in texts.items())]
 
 
 class Environment:

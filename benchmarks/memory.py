@@ -96,8 +96,8 @@ def make_policy(folder: Path, billions: float, dtype: str, device: str) -> tuple
 
     from ceed_vla import CeedVLAPolicy
     from ceed_vla.backbones.vlm.config import VLMConfig
-    from ceed_vla.configuration_ceed_vla import tabletop_config
     from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+    from sim.tabletop.policy import tabletop_config
 
     text = json.loads((folder / "config.json").read_text())
     layers = 24 if billions >= 0.2 else 12

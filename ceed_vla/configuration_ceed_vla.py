@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -253,43 +253,3 @@ class CeedVLAConfig(PreTrainedConfig):
                     f"auxiliary_scale has {len(self.auxiliary_scale)} entries, "
                     f"observation.environment_state only {available}."
                 )
-
-
-# Of the table's `environment_state`: the named cube and goal as seen from the gripper, in units of 3 cm, then every
-# object in decimetres. Without the objects a policy learns where things are only through which one is named, far more
-# slowly. Yaws count little: at 96 px they are mostly noise, which would drown the centimetres that a stack needs.
-_NAMED_SCALE = [30.0, 30.0, 30.0, 0.3, 0.3, 30.0, 30.0, 30.0]
-_OBJECTS_SCALE = [10.0, 10.0, 1.0, 0.1] * 6
-
-
-def tabletop_config(**changes: object) -> CeedVLAConfig:
-    """The configuration of the shipped tabletop checkpoints, with `changes` on top.
-
-    Args:
-        changes: Fields of `CeedVLAConfig`, of its compact backbone, or of its uniform action tokens.
-    """
-    tokens: dict[str, object] = {
-        "action_range": "fixed",
-        "action_low": [-1.0, -1.0, -1.0, -0.25, -0.25, -1.0, -1.0],
-        "action_high": [1.0, 1.0, 1.0, 0.25, 0.25, 1.0, 1.0],
-    }
-    tokens |= {name: changes.pop(name) for name in _names(UniformTokensConfig) & changes.keys()}
-    sizes = {name: changes.pop(name) for name in _names(CompactConfig) & changes.keys()}
-    values: dict[str, object] = {
-        "input_features": {
-            "observation.images.front": PolicyFeature(FeatureType.VISUAL, (3, 96, 96)),
-            "observation.images.wrist": PolicyFeature(FeatureType.VISUAL, (3, 96, 96)),
-            "observation.state": PolicyFeature(FeatureType.STATE, (14,)),
-        },
-        "output_features": {"action": PolicyFeature(FeatureType.ACTION, (7,))},
-        "backbone": CompactConfig(**sizes),  # type: ignore[arg-type]
-        "action_tokens": UniformTokensConfig(**tokens),  # type: ignore[arg-type]
-        "auxiliary_scale": [*_NAMED_SCALE, *_OBJECTS_SCALE],
-        "device": "cpu",
-        "push_to_hub": False,
-    }
-    return CeedVLAConfig(**{**values, **changes})  # type: ignore[arg-type]
-
-
-def _names(config_class: type[CompactConfig | UniformTokensConfig]) -> set[str]:
-    return {item.name for item in fields(config_class)}

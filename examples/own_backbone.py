@@ -29,9 +29,10 @@ from ceed_vla.backbones.compact.words import InstructionWordsStep, build_vocabul
 from ceed_vla.backbones.config import BackboneConfig
 from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.cache import KVCache
-from ceed_vla.configuration_ceed_vla import CeedVLAConfig, tabletop_config
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from sim.record import record
 from sim.recording.config import RecordConfig
+from sim.tabletop.policy import tabletop_config
 from training.distill import DistillConfig, TrajectoriesConfig, distill
 from training.teacher import TrainConfig, train
 

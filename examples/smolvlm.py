@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of benchmarks/mo
 
 from benchmarks.models.vlm import make_tiny_vlm
 from ceed_vla.backbones.vlm.config import VLMConfig
-from ceed_vla.configuration_ceed_vla import CeedVLAConfig, tabletop_config
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding import DecodingConfig
 from sim.record import record
 from sim.recording.config import RecordConfig
+from sim.tabletop.policy import tabletop_config
 from training.adapters import LoRAConfig
 from training.distill import DistillConfig, TrajectoriesConfig, distill
 from training.teacher import TrainConfig, train

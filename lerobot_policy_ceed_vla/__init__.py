@@ -14,7 +14,7 @@ from ceed_vla.errors import CeedVLAError, CheckpointError, root_cause
 from ceed_vla.files import read_json
 
 if importlib.util.find_spec("mujoco") is not None:
-    import sim.lerobot_env  # noqa: F401
+    import sim.tabletop.lerobot_env  # noqa: F401
 
 
 def _is_ours(values: dict[str, Any]) -> bool:

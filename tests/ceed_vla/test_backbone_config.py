@@ -20,13 +20,13 @@ from ceed_vla.backbones.base import check_features
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.openvla.config import OpenVLAConfig
 from ceed_vla.cli_flags import UsageError, format_help, parse_flags
-from ceed_vla.configuration_ceed_vla import tabletop_config
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
 from ceed_vla.files import read_files, write_files
 from ceed_vla.tokens.base import ActionTokensConfig
 from ceed_vla.tokens.openvla import OpenVLATokensConfig
 from ceed_vla.tokens.uniform import UniformTokensConfig
+from sim.tabletop.policy import tabletop_config
 
 
 @dataclass

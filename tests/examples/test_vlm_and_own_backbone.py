@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from ceed_vla.backbones.check import check_backbone
-from ceed_vla.configuration_ceed_vla import tabletop_config
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError
+from sim.tabletop.policy import tabletop_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

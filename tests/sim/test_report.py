@@ -170,8 +170,8 @@ def test_clip_is_a_readable_video(tmp_path: Path) -> None:
     imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
     view = np.full((96, 96, 3), 90, np.uint8)
     frame = compose_frame(
-        view,
-        view,
+        [view, view[:48]],
+        sides=("left", "right"),
         instruction="push it " * 12,
         decoder="ceed",
         forwards=2,

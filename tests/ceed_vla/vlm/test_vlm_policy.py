@@ -15,10 +15,10 @@ from benchmarks.models.vlm import FAMILIES
 from ceed_vla import CeedVLAPolicy
 from ceed_vla.backbones.vlm.config import VLMConfig
 from ceed_vla.checkpoints import save, weights_hash
-from ceed_vla.configuration_ceed_vla import tabletop_config
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from sim.tabletop.policy import tabletop_config
 
 STATS = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
 

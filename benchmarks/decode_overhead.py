@@ -28,7 +28,7 @@ from ceed_vla.backbones.openvla.folder import Architecture
 from ceed_vla.backbones.openvla.model import OpenVLABackbone
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings, TransformersPrefix
 from ceed_vla.checkpoints import load
-from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_autoregressive, decode_jacobi
+from ceed_vla.decoding import BlockRequest, DecodeResult, DecodingConfig, decode_autoregressive, decode_jacobi
 from ceed_vla.decoding.finite import check_rows, with_sums
 from ceed_vla.tensors import check_tokens
 
@@ -137,8 +137,8 @@ def compare(
     )
     guess = torch.randint(BINS, (1, block), generator=generator)
     decoders: dict[str, Callable[[], DecodeResult]] = {
-        "ar": lambda: decode_autoregressive(backbone, prefix, DecodingConfig(method="ar")),
-        "jacobi": lambda: decode_jacobi(backbone, prefix, guess, DecodingConfig(), action_dim=7),
+        "ar": lambda: decode_autoregressive(backbone, prefix, BlockRequest(DecodingConfig(method="ar"))),
+        "jacobi": lambda: decode_jacobi(backbone, prefix, BlockRequest(guess=guess, tokens_per_step=7)),
     }
     return {
         name: measure(decode, bare_forwards(backbone, embeds, recorded_calls(backbone, decode)), repeats)

@@ -103,7 +103,7 @@ COMMANDS = {
         "fit FAST action tokens (DCT and BPE) on recorded data",
         "training.fit_tokens FitTokensConfig fit_tokens",
         must="roots output",
-        may="chunk_size vocabulary_size gripper_dims",
+        may="chunk_size most_ids gripper_dims",
     ),
     "collect": _row(
         "write the teacher's Jacobi trajectories over a data set",

@@ -14,6 +14,7 @@ from lerobot.processor import (
 )
 
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.pipelines import checked
 
 LEAST_DEVIATION = 1e-3  # of a state's dimension, in its own units
 
@@ -46,10 +47,11 @@ def make_ceed_vla_pre_post_processors(
         instructions = [] if meta is None else [str(task) for task in meta.tasks.index]
     steps = make_default_policy_processor_steps(config, _with_width(dataset_stats))
     inputs = config.backbone.processor_steps(config.shape, list(instructions))
-    return make_policy_processor_pipelines(
+    pre, post = make_policy_processor_pipelines(
         [steps.rename_observations, steps.add_batch_dim, *inputs, steps.to_device, steps.normalize],
         [steps.unnormalize, steps.to_cpu],
     )
+    return checked(pre), checked(post)
 
 
 def _with_width(

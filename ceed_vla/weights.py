@@ -235,25 +235,26 @@ def check_floating(files: Sequence[Path]) -> None:
 # ---- a policy's weights -------------------------------------------------------------------------------------------
 
 
-def check_size(config: Any, folder: Path) -> None:
-    """Refuse sizes in a configuration that the checkpoint's weights cannot have, before a model is built of them.
+class PolicyModule(nn.Module):
+    """What is read and written of a policy.
 
-    Raises:
-        CheckpointError: The configuration describes more than there is.
+    Attributes:
+        referenced: Weights that a checkpoint leaves in the folder they were read from.
+        adapters: Low-rank adapters that have not been added to the weights.
     """
-    layers, numbers = config.backbone.least_sizes(config.shape)
-    files = config.backbone.weight_files() or [folder / WEIGHTS]
-    Header.read(files).check(layers, numbers, files[0])
+
+    referenced: set[str]
+    adapters: dict[str, Tensor]
 
 
-def load_weights(policy: Any, folder: Path, strict: bool = True) -> None:
+def load_weights(policy: PolicyModule, folder: Path, strict: bool = True) -> None:
     """Read a checkpoint's weights into a policy.
 
     Args:
         policy: Built from the checkpoint's configuration.
         folder: The checkpoint.
         strict: Refuse missing and additional weights; otherwise they are only logged. Weights that the policy
-            refers to elsewhere (`CeedVLAPolicy.referenced`) are not missing.
+            refers to elsewhere (`PolicyModule.referenced`) are not missing.
 
     Raises:
         CheckpointError: Truncated, corrupt or not finite weights, or those of other sizes.
@@ -279,7 +280,7 @@ def load_weights(policy: Any, folder: Path, strict: bool = True) -> None:
             logger.warning("The checkpoint %s %s weights: %s", folder, kind, ", ".join(sorted(names)))
 
 
-def save_weights(policy: Any, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
+def save_weights(policy: PolicyModule, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
     """Write a policy's weights, without those that it refers to and has not trained.
 
     Args:

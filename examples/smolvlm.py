@@ -46,7 +46,7 @@ def policy_config(options: argparse.Namespace, model: Path) -> CeedVLAConfig:
         "backbone": backbone,
         "chunk_size": options.chunk_size,
         "n_action_steps": options.chunk_size // 2,
-        "decoding": DecodingConfig(max_iterations=2, executed_steps=options.chunk_size // 2),
+        "decoding": DecodingConfig(max_iterations=2, watch="executed"),
         "auxiliary_scale": [],  # no regression beside the action tokens
         "device": options.device,
     }

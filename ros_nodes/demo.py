@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ceed_vla.checkpoints import resolve_checkpoint
+from ceed_vla.checkpoint_files import resolve_checkpoint
 from ceed_vla.errors import ConfigError, NodeError
 from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
 from ros_nodes.demo_report import COMMAND_RATE, build_report, console_table

@@ -149,9 +149,7 @@ def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, An
     if not config.resume:
         refuse_unfinished(folder, REPORT)
     bundles = load_bundles(config)
-    rows = resolve_rows(
-        names, {model: bundle[0].config for model, bundle in bundles.items()}, config.executed_steps
-    )
+    rows = resolve_rows(names, {model: bundle[0].config for model, bundle in bundles.items()})
     log = EpisodeLog(folder, _identity(config, rows, bundles), dict(_plan(config)), config.max_episode_steps)
     kept = _whole_groups(config, rows, log.read()) if config.resume else {row.name: [] for row in rows}
     run = _Run(config, rows, bundles, kept)
@@ -314,7 +312,6 @@ def _run_timing(run: _Run, console: Console) -> None:
     references = resolve_rows(
         sorted({row.reference for row in run.rows} - {row.name for row in run.rows}),
         {model: bundle[0].config for model, bundle in run.bundles.items()},
-        config.executed_steps,
     )
     driver = run.rows[-1]
     with _pool(config, 1) as pool:
@@ -352,7 +349,7 @@ def _build_report(run: _Run, *, complete: bool) -> dict[str, Any]:
             reference = run.samples[row.reference]
             entry |= summarise(run.samples[row.name], reference, executed_tokens, config.executed_steps)
         entry["paired"] = paired_entries(row.name, run.results, ("ar", "teacher_ar"))
-        entry["decoding"] = asdict(row.decoding)
+        entry["decoding"] = {**asdict(row.decoding), "exits": list(row.decoding.exits)}
         entries[row.name] = entry
     return {
         "program": MADE_BY,

@@ -128,7 +128,7 @@ def _recorder(
     """The function that records one unit of seeds in the configured mode, and the features of its frames."""
     if config.mode == "takeover":
         import ceed_vla
-        from sim.decoders import named_decoding
+        from sim.decoders import checked_name
         from sim.recording.takeover import takeover_attempts
         from sim.rollout import EnvPool, PolicyRunner
 
@@ -138,8 +138,7 @@ def _recorder(
             raise ConfigError(
                 f"executed_steps is {config.executed_steps}; the policy's chunks have {steps} steps."
             )
-        decoding = named_decoding(config.decoding, bundle[0].config, config.executed_steps)
-        runner = PolicyRunner(bundle, decoding)
+        runner = PolicyRunner(bundle, checked_name(config.decoding), executed_steps=config.executed_steps)
         with EnvPool(config.batch, image_size=config.image_size) as pool:
             features = frame_features(pool.env(0), with_action=True)
             yield lambda seeds: takeover_attempts(runner, pool, seeds, config), features

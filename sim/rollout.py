@@ -98,21 +98,22 @@ class PolicyRunner:
 
     Args:
         bundle: Policy, pre-processor and post-processor; the processors may be None (identity).
-        decoding: "ar", "jacobi", "ceed" or a `DecodingConfig`.
+        decoding: A name, such as "cap2", or a `DecodingConfig`.
         generator: Random source of random guesses; None = the configuration's seed.
+        executed_steps: Steps of a chunk that are executed before the next; the policy's own ``n_action_steps`` if None.
     """
 
     def __init__(
-        self, bundle: Bundle, decoding: Any = "ceed", generator: torch.Generator | None = None
+        self,
+        bundle: Bundle,
+        decoding: Any = "ceed",
+        generator: torch.Generator | None = None,
+        executed_steps: int | None = None,
     ) -> None:
         self.policy, self.preprocessor, self.postprocessor = bundle
+        self.executed_steps = int(executed_steps or self.policy.config.n_action_steps)
         self.decoding = decoding
         self.generator = generator
-
-    @property
-    def executed_steps(self) -> int:
-        """Steps of a chunk that are executed by default; the policy's warm start shifts by as many."""
-        return int(self.policy.config.n_action_steps)
 
     @torch.inference_mode()
     def decode(
@@ -136,6 +137,8 @@ class PolicyRunner:
             decoding=self.decoding,
             previous=stack_previous(previous),
             generator=self.generator,
+            shift_steps=self.executed_steps,
+            executed_steps=self.executed_steps,
             read=False,
         )
         actions = self._actions(result.tokens)
@@ -256,7 +259,7 @@ def rollout(
         task: A family or "mixed" for all seeds, or one family per seed.
         decoding: "ar", "jacobi", "ceed" or a `DecodingConfig`.
         executed_steps: Actions executed of each chunk before the next is decoded; None = the policy's own
-            `n_action_steps`. Other values spoil the warm start, which is shifted by the policy's own.
+            `n_action_steps`.
         batch: Environments that run side by side.
         split: Colours and phrasings: "train", "heldout" or "all".
         image_size: Side of both camera images [px].
@@ -288,10 +291,10 @@ def rollout(
             raise ConfigError(
                 f"seed {seed!r} with task {family!r}; a seed is a whole number of at least 0, a task a text"
             )
-    runner = PolicyRunner(policy_bundle, decoding, generator)
-    executed_steps = runner.executed_steps if executed_steps is None else executed_steps
-    if executed_steps < 1:
+    if executed_steps is not None and executed_steps < 1:
         raise ConfigError(f"executed_steps={executed_steps} must be at least 1")
+    runner = PolicyRunner(policy_bundle, decoding, generator, executed_steps)
+    executed_steps = runner.executed_steps
     own = pool is None
     pool = pool or EnvPool(min(batch, max(len(seeds), 1)), split, image_size, max_episode_steps)
     results: list[EpisodeResult | None] = [None] * len(seeds)

@@ -263,7 +263,7 @@ def test_trajectories(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
 
 
 def test_fitted_tokens(dataset: Path, tmp_path: Path) -> None:
-    from ceed_vla.fast_tokens_config import FastTokensConfig
+    from ceed_vla.tokens.fast import FastTokensConfig
     from training.fit_tokens import FitTokensConfig, fit_tokens
 
     good = tmp_path.parent / f"{tmp_path.name}-tokens"

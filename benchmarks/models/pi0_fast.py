@@ -29,7 +29,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from ceed_vla.fast_codec import cosine_basis
+from ceed_vla.tokens.fast_codec import cosine_basis
 
 WORDS, SKIP, SIDE, PROMPT = (
     700,

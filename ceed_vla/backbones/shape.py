@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ceed_vla.action_tokens_config import ActionTokensConfig
+    from ceed_vla.tokens.base import ActionTokensConfig
 
 
 @dataclass(frozen=True)
@@ -42,4 +42,4 @@ class PolicyShape:
     @property
     def vocabulary_size(self) -> int:
         """Values ``V`` of a token."""
-        return self.action_tokens.vocabulary
+        return self.action_tokens.vocabulary_size

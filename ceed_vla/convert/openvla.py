@@ -8,17 +8,16 @@ from typing import Any, cast
 
 from lerobot.configs import FeatureType, PolicyFeature
 
-from ceed_vla.action_tokens_config import OpenVLATokensConfig
 from ceed_vla.backbones.openvla.config import OpenVLAConfig
 from ceed_vla.backbones.openvla.folder import LARGEST_SIDE, action_statistics, read_config
 from ceed_vla.checkpoints import save
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.convert.config import ConvertConfig
-from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError
 from ceed_vla.files import read_json
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from ceed_vla.tokens.openvla import OpenVLATokensConfig
 
 EXPECTED = "expected.json"  # reference outputs beside a model, for `ceed-vla verify`
 
@@ -51,8 +50,6 @@ def openvla_policy(config: ConvertConfig) -> CeedVLAConfig:
             n_action_bins=int(published["n_action_bins"]), unnorm_key=key, **statistics
         ),
         label_sigma=0.0,
-        # Strict until the model is distilled: an early exit would change what it does.
-        decoding=DecodingConfig(method="jacobi", guess="previous"),
         device=config.device,
         push_to_hub=False,
     )

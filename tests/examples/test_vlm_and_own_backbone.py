@@ -80,7 +80,7 @@ def test_the_backbone_has_60_lines() -> None:
 
 
 def test_the_check_finds_what_is_wrong(own: Any) -> None:
-    decoding = DecodingConfig(executed_steps=1)
+    decoding = DecodingConfig(watch="executed")
     sizes = {"chunk_size": 2, "n_action_steps": 1, "decoding": decoding, "auxiliary_scale": []}
     config = tabletop_config(backbone=own.OwnConfig(), **sizes)
     own.check(config)

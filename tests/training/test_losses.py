@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ceed_vla.action_tokens_config import UniformTokensConfig
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.compact.model import LANGUAGE_KEY, STATE_KEY, CompactBackbone
 from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.tokens.uniform import UniformTokensConfig
 from training.losses import (
     after_first_divergence,
     chunk_distance,

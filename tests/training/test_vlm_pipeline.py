@@ -40,7 +40,7 @@ def train(
             "policy.backbone.path": base,
             "policy.chunk_size": 4,
             "policy.n_action_steps": 2,
-            "policy.decoding.executed_steps": 2,
+            "policy.decoding.watch": "executed",
             "policy.auxiliary_scale": "[]",
             "roots": tmp_path / "demo",
             "output_dir": tmp_path / family,

@@ -29,6 +29,7 @@ class CompactConfig(BackboneConfig):
         stem_channels: Channels of the four convolutions of a camera stem.
         max_instruction_words: Longest instruction [words].
         vocabulary_size: Rows of the word embedding (padding and unknown included).
+        known_words: Words of the instructions that were trained on; written with the vocabulary, 0 where nobody did.
         width: Model width ``d``.
         layers: Decoder layers.
         heads: Attention heads.
@@ -45,6 +46,7 @@ class CompactConfig(BackboneConfig):
     stem_channels: list[int] = ranged([32, 64, 96, 128], "[4, 16384]")
     max_instruction_words: int = ranged(12, "[1, 4096]")
     vocabulary_size: int = ranged(256, "[2, 1e7]")
+    known_words: int = ranged(0, "[0, 1e7]")
     width: int = ranged(192, "[1, 65536]")
     layers: int = ranged(4, "[1, 1024]")
     heads: int = ranged(6, "[1, 1024]")
@@ -68,10 +70,12 @@ class CompactConfig(BackboneConfig):
     def build(self, shape: PolicyShape) -> TrainableBackbone:
         from ceed_vla.backbones.compact.model import CompactBackbone
 
-        return CompactBackbone(shape, **vars(self))
+        return CompactBackbone(shape, **{name: v for name, v in vars(self).items() if name != "known_words"})
 
     def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:
-        return [make_instruction_step(instructions, self.max_instruction_words, self.vocabulary_size)]
+        step = make_instruction_step(instructions, self.max_instruction_words, self.vocabulary_size)
+        self.known_words = len(step.vocabulary)
+        return [step]
 
     def least_sizes(self, shape: PolicyShape) -> tuple[int, int]:
         d, cell = self.width, self.image_size // (8 * self.image_grid)

@@ -68,6 +68,11 @@ class InstructionWordsStep(ObservationProcessorStep):
                 f"max_words {self.max_words} and {len(self.vocabulary)} words; the backbone has {sizes[0]} and room "
                 f"for {sizes[1] - FIRST_WORD_ID}."
             )
+        known = getattr(backbone, "known_words", 0)
+        if known not in (0, len(self.vocabulary)):
+            raise ConfigError(
+                f"vocabulary has {len(self.vocabulary)} words; {known} were trained. Copy it again."
+            )
 
     def encode(self, instruction: str) -> list[int]:
         """Ids of one instruction, padded to `max_words`.

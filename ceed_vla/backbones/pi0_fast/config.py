@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import ceed_vla.backbones.pi0_fast.inputs  # noqa: F401  (registers its step)
-from ceed_vla.action_tokens_config import ActionTokensConfig
 from ceed_vla.backbones.config import BackboneConfig
 from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.backbones.transformers.architecture import read_architecture
 from ceed_vla.backbones.transformers.config import TransformersConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import ranged
+from ceed_vla.tokens.base import ActionTokensConfig
 
 if TYPE_CHECKING:
     from ceed_vla.backbones.base import TrainableBackbone
@@ -59,7 +59,7 @@ class Pi0FastTokensConfig(ActionTokensConfig):
     marker: list[int] = ranged([], "[0, 1e7]")
 
     @property
-    def vocabulary(self) -> int:
+    def vocabulary_size(self) -> int:
         return self.num_tokens
 
     def block_length(self, chunk_steps: int, action_dim: int) -> int:
@@ -67,7 +67,7 @@ class Pi0FastTokensConfig(ActionTokensConfig):
 
     def build(self, chunk_steps: int, action_dim: int) -> Pi0FastTokenizer:
         from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer, TextIds
-        from ceed_vla.fast_codec import FastCodec
+        from ceed_vla.tokens.fast_codec import FastCodec
 
         if not self.bpe:
             raise ConfigError(

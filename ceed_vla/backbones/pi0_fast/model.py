@@ -54,7 +54,7 @@ class Pi0FastBackbone(TransformersBackbone):
                 "belong together?"
             )
         full, ids = bool(tokenizer.scored), ids.to(head.weight.device)
-        super().__init__(tokenizer.block_length, tokenizer.num_bins, None if full else ids)
+        super().__init__(tokenizer.block_length, tokenizer.vocabulary_size, None if full else ids)
         self.model = model
         self.config: PI0FastConfig = model.config
         self.augmented_images = tuple(k for k in self.config.image_features if ".empty_camera_" not in k)

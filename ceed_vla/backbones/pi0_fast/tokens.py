@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ceed_vla.errors import ConfigError, MalformedChunkError
-from ceed_vla.fast_codec import FastCodec
-from ceed_vla.variable_length import VariableLengthTokenizer
+from ceed_vla.tokens.fast_codec import FastCodec
+from ceed_vla.tokens.variable_length import VariableLengthTokens
 
 MARKER, STOP = "Action: ", "|"
 
@@ -47,7 +47,7 @@ class TextIds:
         return cls(int(tokenizer.vocab_size), int(bos), int(stop), tuple(int(i) for i in marker))
 
 
-class Pi0FastTokenizer(VariableLengthTokenizer):
+class Pi0FastTokenizer(VariableLengthTokens):
     """Chunks of normalised actions as pi0-FAST writes them.
 
     Unlike LeRobot's detokeniser it neither fills up nor cuts off a chunk of another length, and a malformed one is an
@@ -99,22 +99,22 @@ class Pi0FastTokenizer(VariableLengthTokenizer):
                 f"The actions take text ids up to {ids[-1]}, the model scores {scored}; do tokenizer and weights "
                 "belong together?"
             )
-        self.num_bins = len(self._text_id)
-        self.stop_token = self._token[text.stop]
+        self.vocabulary_size = len(self._text_id)
+        self.stop = self._token[text.stop]
         self.speculative = torch.tensor([self._token[i] for i in ids])
         self.low, self.high = (
             -torch.ones(action_dim).double(),
             torch.ones(action_dim).double(),
         )  # normalised, about
-        self.zero_bins = self.encode(torch.zeros(1, chunk_steps, action_dim))[0]
+        self.zero = self.encode(torch.zeros(1, chunk_steps, action_dim))[0]
 
     def _write(self, actions: Tensor) -> list[list[int]]:
         rows = [[*self.text.marker, *(self._last - i for i in ids)] for ids in self.codec.encode(actions)]
         return [[self._token[i] for i in row] for row in rows]
 
     def _read(self, tokens: list[int]) -> Tensor:
-        if not all(0 <= token < self.num_bins for token in tokens):
-            raise MalformedChunkError(f"its tokens do not all lie in [0, {self.num_bins - 1}].")
+        if not all(0 <= token < self.vocabulary_size for token in tokens):
+            raise MalformedChunkError(f"its tokens do not all lie in [0, {self.vocabulary_size - 1}].")
         ids, marker, at = [self._text_id[token] for token in tokens], list(self.text.marker), 0
         if (
             self.check_marker and ids[:2] != marker[:2]

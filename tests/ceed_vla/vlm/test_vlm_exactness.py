@@ -6,13 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from decoders import greedy, jacobi
 
 from benchmarks.models.vlm import FAMILIES
 from ceed_vla.backbones.vlm.model import MASK_KEY, STATE_KEY, VLMBackbone
-from ceed_vla.decoding import DecodingConfig, decode_autoregressive, decode_jacobi
-
-AR, STRICT = DecodingConfig(method="ar"), DecodingConfig(method="jacobi")
-
 
 SLIDING = ("llava+sliding", "qwen2_5_vl+sliding")
 
@@ -25,12 +22,12 @@ def test_jacobi_is_ar_is_generate(family: str, rows: int, backbone: Any, observe
     observation = observe(step, rows, seed=rows)
     assert model.check_observation(observation) == rows
     prefix = model.prefill(observation)
-    ar = decode_autoregressive(model, prefix, AR).tokens
+    ar = greedy(model, prefix).tokens
     assert torch.equal(ar, generate(model, observation))
     assert torch.equal(ar, without_cache(model, observation))
     for seed in range(3):
         guess = torch.randint(255, ar.shape, generator=torch.Generator().manual_seed(seed))
-        strict = decode_jacobi(model, prefix, guess, STRICT, action_dim=7)
+        strict = jacobi(model, prefix, guess, tokens_per_step=7)
         assert torch.equal(strict.tokens, ar)
         assert strict.forwards < model.block_length
     assert len(ar.unique()) > 5 * rows  # an answer that depends on what was read
@@ -61,8 +58,8 @@ def test_other_vocabularies_states_and_layouts(
     observation = observe(step, 3)
     expected = generate(model, {**observation})
     prefix = model.prefill(observation)
-    assert torch.equal(decode_autoregressive(model, prefix, AR).tokens, expected)
-    assert torch.equal(decode_jacobi(model, prefix, expected.flip(1), STRICT, action_dim=7).tokens, expected)
+    assert torch.equal(greedy(model, prefix).tokens, expected)
+    assert torch.equal(jacobi(model, prefix, expected.flip(1), tokens_per_step=7).tokens, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,8 +68,8 @@ def test_a_projected_state_is_one_token(family: str, backbone: Any, observe: Any
     model, step = backbone(family, state_dim=5, project_state=True)
     observation = observe(step, 3)
     prefix = model.prefill(observation)
-    ar = decode_autoregressive(model, prefix, AR).tokens
-    strict = decode_jacobi(model, prefix, ar.flip(1), STRICT, action_dim=7)
+    ar = greedy(model, prefix).tokens
+    strict = jacobi(model, prefix, ar.flip(1), tokens_per_step=7)
     assert torch.equal(strict.tokens, ar)
     moved = {**observation, STATE_KEY: observation[STATE_KEY] + torch.tensor([[1.0], [0.0], [0.0]])}
     changed = (model.prefill(moved).logits - prefix.logits).abs().amax(1) > 1e-4
@@ -85,12 +82,12 @@ def test_rows_do_not_influence_each_other(family: str, backbone: Any, observe: A
     model, step = backbone(family)
     observation = observe(step, 4)
     assert not observation[MASK_KEY].bool().all()  # some rows are padded
-    together = decode_autoregressive(model, model.prefill(observation), AR).tokens
+    together = greedy(model, model.prefill(observation)).tokens
     for row in range(4):
         part = {k: v[row : row + 1] for k, v in observation.items() if "vlm" in k}  # still padded
-        assert torch.equal(decode_autoregressive(model, model.prefill(part), AR).tokens[0], together[row])
+        assert torch.equal(greedy(model, model.prefill(part)).tokens[0], together[row])
     embeddings = model.embed_prefix(observation)[torch.tensor([2, 0])]
-    few = decode_autoregressive(model, model.prefill_embeddings(embeddings), AR).tokens
+    few = greedy(model, model.prefill_embeddings(embeddings)).tokens
     assert torch.equal(few, together[[2, 0]])
 
 

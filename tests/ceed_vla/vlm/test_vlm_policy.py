@@ -28,7 +28,7 @@ def new_policy(base: Path, chunk_size: int = 2, **settings: Any) -> tuple[CeedVL
         backbone=VLMConfig(path=str(base), **settings),
         chunk_size=chunk_size,
         n_action_steps=1,
-        decoding=DecodingConfig(max_iterations=2, executed_steps=1),
+        decoding=DecodingConfig(max_iterations=2, watch="executed"),
     )
     policy = CeedVLAPolicy(config).eval()
     pre, post = make_ceed_vla_pre_post_processors(config, STATS, instructions=["push the red cube"])

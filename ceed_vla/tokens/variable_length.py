@@ -3,43 +3,30 @@
 from __future__ import annotations
 
 import abc
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ceed_vla.errors import MalformedChunkError, TokenError
 from ceed_vla.tensors import check_actions, check_tokens
-
-if TYPE_CHECKING:
-    from ceed_vla.decoding.grammar import Grammar
+from ceed_vla.tokens.base import ActionTokens
 
 
-class VariableLengthTokenizer(abc.ABC):
-    """The interface of `ActionTokenizer` for chunks that take as many tokens as they need.
+class VariableLengthTokens(ActionTokens):
+    """Chunks that take as many tokens as they need.
 
     A block has ``n`` slots: the tokens of the chunk, then the stop token in every slot that is left. A slot belongs to
     no step and tokens have no order, so nothing can be relaxed by bins, frozen by steps or shifted by slots.
 
     Attributes:
-        block_length: Slots ``n``.
-        num_bins: Tokens ``V`` of the vocabulary.
-        stop_token: Ends a chunk that does not fill the block.
+        stop: Ends a chunk that does not fill the block.
         speculative: Tokens (N,) that a guess may hold.
-        zero_bins: (n,) int64, the chunk that is zero throughout.
-        grammar: Which tokens can complete a chunk; None where nobody knows.
         malformed: Rows that `decode` has refused since construction.
     """
 
-    block_length: int
-    num_bins: int
-    chunk_steps: int
-    action_dim: int
-    stop_token: int
-    gripper_dims: tuple[int, ...] = ()
+    tokens_per_step = None
+    stop: int
     speculative: Tensor
-    zero_bins: Tensor
-    grammar: Grammar | None = None
     malformed: int = 0
 
     @abc.abstractmethod
@@ -64,7 +51,7 @@ class VariableLengthTokenizer(abc.ABC):
                 f"A chunk takes {longest} tokens, a block has {self.block_length}. Fit the tokens on these data "
                 "too, or with a longer block."
             )
-        padded = [row + [self.stop_token] * (self.block_length - len(row)) for row in rows]
+        padded = [row + [self.stop] * (self.block_length - len(row)) for row in rows]
         return torch.tensor(padded, dtype=torch.int64, device=actions.device).view(-1, self.block_length)
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -105,41 +92,24 @@ class VariableLengthTokenizer(abc.ABC):
 
     def _chunk(self, ids: list[int]) -> Tensor:
         """The chunk (m, A) in front of the stop token."""
-        return self._read(ids[: ids.index(self.stop_token)] if self.stop_token in ids else ids)
+        return self._read(ids[: ids.index(self.stop)] if self.stop in ids else ids)
 
-    def weight(self, tokens: Tensor) -> Tensor:
+    def weight(self, tokens: Tensor, padded: Tensor | None = None) -> Tensor:
         """(B, n) float32: 1 up to and including the first stop token of every row of `tokens`, 0 behind it."""
-        ends = (tokens == self.stop_token).int()
+        ends = (tokens == self.stop).int()
         return (ends.cumsum(1) - ends == 0).float()
 
-    def guess(
-        self,
-        kind: str,
-        batch: int,
-        previous: Tensor | None,
-        shift_steps: int,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """First state (B, n) int64 of Jacobi decoding; see `make_guess`.
+    def random_block(self, rows: int, generator: torch.Generator | None) -> Tensor:
+        drawn = torch.randint(len(self.speculative), (rows, self.block_length), generator=generator)
+        return self.speculative[drawn]
 
-        "previous" is the previous chunk, shifted in time and encoded again; rows that cannot be are "mid".
-        """
-        if kind == "random":
-            drawn = torch.randint(len(self.speculative), (batch, self.block_length), generator=generator)
-            return self.speculative[drawn]
-        guess = self.zero_bins.repeat(batch, 1)  # (B, n)
-        if kind == "mid" or previous is None:
-            return guess
-        check_tokens(previous, "The previous chunk", (batch, self.block_length), self.num_bins, none=True)
-        if not isinstance(shift_steps, int) or not 0 <= shift_steps <= self.chunk_steps:
-            raise TokenError(
-                f"shift_steps is {shift_steps!r}; it must be whole steps, at most {self.chunk_steps}."
-            )
+    def shifted(self, previous: Tensor, mid: Tensor, steps: int) -> Tensor:
+        """`previous` (B, n) shifted in time and encoded again; `mid` (B, n) in rows that cannot be."""
         for row, tokens in enumerate(previous.cpu()):
-            shifted = self._shifted(tokens, shift_steps)
-            if shifted is not None:
-                guess[row] = shifted
-        return guess
+            moved = self._shifted(tokens, steps)
+            if moved is not None:
+                mid[row] = moved
+        return mid
 
     def _shifted(self, tokens: Tensor, steps: int) -> Tensor | None:
         """Tokens (n,) of the chunk behind its first `steps` steps, the last one repeated; None if there is none."""

@@ -3,59 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ceed_vla.errors import ConfigError
-from ceed_vla.fields import short
+from ceed_vla.fields import chosen, ranged, short
 from ceed_vla.tensors import check_actions, check_tokens, numbers, whole
+from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig
 
-RANGE_MODES = ("quantile", "min_max")
+ACTION_RANGES = ("quantile", "min_max", "fixed")
+RANGE_MODES = ACTION_RANGES[:2]
 _RANGE_KEYS = {"quantile": ("q01", "q99"), "min_max": ("min", "max")}
 MOST_BINS = 65_536
 LARGEST = 1e30  # end of a range [action units]
 _LEAST_WIDTH = 1e-3  # a dimension that never moves still needs distinct bins [action units]
 
 
-class ActionTokens(Protocol):
-    """What decoders, training and policies need of any scheme that writes actions as tokens.
+@ActionTokensConfig.register_subclass("uniform")
+@dataclass
+class UniformTokensConfig(ActionTokensConfig):
+    """One uniform grid of bin centres for every action dimension (`ActionTokenizer`).
 
     Attributes:
-        action_dim: Action dimensions ``A``.
-        chunk_steps: Steps ``m`` of a chunk.
-        block_length: Tokens ``n`` of a chunk.
-        num_bins: Values ``V`` of one token.
-        gripper_dims: Two-valued dimensions, as non-negative indices; decoders never relax them.
-        zero_bins: (A,) or (n,) int64, the tokens nearest "do not move".
-        low: (A,) float64, smallest action [action units].
-        high: (A,) float64, largest action [action units].
+        num_bins: Values of one action token. Odd numbers put zero exactly on a bin centre.
+        action_range: Where the bins end: "quantile" (1 % and 99 %), "min_max" (of the data), or "fixed"
+            (`action_low`, `action_high`). Quantiles break dimensions that are nearly always zero.
+        action_low: Lower end of every action dimension [the data set's units]; filled from the data unless fixed.
+        action_high: Upper end of every action dimension [the data set's units].
+        gripper_dims: Two-valued action dimensions; always min/max, decoded exactly.
     """
 
-    action_dim: int
-    chunk_steps: int
-    block_length: int
-    num_bins: int
-    gripper_dims: tuple[int, ...]
-    zero_bins: Tensor
-    low: Tensor
-    high: Tensor
+    num_bins: int = ranged(255, "[2, 65536]")
+    action_range: str = chosen("quantile", ACTION_RANGES)
+    action_low: list[float] = ranged([], ACTIONS)
+    action_high: list[float] = ranged([], ACTIONS)
 
-    def encode(self, actions: Tensor) -> Tensor:
-        """Actions (B, m, A) to tokens (B, n) int64."""
-        ...
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.action_low) != len(self.action_high):
+            raise ConfigError(
+                f"action_low has {len(self.action_low)} values and action_high {len(self.action_high)}; "
+                "give one of each for every action dimension."
+            )
+        if self.action_range == "fixed" and not self.action_low:
+            raise ConfigError('action_range "fixed" needs action_low and action_high, one value a dimension.')
 
-    def readable(self, tokens: Tensor) -> Tensor:
-        """Which rows (B,) bool of `tokens` (B, n) stand for a chunk."""
-        ...
+    @property
+    def vocabulary_size(self) -> int:
+        return self.num_bins
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, n) to actions (B, m, A) float32."""
-        ...
+    def fit(self, action_dim: int, action_stats: Mapping[str, Any] | None) -> None:
+        if self.action_low:
+            return
+        if action_stats is None:
+            raise ConfigError(
+                f'action_range "{self.action_range}" needs the data set\'s action statistics, or set '
+                'action_range="fixed" with action_low and action_high.'
+            )
+        low, high = ranges_from_stats(
+            action_stats, self.action_range, self.gripper_indices(action_dim), self.num_bins
+        )
+        self.action_low, self.action_high = [float(v) for v in low], [float(v) for v in high]
+
+    def build(self, chunk_steps: int, action_dim: int) -> ActionTokens:
+        grippers = self.gripper_indices(action_dim)
+        return ActionTokenizer(self.action_low, self.action_high, chunk_steps, self.num_bins, grippers)
+
+    def validate_features(self, action_dim: int) -> None:
+        super().validate_features(action_dim)
+        if self.action_low and len(self.action_low) != action_dim:
+            raise ConfigError(
+                f"action_low/action_high have {len(self.action_low)} values, the action has {action_dim}."
+            )
 
 
-class ActionTokenizer:
+class ActionTokenizer(ActionTokens):
     """Writes a chunk of ``m`` actions of ``A`` dimensions as ``n = m * A`` tokens, step-major.
 
     Token ``v`` of dimension ``d`` stands for ``low[d] + v * (high[d] - low[d]) / (num_bins - 1)``: the tokens
@@ -67,12 +92,7 @@ class ActionTokenizer:
         high: Largest value of every dimension [action units].
         chunk_steps: Steps ``m``.
         num_bins: Tokens ``V`` of the vocabulary.
-        gripper_dims: Two-valued dimensions; decoders never relax them, and their two values should be range
-            ends.
-
-    Attributes:
-        zero_bins: (A,) int64, the bin nearest zero in every dimension.
-        clipped: Values that `encode` clipped since construction.
+        gripper_dims: Two-valued dimensions, whose two values should be range ends.
 
     Raises:
         ConfigError: Sizes or ranges that define no grid.
@@ -103,7 +123,7 @@ class ActionTokenizer:
         self.action_dim = len(low)
         self.chunk_steps = int(chunk_steps)
         self.block_length = self.chunk_steps * self.action_dim
-        self.num_bins = int(num_bins)
+        self.tokens_per_step, self.vocabulary_size = self.action_dim, int(num_bins)
         bad = [d for d in gripper_dims if not -self.action_dim <= d < self.action_dim]
         if bad:
             raise ConfigError(f"gripper_dims {bad} lie outside the {self.action_dim} action dimensions.")
@@ -111,7 +131,7 @@ class ActionTokenizer:
         # float64: rounding to a bin must not depend on how a float32 grid rounds.
         self.low = torch.tensor(low, dtype=torch.float64)  # (A,)
         self.high = torch.tensor(high, dtype=torch.float64)  # (A,)
-        width = (self.high - self.low) / (self.num_bins - 1)
+        width = (self.high - self.low) / (self.vocabulary_size - 1)
         ordered = (self.low.abs() < LARGEST) & (self.high.abs() < LARGEST) & (width > 1 / LARGEST)
         if not bool(ordered.all()):
             d = int((~ordered).nonzero()[0])
@@ -122,53 +142,31 @@ class ActionTokenizer:
         self.step = width  # (A,) distance of two bin centres
         self._centres = self._grid()  # (V, A) float32
         self._by_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
-        self.zero_bins = (-self.low / self.step).round().clamp(0, self.num_bins - 1).long()  # (A,)
-        self.clipped = 0
+        nearest = (-self.low / self.step).round().clamp(0, self.vocabulary_size - 1).long()  # (A,)
+        self.zero = nearest.repeat(self.chunk_steps)
 
     def encode(self, actions: Tensor) -> Tensor:
-        """Nearest bins of `actions`.
-
-        Args:
-            actions: (B, m, A) [action units]. Out-of-range values are clipped and counted in `clipped`.
-
-        Returns:
-            Tokens (B, n) int64, step-major.
-
-        Raises:
-            TokenError: Another shape, or NaN or infinity.
-        """
+        """Nearest bins (B, n) of `actions` (B, m, A); see `ActionTokens`."""
         check_actions(actions, self.chunk_steps, self.action_dim)
         actions = actions.double()
         _, low, step_size = self._on(actions.device)
         bins = (actions - low) / step_size  # (B, m, A), in bins
         # A float32 value at a range end must not count as out of range.
         slack = 1e-3
-        self.clipped += int(((bins < -slack) | (bins > self.num_bins - 1 + slack)).sum())
-        return bins.round().clamp(0, self.num_bins - 1).long().flatten(1)
+        self.clipped += int(((bins < -slack) | (bins > self.vocabulary_size - 1 + slack)).sum())
+        return bins.round().clamp(0, self.vocabulary_size - 1).long().flatten(1)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Bin centres of `tokens` (B, n).
-
-        Returns:
-            Actions (B, m, A) float32 [action units].
-
-        Raises:
-            TokenError: Another shape, not integers, or a token outside the vocabulary.
-        """
-        check_tokens(tokens, "tokens", (None, self.block_length), self.num_bins)
+        """Bin centres (B, m, A) of `tokens` (B, n); see `ActionTokens`."""
+        check_tokens(tokens, "tokens", (None, self.block_length), self.vocabulary_size)
         centres, _, _ = self._on(tokens.device)
         steps = tokens.long().view(-1, self.chunk_steps, self.action_dim)  # (B, m, A)
         return centres.gather(0, steps.reshape(-1, self.action_dim)).view(steps.shape)
 
-    def readable(self, tokens: Tensor) -> Tensor:
-        """Which rows (B,) of `tokens` (B, n) stand for a chunk: here all of them."""
-        check_tokens(tokens, "tokens", (None, self.block_length), 0)
-        return torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
-
     def _grid(self) -> Tensor:
         """Bin centres (V, A) float32; both ends, and zero where it is a centre, are exact."""
-        v = torch.arange(self.num_bins, dtype=torch.float64).unsqueeze(1)  # (V, 1)
-        top = self.num_bins - 1
+        v = torch.arange(self.vocabulary_size, dtype=torch.float64).unsqueeze(1)  # (V, 1)
+        top = self.vocabulary_size - 1
         # A weighted mean of the ends is symmetric: v and top - v of a symmetric range are exactly opposite.
         return (((top - v) * self.low + v * self.high) / top).float()
 

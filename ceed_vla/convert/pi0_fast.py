@@ -14,7 +14,7 @@ from ceed_vla.backbones.pi0_fast.config import Pi0FastConfig, Pi0FastTokensConfi
 from ceed_vla.backbones.pi0_fast.inputs import PromptTokensStep, load_text_tokenizer
 from ceed_vla.backbones.pi0_fast.loading import EMBEDDING, HEAD, decode_architecture, describe_model
 from ceed_vla.backbones.pi0_fast.tokens import TextIds
-from ceed_vla.checkpoints import resolve_checkpoint
+from ceed_vla.checkpoint_files import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.convert.config import ConvertConfig
 from ceed_vla.decoding.config import DecodingConfig

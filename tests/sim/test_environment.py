@@ -103,7 +103,9 @@ class Adder:
 def test_a_plain_environment_is_evaluated() -> None:
     policy = Adder()
     results = rollout((policy, None, None), [1, 2, 3], PlainConfig(), batch=2)
-    assert [(r.seed, r.success, r.steps, r.chunks) for r in results] == [(s, True, 6, 2) for s in (1, 2, 3)]
+    assert [(r.seed, r.success, r.steps, r.forwards) for r in results] == [
+        (s, True, 6, [1, 1]) for s in (1, 2, 3)
+    ]
     assert {r.task for r in results} == {"plain"}
     assert {r.instruction for r in results} == {"add"}
     batch = policy.batches[1]

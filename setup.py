@@ -7,7 +7,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 NAME = "ceed_vla"
-PACKAGES = ("ceed_vla", "training", "sim", "ros_nodes", "benchmarks")
+PACKAGES = ("ceed_vla", "training", "sim", "ros_nodes")
 HERE = Path(__file__).resolve().parent
 
 

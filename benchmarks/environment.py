@@ -14,8 +14,7 @@ import time
 import gymnasium
 import numpy as np
 
-import sim  # noqa: F401  (registers the environment)
-from sim.rollout import ENV_ID
+from sim.tabletop import ENV_ID
 from sim.tabletop.env import CTRL_DT
 
 

@@ -11,7 +11,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
@@ -42,7 +42,8 @@ class Command:
         must: Flags that `--help` lists first, besides those without a default.
         may: Flags that it explains after these; the others it only names. With neither, it explains all.
         positional: The flag that a word without ``--`` stands for.
-        simulator: Gives the function's further arguments, for commands that may not import the simulator.
+        simulator: Module and class that add a simulator's flags to the configuration; `arguments` of that class gives
+            the function's further arguments. For commands that may not import the simulator.
     """
 
     summary: str
@@ -53,24 +54,7 @@ class Command:
     must: tuple[str, ...] = ()
     may: tuple[str, ...] = ()
     positional: str = ""
-    simulator: Callable[[Any], dict[str, Any]] | None = None
-
-
-def teacher_simulator(config: Any) -> dict[str, Any]:
-    """How `train` validates a policy in simulation, and how it records takeover rounds."""
-    from sim.hooks import ClosedLoopValidation, TakeoverRecorder
-
-    return {
-        "closed_loop": ClosedLoopValidation(decoding="ar"),
-        "record_takeover": TakeoverRecorder(config.takeover_episodes, config.takeover_seed, config.rounds),
-    }
-
-
-def student_simulator(config: Any) -> dict[str, Any]:
-    """How `distill` validates a policy in simulation."""
-    from sim.hooks import ClosedLoopValidation
-
-    return {"closed_loop": ClosedLoopValidation(decoding="ceed")}
+    simulator: str = ""
 
 
 def _row(
@@ -87,23 +71,23 @@ COMMANDS = {
         "record demonstrations of the scripted experts as a LeRobot data set",
         "sim.record RecordConfig record",
         must="root",
-        may="mode tasks episodes seed policy_path action_noise resume",
+        may="mode env.type env.task episodes seed policy_path action_noise resume",
         kept=f"complete attempts are in {{root}}; {_RESUMABLE}",
     ),
     "train": _row(
         "train the autoregressive teacher on recorded data",
         "training.teacher TrainConfig train",
         must="roots output_dir",
-        may="grounding_roots steps batch_size rounds policy_path policy.chunk_size policy.backbone.type "
-        "policy.backbone.path policy.action_tokens.type policy.device threads resume",
+        may="grounding_roots steps batch_size rounds env.type validate_episodes policy_path policy.chunk_size "
+        "policy.backbone.type policy.action_tokens.type policy.device threads resume",
         kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
-        simulator=teacher_simulator,
+        simulator="sim.hooks TeacherSimulation",
     ),
     "fit-tokens": _row(
         "fit FAST action tokens (DCT and BPE) on recorded data",
         "training.fit_tokens FitTokensConfig fit_tokens",
         must="roots output",
-        may="chunk_size vocabulary_size gripper_dims",
+        may="chunk_size most_ids gripper_dims",
     ),
     "collect": _row(
         "write the teacher's Jacobi trajectories over a data set",
@@ -119,26 +103,26 @@ COMMANDS = {
         may="trajectories.online steps batch_size lr loss states max_iterations confidence lora.rank device seed "
         "threads resume",
         kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
-        simulator=student_simulator,
+        simulator="sim.hooks StudentSimulation",
     ),
     "eval": _row(
         "compare decoders in closed loop: success, forwards, latency, clips",
         "sim.evaluate EvalConfig evaluate",
         must="policy.path",
-        may="teacher.path decoders episodes seed task split output_dir device threads resume",
+        may="teacher.path decoders episodes seed env.type env.task env.split output_dir device threads resume",
         kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
     ),
     "show": _row(
         "draw how one observation's tokens settle over the iterations",
         "sim.show ShowConfig show",
         must="policy.path",
-        may="teacher.path output seed chunk task device",
+        may="teacher.path output seed chunk env.type env.task device",
     ),
     "grounding": _row(
-        "how well a policy sees where cube and goal are, by distance",
+        "how well a policy sees where object and goal are, by distance",
         "sim.grounding GroundingConfig grounding",
         must="policy.path",
-        may="scenes edges output device",
+        may="scenes edges env.type env.task output device",
     ),
     "demo": _row(
         "run the shipped policies: table, plots and clips in a few minutes",
@@ -199,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _configure_logging()
     if arguments is None and not os.environ.get(TRACEBACK):
         sys.unraisablehook = lambda _: None  # what fails while objects are thrown away changes nothing
-    return _run(name, COMMANDS[name], flags)
+    return run(name, COMMANDS[name], flags)
 
 
 def _configure_logging() -> None:
@@ -230,21 +214,32 @@ def overview() -> str:
     )
 
 
-def _run(name: str, command: Command, flags: list[str]) -> int:
+def config_of(command: Command) -> type[Any]:
+    """A command's configuration dataclass; with the simulator's flags where it has some."""
+    config_class = getattr(importlib.import_module(command.module), command.config)
+    if not command.simulator:
+        return config_class
+    module, name = command.simulator.split()
+    simulator = getattr(importlib.import_module(module), name)
+    space = {"__doc__": config_class.__doc__, "__module__": config_class.__module__}
+    return dataclass(type(config_class.__name__, (simulator, config_class), space))
+
+
+def run(name: str, command: Command, flags: Sequence[str]) -> int:
+    """Run a command with its flags; returns the exit code."""
     program, config = f"{PROGRAM} {name}", None
     try:
         packages, flags = take_packages(flags)
         discover(packages)
-        module = importlib.import_module(command.module)
-        config_class = getattr(module, command.config)
+        config_class = config_of(command)
         wanted = _help(flags)
         if wanted:
             groups = (command.positional, command.must, command.may)
             print(format_help(program, config_class, *groups, everything=wanted == "all"))
             return 0
         config = parse_flags(config_class, flags, command.positional)
-        injected = command.simulator(config) if command.simulator else {}
-        result = getattr(module, command.function)(config, **injected)
+        function = getattr(importlib.import_module(command.module), command.function)
+        result = function(config, **(config.arguments() if command.simulator else {}))
         if not isinstance(result, dict | None):  # a dict is a report that the command has printed
             print(result)
     except UsageError as error:

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
+from ceed_vla.choices import Choice
 from ceed_vla.cli_values import (
     UsageError,
+    check_moved,
     is_choice,
     is_nested,
     read_config,
@@ -112,7 +114,7 @@ def format_help(
     """
     width = max(60, min(shutil.get_terminal_size((110, 24)).columns, 120))
     introduction, _ = _split_docstring(config_class)
-    flags = {flag[0]: flag for flag in _describe(config_class)}
+    flags = {flag[0]: flag for flag in _describe(config_class, foreign=False)}
     required = [name for name, (*_, default) in flags.items() if default == "(required)"]
     first = list(dict.fromkeys([*must, *required]))
     second = list(may) if must or may else [name for name in flags if flags[name][2] and name not in first]
@@ -154,8 +156,13 @@ def _named(names: Iterable[str], width: int) -> list[str]:
     return [line for text in texts for line in wrapper.wrap(text)]
 
 
-def _describe(config_class: type[Any], prefix: str = "", defaults: Any = None) -> Iterator[_Flag]:
-    """(name, type, meaning, default) of every flag, nested ones as `outer.inner`."""
+def _describe(
+    config_class: type[Any], prefix: str = "", defaults: Any = None, *, foreign: bool = True
+) -> Iterator[_Flag]:
+    """(name, type, meaning, default) of every flag, nested ones as `outer.inner`.
+
+    Those that only other kinds of LeRobot's families have are `foreign`.
+    """
     _, meanings = _split_docstring(config_class)
     hints = type_hints(config_class)
     for item in (item for item in fields(config_class) if item.init):
@@ -163,10 +170,12 @@ def _describe(config_class: type[Any], prefix: str = "", defaults: Any = None) -
         kind = hints.get(item.name, item.type)
         meaning, allowed = meanings.get(item.name, ""), allowed_of(item)
         if is_choice(kind):
-            yield from _describe_choice(kind, prefix + item.name, meaning, value)
+            yield from _describe_choice(kind, prefix + item.name, meaning, value, foreign)
             continue
         if isinstance(kind, type) and is_dataclass(kind):
-            yield from _describe(kind, f"{prefix}{item.name}.", None if value is MISSING else value)
+            yield from _describe(
+                kind, f"{prefix}{item.name}.", None if value is MISSING else value, foreign=foreign
+            )
             continue
         shown = "(required)" if value is MISSING else "" if value in (None, "") else f"[{_plain(value)}]"
         if meaning and allowed is not None:
@@ -174,11 +183,13 @@ def _describe(config_class: type[Any], prefix: str = "", defaults: Any = None) -
         yield prefix + item.name.removesuffix("_"), _type_name(kind), meaning, shown
 
 
-def _describe_choice(kind: type[Any], name: str, meaning: str, value: Any) -> Iterator[_Flag]:
+def _describe_choice(kind: type[Any], name: str, meaning: str, value: Any, foreign: bool) -> Iterator[_Flag]:
     """`name.type`, then the flags of the usual kind, then those that only other kinds have."""
     usual = kind.get_choice_class(kind.default_choice_name()) if value is MISSING else value.__class__
     known = kind.get_known_choices()
-    others = [choice for choice in known.values() if choice is not usual]
+    others = [
+        choice for choice in known.values() if choice is not usual and (foreign or issubclass(kind, Choice))
+    ]
     yield f"{name}.type", "|".join(known), meaning, f"[{kind.get_choice_name(usual)}]"
     seen = set()
     for choice in (usual, *others):
@@ -230,6 +241,8 @@ def _read_words(config_class: type[Any], flags: Sequence[str], positional: str) 
         name, equals, text = word.removeprefix("--").partition("=")
         if name not in kinds and f"{name}.path" in kinds:
             name = f"{name}.path"  # --policy FOLDER
+        if word.startswith("--") and name not in kinds:
+            check_moved(name, config_class)
         if not word.startswith("--") or name not in kinds:
             raise unknown(name, kinds, word)
         if name in seen:

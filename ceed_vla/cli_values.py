@@ -12,7 +12,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ceed_vla.choices import Choice
 from ceed_vla.fields import describe
 
 MOST_FLAGS = 2**20  # [bytes] of a file of flags
@@ -30,6 +29,12 @@ def unknown(name: str, known: Iterable[str], word: str = "") -> UsageError:
     close = get_close_matches(name[:100], known, n=1)
     hint = f"; did you mean --{close[0]}?" if close else ""
     return UsageError(f"unknown flag {_shown(word or f'--{name}')}{hint}")
+
+
+def check_moved(name: str, config_class: type[Any]) -> None:
+    """Raise `UsageError` for a flag that has another name now (`moved` of the configuration)."""
+    if new := getattr(config_class, "moved", {}).get(name):
+        raise UsageError(f"--{name} is now --{new}")
 
 
 def read_yaml(text: str, source: str) -> Any:
@@ -126,6 +131,8 @@ def shaped(values: dict[str, Any], config_class: type[Any], prefix: str = "") ->
     for name, value in values.items():
         if name in result:
             continue
+        if name not in known or (name == "env" and not isinstance(value, dict)):
+            check_moved(name, config_class)
         if name not in known:
             raise unknown(prefix + name, [prefix + n for n in known])
         field, owner = known[name]
@@ -175,7 +182,7 @@ def _shown(value: object) -> str:
 
 def is_choice(kind: Any) -> bool:
     """Whether a dataclass of several kinds is meant, which ``type`` chooses."""
-    return isinstance(kind, type) and Choice in kind.__bases__
+    return isinstance(kind, type) and any(base.__name__ == "ChoiceRegistry" for base in kind.__bases__)
 
 
 def is_nested(kind: Any) -> bool:

@@ -11,7 +11,7 @@ import sys
 from ceed_vla.errors import ConfigError
 
 FLAG = "discover_packages_path"
-discovered: set[str] = set()
+_discovered: set[str] = set()
 
 
 def discover(text: str, option: str = f"--{FLAG}") -> None:
@@ -28,11 +28,16 @@ def discover(text: str, option: str = f"--{FLAG}") -> None:
                 f"{option}: the package {name!r} cannot be imported ({type(error).__name__}: {error}); install it, or "
                 "set PYTHONPATH."
             ) from error
-        discovered.add(name)
+        _discovered.add(name)
+
+
+def discovered() -> list[str]:
+    """The packages that were imported so, for processes that shall import them too."""
+    return sorted(_discovered)
 
 
 def named_by_user(module: str) -> bool:
     """Whether a module belongs to a package that the user named, to us or to a tool of LeRobot."""
     words = [word.partition("=") for word in sys.argv if FLAG in word.partition("=")[0]]
-    named = discovered | {name.strip() for _, _, value in words for name in value.split(",") if name.strip()}
+    named = _discovered | {name.strip() for _, _, value in words for name in value.split(",") if name.strip()}
     return any(module == name or module.startswith(f"{name}.") for name in named)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ceed_vla.errors import SimulationError
 from ceed_vla.files import replacing
-from sim.closed_loop import Replan, drive
+from sim.environment import EnvPool
 from sim.outputs import MADE_BY
-from sim.rollout import EnvPool, PolicyRunner
+from sim.rollout import PolicyRunner, Replan, drive
 
 Frame = NDArray[np.uint8]
 
@@ -34,8 +34,7 @@ END_FRAMES = 12  # the outcome stays readable
 
 
 def compose_frame(
-    front: Frame,
-    wrist: Frame,
+    views: Sequence[Frame],
     *,
     instruction: str,
     decoder: str,
@@ -44,12 +43,13 @@ def compose_frame(
     unit: str,
     step: int,
     status: str = "",
+    sides: tuple[str, str] = ("", ""),
 ) -> Frame:
     """One picture of a clip.
 
     Args:
-        front: (S, S, 3) uint8, enlarged without smoothing: the pixels the policy gets.
-        wrist: (S, S, 3) uint8.
+        views: Camera images (H, W, 3) uint8, of which the first two are shown; enlarged without smoothing: the pixels
+            that the policy gets.
         instruction: The episode's instruction.
         decoder: Name of the decoder.
         forwards: Forwards that the current chunk took.
@@ -57,19 +57,21 @@ def compose_frame(
         unit: What a forward is: "block" or "token".
         step: Control steps done.
         status: Shown at the bottom, e.g. "solved".
+        sides: What lies at the left and right border of the first image.
 
     Returns:
         (`HEIGHT`, `WIDTH`, 3) uint8.
     """
     picture = Image.new("RGB", (WIDTH, HEIGHT), _PAPER)
-    picture.paste(Image.fromarray(front).resize((VIEW, VIEW), Image.Resampling.NEAREST), (0, HEADER))
-    picture.paste(Image.fromarray(wrist).resize((INSET, INSET), Image.Resampling.NEAREST), (VIEW, HEADER))
+    for view, side, x in zip(views, (VIEW, INSET), (0, VIEW), strict=False):
+        picture.paste(
+            ImageOps.pad(Image.fromarray(view), (side, side), Image.Resampling.NEAREST), (x, HEADER)
+        )
     draw = ImageDraw.Draw(picture)
     draw.text((_MARGIN, HEADER // 2), instruction, fill=_INK, font=_fitting_font(instruction), anchor="lm")
-    # The front camera faces the robot.
-    for side, x, anchor in (("right", _SIDE_MARGIN, "ld"), ("left", VIEW - _SIDE_MARGIN, "rd")):
+    for text, x, anchor in zip(sides, (_SIDE_MARGIN, VIEW - _SIDE_MARGIN), ("ld", "rd"), strict=True):
         where = (x, HEIGHT - _SIDE_MARGIN)
-        draw.text(where, f"robot's {side}", _INK, _font(12), anchor, stroke_width=2, stroke_fill=_PAPER)
+        draw.text(where, text, _INK, _font(12), anchor, stroke_width=2, stroke_fill=_PAPER)
 
     left, top = VIEW + _MARGIN, HEADER + INSET + _MARGIN
     draw.text((left, top), decoder, fill=_INK, font=_font(22))
@@ -147,25 +149,28 @@ def record_clip(
         name: Name of the decoder.
         unit: What a forward is: "block" or "token".
         seed: Seed of the episode.
-        task: Its family, or "mixed".
+        task: Its task, or "mixed".
         executed_steps: Steps executed of each chunk.
 
     Returns:
         `path`.
     """
-    replans = drive(runner, pool, seed, executed_steps, task)
-    return write_clip(path, _episode_frames(replans, name, unit))
+    replans = drive(runner, pool, seed, executed_steps, task, watch=True)
+    sides = getattr(pool.config, "sides", ("", ""))
+    return write_clip(path, _episode_frames(replans, name, unit, sides), pool.config.fps)
 
 
-def _episode_frames(replans: Iterable[Replan], name: str, unit: str) -> Iterator[Frame]:
+def _episode_frames(
+    replans: Iterable[Replan], name: str, unit: str, sides: tuple[str, str]
+) -> Iterator[Frame]:
     counts: list[int] = []
     for replan in replans:
         counts.append(replan.chunk.forwards)
-        for i, pixels in enumerate(replan.views, start=1):
+        for i, views in enumerate(replan.views, start=1):
             last = replan.finished and i == len(replan.views)
             frame = compose_frame(
-                pixels["front"],
-                pixels["wrist"],
+                list(views.values()),
+                sides=sides,
                 instruction=replan.instruction,
                 decoder=name,
                 forwards=counts[-1],

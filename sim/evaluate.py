@@ -7,9 +7,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from lerobot.envs.configs import EnvConfig
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,26 +24,31 @@ from rich.progress import (
 from ceed_vla.checkpoints import load, resolve_checkpoint, weights_hash
 from ceed_vla.devices import check_device
 from ceed_vla.errors import ConfigError
-from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
+from ceed_vla.fields import SEEDS, check_fields, ranged
 from ceed_vla.files import write_text
 from sim.clips import record_clip
 from sim.decoders import Row, parse_decoders, resolve_rows
+from sim.environment import EVALUATION_SEEDS, Bundle, EnvPool, flags, joined, turns
 from sim.episode_log import EPISODES, EpisodeLog, Results, fingerprint, refuse_unfinished
 from sim.outputs import MADE_BY, claim_folder
 from sim.plots import PLOTS, write_plots
 from sim.report import console_table, markdown
-from sim.rollout import MAX_EPISODE_STEPS, Bundle, EnvPool, EpisodeResult, rollout
+from sim.rollout import EpisodeResult, rollout
 from sim.summary import hardware, paired_entries, row_entry, versions
-from sim.tabletop.tasks import SPLITS, TASKS
+from sim.tabletop.lerobot_env import mixed_tabletop
 from sim.timing import Samples, collect_observations, make_runner, measure, summarise
 
 logger = logging.getLogger(__name__)
 
-ENVIRONMENTS = ("tabletop",)
 EPISODE_COUNTS = "[1, 100000]"
-EVALUATION_SEEDS = 50_000  # nothing is recorded, trained or tuned on seeds from here on
 GROUP_BATCHES = 5  # a decoder runs so many batches of seeds before the next decoder
 REPORT = "report.json"
+MOVED = {
+    "env": "env.type",
+    "task": "env.task",
+    "split": "env.split",
+    "max_episode_steps": "env.episode_length",
+}
 
 
 @dataclass
@@ -66,16 +72,13 @@ class EvalConfig:
     Attributes:
         policy: The policy to evaluate.
         teacher: Its autoregressive teacher; adds the rows teacher_ar and teacher_cap4, and allows others.
-        env: Simulation.
+        env: The environment; its tasks take turns over the seeds, or it draws them (env.task=mixed).
         decoders: Comma-separated names: ar, ar_h (stops after the executed steps), jacobi (strict), ceed (the
             checkpoint's early exit), cap<K> (at most K forwards, e.g. cap2), conf<P>_cap<K> (or until confident, e.g.
             conf0.2_cap3); Jacobi ones also with _mid or _random (the guess); all with teacher_ in front.
         episodes: Episodes a decoder.
         seed: First seed; every decoder runs seed, seed + 1, ... Seeds from 50000 up are for evaluation only.
         output_dir: Folder for the report, plots and clips. A report that we completed there earlier is replaced.
-        task: "mixed", a task family, or families separated by commas, which take turns.
-        split: Colour and phrase combinations.
-        max_episode_steps: Control steps after which an episode counts as failed.
         batch: Episodes that run in lock-step.
         executed_steps: Steps executed of each chunk.
         clips: Whether to write one clip a decoder.
@@ -87,16 +90,15 @@ class EvalConfig:
         resume: Keep the finished episodes of an interrupted evaluation with the same options in `output_dir`.
     """
 
+    moved: ClassVar[dict[str, str]] = MOVED
+
     policy: CheckpointPath = field(default_factory=CheckpointPath)
     teacher: CheckpointPath = field(default_factory=CheckpointPath)
-    env: str = chosen("tabletop", ENVIRONMENTS)
+    env: EnvConfig = field(default_factory=mixed_tabletop)
     decoders: str = "ar,jacobi,ceed"
     episodes: int = ranged(20, EPISODE_COUNTS)
     seed: int = ranged(EVALUATION_SEEDS, SEEDS)
     output_dir: str = "outputs/eval"
-    task: str = "mixed"
-    split: str = chosen("train", SPLITS)
-    max_episode_steps: int = ranged(MAX_EPISODE_STEPS, "[1, 100000]")
     batch: int = ranged(20, "[1, 1000]")
     executed_steps: int = ranged(4, "[1, 4096]")
     clips: bool = True
@@ -118,6 +120,7 @@ class _Run:
     rows: list[Row]
     bundles: dict[str, Bundle]
     results: Results
+    pool: EnvPool
     samples: dict[str, Samples] = field(default_factory=dict)
     timing: dict[str, Any] = field(default_factory=dict)
 
@@ -139,9 +142,13 @@ def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, An
     Raises:
         ConfigError: An option that cannot work, e.g. an unknown decoder.
         CheckpointError: A checkpoint that cannot be loaded.
-        SimulationError: An unknown task.
+        SimulationError: An environment that cannot be made.
     """
-    console = console or default_console()
+    with EnvPool(min(config.batch, config.episodes), config.env) as pool:
+        return _evaluate(config, pool, console or default_console())
+
+
+def _evaluate(config: EvalConfig, pool: EnvPool, console: Console) -> dict[str, Any]:
     names = check(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -149,12 +156,10 @@ def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, An
     if not config.resume:
         refuse_unfinished(folder, REPORT)
     bundles = load_bundles(config)
-    rows = resolve_rows(
-        names, {model: bundle[0].config for model, bundle in bundles.items()}, config.executed_steps
-    )
-    log = EpisodeLog(folder, _identity(config, rows, bundles), dict(_plan(config)), config.max_episode_steps)
+    rows = resolve_rows(names, {model: bundle[0].config for model, bundle in bundles.items()})
+    log = EpisodeLog(folder, _identity(config, rows, bundles), dict(_plan(config)), pool.max_episode_steps)
     kept = _whole_groups(config, rows, log.read()) if config.resume else {row.name: [] for row in rows}
-    run = _Run(config, rows, bundles, kept)
+    run = _Run(config, rows, bundles, kept, pool)
     folder.mkdir(parents=True, exist_ok=True)
     log.start(kept)
     complete = False
@@ -192,7 +197,6 @@ def check(config: EvalConfig) -> list[str]:
             "Seeds below %d may have been recorded or tuned on; do not report them as results.",
             EVALUATION_SEEDS,
         )
-    _families(config.task)
     return names
 
 
@@ -213,8 +217,7 @@ def load_bundles(config: Any) -> dict[str, Bundle]:
                 f"--executed_steps is {config.executed_steps}; "
                 f"a chunk of {paths[model]} has {policy.config.chunk_size} steps."
             )
-        policy.config.n_action_steps = config.executed_steps  # the shift of the warm start
-    return bundles
+    return {model: joined(bundle, config.env) for model, bundle in bundles.items()}
 
 
 def default_console() -> Console:
@@ -223,20 +226,10 @@ def default_console() -> Console:
     return console if console.is_terminal else Console(width=120)
 
 
-def _families(task: str) -> list[str]:
-    """Families that take turns over the seeds; ["mixed"] leaves the draw to the environment."""
-    names = [part.strip() for part in task.split(",") if part.strip()]
-    allowed = ("mixed", *TASKS)
-    unknown = [name for name in names if name not in allowed]
-    if unknown or not names or ("mixed" in names and len(names) > 1):
-        raise ConfigError(f"--task is {task[:200]!r}; choose mixed, or some of {', '.join(TASKS)}.")
-    return names
-
-
 def _plan(config: EvalConfig) -> list[tuple[int, str]]:
     """(seed, task) of every episode."""
-    families = _families(config.task)
-    return [(config.seed + i, families[i % len(families)]) for i in range(config.episodes)]
+    tasks = turns(config.env)
+    return [(config.seed + i, tasks[i % len(tasks)]) for i in range(config.episodes)]
 
 
 def _file_names(config: EvalConfig, names: Sequence[str]) -> list[str]:
@@ -246,8 +239,9 @@ def _file_names(config: EvalConfig, names: Sequence[str]) -> list[str]:
 
 def _identity(config: EvalConfig, rows: Sequence[Row], bundles: dict[str, Bundle]) -> dict[str, Any]:
     """What decides an episode."""
-    options = ("env", "task", "split", "seed", "episodes", "executed_steps", "max_episode_steps", "batch")
+    options = ("seed", "episodes", "executed_steps", "batch")
     return {
+        "env": flags(config.env),
         **{name: getattr(config, name) for name in options},
         "device": str(bundles["policy"][0].config.device),
         "policy": fingerprint(config.policy.path),
@@ -272,14 +266,10 @@ def _whole_groups(config: EvalConfig, rows: Sequence[Row], results: Results) -> 
     return results
 
 
-def _pool(config: EvalConfig, size: int) -> EnvPool:
-    return EnvPool(size, config.split, max_episode_steps=config.max_episode_steps)
-
-
 def _run_episodes(run: _Run, console: Console, folder: Path, log: EpisodeLog) -> None:
     """All decoders on one group of seeds after the other, so that an early stop leaves comparable rows."""
     config = run.config
-    with _progress(console) as progress, _pool(config, min(config.batch, config.episodes)) as pool:
+    with _progress(console) as progress:
         kept = sum(map(len, run.results.values()))
         bar = progress.add_task("episodes", total=config.episodes * len(run.rows), completed=kept)
         for group in _groups(config):
@@ -296,11 +286,11 @@ def _run_episodes(run: _Run, console: Console, folder: Path, log: EpisodeLog) ->
                 rollout(
                     run.bundles[row.model],
                     [seed for seed, _ in missing],
-                    [task for _, task in missing],
+                    tasks=[task for _, task in missing],
                     decoding=row.decoding,
                     executed_steps=config.executed_steps,
-                    pool=pool,
-                    generator=make_runner(row, run.bundles).generator,
+                    pool=run.pool,
+                    generator=make_runner(row, run.bundles, run.config.executed_steps).generator,
                     on_episode=finish,
                 )
             _write_json(_build_report(run, complete=False), folder)
@@ -314,24 +304,20 @@ def _run_timing(run: _Run, console: Console) -> None:
     references = resolve_rows(
         sorted({row.reference for row in run.rows} - {row.name for row in run.rows}),
         {model: bundle[0].config for model, bundle in run.bundles.items()},
-        config.executed_steps,
     )
     driver = run.rows[-1]
-    with _pool(config, 1) as pool:
-        episodes = collect_observations(
-            make_runner(driver, run.bundles),
-            pool,
-            _plan(config),
-            config.executed_steps,
-            config.timing_chunks,
-        )
+    runner = make_runner(driver, run.bundles, config.executed_steps)
+    episodes = collect_observations(
+        runner, run.pool, _plan(config), config.executed_steps, config.timing_chunks
+    )
     chunks = sum(len(episode) for episode in episodes)
     if run.config.compile:
         for policy, _, _ in run.bundles.values():
             policy.backbone.block_logits = torch.compile(policy.backbone.block_logits, dynamic=True)
     with _progress(console) as progress:
         bar = progress.add_task("latency", total=chunks)
-        run.samples = measure([*run.rows, *references], run.bundles, episodes, lambda: progress.advance(bar))
+        rows, advance = [*run.rows, *references], lambda: progress.advance(bar)
+        run.samples = measure(rows, run.bundles, episodes, config.executed_steps, advance)
     run.timing = {
         "chunks": chunks,
         "episodes": len(episodes),
@@ -352,17 +338,17 @@ def _build_report(run: _Run, *, complete: bool) -> dict[str, Any]:
             reference = run.samples[row.reference]
             entry |= summarise(run.samples[row.name], reference, executed_tokens, config.executed_steps)
         entry["paired"] = paired_entries(row.name, run.results, ("ar", "teacher_ar"))
-        entry["decoding"] = asdict(row.decoding)
+        entry["decoding"] = {**asdict(row.decoding), "exits": list(row.decoding.exits)}
         entries[row.name] = entry
     return {
         "program": MADE_BY,
         "complete": complete,
-        "env": config.env,
-        "task": config.task,
-        "split": config.split,
+        "env": config.env.type,
+        "task": config.env.task,
+        "split": getattr(config.env, "split", None),
         "seeds": {"first": config.seed, "count": config.episodes},
         "executed_steps": config.executed_steps,
-        "max_episode_steps": config.max_episode_steps,
+        "max_episode_steps": run.pool.max_episode_steps,
         "chunk_size": policy.config.chunk_size,
         "block_length": policy.config.block_length,
         "policy": _checkpoint_entry(config.policy.path),
@@ -397,12 +383,12 @@ def _write_clips(run: _Run, folder: Path, console: Console) -> list[Path]:
     shown = next((episode for episode in first if episode.success), first[0])
     task = dict(_plan(config))[shown.seed]
     files = []
-    with _pool(config, 1) as pool, _progress(console) as progress:
+    with _progress(console) as progress:
         for row in progress.track(run.rows, description="clips"):
             clip = record_clip(
                 folder / f"clip_{row.name}.mp4",
-                make_runner(row, run.bundles),
-                pool,
+                make_runner(row, run.bundles, run.config.executed_steps),
+                run.pool,
                 name=row.name,
                 unit="token" if row.decoding.method == "ar" else "block",
                 seed=shown.seed,

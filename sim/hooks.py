@@ -1,7 +1,7 @@
-"""What training needs of the simulator, as plain callables: closed-loop validation and takeover recording.
+"""What training needs of the simulator: its flags, and plain callables for validation and takeover recording.
 
-`ceed_vla.cli` hands these to `training`, which never imports `sim`. Both start `python -m sim....` processes with one
-thread each: two such processes use two cores better than two threads in one.
+`ceed_vla.cli` joins these to `training`, which never imports `sim`. Both callables start processes with one thread
+each: two such processes use two cores better than two threads in one.
 """
 
 from __future__ import annotations
@@ -11,109 +11,163 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
 
+from lerobot.envs.configs import EnvConfig
+from tqdm import tqdm
+
+from ceed_vla.discovery import FLAG, discovered
 from ceed_vla.errors import ConfigError, SimulationError
-from sim.recording.config import TAKEOVER_SEEDS
+from ceed_vla.fields import ranged
+from sim.environment import TAKEOVER_SEEDS, VALIDATION_SEED, check_expert, flags
+from sim.tabletop.lerobot_env import mixed_tabletop
 
 logger = logging.getLogger(__name__)
 
-VALIDATION_SEED = 40_000
+
+@EnvConfig.register_subclass("none")
+@dataclass
+class NoEnv(EnvConfig):
+    """No simulator: training neither validates nor records takeovers."""
+
+    @property
+    def gym_kwargs(self) -> dict[str, Any]:
+        """There is nothing to make."""
+        return {}
+
+
+@dataclass
+class StudentSimulation:
+    """The flags by which `distill` uses a simulator.
+
+    Attributes:
+        env: Where policies are validated and takeovers recorded; none: neither is done.
+        validate_episodes: Episodes of every validation; 0 for none.
+    """
+
+    env: EnvConfig = field(default_factory=mixed_tabletop)
+    validate_episodes: int = ranged(40, "[0, 10000]")
+
+    def arguments(self) -> dict[str, Any]:
+        """What the command's function takes besides the configuration."""
+        return {"closed_loop": self.closed_loop("ceed")}
+
+    def closed_loop(self, decoding: str) -> ClosedLoopValidation | None:
+        """How a policy is validated, where it is."""
+        validated = self.validate_episodes and self.env.type != "none"
+        return ClosedLoopValidation(self.env, self.validate_episodes, decoding) if validated else None
+
+
+class TeacherSimulation(StudentSimulation):
+    """The flags by which `train` uses a simulator."""
+
+    def arguments(self: Any) -> dict[str, Any]:
+        """What the command's function takes besides the configuration."""
+        if self.env.type == "none":
+            self.rounds = 0
+        recorder = None
+        if self.rounds:
+            recorder = TakeoverRecorder(self.env, self.takeover_episodes, self.takeover_seed, self.rounds)
+        return {
+            "closed_loop": self.closed_loop("ar"),
+            "record_takeover": recorder,
+            "privileged": getattr(self.env, "privileged", None),
+        }
 
 
 class ClosedLoopValidation:
     """Success of a checkpoint on validation seeds: a `training.teacher.ClosedLoop`.
 
     Args:
-        episodes: Episodes a validation; 0 skips it.
+        env: The environment.
+        episodes: Episodes a validation.
         decoding: Decoder to validate with.
         processes: Processes that share the episodes.
     """
 
-    def __init__(self, episodes: int = 40, decoding: str = "ar", processes: int = 2) -> None:
-        self.episodes, self.decoding, self.processes = episodes, decoding, processes
+    def __init__(self, env: EnvConfig, episodes: int = 40, decoding: str = "ar", processes: int = 2) -> None:
+        self.env, self.episodes, self.decoding, self.processes = env, episodes, decoding, processes
 
     def __call__(self, policy: Path) -> tuple[int, int]:
-        """(successes, episodes) of the checkpoint folder `policy`."""
-        shares = _shares(self.episodes, self.processes)
+        """(successes, episodes) of the checkpoint folder `policy`; a bar counts the episodes meanwhile."""
         commands = [
-            [
-                sys.executable,
-                "-m",
-                "sim.validate",
-                str(policy),
-                str(VALIDATION_SEED + first),
-                str(count),
-                self.decoding,
-            ]
-            for first, count in shares
-        ]
-        try:
-            counts = [json.loads(text.strip().splitlines()[-1]) for text in _run_all(commands)]
-            return sum(count["successes"] for count in counts), sum(count["episodes"] for count in counts)
-        except (IndexError, KeyError, TypeError, ValueError) as error:
+            _command(
+                "sim.validate", self.env, policy_path=policy, seed=VALIDATION_SEED + first, episodes=count,
+                decoding=self.decoding,
+            )
+            for first, count in _shares(self.episodes, self.processes)
+        ]  # fmt: skip
+        outcomes = []
+        with tqdm(total=self.episodes, desc="validate", unit="episode", dynamic_ncols=True) as bar:
+            for line in _run_all(commands):
+                if line.startswith('{"success": '):  # environments of others may print, too
+                    outcomes.append(json.loads(line)["success"])
+                    bar.update()
+                    bar.set_postfix_str(f"{sum(outcomes)} solved")
+        if len(outcomes) != self.episodes:
             raise SimulationError(
-                f"A validation of {policy} printed no result ({error!r}); see above."
-            ) from error
+                f"A validation of {policy} reported {len(outcomes)} of {self.episodes} episodes; see above."
+            )
+        return sum(outcomes), len(outcomes)
 
 
 class TakeoverRecorder:
     """Records one takeover (DAgger) round: a `training.teacher.RecordTakeover`.
 
     Args:
+        env: The environment; it needs an expert.
         episodes: Attempts a round.
         seed: Seed of the first attempt of round 0; every attempt has its own.
         rounds: Rounds to come.
         decoding: Decoder of the driving policy.
         processes: Processes, each with a data set of its own.
-        tasks: Task families, as `ceed-vla record` takes them.
 
     Raises:
-        ConfigError: The rounds leave the seeds for takeovers.
+        ConfigError: The rounds leave the seeds for takeovers, or there is no expert.
     """
 
     def __init__(
-        self,
-        episodes: int,
-        seed: int,
-        rounds: int,
-        decoding: str = "ar",
-        processes: int = 2,
-        tasks: str = "all",
+        self, env: EnvConfig, episodes: int, seed: int, rounds: int, decoding: str = "ar", processes: int = 2
     ) -> None:
+        check_expert(env, f"--rounds {rounds} (takeovers)")
         low, high = TAKEOVER_SEEDS
         if not low <= seed <= high - rounds * episodes:
             raise ConfigError(
                 f"--takeover_seed is {seed}: {rounds} rounds of {episodes} takeovers would leave the seeds "
                 f"{low} to {high - 1}. Choose another first seed, or fewer takeovers."
             )
-        self.episodes, self.seed = episodes, seed
-        self.decoding, self.processes, self.tasks = decoding, processes, tasks
+        self.env, self.episodes, self.seed = env, episodes, seed
+        self.decoding, self.processes = decoding, processes
 
     def __call__(self, policy: Path, index: int, folder: Path) -> list[Path]:
         """Record round `index` with the checkpoint `policy` into new roots under `folder`; resumes broken ones."""
         roots, commands = [], []
         for process, (first, count) in enumerate(_shares(self.episodes, self.processes)):
-            root = folder / f"round_{index}_{process}"
-            options = {
-                "root": root,
-                "mode": "takeover",
-                "tasks": self.tasks,
-                "episodes": count,
-                "seed": self.seed + index * self.episodes + first,
-                "policy_path": policy,
-                "decoding": self.decoding,
-                "resume": "true",
-                "progress": "true" if process == 0 else "false",
-            }
-            roots.append(root)
-            commands.append([sys.executable, "-m", "sim.record", *(f"--{k}={v}" for k, v in options.items())])
+            roots.append(folder / f"round_{index}_{process}")
+            seed = self.seed + index * self.episodes + first
+            command = _command(
+                "ceed_vla.cli", self.env, root=roots[-1], mode="takeover", episodes=count, seed=seed,
+                policy_path=policy, decoding=self.decoding, resume="true",
+                progress="true" if process == 0 else "false",
+            )  # fmt: skip
+            commands.append([*command[:3], "record", *command[3:]])
         folder.mkdir(parents=True, exist_ok=True)
         for line in _run_all(commands):
             logger.info(line.strip())
         return roots
+
+
+def _command(module: str, env: EnvConfig, **options: Any) -> list[str]:
+    """``python -m module --option=value ...``, with the environment's flags and the packages that were discovered."""
+    packages = {FLAG: ",".join(discovered())} if discovered() else {}
+    words = [f"--{name}={value}" for name, value in {**options, **packages}.items()]
+    return [sys.executable, "-m", module, *words, *flags(env)]
 
 
 def _shares(total: int, parts: int) -> list[tuple[int, int]]:
@@ -122,23 +176,33 @@ def _shares(total: int, parts: int) -> list[tuple[int, int]]:
     return [(a, b - a) for a, b in pairwise(edges) if b > a]
 
 
-def _run_all(commands: Sequence[Sequence[str]]) -> list[str]:
-    """Run all commands side by side; their standard outputs.
+def _run_all(commands: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Run all commands side by side and yield the lines that they print.
 
     Raises:
         SimulationError: One of them failed.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}
     running = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True, env=environment) for c in commands]
+    lines: SimpleQueue[str | None] = SimpleQueue()
+
+    def read(process: subprocess.Popen[str]) -> None:
+        for line in process.stdout or ():
+            lines.put(line)
+        lines.put(None)
+
     try:
-        outputs = [process.communicate()[0] for process in running]
-    except BaseException:
         for process in running:
-            process.terminate()
-        raise
-    for command, process in zip(commands, running, strict=True):
-        if process.returncode:
-            raise SimulationError(
-                f"{' '.join(command[1:])} failed with exit status {process.returncode}; see above."
-            )
-    return outputs
+            Thread(target=read, args=(process,), daemon=True).start()
+        for _ in running:
+            while (line := lines.get()) is not None:
+                yield line
+        for command, process in zip(commands, running, strict=True):
+            if process.wait():
+                raise SimulationError(
+                    f"{' '.join(command[1:])} failed with exit status {process.returncode}; see above."
+                )
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.terminate()

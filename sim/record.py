@@ -1,15 +1,11 @@
 """`ceed-vla record`: demonstrations of the scripted experts as a LeRobotDataset v3.
 
-    python -m sim.record --root data/clean --tasks all --episodes 100 --seed 0 --mode clean
-
 See `sim.recording.config.RecordConfig` for all options.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 from tqdm import tqdm
 
-import sim  # noqa: F401  (registers the environment)
-from ceed_vla.cli_flags import UsageError, format_help, parse_flags
-from ceed_vla.errors import CeedVLAError, ConfigError, DatasetError
+from ceed_vla.checkpoints import load
+from ceed_vla.errors import ConfigError, DatasetError
+from sim.decoders import checked_name
+from sim.environment import Bundle, EnvPool, joined
 from sim.recording.attempts import (
     Attempt,
     clean_attempt,
@@ -33,14 +29,11 @@ from sim.recording.attempts import (
 )
 from sim.recording.commits import PROGRESS_FILE, is_recording
 from sim.recording.config import RecordConfig
+from sim.recording.dataset_writer import DatasetWriter
 from sim.recording.interrupts import InterruptGuard
+from sim.recording.takeover import takeover_attempts
+from sim.rollout import PolicyRunner
 
-logger = logging.getLogger(__name__)
-
-FPS = 10  # [Hz] the control rate
-ROBOT_TYPE = "ceed_tabletop"
-
-Bundle = tuple[Any, Any, Any]
 Hook = Callable[[Attempt], None]
 
 
@@ -89,13 +82,15 @@ def record(
         KeyboardInterrupt: Interrupted; all complete units of work are stored, `resume` goes on after them.
     """
     _check_root(config, policy_bundle)
-    from sim.recording.dataset_writer import DatasetWriter
-
     started = time.perf_counter()
     with _recorder(config, policy_bundle) as (run_unit, features), InterruptGuard() as guard:
         try:
             writer = DatasetWriter(
-                config.root, repo_id=config.repo_id, fps=FPS, features=features, robot_type=ROBOT_TYPE
+                config.root,
+                repo_id=config.repo_id,
+                fps=config.env.fps,
+                features=features,
+                robot_type=config.env.type,
             )
         except OSError as error:
             raise DatasetError(
@@ -126,43 +121,34 @@ def _recorder(
     config: RecordConfig, policy_bundle: Bundle | None
 ) -> Iterator[tuple[Callable[[range], list[Attempt]], dict[str, Any]]]:
     """The function that records one unit of seeds in the configured mode, and the features of its frames."""
-    if config.mode == "takeover":
-        import ceed_vla
-        from sim.decoders import named_decoding
-        from sim.recording.takeover import takeover_attempts
-        from sim.rollout import EnvPool, PolicyRunner
-
-        bundle = policy_bundle or ceed_vla.load(config.policy_path or "")
-        steps = bundle[0].config.chunk_size
-        if config.executed_steps > steps:
-            raise ConfigError(
-                f"executed_steps is {config.executed_steps}; the policy's chunks have {steps} steps."
+    with EnvPool(config.batch, config.env) as pool:
+        if config.mode == "takeover":
+            runner = _driver(config, policy_bundle)
+            yield (
+                lambda seeds: takeover_attempts(runner, pool, seeds, config),
+                frame_features(pool.env(0), config),
             )
-        decoding = named_decoding(config.decoding, bundle[0].config, config.executed_steps)
-        runner = PolicyRunner(bundle, decoding)
-        with EnvPool(config.batch, image_size=config.image_size) as pool:
-            features = frame_features(pool.env(0), with_action=True)
-            yield lambda seeds: takeover_attempts(runner, pool, seeds, config), features
-        return
-    wrapped = gymnasium.make(
-        "ceed_vla/Tabletop-v0",
-        task="mixed",
-        split="train",
-        image_size=config.image_size,
-        disable_env_checker=True,
-    )
-    env: Any = wrapped.unwrapped
-    attempt = {"clean": clean_attempt, "perturb": perturb_attempt}.get(config.mode)
+            return
+        env = pool.env(0)
+        if config.mode == "grounding":
+            env.needs("mode grounding", "privileged_state", "scatter", "observe")
+            if config.poses_per_scene > 1:
+                env.needs("--poses_per_scene above 1", "retarget")
+            yield lambda seeds: grounding_scenes(env, seeds, config), frame_features(env, config)
+            return
+        attempt = {"clean": clean_attempt, "perturb": perturb_attempt}[config.mode]
+        yield lambda seeds: [attempt(env, seed, config) for seed in seeds], frame_features(env, config)
 
-    def run_unit(seeds: range) -> list[Attempt]:
-        if attempt is None:
-            return grounding_scenes(env, seeds, config)
-        return [attempt(env, seed, config) for seed in seeds]
 
-    try:
-        yield run_unit, frame_features(env, with_action=config.mode != "grounding")
-    finally:
-        wrapped.close()
+def _driver(config: RecordConfig, policy_bundle: Bundle | None) -> PolicyRunner:
+    """The policy that drives in mode takeover."""
+    bundle = joined(policy_bundle or load(config.policy_path or ""), config.env)
+    steps = bundle[0].config.chunk_size
+    if config.executed_steps > steps:
+        raise ConfigError(
+            f"executed_steps is {config.executed_steps}; the policy's chunks have {steps} steps."
+        )
+    return PolicyRunner(bundle, checked_name(config.decoding), executed_steps=config.executed_steps)
 
 
 class _Session:
@@ -288,31 +274,3 @@ class _Session:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"} & set(arguments):
-        print(format_help("python -m sim.record", RecordConfig))
-        return 0
-    try:
-        summary = record(parse_flags(RecordConfig, arguments))
-    except UsageError as error:
-        print(f"error: {error}; see --help", file=sys.stderr)
-        return 2
-    except (CeedVLAError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "interrupted; complete attempts are stored, repeat the command with --resume to go on",
-            file=sys.stderr,
-        )
-        return 130
-    print(f"{summary} in {summary.seconds:.1f} s")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

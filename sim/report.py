@@ -198,8 +198,9 @@ def _conditions(report: Mapping[str, Any]) -> str:
         if report[role]
     ]
     threads = hardware["threads"]
+    split = f", split {report['split']}" if report["split"] else ""
     lines = [
-        f"- Task {report['task']}, split {report['split']}, {seeds['count']} episodes a decoder, "
+        f"- Task {report['task']}{split}, {seeds['count']} episodes a decoder, "
         f"{_seed_range(report)}; {report['executed_steps']} of {report['chunk_size']} steps of a chunk are "
         "executed before the next one.",
         f"- Checkpoints: {', '.join(models)}.",

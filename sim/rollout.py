@@ -1,6 +1,6 @@
-"""Closed-loop episodes of many environments in lock step, with one batched decode for all of them.
+"""The closed loop: many environments in lock step, with one batched decode for all of them.
 
-Evaluation, validation during training and the takeover recordings all drive the policy through this file.
+Evaluation, validation during training, takeover recordings, clips and pictures all drive the policy by `replan`.
 
 **Determinism.** Environments take all randomness from `reset(seed)`, and a row of a batch does not look at
 the other rows, so an episode depends on its seed and not on its neighbours, as far as floating point allows:
@@ -13,21 +13,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
+from lerobot.envs.configs import EnvConfig
 from torch import Tensor
 
-import sim  # noqa: F401  (registers the environment)
 from ceed_vla.errors import ConfigError
+from sim.environment import (
+    MIXED,
+    Bundle,
+    Environment,
+    EnvPool,
+    Observation,
+    images_of,
+    joined,
+    observation_batch,
+    turns,
+)
+from sim.tabletop.lerobot_env import mixed_tabletop
 
-Bundle = tuple[Any, Any, Any]  # policy, pre-processor, post-processor, as `ceed_vla.load` returns them
-
-ENV_ID = "ceed_vla/Tabletop-v0"
-MAX_EPISODE_STEPS = 120
+NO_LIMIT = 10**9  # steps
 
 
 @dataclass
@@ -53,7 +60,7 @@ class Chunk:
         """What the next chunk starts from."""
         return None if self.actions is None else self.tokens
 
-    def first_actions(self, env: Any, count: int) -> np.ndarray:
+    def first_actions(self, env: Environment, count: int) -> np.ndarray:
         """The first `count` actions (count, A) at most; a chunk that cannot be read holds the arm of `env` still."""
         return np.tile(env.hold_action(), (count, 1)) if self.actions is None else self.actions[:count]
 
@@ -98,21 +105,22 @@ class PolicyRunner:
 
     Args:
         bundle: Policy, pre-processor and post-processor; the processors may be None (identity).
-        decoding: "ar", "jacobi", "ceed" or a `DecodingConfig`.
+        decoding: A name, such as "cap2", or a `DecodingConfig`.
         generator: Random source of random guesses; None = the configuration's seed.
+        executed_steps: Steps of a chunk that are executed before the next; the policy's own ``n_action_steps`` if None.
     """
 
     def __init__(
-        self, bundle: Bundle, decoding: Any = "ceed", generator: torch.Generator | None = None
+        self,
+        bundle: Bundle,
+        decoding: Any = "ceed",
+        generator: torch.Generator | None = None,
+        executed_steps: int | None = None,
     ) -> None:
         self.policy, self.preprocessor, self.postprocessor = bundle
+        self.executed_steps = int(executed_steps or self.policy.config.n_action_steps)
         self.decoding = decoding
         self.generator = generator
-
-    @property
-    def executed_steps(self) -> int:
-        """Steps of a chunk that are executed by default; the policy's warm start shifts by as many."""
-        return int(self.policy.config.n_action_steps)
 
     @torch.inference_mode()
     def decode(
@@ -136,6 +144,8 @@ class PolicyRunner:
             decoding=self.decoding,
             previous=stack_previous(previous),
             generator=self.generator,
+            shift_steps=self.executed_steps,
+            executed_steps=self.executed_steps,
             read=False,
         )
         actions = self._actions(result.tokens)
@@ -155,17 +165,6 @@ class PolicyRunner:
         return [next(chunks) if sound else None for sound in readable.tolist()]
 
 
-def observation_batch(observations: Sequence[dict[str, Any]], instructions: Sequence[str]) -> dict[str, Any]:
-    """B raw observations as a LeRobot batch: images (B, 3, S, S) in [0, 1], state (B, D), list of tasks."""
-    batch: dict[str, Any] = {"task": list(instructions)}
-    for camera in observations[0]["pixels"]:
-        images = np.stack([observation["pixels"][camera] for observation in observations])  # (B, S, S, 3)
-        batch[f"observation.images.{camera}"] = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255.0
-    state = np.stack([np.asarray(observation["agent_pos"], dtype=np.float32) for observation in observations])
-    batch["observation.state"] = torch.from_numpy(state)
-    return batch
-
-
 def stack_previous(previous: Sequence[Tensor | None]) -> Tensor | None:
     """Warm starts as (B, n), rows of -1 where there is none; None if no row has one."""
     known = next((tokens for tokens in previous if tokens is not None), None)
@@ -174,78 +173,120 @@ def stack_previous(previous: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack([torch.full_like(known, -1) if tokens is None else tokens for tokens in previous])
 
 
-class EnvPool:
-    """A fixed number of tabletop environments with cameras, made when first needed and used again.
+@dataclass
+class Episode:
+    """One episode under way.
 
-    Args:
-        size: Number of environments.
-        split: Colours and phrasings: "train", "heldout" or "all".
-        image_size: Side of both camera images [px].
-        max_episode_steps: Step limit. The pool's users count steps themselves (`advance` bypasses gymnasium).
+    Attributes:
+        env: Its environment, after the reset.
+        result: What has come of it so far.
+        limit: Most control steps.
+        previous: Tokens (n,) of the chunk before; None at the start.
+        slot: Number of the environment in its pool.
+        order: Number of the episode among all.
     """
 
-    def __init__(
-        self,
-        size: int,
-        split: str = "train",
-        image_size: int = 96,
-        max_episode_steps: int = MAX_EPISODE_STEPS,
-    ) -> None:
-        if size < 1:
-            raise ConfigError(f"a pool needs at least 1 environment, not {size}")
-        self.size, self.max_episode_steps = size, max_episode_steps
-        self._kwargs: dict[str, Any] = {"task": "mixed", "split": split, "image_size": image_size}
-        self._envs: list[gymnasium.Env[Any, Any]] = []
+    env: Environment
+    result: EpisodeResult
+    limit: int
+    previous: Tensor | None = None
+    slot: int = 0
+    order: int = 0
 
-    def env(self, slot: int) -> Any:
-        """The unwrapped environment of a slot (0 <= slot < size)."""
-        while len(self._envs) <= slot:
-            self._envs.append(gymnasium.make(ENV_ID, disable_env_checker=True, **self._kwargs))
-        return self._envs[slot].unwrapped
+    @classmethod
+    def start(
+        cls, env: Environment, seed: int, task: str, limit: int, slot: int = 0, order: int = 0
+    ) -> Episode:
+        """Reset `env` to the episode of `seed`."""
+        env.reset(seed, task)
+        return cls(env, EpisodeResult(seed, env.task, env.instruction), limit, None, slot, order)
 
-    def close(self) -> None:
-        """Release all environments."""
-        for env in self._envs:
-            env.close()
-        self._envs.clear()
-
-    def __enter__(self) -> EnvPool:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    @property
+    def over(self) -> bool:
+        """Whether it is solved, or out of steps."""
+        return self.env.success or self.env.finished or self.result.steps >= self.limit
 
 
 @dataclass
-class _Slot:
-    """One environment at work on one episode."""
+class Replan:
+    """A moment at which a new chunk was decoded, and what followed until the next one.
 
-    index: int
-    env: Any
-    result: EpisodeResult
-    order: int
-    previous: Tensor | None = None
+    Attributes:
+        observation: As the environment gave it.
+        instruction: The episode's instruction.
+        previous: Tokens (n,) of the chunk before; None at the start.
+        chunk: The decoded chunk.
+        step: Control steps done before this chunk.
+        views: Camera images after each executed step, if they were asked for.
+        success: Whether the episode was solved while this chunk ran.
+        finished: Whether the episode ended.
+    """
+
+    observation: Observation
+    instruction: str
+    previous: Tensor | None
+    chunk: Chunk
+    step: int
+    views: list[dict[str, np.ndarray]] = field(default_factory=list)
+    success: bool = False
+    finished: bool = False
 
 
-ChunkHook = Callable[[int, dict[str, Any], Chunk], None]
+def replan(
+    runner: PolicyRunner, episodes: Sequence[Episode], executed_steps: int, *, watch: bool = False
+) -> list[Replan]:
+    """Observe, decode once for all episodes, execute the first steps of every chunk; `watch` keeps the views."""
+    observations = [episode.env.observe() for episode in episodes]
+    chunks = runner.decode(
+        observations, [episode.result.instruction for episode in episodes], [e.previous for e in episodes]
+    )
+    moments = []
+    for episode, observation, chunk in zip(episodes, observations, chunks, strict=True):
+        env, result = episode.env, episode.result
+        moment = Replan(observation, result.instruction, episode.previous, chunk, result.steps)
+        episode.previous = chunk.warm_start
+        result.forwards.append(chunk.forwards)
+        result.exit_reasons.append(chunk.exit_reason)
+        result.seconds.append(chunk.seconds)
+        for action in chunk.first_actions(env, min(executed_steps, episode.limit - result.steps)):
+            result.success = env.advance(action)
+            result.steps += 1
+            if watch:
+                moment.views.append(images_of(env.observe()))
+            if episode.over:
+                break
+        moment.success, moment.finished = result.success, episode.over
+        moments.append(moment)
+    return moments
+
+
+def drive(
+    runner: PolicyRunner,
+    pool: EnvPool,
+    seed: int,
+    executed_steps: int,
+    task: str = MIXED,
+    *,
+    watch: bool = False,
+) -> Iterator[Replan]:
+    """Run one episode in the first environment of a pool, the same as `rollout` does, and yield every replan."""
+    episode = Episode.start(pool.env(0), seed, task, pool.max_episode_steps)
+    while not episode.over:
+        yield from replan(runner, [episode], executed_steps, watch=watch)
 
 
 def rollout(
     policy_bundle: Bundle,
     seeds: Iterable[int],
-    task: str | Sequence[str] = "mixed",
+    env: EnvConfig | None = None,
     *,
+    tasks: Sequence[str] | None = None,
     decoding: Any = "ceed",
     executed_steps: int | None = None,
     batch: int = 20,
-    split: str = "train",
-    image_size: int = 96,
-    max_episode_steps: int = MAX_EPISODE_STEPS,
     pool: EnvPool | None = None,
     generator: torch.Generator | None = None,
-    on_chunk: ChunkHook | None = None,
+    on_chunk: Callable[[int, Observation, Chunk], None] | None = None,
     on_episode: Callable[[EpisodeResult], None] | None = None,
 ) -> list[EpisodeResult]:
     """Run one episode per seed; when one ends, the next seed takes over its environment.
@@ -253,16 +294,14 @@ def rollout(
     Args:
         policy_bundle: Policy, pre-processor, post-processor, as `ceed_vla.load` returns them.
         seeds: Episodes to run.
-        task: A family or "mixed" for all seeds, or one family per seed.
+        env: The environment; None = the tabletop with mixed tasks.
+        tasks: One per seed; None = those of the environment take turns.
         decoding: "ar", "jacobi", "ceed" or a `DecodingConfig`.
         executed_steps: Actions executed of each chunk before the next is decoded; None = the policy's own
-            `n_action_steps`. Other values spoil the warm start, which is shifted by the policy's own.
+            `n_action_steps`.
         batch: Environments that run side by side.
-        split: Colours and phrasings: "train", "heldout" or "all".
-        image_size: Side of both camera images [px].
-        max_episode_steps: Control steps after which an episode counts as failed.
-        pool: Environments to use again between calls; overrides `batch`, `split`, `image_size` and
-            `max_episode_steps`.
+        pool: Environments to use again between calls, for whose configuration the bundle was `joined`; overrides
+            `env` and `batch`.
         generator: Random source of random guesses.
         on_chunk: Called per decoded chunk with environment index, raw observation and `Chunk`.
         on_episode: Called per finished episode, e.g. to advance a progress bar.
@@ -271,103 +310,50 @@ def rollout(
         One `EpisodeResult` per seed, in the order of `seeds`.
 
     Raises:
-        ConfigError: Impossible `seeds`, `batch`, `executed_steps` or `task`.
-        SimulationError: The policy's actions are not finite.
+        ConfigError: Impossible `seeds`, `batch`, `executed_steps` or `tasks`.
+        SimulationError: The policy's actions are not finite, or an environment that cannot be made.
     """
     seeds = list(seeds)
-    tasks = [task] * len(seeds) if isinstance(task, str) else list(task)
+    env = pool.config if pool is not None else env or mixed_tabletop()
+    tasks = [turns(env)[i % len(turns(env))] for i in range(len(seeds))] if tasks is None else list(tasks)
     if len(tasks) != len(seeds):
-        raise ConfigError(f"{len(tasks)} tasks for {len(seeds)} seeds; give one family, or one per seed")
-    for seed, family in zip(seeds, tasks, strict=True):
-        if (
-            not isinstance(seed, int | np.integer)
-            or isinstance(seed, bool)
-            or seed < 0
-            or not isinstance(family, str)
-        ):
-            raise ConfigError(
-                f"seed {seed!r} with task {family!r}; a seed is a whole number of at least 0, a task a text"
-            )
-    runner = PolicyRunner(policy_bundle, decoding, generator)
-    executed_steps = runner.executed_steps if executed_steps is None else executed_steps
-    if executed_steps < 1:
-        raise ConfigError(f"executed_steps={executed_steps} must be at least 1")
+        raise ConfigError(f"{len(tasks)} tasks for {len(seeds)} seeds; give one per seed")
+    bad = [s for s in seeds if not isinstance(s, int | np.integer) or isinstance(s, bool) or s < 0]
+    if bad:
+        raise ConfigError(f"seed {bad[0]!r}; a seed is a whole number of at least 0")
     own = pool is None
-    pool = pool or EnvPool(min(batch, max(len(seeds), 1)), split, image_size, max_episode_steps)
-    results: list[EpisodeResult | None] = [None] * len(seeds)
+    if executed_steps is not None and executed_steps < 1:
+        raise ConfigError(f"executed_steps={executed_steps} must be at least 1")
+    bundle = joined(policy_bundle, env) if own else policy_bundle
+    runner = PolicyRunner(bundle, decoding, generator, executed_steps)
+    executed_steps = runner.executed_steps
+    pool = pool or EnvPool(min(batch, max(len(seeds), 1)), env)
+    results: dict[int, EpisodeResult] = {}
     waiting = iter(zip(range(len(seeds)), seeds, tasks, strict=True))
+
+    def begin(slots: Iterable[int]) -> list[Episode]:
+        """The next waiting episodes in free environments, as far as there are any."""
+        following = zip(slots, waiting, strict=False)
+        limit = pool.max_episode_steps
+        return [Episode.start(pool.env(s), seed, t, limit, slot=s, order=i) for s, (i, seed, t) in following]
+
     try:
-        active = _started(_start(pool.env, index, waiting) for index in range(pool.size))
+        active = begin(range(pool.size))
         while active:
-            _step_chunk(runner, active, executed_steps, pool.max_episode_steps, on_chunk)
-            following: list[_Slot | None] = []
-            for slot in active:
-                if not (slot.result.success or slot.result.steps >= pool.max_episode_steps):
-                    following.append(slot)
-                    continue
-                results[slot.order] = slot.result
-                if on_episode is not None:
-                    on_episode(slot.result)
-                following.append(_start(pool.env, slot.index, waiting))
-            active = _started(following)
+            for episode, moment in zip(active, replan(runner, active, executed_steps), strict=True):
+                if on_chunk is not None:
+                    on_chunk(episode.slot, moment.observation, moment.chunk)
+            for episode in active:
+                if episode.over:
+                    results[episode.order] = episode.result
+                    if on_episode is not None:
+                        on_episode(episode.result)
+            freed = {e.slot: e for e in begin([e.slot for e in active if e.over])}
+            active = [freed.get(e.slot, e) for e in active if not e.over or e.slot in freed]
     finally:
         if own:
             pool.close()
-    return [result for result in results if result is not None]
-
-
-def _start(env_of: Callable[[int], Any], index: int, waiting: Iterator[tuple[int, int, str]]) -> _Slot | None:
-    """Begin the next waiting episode in environment `index`; None if there is none."""
-    following = next(waiting, None)
-    if following is None:
-        return None
-    order, seed, task = following
-    env = env_of(index)
-    env.reset(seed=seed, options={} if task == "mixed" else {"task": task})
-    return _Slot(index, env, EpisodeResult(seed, env.family, env.instruction), order)
-
-
-def _started(slots: Iterable[_Slot | None]) -> list[_Slot]:
-    return [slot for slot in slots if slot is not None]
-
-
-def _step_chunk(
-    runner: PolicyRunner, active: Sequence[_Slot], executed_steps: int, limit: int, on_chunk: ChunkHook | None
-) -> None:
-    """Observe, decode once for all, execute the first steps of every chunk."""
-    observations = [slot.env.observe() for slot in active]
-    chunks = runner.decode(
-        observations, [slot.result.instruction for slot in active], [slot.previous for slot in active]
-    )
-    for slot, observation, chunk in zip(active, observations, chunks, strict=True):
-        result = slot.result
-        slot.previous = chunk.warm_start
-        result.forwards.append(chunk.forwards)
-        result.exit_reasons.append(chunk.exit_reason)
-        result.seconds.append(chunk.seconds)
-        if on_chunk is not None:
-            on_chunk(slot.index, observation, chunk)
-        allowed = min(executed_steps, limit - result.steps)
-        steps, result.success = execute(slot.env, chunk.first_actions(slot.env, allowed))
-        result.steps += steps
-
-
-def execute(env: Any, actions: np.ndarray) -> tuple[int, bool]:
-    """Execute actions (k, A) without rendering, until solved.
-
-    Returns:
-        (steps done, whether the task is solved).
-    """
-    for step, action in enumerate(actions, start=1):
-        if advance(env, action):
-            return step, True
-    return len(actions), False
-
-
-def advance(env: Any, action: np.ndarray) -> bool:
-    """One control step of an unwrapped environment, without rendering. Returns whether the task is solved."""
-    env.advance(action)
-    return bool(env.is_success())
+    return [results[order] for order in sorted(results)]
 
 
 def success_rate(results: Sequence[EpisodeResult]) -> float:

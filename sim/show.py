@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import matplotlib as mpl
 import numpy as np
 import torch
+from lerobot.envs.configs import EnvConfig
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -17,13 +19,13 @@ from numpy.typing import NDArray
 
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError
-from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
-from sim.closed_loop import Replan, drive
-from sim.evaluate import ENVIRONMENTS, EVALUATION_SEEDS, CheckpointPath, load_bundles
+from ceed_vla.fields import SEEDS, check_fields, ranged
+from sim.environment import EVALUATION_SEEDS, Bundle, EnvPool, images_of, observation_batch, turns
+from sim.evaluate import MOVED, CheckpointPath, load_bundles
 from sim.outputs import claim_file
 from sim.plots import BLUE, FAINT, GREY, INK, SKY, STYLE, VERMILLION, save_figure
-from sim.rollout import Bundle, EnvPool, PolicyRunner, observation_batch, stack_previous
-from sim.tabletop.tasks import SPLITS, TASKS
+from sim.rollout import PolicyRunner, Replan, drive, stack_previous
+from sim.tabletop.lerobot_env import mixed_tabletop
 
 UNKNOWN, WRONG, AHEAD, SETTLED = range(4)
 _COLORS = (FAINT, "#F0A46A", SKY, BLUE)
@@ -46,21 +48,19 @@ class ShowConfig:
         output: PNG file to write; an earlier picture of ours is replaced.
         seed: Seed of the episode.
         chunk: Which chunk of the episode is shown; the policy drives until then. 0 has no warm start.
-        env: Simulation.
-        task: A task family, or "mixed" for the episode's own.
-        split: Colour and phrase combinations.
+        env: The environment.
         executed_steps: Steps executed of each chunk.
         device: Overrides the checkpoints' device.
     """
+
+    moved: ClassVar[dict[str, str]] = MOVED
 
     policy: CheckpointPath = field(default_factory=CheckpointPath)
     teacher: CheckpointPath = field(default_factory=CheckpointPath)
     output: str = "show.png"
     seed: int = ranged(EVALUATION_SEEDS, SEEDS)
     chunk: int = ranged(3, "[0, 10000]")
-    env: str = chosen("tabletop", ENVIRONMENTS)
-    task: str = chosen("mixed", ("mixed", *TASKS))
-    split: str = chosen("train", SPLITS)
+    env: EnvConfig = field(default_factory=mixed_tabletop)
     executed_steps: int = ranged(4, "[1, 4096]")
     device: str | None = None
 
@@ -107,9 +107,10 @@ def show(config: ShowConfig) -> Path:
     path = claim_file("output", config.output, ".png")
     bundles = load_bundles(config)
     early_exit = bundles["policy"][0].config.decoding
-    with EnvPool(1, config.split) as pool:
-        replan = _replan(PolicyRunner(bundles["policy"], early_exit), pool, config)
-    panels = build_panels(bundles, replan, early_exit)
+    with EnvPool(1, config.env) as pool:
+        runner = PolicyRunner(bundles["policy"], early_exit, executed_steps=config.executed_steps)
+        replan = _replan(runner, pool, config)
+    panels = build_panels(bundles, replan, early_exit, config.executed_steps)
     policy_config = bundles["policy"][0].config
     with mpl.rc_context(STYLE):
         figure = draw(panels, replan, policy_config.action_dim, config.executed_steps)
@@ -117,13 +118,16 @@ def show(config: ShowConfig) -> Path:
     return path
 
 
-def build_panels(bundles: dict[str, Bundle], replan: Replan, early_exit: DecodingConfig) -> list[Panel]:
+def build_panels(
+    bundles: dict[str, Bundle], replan: Replan, early_exit: DecodingConfig, executed_steps: int
+) -> list[Panel]:
     """Decode the observation of `replan` in three ways and find out when every token settled.
 
     Args:
         bundles: "policy" and, optionally, "teacher".
         replan: The moment that is shown.
         early_exit: The policy's early exit.
+        executed_steps: Steps executed of each chunk.
 
     Returns:
         Token by token, the teacher's Jacobi (where there is a teacher), the policy's Jacobi with its exit.
@@ -133,30 +137,38 @@ def build_panels(bundles: dict[str, Bundle], replan: Replan, early_exit: Decodin
     block = int(bundles[first][0].config.block_length)
     title = f"{name}, token by token: {block - 1} forwards"
     panels = [Panel(title, autoregressive_status(block), block - 1)]
-    strict = DecodingConfig(method="jacobi", guess=early_exit.guess)
+    strict, steps = DecodingConfig(guess=early_exit.guess), executed_steps
     if first == "teacher":
-        panels.append(_jacobi_panel("Teacher, Jacobi to convergence", bundles["teacher"], replan, strict))
+        title = "Teacher, Jacobi to convergence"
+        panels.append(_jacobi_panel(title, bundles["teacher"], replan, strict, steps))
         name = "Student"
     if early_exit.method != "jacobi":
         early_exit = strict
-    panels.append(_jacobi_panel(f"{name}, Jacobi with early exit", bundles["policy"], replan, early_exit))
+    title = f"{name}, Jacobi with early exit"
+    panels.append(_jacobi_panel(title, bundles["policy"], replan, early_exit, steps))
     return panels
 
 
-def _jacobi_panel(title: str, bundle: Bundle, replan: Replan, decoding: DecodingConfig) -> Panel:
+def _jacobi_panel(
+    title: str, bundle: Bundle, replan: Replan, decoding: DecodingConfig, executed_steps: int
+) -> Panel:
     """All states on the way to the fixed point, and where `decoding` leaves it."""
     policy, preprocessor, _ = bundle
     batch = preprocessor(observation_batch([replan.observation], [replan.instruction]))
-    previous = stack_previous([replan.previous])
+    request = {
+        "previous": stack_previous([replan.previous]),
+        "shift_steps": executed_steps,
+        "executed_steps": executed_steps,
+    }
     strict = DecodingConfig(method="jacobi", guess=decoding.guess, seed=decoding.seed)
-    result = policy.decode(batch, strict, previous=previous, record_states=True)
-    early = policy.decode(batch, decoding, previous=previous)
+    result = policy.decode(batch, strict, record_states=True, **request)
+    early = policy.decode(batch, decoding, **request)
     states = torch.cat(result.states).cpu().numpy()  # (iterations + 1, n)
     count, all_forwards = int(early.iterations[0]), int(result.iterations[0])
     title += f": {count} block forward{'s' if count != 1 else ''}"
     if all_forwards > count:
         title += f" (to convergence: {all_forwards})"
-    warm = decoding.guess == "previous" and previous is not None
+    warm = decoding.guess == "previous" and request["previous"] is not None
     return Panel(
         title,
         jacobi_status(states),
@@ -262,12 +274,17 @@ def _draw_cameras(figure: Figure, replan: Replan, height: float) -> None:
     side = 2.55  # [inch]
     width = figure.get_figwidth()
     top = height - 1.0
-    for camera, pixels in replan.observation["pixels"].items():
+    for name, pixels in images_of(replan.observation).items():
         axes = figure.add_axes((0.025, (top - side) / height, side / width, side / height))
         axes.imshow(pixels, interpolation="nearest")
         axes.set_axis_off()
         figure.text(
-            0.025, (top - side - 0.16) / height, f"{camera} camera", fontsize=9, color=GREY, va="center"
+            0.025,
+            (top - side - 0.16) / height,
+            f"{name.rpartition('.')[2]} camera",
+            fontsize=9,
+            color=GREY,
+            va="center",
         )
         top -= side + 0.42
     handles = [Patch(facecolor=_COLORS[code], label=label) for code, label in _LABELS.items()]
@@ -285,7 +302,6 @@ def _draw_cameras(figure: Figure, replan: Replan, height: float) -> None:
 
 def _replan(runner: PolicyRunner, pool: EnvPool, config: ShowConfig) -> Replan:
     """The wanted chunk, or the last one of a shorter episode."""
-    *_, replan = islice(
-        drive(runner, pool, config.seed, config.executed_steps, config.task), config.chunk + 1
-    )
+    moments = drive(runner, pool, config.seed, config.executed_steps, turns(config.env)[0])
+    *_, replan = islice(moments, config.chunk + 1)
     return replan

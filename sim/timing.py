@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sim.closed_loop import drive
 from sim.decoders import Row
-from sim.rollout import Bundle, Chunk, EnvPool, PolicyRunner
+from sim.environment import Bundle, EnvPool
+from sim.rollout import Chunk, PolicyRunner, drive
 
 WARM_UP = 3
 Observations = list[
@@ -70,6 +70,7 @@ def measure(
     rows: Sequence[Row],
     bundles: Mapping[str, Bundle],
     episodes: Sequence[Observations],
+    executed_steps: int,
     on_chunk: Callable[[], None] = lambda: None,
 ) -> dict[str, Samples]:
     """Time every row on every observation.
@@ -81,13 +82,14 @@ def measure(
         rows: Decoders.
         bundles: Policies by model name.
         episodes: From `collect_observations`.
+        executed_steps: Steps executed of each chunk.
         on_chunk: Called after each observation.
 
     Returns:
         Samples by row name.
     """
     samples = {row.name: Samples() for row in rows}
-    runners = {row.name: make_runner(row, bundles) for row in rows}
+    runners = {row.name: make_runner(row, bundles, executed_steps) for row in rows}
     for runner in runners.values():
         for observation, instruction in [episodes[0][0]] * WARM_UP:
             runner.decode([observation], [instruction], [None])
@@ -105,10 +107,10 @@ def measure(
     return samples
 
 
-def make_runner(row: Row, bundles: Mapping[str, Bundle]) -> PolicyRunner:
+def make_runner(row: Row, bundles: Mapping[str, Bundle], executed_steps: int) -> PolicyRunner:
     """The runner of a row; random guesses differ from chunk to chunk and are the same in every run."""
     generator = torch.Generator().manual_seed(row.decoding.seed)
-    return PolicyRunner(bundles[row.model], row.decoding, generator)
+    return PolicyRunner(bundles[row.model], row.decoding, generator, executed_steps)
 
 
 def summarise(

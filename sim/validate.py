@@ -1,41 +1,58 @@
-"""Success of one checkpoint on a range of seeds, as one JSON line.
-
-python -m sim.validate POLICY FIRST_SEED EPISODES [DECODER]
-"""
+"""Success of a checkpoint on a range of seeds, a JSON line an episode: `python -m sim.validate --policy_path P ...`."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
+from dataclasses import dataclass, field
 
-import ceed_vla
-from ceed_vla.errors import CeedVLAError
-from sim.rollout import rollout
+from lerobot.envs.configs import EnvConfig
+
+from ceed_vla.checkpoints import load
+from ceed_vla.cli import Command, run
+from ceed_vla.fields import COUNTS, SEEDS, check_fields, ranged
+from sim.environment import VALIDATION_SEED, turns
+from sim.rollout import EpisodeResult, rollout
+from sim.tabletop.lerobot_env import mixed_tabletop
 
 
-def main(arguments: list[str]) -> int:
-    """Run the episodes and print ``{"successes": ..., "episodes": ..., "per_task": ...}``."""
-    if len(arguments) not in (3, 4) or not all(number.isdecimal() for number in arguments[1:3]):
-        print(f"usage: {(__doc__ or '').strip().splitlines()[-1]}", file=sys.stderr)
-        return 2
-    policy, first, count, *decoder = arguments
-    try:
-        results = rollout(
-            ceed_vla.load(policy),
-            range(int(first), int(first) + int(count)),
-            decoding=decoder[0] if decoder else "ceed",
-            split="train",
+@dataclass
+class ValidateConfig:
+    """Success of a checkpoint on a range of seeds.
+
+    Attributes:
+        policy_path: Checkpoint folder.
+        seed: First seed.
+        episodes: Number of episodes.
+        decoding: Decoder.
+        env: The environment.
+    """
+
+    policy_path: str = ""
+    seed: int = ranged(VALIDATION_SEED, SEEDS)
+    episodes: int = ranged(40, COUNTS)
+    decoding: str = "ceed"
+    env: EnvConfig = field(default_factory=mixed_tabletop)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--")
+
+
+def validate(config: ValidateConfig) -> None:
+    """Run the episodes; prints ``{"success": ..., "seed": ..., "task": ...}`` for each as it ends."""
+    seeds, tasks = range(config.seed, config.seed + config.episodes), turns(config.env)
+
+    def report(episode: EpisodeResult) -> None:
+        print(
+            json.dumps({"success": episode.success, "seed": episode.seed, "task": episode.task}), flush=True
         )
-    except (CeedVLAError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    tries, wins = Counter(r.task for r in results), Counter(r.task for r in results if r.success)
-    per_task = {task: [wins[task], tries[task]] for task in sorted(tries)}
-    summary = {"successes": sum(r.success for r in results), "episodes": len(results), "per_task": per_task}
-    print(json.dumps(summary))
-    return 0
+
+    rollout(
+        load(config.policy_path), seeds, config.env, tasks=[tasks[seed % len(tasks)] for seed in seeds],
+        decoding=config.decoding, on_episode=report,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    command = Command("", "sim.validate", "ValidateConfig", "validate", "no report is kept")
+    raise SystemExit(run("validate", command, sys.argv[1:]))

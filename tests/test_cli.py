@@ -263,13 +263,19 @@ def test_interrupt_says_what_is_kept(toy: Any, capsys: pytest.CaptureFixture[str
 
 
 def test_simulator_arguments_reach_the_function(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass
+    class Simulation:
+        episodes: int = 3
+
+        def arguments(self) -> dict[str, Any]:
+            return {"closed_loop": self.episodes}
+
     seen = {}
     toy.run = lambda config, closed_loop: seen.update(root=config.root, closed_loop=closed_loop)
-    command = cli.Command(
-        "a toy", "toy_command", "ToyConfig", "run", "", simulator=lambda config: {"closed_loop": config.steps}
-    )
+    toy.Simulation = Simulation
+    command = cli.Command("", "toy_command", "ToyConfig", "run", "", simulator="toy_command Simulation")
     monkeypatch.setitem(cli.COMMANDS, "toy", command)
-    assert cli.main(["toy", "--root=x", "--steps=7"]) == 0
+    assert cli.main(["toy", "--root=x", "--episodes=7"]) == 0
     assert seen == {"root": Path("x"), "closed_loop": 7}
 
 

@@ -23,9 +23,9 @@ import yaml
 from ceed_vla import CeedVLAPolicy
 from ceed_vla.checkpoints import load, save
 from ceed_vla.cli_flags import UsageError, parse_flags
-from ceed_vla.configuration_ceed_vla import tabletop_config
 from ceed_vla.errors import CeedVLAError
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from sim.tabletop.policy import tabletop_config
 
 SIZES = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 16, "stem_channels": [4] * 4, "chunk_size": 4}
 # More cases than the suite has time for: FUZZ_FACTOR=20 FUZZ_SEED=1 pytest tests/test_fuzz.py
@@ -237,9 +237,9 @@ def test_settings_files(tmp_path: Path) -> None:
 
 
 def test_published_models(tmp_path: Path) -> None:
-    from ceed_vla.backbones.openvla_folder import action_statistics
-    from ceed_vla.backbones.openvla_inputs import OpenVLAInputsStep
-    from ceed_vla.backbones.openvla_tiny import write_openvla
+    from benchmarks.models.openvla import write_openvla
+    from ceed_vla.backbones.openvla.folder import action_statistics
+    from ceed_vla.backbones.openvla.inputs import OpenVLAInputsStep
 
     good = write_openvla(tmp_path.parent / f"{tmp_path.name}-openvla", width=16)
     (good / "model.safetensors").unlink()
@@ -263,7 +263,7 @@ def test_trajectories(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
 
 
 def test_fitted_tokens(dataset: Path, tmp_path: Path) -> None:
-    from ceed_vla.fast_tokens_config import FastTokensConfig
+    from ceed_vla.tokens.fast import FastTokensConfig
     from training.fit_tokens import FitTokensConfig, fit_tokens
 
     good = tmp_path.parent / f"{tmp_path.name}-tokens"

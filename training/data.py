@@ -66,6 +66,11 @@ class FrameStore:
         arrays = [array for array in (self.state, self.action) if array is not None]
         return sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
+    def decode(self) -> None:
+        """Read the images of a set that was opened without them."""
+        info = read_info(self.root)
+        self.images = read_images(info, read_rows(info, []))
+
     def batch(self, frames: NDArray[np.int64], chunk_size: int) -> dict[str, Any]:
         """Raw batch (before the pre-processor) of the given frames.
 
@@ -129,8 +134,12 @@ def read_chunks(root: str | Path, chunk_size: int) -> Tensor:
     return torch.from_numpy(rows[ACTION][np.minimum(steps, last[:, None])])
 
 
-def open_dataset(root: str | Path) -> FrameStore:
+def open_dataset(root: str | Path, *, decode: bool = True) -> FrameStore:
     """Read a LeRobotDataset v3 from a local folder; images are decoded once into ``<root>/.frames``.
+
+    Args:
+        root: The folder.
+        decode: False leaves images black, in their shapes, until `FrameStore.decode`.
 
     Raises:
         DatasetError: The folder holds no readable data set, or one without camera, state or instruction.
@@ -142,10 +151,13 @@ def open_dataset(root: str | Path) -> FrameStore:
         raise DatasetError(f"{root}: the data set has no camera; it has {info.names}.")
     rows = read_rows(info, list(info.vectors))
     episode, task = rows["episode_index"], rows["task_index"]
+    black = {
+        name: np.broadcast_to(np.uint8(0), (info.frames, *shape)) for name, shape in info.cameras.items()
+    }
     return FrameStore(
         root=info.root,
         tasks=read_tasks(info.root, task),
-        images=read_images(info, rows),
+        images=read_images(info, rows) if decode else black,
         state=rows[STATE],
         action=rows.get(ACTION),
         environment_state=rows.get(ENVIRONMENT),

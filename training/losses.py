@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ceed_vla.modeling_ceed_vla import soft_cross_entropy
+from ceed_vla.supervision import soft_cross_entropy
 
 LOSSES = ("trust_region", "paper")
 

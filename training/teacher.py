@@ -12,21 +12,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from lerobot.configs import FeatureType, PolicyFeature
 from torch import Tensor, nn
 
 from ceed_vla.checkpoints import load
-from ceed_vla.configuration_ceed_vla import CeedVLAConfig, tabletop_config
-from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, ranged
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
-from ceed_vla.targets import AUGMENTATION_NOISE
+from ceed_vla.supervision import AUGMENTATION_NOISE, augmentation_size, grounding_loss
 from training.adapters import attach
 from training.clipping import check_clipping
-from training.data import ENVIRONMENT, STATE, FrameStore, open_dataset
+from training.data import open_dataset
+from training.defaults import Privileged, check_target, describe, named_terms, take_from_data
 from training.fit_tokens import fit_action_tokens
-from training.mixture import Mixture, check_fits, state_statistics
+from training.mixture import Mixture, check_fits
 from training.run import NONE_OR_RATES, RATES, TAKEOVER, ClosedLoop, Run, RunConfig
 from training.settings import BATCHES, NONE_OR_COUNTS, number_list, split_list
 
@@ -37,6 +37,10 @@ logger = logging.getLogger(__name__)
 RecordTakeover = Callable[[Path, int, Path], list[Path]]
 
 
+def _usual_policy() -> CeedVLAConfig:
+    return CeedVLAConfig(device="cpu", push_to_hub=False)
+
+
 @dataclass
 class TrainConfig(RunConfig):
     """Settings of `ceed-vla train`.
@@ -45,15 +49,16 @@ class TrainConfig(RunConfig):
         roots: Comma-separated LeRobotDataset folders with demonstrations.
         root_weights: Comma-separated shares of `roots`; proportional to their frames if empty.
         grounding_roots: Comma-separated action-free data sets for the auxiliary target.
-        policy: The policy's configuration; features come from the data.
-        policy_path: Start from this checkpoint instead of random weights; it replaces `policy` (but for the device).
+        policy: The policy's configuration. Features come from the data; action ranges, two-valued dimensions and the
+            auxiliary target too, where they are not set (auxiliary_weight 0 switches the target off).
+        policy_path: Start from this checkpoint; it replaces `policy` (but for the device).
         grounding_steps: Optimiser steps on grounding frames alone, first.
         steps: Optimiser steps on demonstrations.
         grounding_batch: Grounding frames beside every step.
         named_terms: Once there are actions to learn, regress only so many leading terms of the auxiliary target, those
-            that tell of what the instruction names; 0 for all.
+            that tell of what the instruction names; 0 for all, by default what the environment says.
         weight_decay: Decoupled weight decay.
-        rounds: Takeover (DAgger) rounds, spread over the first 3/4 of `steps`.
+        rounds: Takeover (DAgger) rounds within the first 3/4 of `steps`.
         takeover_episodes: Takeovers a round.
         takeover_seed: First seed of the takeovers' scenes; a run that goes on from another one's policy takes new ones.
         takeover_weight: Share of a batch that comes from takeover data once there is some.
@@ -62,13 +67,13 @@ class TrainConfig(RunConfig):
     roots: str = ""
     root_weights: str = ""
     grounding_roots: str = ""
-    policy: CeedVLAConfig = field(default_factory=tabletop_config)
+    policy: CeedVLAConfig = field(default_factory=_usual_policy)
     policy_path: str = ""
     grounding_steps: int = ranged(1000, NONE_OR_COUNTS)
     steps: int = ranged(8000, COUNTS)
     batch_size: int = ranged(32, BATCHES)
     grounding_batch: int = ranged(12, "[0, 1e6]")
-    named_terms: int = ranged(8, "[0, 1e6]")
+    named_terms: int | None = ranged(None, "[0, 1e6]")
     lr: float = ranged(1e-3, RATES)
     muon_lr: float = ranged(2e-3, NONE_OR_RATES)
     weight_decay: float = ranged(0.05, "[0, 10]")
@@ -108,7 +113,7 @@ class TeacherObjective(nn.Module):
             loss, parts = self.policy(batch)
             total, parts = share * loss, {name: share * value for name, value in parts.items()}
         if grounding is not None:
-            loss = grounding_share * self.policy.grounding_loss(grounding)
+            loss = grounding_share * grounding_loss(self.policy, grounding)
             parts["grounding_loss"] = loss.item()
             total = total + self.policy.config.auxiliary_weight * loss
         if not isinstance(total, Tensor):
@@ -117,7 +122,10 @@ class TeacherObjective(nn.Module):
 
 
 def train(
-    config: TrainConfig, closed_loop: ClosedLoop | None = None, record_takeover: RecordTakeover | None = None
+    config: TrainConfig,
+    closed_loop: ClosedLoop | None = None,
+    record_takeover: RecordTakeover | None = None,
+    privileged: Privileged | None = None,
 ) -> Path:
     """Train a teacher.
 
@@ -125,6 +133,8 @@ def train(
         config: Settings.
         closed_loop: Measures a checkpoint in simulation; skipped if None.
         record_takeover: Records one takeover round; needed when ``config.rounds > 0``.
+        privileged: What the environment says of ``observation.environment_state``; without it only a set
+            ``auxiliary_scale`` is regressed.
 
     Returns:
         Folder of the final checkpoint.
@@ -134,7 +144,7 @@ def train(
         DatasetError: Unreadable or incompatible data sets.
         CheckpointError: Nothing to resume, or a state of other sizes.
     """
-    return TeacherRun(config, closed_loop, record_takeover).run()
+    return TeacherRun(config, closed_loop, record_takeover, privileged).run()
 
 
 class TeacherRun(Run):
@@ -143,7 +153,11 @@ class TeacherRun(Run):
     name = "teacher"
 
     def __init__(
-        self, config: TrainConfig, closed_loop: ClosedLoop | None, record_takeover: RecordTakeover | None
+        self,
+        config: TrainConfig,
+        closed_loop: ClosedLoop | None = None,
+        record_takeover: RecordTakeover | None = None,
+        privileged: Privileged | None = None,
     ) -> None:
         if config.rounds and record_takeover is None:
             raise ConfigError(
@@ -153,17 +167,23 @@ class TeacherRun(Run):
             config.policy.asked_device or config.policy.device or "cpu"
         )  # LeRobot replaces one that is not there
         super().__init__(config, asked, closed_loop)
-        self.config, self.record_takeover = config, record_takeover
-        with self.accelerator.main_process_first():  # the first one decodes the images
-            self.demonstrations = [open_dataset(root) for root in split_list(config.roots)]
-            self.grounding = [open_dataset(root) for root in split_list(config.grounding_roots)]
+        self.config, self.record_takeover, self.privileged = config, record_takeover, privileged
+        self.demonstrations = [open_dataset(root, decode=False) for root in split_list(config.roots)]
+        self.grounding = [open_dataset(root, decode=False) for root in split_list(config.grounding_roots)]
         self._check_data()
         if self.grounding and config.grounding_batch:
             self._check_split(config.grounding_batch, "grounding_batch")
         policy, pre, post = self._policy()
         for store in (*self.demonstrations, *self.grounding):
             check_fits(store, policy.config)
+        self.named = config.named_terms
+        if self.named is None:
+            self.named = named_terms(policy.config, privileged)
+        logger.info(describe(policy.config, policy.tokenizer, self.demonstrations[0], self.named))
         check_clipping(policy.tokenizer, self.demonstrations, config.max_clipped)
+        with self.accelerator.main_process_first():  # the first one decodes the images
+            for store in (*self.demonstrations, *self.grounding):
+                store.decode()
         if config.lora.rank:
             attach(policy, config.lora)
         self.prepare(TeacherObjective(policy), policy, pre, post, weight_decay=config.weight_decay)
@@ -194,20 +214,12 @@ class TeacherRun(Run):
             )
         else:
             chosen = deepcopy(config.policy)  # it is filled in; the settings can be used again
-            set_features(chosen, self.demonstrations[0])
-            stats = state_statistics(self.demonstrations)
+            stats = take_from_data(chosen, self.demonstrations, self.grounding, self.privileged)
             fit_action_tokens(chosen, self.demonstrations)
             policy = CeedVLAPolicy(chosen, dataset_stats=stats)
             tasks = [task for store in (*self.demonstrations, *self.grounding) for task in store.tasks]
             pre, post = make_ceed_vla_pre_post_processors(chosen, stats, instructions=tasks)
-        needed = len(policy.config.auxiliary_scale)
-        for store in self.grounding:
-            have = store.shapes.get(ENVIRONMENT, (0,))[0]
-            if not 0 < needed <= have:
-                raise DatasetError(
-                    f"{store.root} cannot serve as grounding data: the policy's auxiliary_scale has {needed} entries, "
-                    f"the frames have {have} values of {ENVIRONMENT}."
-                )
+        check_target(policy.config, self.demonstrations, self.grounding, self.privileged)
         return policy, pre, post
 
     def _mixture(self) -> Mixture:
@@ -231,7 +243,7 @@ class TeacherRun(Run):
 
     def before_step(self) -> None:
         config = self.config
-        self.policy.auxiliary_terms = (config.named_terms or None) if self.step >= self.first else None
+        self.policy.auxiliary_terms = (self.named or None) if self.step >= self.first else None
         while len(self.takeovers) < config.rounds:
             share = 0.75 * (len(self.takeovers) + 1) / (config.rounds + 1)
             if self.step < self.first + int(config.steps * share):
@@ -262,7 +274,9 @@ class TeacherRun(Run):
         batch = self.pre(mixture.draw(size, self.step, part, self.num_parts))
         # Drawn for the whole batch: a frame looks the same however the batch is split.
         random = np.random.default_rng([mixture.seed, self.step, 1])
-        noise = random.random((size, self.policy.augmentation_size), dtype=np.float32)[part :: self.num_parts]
+        noise = random.random((size, augmentation_size(self.policy)), dtype=np.float32)[
+            part :: self.num_parts
+        ]
         batch[AUGMENTATION_NOISE] = torch.from_numpy(noise)
         return batch, self.share(len(noise), size)
 
@@ -296,13 +310,3 @@ class TeacherRun(Run):
                 )
         self.takeovers = rounds
         self.mixture = self._mixture()
-
-
-def set_features(config: CeedVLAConfig, store: FrameStore) -> None:
-    """Take cameras, state and action of a data set into a policy configuration."""
-    if store.action is None:
-        raise ConfigError(f"{store.root} holds no actions.")
-    sizes = {name: images.shape[1:3] for name, images in store.images.items()}
-    cameras = {name: PolicyFeature(FeatureType.VISUAL, (3, *size)) for name, size in sizes.items()}
-    config.input_features = {**cameras, STATE: PolicyFeature(FeatureType.STATE, (store.state.shape[1],))}
-    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (store.action.shape[1],))}

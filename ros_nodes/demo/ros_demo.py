@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ceed_vla.checkpoints import resolve_checkpoint
+from ceed_vla.checkpoint_files import resolve_checkpoint
 from ceed_vla.discovery import discovered
 from ceed_vla.errors import ConfigError, NodeError
 from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
 from ros_nodes.demo.report import COMMAND_RATE, Episode, build_report, console_table
 from ros_nodes.demo.run_metrics import Window
-from sim.evaluate import EVALUATION_SEEDS, default_console
-from sim.rollout import MAX_EPISODE_STEPS
+from sim.environment import EVALUATION_SEEDS
+from sim.evaluate import default_console
+from sim.tabletop import MAX_EPISODE_STEPS
 from sim.tabletop.env import CTRL_DT
 from sim.tabletop.tasks import SPLITS, TASKS
 
@@ -97,7 +98,7 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
     interface = load_robot_config().interface(config.action_interface)
     policy = {
         "checkpoint": str(resolve_checkpoint(config.checkpoint)),
-        "discover_packages": ",".join(sorted(discovered)),
+        "discover_packages": ",".join(discovered()),
         "action_interface": config.action_interface,
         "decoding": config.decoding,
         "inference_delay": config.inference_delay,

@@ -168,7 +168,7 @@ class Predictor:
         self._is_ceed = config.type == "ceed_vla"
         self._decoding = self._decoding_config() if self._is_ceed else None
         # Tokens of variable length belong to no step: they can be neither frozen nor counted in steps.
-        self._can_freeze = self._is_ceed and getattr(self._policy.tokenizer, "stop_token", None) is None
+        self._can_freeze = self._is_ceed and self._policy.tokenizer.tokens_per_step is not None
         self._prefill_s = 0.0
         self._failures: FailureLog | None = None  # while it warms up, an error ends the load
         steps = self._preprocess.steps if self._is_ceed else ()
@@ -241,7 +241,10 @@ class Predictor:
         import torch
 
         assert self._decoding is not None
-        arguments: dict[str, Any] = {"decoding": self._decoding}
+        arguments: dict[str, Any] = {
+            "decoding": self._decoding,
+            "executed_steps": self._settings.replan_steps,
+        }
         if deadline is not None and self._decoding.method == "jacobi":
             # The decoder's own deadline starts after the prefill, which takes about as long as the last one.
             left = deadline - time.monotonic() - self._prefill_s
@@ -259,7 +262,7 @@ class Predictor:
 
     def _prepare(self, request: Request) -> Any:
         """The request as the policy reads it. The instruction is what a blank observation did not test."""
-        from ceed_vla.processor_ceed_vla import split_words
+        from ceed_vla.backbones.compact.words import split_words
 
         batch, words = self._batch(request), split_words(request.instruction)
         try:
@@ -298,7 +301,7 @@ class Predictor:
         """The named configuration, for the steps that are executed before the next replan."""
         steps, config = self._settings.replan_steps, self._policy.decoding_config(self._settings.decoding)
         # Greedy decoding of all steps has no tail of guesses that the next chunk could freeze.
-        return config if steps is None or config.method == "ar" else replace(config, executed_steps=steps)
+        return config if steps is None or config.method == "ar" else replace(config, watch="executed")
 
     def _warm_up(self) -> PolicySpec:
         """Decode a blank observation a few times, and complete the specification with what comes out."""

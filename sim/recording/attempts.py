@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 
+from ceed_vla.errors import SimulationError
+from sim.environment import Environment, images_of
 from sim.recording.config import RecordConfig
-from sim.rollout import advance
 
 Frame = dict[str, Any]
 
@@ -41,45 +43,49 @@ class Attempt:
     steps: int = 0
 
 
-def make_frame(env: Any, action: np.ndarray | None, observation: dict | None = None) -> Frame:
+def make_frame(env: Environment, action: np.ndarray | None) -> Frame:
     """One data set frame of the environment's present state.
 
     Args:
-        env: Unwrapped tabletop environment.
+        env: After a reset.
         action: Expert action (A,) for this state; None for action-free frames.
-        observation: What `env.observe()` returned for this state, if that is known already.
+
+    Raises:
+        SimulationError: The observation has no camera or no state.
     """
-    observation = env.observe() if observation is None else observation
-    frame: Frame = {f"observation.images.{name}": image for name, image in observation["pixels"].items()}
-    frame["observation.state"] = np.asarray(observation["agent_pos"], dtype=np.float32)
-    frame["observation.environment_state"] = np.asarray(env.privileged_state(), dtype=np.float32)
+    observation = env.observe()
+    frame: Frame = dict(images_of(observation))
+    if not frame or "agent_pos" not in observation:
+        raise SimulationError(
+            f"Observations have {', '.join(observation)}; pixels and agent_pos are recorded."
+        )
+    frame[OBS_STATE] = np.asarray(observation["agent_pos"], dtype=np.float32)
+    if hasattr(env.inner, "privileged_state"):
+        frame[OBS_ENV_STATE] = np.asarray(env.inner.privileged_state(), dtype=np.float32)
     if action is not None:
-        frame["action"] = np.asarray(action, dtype=np.float32)
+        frame[ACTION] = np.asarray(action, dtype=np.float32)
     frame["task"] = env.instruction
     return frame
 
 
-def frame_features(env: Any, *, with_action: bool) -> dict[str, dict[str, Any]]:
-    """LeRobot features of `make_frame(env, ...)`."""
-    from sim.tabletop.env import ACTION_NAMES, PRIVILEGED_NAMES, STATE_NAMES
-
-    space = env.observation_space
-    features: dict[str, dict[str, Any]] = {
-        f"observation.images.{name}": {
-            "dtype": "image",
-            "shape": tuple(box.shape),
-            "names": ["height", "width", "channels"],
-        }
-        for name, box in space["pixels"].spaces.items()
+def frame_features(env: Environment, config: RecordConfig) -> dict[str, dict[str, Any]]:
+    """LeRobot features of the frames; resets the environment."""
+    env.reset(config.first_seed, config.task(config.first_seed))
+    frame = make_frame(env, None if config.mode == "grounding" else env.hold_action())
+    privileged = getattr(config.env, "privileged", None)
+    names = {
+        OBS_STATE: getattr(env.inner, "state_names", None),
+        ACTION: getattr(env.inner, "action_names", None),
+        OBS_ENV_STATE: privileged and privileged.names,
     }
-
-    def vector(names: tuple[str, ...]) -> dict[str, Any]:
-        return {"dtype": "float32", "shape": (len(names),), "names": list(names)}
-
-    features["observation.state"] = vector(STATE_NAMES)
-    features["observation.environment_state"] = vector(PRIVILEGED_NAMES)
-    if with_action:
-        features["action"] = vector(ACTION_NAMES)
+    features: dict[str, dict[str, Any]] = {}
+    for name, value in frame.items():
+        if name in names:
+            known = names[name] or [f"{name.rpartition('.')[2]}_{i}" for i in range(len(value))]
+            features[name] = {"dtype": "float32", "shape": value.shape, "names": list(known)}
+        elif name != "task":
+            names_of_axes = ["height", "width", "channels"]
+            features[name] = {"dtype": "image", "shape": value.shape, "names": names_of_axes}
     return features
 
 
@@ -88,43 +94,34 @@ def attempt_rng(seed: int, mode: str) -> np.random.Generator:
     return np.random.default_rng([seed, sum(mode.encode())])
 
 
-def random_action(rng: np.random.Generator, gripper: float) -> np.ndarray:
-    """A disturbance (7,): any translation, moderate rotation, and now and then the wrong gripper command.
-
-    Args:
-        rng: Random source.
-        gripper: Present gripper command (+1 open, -1 closed).
-    """
-    flip = -1.0 if rng.random() < 0.1 else 1.0
-    return np.concatenate([rng.uniform(-1, 1, 3), rng.uniform(-0.3, 0.3, 3), [gripper * flip]]).astype(
-        np.float32
-    )
-
-
-def disturb(env: Any, rng: np.random.Generator, steps: int) -> bool:
+def disturb(env: Environment, rng: np.random.Generator, steps: int) -> bool:
     """Execute random actions, unrecorded. Returns whether the task is solved now."""
-    return any(advance(env, random_action(rng, 1.0 if env.gripper_open else -1.0)) for _ in range(steps))
+    return any(env.advance(env.disturbance(rng)) for _ in range(steps))
 
 
-def expert_steps(env: Any, rng: np.random.Generator, noise: float = 0.0) -> Iterator[tuple[Frame, bool]]:
+def expert_steps(
+    env: Environment, rng: np.random.Generator, noise: float = 0.0
+) -> Iterator[tuple[Frame, bool]]:
     """Let the expert act, endlessly; yields every frame and whether the task is solved after its action.
 
     Args:
-        env: Unwrapped tabletop environment.
+        env: After a reset.
         rng: Random source of the noise.
         noise: Standard deviation added to the executed action; the frame holds the clean one.
     """
     while True:
-        action = np.asarray(env.expert_action(), dtype=np.float32)
+        action = env.expert_action()
         frame = make_frame(env, action)
-        executed = np.clip(action + rng.normal(0.0, noise, action.shape), -1, 1) if noise else action
-        yield frame, advance(env, executed)
+        noisy = (
+            np.clip(action + rng.normal(0.0, noise, action.shape), *env.action_bounds) if noise else action
+        )
+        yield frame, env.advance(noisy)
 
 
-def clean_attempt(env: Any, seed: int, config: RecordConfig) -> Attempt:
+def clean_attempt(env: Environment, seed: int, config: RecordConfig) -> Attempt:
     """The expert from reset to success: one segment."""
-    attempt = Attempt(seed, config.family(seed))
-    env.reset(seed=seed, options={"task": attempt.task})
+    env.reset(seed, config.task(seed))
+    attempt = Attempt(seed, env.task)
     rng = attempt_rng(seed, config.mode)
     frames: list[Frame] = []
     for frame, solved in expert_steps(env, rng, config.action_noise):
@@ -132,32 +129,32 @@ def clean_attempt(env: Any, seed: int, config: RecordConfig) -> Attempt:
         attempt.steps += 1
         if solved:
             attempt.outcome, attempt.segments = "recorded", [frames]
-        if solved or attempt.steps >= config.max_steps:
+        if solved or attempt.steps >= env.max_episode_steps or env.finished:
             return attempt
     raise AssertionError("expert_steps is endless")
 
 
-def perturb_attempt(env: Any, seed: int, config: RecordConfig) -> Attempt:
+def perturb_attempt(env: Environment, seed: int, config: RecordConfig) -> Attempt:
     """The expert with bursts of random steps between its segments; bursts are not recorded."""
-    attempt = Attempt(seed, config.family(seed))
-    env.reset(seed=seed, options={"task": attempt.task})
+    env.reset(seed, config.task(seed))
+    attempt = Attempt(seed, env.task)
     rng = attempt_rng(seed, config.mode)
     segments: list[list[Frame]] = []
     pause = int(rng.integers(EXCURSION_STEPS[0], EXCURSION_STEPS[1] + 1))
     if rng.random() >= config.excursion_fraction:
         pause = 0
-    while attempt.steps < config.max_steps:
+    while attempt.steps < env.max_episode_steps and not env.finished:
         solved = disturb(env, rng, pause)
         attempt.steps += pause
         if not solved:
             segments.append([])
             until = min(
                 int(rng.integers(config.burst_every_min, config.burst_every_max + 1)),
-                config.max_steps - attempt.steps,
+                env.max_episode_steps - attempt.steps,
             )
             for frame, solved in expert_steps(env, rng):
                 segments[-1].append(frame)
-                if solved or len(segments[-1]) >= until:
+                if solved or env.finished or len(segments[-1]) >= until:
                     break
             attempt.steps += len(segments[-1])
         if solved:
@@ -167,7 +164,7 @@ def perturb_attempt(env: Any, seed: int, config: RecordConfig) -> Attempt:
     return attempt
 
 
-def grounding_scenes(env: Any, seeds: range, config: RecordConfig) -> list[Attempt]:
+def grounding_scenes(env: Environment, seeds: range, config: RecordConfig) -> list[Attempt]:
     """Action-free frames for learning where things are, each of another scene or arm pose, with its own task.
 
     All frames of these seeds become one stored episode (of the first attempt): storing one per scene is slow.
@@ -175,11 +172,11 @@ def grounding_scenes(env: Any, seeds: range, config: RecordConfig) -> list[Attem
     frames: list[Frame] = []
     attempts = []
     for seed in seeds:
-        attempt = Attempt(seed, config.family(seed), outcome="recorded")
+        env.reset(seed, config.task(seed))
+        attempt = Attempt(seed, env.task, outcome="recorded")
         rng = attempt_rng(seed, config.mode)
-        env.reset(seed=seed, options={"task": attempt.task})
         for pose in range(config.poses_per_scene):
-            env.scatter_arm(rng)
+            env.scatter(rng)
             if pose:
                 env.retarget(rng)
             frames.append(make_frame(env, None))

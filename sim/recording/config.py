@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from lerobot.envs.configs import EnvConfig
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, check_fields, chosen, ranged
 from sim.decoders import checked_name
+from sim.environment import RECORDING_SEEDS, TAKEOVER_SEEDS, check_expert, flags, recorded_tasks
+from sim.tabletop.lerobot_env import CeedTabletopEnv
 
 MODES = ("clean", "perturb", "grounding", "takeover")
 STEPS = "[1, 1e6]"
-
-# Seed ranges: recording | closed-loop data | validation | evaluation. Data never comes from the last two.
-RECORDING_SEEDS = (0, 30_000)
-TAKEOVER_SEEDS = (30_000, 40_000)
 
 # Fields that a resumed run may change; all others decide what is recorded.
 _FREE = ("root", "episodes", "resume", "commit_frames", "progress")
@@ -25,20 +25,18 @@ _FREE = ("root", "episodes", "resume", "commit_frames", "progress")
 class RecordConfig:
     """Record demonstrations of the scripted expert into one LeRobotDataset v3 folder.
 
-    Change first: `tasks`, `episodes`, `mode`, `root`. Every attempt has its own seed, `seed + i`, and the
-    task families take turns, so an interrupted set is balanced. **Sharding:** processes with disjoint ranges
+    Change first: `env.task`, `episodes`, `mode`, `root`. Every attempt has its own seed, `seed + i`, and the
+    tasks take turns, so an interrupted set is balanced. **Sharding:** processes with disjoint ranges
     `[seed, seed + episodes)` and different roots record disjoint data; training reads several roots.
 
     Attributes:
         root: Folder of the data set. Must not exist, unless `resume`.
-        tasks: "all" or a comma-separated list of task families.
+        env: The environment; it needs an expert, see `sim.environment`.
         episodes: Number of attempts (scenes, in mode grounding), one seed each. Attempts that fail are
             counted, not recorded, so a set may hold fewer episodes (or more: perturb splits at bursts).
         mode: "clean", "perturb", "grounding" or "takeover" (see `sim.recording.attempts` and its neighbours).
         seed: First seed; default 0, or 30000 in mode takeover.
         resume: Go on with an interrupted or finished root; a missing root is started.
-        image_size: Side of both camera images [px].
-        max_steps: Control steps allowed per attempt.
         action_noise: Standard deviation of Gaussian noise added to the executed action; the stored label
             stays the clean expert action. Mode clean only. Labels later in a chunk then correct for noise
             that the policy cannot see, so prefer mode perturb for recovery data.
@@ -60,14 +58,18 @@ class RecordConfig:
         progress: Show a progress bar.
     """
 
+    moved: ClassVar[dict[str, str]] = {
+        "tasks": "env.task",
+        "image_size": "env.image_size",
+        "max_steps": "env.episode_length",
+    }
+
     root: Path
-    tasks: str = "all"
+    env: EnvConfig = field(default_factory=CeedTabletopEnv)
     episodes: int = ranged(100, "[1, 1e6]")
     mode: str = chosen("clean", MODES)
     seed: int | None = ranged(None, SEEDS)
     resume: bool = False
-    image_size: int = ranged(96, "[1, 4096]")
-    max_steps: int = ranged(120, STEPS)
     action_noise: float = ranged(0.0, "[0, 1]")
     burst_every_min: int = ranged(11, STEPS)
     burst_every_max: int = ranged(19, STEPS)
@@ -92,7 +94,8 @@ class RecordConfig:
         checked_name(self.decoding)
         if self.seed is None:
             self.seed = TAKEOVER_SEEDS[0] if self.mode == "takeover" else RECORDING_SEEDS[0]
-        self.families()
+        if self.mode != "grounding":
+            check_expert(self.env, f"mode {self.mode}")
         self._check_seeds()
         if self.burst_every_max < self.burst_every_min:
             raise ConfigError(
@@ -126,27 +129,14 @@ class RecordConfig:
         """Consecutive seeds recorded as one unit of work: stored completely or, after an interrupt, again."""
         return {"grounding": self.scenes_per_episode, "takeover": self.batch}.get(self.mode, 1)
 
-    def families(self) -> tuple[str, ...]:
-        """The task families to record, in the order in which they take turns."""
-        from sim.tabletop.tasks import TASKS
-
-        names = [name.strip() for name in self.tasks.split(",") if name.strip()]
-        if names == ["all"]:
-            return tuple(TASKS)
-        unknown = [name for name in names if name not in TASKS]
-        if unknown or not names:
-            raise ConfigError(
-                f"unknown task {', '.join(unknown) or self.tasks!r}; choose 'all' or a comma-separated "
-                f"list of {', '.join(TASKS)}"
-            )
-        return tuple(dict.fromkeys(names))
-
-    def family(self, seed: int) -> str:
-        """Task family of one seed (round robin)."""
-        families = self.families()
-        return families[(seed - self.first_seed) % len(families)]
+    def task(self, seed: int) -> str:
+        """Task of one seed (round robin)."""
+        tasks = recorded_tasks(self.env)
+        return tasks[(seed - self.first_seed) % len(tasks)]
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the first one, as plain JSON types."""
-        values = {name: value for name, value in asdict(self).items() if name not in _FREE}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        names = [item.name for item in fields(self) if item.name not in (*_FREE, "env")]
+        values = {name: getattr(self, name) for name in names}
+        values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        return {**values, "env": flags(self.env)}

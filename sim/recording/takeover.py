@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from torch import Tensor
 
+from sim.environment import EnvPool
 from sim.recording.attempts import Attempt, Frame, attempt_rng, expert_steps
 from sim.recording.config import RecordConfig
-from sim.rollout import EnvPool, PolicyRunner, execute
+from sim.rollout import NO_LIMIT, Episode, PolicyRunner, replan
 
 HANDBACK_STEPS = (8, 16)  # expert steps before the policy drives again, when an attempt has several takeovers
 
@@ -20,10 +19,9 @@ class _Drive:
     """One attempt in progress."""
 
     attempt: Attempt
-    env: Any
+    episode: Episode
     rng: np.random.Generator
     chunks_left: int = 0
-    previous: Tensor | None = None
     segments: list[list[Frame]] = field(default_factory=list)
     done: bool = False
 
@@ -39,41 +37,28 @@ def takeover_attempts(
         runner: The policy with its decoder.
         pool: At least `len(seeds)` environments.
         seeds: One attempt each.
-        config: `max_chunks`, `executed_steps`, `takeover_steps`, `switches` and `max_steps` matter here.
+        config: `max_chunks`, `executed_steps`, `takeover_steps` and `switches` matter here.
     """
-    drives = [_begin(pool.env(slot), seed, config) for slot, seed in enumerate(seeds)]
+    drives = []
+    for slot, seed in enumerate(seeds):
+        episode = Episode.start(pool.env(slot), seed, config.task(seed), NO_LIMIT)
+        attempt = Attempt(seed, episode.env.task, outcome="unfinished")
+        drives.append(_Drive(attempt, episode, attempt_rng(seed, config.mode)))
     for turn in range(config.switches):
         for drive in drives:
             drive.chunks_left = int(drive.rng.integers(1, max(1, config.max_chunks // config.switches) + 1))
-            drive.previous = None
-        _drive_all(runner, drives, config)
+            drive.episode.previous = None
+        while active := [drive for drive in drives if drive.chunks_left and not drive.done]:
+            replan(runner, [drive.episode for drive in active], config.executed_steps)
+            for drive in active:
+                drive.chunks_left -= 1
+                drive.done = drive.episode.over
+                if drive.episode.result.success:
+                    drive.attempt.outcome = "solved"
         for drive in drives:
             if not drive.done:
                 _take_over(drive, config, last=turn == config.switches - 1)
     return [drive.attempt for drive in drives]
-
-
-def _begin(env: Any, seed: int, config: RecordConfig) -> _Drive:
-    attempt = Attempt(seed, config.family(seed), outcome="unfinished")
-    env.reset(seed=seed, options={"task": attempt.task})
-    return _Drive(attempt, env, attempt_rng(seed, config.mode))
-
-
-def _drive_all(runner: PolicyRunner, drives: list[_Drive], config: RecordConfig) -> None:
-    """The policy's turn: every attempt that is not done gets its `chunks_left` chunks."""
-    while active := [drive for drive in drives if drive.chunks_left and not drive.done]:
-        chunks = runner.decode(
-            [drive.env.observe() for drive in active],
-            [drive.env.instruction for drive in active],
-            [drive.previous for drive in active],
-        )
-        for drive, chunk in zip(active, chunks, strict=True):
-            drive.previous = chunk.warm_start
-            drive.chunks_left -= 1
-            steps, solved = execute(drive.env, chunk.first_actions(drive.env, config.executed_steps))
-            drive.attempt.steps += steps
-            if solved:
-                drive.attempt.outcome, drive.done = "solved", True
 
 
 def _take_over(drive: _Drive, config: RecordConfig, *, last: bool) -> None:
@@ -81,12 +66,12 @@ def _take_over(drive: _Drive, config: RecordConfig, *, last: bool) -> None:
     limit = (
         config.takeover_steps if last else int(drive.rng.integers(HANDBACK_STEPS[0], HANDBACK_STEPS[1] + 1))
     )
-    frames: list[Frame] = []
-    for frame, solved in expert_steps(drive.env, drive.rng):
+    env, frames = drive.episode.env, []
+    for frame, _ in expert_steps(env, drive.rng):
         frames.append(frame)
-        if solved or len(frames) >= limit:
+        if env.success or env.finished or len(frames) >= limit:
             break
-    drive.attempt.steps += len(frames)
     drive.segments.append(frames)
-    if solved:
-        drive.attempt.outcome, drive.attempt.segments, drive.done = "recorded", drive.segments, True
+    drive.done = env.success or env.finished
+    if env.success:
+        drive.attempt.outcome, drive.attempt.segments = "recorded", drive.segments

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ceed_vla.errors import SimulationError
 from ceed_vla.kinematics import CommandedPose, PoseLimits, rpy_matrix
-from sim.tabletop import arm, layout, tasks
+from sim.tabletop import arm, expert, layout, tasks
 from sim.tabletop.render import check_image_size, render
 from sim.tabletop.scene import CAMERAS, FINGER_STROKE, SIM_DT, load_scene
 
@@ -30,11 +30,6 @@ ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 STATE_NAMES = (
     *("tcp_x", "tcp_y", "tcp_z", "tcp_qw", "tcp_qx", "tcp_qy", "tcp_qz", "finger_opening"),
     *("command_x", "command_y", "command_z", "command_cos_yaw", "command_sin_yaw", "command_gripper"),
-)
-PRIVILEGED_NAMES = (
-    *("target_dx", "target_dy", "target_dz", "target_cos_4yaw", "target_sin_4yaw"),
-    *("goal_dx", "goal_dy", "goal_dz"),
-    *(f"{thing}_{part}" for thing in (*tasks.COLORS, "bin", "plate") for part in ("x", "y", "z", "yaw")),
 )
 
 _SUBSTEPS = round(CTRL_DT / SIM_DT)
@@ -67,6 +62,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 - Gymnasium's class attribute
+    action_names, state_names = ACTION_NAMES, STATE_NAMES
 
     def __init__(
         self,
@@ -236,7 +232,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         )
 
     def privileged_state(self) -> NDArray[np.float32]:
-        """What the simulator knows and the policy does not: (E,) float32, named by `PRIVILEGED_NAMES` [m, rad]."""
+        """What the simulator knows and the policy does not: (E,) float32, `sim.tabletop.policy` [m, rad]."""
         now, target = self.situation(), self.command.target
         angle = 4.0 * (now.cube_yaws[target] - now.tcp_yaw)
         cubes = np.column_stack([now.cubes, now.cube_yaws])
@@ -251,11 +247,15 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     def expert_action(self) -> NDArray[np.float32]:
         """Action of the scripted expert (7,); see `sim.tabletop.expert`."""
-        from sim.tabletop.expert import expert_action
+        return expert.expert_action(self.command, self.situation())
 
-        return expert_action(self)
+    def disturbance(self, rng: np.random.Generator) -> NDArray[np.float32]:
+        """Any translation, moderate rotation, and now and then the wrong gripper command (7,)."""
+        flip, gripper = -1.0 if rng.random() < 0.1 else 1.0, 1.0 if self.gripper_open else -1.0
+        parts = rng.uniform(-1, 1, 3), rng.uniform(-0.3, 0.3, 3), [gripper * flip]
+        return np.concatenate(parts).astype(np.float32)
 
-    def scatter_arm(self, rng: np.random.Generator) -> None:
+    def scatter(self, rng: np.random.Generator) -> None:
         """Teleport the arm to a random plausible pose above the objects, gripper open or closed."""
         position = rng.uniform([0.32, -0.26, 0.03], [0.70, 0.26, 0.34])
         now = self.situation()

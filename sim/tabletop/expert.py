@@ -14,16 +14,11 @@ it comes down. Moves are proportional and saturate, so the motion is smooth and 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
 from sim.tabletop import tasks
 from sim.tabletop.tasks import CUBE_HALF, Command, Situation
-
-if TYPE_CHECKING:
-    from sim.tabletop.env import TabletopEnv
 
 Array = NDArray[np.float64]
 
@@ -54,13 +49,8 @@ _FINGER_CENTRE, _FINGER_HALF = (
 _PAD_OFFSET = 0.05 - CUBE_HALF  # TCP to centre of a cube that touches an open finger [m]
 
 
-def expert_action(env: TabletopEnv) -> NDArray[np.float32]:
-    """Action of the expert in the current state (7,) in [-1, 1].
-
-    Args:
-        env: Unwrapped environment after a reset.
-    """
-    command, now = env.command, env.situation()
+def expert_action(command: Command, now: Situation) -> NDArray[np.float32]:
+    """Action of the expert in the current state (7,) in [-1, 1]."""
     action = _push(command, now) if command.family == "push_cube" else _pick_and_place(command, now)
     return np.clip(action, -1.0, 1.0).astype(np.float32)
 

@@ -17,8 +17,7 @@ from sim.tabletop import arm, tasks
 
 SIM_DT = 0.004  # [s]
 FINGER_STROKE = 0.05  # travel of one finger [m]; the gripper opens to twice that
-CAMERAS = ("front", "wrist")
-MAX_IMAGE_SIZE = 512  # [px]
+CAMERAS, MAX_IMAGE_SIZE = tasks.CAMERAS, tasks.MAX_IMAGE_SIZE
 
 # Link masses [kg], centres of mass [m] and diagonal inertias [kg m^2]: round figures of a light 7-joint arm.
 _LINKS = (

@@ -19,6 +19,8 @@ TASKS = ("cube_in_bin", "cube_on_plate", "push_cube", "stack_cubes")
 COLORS = ("red", "green", "blue", "yellow")
 SIDES = ("left", "right")
 SPLITS = ("train", "heldout", "all")
+CAMERAS = ("front", "wrist")
+MAX_IMAGE_SIZE = 512  # [px]
 PHRASES: dict[str, tuple[str, ...]] = {
     "cube_in_bin": (
         "put the {color} cube in the bin",

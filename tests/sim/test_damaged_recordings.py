@@ -15,6 +15,7 @@ from ceed_vla.errors import DatasetError
 from sim.record import record
 from sim.recording.config import RecordConfig
 from sim.recording.dataset_writer import DatasetWriter
+from sim.tabletop.lerobot_env import CeedTabletopEnv
 
 FEATURES = {
     "observation.images.front": {
@@ -27,7 +28,8 @@ FEATURES = {
 
 
 def config(root: Path, **options: Any) -> RecordConfig:
-    return RecordConfig(root=root, progress=False, **({"episodes": 2, "tasks": "push_cube"} | options))
+    env = CeedTabletopEnv(task="push_cube")
+    return RecordConfig(root=root, progress=False, env=env, **({"episodes": 2} | options))
 
 
 def fake_frames(length: int, task: str = "do it", seed: int = 0) -> list[dict[str, Any]]:

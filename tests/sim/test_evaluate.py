@@ -19,7 +19,6 @@ from rich.console import Console
 
 import sim.evaluate as evaluate_module
 from ceed_vla.checkpoints import save
-from ceed_vla.configuration_ceed_vla import tabletop_config
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
@@ -32,6 +31,8 @@ from sim.outputs import is_own
 from sim.plots import write_plots
 from sim.rollout import EpisodeResult
 from sim.show import ShowConfig, show
+from sim.tabletop.lerobot_env import CeedTabletopEnv
+from sim.tabletop.policy import tabletop_config
 from sim.tabletop.tasks import vocabulary
 
 
@@ -40,7 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = tabletop_config(
         width=16, layers=1, heads=2, mlp_width=16, stem_channels=[4, 4, 4, 4], chunk_size=4, n_action_steps=2,
-        decoding=DecodingConfig(method="jacobi", max_iterations=2, executed_steps=2),
+        decoding=DecodingConfig(method="jacobi", max_iterations=2, watch="executed"),
     )  # fmt: skip
     stats = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
     pre, post = make_ceed_vla_pre_post_processors(config, stats, instructions=vocabulary())
@@ -53,12 +54,16 @@ def options(checkpoint: Path, folder: Path, **changes: object) -> EvalConfig:
         "decoders": "ar,jacobi,ceed",
         "episodes": 2,
         "executed_steps": 2,
-        "max_episode_steps": 8,  # an untrained policy solves nothing anyway
+        "env": {},
         "timing_chunks": 4,
         "clips": False,
         "output_dir": str(folder),
     }
-    return EvalConfig(**{**values, **changes})  # type: ignore[arg-type]
+    values |= changes
+    env: Any = values.pop("env")
+    # Few steps: an untrained policy solves nothing anyway.
+    env = CeedTabletopEnv(**{"task": "mixed", "episode_length": 8, **env})
+    return EvalConfig(env=env, **values)  # type: ignore[arg-type]
 
 
 def quiet() -> Console:
@@ -92,11 +97,9 @@ def test_options_are_parsed_from_the_command_line() -> None:
     ("changes", "message"),
     [
         ({"policy": CheckpointPath()}, "--policy.path"),
-        ({"decoders": "jacobian"}, "Unknown decoder 'jacobian'; choose from ar"),
-        ({"env": "kitchen"}, "tabletop"),
-        ({"task": "fold_towel"}, "cube_in_bin"),
-        ({"task": "mixed,push_cube"}, "--task"),
-        ({"split": "test"}, "--split is 'test'; it must be one of train, heldout, all"),
+        ({"decoders": "jacobian"}, "Unknown decoder 'jacobian'; choose from ceed"),
+        ({"env": {"task": "fold_towel"}}, "cube_in_bin"),
+        ({"env": {"split": "test"}}, "split is 'test'; it must be one of train, heldout, all"),
         ({"episodes": 0}, "--episodes is 0; it must be a whole number in [1, 100000]"),
         ({"episodes": 10**9}, "--episodes is 1000000000"),
         ({"episodes": 2.5}, "--episodes is 2.5"),
@@ -113,7 +116,7 @@ def test_options_are_parsed_from_the_command_line() -> None:
         ({"decoders": f"cap{'9' * 20}"}, "its cap K is 99999999999999999999"),
         ({"decoders": "cap" + "9" * 10_000}, "Unknown decoder 'cap999"),
         ({"decoders": "cap\u0662"}, "Unknown decoder"),
-        ({"task": "x" * 10_000}, "choose mixed"),
+        ({"env": {"task": "x" * 10_000}}, "choose 'all', 'mixed'"),
         ({"output_dir": " "}, "--output_dir is empty"),
         ({"output_dir": f"{__file__}"}, "which is a file; name a folder"),
         ({"output_dir": f"{__file__}/new"}, "is a file; name another folder"),
@@ -139,16 +142,16 @@ def test_demo_is_an_evaluation_with_valid_decoders(checkpoint: Path, tmp_path: P
 
 
 def test_rows_follow_the_checkpoint_and_the_executed_steps() -> None:
-    config = tabletop_config(decoding=DecodingConfig(max_iterations=3, executed_steps=4))
+    config = tabletop_config(decoding=DecodingConfig(max_iterations=3, watch="executed"))
     names = ["ar_h", "ceed", "teacher_cap2_mid", "jacobi", "conf0.25_cap3", "ceed_random"]
-    rows = resolve_rows(names, {"policy": config, "teacher": config}, executed_steps=2)
+    rows = resolve_rows(names, {"policy": config, "teacher": config})
     assert [row.reference for row in rows] == ["ar", "ar", "teacher_ar", "ar", "ar", "ar"]
-    assert rows[0].decoding == DecodingConfig(method="ar", executed_steps=2)
-    assert rows[1].decoding == DecodingConfig(max_iterations=3, executed_steps=2)
-    assert rows[2].decoding == DecodingConfig(max_iterations=2, executed_steps=2, guess="mid")
+    assert rows[0].decoding == DecodingConfig(method="ar", watch="executed")
+    assert rows[1].decoding == DecodingConfig(max_iterations=3, watch="executed")
+    assert rows[2].decoding == DecodingConfig(max_iterations=2, watch="executed", guess="mid")
     assert rows[3].decoding.strict
-    assert rows[4].decoding == DecodingConfig(confidence=0.25, max_iterations=3, executed_steps=2)
-    assert rows[5].decoding == DecodingConfig(max_iterations=3, executed_steps=2, guess="random")
+    assert rows[4].decoding == DecodingConfig(confidence=0.25, max_iterations=3, watch="executed")
+    assert rows[5].decoding == DecodingConfig(max_iterations=3, watch="executed", guess="random")
 
 
 def test_evaluation_from_options_to_files(checkpoint: Path, tmp_path: Path) -> None:
@@ -158,7 +161,7 @@ def test_evaluation_from_options_to_files(checkpoint: Path, tmp_path: Path) -> N
         teacher=CheckpointPath(str(checkpoint)),
         decoders="jacobi,jacobi_random,ceed",
         clips=True,
-        task="push_cube,stack_cubes",
+        env={"task": "push_cube,stack_cubes"},
     )
     report = evaluate(config, quiet())
 
@@ -353,7 +356,6 @@ def test_show_draws_a_picture(checkpoint: Path, tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"chunk": -1}, "--chunk is -1"),
-        ({"task": "fold"}, "--task is 'fold'; it must be one of mixed, cube_in_bin"),
         ({"output": ""}, "--output is empty"),
         ({"output": "."}, "is a folder; name a file in it"),
         ({"output": "picture"}, "a file with the ending .png is written"),

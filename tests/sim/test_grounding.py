@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lerobot.envs.configs import PushtEnv
 
 from ceed_vla.cli import main
 from ceed_vla.errors import ConfigError
@@ -22,7 +23,7 @@ def test_errors_are_listed_by_distance() -> None:
     found = truth.copy()
     found[1, 1] += 0.02  # 2 cm beside the cube
     found[3, 5] += 0.05  # 5 cm before the goal
-    rows = error_rows(found, truth, [0.1, 0.2])
+    rows = error_rows(found, truth, [0.1, 0.2], {"target": (0, 3), "goal": (5, 8)})
     assert [row["frames"] for row in rows] == [1, 2, 1, 4]
     assert [row["target_p50_cm"] for row in rows] == pytest.approx([0, 1, 0, 0], abs=0.01)
     assert rows[2]["goal_p50_cm"] == pytest.approx(5, abs=0.01)
@@ -48,7 +49,7 @@ def test_the_shipped_teacher_sees_the_named_cube(tmp_path: Path) -> None:
         ({"edges": [0.1, 0.1]}, "increasing distances"),
         ({"edges": [-0.1]}, "--edges is"),
         ({"edges": [float("nan")]}, "--edges is"),
-        ({"split": "test"}, "--split is 'test'"),
+        ({"env": PushtEnv()}, "lacks `privileged`"),
         ({"device": "tpu"}, "The device is 'tpu'"),
         ({"output": " "}, "--output is empty"),
         ({"output": "."}, "which is a folder"),

@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from ceed_vla import discovery
+from ceed_vla.cli import COMMANDS, config_of
+from ceed_vla.cli_flags import parse_flags, take_packages
 from ceed_vla.errors import ConfigError, SimulationError
-from sim import hooks, validate
+from sim import hooks
 from sim.hooks import ClosedLoopValidation, TakeoverRecorder
+from sim.recording.config import RecordConfig
+from sim.tabletop.lerobot_env import CeedTabletopEnv
 
 
 def test_rounds_use_every_seed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,7 +27,7 @@ def test_rounds_use_every_seed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return []
 
     monkeypatch.setattr(hooks, "_run_all", note)
-    recorder = TakeoverRecorder(5, seed=31_440, rounds=2)
+    recorder = TakeoverRecorder(CeedTabletopEnv(), 5, seed=31_440, rounds=2)
     for index in range(2):
         recorder(tmp_path / "policy", index, tmp_path / "takeover")
     assert seeds == list(range(31_440, 31_450))
@@ -31,19 +36,50 @@ def test_rounds_use_every_seed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(("seed", "rounds"), [(29_999, 1), (39_999, 1), (30_000, 5001)])
 def test_rounds_that_leave_their_seeds_are_refused(seed: int, rounds: int) -> None:
     with pytest.raises(ConfigError, match="30000 to 39999"):
-        TakeoverRecorder(2, seed, rounds)
-    TakeoverRecorder(2, seed=39_998, rounds=1)
+        TakeoverRecorder(CeedTabletopEnv(), 2, seed, rounds)
+    TakeoverRecorder(CeedTabletopEnv(), 2, seed=39_998, rounds=1)
 
 
-@pytest.mark.parametrize("text", ["", "no result", "[]", "{}", '{"successes": "x", "episodes": 1}'])
-def test_a_validation_without_a_result_is_an_error(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hooks, "_run_all", lambda commands: [text for _ in commands])
-    with pytest.raises(SimulationError, match="printed no result"):
-        ClosedLoopValidation(4)(Path("policy"))
+def test_a_validation_counts_the_episodes_as_they_end(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        "made 3 environments\n",
+        '{"success": true, "seed": 40000, "task": "x"}\n',
+        '{"success": false}\n',
+    ]
+    monkeypatch.setattr(hooks, "_run_all", lambda commands: iter(lines))
+    assert ClosedLoopValidation(CeedTabletopEnv(), 2)(Path("policy")) == (1, 2)
+    assert "2/2" in capfd.readouterr().err
+    with pytest.raises(SimulationError, match="reported 2 of 4 episodes"):
+        ClosedLoopValidation(CeedTabletopEnv(), 4)(Path("policy"))
 
 
-def test_a_validation_explains_itself_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert validate.main([]) == 2
-    assert validate.main([str(tmp_path), "x", "1"]) == 2
-    assert validate.main([str(tmp_path), "40000", "1"]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+def test_processes_get_the_environment_and_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "_discovered", {"json"})
+    seen: list[Sequence[str]] = []
+    monkeypatch.setattr(hooks, "_run_all", lambda commands: iter(seen.extend(commands) or ()))
+    env = CeedTabletopEnv(task="push_cube", cameras=["front"], split="heldout")
+    TakeoverRecorder(env, 2, 30_000, 1)(Path("policy"), 0, Path("takeover"))
+    for words in seen:
+        assert "--discover_packages_path=json" in words
+        config = parse_flags(RecordConfig, take_packages(words[4:])[1])
+        assert (config.env, config.mode, config.resume) == (env, "takeover", True)
+
+
+@pytest.mark.slow
+def test_a_validation_that_fails_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SimulationError, match="failed with exit status 1"):
+        ClosedLoopValidation(CeedTabletopEnv(), 2)(tmp_path)
+    assert "error: " in capfd.readouterr().err
+
+
+def test_no_simulator_means_no_validation_and_no_takeovers() -> None:
+    config = parse_flags(config_of(COMMANDS["train"]), ["--env.type=none", "--roots=x"])
+    assert config.arguments() == {"closed_loop": None, "record_takeover": None, "privileged": None}
+    assert config.rounds == 0
+    config = parse_flags(config_of(COMMANDS["train"]), ["--validate_episodes=0", "--roots=x"])
+    assert config.arguments()["closed_loop"] is None
+    config = parse_flags(config_of(COMMANDS["train"]), ["--env.type=pusht", "--roots=x"])
+    with pytest.raises(ConfigError, match=r"pusht has no expert, which --rounds 2 \(takeovers\) needs"):
+        config.arguments()

@@ -16,7 +16,7 @@ from lerobot.envs.utils import (
 )
 
 from ceed_vla.errors import ConfigError
-from sim.lerobot_env import CeedTabletopEnv
+from sim.tabletop.lerobot_env import CeedTabletopEnv
 from sim.tabletop.tasks import TASKS
 
 

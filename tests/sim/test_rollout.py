@@ -16,9 +16,12 @@ import torch
 
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError
+from sim.environment import EnvPool
 from sim.record import record
 from sim.recording.config import RecordConfig
-from sim.rollout import EnvPool, EpisodeResult, rollout, stack_previous, success_rate, wilson_interval
+from sim.rollout import EpisodeResult, rollout, stack_previous, success_rate, wilson_interval
+from sim.tabletop.lerobot_env import CeedTabletopEnv
+from sim.tabletop.policy import tabletop_config
 
 CHUNK, DIMS = 8, 7
 COMMAND = slice(-6, None)  # of the state: commanded position, yaw and gripper
@@ -35,7 +38,7 @@ class FakePolicy:
     def __init__(
         self, act: Callable[[np.ndarray], np.ndarray] | None = None, malformed: Collection[int] = ()
     ) -> None:
-        self.config = SimpleNamespace(n_action_steps=4, chunk_size=CHUNK, decoding=DecodingConfig())
+        self.config = tabletop_config(n_action_steps=4, chunk_size=CHUNK, decoding=DecodingConfig())
         self.act = act
         self.calls: list[SimpleNamespace] = []
         self.actions = torch.empty(0, CHUNK, DIMS)
@@ -50,6 +53,8 @@ class FakePolicy:
         decoding: Any,
         previous: Any = None,
         generator: Any = None,
+        shift_steps: int | None = None,
+        executed_steps: int | None = None,
         read: bool = True,
     ) -> Any:
         states = batch["observation.state"]
@@ -68,6 +73,14 @@ class FakePolicy:
         )
 
 
+def push(length: int = 120) -> CeedTabletopEnv:
+    return CeedTabletopEnv(task="push_cube", episode_length=length)
+
+
+def mixed(length: int) -> CeedTabletopEnv:
+    return CeedTabletopEnv(task="mixed", episode_length=length)
+
+
 def bundle(policy: FakePolicy) -> tuple[Any, Any, Any]:
     return policy, None, None
 
@@ -83,9 +96,9 @@ def test_counts_of_failing_episodes() -> None:
     results = rollout(
         bundle(policy),
         range(40_000, 40_003),
+        mixed(10),
         decoding="jacobi",
         batch=2,
-        max_episode_steps=10,
         on_chunk=lambda slot, observation, chunk: seen.append(
             (slot, observation["pixels"]["front"].shape[0])
         ),
@@ -107,7 +120,7 @@ def test_counts_of_failing_episodes() -> None:
 
 def test_previous_is_reset_with_the_episode() -> None:
     policy = FakePolicy()
-    results = rollout(bundle(policy), [1, 2, 3], "push_cube", batch=2, executed_steps=8, max_episode_steps=16)
+    results = rollout(bundle(policy), [1, 2, 3], push(16), batch=2, executed_steps=8)
     assert [r.task for r in results] == ["push_cube"] * 3
     assert policy.calls[0].previous is None
     assert policy.calls[1].previous.tolist() == [[1] * 56] * 2
@@ -128,9 +141,7 @@ def test_episodes_do_not_depend_on_their_neighbours() -> None:
         def note(slot: int, observation: dict[str, Any], chunk: Any) -> None:
             states.setdefault(slot, []).append(observation["agent_pos"].tolist())
 
-        return_value = rollout(
-            bundle(FakePolicy(reach)), [7, 8], batch=batch, max_episode_steps=12, on_chunk=note
-        )
+        return_value = rollout(bundle(FakePolicy(reach)), [7, 8], mixed(12), batch=batch, on_chunk=note)
         steps = sum(math.ceil(r.steps / 4) for r in return_value)
         flat = [state for slot in sorted(states) for state in states[slot]]
         assert len(flat) == steps
@@ -140,17 +151,16 @@ def test_episodes_do_not_depend_on_their_neighbours() -> None:
 
 
 def test_success_ends_an_episode_early() -> None:
-    with EnvPool(1) as pool:
+    with EnvPool(1, push()) as pool:
         env = pool.env(0)
-        env.reset(seed=11, options={"task": "push_cube"})
 
         class Expert(FakePolicy):
             def decode(self, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
                 result = super().decode(batch, *args, **kwargs)
-                self.actions[:, 0] = torch.as_tensor(np.asarray(env.expert_action()), dtype=torch.float32)
+                self.actions[:, 0] = torch.from_numpy(env.expert_action())
                 return result
 
-        results = rollout(bundle(Expert()), [11], "push_cube", executed_steps=1, pool=pool)
+        results = rollout(bundle(Expert()), [11], executed_steps=1, pool=pool)
     assert results[0].success
     assert results[0].steps == results[0].chunks < 120
     assert success_rate(results) == 1.0
@@ -162,7 +172,7 @@ def test_a_malformed_chunk_holds_the_arm_and_the_episode_goes_on() -> None:
     (result,) = rollout(
         bundle(policy),
         [7],
-        max_episode_steps=16,
+        mixed(16),
         on_chunk=lambda slot, observation, chunk: states.append(observation["agent_pos"]),
     )
     assert result.exit_reasons == ["converged", "malformed", "converged", "converged"]
@@ -174,12 +184,24 @@ def test_a_malformed_chunk_holds_the_arm_and_the_episode_goes_on() -> None:
     assert [call.previous is None for call in policy.calls] == [True, False, True, False]
 
 
-def test_one_family_per_seed() -> None:
+def test_families_take_turns_or_are_given() -> None:
     tasks = ["stack_cubes", "cube_in_bin"]
-    results = rollout(bundle(FakePolicy()), [5, 6], tasks, max_episode_steps=4)
-    assert [r.task for r in results] == tasks
+    env = CeedTabletopEnv(task=",".join(tasks), episode_length=4)
+    assert [r.task for r in rollout(bundle(FakePolicy()), [5, 6, 7], env)] == [*tasks, tasks[0]]
+    assert [r.task for r in rollout(bundle(FakePolicy()), [5, 6], env, tasks=tasks[::-1])] == tasks[::-1]
     with pytest.raises(ConfigError, match="2 tasks for 1 seeds"):
-        rollout(bundle(FakePolicy()), [5], tasks)
+        rollout(bundle(FakePolicy()), [5], env, tasks=tasks)
+
+
+def test_a_policy_of_other_features_is_refused() -> None:
+    policy = FakePolicy()
+    policy.config.input_features["observation.images.top"] = policy.config.image_features[
+        "observation.images.front"
+    ]
+    with pytest.raises(
+        ConfigError, match=r"reads or writes observation\.images\.top .*observation\.images\.wrist"
+    ):
+        rollout(bundle(policy), [5], push())
 
 
 @pytest.mark.parametrize(
@@ -189,7 +211,6 @@ def test_one_family_per_seed() -> None:
         ({"executed_steps": 0}, "at least 1"),
         ({"seeds": [-1]}, "seed -1"),
         ({"seeds": [1.5]}, r"seed 1\.5"),
-        ({"task": [None]}, "with task None"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -211,11 +232,11 @@ def test_success_rate_and_interval() -> None:
 @pytest.mark.parametrize("switches", [1, 2])
 def test_takeover_stores_only_finished_corrections(tmp_path: Path, switches: int) -> None:
     root = tmp_path / "takeover"
-    options = {"tasks": "push_cube", "episodes": 3, "batch": 2, "max_chunks": 3, "switches": switches}
+    options = {"env": push(), "episodes": 3, "batch": 2, "max_chunks": 3, "switches": switches}
     config = RecordConfig(root=root, mode="takeover", decoding="cap2", progress=False, **options)
     policy = FakePolicy(reach)
     summary = record(config, policy_bundle=bundle(policy))
-    assert {call.decoding for call in policy.calls} == {DecodingConfig(max_iterations=2, executed_steps=4)}
+    assert {call.decoding for call in policy.calls} == {"cap2"}
     assert summary.attempts == sum(summary.outcomes.values()) == 3
     recorded = summary.outcomes.get("push_cube/recorded", 0)
     assert recorded > 0
@@ -227,8 +248,7 @@ def test_takeover_stores_only_finished_corrections(tmp_path: Path, switches: int
     lengths = np.bincount(table["episode_index"])
     assert lengths.max() <= config.takeover_steps
     # The first stored frame is where the policy left the arm, not the pose after reset.
-    pool = EnvPool(1)
-    pool.env(0).reset(seed=progress["episode_seeds"][0], options={"task": "push_cube"})
-    start = pool.env(0).observe()["agent_pos"]
-    pool.close()
+    with EnvPool(1, push()) as pool:
+        pool.env(0).reset(progress["episode_seeds"][0], "push_cube")
+        start = pool.env(0).observe()["agent_pos"]
     assert not np.allclose(table["observation.state"][0], start, atol=1e-3)

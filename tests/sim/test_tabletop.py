@@ -11,24 +11,23 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-import sim
 from ceed_vla.errors import SimulationError
 from ceed_vla.kinematics import rpy_matrix
-from sim.tabletop import arm, layout, tasks
+from sim.tabletop import ENV_ID, arm, layout, tasks
 from sim.tabletop import render as rendering
 from sim.tabletop.env import (
     ACTION_NAMES,
-    PRIVILEGED_NAMES,
     STATE_NAMES,
     WORKSPACE_HIGH,
     WORKSPACE_LOW,
     TabletopEnv,
 )
+from sim.tabletop.policy import PRIVILEGED
 from sim.tabletop.scene import load_scene
 
 
 def make(**options) -> TabletopEnv:
-    return gymnasium.make(sim.TABLETOP_ID, **{"cameras": (), **options}).unwrapped
+    return gymnasium.make(ENV_ID, **{"cameras": (), **options}).unwrapped
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +94,7 @@ def test_there_is_no_scene_before_the_first_reset():
 
 
 def test_passes_gymnasiums_checker():
-    env = gymnasium.make(sim.TABLETOP_ID, task="cube_on_plate", image_size=32, render_size=32)
+    env = gymnasium.make(ENV_ID, task="cube_on_plate", image_size=32, render_size=32)
     check_env(env.unwrapped, skip_render_check=False)
     assert env.spec.max_episode_steps == 120
 
@@ -232,7 +231,7 @@ def test_names_match_the_vectors(blind):
     assert observation["agent_pos"].shape == (len(STATE_NAMES),) == (14,)
     assert blind.action_space.shape == (len(ACTION_NAMES),)
     assert set(info) == {"is_success", "task", "instruction"}
-    state = dict(zip(PRIVILEGED_NAMES, blind.privileged_state(), strict=True))
+    state = dict(zip(PRIVILEGED.names, blind.privileged_state(), strict=True))
     now = blind.situation()
     command = blind.command
     target, base = now.cubes[command.target], now.cubes[command.base]
@@ -248,7 +247,7 @@ def test_scattering_keeps_the_objects_and_moves_the_arm(blind):
     rng = np.random.default_rng(0)
     cubes, tips = blind.situation().cubes, []
     for _ in range(20):
-        blind.scatter_arm(rng)
+        blind.scatter(rng)
         now = blind.situation()
         tips.append(now.tcp)
         np.testing.assert_array_equal(now.cubes, cubes)

@@ -6,15 +6,15 @@ import gymnasium
 import numpy as np
 import pytest
 
-import sim
+from sim.tabletop import ENV_ID, MAX_EPISODE_STEPS
 from sim.tabletop.env import TabletopEnv
 from sim.tabletop.tasks import TASKS
 
-MAX_STEPS = sim.TABLETOP_MAX_STEPS
+MAX_STEPS = MAX_EPISODE_STEPS
 
 
 def make(task: str) -> TabletopEnv:
-    return gymnasium.make(sim.TABLETOP_ID, task=task, split="all", cameras=()).unwrapped
+    return gymnasium.make(ENV_ID, task=task, split="all", cameras=()).unwrapped
 
 
 def finish(env: TabletopEnv, sigma: float = 0.0, seed: int = 0) -> tuple[bool, int, int]:
@@ -55,7 +55,7 @@ def test_starts_from_any_arm_pose_with_closed_fingers(task):
     env = make(task)
     for seed in (15, 16):
         env.reset(seed=seed)
-        env.scatter_arm(np.random.default_rng(seed))
+        env.scatter(np.random.default_rng(seed))
         env.gripper_open = False
         env.data.qpos[7:9] = env.data.ctrl[7:9] = 0.0
         assert finish(env)[0], seed

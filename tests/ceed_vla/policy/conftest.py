@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 
 from ceed_vla import CeedVLAConfig, CeedVLAPolicy
 from ceed_vla.checkpoints import save
-from ceed_vla.configuration_ceed_vla import tabletop_config
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from sim.tabletop.policy import tabletop_config
 
 FRONT, WRIST, STATE = "observation.images.front", "observation.images.wrist", "observation.state"
 ENVIRONMENT = "observation.environment_state"
@@ -64,6 +65,11 @@ def checkpoint(
     policy: CeedVLAPolicy, processors: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     return save(tmp_path_factory.mktemp("checkpoint") / "policy", policy, *processors)
+
+
+@pytest.fixture
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(checkpoint, tmp_path / "policy")
 
 
 @pytest.fixture

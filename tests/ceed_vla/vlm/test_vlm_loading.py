@@ -12,20 +12,20 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from ceed_vla.backbones.vlm import IDS_KEY, MASK_KEY, STATE_KEY, VLMBackbone
-from ceed_vla.backbones.vlm_config import VLMConfig
-from ceed_vla.backbones.vlm_loading import (
+from benchmarks.models.vlm import FAMILIES, make_tiny_vlm, make_tokenizer
+from ceed_vla.backbones.vlm.config import VLMConfig
+from ceed_vla.backbones.vlm.loading import (
     architecture,
     build_model,
     check_decoding,
     choose_action_ids,
     load_model,
-    load_processor,
 )
-from ceed_vla.backbones.vlm_tiny import FAMILIES, make_tiny_vlm, make_tokenizer
-from ceed_vla.configuration_ceed_vla import tabletop_config
+from ceed_vla.backbones.vlm.model import IDS_KEY, MASK_KEY, STATE_KEY, VLMBackbone
+from ceed_vla.backbones.vlm.processor import load_processor
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from sim.tabletop.policy import tabletop_config
 
 
 def load(folder: Path) -> Any:

@@ -1,0 +1,338 @@
+"""Environments are LeRobot's `EnvConfig`s; what one may offer beside that is listed here, and found by its name.
+
+Whatever LeRobot or a discovered package registers can be evaluated and shown: observations as LeRobot reads them
+(``pixels``, ``agent_pos``), success from ``info["is_success"]``. All else is optional.
+
+On the configuration:
+
+    tasks() -> list[str]         tasks that take turns over the seeds; ``reset(options={"task": name})`` takes each
+    split: str                   a field: the part of the combinations that is drawn, such as "train" and "heldout"
+    episode_length: int          a field: step limit of an episode
+    act(env) -> (A,)             the expert's action in the present state of the unwrapped `env`; for `record`
+    privileged: Privileged       what `privileged_state` of the environment means; for the auxiliary target
+    sides: tuple[str, str]       what lies at the left and right border of the first camera's image; for clips
+
+On the unwrapped environment:
+
+    task_description: str        the instruction (LeRobot's name)
+    state_names, action_names    names of the dimensions, for data sets
+    privileged_state() -> (E,)   what the simulator knows and the policy does not
+    hold_action() -> (A,)        keeps the robot where it is; zeros without it
+    disturbance(rng) -> (A,)     a random action of `record --mode perturb`; uniform without it
+    scatter(rng), retarget(rng)  a random pose of the robot, another instruction for the scene; for grounding scenes
+    observe(), advance(action), is_success()     a step that renders only what somebody looks at; all three or none
+
+With the task "mixed" the environment draws a task at every reset; recordings take turns all the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from types import TracebackType
+from typing import Any
+
+import draccus
+import numpy as np
+import torch
+from lerobot.envs.configs import EnvConfig
+from lerobot.envs.factory import make_env
+from lerobot.envs.utils import NEW_ROLLOUT_OPTION, close_envs, env_to_policy_features, preprocess_observation
+from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES
+from numpy.typing import NDArray
+
+from ceed_vla.errors import CeedVLAError, ConfigError, SimulationError, root_cause
+
+Bundle = tuple[Any, Any, Any]  # policy, pre-processor, post-processor, as `ceed_vla.load` returns them
+Observation = dict[str, Any]
+
+MIXED = "mixed"
+
+# Seed ranges of every environment. Data never come from the seeds of validation and evaluation.
+RECORDING_SEEDS = (0, 30_000)
+TAKEOVER_SEEDS = (30_000, 40_000)
+VALIDATION_SEED = 40_000
+EVALUATION_SEEDS = 50_000  # nothing is recorded, trained or tuned on seeds from here on
+
+
+@dataclass(frozen=True)
+class Privileged:
+    """The meaning of an environment's `privileged_state` (E,).
+
+    Attributes:
+        names: Of its values (E,).
+        scale: Factors of its leading values for the auxiliary regression, so that they are of order 1.
+        named: Leading values that tell of what the instruction names; the regressed ones while actions are learnt.
+        positions: By name, the first and one past the last value of positions relative to the robot's tool [m]; the
+            first one is what `ceed-vla grounding` sorts by.
+    """
+
+    names: tuple[str, ...]
+    scale: tuple[float, ...]
+    named: int = 0
+    positions: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def turns(config: EnvConfig) -> list[str]:
+    """Tasks that take turns over the seeds of an evaluation; "mixed" leaves the choice to the environment."""
+    return [MIXED] if config.task == MIXED else recorded_tasks(config)
+
+
+def recorded_tasks(config: EnvConfig) -> list[str]:
+    """Tasks that take turns over the seeds of a recording."""
+    return list(config.tasks()) if hasattr(config, "tasks") else [MIXED]
+
+
+def check_expert(config: EnvConfig, purpose: str) -> None:
+    """Raise `ConfigError` unless the environment has an expert."""
+    if not hasattr(config, "act"):
+        raise ConfigError(
+            f"--env.type={config.type} has no expert, which {purpose} needs: its configuration {type(config).__name__} "
+            "lacks act(env), see sim/environment.py."
+        )
+
+
+def flags(config: EnvConfig) -> list[str]:
+    """The words ``--env.type=... --env.<field>=...`` that stand for `config`."""
+    names = [item.name for item in fields(config) if item.init]
+    derived = [name for name in names if name in ("features", "features_map")]  # by most from the others
+    given: dict[str, Any] = {}
+    for name in sorted(names, key=derived.count):
+        value = getattr(config, name)
+        if value != getattr(type(config)(**given), name):
+            given[name] = value
+    texts = {name: v if isinstance(v, str) else json.dumps(draccus.encode(v)) for name, v in given.items()}
+    return [f"--env.type={config.type}", *(f"--env.{name}={text}" for name, text in texts.items())]
+
+
+class Environment:
+    """One environment, driven in the same way whatever it offers.
+
+    Args:
+        config: What to make.
+
+    Attributes:
+        task: Task of the episode; ``info["task"]`` of the reset where it says one.
+        success: Whether the episode is solved now.
+        finished: Whether the environment itself has ended the episode.
+
+    Raises:
+        SimulationError: It cannot be made, or it does not say whether an episode is solved.
+    """
+
+    def __init__(self, config: EnvConfig) -> None:
+        self.config = config
+        try:
+            # With a task list one environment does for all; without, LeRobot makes one for each task.
+            make = EnvConfig.create_envs if hasattr(config, "tasks") else make_env
+            self._suites = make(config, n_envs=1)
+        except CeedVLAError:
+            raise
+        except Exception as error:  # whatever an environment of any make raises
+            raise SimulationError(
+                f"--env.type={config.type} cannot be made ({root_cause(error)})."
+            ) from error
+        self._envs = [vector.envs[0] for suite in self._suites.values() for vector in suite.values()]
+        self._env = self._envs[0]
+        self._quick = all(hasattr(self.inner, name) for name in ("observe", "advance", "is_success"))
+        self._observation: Observation | None = None
+        self.task, self.success, self.finished = "", False, False
+
+    @property
+    def inner(self) -> Any:
+        """The unwrapped environment."""
+        return self._env.unwrapped
+
+    @property
+    def max_episode_steps(self) -> int:
+        """Step limit of an episode."""
+        limit = getattr(self.config, "episode_length", None)
+        for place in (self._env, self.inner):
+            limit = limit or getattr(place, "_max_episode_steps", None)
+            limit = limit or getattr(place.spec, "max_episode_steps", None)
+        if not limit:
+            raise SimulationError(
+                f"--env.type={self.config.type} has no step limit; give its field episode_length."
+            )
+        return int(limit)
+
+    @property
+    def instruction(self) -> str:
+        """The instruction of the episode."""
+        return str(
+            getattr(self.inner, "task_description", None) or getattr(self.inner, "task", None) or self.task
+        )
+
+    def reset(self, seed: int, task: str = MIXED) -> None:
+        """Start the episode of a seed."""
+        options: dict[str, Any] = {} if task == MIXED else {"task": task}
+        if not hasattr(self.config, "tasks"):
+            options[NEW_ROLLOUT_OPTION] = True
+        self._env = self._envs[seed % len(self._envs)]
+        self._observation, info = self._env.reset(seed=int(seed), options=options)
+        self.task = str(info.get("task") or self.config.task or self.config.type)
+        self.success = self.finished = False
+
+    def observe(self) -> Observation:
+        """The observation of the present state."""
+        if self._observation is None:
+            self._observation = self.inner.observe()
+        return self._observation
+
+    def advance(self, action: NDArray[np.floating]) -> bool:
+        """One control step; whether the episode is solved now."""
+        if self._quick:
+            self.inner.advance(action)
+            self._observation, self.success = None, bool(self.inner.is_success())
+            return self.success
+        self._observation, _, terminated, truncated, info = self._env.step(action)
+        if "is_success" not in info:
+            raise SimulationError(
+                f"--env.type={self.config.type} does not say in info['is_success'] whether an episode is solved."
+            )
+        self.success, self.finished = bool(np.all(info["is_success"])), bool(terminated or truncated)
+        return self.success
+
+    def expert_action(self) -> NDArray[np.float32]:
+        """Action (A,) of the expert in the present state."""
+        return np.asarray(self.config.act(self.inner), dtype=np.float32)  # type: ignore[attr-defined]
+
+    def hold_action(self) -> NDArray[np.float32]:
+        """Action (A,) that keeps the robot where it is."""
+        zeros = np.zeros(self._env.action_space.shape, dtype=np.float32)
+        return self.inner.hold_action() if hasattr(self.inner, "hold_action") else zeros
+
+    def disturbance(self, rng: np.random.Generator) -> NDArray[np.float32]:
+        """A random action (A,)."""
+        if hasattr(self.inner, "disturbance"):
+            return self.inner.disturbance(rng)
+        return rng.uniform(*self.action_bounds).astype(np.float32)
+
+    def scatter(self, rng: np.random.Generator) -> None:
+        """Put the robot into a random pose."""
+        self.inner.scatter(rng)
+        self._observation = None
+
+    def retarget(self, rng: np.random.Generator) -> None:
+        """Draw another instruction for the same scene."""
+        self.inner.retarget(rng)
+        self._observation = None
+
+    @property
+    def action_bounds(self) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+        """Smallest and largest action, (A,) each."""
+        return self._env.action_space.low, self._env.action_space.high
+
+    def needs(self, purpose: str, *names: str) -> None:
+        """Raise `SimulationError` unless the unwrapped environment has these methods."""
+        missing = [f"{name}()" for name in names if not hasattr(self.inner, name)]
+        if missing:
+            raise SimulationError(
+                f"--env.type={self.config.type} lacks {' and '.join(missing)}, which {purpose} needs, see "
+                "sim/environment.py."
+            )
+
+    def close(self) -> None:
+        """Release it."""
+        close_envs(self._suites)
+
+
+class EnvPool:
+    """A fixed number of environments, made when first needed and used again.
+
+    Args:
+        size: Number of environments.
+        config: What each is.
+    """
+
+    def __init__(self, size: int, config: EnvConfig) -> None:
+        if size < 1:
+            raise ConfigError(f"a pool needs at least 1 environment, not {size}")
+        self.size, self.config = size, config
+        self._envs: list[Environment] = []
+
+    def env(self, slot: int) -> Environment:
+        """The environment of a slot (0 <= slot < size)."""
+        while len(self._envs) <= slot:
+            self._envs.append(Environment(self.config))
+        return self._envs[slot]
+
+    @property
+    def max_episode_steps(self) -> int:
+        """Step limit of an episode."""
+        return getattr(self.config, "episode_length", None) or self.env(0).max_episode_steps
+
+    def close(self) -> None:
+        """Release all environments."""
+        while self._envs:
+            self._envs.pop().close()
+
+    def __enter__(self) -> EnvPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+# ---- observations -----------------------------------------------------------------------------------------------
+
+
+def images_of(observation: Observation) -> dict[str, NDArray[np.uint8]]:
+    """Camera images (H, W, 3) by feature name."""
+    pixels = observation.get("pixels", {})
+    if not isinstance(pixels, dict):
+        return {OBS_IMAGE: pixels}
+    return {f"{OBS_IMAGES}.{camera}": image for camera, image in pixels.items()}
+
+
+def observation_batch(observations: Sequence[Observation], instructions: Sequence[str]) -> dict[str, Any]:
+    """B raw observations as a LeRobot batch: images (B, 3, H, W) in [0, 1], state (B, D), list of tasks."""
+    batch = preprocess_observation(_stacked(observations))
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor) and value.ndim == 4:
+            # As training lays images out: kernels round differently for another layout.
+            batch[name] = value.contiguous(memory_format=torch.channels_last)
+    return {**batch, "task": list(instructions)}
+
+
+def _stacked(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], dict):
+        return {name: _stacked([value[name] for value in values]) for name in values[0]}
+    return np.stack([np.asarray(value) for value in values])
+
+
+def joined(bundle: Bundle, config: EnvConfig) -> Bundle:
+    """A policy's bundle whose processors take what an environment gives and give what it takes.
+
+    Raises:
+        ConfigError: The policy reads or writes features that the environment does not have.
+    """
+    policy, pre, post = bundle
+    check_features(policy.config, config)
+    before, after = config.get_env_processors()
+    if before.steps:
+        own_pre = pre
+        pre = lambda batch: own_pre(before(batch))  # noqa: E731
+    if after.steps:
+        own_post = post
+        post = lambda actions: after({ACTION: own_post(actions)})[ACTION]  # noqa: E731
+    return policy, pre, post
+
+
+def check_features(policy: Any, config: EnvConfig) -> None:
+    """Raise `ConfigError` unless the features of a policy's configuration are those of the environment."""
+    if not config.features or config.get_env_processors()[0].steps:
+        return  # they are not known before an observation has gone through the processors
+    have = {name: tuple(feature.shape) for name, feature in env_to_policy_features(config).items()}
+    wanted = {name: tuple(feature.shape) for name, feature in (policy.input_features or {}).items()}
+    wanted |= {ACTION: tuple(policy.action_feature.shape)}
+    for name, shape in wanted.items():
+        resized = len(shape) == 3 and name in have  # images of other sizes are resized
+        if name not in (OBS_ENV_STATE,) and have.get(name) != shape and not resized:
+            raise ConfigError(
+                f"The policy reads or writes {name} {shape}, --env.type={config.type} has "
+                f"{', '.join(f'{n} {s}' for n, s in have.items())}."
+            )

@@ -1,0 +1,158 @@
+"""The tabletop environments as LeRobot's: `--env.type=ceed_tabletop --env.task=all`, with LeRobot's tools and ours.
+
+Importing this module registers the type. The distribution `lerobot_policy_ceed_vla` imports it for LeRobot's
+tools; without that distribution, pass `--env.discover_packages_path=sim.tabletop.lerobot_env`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.envs.configs import EnvConfig
+from lerobot.envs.utils import NEW_ROLLOUT_OPTION, freeze_after_episode_end
+from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+from numpy.typing import NDArray
+
+from ceed_vla.errors import ConfigError
+from ceed_vla.fields import check_fields, chosen, ranged, short
+from sim.environment import MIXED, Privileged
+from sim.tabletop import ENV_ID, MAX_EPISODE_STEPS
+from sim.tabletop.policy import PRIVILEGED
+from sim.tabletop.tasks import CAMERAS, MAX_IMAGE_SIZE, SPLITS, TASKS
+
+_ACTION_DIM, _STATE_DIM = 7, 14
+
+
+@EnvConfig.register_subclass("ceed_tabletop")
+@dataclass
+class CeedTabletopEnv(EnvConfig):
+    """Tabletop manipulation by language, four task families.
+
+    Attributes:
+        task: "all" or a comma-separated list of families, which take turns (LeRobot: one suite each); or "mixed": the
+            environment draws the family of an episode (recordings take turns all the same).
+        fps: Control rate [Hz].
+        split: Colours and phrasings: "train", "heldout" or "all".
+        episode_length: Step limit of an episode.
+        image_size: Side of the camera images [px].
+        cameras: Names of the cameras, in `observation.images.<name>`.
+    """
+
+    privileged: ClassVar[Privileged] = PRIVILEGED
+    sides: ClassVar[tuple[str, str]] = ("robot's right", "robot's left")  # the front camera faces the robot
+
+    task: str | None = "all"
+    fps: int = ranged(10, "[1, 1000]")
+    split: str = chosen("train", SPLITS)
+    episode_length: int = ranged(MAX_EPISODE_STEPS, "[1, 100000]")
+    image_size: int = ranged(96, f"[16, {MAX_IMAGE_SIZE}]")
+    cameras: list[str] = field(default_factory=lambda: list(CAMERAS))
+    features: dict[str, PolicyFeature] = field(default_factory=dict)
+    features_map: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self.families()
+        if not self.cameras or len(set(self.cameras)) < len(self.cameras) or set(self.cameras) - set(CAMERAS):
+            raise ConfigError(f"cameras are {str(self.cameras)[:200]}; choose some of {', '.join(CAMERAS)}.")
+        size = self.image_size
+        self.features = {
+            ACTION: PolicyFeature(type=FeatureType.ACTION, shape=(_ACTION_DIM,)),
+            "agent_pos": PolicyFeature(type=FeatureType.STATE, shape=(_STATE_DIM,)),
+        }
+        self.features_map = {ACTION: ACTION, "agent_pos": OBS_STATE}
+        for camera in self.cameras:
+            self.features[f"pixels/{camera}"] = PolicyFeature(type=FeatureType.VISUAL, shape=(size, size, 3))
+            self.features_map[f"pixels/{camera}"] = f"{OBS_IMAGES}.{camera}"
+
+    @property
+    def package_name(self) -> str:
+        """Namespace of the gymnasium id."""
+        return "ceed_vla"
+
+    @property
+    def gym_id(self) -> str:
+        """The one registered id; the family is a keyword."""
+        return ENV_ID
+
+    @property
+    def gym_kwargs(self) -> dict[str, Any]:
+        """Keywords of `gymnasium.make`, apart from `task`."""
+        return {
+            "split": self.split,
+            "image_size": self.image_size,
+            "cameras": tuple(self.cameras),
+            "render_mode": "rgb_array",
+            "max_episode_steps": self.episode_length,
+        }
+
+    def families(self) -> list[str]:
+        """The values of the environment's `task` keyword, one per suite entry.
+
+        Raises:
+            ConfigError: Unknown family.
+        """
+        names = [name.strip() for name in (self.task or "all").split(",") if name.strip()]
+        if names == ["all"]:
+            return list(TASKS)
+        unknown = [name for name in names if name not in (*TASKS, MIXED)]
+        if unknown or not names:
+            raise ConfigError(
+                f"unknown task {short(', '.join(unknown) or self.task)}; choose 'all', 'mixed' or a "
+                f"comma-separated list of {', '.join(TASKS)}"
+            )
+        return names
+
+    def tasks(self) -> list[str]:
+        """Families that take turns over the seeds of a recording."""
+        return list(TASKS) if self.task == MIXED else self.families()
+
+    def act(self, env: Any) -> NDArray[np.float32]:
+        """Action (7,) of the scripted expert."""
+        return env.expert_action()
+
+    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, VectorEnv]]:
+        """One vector environment per family: {suite: {0: env}}, the suite named like the family.
+
+        LeRobot reports success per suite, hence one suite per family. Finished sub-environments are frozen:
+        they cost nothing while the others go on.
+        """
+        return {
+            family: {0: _vector_env(_factory(self.gym_id, family, self.gym_kwargs), n_envs, use_async_envs)}
+            for family in self.families()
+        }
+
+
+class _WithoutLeRobotOption(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Keeps LeRobot's mark of a new rollout from the environment, which refuses unknown options."""
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        options = {name: value for name, value in (options or {}).items() if name != NEW_ROLLOUT_OPTION}
+        return self.env.reset(seed=seed, options=options)
+
+
+def _factory(gym_id: str, family: str, kwargs: dict[str, Any]) -> Callable[[], gymnasium.Env[Any, Any]]:
+    def make() -> gymnasium.Env[Any, Any]:
+        return _WithoutLeRobotOption(gymnasium.make(gym_id, task=family, disable_env_checker=True, **kwargs))
+
+    return freeze_after_episode_end(make)
+
+
+def _vector_env(make: Callable[[], gymnasium.Env[Any, Any]], n_envs: int, use_async_envs: bool) -> VectorEnv:
+    makers = [make] * n_envs
+    if use_async_envs and n_envs > 1:
+        return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP, context="forkserver")
+    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
+
+
+def mixed_tabletop() -> CeedTabletopEnv:
+    """The tabletop as evaluations use it: every seed's own draw of a family."""
+    return CeedTabletopEnv(task=MIXED)

@@ -1,0 +1,63 @@
+"""The configuration of policies for the tabletop, and the meaning of its privileged state."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from lerobot.configs import FeatureType, PolicyFeature
+
+from ceed_vla.backbones.compact.config import CompactConfig
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.tokens.uniform import UniformTokensConfig
+from sim.environment import Privileged
+from sim.tabletop.tasks import COLORS
+
+_NAMES = (
+    *("target_dx", "target_dy", "target_dz", "target_cos_4yaw", "target_sin_4yaw"),
+    *("goal_dx", "goal_dy", "goal_dz"),
+    *(f"{thing}_{part}" for thing in (*COLORS, "bin", "plate") for part in ("x", "y", "z", "yaw")),
+)
+# The named cube and goal as seen from the gripper, in units of 3 cm, then every object in decimetres. Without the
+# objects a policy learns where things are only through which one is named, far more slowly. Yaws count little: at
+# 96 px they are mostly noise, which would drown the centimetres that a stack needs.
+_NAMED_SCALE = (30.0, 30.0, 30.0, 0.3, 0.3, 30.0, 30.0, 30.0)
+_OBJECTS_SCALE = (10.0, 10.0, 1.0, 0.1) * 6
+PRIVILEGED = Privileged(
+    names=_NAMES,
+    scale=(*_NAMED_SCALE, *_OBJECTS_SCALE),
+    named=len(_NAMED_SCALE),
+    positions={"target": (0, 3), "goal": (5, 8)},
+)
+
+
+def tabletop_config(**changes: object) -> CeedVLAConfig:
+    """The configuration of the shipped tabletop checkpoints, with `changes` on top.
+
+    Args:
+        changes: Fields of `CeedVLAConfig`, of its compact backbone, or of its uniform action tokens.
+    """
+    tokens: dict[str, object] = {
+        "action_range": "fixed",
+        "action_low": [-1.0, -1.0, -1.0, -0.25, -0.25, -1.0, -1.0],
+        "action_high": [1.0, 1.0, 1.0, 0.25, 0.25, 1.0, 1.0],
+    }
+    tokens |= {name: changes.pop(name) for name in _names(UniformTokensConfig) & changes.keys()}
+    sizes = {name: changes.pop(name) for name in _names(CompactConfig) & changes.keys()}
+    values: dict[str, object] = {
+        "input_features": {
+            "observation.images.front": PolicyFeature(FeatureType.VISUAL, (3, 96, 96)),
+            "observation.images.wrist": PolicyFeature(FeatureType.VISUAL, (3, 96, 96)),
+            "observation.state": PolicyFeature(FeatureType.STATE, (14,)),
+        },
+        "output_features": {"action": PolicyFeature(FeatureType.ACTION, (7,))},
+        "backbone": CompactConfig(**sizes),  # type: ignore[arg-type]
+        "action_tokens": UniformTokensConfig(**tokens),  # type: ignore[arg-type]
+        "auxiliary_scale": list(PRIVILEGED.scale),
+        "device": "cpu",
+        "push_to_hub": False,
+    }
+    return CeedVLAConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def _names(config_class: type[CompactConfig | UniformTokensConfig]) -> set[str]:
+    return {item.name for item in fields(config_class)}

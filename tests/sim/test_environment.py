@@ -1,0 +1,151 @@
+"""Environments that offer nothing beside LeRobot's: driven through gymnasium, and what they lack is said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.envs.configs import EnvConfig, LiberoEnv
+
+from ceed_vla.errors import ConfigError, SimulationError
+from sim.environment import Environment, check_expert, flags, joined
+from sim.rollout import rollout
+from sim.tabletop.lerobot_env import CeedTabletopEnv
+
+
+class Plain(gymnasium.Env[dict[str, Any], Any]):
+    """Solved once the actions add up to 3; one camera without a name."""
+
+    def __init__(self, task: str = "add", silent: bool = False, max_steps: int = 8) -> None:
+        self.task, self.silent = task, silent
+        self.action_space = spaces.Box(-1, 1, (1,), np.float32)
+        images, state = spaces.Box(0, 255, (8, 8, 3), np.uint8), spaces.Box(-9, 9, (1,), np.float32)
+        self.observation_space = spaces.Dict({"pixels": images, "agent_pos": state})
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        self.sum = np.zeros(1, np.float32)
+        return self._observation(), {}
+
+    def _observation(self) -> dict[str, Any]:
+        return {"pixels": np.full((8, 8, 3), 10 * int(self.sum[0]), np.uint8), "agent_pos": self.sum.copy()}
+
+    def step(self, action: Any) -> Any:
+        self.sum = self.sum + action
+        solved = bool(self.sum[0] >= 3)
+        return self._observation(), 0.0, solved, False, {} if self.silent else {"is_success": solved}
+
+
+gymnasium.register("sim_tests/plain", Plain, max_episode_steps=8)
+
+
+@EnvConfig.register_subclass("sim_tests_plain")
+@dataclass
+class PlainConfig(EnvConfig):
+    task: str | None = "plain"
+    silent: bool = False
+    features: dict[str, PolicyFeature] = field(
+        default_factory=lambda: {
+            "action": PolicyFeature(FeatureType.ACTION, (1,)),
+            "agent_pos": PolicyFeature(FeatureType.STATE, (1,)),
+            "pixels": PolicyFeature(FeatureType.VISUAL, (8, 8, 3)),
+        }
+    )
+    features_map: dict[str, str] = field(
+        default_factory=lambda: {
+            "action": "action", "agent_pos": "observation.state", "pixels": "observation.image"
+        }
+    )  # fmt: skip
+
+    @property
+    def package_name(self) -> str:
+        return "sim_tests"
+
+    @property
+    def gym_kwargs(self) -> dict[str, Any]:
+        return {"silent": self.silent}
+
+
+class Adder:
+    """A policy whose chunk adds 0.5 in each of four steps; remembers its batches."""
+
+    def __init__(self, camera: str = "observation.image") -> None:
+        inputs = {camera: SimpleNamespace(shape=(3, 8, 8)), "observation.state": SimpleNamespace(shape=(1,))}
+        self.config = SimpleNamespace(
+            n_action_steps=4, input_features=inputs, action_feature=SimpleNamespace(shape=(1,))
+        )
+        self.tokenizer = SimpleNamespace(
+            readable=lambda tokens: torch.ones(len(tokens), dtype=torch.bool),
+            decode=lambda tokens: torch.full((len(tokens), 4, 1), 0.5),
+        )
+        self.batches: list[dict[str, Any]] = []
+
+    def decode(self, batch: dict[str, Any], **_: Any) -> Any:
+        self.batches.append(batch)
+        rows = len(batch["task"])
+        return SimpleNamespace(
+            tokens=torch.zeros(rows, 4, dtype=torch.long),
+            iterations=torch.ones(rows),
+            exit_reason=["complete"] * rows,
+            seconds={},
+        )
+
+
+def test_a_plain_environment_is_evaluated() -> None:
+    policy = Adder()
+    results = rollout((policy, None, None), [1, 2, 3], PlainConfig(), batch=2)
+    assert [(r.seed, r.success, r.steps, r.chunks) for r in results] == [(s, True, 6, 2) for s in (1, 2, 3)]
+    assert {r.task for r in results} == {"plain"}
+    assert {r.instruction for r in results} == {"add"}
+    batch = policy.batches[1]
+    assert batch["observation.image"].shape == (2, 3, 8, 8)
+    assert batch["observation.image"].max().item() == pytest.approx(20 / 255)
+    assert batch["observation.state"].tolist() == [[2.0], [2.0]]
+
+
+def test_what_is_missing_is_said() -> None:
+    with pytest.raises(
+        ConfigError, match=r"sim_tests_plain has no expert, which record needs.*PlainConfig lacks act"
+    ):
+        check_expert(PlainConfig(), "record")
+    with pytest.raises(
+        ConfigError, match=r"reads or writes observation\.image\.top \(3, 8, 8\), --env.type=sim_tests"
+    ):
+        joined((Adder("observation.image.top"), None, None), PlainConfig())
+    with pytest.raises(SimulationError, match=r"does not say in info\['is_success'\]"):
+        rollout((Adder(), None, None), [1], PlainConfig(silent=True))
+    with pytest.raises(
+        SimulationError, match=r"lacks privileged_state\(\) and scatter\(\), which grounding needs"
+    ):
+        Environment(PlainConfig()).needs("grounding", "privileged_state", "scatter")
+    with pytest.raises(
+        SimulationError,
+        match=r"--env.type=sim_tests_plain cannot be made .ModuleNotFoundError: No module named 'sim_tests'",
+    ):
+        Environment(PlainConfig(task="none"))
+
+
+def test_a_plain_environment_holds_still_and_is_disturbed_within_its_actions() -> None:
+    env = Environment(PlainConfig())
+    assert env.max_episode_steps == 8
+    assert env.hold_action().tolist() == [0.0]
+    assert abs(env.disturbance(np.random.default_rng(0))[0]) <= 1
+
+
+def test_an_environments_flags_say_what_differs() -> None:
+    assert flags(CeedTabletopEnv()) == ["--env.type=ceed_tabletop"]
+    env = CeedTabletopEnv(task="push_cube", cameras=["front"], image_size=64)
+    words = ["--env.task=push_cube", "--env.image_size=64", '--env.cameras=["front"]']
+    assert flags(env) == ["--env.type=ceed_tabletop", *words]
+
+
+def test_an_environment_whose_package_is_missing(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SimulationError, match=r"--env.type=libero cannot be made \("):
+        Environment(LiberoEnv())

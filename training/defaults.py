@@ -1,0 +1,136 @@
+"""What a new policy takes from its data where its settings leave it open, and what of the data it can learn from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from lerobot.configs import FeatureType, PolicyFeature
+from torch import Tensor
+
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.errors import ConfigError, DatasetError
+from training.data import ACTION, ENVIRONMENT, STATE, FrameStore
+from training.mixture import state_statistics
+
+logger = logging.getLogger(__name__)
+
+SPARSE = 0.9  # of a dimension's values lie near zero: its quantiles say nothing of the others
+NEAR_ZERO = 0.01  # of the largest value
+
+
+class Privileged(Protocol):
+    """What an environment says of its ``observation.environment_state`` (E,).
+
+    Attributes:
+        names: Of its values.
+        scale: Factors of the leading values, for the auxiliary regression.
+        named: Leading values that are regressed while actions are learnt.
+    """
+
+    names: tuple[str, ...]
+    scale: tuple[float, ...]
+    named: int
+
+
+def take_from_data(
+    policy: CeedVLAConfig,
+    stores: Sequence[FrameStore],
+    grounding: Sequence[FrameStore],
+    privileged: Privileged | None,
+) -> dict[str, dict[str, Tensor]]:
+    """Fill a new policy's features, two-valued action dimensions and auxiliary target where they are not set.
+
+    Args:
+        policy: Filled in.
+        stores: Demonstrations.
+        grounding: Action-free data sets.
+        privileged: The environment's; it is believed where the data sets name their values as the environment does.
+
+    Returns:
+        Statistics for the processors and the ranges of the action tokens. For actions that are nearly always zero in
+        a dimension, the quantiles are the extremes.
+    """
+    set_features(policy, stores[0])
+    stats, tokens = state_statistics(stores), policy.action_tokens
+    actions = np.concatenate([store.action for store in stores if store.action is not None])
+    open_ranges = not any(getattr(tokens, name, None) for name in ("action_low", "q01", "fitted"))
+    if open_ranges and tokens.gripper_dims == [-1]:
+        tokens.gripper_dims = two_valued(actions)
+    sparse = (np.abs(actions) <= NEAR_ZERO * np.abs(actions).max(0)).mean(0) >= SPARSE  # (A,)
+    for quantile, extreme in (("q01", "min"), ("q99", "max")):
+        stats[ACTION][quantile][sparse] = stats[ACTION][extreme][sparse]
+    told = [store for store in (*stores, *grounding) if store.environment_state is not None]
+    known = privileged is not None and told and all(is_of(store, privileged) for store in told)
+    if known and policy.auxiliary_weight and not policy.auxiliary_scale:
+        policy.auxiliary_scale = list(privileged.scale)  # type: ignore[union-attr]
+    return stats
+
+
+def set_features(config: CeedVLAConfig, store: FrameStore) -> None:
+    """Take cameras, state and action of a data set into a policy configuration."""
+    if store.action is None:
+        raise ConfigError(f"{store.root} holds no actions.")
+    sizes = {name: images.shape[1:3] for name, images in store.images.items()}
+    cameras = {name: PolicyFeature(FeatureType.VISUAL, (3, *size)) for name, size in sizes.items()}
+    config.input_features = {**cameras, STATE: PolicyFeature(FeatureType.STATE, (store.state.shape[1],))}
+    config.output_features = {ACTION: PolicyFeature(FeatureType.ACTION, (store.action.shape[1],))}
+
+
+def two_valued(actions: Any) -> list[int]:
+    """Dimensions of actions (N, A) that take two values, as a gripper's does."""
+    return [d for d in range(actions.shape[1]) if len(np.unique(actions[:, d])) == 2]
+
+
+def is_of(store: FrameStore, privileged: Privileged) -> bool:
+    """Whether a data set's ``observation.environment_state`` is the environment's."""
+    return store.labels.get(ENVIRONMENT) == list(privileged.names)
+
+
+def named_terms(policy: CeedVLAConfig, privileged: Privileged | None) -> int:
+    """Leading terms of the auxiliary target that are regressed while actions are learnt; 0 for all."""
+    ours = privileged is not None and policy.auxiliary_scale == list(privileged.scale)
+    return privileged.named if privileged is not None and ours else 0
+
+
+def check_target(
+    policy: CeedVLAConfig,
+    stores: Sequence[FrameStore],
+    grounding: Sequence[FrameStore],
+    privileged: Privileged | None,
+) -> None:
+    """Keep the auxiliary regression from values that its scale was not made for.
+
+    Demonstrations lose such values, with a warning.
+
+    Raises:
+        DatasetError: Grounding data with such values: they have nothing else.
+    """
+    needed = len(policy.auxiliary_scale)
+    ours = privileged is not None and policy.auxiliary_scale == list(privileged.scale)
+    for store in (*stores, *grounding):
+        have = store.shapes.get(ENVIRONMENT, (0,))[0]
+        named = not ours or privileged is None or ENVIRONMENT not in store.labels or is_of(store, privileged)
+        what = f"the policy's auxiliary_scale has {needed} entries, the frames have {have} values of {ENVIRONMENT}"
+        if not named:
+            what += ", with other names than the environment's"
+        fits = 0 < needed <= have and named
+        if not fits and store in grounding:
+            raise DatasetError(f"{store.root} cannot serve as grounding data: {what}.")
+        if not fits and needed and have:
+            logger.warning("%s: without auxiliary regression: %s.", store.root, what)
+            store.environment_state = None
+
+
+def describe(policy: CeedVLAConfig, tokens: Any, store: FrameStore, named: int) -> str:
+    """What training is about to use, for the log."""
+    cameras = ", ".join(f"{name} {policy.image_features[name].shape[1:]}" for name in policy.cameras)
+    ends = zip(tokens.low.tolist(), tokens.high.tolist(), strict=True)
+    ranges = ", ".join(f"[{low:.4g}, {high:.4g}]" for low, high in ends)
+    target = f"{len(policy.auxiliary_scale)} values, {named or 'all'} of them while actions are learnt"
+    return (
+        f"cameras {cameras}; state {store.state.shape[1]}; {store.fps:g} Hz; action ranges {ranges}; two-valued "
+        f"dimensions {list(tokens.gripper_dims)}; auxiliary target {target if policy.auxiliary_scale else 'none'}"
+    )

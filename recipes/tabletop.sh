@@ -42,7 +42,9 @@ if [ -z "${TEACHER:-}" ]; then
   record ground0 grounding 8000 6000 &
   record ground1 grounding 9000 18000 &
   wait_all
-  train first --roots "$demos" --grounding_steps 700 --steps 4000 --rounds 3 --lr 2e-3
+  train first --roots "$demos" --grounding_steps 700 --steps 4000 --rounds 3 --lr 2e-3 \
+    --policy.action_tokens.action_range fixed --policy.action_tokens.action_low "[-1, -1, -1, -0.25, -0.25, -1, -1]" \
+    --policy.action_tokens.action_high "[1, 1, 1, 0.25, 0.25, 1, 1]"
   takeovers early "$out/first/checkpoints/final" 31000 32000
   train teacher --policy_path "$out/first/checkpoints/final" --roots "$demos,$out/data/early0,$out/data/early1" \
     --root_weights 0.08,0.3,0.37,0.125,0.125 --grounding_steps 0 --steps 3600 --rounds 2 --takeover_seed 33000 \
@@ -84,12 +86,12 @@ wait_all
 
 # 6. The exit rule, on validation seeds; then all of them against the teacher on the same 400 evaluation seeds.
 evaluate() { # name decoders
-  ceed-vla eval --policy.path "$out/$1/checkpoints/final" --teacher.path "$teacher" --env tabletop --decoders "$2" \
+  ceed-vla eval --policy.path "$out/$1/checkpoints/final" --teacher.path "$teacher" --decoders "$2" \
     --episodes 400 --seed 50000 --timing_chunks 0 --output_dir "$out/evaluate_$1" --resume true
 }
 rules=cap2,conf0.1_cap2,conf0.2_cap2,conf0.3_cap2,conf0.1_cap3,conf0.2_cap3,conf0.3_cap3
 for seed in 0 1 2; do
-  ceed-vla eval --policy.path "$out/student_$seed/checkpoints/final" --env tabletop --decoders $rules \
+  ceed-vla eval --policy.path "$out/student_$seed/checkpoints/final" --decoders $rules \
     --episodes 360 --seed 40000 --timing_chunks 0 --output_dir "$out/validate_$seed" --resume true
 done
 for seed in 0 1 2; do evaluate "student_$seed" jacobi,ceed,cap1,cap2,cap3,conf0.2_cap3; done

@@ -45,22 +45,18 @@ def compose_frame(
     status: str = "",
     sides: tuple[str, str] = ("", ""),
 ) -> Frame:
-    """One picture of a clip.
+    """One picture (`HEIGHT`, `WIDTH`, 3) of a clip.
 
     Args:
-        views: Camera images (H, W, 3) uint8, of which the first two are shown; enlarged without smoothing: the pixels
-            that the policy gets.
+        views: Camera images (H, W, 3) uint8, of which two are shown, enlarged without smoothing: what the policy gets.
         instruction: The episode's instruction.
         decoder: Name of the decoder.
-        forwards: Forwards that the current chunk took.
+        forwards: Forwards that the current chunk took, in the `unit` "block" or "token".
         mean_forwards: Mean over the chunks so far.
-        unit: What a forward is: "block" or "token".
+        unit: What a forward is.
         step: Control steps done.
         status: Shown at the bottom, e.g. "solved".
         sides: What lies at the left and right border of the first image.
-
-    Returns:
-        (`HEIGHT`, `WIDTH`, 3) uint8.
     """
     picture = Image.new("RGB", (WIDTH, HEIGHT), _PAPER)
     for view, side, x in zip(views, (VIEW, INSET), (0, VIEW), strict=False):
@@ -90,15 +86,7 @@ def compose_frame(
 
 
 def write_clip(path: Path, frames: Iterable[Frame], fps: int = 10) -> Path:
-    """Encode frames as H.264 in MP4.
-
-    Args:
-        path: File to write.
-        frames: Pictures of (`HEIGHT`, `WIDTH`, 3) uint8.
-        fps: Frames a second; the control rate gives real time.
-
-    Returns:
-        `path`.
+    """Encode pictures (`HEIGHT`, `WIDTH`, 3) as H.264 in MP4.
 
     Raises:
         SimulationError: The encoder failed; what was there is left.
@@ -140,21 +128,7 @@ def record_clip(
     task: str,
     executed_steps: int,
 ) -> Path:
-    """Run one episode with a decoder and write its clip, in real time of the robot.
-
-    Args:
-        path: File to write.
-        runner: Policy and decoding.
-        pool: Environments, of which the first is used.
-        name: Name of the decoder.
-        unit: What a forward is: "block" or "token".
-        seed: Seed of the episode.
-        task: Its task, or "mixed".
-        executed_steps: Steps executed of each chunk.
-
-    Returns:
-        `path`.
-    """
+    """Run one episode in the first environment of a pool and write its clip, in real time of the robot."""
     replans = drive(runner, pool, seed, executed_steps, task, watch=True)
     sides = getattr(pool.config, "sides", ("", ""))
     return write_clip(path, _episode_frames(replans, name, unit, sides), pool.config.fps)

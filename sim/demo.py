@@ -42,14 +42,7 @@ class DemoConfig:
 
 
 def demo(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
-    """Run the demonstration.
-
-    Args:
-        config: Options.
-        console: Where progress and the table go; the terminal if None.
-
-    Returns:
-        The content of ``report.json``.
+    """Run the demonstration; the content of ``report.json``.
 
     Raises:
         CheckpointError: The installation lacks the shipped weights.

@@ -28,8 +28,11 @@ With the task "mixed" the environment draws a task at every reset; recordings ta
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from importlib import import_module
+from importlib.metadata import distributions
 from types import TracebackType
 from typing import Any
 
@@ -43,6 +46,8 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES
 from numpy.typing import NDArray
 
 from ceed_vla.errors import CeedVLAError, ConfigError, SimulationError, root_cause
+
+logger = logging.getLogger(__name__)
 
 Bundle = tuple[Any, Any, Any]  # policy, pre-processor, post-processor, as `ceed_vla.load` returns them
 Observation = dict[str, Any]
@@ -72,6 +77,17 @@ class Privileged:
     scale: tuple[float, ...]
     named: int = 0
     positions: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def register_installed() -> None:
+    """Import the installed distributions ``lerobot_env_*``, which register their environments."""
+    for distribution in distributions():
+        name = (distribution.metadata["Name"] or "").replace("-", "_")
+        if name.startswith("lerobot_env_"):
+            try:
+                import_module(name)
+            except Exception as error:  # whatever a package of any make raises
+                logger.warning("%s cannot be imported: %s", name, root_cause(error))
 
 
 def turns(config: EnvConfig) -> list[str]:
@@ -336,3 +352,6 @@ def check_features(policy: Any, config: EnvConfig) -> None:
                 f"The policy reads or writes {name} {shape}, --env.type={config.type} has "
                 f"{', '.join(f'{n} {s}' for n, s in have.items())}."
             )
+
+
+register_installed()

@@ -126,18 +126,11 @@ class _Run:
 
 
 def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, Any]:
-    """Run every decoder on the same seeds, measure latency, write report, plots and clips.
+    """Run every decoder on the same seeds, measure latency, write report, plots and clips; returns ``report.json``.
 
     An interrupt leaves a report of the finished episodes, marked ``"complete": false``, and is raised on. `resume`
     keeps these episodes; the report is then that of an evaluation in one go, but for times. (Episodes with random
     guesses share their source with others of their batches, so of these only whole groups of batches are kept.)
-
-    Args:
-        config: Options.
-        console: Where progress and the table go; the terminal if None.
-
-    Returns:
-        The content of ``report.json``.
 
     Raises:
         ConfigError: An option that cannot work, e.g. an unknown decoder.
@@ -187,10 +180,6 @@ def check(config: EvalConfig) -> list[str]:
     Raises:
         ConfigError: Names the option, its value and what is allowed.
     """
-    if not config.policy.path:
-        raise ConfigError(
-            "--policy.path is missing; give a checkpoint folder, or student or teacher for the shipped ones."
-        )
     names = parse_decoders(config.decoders, has_teacher=bool(config.teacher.path))
     if config.seed < EVALUATION_SEEDS:
         logger.warning(
@@ -205,8 +194,12 @@ def load_bundles(config: Any) -> dict[str, Bundle]:
 
     Raises:
         CheckpointError: A checkpoint that cannot be loaded.
-        ConfigError: No such device, or more steps are to be executed than a chunk has.
+        ConfigError: No policy, no such device, or more steps are to be executed than a chunk has.
     """
+    if not config.policy.path:
+        raise ConfigError(
+            "--policy.path is missing; give a checkpoint folder, or student or teacher for the shipped ones."
+        )
     if config.device is not None:
         check_device(config.device)
     paths = {"policy": config.policy.path, "teacher": config.teacher.path}

@@ -73,10 +73,7 @@ class GroundingConfig:
 
 
 def grounding(config: GroundingConfig) -> dict[str, Any]:
-    """Measure and print the localisation errors.
-
-    Returns:
-        ``{"program": ..., "rows": [...], "seed": ..., "scenes": ...}``; errors in [cm].
+    """Measure and print the localisation errors [cm].
 
     Raises:
         ConfigError: No policy, or one without an auxiliary regression of the environment's leading terms.
@@ -121,7 +118,7 @@ def error_rows(
     edges: Sequence[float],
     positions: dict[str, tuple[int, int]],
 ) -> list[dict[str, Any]]:
-    """Median and 90th percentile of the position errors, by distance of the first position.
+    """Median and 90th percentile of the position errors [cm], by distance of the first position, then of all.
 
     Args:
         found: Predicted leading terms (N, E) [m].
@@ -130,8 +127,7 @@ def error_rows(
         positions: First and one past the last term of each, see `Privileged`.
 
     Returns:
-        One row a distance band that has frames, the last one for all; errors in [cm]. ``chance`` is the median
-        error of always answering the mean first position.
+        One row a band that has frames. ``chance`` is the median error of always answering the mean first position.
     """
     parts = {name: slice(*ends) for name, ends in positions.items()}
     first = truth[:, next(iter(parts.values()))]

@@ -82,14 +82,7 @@ class TeacherSimulation(StudentSimulation):
 
 
 class ClosedLoopValidation:
-    """Success of a checkpoint on validation seeds: a `training.teacher.ClosedLoop`.
-
-    Args:
-        env: The environment.
-        episodes: Episodes a validation.
-        decoding: Decoder to validate with.
-        processes: Processes that share the episodes.
-    """
+    """Success of a checkpoint on validation seeds: a `training.teacher.ClosedLoop`; `processes` share the episodes."""
 
     def __init__(self, env: EnvConfig, episodes: int = 40, decoding: str = "ar", processes: int = 2) -> None:
         self.env, self.episodes, self.decoding, self.processes = env, episodes, decoding, processes

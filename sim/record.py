@@ -22,10 +22,9 @@ from sim.decoders import checked_name
 from sim.environment import Bundle, EnvPool, joined
 from sim.recording.attempts import (
     Attempt,
-    clean_attempt,
+    expert_attempt,
     frame_features,
     grounding_scenes,
-    perturb_attempt,
 )
 from sim.recording.commits import PROGRESS_FILE, is_recording
 from sim.recording.config import RecordConfig
@@ -72,9 +71,6 @@ def record(
         config: What to record and where.
         policy_bundle: Policy with processors for mode takeover; None = load `config.policy_path`.
         on_attempt: Called after every attempt, before it is stored.
-
-    Returns:
-        Totals of the data set.
 
     Raises:
         ConfigError: `root` exists (without `resume`), or was recorded with other options.
@@ -136,8 +132,7 @@ def _recorder(
                 env.needs("--poses_per_scene above 1", "retarget")
             yield lambda seeds: grounding_scenes(env, seeds, config), frame_features(env, config)
             return
-        attempt = {"clean": clean_attempt, "perturb": perturb_attempt}[config.mode]
-        yield lambda seeds: [attempt(env, seed, config) for seed in seeds], frame_features(env, config)
+        yield lambda seeds: [expert_attempt(env, seed, config) for seed in seeds], frame_features(env, config)
 
 
 def _driver(config: RecordConfig, policy_bundle: Bundle | None) -> PolicyRunner:

@@ -89,16 +89,6 @@ class EpisodeResult:
     exit_reasons: list[str] = field(default_factory=list)
     seconds: list[dict[str, float]] = field(default_factory=list)
 
-    @property
-    def iterations(self) -> list[int]:
-        """Jacobi iterations per chunk; the same as `forwards` (an iteration is a forward)."""
-        return self.forwards
-
-    @property
-    def chunks(self) -> int:
-        """Number of decoded chunks."""
-        return len(self.forwards)
-
 
 class PolicyRunner:
     """Turns raw observations into chunks, batched.
@@ -178,7 +168,6 @@ class Episode:
     """One episode under way.
 
     Attributes:
-        env: Its environment, after the reset.
         result: What has come of it so far.
         limit: Most control steps.
         previous: Tokens (n,) of the chunk before; None at the start.
@@ -213,9 +202,7 @@ class Replan:
 
     Attributes:
         observation: As the environment gave it.
-        instruction: The episode's instruction.
         previous: Tokens (n,) of the chunk before; None at the start.
-        chunk: The decoded chunk.
         step: Control steps done before this chunk.
         views: Camera images after each executed step, if they were asked for.
         success: Whether the episode was solved while this chunk ran.
@@ -300,18 +287,17 @@ def rollout(
         executed_steps: Actions executed of each chunk before the next is decoded; None = the policy's own
             `n_action_steps`.
         batch: Environments that run side by side.
-        pool: Environments to use again between calls, for whose configuration the bundle was `joined`; overrides
-            `env` and `batch`.
+        pool: Environments to use again, for which the bundle was `joined`; overrides `env` and `batch`.
         generator: Random source of random guesses.
         on_chunk: Called per decoded chunk with environment index, raw observation and `Chunk`.
-        on_episode: Called per finished episode, e.g. to advance a progress bar.
+        on_episode: Called per finished episode.
 
     Returns:
         One `EpisodeResult` per seed, in the order of `seeds`.
 
     Raises:
         ConfigError: Impossible `seeds`, `batch`, `executed_steps` or `tasks`.
-        SimulationError: The policy's actions are not finite, or an environment that cannot be made.
+        SimulationError: An environment that cannot be made.
     """
     seeds = list(seeds)
     env = pool.config if pool is not None else env or mixed_tabletop()
@@ -356,19 +342,8 @@ def rollout(
     return [results[order] for order in sorted(results)]
 
 
-def success_rate(results: Sequence[EpisodeResult]) -> float:
-    """Share of successful episodes; NaN without any."""
-    return sum(result.success for result in results) / len(results) if results else math.nan
-
-
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson score interval of a success rate.
-
-    Args:
-        successes: Number k of successes.
-        trials: Number n of trials; (0, 1) is returned for none.
-        z: Normal quantile; the default gives 95 %.
-    """
+    """Wilson score interval of a success rate, at 95 % for the default normal quantile `z`; (0, 1) without trials."""
     if trials == 0:
         return 0.0, 1.0
     rate = successes / trials

@@ -18,7 +18,6 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from ceed_vla.decoding import DecodingConfig
-from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, check_fields, ranged
 from sim.environment import EVALUATION_SEEDS, Bundle, EnvPool, images_of, observation_batch, turns
 from sim.evaluate import MOVED, CheckpointPath, load_bundles
@@ -88,22 +87,12 @@ class Panel:
 
 
 def show(config: ShowConfig) -> Path:
-    """Draw the tokens of one chunk over the forwards that decode it.
-
-    Args:
-        config: Options.
-
-    Returns:
-        The PNG file.
+    """Draw the tokens of one chunk over the forwards that decode it; the PNG file.
 
     Raises:
         ConfigError: An option that cannot work.
         CheckpointError: A checkpoint that cannot be loaded.
     """
-    if not config.policy.path:
-        raise ConfigError(
-            "--policy.path is missing; give a checkpoint folder, or student for the shipped one."
-        )
     path = claim_file("output", config.output, ".png")
     bundles = load_bundles(config)
     early_exit = bundles["policy"][0].config.decoding
@@ -123,14 +112,7 @@ def build_panels(
 ) -> list[Panel]:
     """Decode the observation of `replan` in three ways and find out when every token settled.
 
-    Args:
-        bundles: "policy" and, optionally, "teacher".
-        replan: The moment that is shown.
-        early_exit: The policy's early exit.
-        executed_steps: Steps executed of each chunk.
-
-    Returns:
-        Token by token, the teacher's Jacobi (where there is a teacher), the policy's Jacobi with its exit.
+    Token by token, the teacher's Jacobi (where there is a teacher), and the policy's Jacobi with its exit.
     """
     first = "teacher" if "teacher" in bundles else "policy"
     name = "Teacher" if first == "teacher" else "Policy"
@@ -185,8 +167,7 @@ def jacobi_status(states: NDArray[np.integer]) -> NDArray[np.int_]:
         states: (iterations + 1, n) tokens; the last row is the fixed point.
 
     Returns:
-        (iterations + 1, n): `SETTLED` in the prefix where every token is final, `AHEAD` for final tokens behind
-        one that is not, `WRONG` elsewhere.
+        As `states`: `SETTLED` where all up to here are final, `AHEAD` behind one that is not, `WRONG` elsewhere.
     """
     equal = states == states[-1]  # (k + 1, n)
     final = np.logical_and.accumulate(equal[::-1], axis=0)[::-1]  # equal from here on

@@ -27,7 +27,7 @@ def row_entry(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
         Success with its Wilson interval, overall and per task family; forwards of the chunks; how they ended.
     """
     forwards = np.array([count for episode in episodes for count in episode.forwards])
-    iterations = np.array([count for episode in episodes for count in episode.iterations])
+    iterations = np.array([count for episode in episodes for count in episode.forwards])
     families = sorted({episode.task for episode in episodes})
     entry = _success(episodes)
     if len(forwards):

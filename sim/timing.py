@@ -40,7 +40,7 @@ def collect_observations(
     chunks: int,
     largest_share: float = 0.25,
 ) -> list[Observations]:
-    """Observations at the replans of closed-loop episodes.
+    """Observations at the replans of closed-loop episodes, one list an episode.
 
     Args:
         runner: The policy that drives, with its decoding.
@@ -49,9 +49,6 @@ def collect_observations(
         executed_steps: Steps executed of each chunk.
         chunks: Chunks wanted in all.
         largest_share: Part of `chunks` that one episode may give, so that a stuck one cannot dominate.
-
-    Returns:
-        One list an episode.
     """
     collected: list[Observations] = []
     wanted = chunks
@@ -73,20 +70,10 @@ def measure(
     executed_steps: int,
     on_chunk: Callable[[], None] = lambda: None,
 ) -> dict[str, Samples]:
-    """Time every row on every observation.
+    """Time every row on every observation; samples by row name.
 
     Each row's warm start is its own chunk for the observation before, as in its own closed loop. The rows
     take turns on each observation, in rotating order, so that slow phases of the machine hit all of them.
-
-    Args:
-        rows: Decoders.
-        bundles: Policies by model name.
-        episodes: From `collect_observations`.
-        executed_steps: Steps executed of each chunk.
-        on_chunk: Called after each observation.
-
-    Returns:
-        Samples by row name.
     """
     samples = {row.name: Samples() for row in rows}
     runners = {row.name: make_runner(row, bundles, executed_steps) for row in rows}
@@ -116,16 +103,10 @@ def make_runner(row: Row, bundles: Mapping[str, Bundle], executed_steps: int) ->
 def summarise(
     samples: Samples, reference: Samples, executed_tokens: int, executed_steps: int
 ) -> dict[str, Any]:
-    """Entries of ``report.json`` that come from timing.
+    """Entries of ``report.json`` that come from timing: latencies [ms], control rate [Hz], speed-ups and agreement.
 
-    Args:
-        samples: One decoder's.
-        reference: The same model's full autoregressive decoder, same observations.
-        executed_tokens: Leading tokens of a chunk that are executed, ``h * A``.
-        executed_steps: Steps ``h``.
-
-    Returns:
-        Latencies [ms], control rate [Hz], speed-ups and the agreement of the executed tokens.
+    The `reference` is the same model's full autoregressive decoder on the same observations; the leading
+    `executed_tokens` are compared.
     """
     own, other = (torch.stack(s.tokens)[:, :executed_tokens] for s in (samples, reference))  # (chunks, h * A)
     latency = percentiles(samples.total)

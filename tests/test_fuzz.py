@@ -157,11 +157,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("mujoco")
     from sim.record import record
     from sim.recording.config import RecordConfig
+    from sim.tabletop.lerobot_env import CeedTabletopEnv
 
     root = tmp_path_factory.mktemp("data") / "demos"
-    record(
-        RecordConfig(root=root, tasks="push_cube", episodes=2, max_steps=40, image_size=16, progress=False)
-    )
+    env = CeedTabletopEnv(task="push_cube", episode_length=40, image_size=16)
+    record(RecordConfig(root=root, env=env, episodes=2, progress=False))
     return root
 
 

@@ -56,10 +56,12 @@ def take_from_data(
     set_features(policy, stores[0])
     stats, tokens = state_statistics(stores), policy.action_tokens
     actions = np.concatenate([store.action for store in stores if store.action is not None])
-    open_ranges = not any(getattr(tokens, name, None) for name in ("action_low", "q01", "fitted"))
-    if open_ranges and tokens.gripper_dims == [-1]:
-        tokens.gripper_dims = two_valued(actions)
     sparse = (np.abs(actions) <= NEAR_ZERO * np.abs(actions).max(0)).mean(0) >= SPARSE  # (A,)
+    open_ranges = not any(getattr(tokens, name, None) for name in ("action_low", "q01", "fitted"))
+    if open_ranges and tokens.gripper_dims == [-1]:  # two values, as a gripper takes
+        tokens.gripper_dims = [
+            d for d in np.flatnonzero(~sparse).tolist() if len(np.unique(actions[:, d])) == 2
+        ]
     for quantile, extreme in (("q01", "min"), ("q99", "max")):
         stats[ACTION][quantile][sparse] = stats[ACTION][extreme][sparse]
     told = [store for store in (*stores, *grounding) if store.environment_state is not None]
@@ -77,11 +79,6 @@ def set_features(config: CeedVLAConfig, store: FrameStore) -> None:
     cameras = {name: PolicyFeature(FeatureType.VISUAL, (3, *size)) for name, size in sizes.items()}
     config.input_features = {**cameras, STATE: PolicyFeature(FeatureType.STATE, (store.state.shape[1],))}
     config.output_features = {ACTION: PolicyFeature(FeatureType.ACTION, (store.action.shape[1],))}
-
-
-def two_valued(actions: Any) -> list[int]:
-    """Dimensions of actions (N, A) that take two values, as a gripper's does."""
-    return [d for d in range(actions.shape[1]) if len(np.unique(actions[:, d])) == 2]
 
 
 def is_of(store: FrameStore, privileged: Privileged) -> bool:

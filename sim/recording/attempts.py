@@ -33,22 +33,16 @@ class Attempt:
         outcome: "recorded"; "failed" (the expert did not finish); "unfinished" (not after the takeover);
             "solved" (the policy finished before the expert took over).
         segments: Frames of each stored episode; empty unless recorded.
-        steps: Control steps executed.
     """
 
     seed: int
     task: str
     outcome: str = "failed"
     segments: list[list[Frame]] = field(default_factory=list)
-    steps: int = 0
 
 
 def make_frame(env: Environment, action: np.ndarray | None) -> Frame:
-    """One data set frame of the environment's present state.
-
-    Args:
-        env: After a reset.
-        action: Expert action (A,) for this state; None for action-free frames.
+    """One data set frame of the present state, with the expert's action (A,) for it; without one if None.
 
     Raises:
         SimulationError: The observation has no camera or no state.
@@ -96,7 +90,7 @@ def attempt_rng(seed: int, mode: str) -> np.random.Generator:
 
 def disturb(env: Environment, rng: np.random.Generator, steps: int) -> bool:
     """Execute random actions, unrecorded. Returns whether the task is solved now."""
-    return any(env.advance(env.disturbance(rng)) for _ in range(steps))
+    return any(not env.finished and env.advance(env.disturbance(rng)) for _ in range(steps))
 
 
 def expert_steps(
@@ -104,10 +98,7 @@ def expert_steps(
 ) -> Iterator[tuple[Frame, bool]]:
     """Let the expert act, endlessly; yields every frame and whether the task is solved after its action.
 
-    Args:
-        env: After a reset.
-        rng: Random source of the noise.
-        noise: Standard deviation added to the executed action; the frame holds the clean one.
+    `noise` is the standard deviation of what is added to the executed action; the frame holds the clean one.
     """
     while True:
         action = env.expert_action()
@@ -118,49 +109,32 @@ def expert_steps(
         yield frame, env.advance(noisy)
 
 
-def clean_attempt(env: Environment, seed: int, config: RecordConfig) -> Attempt:
-    """The expert from reset to success: one segment."""
+def expert_attempt(env: Environment, seed: int, config: RecordConfig) -> Attempt:
+    """The expert from reset to success; in mode perturb with unrecorded bursts of random steps between its segments."""
     env.reset(seed, config.task(seed))
-    attempt = Attempt(seed, env.task)
-    rng = attempt_rng(seed, config.mode)
-    frames: list[Frame] = []
-    for frame, solved in expert_steps(env, rng, config.action_noise):
-        frames.append(frame)
-        attempt.steps += 1
-        if solved:
-            attempt.outcome, attempt.segments = "recorded", [frames]
-        if solved or attempt.steps >= env.max_episode_steps or env.finished:
-            return attempt
-    raise AssertionError("expert_steps is endless")
-
-
-def perturb_attempt(env: Environment, seed: int, config: RecordConfig) -> Attempt:
-    """The expert with bursts of random steps between its segments; bursts are not recorded."""
-    env.reset(seed, config.task(seed))
-    attempt = Attempt(seed, env.task)
-    rng = attempt_rng(seed, config.mode)
+    attempt, rng = Attempt(seed, env.task), attempt_rng(seed, config.mode)
     segments: list[list[Frame]] = []
-    pause = int(rng.integers(EXCURSION_STEPS[0], EXCURSION_STEPS[1] + 1))
-    if rng.random() >= config.excursion_fraction:
-        pause = 0
-    while attempt.steps < env.max_episode_steps and not env.finished:
+    perturb, limit, steps, pause = config.mode == "perturb", env.max_episode_steps, 0, 0
+    if perturb:
+        pause = int(rng.integers(EXCURSION_STEPS[0], EXCURSION_STEPS[1] + 1))
+        pause = pause if rng.random() < config.excursion_fraction else 0
+    while steps < limit and not env.finished:
         solved = disturb(env, rng, pause)
-        attempt.steps += pause
+        steps += pause
         if not solved:
+            until = limit - steps
+            if perturb:
+                until = min(int(rng.integers(config.burst_every_min, config.burst_every_max + 1)), until)
             segments.append([])
-            until = min(
-                int(rng.integers(config.burst_every_min, config.burst_every_max + 1)),
-                env.max_episode_steps - attempt.steps,
-            )
-            for frame, solved in expert_steps(env, rng):
+            for frame, solved in expert_steps(env, rng, config.action_noise):
                 segments[-1].append(frame)
                 if solved or env.finished or len(segments[-1]) >= until:
                     break
-            attempt.steps += len(segments[-1])
+            steps += len(segments[-1])
         if solved:
             attempt.outcome, attempt.segments = "recorded", segments
             break
-        pause = int(rng.integers(BURST_STEPS[0], BURST_STEPS[1] + 1))
+        pause = int(rng.integers(BURST_STEPS[0], BURST_STEPS[1] + 1)) if perturb else 0
     return attempt
 
 

@@ -32,12 +32,6 @@ def takeover_attempts(
     """Let the policy drive all seeds in lock step, each for its own number of chunks, then the expert.
 
     Frames are stored from the takeover on, and only if the expert finishes within `config.takeover_steps`.
-
-    Args:
-        runner: The policy with its decoder.
-        pool: At least `len(seeds)` environments.
-        seeds: One attempt each.
-        config: `max_chunks`, `executed_steps`, `takeover_steps` and `switches` matter here.
     """
     drives = []
     for slot, seed in enumerate(seeds):

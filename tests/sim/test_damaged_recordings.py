@@ -7,49 +7,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from ceed_vla.errors import DatasetError
 from sim.record import record
-from sim.recording.config import RecordConfig
-from sim.recording.dataset_writer import DatasetWriter
-from sim.tabletop.lerobot_env import CeedTabletopEnv
-
-FEATURES = {
-    "observation.images.front": {
-        "dtype": "image",
-        "shape": (8, 8, 3),
-        "names": ["height", "width", "channels"],
-    },
-    "action": {"dtype": "float32", "shape": (2,), "names": ["x", "y"]},
-}
-
-
-def config(root: Path, **options: Any) -> RecordConfig:
-    env = CeedTabletopEnv(task="push_cube")
-    return RecordConfig(root=root, progress=False, env=env, **({"episodes": 2} | options))
-
-
-def fake_frames(length: int, task: str = "do it", seed: int = 0) -> list[dict[str, Any]]:
-    rng = np.random.default_rng(seed)
-    return [
-        {
-            "observation.images.front": rng.integers(0, 256, (8, 8, 3), dtype=np.uint8),
-            "action": rng.normal(size=2).astype(np.float32),
-            "task": task,
-        }
-        for _ in range(length)
-    ]
-
-
-def new_writer(root: Path) -> DatasetWriter:
-    return DatasetWriter(root, repo_id="local/test", fps=10, features=FEATURES, robot_type="test")
 
 
 @pytest.fixture
-def stored(tmp_path: Path) -> Path:
+def stored(tmp_path: Path, fake_frames: Any, new_writer: Any) -> Path:
     """A recording of two commits, as `record` writes its progress."""
     root = tmp_path / "set"
     writer = new_writer(root)
@@ -131,7 +97,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_recording_is_refused_and_left_as_it_is(stored: Path, damage: str) -> None:
+def test_a_damaged_recording_is_refused_and_left_as_it_is(stored: Path, damage: str, new_writer: Any) -> None:
     break_it, message = DAMAGES[damage]
     break_it(stored)
     before = contents(stored)
@@ -147,7 +113,7 @@ def test_a_damaged_recording_is_refused_and_left_as_it_is(stored: Path, damage: 
      '{"total_episodes": 2, "files": ["info.json", "stats.json", "tasks.parquet"], "adding": ["../victim"]}',
      '{"total_episodes": 2, "files": ["info.json", "stats.json", "tasks.parquet"], "adding": ["meta/info.json"]}'],
 )  # fmt: skip
-def test_a_damaged_marker_deletes_nothing(stored: Path, marker: str) -> None:
+def test_a_damaged_marker_deletes_nothing(stored: Path, marker: str, new_writer: Any) -> None:
     (stored / ".recording" / "backup" / "marker.json").write_text(marker)
     before = contents(stored)
     with pytest.raises(DatasetError, match=r"marker\.json"):
@@ -155,7 +121,7 @@ def test_a_damaged_marker_deletes_nothing(stored: Path, marker: str) -> None:
     assert contents(stored) == before
 
 
-def test_a_marker_cannot_name_what_is_committed(stored: Path) -> None:
+def test_a_marker_cannot_name_what_is_committed(stored: Path, new_writer: Any) -> None:
     marker = {
         "total_episodes": 2,
         "files": ["info.json", "stats.json", "tasks.parquet"],
@@ -176,7 +142,7 @@ def test_a_marker_cannot_name_what_is_committed(stored: Path) -> None:
      {"config": None}],
     ids=str,
 )  # fmt: skip
-def test_damaged_progress_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_damaged_progress_is_refused(tmp_path: Path, changes: dict[str, Any], config: Any) -> None:
     root = tmp_path / "set"
     record(config(root, episodes=1))
     values = json.loads((root / "recording.json").read_text())

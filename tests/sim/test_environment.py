@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig, LiberoEnv
 
 from ceed_vla.errors import ConfigError, SimulationError
-from sim.environment import Environment, check_expert, flags, joined
+from sim.environment import Environment, check_expert, flags, joined, register_installed
 from sim.rollout import rollout
 from sim.tabletop.lerobot_env import CeedTabletopEnv
 
@@ -101,7 +103,9 @@ class Adder:
 def test_a_plain_environment_is_evaluated() -> None:
     policy = Adder()
     results = rollout((policy, None, None), [1, 2, 3], PlainConfig(), batch=2)
-    assert [(r.seed, r.success, r.steps, r.chunks) for r in results] == [(s, True, 6, 2) for s in (1, 2, 3)]
+    assert [(r.seed, r.success, r.steps, r.forwards) for r in results] == [
+        (s, True, 6, [1, 1]) for s in (1, 2, 3)
+    ]
     assert {r.task for r in results} == {"plain"}
     assert {r.instruction for r in results} == {"add"}
     batch = policy.batches[1]
@@ -144,6 +148,19 @@ def test_an_environments_flags_say_what_differs() -> None:
     env = CeedTabletopEnv(task="push_cube", cameras=["front"], image_size=64)
     words = ["--env.task=push_cube", "--env.image_size=64", '--env.cameras=["front"]']
     assert flags(env) == ["--env.type=ceed_tabletop", *words]
+
+
+def test_installed_packages_register_their_environments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, text in (("lerobot_env_good", "seen = True"), ("lerobot-env-bad", "1 / 0")):
+        (tmp_path / f"{name.replace('-', '_')}.py").write_text(text)
+        (tmp_path / f"{name}-1.dist-info").mkdir()
+        (tmp_path / f"{name}-1.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    register_installed()
+    assert sys.modules["lerobot_env_good"].seen
+    assert "lerobot_env_bad cannot be imported: ZeroDivisionError" in caplog.text
 
 
 def test_an_environment_whose_package_is_missing(capfd: pytest.CaptureFixture[str]) -> None:

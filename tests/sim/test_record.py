@@ -18,25 +18,9 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from ceed_vla.cli import main
 from ceed_vla.errors import ConfigError, DatasetError
 from sim.record import record
-from sim.recording.config import RecordConfig
 from sim.recording.dataset_writer import DatasetWriter
 from sim.recording.statistics import image_statistics, vector_statistics
-from sim.tabletop.lerobot_env import CeedTabletopEnv
 from sim.tabletop.tasks import TASKS
-
-FEATURES = {
-    "observation.images.front": {
-        "dtype": "image",
-        "shape": (8, 8, 3),
-        "names": ["height", "width", "channels"],
-    },
-    "action": {"dtype": "float32", "shape": (2,), "names": ["x", "y"]},
-}
-
-
-def config(root: Path, **options: Any) -> RecordConfig:
-    env = CeedTabletopEnv(**{"task": "push_cube", **options.pop("env", {})})
-    return RecordConfig(root=root, progress=False, env=env, **({"episodes": 2} | options))
 
 
 def read(root: Path, **options: Any) -> LeRobotDataset:
@@ -48,26 +32,10 @@ def rows(root: Path) -> list[dict[str, Any]]:
     return [row for path in sorted(root.glob("data/*/*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
-def fake_frames(length: int, task: str = "do it", seed: int = 0) -> list[dict[str, Any]]:
-    rng = np.random.default_rng(seed)
-    return [
-        {
-            "observation.images.front": rng.integers(0, 256, (8, 8, 3), dtype=np.uint8),
-            "action": rng.normal(size=2).astype(np.float32),
-            "task": task,
-        }
-        for _ in range(length)
-    ]
-
-
-def new_writer(root: Path) -> DatasetWriter:
-    return DatasetWriter(root, repo_id="local/test", fps=10, features=FEATURES, robot_type="test")
-
-
 # -- modes --
 
 
-def test_clean_episodes_read_back_as_action_chunks(tmp_path: Path) -> None:
+def test_clean_episodes_read_back_as_action_chunks(tmp_path: Path, config: Any) -> None:
     root = tmp_path / "clean"
     summary = record(config(root, episodes=4, env={"task": "all"}))
     data = read(root, delta_timestamps={"action": [i / 10 for i in range(8)]})
@@ -88,7 +56,7 @@ def test_clean_episodes_read_back_as_action_chunks(tmp_path: Path) -> None:
     assert set(data.meta.stats["action"]) >= {"min", "max", "mean", "std", "q01", "q99"}
 
 
-def test_recorded_actions_replay_to_success(tmp_path: Path) -> None:
+def test_recorded_actions_replay_to_success(tmp_path: Path, config: Any) -> None:
     import gymnasium
 
     root = tmp_path / "clean"
@@ -101,7 +69,7 @@ def test_recorded_actions_replay_to_success(tmp_path: Path) -> None:
     assert not any(solved[:-1])
 
 
-def test_action_noise_keeps_clean_labels(tmp_path: Path) -> None:
+def test_action_noise_keeps_clean_labels(tmp_path: Path, config: Any) -> None:
     record(config(tmp_path / "clean", episodes=1))
     record(config(tmp_path / "noisy", episodes=1, action_noise=0.1))
     clean, noisy = rows(tmp_path / "clean"), rows(tmp_path / "noisy")
@@ -109,7 +77,7 @@ def test_action_noise_keeps_clean_labels(tmp_path: Path) -> None:
     assert clean[1]["observation.state"] != noisy[1]["observation.state"]  # another action was executed
 
 
-def test_perturbed_attempts_split_at_bursts(tmp_path: Path) -> None:
+def test_perturbed_attempts_split_at_bursts(tmp_path: Path, config: Any) -> None:
     root = tmp_path / "perturb"
     summary = record(config(root, mode="perturb", env={"task": "cube_in_bin"}, excursion_fraction=1.0))
     seeds = json.loads((root / "recording.json").read_text())["progress"]["episode_seeds"]
@@ -119,7 +87,7 @@ def test_perturbed_attempts_split_at_bursts(tmp_path: Path) -> None:
     assert next(row["frame_index"] for row in rows(root) if row["episode_index"] == 1) == 0
 
 
-def test_grounding_frames_have_own_tasks_and_no_action(tmp_path: Path) -> None:
+def test_grounding_frames_have_own_tasks_and_no_action(tmp_path: Path, config: Any) -> None:
     root = tmp_path / "grounding"
     summary = record(config(root, mode="grounding", env={"task": "mixed"}, episodes=10, scenes_per_episode=6))
     data = read(root)
@@ -134,7 +102,9 @@ def test_grounding_frames_have_own_tasks_and_no_action(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("mode", "options"), [("clean", {}), ("grounding", {"scenes_per_episode": 2})])
-def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, mode: str, options: dict[str, Any]) -> None:
+def test_resumed_run_equals_uninterrupted_run(
+    tmp_path: Path, mode: str, options: dict[str, Any], config: Any
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     record(config(whole, episodes=4, mode=mode, **options))
 
@@ -155,7 +125,7 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, mode: str, options
     assert record(config(broken, episodes=4, mode=mode, resume=True, **options)).frames == summary.frames
 
 
-def test_sigterm_is_an_interrupt(tmp_path: Path) -> None:
+def test_sigterm_is_an_interrupt(tmp_path: Path, config: Any) -> None:
     def kill(attempt: Any) -> None:
         if attempt.seed == 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -165,7 +135,7 @@ def test_sigterm_is_an_interrupt(tmp_path: Path) -> None:
     assert read(tmp_path / "set").num_episodes == 1
 
 
-def test_full_disk_leaves_readable_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_readable_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Any) -> None:
     root = tmp_path / "set"
     written = []
     write_table = pq.ParquetWriter.write_table
@@ -186,7 +156,7 @@ def test_full_disk_leaves_readable_set(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(read(root)) == len(rows(root))
 
 
-def test_little_room_stops_without_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_room_stops_without_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Any) -> None:
     answers = iter([True, True, False])
     monkeypatch.setattr(DatasetWriter, "has_room", lambda self: next(answers))
     with pytest.raises(DatasetError, match=r"disk is full.*2 episodes"):
@@ -195,7 +165,13 @@ def test_little_room_stops_without_loss(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("victim", ["write_tasks", "write_stats", "write_info"])
-def test_half_done_commit_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str) -> None:
+def test_half_done_commit_is_undone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    victim: str,
+    fake_frames: Any,
+    new_writer: Any,
+) -> None:
     root = tmp_path / "set"
     writer = new_writer(root)
     writer.add_episode(fake_frames(5, "first"))
@@ -224,7 +200,7 @@ def test_half_done_commit_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # -- the writer and its numbers --
 
 
-def test_writer_stores_images_without_loss(tmp_path: Path) -> None:
+def test_writer_stores_images_without_loss(tmp_path: Path, fake_frames: Any, new_writer: Any) -> None:
     writer = new_writer(tmp_path / "set")
     frames = fake_frames(4)
     writer.add_episode(frames)
@@ -244,7 +220,9 @@ def test_writer_stores_images_without_loss(tmp_path: Path) -> None:
         {"extra": np.zeros(1, np.float32)},
     ],
 )
-def test_writer_refuses_malformed_frames(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_writer_refuses_malformed_frames(
+    tmp_path: Path, change: dict[str, Any], fake_frames: Any, new_writer: Any
+) -> None:
     writer = new_writer(tmp_path / "set")
     with pytest.raises(DatasetError):
         writer.add_episode([{**fake_frames(1)[0], **change}])
@@ -289,12 +267,14 @@ def test_statistics_match_numpy() -> None:
         ({"decoding": "teacher_ar"}, "try 'ar'"),
     ],
 )
-def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_wrong_options_are_refused(
+    tmp_path: Path, options: dict[str, Any], message: str, config: Any
+) -> None:
     with pytest.raises(ConfigError, match=message):
         config(tmp_path / "set", **options)
 
 
-def test_existing_root_is_refused(tmp_path: Path) -> None:
+def test_existing_root_is_refused(tmp_path: Path, config: Any) -> None:
     (tmp_path / "notes.txt").write_text("keep me")
     for resume in (False, True):
         with pytest.raises(ConfigError, match="choose a new --root"):
@@ -302,7 +282,7 @@ def test_existing_root_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "keep me"
 
 
-def test_resume_with_other_options_is_refused(tmp_path: Path) -> None:
+def test_resume_with_other_options_is_refused(tmp_path: Path, config: Any) -> None:
     record(config(tmp_path / "set", episodes=1))
     with pytest.raises(ConfigError, match=r"other options \(env\)"):
         record(config(tmp_path / "set", episodes=1, env={"episode_length": 50}, resume=True))
@@ -310,19 +290,19 @@ def test_resume_with_other_options_is_refused(tmp_path: Path) -> None:
         record(config(tmp_path / "set", episodes=1))
 
 
-def test_no_root(tmp_path: Path) -> None:
+def test_no_root(tmp_path: Path, config: Any) -> None:
     for root in ("", "."):
         with pytest.raises(ConfigError, match="root is"):
             config(Path(root))
 
 
-def test_more_steps_than_a_chunk_has(tmp_path: Path) -> None:
+def test_more_steps_than_a_chunk_has(tmp_path: Path, config: Any) -> None:
     options = {"mode": "takeover", "policy_path": Path("student"), "executed_steps": 99}
     with pytest.raises(ConfigError, match="executed_steps is 99; the policy's chunks have"):
         record(config(tmp_path / "set", **options))
 
 
-def test_takeover_needs_a_policy(tmp_path: Path) -> None:
+def test_takeover_needs_a_policy(tmp_path: Path, config: Any) -> None:
     with pytest.raises(ConfigError, match="--policy_path"):
         record(config(tmp_path / "set", mode="takeover"))
     assert not (tmp_path / "set").exists()

@@ -1,0 +1,58 @@
+"""Short recordings: their options, frames that look like theirs, and a writer for these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+# Helpers, as fixtures: with import-mode importlib a test file cannot import this one.
+
+
+@pytest.fixture(scope="session")
+def config() -> Callable[..., Any]:
+    """Options of a short recording of pushes."""
+    from sim.recording.config import RecordConfig
+    from sim.tabletop.lerobot_env import CeedTabletopEnv
+
+    def make(root: Path, **options: Any) -> RecordConfig:
+        env = CeedTabletopEnv(**{"task": "push_cube", **options.pop("env", {})})
+        return RecordConfig(root=root, progress=False, env=env, **{"episodes": 2, **options})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fake_frames() -> Callable[..., list[dict[str, Any]]]:
+    """Frames that `new_writer` takes."""
+
+    def make(length: int, task: str = "do it", seed: int = 0) -> list[dict[str, Any]]:
+        rng = np.random.default_rng(seed)
+        return [
+            {
+                "observation.images.front": rng.integers(0, 256, (8, 8, 3), dtype=np.uint8),
+                "action": rng.normal(size=2).astype(np.float32),
+                "task": task,
+            }
+            for _ in range(length)
+        ]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def new_writer() -> Callable[[Path], Any]:
+    """A writer of small frames."""
+    from sim.recording.dataset_writer import DatasetWriter
+
+    axes = ["height", "width", "channels"]
+    features = {
+        "observation.images.front": {"dtype": "image", "shape": (8, 8, 3), "names": axes},
+        "action": {"dtype": "float32", "shape": (2,), "names": ["x", "y"]},
+    }
+    return lambda root: DatasetWriter(
+        root, repo_id="local/test", fps=10, features=features, robot_type="test"
+    )

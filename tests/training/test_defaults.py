@@ -1,0 +1,79 @@
+"""What a new policy takes from its data, and that nothing is regressed with another environment's scales."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.errors import ConfigError, DatasetError
+from training.data import ENVIRONMENT, FrameStore, open_dataset
+from training.defaults import check_target, named_terms, take_from_data
+from training.teacher import train
+
+NAMES = tuple(f"value_{i}" for i in range(40))
+PRIVILEGED = SimpleNamespace(names=NAMES, scale=(10.0, 10.0, 1.0), named=2)
+
+
+@pytest.fixture
+def store(studio: Any) -> FrameStore:
+    return replace(open_dataset(studio.demo, decode=False), labels={ENVIRONMENT: list(NAMES)})
+
+
+def policy(**changes: Any) -> CeedVLAConfig:
+    return CeedVLAConfig(device="cpu", push_to_hub=False, **changes)
+
+
+def test_features_ranges_and_grippers_are_the_datas(store: FrameStore) -> None:
+    assert store.action is not None
+    store.action[:, 3] = 0  # moves in one frame of 50: its quantiles are zero
+    store.action[7, 3] = 0.5
+    store.action[:, 2] = np.where(np.arange(50) < 30, 0.0, 1.0)
+    config = policy()
+    stats = take_from_data(config, [store], [], None)
+    assert {name: f.shape for name, f in config.input_features.items()} == {
+        "observation.images.front": (3, 96, 96), "observation.images.wrist": (3, 96, 96), "observation.state": (14,)
+    }  # fmt: skip
+    assert config.action_dim == 7
+    assert config.action_tokens.gripper_dims == [2, 6]
+    config.action_tokens.fit(7, stats["action"])
+    quantile = np.abs(np.quantile(store.action, [0.01, 0.99], axis=0)).max(0)
+    assert config.action_tokens.action_high[:2] == pytest.approx(quantile[:2].tolist(), rel=1e-4)
+    assert config.action_tokens.action_high[3] == 0.5
+    assert (config.action_tokens.action_low[2], config.action_tokens.action_high[2]) == (0, 1)
+
+
+def test_the_environments_target_needs_the_environments_names(store: FrameStore) -> None:
+    config = policy()
+    take_from_data(config, [store], [], PRIVILEGED)
+    assert config.auxiliary_scale == [10, 10, 1]
+    assert named_terms(config, PRIVILEGED) == 2
+    assert named_terms(policy(auxiliary_scale=[1.0]), PRIVILEGED) == named_terms(config, None) == 0
+    other = replace(store, labels={ENVIRONMENT: [f"joint_{i}" for i in range(40)]})
+    off = {"auxiliary_weight": 0.0}
+    for stores, grounding, settings in (([other], [], {}), ([store], [other], {}), ([store], [], off)):
+        unknown = policy(**settings)
+        take_from_data(unknown, stores, grounding, PRIVILEGED)
+        assert unknown.auxiliary_scale == []
+    check_target(config, [store, other], [], PRIVILEGED)  # as when training goes on from a checkpoint
+    assert store.environment_state is not None
+    assert other.environment_state is None
+    short = replace(store, environment_state=store.environment_state[:, :2])
+    with pytest.raises(DatasetError, match="auxiliary_scale has 3 entries, the frames have 2 values"):
+        check_target(config, [], [short], None)
+
+
+def test_what_does_not_fit_is_refused_before_images_are_decoded(
+    studio: Any, copy: Path, tmp_path: Path
+) -> None:
+    settings = policy()
+    settings.action_tokens.action_low, settings.action_tokens.action_high = [-1.0] * 4, [1.0] * 4
+    config = studio.train_config(tmp_path / "run", roots=str(copy), grounding_roots="", policy=settings)
+    with pytest.raises(ConfigError, match="action_low/action_high have 4 values, the action has 7"):
+        train(config)
+    assert not (copy / ".frames").exists()

@@ -42,7 +42,7 @@ def test_an_environment_of_ones_own(
     words = [
         "train", "--roots=demos", "--grounding_roots=scenes", "--output_dir=run", "--steps=4", "--grounding_steps=2",
         "--batch_size=8", "--grounding_batch=4", "--rounds=1", "--takeover_episodes=2", "--validate_episodes=1",
-        "--policy.chunk_size=4", "--policy.n_action_steps=2", "--policy.decoding.executed_steps=2", *sizes, *own,
+        "--policy.chunk_size=4", "--policy.n_action_steps=2", *sizes, *own,
     ]  # fmt: skip
     assert main(words) == 0
     from_data = r"observation\.images\.top \(32, 32\); state 2; 10 Hz; .*auxiliary target 2 values, 2 of them"

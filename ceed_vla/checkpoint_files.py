@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -103,6 +104,7 @@ def read_values(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} has format_version {short(version)}, this version reads 1 to {FORMAT_VERSION}; update ceed_vla."
         )
+    _check_packages(folder, values.get("packages", []))
     found = values.get("decoding")
     decoding: dict[str, Any] = found if isinstance(found, dict) else {}
     expected = {item.name for item in fields(DecodingConfig)}
@@ -116,6 +118,17 @@ def read_values(folder: Path) -> dict[str, Any]:
             "copy the checkpoint again."
         )
     return _from_format_1(folder, values) if version == 1 else values
+
+
+def _check_packages(folder: Path, packages: object) -> None:
+    """Refuse a checkpoint of packages that nobody has named: it does not get them imported by itself."""
+    names = packages if isinstance(packages, list) else [packages]
+    for name in names:
+        if not isinstance(name, str) or name not in sys.modules:
+            raise CheckpointError(
+                f"{folder} needs the package {short(name)}, which is not loaded. If you trust it, name it: "
+                f"--discover_packages_path={str(name)[:60]} (policy_node: discover_packages), or import it first."
+            )
 
 
 def _from_format_1(folder: Path, values: dict[str, Any]) -> dict[str, Any]:

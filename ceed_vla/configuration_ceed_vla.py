@@ -19,6 +19,7 @@ from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.checkpoint_files import FORMAT_VERSION, in_current_format, read_values, resolve_checkpoint
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.names import CEED, named_config
+from ceed_vla.decoding.registry import find_decoder, find_exit
 from ceed_vla.devices import check_device, check_device_name
 from ceed_vla.errors import CheckpointError, ConfigError, root_cause
 from ceed_vla.fields import check_fields, ranged, short
@@ -51,6 +52,7 @@ class CeedVLAConfig(PreTrainedConfig):
         augment_state: Standard deviation of the noise on the normalised state during training.
         decoding: What the decoding "ceed" stands for; strict unless distillation wrote an early exit here.
         decode_with: Name of the decoding that LeRobot's tools use (`ceed_vla.decoding.names`).
+        packages: Packages of others that backbone, tokens or decoding come from; filled when a checkpoint is written.
         format_version: Of the checkpoint's files.
     """
 
@@ -68,6 +70,7 @@ class CeedVLAConfig(PreTrainedConfig):
 
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     decode_with: str = CEED
+    packages: list[str] = field(default_factory=list)
     format_version: int = ranged(FORMAT_VERSION, f"[1, {FORMAT_VERSION}]")
 
     optimizer_lr: float = ranged(5e-4, "(0, 10]")
@@ -148,6 +151,17 @@ class CeedVLAConfig(PreTrainedConfig):
         """
         with saving(save_directory, options):
             super().save_pretrained(save_directory, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        kinds: list[Any] = [
+            type(self.backbone),
+            type(self.action_tokens),
+            find_decoder(self.decoding.method)[0].make,
+        ]
+        kinds += [find_exit(name)[0].make for name in self.decoding.exits]
+        names = {str(kind.__module__).partition(".")[0] for kind in kinds}
+        self.packages = sorted(names - {"ceed_vla", "__main__"})
+        super()._save_pretrained(save_directory)
 
     @property
     def action_dim(self) -> int:

@@ -119,11 +119,7 @@ class EpisodeLog:
 
 
 def refuse_unfinished(folder: Path, report: str) -> None:
-    """Keep the episodes of an interrupted evaluation from being thrown away.
-
-    Args:
-        folder: Where `EPISODES` lies, if there is one.
-        report: The file there that tells whether the evaluation was completed.
+    """Keep the episodes of an interrupted evaluation in `folder`, which its `report` does not call complete.
 
     Raises:
         ConfigError: There are such episodes.

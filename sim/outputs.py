@@ -27,12 +27,7 @@ def is_own(file: Path) -> bool:
 
 
 def claim_file(option: str, text: str, suffix: str) -> Path:
-    """The file that an option names, if it may be written.
-
-    Args:
-        option: The option's name, for messages.
-        text: Its value.
-        suffix: What the file's name must end in.
+    """The file that the value `text` of an option names, if it may be written.
 
     Raises:
         ConfigError: An empty name, another suffix, a folder, or a file of somebody else's.
@@ -48,13 +43,9 @@ def claim_file(option: str, text: str, suffix: str) -> Path:
 
 
 def claim_folder(option: str, text: str, names: Iterable[str], known_by: Iterable[str]) -> Path:
-    """The folder that an option names, if files may be written into it: a new or empty one, or one of ours.
+    """The folder that an option names, if files `names` may be written into it: a new or empty one, or one of ours.
 
-    Args:
-        option: The option's name, for messages.
-        text: Its value.
-        names: Files that will be written.
-        known_by: Files of which one of ours makes a folder ours.
+    A file of ours among `known_by` makes a folder ours.
 
     Raises:
         ConfigError: An empty name, a file, or what somebody else put there.

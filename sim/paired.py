@@ -11,19 +11,10 @@ from sim.rollout import wilson_interval
 
 
 def paired_interval(both: int, only_first: int, only_second: int, neither: int) -> tuple[float, float, float]:
-    """Difference of two proportions measured on the same episodes, with its 95 % interval.
+    """Difference (first - second) of two proportions measured on the same episodes, with its 95 % interval.
 
     Newcombe's method 10 (Statistics in Medicine 17, 1998): Wilson's intervals of both proportions, combined
     by the square-and-add rule with their correlation. It keeps its coverage with few or no discordant pairs.
-
-    Args:
-        both: Episodes that both decoders solved.
-        only_first: Solved by the first only.
-        only_second: Solved by the second only.
-        neither: Solved by none.
-
-    Returns:
-        (first - second, lower end, upper end), all in [-1, 1].
 
     Raises:
         ConfigError: No episodes in common.
@@ -60,15 +51,7 @@ def sign_test(only_first: int, only_second: int) -> float:
 
 
 def compare_paired(first: Mapping[int, bool], second: Mapping[int, bool]) -> dict[str, Any]:
-    """Compare two decoders on their common seeds.
-
-    Args:
-        first: Success by seed.
-        second: Success by seed of the reference.
-
-    Returns:
-        ``episodes``, discordant counts ``only_this`` and ``only_reference``, ``difference_points`` with
-        ``ci95_points`` [percentage points] and ``sign_test_p``.
+    """Compare the success of two decoders by seed on their common seeds; differences in percentage points.
 
     Raises:
         ConfigError: No common seed.

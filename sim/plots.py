@@ -48,24 +48,11 @@ def row_color(name: str) -> str:
 
 
 def write_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write ``success.png``, ``latency.png`` and ``forwards.png``.
-
-    Args:
-        report: What ``report.json`` holds.
-        folder: Existing folder.
-
-    Returns:
-        The files written; figures without data are left out.
-    """
+    """Write ``success.png``, ``latency.png`` and ``forwards.png`` into a folder; those without data are left out."""
     with mpl.rc_context(STYLE):
-        figures = dict(
-            zip(
-                PLOTS,
-                (draw(report) for draw in (success_figure, latency_figure, forwards_figure)),
-                strict=True,
-            )
-        )
-        return [save_figure(figure, folder / name) for name, figure in figures.items() if figure is not None]
+        figures = (draw(report) for draw in (success_figure, latency_figure, forwards_figure))
+        drawn = [(name, figure) for name, figure in zip(PLOTS, figures, strict=True) if figure is not None]
+        return [save_figure(figure, folder / name) for name, figure in drawn]
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 150) -> Path:

@@ -71,12 +71,7 @@ PAIRED_COLUMNS = ("decoder", "against", "points [95 %]", "only this : only refer
 
 
 def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
-    """The whole of ``report.md``.
-
-    Args:
-        report: What `sim.evaluate.evaluate` returns and ``report.json`` holds.
-        figures: Files to show at the end, relative to the report.
-    """
+    """The whole of ``report.md``; `figures` are files to show at the end, relative to it."""
     parts = [f"# Evaluation on {report['env']}", ""]
     if not report["complete"]:
         parts += [
@@ -113,12 +108,7 @@ def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
 
 
 def console_table(report: Mapping[str, Any], width: int = 120) -> Table:
-    """The main table for the terminal, with the rows of ``report.md``.
-
-    Args:
-        report: What ``report.json`` holds.
-        width: Characters a line; columns from the right are left out where they do not fit.
-    """
+    """The main table for a terminal of `width` characters; columns that do not fit are left out."""
     rows = table_rows(report)
     keep = len(COLUMNS)
     while keep > 2 and _table_width(rows, keep) > width:

@@ -18,16 +18,8 @@ from sim.rollout import EpisodeResult, wilson_interval
 
 
 def row_entry(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
-    """Closed-loop entries of one decoder.
-
-    Args:
-        episodes: Its finished episodes.
-
-    Returns:
-        Success with its Wilson interval, overall and per task family; forwards of the chunks; how they ended.
-    """
+    """One decoder's success with its Wilson interval, overall and per task; forwards of the chunks; how they ended."""
     forwards = np.array([count for episode in episodes for count in episode.forwards])
-    iterations = np.array([count for episode in episodes for count in episode.forwards])
     families = sorted({episode.task for episode in episodes})
     entry = _success(episodes)
     if len(forwards):
@@ -35,7 +27,6 @@ def row_entry(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
             "chunks": len(forwards),
             "forwards_mean": round(float(forwards.mean()), 4),
             "forwards_p95": float(np.percentile(forwards, 95)),
-            "iterations_mean": round(float(iterations.mean()), 4),
             "forwards_histogram": {str(k): v for k, v in sorted(Counter(forwards.tolist()).items())},
         }
     solved = [episode.steps for episode in episodes if episode.success]

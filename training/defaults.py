@@ -107,14 +107,13 @@ def check_target(
     """
     needed = len(policy.auxiliary_scale)
     ours = privileged is not None and policy.auxiliary_scale == list(privileged.scale)
-    for store in (*stores, *grounding):
+    for i, store in enumerate((*stores, *grounding)):
         have = store.shapes.get(ENVIRONMENT, (0,))[0]
         named = not ours or privileged is None or ENVIRONMENT not in store.labels or is_of(store, privileged)
         what = f"the policy's auxiliary_scale has {needed} entries, the frames have {have} values of {ENVIRONMENT}"
-        if not named:
-            what += ", with other names than the environment's"
+        what += "" if named else ", with other names than the environment's"
         fits = 0 < needed <= have and named
-        if not fits and store in grounding:
+        if not fits and i >= len(stores):
             raise DatasetError(f"{store.root} cannot serve as grounding data: {what}.")
         if not fits and needed and have:
             logger.warning("%s: without auxiliary regression: %s.", store.root, what)

@@ -232,6 +232,9 @@ class TeacherRun(Run):
         if roots:
             with self.accelerator.main_process_first():
                 takeovers = [open_dataset(root) for root in roots]
+            if self.demonstrations[0].environment_state is None:  # nor may it be in one batch with these
+                for store in takeovers:
+                    store.environment_state = None
             check_clipping(self.policy.tokenizer, takeovers, config.max_clipped)
             frames = sum(len(s) for s in takeovers)
             share = config.takeover_weight / (1 - config.takeover_weight) * sum(weights)

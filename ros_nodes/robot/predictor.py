@@ -172,7 +172,7 @@ class Predictor:
         self._prefill_s = 0.0
         self._failures: FailureLog | None = None  # while it warms up, an error ends the load
         steps = self._preprocess.steps if self._is_ceed else ()
-        self._vocabulary = {word for step in steps for word in getattr(step, "vocabulary", ())}
+        self._vocabulary: set[str] = {word for step in steps for word in getattr(step, "vocabulary", ())}
         features = config.input_features
         self.spec = PolicySpec(
             checkpoint=settings.checkpoint,
@@ -202,10 +202,9 @@ class Predictor:
             if self._failures is not None:
                 self._failures.add(error)
             text = str(error) if isinstance(error, CeedVLAError) else f"{type(error).__name__}: {error}"
-            code = BAD_INSTRUCTION if isinstance(error, _InstructionError) else ""
-            return Response(
-                request.id, error=short(text), code=NOT_FINITE if isinstance(error, NotFiniteError) else code
-            )
+            codes = {_InstructionError: BAD_INSTRUCTION, NotFiniteError: NOT_FINITE}
+            code = next((code for kind, code in codes.items() if isinstance(error, kind)), "")
+            return Response(request.id, error=short(text), code=code)
         if not np.isfinite(response.actions).all():
             text = f"The policy {short(self.spec.checkpoint)} returned NaN or infinity."
             return Response(request.id, error=text, code=NOT_FINITE)
@@ -310,10 +309,10 @@ class Predictor:
             **{key: np.zeros((h, w, 3), np.uint8) for key, (_, h, w) in self.spec.cameras.items()},
             **{key: np.zeros(length, np.float32) for key, length in self.spec.states.items()},
         }
-        response = Response(0)
-        for _ in range(max(self._settings.warmup, 1)):
+        response, word = Response(0), min(self._vocabulary, default="move")  # one that it does not warn of
+        for _ in range(self._settings.warmup):
             frozen = 1 if len(response.actions) > 1 else 0
-            request = Request(0, observation, self._known_word(), response.tokens, frozen, frozen)
+            request = Request(0, observation, word, response.tokens, frozen, frozen)
             response = self.predict(request)
             if response.error is not None:
                 raise CheckpointError(f"The checkpoint {self.spec.checkpoint} cannot act: {response.error}")
@@ -324,13 +323,8 @@ class Predictor:
                 f"{self.spec.action_dim}."
             )
         executed = min(int(getattr(self._policy.config, "n_action_steps", steps)), steps)
-        return replace(
-            self.spec, chunk_steps=steps, n_action_steps=executed, warmup_s=response.seconds["total"]
-        )
-
-    def _known_word(self) -> str:
-        """A word that the policy knows, so that warming up does not warn about one that it does not."""
-        return str(min(self._vocabulary)) if self._vocabulary else "move"
+        seconds = response.seconds["total"]
+        return replace(self.spec, chunk_steps=steps, n_action_steps=executed, warmup_s=seconds)
 
 
 def _load(settings: PredictorSettings) -> tuple[Any, Any, Any]:

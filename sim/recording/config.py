@@ -38,8 +38,8 @@ class RecordConfig:
         seed: First seed; default 0, or 30000 in mode takeover.
         resume: Go on with an interrupted or finished root; a missing root is started.
         action_noise: Standard deviation of Gaussian noise added to the executed action; the stored label
-            stays the clean expert action. Mode clean only. Labels later in a chunk then correct for noise
-            that the policy cannot see, so prefer mode perturb for recovery data.
+            stays the clean expert action. Mode clean only. The policy cannot see the noise that later labels of a
+            chunk correct for, so prefer mode perturb for recovery data.
         burst_every_min: Fewest expert steps between two bursts of 1-3 random steps in mode perturb; the length
             of the shorter segments. Chunks that reach over a segment's end are padded, so keep it above m.
         burst_every_max: Most expert steps between two bursts.
@@ -53,8 +53,8 @@ class RecordConfig:
         max_chunks: The policy drives 1 to `max_chunks` chunks before the expert takes over.
         takeover_steps: Control steps within which the expert must finish after (the last) takeover.
         switches: Times the expert takes over within one attempt; all but the last hand back after 8-16 steps.
-        commit_frames: Frames after which the data set on disk is brought up to date. A killed process
-            (SIGKILL, power cut) loses at most these; an interrupt, an error or a full disk lose less.
+        commit_frames: Frames after which the data set on disk is brought up to date; a killed process loses at most
+            these, an interrupt, an error or a full disk lose less.
         progress: Show a progress bar.
     """
 

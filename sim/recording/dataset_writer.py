@@ -168,10 +168,7 @@ class DatasetWriter:
         return shutil.disk_usage(self.root).free >= _FREE_SPACE
 
     def add_episode(self, frames: Sequence[Frame]) -> None:
-        """Append one episode to the pending file.
-
-        Args:
-            frames: Per frame every feature (images (H, W, 3) uint8, vectors float32) and `task`.
+        """Append one episode to the pending file: every feature and the `task` of each frame.
 
         Raises:
             DatasetError: Features are missing, unknown, not finite, or have another shape or type.
@@ -196,10 +193,7 @@ class DatasetWriter:
         self.pending_frames += len(frames)
 
     def commit(self, progress: Mapping[str, Any]) -> None:
-        """Make the pending episodes part of the data set, together with the caller's `progress`.
-
-        Args:
-            progress: JSON-able; `self.progress` returns it, also after a restart.
+        """Make the pending episodes part of the data set, together with the caller's `progress` (JSON).
 
         Raises:
             OSError: The disk is full or fails. `rollback()` then returns to the last commit.

@@ -16,14 +16,7 @@ Statistics = dict[str, np.ndarray]
 
 
 def vector_statistics(values: np.ndarray) -> Statistics:
-    """Statistics over the frames of one numeric feature.
-
-    Args:
-        values: Array (T,) or (T, D), T >= 1.
-
-    Returns:
-        min, max, mean, std and quantiles, each (D,) (or (1,)), and count (1,).
-    """
+    """Statistics (D,) over the frames of a numeric feature (T,) or (T, D), T >= 1; and their count (1,)."""
     table = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
     stats: Statistics = {
         "min": table.min(axis=0),
@@ -37,14 +30,9 @@ def vector_statistics(values: np.ndarray) -> Statistics:
 
 
 def image_statistics(images: np.ndarray, max_frames: int = 100) -> Statistics:
-    """Per-channel statistics of uint8 images, scaled to [0, 1].
+    """Per-channel statistics (3, 1, 1) of uint8 images (T, H, W, 3), scaled to [0, 1].
 
-    Args:
-        images: Array (T, H, W, 3), uint8.
-        max_frames: Evenly spaced frames that are looked at (LeRobot samples 100 as well).
-
-    Returns:
-        min, max, mean, std and quantiles, each (3, 1, 1), and count (1,) = frames looked at.
+    At most `max_frames` evenly spaced frames are looked at (LeRobot samples 100 as well); ``count`` (1,) says how many.
     """
     picked = np.unique(np.linspace(0, len(images) - 1, min(len(images), max_frames)).round().astype(int))
     pixels = images[picked].reshape(-1, 3)

@@ -58,14 +58,7 @@ class Layout:
 def draw_command(
     rng: np.random.Generator, task: str, split: str, colors: tuple[str, ...], options: dict[str, Any]
 ) -> Command:
-    """Draw an instruction.
-
-    Args:
-        rng: Source of randomness.
-        task: A family or "mixed".
-        split: "train", "heldout" or "all".
-        colors: Colours that may be named.
-        options: Fixed parts: "task", "color", "other" (second colour or side), "phrase" (index or template).
+    """Draw an instruction of a family, or of any if `task` is "mixed", about some of the colours.
 
     Raises:
         SimulationError: On unknown options or values, or when the split has no such combination.

@@ -28,12 +28,7 @@ def check_image_size(size: int) -> None:
 
 
 def render(data: mujoco.MjData, camera: str, size: int) -> NDArray[np.uint8]:
-    """Image of a state (size, size, 3).
-
-    Args:
-        data: State of the scene of `load_scene`.
-        camera: Camera name.
-        size: Side of the square image [px].
+    """Image (size, size, 3) of a state of the scene of `load_scene`.
 
     Raises:
         SimulationError: When no GL context can be made, or the size cannot be rendered.

@@ -11,132 +11,7 @@ import pytest
 
 from ceed_vla.cli import main
 
-OWN_ENV = '''\
-"""An environment in one file: a point on a plane that goes to the goal the instruction names, seen by one camera."""
-
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
-
-import gymnasium
-import numpy as np
-from gymnasium import spaces
-from lerobot.configs import FeatureType, PolicyFeature
-from lerobot.envs.configs import EnvConfig
-
-from sim.environment import Privileged
-
-COLORS = {"red": (220, 40, 40), "blue": (40, 60, 220)}
-PHRASES = {"train": "go to the {}", "heldout": "reach the {}"}
-STEP, REACHED = 0.1, 0.08  # [m] of a full action, [m] from the goal
-
-
-class PointReach(gymnasium.Env):
-    """Action (2,) in [-1, 1]: a step. Observation: a picture of point and goals, and where the point is [m]."""
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
-    action_names, state_names = ("dx", "dy"), ("x", "y")
-
-    def __init__(self, split: str = "train", image_size: int = 32, render_mode: str = "rgb_array") -> None:
-        self.split, self.size, self.render_mode = split, image_size, render_mode
-        self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
-        pixels = spaces.Dict({"top": spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)})
-        self.observation_space = spaces.Dict({"pixels": pixels, "agent_pos": spaces.Box(-1, 1, (2,), np.float32)})
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.color = (options or {}).get("task") or str(self.np_random.choice(list(COLORS)))
-        self.goals = dict(zip(COLORS, self.np_random.uniform(-0.9, 0.9, (2, 2)), strict=True))
-        self.point = self.np_random.uniform(-0.9, 0.9, 2)
-        return self.observe(), {"is_success": self.is_success(), "task": self.color}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self.advance(action)
-        return self.observe(), float(self.is_success()), self.is_success(), False, {"is_success": self.is_success()}
-
-    def render(self) -> Any:
-        image = np.full((self.size, self.size, 3), 230, np.uint8)
-        for place, color in [*((self.goals[name], COLORS[name]) for name in COLORS), (self.point, (0, 0, 0))]:
-            column, row = np.clip(((place * [1, -1] + 1) / 2 * self.size).astype(int), 1, self.size - 2)
-            image[row - 1 : row + 2, column - 1 : column + 2] = color
-        return image
-
-    # What `record` and `grounding` use beside gymnasium; see sim/environment.py.
-
-    @property
-    def task_description(self) -> str:
-        return PHRASES[self.split].format(self.color)
-
-    def observe(self) -> dict[str, Any]:
-        return {"pixels": {"top": self.render()}, "agent_pos": self.point.astype(np.float32)}
-
-    def advance(self, action: Any) -> None:
-        self.point = np.clip(self.point + STEP * np.clip(action, -1, 1), -1, 1)
-
-    def is_success(self) -> bool:
-        return bool(np.linalg.norm(self.goals[self.color] - self.point) < REACHED)
-
-    def privileged_state(self) -> Any:
-        return (self.goals[self.color] - self.point).astype(np.float32)
-
-    def scatter(self, rng: np.random.Generator) -> None:
-        self.point = rng.uniform(-0.9, 0.9, 2)
-
-    def retarget(self, rng: np.random.Generator) -> None:
-        self.color = str(rng.choice(list(COLORS)))
-
-
-gymnasium.register("own_env/PointReach-v0", PointReach)
-
-
-@EnvConfig.register_subclass("point_reach")
-@dataclass
-class PointReachConfig(EnvConfig):
-    """Reach the goal of the named colour.
-
-    Attributes:
-        task: A colour, "all" (they take turns), or "mixed" (drawn at every reset).
-        split: Phrases: "train" or "heldout".
-        episode_length: Step limit.
-        image_size: Side of the image [px].
-    """
-
-    privileged: ClassVar[Privileged] = Privileged(
-        names=("goal_dx", "goal_dy"), scale=(3.0, 3.0), named=2, positions={"goal": (0, 2)}
-    )
-
-    task: str | None = "mixed"
-    fps: int = 10
-    split: str = "train"
-    episode_length: int = 40
-    image_size: int = 32
-    features: dict[str, PolicyFeature] = field(default_factory=dict)
-    features_map: dict[str, str] = field(
-        default_factory=lambda: {
-            "action": "action", "agent_pos": "observation.state", "pixels/top": "observation.images.top"
-        }
-    )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        self.features = {
-            "action": PolicyFeature(FeatureType.ACTION, (2,)),
-            "agent_pos": PolicyFeature(FeatureType.STATE, (2,)),
-            "pixels/top": PolicyFeature(FeatureType.VISUAL, (self.image_size, self.image_size, 3)),
-        }
-
-    @property
-    def gym_id(self) -> str:
-        return "own_env/PointReach-v0"
-
-    @property
-    def gym_kwargs(self) -> dict[str, Any]:
-        return {"split": self.split, "image_size": self.image_size, "max_episode_steps": self.episode_length}
-
-    def tasks(self) -> list[str]:
-        return list(COLORS) if self.task in ("all", "mixed") else [str(self.task)]
-
-    def act(self, env: PointReach) -> Any:
-        return np.clip(env.privileged_state() / STEP, -1, 1).astype(np.float32)
-'''
+OWN_ENV = Path(__file__).resolve().parents[2] / "examples" / "own_environment.py"
 SIZES = {"width": 32, "layers": 1, "heads": 2, "mlp_width": 32, "stem_channels": "[8, 8, 8, 8]"}
 
 
@@ -148,7 +23,7 @@ def test_an_environment_of_ones_own(
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    (tmp_path / "own_env.py").write_text(OWN_ENV)
+    (tmp_path / "own_env.py").write_bytes(OWN_ENV.read_bytes())
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
@@ -167,7 +42,7 @@ def test_an_environment_of_ones_own(
     words = [
         "train", "--roots=demos", "--grounding_roots=scenes", "--output_dir=run", "--steps=4", "--grounding_steps=2",
         "--batch_size=8", "--grounding_batch=4", "--rounds=1", "--takeover_episodes=2", "--validate_episodes=1",
-        "--policy.chunk_size=4", "--policy.n_action_steps=2", "--policy.decoding.executed_steps=2", *sizes, *own,
+        "--policy.chunk_size=4", "--policy.n_action_steps=2", *sizes, *own,
     ]  # fmt: skip
     assert main(words) == 0
     from_data = r"observation\.images\.top \(32, 32\); state 2; 10 Hz; .*auxiliary target 2 values, 2 of them"

@@ -220,6 +220,14 @@ def _read_log() -> Callable[..., dict[int, float]]:
     return read_log
 
 
+@pytest.fixture(scope="session")
+def store(studio: Studio) -> Any:
+    """The demonstrations, read."""
+    from training.data import open_dataset
+
+    return open_dataset(studio.demo)
+
+
 @pytest.fixture
 def copy(studio: Studio, tmp_path: Path) -> Path:
     """A copy of the demonstrations that a test may damage."""

@@ -24,11 +24,6 @@ FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 CHUNK = 4
 
 
-@pytest.fixture(scope="module")
-def store(studio: Any) -> FrameStore:
-    return open_dataset(studio.demo)
-
-
 def data_file(root: Path) -> Path:
     return next((root / "data").rglob("*.parquet"))
 

@@ -93,25 +93,6 @@ def test_restricted_vocabulary_is_exact_and_only_writes_actions(lab: Any) -> Non
     assert int(tokens[0].max()) < tokenizer.vocabulary_size == len(tokenizer.action_ids)
 
 
-def test_a_trained_model_gives_lerobots_tokens_and_actions(lab: Any) -> None:
-    policy, batch = lab.build(5, gradient_checkpointing=False), lab.observe(2)
-    backbone, tokenizer = lab.wrap(policy)
-    chunks = 0.4 * torch.randn(2, lab.STEPS, lab.DIM, generator=torch.Generator().manual_seed(1)).cumsum(1)
-    target = tokenizer.encode(chunks)  # (B, n)
-    lab.overfit(policy, batch, target)
-    expected = lab.lerobot_tokens(policy, batch, lab.STOP)
-    assert torch.equal(expected, target)  # it has learnt to write these chunks
-    for vocabulary in ("full", "actions"):
-        backbone, tokenizer = lab.wrap(policy, vocabulary)
-        for config in STRICT:
-            result = lab.decode(backbone, tokenizer, batch, config)
-            assert result.exit_reason == ["stop", "stop"]
-            ids = result.tokens if vocabulary == "full" else tokenizer.action_ids[result.tokens]
-            assert torch.equal(ids, expected)
-            assert torch.equal(tokenizer.decode(result.tokens), policy.predict_action_chunk(batch))
-    assert tokenizer.malformed == 0
-
-
 @pytest.mark.parametrize("vocabulary", ["full", "actions"])
 def test_training_and_depth(vocabulary: str, lab: Any, keeps_the_contract: Any) -> None:
     keeps_the_contract(lab.wrap(lab.build(6), vocabulary)[0], lab.observe(3))

@@ -79,9 +79,9 @@ def test_a_converted_checkpoint_acts_as_lerobots(lab: Any, published: Any, weigh
         tokens, actions = act(bundle, published.raw, decoding)
         assert torch.equal(tokens, published.tokens)
         assert torch.allclose(actions, published.actions, atol=1e-6)
-    assert torch.allclose(
-        bundle[2](bundle[0].predict_action_chunk(bundle[1](published.raw))), published.actions
-    )
+    chunk = bundle[2](bundle[0].predict_action_chunk(bundle[1](published.raw)))
+    assert torch.allclose(chunk, published.actions)
+    assert bundle[0].tokenizer.malformed == 0
 
 
 def test_the_command_converts(lab: Any, published: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,8 +89,9 @@ def test_the_command_converts(lab: Any, published: Any, capsys: pytest.CaptureFi
     flags = ["--from=pi0_fast", f"--output_dir={output}", "--vocabulary=actions", "--weights=reference"]
     assert main(["convert", str(published.folder), *flags]) == 0
     assert "pi0-FAST, weights reference, vocabulary actions" in capsys.readouterr().out
-    policy, pre, _ = load(output)
+    policy, pre, post = load(output)
     result = policy.decode(pre(published.raw), "jacobi")
+    assert torch.allclose(post(result.actions), published.actions, atol=1e-6)
     assert result.exit_reason == ["stop", "stop"]
     assert isinstance(policy.tokenizer, Pi0FastTokenizer)
     assert torch.equal(policy.tokenizer.action_ids[result.tokens], published.tokens)

@@ -18,6 +18,13 @@ MOST_FLAGS = 2**20  # [bytes] of a file of flags
 _WHOLE = re.compile(r"[-+]?[0-9]+")
 _DECIMAL = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _LONGEST_NUMBER = 400  # [characters]
+_MOVED = {
+    "policy.decoding.executed_steps": "policy.decoding.watch=executed",
+    "policy.decoding.tolerance_bins": "policy.decoding.confidence, which ends sooner at the same success",
+    "policy.decoding.stable_iterations": "policy.decoding.confidence, which ends sooner at the same success",
+    "policy.backbone.vocabulary_size": "policy.backbone.words",
+    "policy.action_tokens.vocabulary_size": "policy.action_tokens.most_ids",
+}
 
 
 class UsageError(Exception):
@@ -33,7 +40,7 @@ def unknown(name: str, known: Iterable[str], word: str = "") -> UsageError:
 
 def check_moved(name: str, config_class: type[Any]) -> None:
     """Raise `UsageError` for a flag that has another name now (`moved` of the configuration)."""
-    if new := getattr(config_class, "moved", {}).get(name):
+    if new := {**_MOVED, **getattr(config_class, "moved", {})}.get(name):
         raise UsageError(f"--{name} is now --{new}")
 
 
@@ -132,7 +139,7 @@ def shaped(values: dict[str, Any], config_class: type[Any], prefix: str = "") ->
         if name in result:
             continue
         if name not in known or (name == "env" and not isinstance(value, dict)):
-            check_moved(name, config_class)
+            check_moved(prefix + name, config_class)
         if name not in known:
             raise unknown(prefix + name, [prefix + n for n in known])
         field, owner = known[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ class FitTokensConfig:
         gripper_dims: Two-valued action dimensions.
         max_clipped: Largest share of a dimension's actions far outside the range.
     """
+
+    moved: ClassVar[dict[str, str]] = {"vocabulary_size": "most_ids"}
 
     roots: str = ""
     output: str = "fast_tokens.json"

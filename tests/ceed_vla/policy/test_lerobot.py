@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,3 +84,19 @@ def test_the_package_names_its_parts() -> None:
     assert set(ceed_vla.__all__) >= {"CeedVLAPolicy", "DecodingConfig", "pretrained_path"}
     with pytest.raises(AttributeError, match="CeedVLAPolicy"):
         _ = ceed_vla.Policy
+
+
+def test_importing_the_policy_registers_what_lerobots_factory_needs(checkpoint: Path) -> None:
+    code = (
+        "from ceed_vla import CeedVLAPolicy; from lerobot.policies.factory import make_pre_post_processors; import sys; "
+        "config = CeedVLAPolicy.from_pretrained(sys.argv[1]).config; "
+        "make_pre_post_processors(config, pretrained_path=sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(checkpoint)], check=True)
+
+
+def test_lerobots_tools_choose_a_decoding_by_its_name(checkpoint: Path, batch: dict[str, Any]) -> None:
+    config = CeedVLAConfig.from_pretrained(checkpoint, cli_overrides=["--decode_with=cap1"])
+    policy = CeedVLAPolicy.from_pretrained(checkpoint, config=config)
+    expected = policy.decode(batch, "cap1").actions
+    assert torch.equal(policy.predict_action_chunk(batch), expected)

@@ -87,10 +87,10 @@ def measure(folder: Path, episodes: int, steps: int) -> dict[str, float]:
     from benchmarks.models.vlm import make_tiny_vlm
     from ceed_vla.backbones.vlm.config import VLMConfig
     from ceed_vla.checkpoints import load
+    from ceed_vla.data.frames import open_dataset
     from sim.record import record
     from sim.recording.config import RecordConfig
     from sim.tabletop.policy import tabletop_config
-    from training.data import open_dataset
     from training.distill import DistillConfig, TrajectoriesConfig, distill
     from training.teacher import TrainConfig, train
     from training.trajectories import CollectConfig, collect

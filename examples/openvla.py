@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of benchmarks/mo
 from benchmarks.models.openvla import write_openvla
 from ceed_vla.checkpoints import load
 from ceed_vla.convert import ConvertConfig, convert
+from ceed_vla.data.frames import FrameStore, open_dataset
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from sim.record import record
 from sim.recording.config import RecordConfig
-from training.data import FrameStore, open_dataset
 from training.distill import DistillConfig, TrajectoriesConfig, distill
 from training.losses import chunk_distance
 from training.teacher import TrainConfig, train

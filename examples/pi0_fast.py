@@ -37,9 +37,9 @@ from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone
 from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer
 from ceed_vla.checkpoints import load
 from ceed_vla.convert import ConvertConfig, convert
+from ceed_vla.data.frames import open_dataset
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import MalformedChunkError
-from training.data import open_dataset
 
 STEPS, DIM, FRAMES, FRONT = 8, 3, 24, "observation.images.front"
 

@@ -17,6 +17,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ceed_vla.checkpoints import load
+from ceed_vla.data.commits import PROGRESS_FILE, is_recording
+from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import ConfigError, DatasetError
 from sim.decoders import checked_name
 from sim.environment import Bundle, EnvPool, joined
@@ -26,9 +28,7 @@ from sim.recording.attempts import (
     frame_features,
     grounding_scenes,
 )
-from sim.recording.commits import PROGRESS_FILE, is_recording
 from sim.recording.config import RecordConfig
-from sim.recording.dataset_writer import DatasetWriter
 from sim.recording.interrupts import InterruptGuard
 from sim.recording.takeover import takeover_attempts
 from sim.rollout import PolicyRunner

@@ -92,7 +92,8 @@ def test_tokens_backbone_and_loss_from_data_to_evaluation(
     assert config["packages"] == ["my_backbone", "my_tokens"]
     distil = [
         "distill", f"--teacher_path={teacher}", "--roots=demos", "--output_dir=student", "--steps=2", "--loss=hard",
-        "--batch_size=4", "--eval_frames=4", "--eval_every=0", "--trajectories.online=true", "--validate_episodes=0", packages,
+        "--batch_size=4", "--eval_frames=4", "--eval_every=0", "--trajectories.online=true",
+        "--validate_episodes=0", packages,
     ]  # fmt: skip
     assert main(distil) == 0
     student = plugins / "student/checkpoints/final/pretrained_model"

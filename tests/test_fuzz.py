@@ -170,7 +170,7 @@ def relative(root: Path) -> list[str]:
 
 
 def test_data_sets(dataset: Path, tmp_path: Path) -> None:
-    from training.data import open_dataset
+    from ceed_vla.data.frames import open_dataset
 
     def read(root: Path) -> None:
         store = open_dataset(root)
@@ -185,9 +185,9 @@ def test_data_sets(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_recordings(dataset: Path, tmp_path: Path) -> None:
+    from ceed_vla.data.frames import open_dataset
+    from ceed_vla.data.writer import DatasetWriter
     from sim.recording.attempts import Attempt
-    from sim.recording.dataset_writer import DatasetWriter
-    from training.data import open_dataset
 
     del Attempt
     info = json.loads((dataset / "meta" / "info.json").read_text())

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ceed_vla.data.frames import FrameStore
 from ceed_vla.errors import ConfigError
-from training.data import FrameStore
 
 logger = logging.getLogger(__name__)
 

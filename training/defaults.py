@@ -11,8 +11,8 @@ from lerobot.configs import FeatureType, PolicyFeature
 from torch import Tensor
 
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.data.frames import ACTION, ENVIRONMENT, STATE, FrameStore
 from ceed_vla.errors import ConfigError, DatasetError
-from training.data import ACTION, ENVIRONMENT, STATE, FrameStore
 from training.mixture import state_statistics
 
 logger = logging.getLogger(__name__)

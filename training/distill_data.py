@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import check_fields
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from training.corruption import PREVIOUS, StateDraw, guess_states
-from training.data import open_dataset
 from training.losses import chunk_distance, mixed_labels
 from training.mixture import check_compatible, check_fits, join_batches
 from training.settings import split_list

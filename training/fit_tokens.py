@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.data.frames import FrameStore, read_chunks
 from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.fields import check_fields, ranged
 from ceed_vla.files import replacing
 from ceed_vla.tokens.fast import FastTokensConfig
 from training.clipping import MOST_CLIPPED, check_actions
-from training.data import FrameStore, read_chunks
 from training.settings import SHARES, full_disk, split_list
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.data.frames import ACTION, STATE, FrameStore
 from ceed_vla.errors import DatasetError
-from training.data import ACTION, STATE, FrameStore
 
 
 class Mixture:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ceed_vla.checkpoints import save
+from ceed_vla.data.files import is_whole
 from ceed_vla.devices import check_device
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, chosen, ranged
@@ -28,7 +29,6 @@ from ceed_vla.supervision import finish_training
 from training import states
 from training.adapters import LoRAConfig
 from training.clipping import MOST_CLIPPED
-from training.dataset_files import is_whole
 from training.optim import build_optimizers, computes_bfloat16, cosine_factor
 from training.settings import BATCHES, NONE_OR_COUNTS, SHARES, full_disk, output_folder
 

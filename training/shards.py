@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from ceed_vla.data.files import is_whole, open_parquet, readable
 from ceed_vla.errors import DatasetError
 from ceed_vla.files import read_json, regular
-from training.dataset_files import is_whole, open_parquet, readable
 
 META = "meta.json"
 GUESSES = ("previous", "mid", "random")

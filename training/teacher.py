@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ceed_vla.checkpoints import load
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, ranged
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
@@ -23,7 +24,6 @@ from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from ceed_vla.supervision import AUGMENTATION_NOISE, augmentation_size, grounding_loss
 from training.adapters import attach
 from training.clipping import check_clipping
-from training.data import open_dataset
 from training.defaults import Privileged, check_target, describe, named_terms, take_from_data
 from training.fit_tokens import fit_action_tokens
 from training.mixture import Mixture, check_fits

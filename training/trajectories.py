@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ceed_vla.checkpoints import load, weights_hash
+from ceed_vla.data.frames import FrameStore, open_dataset
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.devices import check_device
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, ranged
 from ceed_vla.files import replacing, write_text
 from training.clipping import MOST_CLIPPED, check_clipping
-from training.data import FrameStore, open_dataset
 from training.mixture import check_fits
 from training.settings import SHARES, full_disk, number_list, output_folder, split_list
 from training.shards import (

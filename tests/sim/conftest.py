@@ -46,7 +46,7 @@ def fake_frames() -> Callable[..., list[dict[str, Any]]]:
 @pytest.fixture(scope="session")
 def new_writer() -> Callable[[Path], Any]:
     """A writer of small frames."""
-    from sim.recording.dataset_writer import DatasetWriter
+    from ceed_vla.data.writer import DatasetWriter
 
     axes = ["height", "width", "channels"]
     features = {

@@ -16,10 +16,10 @@ import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from ceed_vla.cli import main
+from ceed_vla.data.statistics import image_statistics, vector_statistics
+from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import ConfigError, DatasetError
 from sim.record import record
-from sim.recording.dataset_writer import DatasetWriter
-from sim.recording.statistics import image_statistics, vector_statistics
 from sim.tabletop.tasks import TASKS
 
 
@@ -184,7 +184,7 @@ def test_half_done_commit_is_undone(
         (folder / "meta" / name).write_text("")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"sim.recording.dataset_writer.{victim}", broken)
+    monkeypatch.setattr(f"ceed_vla.data.writer.{victim}", broken)
     writer.add_episode(fake_frames(7, "second"))
     with pytest.raises(OSError, match="No space"):
         writer.commit({"done": 2})

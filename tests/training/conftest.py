@@ -223,7 +223,7 @@ def _read_log() -> Callable[..., dict[int, float]]:
 @pytest.fixture(scope="session")
 def store(studio: Studio) -> Any:
     """The demonstrations, read."""
-    from training.data import open_dataset
+    from ceed_vla.data.frames import open_dataset
 
     return open_dataset(studio.demo)
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 import ceed_vla
 from benchmarks.models.vlm import make_tiny_vlm
 from ceed_vla.checkpoints import load
+from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import ConfigError
 from ceed_vla.lora import is_adapter
 from training.adapters import LEARNT, LoRAConfig, adapted_layers, attach, attach_student, teacher_weights
-from training.data import open_dataset
 from training.distill import DistillRun, distill
 from training.distill_data import TrajectoriesConfig
 from training.teacher import TeacherRun, train

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from ceed_vla.data.frames import FrameStore, open_dataset, read_chunks
 from ceed_vla.errors import DatasetError
-from training.data import FrameStore, open_dataset, read_chunks
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 CHUNK = 4
@@ -83,7 +83,7 @@ def test_a_broken_data_set_is_one_clear_error(copy: Path, damage: str) -> None:
 
 def test_a_full_disk_is_an_error_before_it_is_a_crash(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(copy)._replace(free=1000)
-    monkeypatch.setattr("training.frame_cache.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("ceed_vla.data.frame_cache.shutil.disk_usage", lambda _: usage)
     with pytest.raises(DatasetError, match="make room"):
         open_dataset(copy)
 

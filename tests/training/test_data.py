@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ceed_vla.data.frames import FrameStore, open_dataset
 from ceed_vla.errors import DatasetError
-from training.data import FrameStore, open_dataset
 from training.mixture import Mixture, check_compatible, check_fits, state_statistics
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
@@ -57,7 +57,7 @@ def test_an_action_free_set_has_no_chunks(studio: Any) -> None:
 
 def test_images_are_decoded_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_dataset(copy)
-    monkeypatch.setattr("training.frame_cache._decode_images", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("ceed_vla.data.frame_cache._decode_images", lambda *_: pytest.fail("decoded again"))
     again = open_dataset(copy)
     np.testing.assert_array_equal(first.images[FRONT], again.images[FRONT])
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.data.frames import ENVIRONMENT, FrameStore, open_dataset
 from ceed_vla.errors import ConfigError, DatasetError
-from training.data import ENVIRONMENT, FrameStore, open_dataset
 from training.defaults import check_target, named_terms, take_from_data
 from training.teacher import train
 

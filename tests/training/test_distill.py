@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import ceed_vla
+from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
 from ceed_vla.tokens.uniform import ActionTokenizer
 from training.corruption import draw_states, guess_states, online_states
-from training.data import open_dataset
 from training.distill import DistillConfig, DistillRun, distill
 from training.distill_data import StoredData, TrajectoriesConfig
 from training.trajectories import collect

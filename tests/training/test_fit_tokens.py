@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from ceed_vla.checkpoints import load
+from ceed_vla.data.frames import open_dataset
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError, DatasetError, MalformedChunkError
 from ceed_vla.tokens.fast import FastTokenizer, FastTokensConfig
-from training.data import open_dataset
 from training.distill import TrajectoriesConfig, distill
 from training.distill_data import DistillData
 from training.fit_tokens import FitTokensConfig, all_chunks, fit_action_tokens, fit_tokens

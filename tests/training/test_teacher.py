@@ -64,7 +64,7 @@ def test_grounding_frames_come_first_and_then_beside(
 
 def test_the_checkpoint_acts(studio: Any) -> None:
     policy, pre, _ = ceed_vla.load(studio.teacher)
-    from training.data import open_dataset
+    from ceed_vla.data.frames import open_dataset
 
     result = policy.decode(pre(open_dataset(studio.demo).batch(np.array([0, 20]), 4)), "ar")
     assert result.actions.shape == (2, 4, 7)

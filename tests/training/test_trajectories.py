@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import ceed_vla
+from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, DatasetError
-from training.data import open_dataset
 from training.trajectories import Trajectories, collect, read_trajectories
 
 SHIFT = 2 * 7  # executed steps times action dimensions of the tiny policy

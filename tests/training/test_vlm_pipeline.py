@@ -79,7 +79,7 @@ def test_train_collect_and_distil(
     )  # fmt: skip
     trajectories = read_trajectories(tmp_path / "trajectories", teacher)
     policy, pre, _ = ceed_vla.load(teacher)
-    from training.data import open_dataset
+    from ceed_vla.data.frames import open_dataset
 
     batch = pre(open_dataset(tmp_path / "demo").batch(trajectories.frame[:4], 4))
     assert policy.decode(batch, "ar").tokens.tolist() == trajectories.fixed_point[:4].tolist()

@@ -43,8 +43,8 @@ def published_model(name: str, folder: Path) -> Path:
 @pytest.mark.parametrize("name", ["tiny", "openvla-fused", "openvla-siglip"])
 @pytest.mark.parametrize("weights", ["copied", "reference"])
 def test_a_converted_model_is_distilled(name: str, weights: str, data: Path, tmp_path: Path) -> None:
+    from ceed_vla.data.frames import open_dataset
     from training.adapters import LoRAConfig
-    from training.data import open_dataset
     from training.distill import DistillConfig, TrajectoriesConfig, distill
     from training.trajectories import CollectConfig, collect
 

@@ -18,9 +18,9 @@ from ceed_vla.convert import ConvertConfig, convert
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_converted_model_is_distilled(recompute: bool, tmp_path: Path) -> None:
     pytest.importorskip("mujoco")
+    from ceed_vla.data.frames import open_dataset
     from sim.record import record
     from sim.recording.config import RecordConfig
-    from training.data import open_dataset
     from training.distill import DistillConfig, TrajectoriesConfig, distill
 
     record(RecordConfig(root=tmp_path / "data", episodes=2, progress=False))

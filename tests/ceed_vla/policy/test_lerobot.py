@@ -88,7 +88,8 @@ def test_the_package_names_its_parts() -> None:
 
 def test_importing_the_policy_registers_what_lerobots_factory_needs(checkpoint: Path) -> None:
     code = (
-        "from ceed_vla import CeedVLAPolicy; from lerobot.policies.factory import make_pre_post_processors; import sys; "
+        "import sys; from ceed_vla import CeedVLAPolicy; "
+        "from lerobot.policies.factory import make_pre_post_processors; "
         "config = CeedVLAPolicy.from_pretrained(sys.argv[1]).config; "
         "make_pre_post_processors(config, pretrained_path=sys.argv[1])"
     )

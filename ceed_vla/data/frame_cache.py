@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from ceed_vla.data.files import Info, data_files, is_whole, numbers, open_parquet, readable
 from ceed_vla.errors import DatasetError
 from ceed_vla.files import write_text
-from training.dataset_files import Info, data_files, is_whole, numbers, open_parquet, readable
 
 CACHE, COMPLETE = ".frames", "complete.json"
 FORMATS, MODES = ("PNG", "JPEG", "WEBP"), ("RGB", "RGBA", "L", "P")  # others lose bits or start programs

@@ -32,9 +32,9 @@ from lerobot.datasets.utils import DEFAULT_CHUNK_SIZE, DEFAULT_DATA_PATH, DEFAUL
 from lerobot.utils.constants import DEFAULT_FEATURES
 from lerobot.utils.utils import flatten_dict
 
+from ceed_vla.data import commits
+from ceed_vla.data.statistics import Statistics, episode_statistics
 from ceed_vla.errors import DatasetError
-from sim.recording import commits
-from sim.recording.statistics import Statistics, episode_statistics
 
 _PNG_LEVEL = 3  # smaller and as fast as level 1 on rendered scenes
 _FREE_SPACE = 64 * 2**20  # [bytes] stop in time: with less, a commit may not fit any more

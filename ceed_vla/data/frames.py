@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ceed_vla.data.files import ACTION, ENVIRONMENT, STATE, read_info, read_rows, read_tasks
+from ceed_vla.data.frame_cache import read_images
 from ceed_vla.errors import DatasetError
-from training.dataset_files import ACTION, ENVIRONMENT, STATE, read_info, read_rows, read_tasks
-from training.frame_cache import read_images
 
 __all__ = ["ACTION", "ENVIRONMENT", "STATE", "FrameStore", "open_dataset", "read_chunks"]
 

@@ -42,10 +42,12 @@ class Backbone(Protocol):
     vocabulary_size: int
     num_layers: int
 
+    @abc.abstractmethod
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:
         """Run the prefix of every row once."""
         ...
 
+    @abc.abstractmethod
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         """Score the successors of `tokens`.
 
@@ -64,7 +66,7 @@ class Backbone(Protocol):
         ...
 
 
-class TrainableBackbone(nn.Module, abc.ABC):
+class TrainableBackbone(nn.Module, Backbone):
     """A `Backbone` of a policy: it also knows what it observes, and how it learns.
 
     Attributes:
@@ -73,9 +75,6 @@ class TrainableBackbone(nn.Module, abc.ABC):
         augmented_images: Keys of image tensors (B, 3, H, W) in [0, 1] that training shifts and brightens.
     """
 
-    block_length: int
-    vocabulary_size: int
-    num_layers: int
     auxiliary: nn.Module | None
     early_auxiliary: nn.Module | None
     augmented_images: tuple[str, ...] = ()
@@ -83,14 +82,6 @@ class TrainableBackbone(nn.Module, abc.ABC):
     def __init__(self) -> None:
         super().__init__()
         self.auxiliary = self.early_auxiliary = None  # attributes of the class would hide submodules
-
-    @abc.abstractmethod
-    def prefill(self, observation: dict[str, Tensor]) -> Prefix:
-        """Run the prefix of every row once."""
-
-    @abc.abstractmethod
-    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
-        """Logits (B, k, V) of the successors of `tokens` (B, k); see `Backbone`."""
 
     @abc.abstractmethod
     def check_observation(self, batch: Mapping[str, Any]) -> int:
@@ -182,11 +173,8 @@ def check_features(
         value = batch.get(key)
         if not isinstance(value, Tensor) or not is_plain(value):
             have = ", ".join(sorted(str(k) for k in batch if str(k).startswith("observation."))) or "none"
-            problem = (
-                f"lacks {key!r}"
-                if value is None
-                else f"has {key!r} as {type(value).__name__}, not as a dense tensor"
-            )
+            kind = f"has {key!r} as {type(value).__name__}, not as a dense tensor"
+            problem = f"lacks {key!r}" if value is None else kind
             raise ObservationError(
                 f"The observation {problem}; it has {have}. Pass it through the checkpoint's pre-processor first."
             )

@@ -19,6 +19,8 @@ from ceed_vla import CeedVLAConfig, CeedVLAPolicy
 from ceed_vla.backbones.base import check_features
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.openvla.config import OpenVLAConfig
+from ceed_vla.backbones.openvla.folder import Architecture
+from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.cli_flags import UsageError, format_help, parse_flags
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
@@ -181,11 +183,11 @@ def test_kinds_that_do_not_fit_the_features(changes: dict[str, Any], message: st
         CeedVLAPolicy(tabletop_config(**changes))
 
 
-def test_uniform_bins_and_openvla_ids_must_agree(tmp_path: Path) -> None:
-    from ceed_vla.backbones.openvla.folder import Architecture
-
+def test_uniform_bins_and_openvla_ids_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OpenVLAConfig, "_architecture", lambda _: Architecture({"n_action_bins": 256}))
+    shape = PolicyShape({"observation.images.front": (3, 8, 8)}, 0, 7, 1, UniformTokensConfig())
     with pytest.raises(ConfigError, match="255 values, the model 256 action ids"):
-        Architecture({"n_action_bins": 256}).check_bins(255)
+        OpenVLAConfig(architecture="{}").build(shape)
 
 
 def test_the_compact_model_writes_openvlas_tokens() -> None:

@@ -57,7 +57,11 @@ class OpenVLAConfig(TransformersConfig):
         if new:
             self.architecture = json.dumps(describe_model(self.path))
         architecture = self._architecture()
-        architecture.check_bins(shape.vocabulary_size)
+        if shape.vocabulary_size != architecture.bins:
+            raise ConfigError(
+                f"The action tokens have {shape.vocabulary_size} values, the model {architecture.bins} action ids; set "
+                f"--policy.action_tokens.type=openvla with n_action_bins={architecture.bins}."
+            )
         if new:
             self.check_size(shape)
         self.prompt = self.prompt or architecture.prompt

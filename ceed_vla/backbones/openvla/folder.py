@@ -92,14 +92,6 @@ class Architecture:
         """Text around ``{instruction}`` that the model was trained with."""
         return VICUNA_PROMPT if str(self.values.get("llm_backbone_id")).startswith("vicuna") else PROMPT
 
-    def check_bins(self, bins: int) -> None:
-        """Raise `ConfigError` unless the action tokens have the model's number of bins."""
-        if bins != self.bins:
-            raise ConfigError(
-                f"The action tokens have {bins} values, the model {self.bins} action ids; set "
-                f"--policy.action_tokens.type=openvla with n_action_bins={self.bins}."
-            )
-
 
 # ---- configuration ----------------------------------------------------------------------------------------------
 

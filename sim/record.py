@@ -20,12 +20,7 @@ from ceed_vla.checkpoints import load
 from ceed_vla.errors import ConfigError, DatasetError
 from sim.decoders import named_decoding
 from sim.environment import Bundle, EnvPool, joined
-from sim.recording.attempts import (
-    Attempt,
-    expert_attempt,
-    frame_features,
-    grounding_scenes,
-)
+from sim.recording.attempts import Attempt, expert_attempt, frame_features, grounding_scenes
 from sim.recording.commits import PROGRESS_FILE, is_recording
 from sim.recording.config import RecordConfig
 from sim.recording.dataset_writer import DatasetWriter
@@ -120,10 +115,8 @@ def _recorder(
     with EnvPool(config.batch, config.env) as pool:
         if config.mode == "takeover":
             runner = _driver(config, policy_bundle)
-            yield (
-                lambda seeds: takeover_attempts(runner, pool, seeds, config),
-                frame_features(pool.env(0), config),
-            )
+            features = frame_features(pool.env(0), config)
+            yield lambda seeds: takeover_attempts(runner, pool, seeds, config), features
             return
         env = pool.env(0)
         if config.mode == "grounding":

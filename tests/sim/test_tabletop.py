@@ -14,13 +14,7 @@ from gymnasium.utils.env_checker import check_env
 from ceed_vla.errors import SimulationError
 from sim.tabletop import ENV_ID, arm, layout, tasks
 from sim.tabletop import render as rendering
-from sim.tabletop.env import (
-    ACTION_NAMES,
-    STATE_NAMES,
-    WORKSPACE_HIGH,
-    WORKSPACE_LOW,
-    TabletopEnv,
-)
+from sim.tabletop.env import ACTION_NAMES, STATE_NAMES, WORKSPACE_HIGH, WORKSPACE_LOW, TabletopEnv
 from sim.tabletop.policy import PRIVILEGED
 from sim.tabletop.scene import load_scene
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 NAME = "ceed_vla"
-PACKAGES = ("ceed_vla", "training", "sim", "ros_nodes", "benchmarks")
+PACKAGES = ("ceed_vla", "training", "sim", "ros_nodes")
 HERE = Path(__file__).resolve().parent
 
 
@@ -58,7 +58,6 @@ EXTRAS = {
             )
         ),
         "mcap-ros2-support>=0.5.5,<1",
-        "mink>=1,<2",
     ],
     # Checkpoints of other families (OpenVLA, image-text-to-text models, pi0-FAST) and LoRA.
     "vlm": ["num2words>=0.5.14,<0.6", "peft>=0.18,<1", "sentencepiece>=0.2", "timm>=1,<2"],
@@ -107,8 +106,8 @@ setup(
     entry_points={
         "console_scripts": [
             "ceed-vla = ceed_vla.cli:main",
-            "policy_node = ros_nodes.policy_node:main",
-            "sim_node = ros_nodes.sim_node:main",
+            "policy_node = ros_nodes.robot.policy_node:main",
+            "sim_node = ros_nodes.simulated.sim_node:main",
         ]
     },
     zip_safe=False,

@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from ceed_vla.backbones.openvla import OpenVLABackbone, OpenVLAEmbeddings, OpenVLAPrefix
-from ceed_vla.backbones.openvla_folder import Architecture
+from ceed_vla.backbones.openvla.folder import Architecture
+from ceed_vla.backbones.openvla.model import OpenVLABackbone
+from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings, TransformersPrefix
 from ceed_vla.checkpoints import load
-from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_autoregressive, decode_jacobi
+from ceed_vla.decoding import BlockRequest, DecodeResult, DecodingConfig, decode_autoregressive, decode_jacobi
 from ceed_vla.decoding.finite import check_rows, with_sums
 from ceed_vla.tensors import check_tokens
 
@@ -81,7 +82,7 @@ def recorded_calls(backbone: OpenVLABackbone, decode: Callable[[], DecodeResult]
     """(committed tokens, tokens (B, k)) of every forward behind the prefix that `decode` makes."""
     calls, original = [], backbone.block_logits
 
-    def record(prefix: OpenVLAPrefix, tokens: Tensor) -> Tensor:
+    def record(prefix: TransformersPrefix, tokens: Tensor) -> Tensor:
         calls.append((prefix.cache.committed, tokens.clone()))
         return original(prefix, tokens)
 
@@ -132,12 +133,12 @@ def compare(
     embeds = torch.randn(1, prefix_length, backbone.language_model.config.hidden_size, generator=generator)
     embeds = embeds.to(backbone.dtype)
     prefix = backbone.prefill_embeddings(
-        OpenVLAEmbeddings(embeds, torch.ones(1, prefix_length, dtype=torch.bool))
+        PrefixEmbeddings.in_order(embeds, torch.ones(1, prefix_length, dtype=torch.bool))
     )
     guess = torch.randint(BINS, (1, block), generator=generator)
     decoders: dict[str, Callable[[], DecodeResult]] = {
-        "ar": lambda: decode_autoregressive(backbone, prefix, DecodingConfig(method="ar")),
-        "jacobi": lambda: decode_jacobi(backbone, prefix, guess, DecodingConfig(), action_dim=7),
+        "ar": lambda: decode_autoregressive(backbone, prefix, BlockRequest(DecodingConfig(method="ar"))),
+        "jacobi": lambda: decode_jacobi(backbone, prefix, BlockRequest(guess=guess, tokens_per_step=7)),
     }
     return {
         name: measure(decode, bare_forwards(backbone, embeds, recorded_calls(backbone, decode)), repeats)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of benchmarks/models, which are not installed
+
 GPUS = (24, 48, 80, 141)  # [GB] RTX 4090 and L4; L40S and RTX 6000 Ada; A100 and H100; H200
 RESERVE = 0.75  # share of a GPU that the plan fills; the rest is for activations at batch 1, work space and fragments
 RANK = 32
@@ -93,7 +95,7 @@ def make_policy(folder: Path, billions: float, dtype: str, device: str) -> tuple
     import torch
 
     from ceed_vla import CeedVLAPolicy
-    from ceed_vla.backbones.vlm_config import VLMConfig
+    from ceed_vla.backbones.vlm.config import VLMConfig
     from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
     from sim.tabletop.policy import tabletop_config
 
@@ -185,7 +187,7 @@ def main() -> None:
         print(json.dumps(measure(options.one, Path(options.folder), options.parameters, options.device)))
         return
     if not options.plan:
-        from ceed_vla.backbones.vlm_tiny import make_tiny_vlm
+        from benchmarks.models.vlm import make_tiny_vlm
 
         print(f"{'mode':<14}{'parameters':>12}{'learning':>12}{'plan':>10}{'measured':>10}")
         with tempfile.TemporaryDirectory() as folder:

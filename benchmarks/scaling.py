@@ -14,12 +14,15 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of benchmarks/models, which are not installed
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,8 @@ def matmul_rate(seconds: float = 2.0) -> float:
 
 def measure(folder: Path, episodes: int, steps: int) -> dict[str, float]:
     """Run the pipeline on a model of `Work`'s kind, and return what was measured."""
-    from ceed_vla.backbones.vlm_config import VLMConfig
-    from ceed_vla.backbones.vlm_tiny import make_tiny_vlm
+    from benchmarks.models.vlm import make_tiny_vlm
+    from ceed_vla.backbones.vlm.config import VLMConfig
     from ceed_vla.checkpoints import load
     from sim.record import record
     from sim.recording.config import RecordConfig

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "ActionTokenizer": "ceed_vla.action_tokens",
+    "ActionTokenizer": "ceed_vla.tokens.uniform",
     "CeedVLAConfig": "ceed_vla.configuration_ceed_vla",
     "CeedVLAPolicy": "ceed_vla.modeling_ceed_vla",
     "DecodeResult": "ceed_vla.decoding",
@@ -20,7 +20,6 @@ _EXPORTS = {
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
-    from ceed_vla.action_tokens import ActionTokenizer as ActionTokenizer
     from ceed_vla.checkpoints import load as load
     from ceed_vla.checkpoints import pretrained_path as pretrained_path
     from ceed_vla.configuration_ceed_vla import CeedVLAConfig as CeedVLAConfig
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from ceed_vla.decoding import DecodingConfig as DecodingConfig
     from ceed_vla.errors import CeedVLAError as CeedVLAError
     from ceed_vla.modeling_ceed_vla import CeedVLAPolicy as CeedVLAPolicy
+    from ceed_vla.tokens.uniform import ActionTokenizer as ActionTokenizer
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ internals.
                                          ^ length
 
 `write` always starts at ``length`` and does not advance it, so tokens that a Jacobi iteration rejects are
-simply overwritten by the next one.
+simply overwritten by the next one. What has not passed the last layer cannot be committed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class BlockCache:
     def __init__(self) -> None:
         self.length = 0
         self.prefix_length = 0
-        self._written = 0  # end of the positions that hold keys and values, final or not
+        self._written = 0  # end of the positions that hold keys and values of all layers, final or not
 
     @property
     def committed(self) -> int:
@@ -117,7 +117,7 @@ class KVCache(BlockCache):
         keys, values = self._keys[layer].narrow(2, 0, end), self._values[layer].narrow(2, 0, end)
         keys.narrow(2, start, end - start).copy_(k)
         values.narrow(2, start, end - start).copy_(v)
-        self._written = end
+        self._written = end if layer == len(self._keys) - 1 else start
         return keys, values
 
 
@@ -128,10 +128,10 @@ class TransformersCache(BlockCache):
         super().__init__()
         self._cache = DynamicCache()
 
-    def begin(self, t: int) -> DynamicCache:
-        """The cache, cut to `length`, for a model call that appends `t` positions."""
+    def begin(self, t: int, shallow: bool = False) -> DynamicCache:
+        """The cache, cut to `length`, for a model call that appends `t` positions; to some layers only if `shallow`."""
         # An empty cache, before the prefill, needs no cut; crop(0) is a no-op anyway (transformers #47433).
         if self.length:
             self._cache.crop(self.length)
-        self._written = self.length + t
+        self._written = self.length if shallow else self.length + t
         return self._cache

@@ -87,7 +87,7 @@ COMMANDS = {
         "fit FAST action tokens (DCT and BPE) on recorded data",
         "training.fit_tokens FitTokensConfig fit_tokens",
         must="roots output",
-        may="chunk_size vocabulary_size gripper_dims",
+        may="chunk_size most_ids gripper_dims",
     ),
     "collect": _row(
         "write the teacher's Jacobi trajectories over a data set",
@@ -131,7 +131,7 @@ COMMANDS = {
     ),
     "ros-demo": _row(
         "drive the simulated robot through ROS 2: success, command rate, a bag",
-        "ros_nodes.demo RosDemoConfig ros_demo",
+        "ros_nodes.demo.ros_demo RosDemoConfig ros_demo",
         may="episodes checkpoint task action_interface decoding output_dir",
         kept="the bag and the nodes' output, as far as they came, are in {output_dir}",
     ),

@@ -6,26 +6,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import draccus
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 
-import ceed_vla.backbones.openvla_config  # these register their families
-import ceed_vla.backbones.pi0_fast_config
-import ceed_vla.backbones.vlm_config
-import ceed_vla.fast_tokens_config  # noqa: F401
-from ceed_vla.action_tokens_config import ActionTokensConfig, UniformTokensConfig
-from ceed_vla.backbones.config import BackboneConfig, CompactConfig
+import ceed_vla.backbones.families  # these register what they have
+import ceed_vla.tokens.fast
+import ceed_vla.tokens.openvla  # noqa: F401
+from ceed_vla.backbones.compact.config import CompactConfig
+from ceed_vla.backbones.config import BackboneConfig
+from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.checkpoint_files import FORMAT_VERSION, in_current_format, read_values, resolve_checkpoint
 from ceed_vla.decoding.config import DecodingConfig
-from ceed_vla.devices import check_device_name
-from ceed_vla.errors import ConfigError
+from ceed_vla.decoding.names import CEED, named_config
+from ceed_vla.decoding.registry import find_decoder, find_exit
+from ceed_vla.devices import check_device, check_device_name
+from ceed_vla.errors import CheckpointError, ConfigError, root_cause
 from ceed_vla.fields import check_fields, ranged, short
 from ceed_vla.files import plain_name, saving
+from ceed_vla.tokens.base import ActionTokensConfig
+from ceed_vla.tokens.uniform import UniformTokensConfig
 
 MOST_SIDE = 16384  # of an image [px], or values of a state
-
-
-def _early_exit() -> DecodingConfig:
-    return DecodingConfig(method="jacobi", guess="previous", max_iterations=2, executed_steps=4)
 
 
 @PreTrainedConfig.register_subclass("ceed_vla")
@@ -48,7 +50,10 @@ class CeedVLAConfig(PreTrainedConfig):
         augment_shift: Largest random image shift during training [px].
         augment_brightness: Largest relative change of brightness during training.
         augment_state: Standard deviation of the noise on the normalised state during training.
-        decoding: The early-exit decoding that ``decoding="ceed"`` and LeRobot's tools use.
+        decoding: What the decoding "ceed" stands for; strict unless distillation wrote an early exit here.
+        decode_with: Name of the decoding that LeRobot's tools use (`ceed_vla.decoding.names`).
+        packages: Packages of others that backbone, tokens or decoding come from; filled when a checkpoint is written.
+        format_version: Of the checkpoint's files.
     """
 
     chunk_size: int = ranged(8, "[1, 4096]")
@@ -63,7 +68,10 @@ class CeedVLAConfig(PreTrainedConfig):
     augment_brightness: float = ranged(0.15, "[0, 1]")
     augment_state: float = ranged(0.02, "[0, 10]")
 
-    decoding: DecodingConfig = field(default_factory=_early_exit)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    decode_with: str = CEED
+    packages: list[str] = field(default_factory=list)
+    format_version: int = ranged(FORMAT_VERSION, f"[1, {FORMAT_VERSION}]")
 
     optimizer_lr: float = ranged(5e-4, "(0, 10]")
     optimizer_weight_decay: float = ranged(0.05, "[0, 10]")
@@ -97,13 +105,7 @@ class CeedVLAConfig(PreTrainedConfig):
             )
         if not self.action_tokens.ordered:
             self.label_sigma = 0.0  # no token is near another
-            if self.decoding == _early_exit():
-                self.decoding = DecodingConfig()  # half a block of variable length is no chunk
-        if (self.decoding.executed_steps or 1) > self.chunk_size:
-            raise ConfigError(
-                f"decoding.executed_steps is {self.decoding.executed_steps}, more than chunk_size = {self.chunk_size}; "
-                "set it to n_action_steps."
-            )
+        named_config(self.decode_with, self.decoding)
 
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | Path, **options: Any) -> CeedVLAConfig:
@@ -116,14 +118,29 @@ class CeedVLAConfig(PreTrainedConfig):
         Raises:
             CheckpointError: No such checkpoint, or a configuration that cannot be used.
         """
-        from ceed_vla.checkpoints import read_config, resolve_checkpoint
-
         folder = resolve_checkpoint(pretrained_name_or_path, ("config.json",))
-        return (
-            super().from_pretrained(folder, **options)
-            if options.get("cli_overrides")
-            else read_config(folder)
-        )
+        if not options.get("cli_overrides"):
+            return cls.read(folder)
+        with in_current_format(folder) as current:
+            return super().from_pretrained(current, **options)
+
+    @classmethod
+    def read(cls, folder: Path, device: str | None = None) -> CeedVLAConfig:
+        """The configuration in a checkpoint folder, for `device` if given.
+
+        Raises:
+            CheckpointError: Not JSON, another policy's, or with values that this version refuses.
+            ConfigError: A device that this machine lacks.
+        """
+        values = {name: value for name, value in read_values(folder).items() if name != "type"}
+        if device is not None:
+            values["device"] = check_device(device)
+        try:
+            config = draccus.decode(cls, values)
+            config.validate_features()
+        except Exception as error:  # draccus raises its own kinds, and passes on those of the configuration
+            raise CheckpointError(f"{folder}: config.json cannot be used ({root_cause(error)}).") from error
+        return config
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write config.json into a folder.
@@ -134,6 +151,17 @@ class CeedVLAConfig(PreTrainedConfig):
         """
         with saving(save_directory, options):
             super().save_pretrained(save_directory, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        kinds: list[Any] = [
+            type(self.backbone),
+            type(self.action_tokens),
+            find_decoder(self.decoding.method)[0].make,
+        ]
+        kinds += [find_exit(name)[0].make for name in self.decoding.exits]
+        names = {str(kind.__module__).partition(".")[0] for kind in kinds}
+        self.packages = sorted(names - {"ceed_vla", "__main__"})
+        super()._save_pretrained(save_directory)
 
     @property
     def action_dim(self) -> int:
@@ -150,14 +178,28 @@ class CeedVLAConfig(PreTrainedConfig):
         return self.action_tokens.block_length(self.chunk_size, self.action_dim)
 
     @property
-    def num_bins(self) -> int:
+    def vocabulary_size(self) -> int:
         """Values ``V`` of one action token."""
-        return self.action_tokens.vocabulary
+        return self.action_tokens.vocabulary_size
 
     @property
     def cameras(self) -> tuple[str, ...]:
         """Feature names of the cameras, in the order of the prefix."""
         return tuple(sorted(self.image_features))
+
+    @property
+    def shape(self) -> PolicyShape:
+        """What the backbone must fit."""
+        state = self.robot_state_feature
+        return PolicyShape(
+            cameras={name: tuple(self.image_features[name].shape) for name in self.cameras},  # type: ignore[misc]
+            state_dim=int(state.shape[0]) if state else 0,
+            action_dim=self.action_dim,
+            chunk_size=self.chunk_size,
+            action_tokens=self.action_tokens,
+            auxiliary_dim=len(self.auxiliary_scale),
+            device=self.device or "cpu",
+        )
 
     @property
     def observation_delta_indices(self) -> None:
@@ -217,7 +259,7 @@ class CeedVLAConfig(PreTrainedConfig):
         if self.action_feature is None or len(self.action_feature.shape) != 1:
             raise ConfigError("The data have no one-dimensional action feature.")
         self.action_tokens.validate_features(self.action_dim)
-        self.backbone.validate_features(self)
+        self.backbone.validate_features(self.shape)
         if self.auxiliary_scale and self.env_state_feature is not None:
             available = int(self.env_state_feature.shape[0])
             if len(self.auxiliary_scale) > available:

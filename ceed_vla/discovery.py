@@ -14,8 +14,8 @@ FLAG = "discover_packages_path"
 _discovered: set[str] = set()
 
 
-def discover(text: str) -> None:
-    """Import the packages of a comma-separated list, which register what they have.
+def discover(text: str, option: str = f"--{FLAG}") -> None:
+    """Import the packages of a comma-separated list, which register what they have; `option` is where it was given.
 
     Raises:
         ConfigError: A package that cannot be imported.
@@ -25,7 +25,7 @@ def discover(text: str) -> None:
             importlib.import_module(name)
         except Exception as error:  # a package of any make may raise anything
             raise ConfigError(
-                f"--{FLAG}: the package {name!r} cannot be imported ({type(error).__name__}: {error}); install it, or "
+                f"{option}: the package {name!r} cannot be imported ({type(error).__name__}: {error}); install it, or "
                 "set PYTHONPATH."
             ) from error
         _discovered.add(name)

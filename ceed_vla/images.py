@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ceed_vla.errors import ObservationError
@@ -25,3 +28,34 @@ def check_images(images: Mapping[str, Tensor]) -> None:
     for name, (least, most) in zip(images, torch.stack(ends).tolist() if ends else (), strict=True):
         if not (least >= 0 and most <= 1):
             raise ObservationError(f"{name} has values from {least:g} to {most:g}; images lie in [0, 1].")
+
+
+def camera_pixels(
+    observation: Mapping[str, Any], camera: str, size: Sequence[int] | None = None
+) -> NDArray[np.uint8]:
+    """The images (B, H, W, 3) of a camera; it gives bytes or floats in [0, 1].
+
+    Args:
+        observation: Feature -> value.
+        camera: Feature (B, 3, H, W).
+        size: Height and width [px]; any if None.
+
+    Raises:
+        ObservationError: The camera is missing, or its images have another size, mode or range.
+    """
+    if camera not in observation:
+        have = ", ".join(sorted(key for key in observation if key.startswith("observation."))) or "none"
+        raise ObservationError(f"The observation lacks {camera!r}; it has {have}.")
+    image = observation[camera]
+    found = tuple(image.shape) if isinstance(image, Tensor) else ()
+    if len(found) != 4 or found[1] != 3 or 0 in found or (size and found[2:] != tuple(size)):
+        height, width = size or ("height", "width")
+        raise ObservationError(
+            f"{camera} is {found or type(image).__name__}; expected RGB images (B, 3, {height}, {width}), channels "
+            f"first{', in the size that the policy was trained with' if size else ''}."
+        )
+    if image.dtype != torch.uint8:
+        check_images({camera: image})
+        image = (image.float() * 255).round().to(torch.uint8)
+    pixels: NDArray[np.uint8] = image.permute(0, 2, 3, 1).cpu().numpy()
+    return pixels

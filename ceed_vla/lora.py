@@ -8,15 +8,12 @@ Training attaches them with peft (`training.adapters`); acting needs no peft: th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ceed_vla.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 
@@ -27,7 +24,7 @@ def is_adapter(name: str) -> bool:
 
 
 @torch.no_grad()
-def merge(policy: CeedVLAPolicy, adapters: Mapping[str, Tensor]) -> None:
+def merge(policy: Any, adapters: Mapping[str, Tensor]) -> None:
     """Add adapters to the weights of their layers, which are the policy's own from then on.
 
     Args:

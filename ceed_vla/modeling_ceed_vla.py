@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION
 from torch import Tensor
 
+import ceed_vla.processor_ceed_vla  # noqa: F401  (these register the steps that a checkpoint may name)
 from ceed_vla.backbones.base import runs
-from ceed_vla.checkpoints import POLICY_FILES, check_checkpoint, read_config, resolve_checkpoint
+from ceed_vla.checkpoint_files import POLICY_FILES, resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_block, named_config
-from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, TokenError
+from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import short
 from ceed_vla.files import saving
 from ceed_vla.lora import merge
-from ceed_vla.targets import AUGMENTATION_NOISE, ENVIRONMENT_STATE_KEY, check_targets
-from ceed_vla.variable_length import VariableLengthTokenizer
-from ceed_vla.weights import load_weights, save_weights
+from ceed_vla.processor_steps import PROCESSOR_FILES, check_processors
+from ceed_vla.supervision import teacher_loss
+from ceed_vla.weights import WEIGHTS, Header, load_weights, save_weights
 
 
 class CeedVLAPolicy(PreTrainedPolicy):
@@ -59,7 +59,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         config.validate_features()
         config.action_tokens.fit(config.action_dim, (dataset_stats or {}).get(ACTION))
         self.tokenizer = config.action_tokens.build(config.chunk_size, config.action_dim)
-        self.backbone = config.backbone.build(config)
+        self.backbone = config.backbone.build(config.shape)
         self.referenced = {f"backbone.{name}" for name in self.backbone.referenced()}
         self.adapters: dict[str, Tensor] = {}
         self.auxiliary_terms: int | None = None
@@ -91,7 +91,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         _check_switches(strict=strict, merge_adapters=merge_adapters)
         if not isinstance(config, CeedVLAConfig | None):
             raise ConfigError(f"config is a {type(config).__name__}; pass a CeedVLAConfig or None.")
-        chosen = read_config(folder) if config is None else config
+        chosen = CeedVLAConfig.read(folder) if config is None else config
         check_checkpoint(folder, chosen)
         try:
             policy = cls(chosen, **kwargs)
@@ -142,6 +142,22 @@ class CeedVLAPolicy(PreTrainedPolicy):
         except (RuntimeError, TypeError, AssertionError) as error:
             raise ConfigError(f"It cannot move to {short(arguments or options)} ({short(error)}).") from error
 
+    def train(self, mode: bool = True) -> CeedVLAPolicy:
+        """As torch's, for true or false only."""
+        _check_switches(mode=mode)
+        return super().train(mode)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *arguments: Any, **options: Any) -> Any:
+        """As torch's.
+
+        Raises:
+            CheckpointError: No weights, or those of another model.
+        """
+        try:
+            return super().load_state_dict(state_dict, *arguments, **options)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"These weights do not load ({short(str(error))}).") from error
+
     # ---- acting -------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
@@ -158,6 +174,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         generator: torch.Generator | None = None,
         record_states: bool = False,
         shift_steps: int | None = None,
+        executed_steps: int | None = None,
         frozen: Tensor | None = None,
         read: bool = True,
     ) -> DecodeResult:
@@ -165,11 +182,14 @@ class CeedVLAPolicy(PreTrainedPolicy):
 
         Args:
             batch: What the pre-processor returned.
-            decoding: "ar", "jacobi" (strict), "ceed" (the checkpoint's early exit) or a `DecodingConfig`.
+            decoding: A name, such as "ar", "jacobi" (strict), "cap2" or "ceed" (the checkpoint's own); see
+                `ceed_vla.decoding.names`. Or a `DecodingConfig`.
             previous: Tokens (B, n) of the chunk before, for the warm start; rows of -1 have none.
             generator: Random source of random guesses; the configuration's seed if None.
             record_states: Keep every Jacobi state.
             shift_steps: Steps of `previous` that were executed since; ``config.n_action_steps`` if None.
+            executed_steps: Steps of this chunk that will be executed before the next; ``config.n_action_steps`` if
+                None.
             frozen: Tokens (B, k * A) of the first ``k`` steps, which stay: they are executed before this chunk
                 is ready.
             read: Turn the tokens into actions; without it malformed chunks of variable length are no error.
@@ -187,9 +207,11 @@ class CeedVLAPolicy(PreTrainedPolicy):
         self.check_observation(batch)
         _check_switches(record_states=record_states, read=read)
         config = self.decoding_config(decoding)
-        steps = self.config.n_action_steps if shift_steps is None else shift_steps
-        if not isinstance(steps, int) or not 0 <= steps <= self.config.chunk_size:
-            raise TokenError(f"shift_steps is {short(steps)}; it must be in [0, {self.config.chunk_size}].")
+        usual, longest = self.config.n_action_steps, self.config.chunk_size
+        shift_steps = usual if shift_steps is None else shift_steps
+        executed_steps = usual if executed_steps is None else executed_steps
+        if type(executed_steps) is not int or not 1 <= executed_steps <= longest:
+            raise ConfigError(f"executed_steps is {short(executed_steps)}; it must be in [1, {longest}].")
         if not isinstance(generator, torch.Generator | None):
             raise ConfigError(f"generator is a {type(generator).__name__}; pass a torch.Generator or None.")
         started = time.perf_counter()
@@ -199,10 +221,11 @@ class CeedVLAPolicy(PreTrainedPolicy):
             result = decode_block(
                 self.backbone,
                 prefix,
+                self.tokenizer,
                 config,
-                tokenizer=self.tokenizer,
                 previous=previous,
-                shift_steps=steps,
+                shift_steps=shift_steps,
+                executed_steps=executed_steps,
                 frozen=frozen,
                 generator=generator,
                 record_states=record_states,
@@ -230,7 +253,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         rows = self.check_observation(batch)
         if self._previous is not None and self._previous.shape[0] != rows:
             self._previous = None
-        result = self.decode(batch, "ceed", previous=self._previous)
+        result = self.decode(batch, self.config.decode_with, previous=self._previous)
         self._previous = result.tokens
         assert result.actions is not None
         return result.actions
@@ -251,135 +274,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
         return [p for p in self.parameters() if p.requires_grad]
 
     def forward(self, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
-        """Autoregressive loss of the teacher, with the auxiliary regression where its target is in the batch.
-
-        Args:
-            batch: Pre-processed observation with ``action`` (B, m, A) and, optionally, ``action_is_pad`` (B, m) and
-                ``observation.environment_state``.
-            reduction: "mean", or "none" for one loss a row.
-
-        Returns:
-            The loss and its parts as floats.
-        """
-        if not isinstance(reduction, str) or reduction not in ("mean", "none"):
-            raise ConfigError(f"reduction is {short(reduction)}; choose mean or none.")
-        rows_count = self.check_observation(batch)
-        if batch.get(ACTION) is None:
-            raise ObservationError(
-                f"The batch has no {ACTION!r} to learn from; it has {', '.join(sorted(map(str, batch)))}."
-            )
-        self._check_targets(batch, rows_count)
-        if self.training:
-            batch = self._augment(batch)
-        tokens = self.tokenizer.encode(batch[ACTION])  # (B, n)
-        with runs(self.backbone):
-            embeddings = self.backbone.embed_prefix(batch)
-            state, (logits,) = self.backbone.packed_logits(embeddings, [tokens])  # (B, n, V)
-        weight = self._token_weight(batch, tokens)
-        sigma = self.config.label_sigma if self.config.action_tokens.ordered else 0.0
-        losses = soft_cross_entropy(logits, tokens, sigma)
-        rows = (losses * weight).sum(1) / weight.sum(1).clamp(min=1)  # (B,)
-        with torch.no_grad():
-            hits = ((logits.argmax(-1) == tokens) * weight).sum() / weight.sum().clamp(min=1)
-        parts = {"ar_loss": rows.mean().item(), "token_accuracy": hits.item()}
-        if self.backbone.auxiliary is not None and batch.get(ENVIRONMENT_STATE_KEY) is not None:
-            auxiliary = self.auxiliary_loss(embeddings, state, batch[ENVIRONMENT_STATE_KEY])  # (B,)
-            parts["auxiliary_loss"] = auxiliary.mean().item()
-            rows = rows + self.config.auxiliary_weight * auxiliary
-        return (rows.mean() if reduction == "mean" else rows), parts
-
-    def finish_training(self) -> None:
-        """Drop the head that only training uses, in the configuration too."""
-        self.backbone.early_auxiliary = None
-        self.config.backbone = self.config.backbone.finished()
-
-    def auxiliary_loss(self, embeddings: Any, state: Tensor, environment_state: Tensor) -> Tensor:
-        """Smooth-L1 (B,) between the regressions and the scaled leading `environment_state` terms.
-
-        Args:
-            embeddings: From the backbone's `embed_prefix`; its early head regresses from these.
-            state: The state token's final hidden vector (B, d); the head after the trunk regresses from it.
-            environment_state: (B, E) [m, rad].
-        """
-        backbone = self.backbone
-        assert backbone.auxiliary is not None
-        scale = torch.tensor(self.config.auxiliary_scale[: self.auxiliary_terms], device=state.device)
-        target = environment_state[:, : len(scale)] * scale
-        regressed = [backbone.auxiliary(state)]
-        if backbone.early_auxiliary is not None:
-            regressed.append(backbone.early_auxiliary(embeddings))
-        losses = [
-            F.smooth_l1_loss(found[:, : len(scale)].float(), target, beta=0.1, reduction="none").mean(1)
-            for found in regressed
-        ]
-        return torch.stack(losses).sum(0)
-
-    def grounding_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The auxiliary loss alone (scalar), for frames that have no action."""
-        if self.backbone.auxiliary is None:
-            raise ConfigError("auxiliary_scale is empty: this policy has no grounding target.")
-        rows = self.check_observation(batch)
-        if batch.get(ENVIRONMENT_STATE_KEY) is None:
-            raise ObservationError(f"The batch has no {ENVIRONMENT_STATE_KEY!r} to learn from.")
-        self._check_targets(batch, rows)
-        if self.training:
-            batch = self._augment(batch)
-        with runs(self.backbone):
-            embeddings = self.backbone.embed_prefix(batch)
-            state = self.backbone.prefix_state(embeddings)
-        return self.auxiliary_loss(embeddings, state, batch[ENVIRONMENT_STATE_KEY]).mean()
-
-    def augment(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Random shift and brightness of every image that the backbone sees as such, noise on the state.
-
-        ``batch["augmentation_noise"]`` (B, `augmentation_size`), uniform in [0, 1), decides where it is given: then
-        the augmentation of a frame does not depend on how a batch is split over processes.
-        """
-        self._check_targets(batch, self.check_observation(batch))
-        return self._augment(batch)
-
-    def _augment(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`augment` of a batch that was checked."""
-        config, batch = self.config, dict(batch)
-        images = {camera: batch[camera] for camera in self.backbone.augmented_images}
-        noise = batch.pop(AUGMENTATION_NOISE, None)
-        if not self.augmentation_size:
-            return batch
-        if noise is None:
-            rows = len(next(iter(images.values()))) if images else len(batch[OBS_STATE])
-            noise = torch.rand(rows, self.augmentation_size)
-        for i, (camera, image) in enumerate(images.items()):
-            own = noise[:, 3 * i : 3 * i + 3].to(image.device)  # (B, 3)
-            if config.augment_shift:
-                image = random_shift(image, config.augment_shift, own[:, :2])
-            if config.augment_brightness:
-                gain = 1 + config.augment_brightness * (2 * own[:, 2, None, None, None] - 1)
-                image = (image * gain).clamp(0, 1)
-            batch[camera] = image
-        if config.augment_state and config.robot_state_feature is not None:
-            state = batch[OBS_STATE]  # (B, D)
-            uniform = noise[:, 3 * len(images) :].to(state.device, state.dtype).clamp(1e-6, 1 - 1e-6)
-            batch[OBS_STATE] = state + config.augment_state * torch.special.ndtri(uniform)
-        return batch
-
-    @property
-    def augmentation_size(self) -> int:
-        """Random numbers a row that `augment` needs: shift (2) and brightness of every image, noise of the state."""
-        state = self.config.robot_state_feature
-        return 3 * len(self.backbone.augmented_images) + (int(state.shape[0]) if state else 0)
-
-    def _check_targets(self, batch: Mapping[str, Any], rows: int) -> None:
-        check_targets(
-            batch, rows, self.config.chunk_size, self.augmentation_size, len(self.config.auxiliary_scale)
-        )
-
-    def _token_weight(self, batch: dict[str, Tensor], tokens: Tensor) -> Tensor:
-        if isinstance(self.tokenizer, VariableLengthTokenizer):
-            return self.tokenizer.weight(tokens)
-        padded = batch.get("action_is_pad")
-        if padded is None:
-            return torch.ones_like(tokens, dtype=torch.float32)
-        return (~padded.bool()).repeat_interleave(self.tokenizer.action_dim, dim=1).float()  # (B, n)
+        """Loss of the teacher and its parts; see `ceed_vla.supervision.teacher_loss`."""
+        return teacher_loss(self, batch, reduction)
 
 
 def _check_switches(**switches: object) -> None:
@@ -388,33 +284,21 @@ def _check_switches(**switches: object) -> None:
             raise ConfigError(f"{name} is {short(value)}; it must be true or false.")
 
 
-def soft_cross_entropy(logits: Tensor, tokens: Tensor, sigma: float) -> Tensor:
-    """Cross-entropy (B, n) against a Gaussian of `sigma` bins around every label; hard labels for sigma 0."""
-    log_probabilities = F.log_softmax(logits.float(), dim=-1)  # (B, n, V)
-    if sigma <= 0:
-        return -log_probabilities.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return -(label_table(logits.shape[-1], sigma, logits.device)[tokens] * log_probabilities).sum(-1)
+def check_checkpoint(folder: Path, config: CeedVLAConfig) -> None:
+    """Refuse what a checkpoint must not say, before anything is built: wrong sizes, steps that could run code.
 
+    Processors are checked where the folder has them: a policy without is still a policy.
 
-def label_table(num_bins: int, sigma: float, device: torch.device) -> Tensor:
-    """(V, V): row v is the soft label of bin v."""
-    bins = torch.arange(num_bins, device=device, dtype=torch.float32)
-    return torch.softmax(-0.5 * ((bins[:, None] - bins[None, :]) / sigma) ** 2, dim=-1)
-
-
-def random_shift(image: Tensor, pixels: int, noise: Tensor | None = None) -> Tensor:
-    """Shift every image (B, 3, H, W) by up to `pixels` in both directions, repeating the edge.
-
-    Args:
-        image: The images.
-        pixels: Largest shift [px].
-        noise: (B, 2) uniform in [0, 1), which decide; drawn if None.
+    Raises:
+        CheckpointError: What is wrong, in which file.
     """
-    batch, _, height, width = image.shape
-    padded = F.pad(image, (pixels,) * 4, mode="replicate")
-    noise = torch.rand(batch, 2, device=image.device) if noise is None else noise
-    offsets = (noise * (2 * pixels + 1)).long().clamp(max=2 * pixels)  # (B, 2)
-    rows = offsets[:, :1] + torch.arange(height, device=image.device)  # (B, H)
-    columns = offsets[:, 1:] + torch.arange(width, device=image.device)  # (B, W)
-    index = torch.arange(batch, device=image.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    # Or the model would be read from wherever `path` says.
+    if getattr(config.backbone, "architecture", None) == "":
+        raise CheckpointError(f"{folder}: backbone.architecture in config.json is empty; copy it again.")
+    layers, numbers = config.backbone.least_sizes(
+        config.shape
+    )  # sizes that the weights cannot have are not built
+    files = config.backbone.weight_files() or [folder / WEIGHTS]
+    Header.read(files).check(layers, numbers, files[0])
+    if any((folder / name).exists() for name in PROCESSOR_FILES):
+        check_processors(folder, config)

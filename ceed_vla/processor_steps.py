@@ -26,8 +26,6 @@ from ceed_vla.weights import opened
 if TYPE_CHECKING:
     from lerobot.configs import PreTrainedConfig
 
-    from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 PROCESSOR_FILES = (PREPROCESSOR, POSTPROCESSOR)
 NORMALIZER, UNNORMALIZER, DEVICE = "normalizer_processor", "unnormalizer_processor", "device_processor"
@@ -128,16 +126,12 @@ CONVERTED: dict[str, Maker] = {
 }
 
 
-def _own_steps(config: CeedVLAConfig) -> dict[str, Maker]:
+def _own_steps(config: Any) -> dict[str, Maker]:
     """Name -> class of the steps that this package writes for such a policy."""
     from lerobot.processor import ProcessorStepRegistry
 
-    import ceed_vla.backbones.pi0_fast_inputs  # these register steps
-    import ceed_vla.processor_ceed_vla  # noqa: F401
-
-    ours = type(config.backbone).__module__.startswith(
-        "ceed_vla."
-    )  # another's backbone may use any of our steps
+    # Another's backbone may use any of our steps.
+    ours = type(config.backbone).__module__.startswith("ceed_vla.")
     names = config.backbone.steps if ours else ProcessorStepRegistry.list()
     kinds = {name: ProcessorStepRegistry.get(name) for name in names if name.startswith("ceed_vla_")}
     return {**_PLAIN, **{n: kind for n, kind in kinds.items() if kind.__module__.startswith("ceed_vla.")}}
@@ -249,7 +243,7 @@ def _of_named_package(name: str) -> bool:
 # ---- a checkpoint's processors ------------------------------------------------------------------------------------
 
 
-def check_processors(folder: Path, config: CeedVLAConfig) -> None:
+def check_processors(folder: Path, config: Any) -> None:
     """Check both processors of a checkpoint of this package: its steps, their settings, and its normalisation.
 
     Raises:
@@ -269,7 +263,7 @@ def check_processors(folder: Path, config: CeedVLAConfig) -> None:
     for step in (*pre, *post):
         if step.name.startswith("ceed_vla_") and step.name in own:
             try:
-                own[step.name](**step.settings).check_policy(config)
+                own[step.name](**step.settings).check_policy(config.backbone, config.shape)
             except CeedVLAError as error:
                 raise step.error(f"does not fit config.json: {error}") from error
         if step.name == DEVICE and step.settings.get("float_dtype") not in (None, "float32"):

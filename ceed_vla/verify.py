@@ -18,11 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ceed_vla.backbones.config import DTYPES
-from ceed_vla.backbones.openvla import IDS_KEY, PIXELS_KEY, OpenVLABackbone
-from ceed_vla.backbones.openvla_inputs import OpenVLAInputsStep
+from ceed_vla.backbones.openvla.inputs import IDS_KEY, PIXELS_KEY, OpenVLAInputsStep
+from ceed_vla.backbones.openvla.model import OpenVLABackbone
+from ceed_vla.backbones.transformers.config import DTYPES
 from ceed_vla.checkpoints import load
-from ceed_vla.convert import EXPECTED, ConvertConfig, published_policy
+from ceed_vla.convert.config import ConvertConfig
+from ceed_vla.convert.openvla import EXPECTED, published_policy
 from ceed_vla.devices import check_device
 from ceed_vla.errors import CheckpointError, VerificationError
 from ceed_vla.fields import check_fields, chosen, short

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,6 @@ from torch import Tensor, nn
 from ceed_vla.errors import CheckpointError
 from ceed_vla.files import plain_name, read_json
 from ceed_vla.lora import is_adapter
-
-if TYPE_CHECKING:
-    from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-    from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -239,25 +235,26 @@ def check_floating(files: Sequence[Path]) -> None:
 # ---- a policy's weights -------------------------------------------------------------------------------------------
 
 
-def check_size(config: CeedVLAConfig, folder: Path) -> None:
-    """Refuse sizes in a configuration that the checkpoint's weights cannot have, before a model is built of them.
+class PolicyModule(nn.Module):
+    """What is read and written of a policy.
 
-    Raises:
-        CheckpointError: The configuration describes more than there is.
+    Attributes:
+        referenced: Weights that a checkpoint leaves in the folder they were read from.
+        adapters: Low-rank adapters that have not been added to the weights.
     """
-    layers, numbers = config.backbone.least_sizes(config)
-    files = config.backbone.weight_files() or [folder / WEIGHTS]
-    Header.read(files).check(layers, numbers, files[0])
+
+    referenced: set[str]
+    adapters: dict[str, Tensor]
 
 
-def load_weights(policy: CeedVLAPolicy, folder: Path, strict: bool = True) -> None:
+def load_weights(policy: PolicyModule, folder: Path, strict: bool = True) -> None:
     """Read a checkpoint's weights into a policy.
 
     Args:
         policy: Built from the checkpoint's configuration.
         folder: The checkpoint.
         strict: Refuse missing and additional weights; otherwise they are only logged. Weights that the policy
-            refers to elsewhere (`CeedVLAPolicy.referenced`) are not missing.
+            refers to elsewhere (`PolicyModule.referenced`) are not missing.
 
     Raises:
         CheckpointError: Truncated, corrupt or not finite weights, or those of other sizes.
@@ -283,7 +280,7 @@ def load_weights(policy: CeedVLAPolicy, folder: Path, strict: bool = True) -> No
             logger.warning("The checkpoint %s %s weights: %s", folder, kind, ", ".join(sorted(names)))
 
 
-def save_weights(policy: CeedVLAPolicy, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
+def save_weights(policy: PolicyModule, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
     """Write a policy's weights, without those that it refers to and has not trained.
 
     Args:

@@ -14,6 +14,7 @@ Its folder is read as published, without remote code, and stays as it is. `docs/
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ceed_vla.backbones.openvla_tiny import write_openvla
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of benchmarks/models, which are not installed
+
+from benchmarks.models.openvla import write_openvla
 from ceed_vla.checkpoints import load
 from ceed_vla.convert import ConvertConfig, convert
 from ceed_vla.decoding import DecodingConfig

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from ceed_vla import CeedVLAPolicy
 from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features
 from ceed_vla.backbones.check import check_backbone
+from ceed_vla.backbones.compact.words import InstructionWordsStep, build_vocabulary
 from ceed_vla.backbones.config import BackboneConfig
+from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.cache import KVCache
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-from ceed_vla.processor_ceed_vla import InstructionWordsStep, build_vocabulary
 from sim.record import record
 from sim.recording.config import RecordConfig
 from sim.tabletop.policy import tabletop_config
@@ -41,33 +42,31 @@ STATE, WORDS = "observation.state", "observation.language.tokens"
 
 
 class OwnBackbone(TrainableBackbone):
-    def __init__(
-        self, policy: CeedVLAConfig, words: int, max_words: int, width: int, layers: int, heads: int
-    ):
+    def __init__(self, shape: PolicyShape, words: int, max_words: int, width: int, layers: int, heads: int):
         super().__init__()
-        self.block_length, self.vocabulary_size = policy.block_length, policy.num_bins
-        self.cameras, self.heads, self.max_words = policy.cameras, heads, max_words
-        self.augmented_images = policy.cameras  # training shifts and brightens them
-        self.state_dim = policy.robot_state_feature.shape[0]
+        self.block_length, self.vocabulary_size = shape.block_length, shape.vocabulary_size
+        self.num_layers, self.heads, self.max_words = layers, heads, max_words
+        self.augmented_images = tuple(shape.cameras)  # training shifts and brightens them
+        self.state_dim = shape.state_dim
         self.eye = nn.Sequential(nn.Conv2d(3, 32, 8, 8), nn.GELU(), nn.Conv2d(32, width, 4, 4), nn.Flatten(2))
         self.words, self.state = nn.Embedding(words, width), nn.Linear(self.state_dim, width)
-        self.tokens = nn.Embedding(policy.num_bins, width)
+        self.tokens = nn.Embedding(shape.vocabulary_size, width)
         self.places = nn.Parameter(0.02 * torch.randn(512, width))  # of the prefix
-        self.slots = nn.Parameter(0.02 * torch.randn(policy.block_length, width))
+        self.slots = nn.Parameter(0.02 * torch.randn(shape.block_length, width))
         self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, policy.num_bins))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, shape.vocabulary_size))
 
     def check_observation(self, batch: Mapping[str, Any]) -> int:
-        cameras = dict.fromkeys(self.cameras, (3, None, None))
+        cameras = dict.fromkeys(self.augmented_images, (3, None, None))
         return check_features(batch, {**cameras, STATE: (self.state_dim,), WORDS: (self.max_words,)}, [STATE])
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> Tensor:  # (B, P, d)
-        images = [self.eye(batch[camera]).transpose(1, 2) for camera in self.cameras]
+        images = [self.eye(batch[camera]).transpose(1, 2) for camera in self.augmented_images]
         x = torch.cat([self.words(batch[WORDS]), *images, self.state(batch[STATE]).unsqueeze(1)], dim=1)
         return x + self.places[: x.shape[1]]
 
-    def run(self, x: Tensor, cache: KVCache | None = None) -> Tensor:  # (B, t, d) -> (B, t, d)
-        for i, layer in enumerate(self.layers):
+    def run(self, x: Tensor, cache: KVCache | None = None, depth: int | None = None) -> Tensor:  # (B, t, d)
+        for i, layer in enumerate(self.layers[:depth]):
             q, k, v = layer.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
             if cache is not None:
                 k, v = cache.write(i, k, v)  # all so far: (B, H, T, d / H)
@@ -85,9 +84,9 @@ class OwnBackbone(TrainableBackbone):
         cache.seal_prefix(x.shape[1])
         return Prefix(logits, cache)
 
-    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:  # (B, k) -> (B, k, V)
-        start, k = prefix.cache.committed, tokens.shape[1]
-        return self.head(self.run(self.tokens(tokens) + self.slots[start : start + k], prefix.cache))
+    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
+        start, k = prefix.cache.committed, tokens.shape[1]  # (B, k) -> (B, k, V)
+        return self.head(self.run(self.tokens(tokens) + self.slots[start : start + k], prefix.cache, depth))
 
     def packed_logits(self, embeddings: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         hidden = [self.run(embeddings)[:, -1:]]  # without a block; autograd and a cache do not go together
@@ -120,10 +119,10 @@ class OwnConfig(BackboneConfig):
     layers: int = 3
     heads: int = 4
 
-    def build(self, policy: CeedVLAConfig) -> TrainableBackbone:
-        return OwnBackbone(policy, **vars(self))
+    def build(self, shape: PolicyShape) -> TrainableBackbone:
+        return OwnBackbone(shape, **vars(self))
 
-    def processor_steps(self, policy: CeedVLAConfig, instructions: Sequence[str]) -> list[Any]:
+    def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:
         return [InstructionWordsStep(build_vocabulary(instructions), self.max_words)]
 
 

@@ -15,6 +15,7 @@ explains what stays equal, and what distillation adds.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,10 +29,12 @@ from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Tensor
 
-from ceed_vla.backbones.pi0_fast import Pi0FastBackbone
-from ceed_vla.backbones.pi0_fast_inputs import load_text_tokenizer
-from ceed_vla.backbones.pi0_fast_tiny import SIDE, save_weights, tiny_sizes, write_pi0_fast
-from ceed_vla.backbones.pi0_fast_tokens import Pi0FastTokenizer
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of benchmarks/models, which are not installed
+
+from benchmarks.models.pi0_fast import SIDE, save_weights, tiny_sizes, write_pi0_fast
+from ceed_vla.backbones.pi0_fast.inputs import load_text_tokenizer
+from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone
+from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer
 from ceed_vla.checkpoints import load
 from ceed_vla.convert import ConvertConfig, convert
 from ceed_vla.decoding import DecodingConfig

@@ -16,11 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 
-from ceed_vla.backbones.vlm_config import VLMConfig
-from ceed_vla.backbones.vlm_tiny import make_tiny_vlm
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of benchmarks/models, which are not installed
+
+from benchmarks.models.vlm import make_tiny_vlm
+from ceed_vla.backbones.vlm.config import VLMConfig
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding import DecodingConfig
 from sim.record import record
@@ -44,7 +47,7 @@ def policy_config(options: argparse.Namespace, model: Path) -> CeedVLAConfig:
         "backbone": backbone,
         "chunk_size": options.chunk_size,
         "n_action_steps": options.chunk_size // 2,
-        "decoding": DecodingConfig(max_iterations=2, executed_steps=options.chunk_size // 2),
+        "decoding": DecodingConfig(max_iterations=2, watch="executed"),
         "auxiliary_scale": [],  # no regression beside the action tokens
         "device": options.device,
     }

@@ -9,6 +9,7 @@ from lerobot.configs.policies import PreTrainedConfig
 
 import ceed_vla.configuration_ceed_vla
 import ceed_vla.processor_ceed_vla  # noqa: F401  (registers the processor steps that a saved pipeline names)
+from ceed_vla.checkpoint_files import in_current_format
 from ceed_vla.errors import CeedVLAError, CheckpointError, root_cause
 from ceed_vla.files import read_json
 
@@ -30,6 +31,9 @@ def _explaining(read: Any) -> Any:
         folder = Path(str(pretrained_name_or_path))
         ours = folder.is_dir() and _is_ours(read_json(folder / "config.json"))
         try:
+            if ours:
+                with in_current_format(folder) as current:
+                    return read(cls, current, **options)
             return read(cls, pretrained_name_or_path, **options)
         except CeedVLAError:
             raise

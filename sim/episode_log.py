@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-from ceed_vla.checkpoints import resolve_checkpoint, weights_hash
+from ceed_vla.checkpoint_files import resolve_checkpoint, weights_hash
 from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.files import read_json, write_text
 from sim.outputs import MADE_BY

@@ -149,9 +149,7 @@ def _evaluate(config: EvalConfig, pool: EnvPool, console: Console) -> dict[str, 
     if not config.resume:
         refuse_unfinished(folder, REPORT)
     bundles = load_bundles(config)
-    rows = resolve_rows(
-        names, {model: bundle[0].config for model, bundle in bundles.items()}, config.executed_steps
-    )
+    rows = resolve_rows(names, {model: bundle[0].config for model, bundle in bundles.items()})
     log = EpisodeLog(folder, _identity(config, rows, bundles), dict(_plan(config)), pool.max_episode_steps)
     kept = _whole_groups(config, rows, log.read()) if config.resume else {row.name: [] for row in rows}
     run = _Run(config, rows, bundles, kept, pool)
@@ -212,7 +210,6 @@ def load_bundles(config: Any) -> dict[str, Bundle]:
                 f"--executed_steps is {config.executed_steps}; "
                 f"a chunk of {paths[model]} has {policy.config.chunk_size} steps."
             )
-        policy.config.n_action_steps = config.executed_steps  # the shift of the warm start
     return {model: joined(bundle, config.env) for model, bundle in bundles.items()}
 
 
@@ -286,7 +283,7 @@ def _run_episodes(run: _Run, console: Console, folder: Path, log: EpisodeLog) ->
                     decoding=row.decoding,
                     executed_steps=config.executed_steps,
                     pool=run.pool,
-                    generator=make_runner(row, run.bundles).generator,
+                    generator=make_runner(row, run.bundles, run.config.executed_steps).generator,
                     on_episode=finish,
                 )
             _write_json(_build_report(run, complete=False), folder)
@@ -300,10 +297,9 @@ def _run_timing(run: _Run, console: Console) -> None:
     references = resolve_rows(
         sorted({row.reference for row in run.rows} - {row.name for row in run.rows}),
         {model: bundle[0].config for model, bundle in run.bundles.items()},
-        config.executed_steps,
     )
     driver = run.rows[-1]
-    runner = make_runner(driver, run.bundles)
+    runner = make_runner(driver, run.bundles, config.executed_steps)
     episodes = collect_observations(
         runner, run.pool, _plan(config), config.executed_steps, config.timing_chunks
     )
@@ -313,7 +309,8 @@ def _run_timing(run: _Run, console: Console) -> None:
             policy.backbone.block_logits = torch.compile(policy.backbone.block_logits, dynamic=True)
     with _progress(console) as progress:
         bar = progress.add_task("latency", total=chunks)
-        run.samples = measure([*run.rows, *references], run.bundles, episodes, lambda: progress.advance(bar))
+        rows, advance = [*run.rows, *references], lambda: progress.advance(bar)
+        run.samples = measure(rows, run.bundles, episodes, config.executed_steps, advance)
     run.timing = {
         "chunks": chunks,
         "episodes": len(episodes),
@@ -334,7 +331,7 @@ def _build_report(run: _Run, *, complete: bool) -> dict[str, Any]:
             reference = run.samples[row.reference]
             entry |= summarise(run.samples[row.name], reference, executed_tokens, config.executed_steps)
         entry["paired"] = paired_entries(row.name, run.results, ("ar", "teacher_ar"))
-        entry["decoding"] = asdict(row.decoding)
+        entry["decoding"] = {**asdict(row.decoding), "exits": list(row.decoding.exits)}
         entries[row.name] = entry
     return {
         "program": MADE_BY,
@@ -383,7 +380,7 @@ def _write_clips(run: _Run, folder: Path, console: Console) -> list[Path]:
         for row in progress.track(run.rows, description="clips"):
             clip = record_clip(
                 folder / f"clip_{row.name}.mp4",
-                make_runner(row, run.bundles),
+                make_runner(row, run.bundles, run.config.executed_steps),
                 run.pool,
                 name=row.name,
                 unit="token" if row.decoding.method == "ar" else "block",

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ceed_vla.checkpoints import load
 from ceed_vla.errors import ConfigError, DatasetError
-from sim.decoders import named_decoding
+from sim.decoders import checked_name
 from sim.environment import Bundle, EnvPool, joined
 from sim.recording.attempts import Attempt, expert_attempt, frame_features, grounding_scenes
 from sim.recording.commits import PROGRESS_FILE, is_recording
@@ -136,7 +136,7 @@ def _driver(config: RecordConfig, policy_bundle: Bundle | None) -> PolicyRunner:
         raise ConfigError(
             f"executed_steps is {config.executed_steps}; the policy's chunks have {steps} steps."
         )
-    return PolicyRunner(bundle, named_decoding(config.decoding, bundle[0].config, config.executed_steps))
+    return PolicyRunner(bundle, checked_name(config.decoding), executed_steps=config.executed_steps)
 
 
 class _Session:

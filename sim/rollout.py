@@ -95,21 +95,22 @@ class PolicyRunner:
 
     Args:
         bundle: Policy, pre-processor and post-processor; the processors may be None (identity).
-        decoding: "ar", "jacobi", "ceed" or a `DecodingConfig`.
+        decoding: A name, such as "cap2", or a `DecodingConfig`.
         generator: Random source of random guesses; None = the configuration's seed.
+        executed_steps: Steps of a chunk that are executed before the next; the policy's own ``n_action_steps`` if None.
     """
 
     def __init__(
-        self, bundle: Bundle, decoding: Any = "ceed", generator: torch.Generator | None = None
+        self,
+        bundle: Bundle,
+        decoding: Any = "ceed",
+        generator: torch.Generator | None = None,
+        executed_steps: int | None = None,
     ) -> None:
         self.policy, self.preprocessor, self.postprocessor = bundle
+        self.executed_steps = int(executed_steps or self.policy.config.n_action_steps)
         self.decoding = decoding
         self.generator = generator
-
-    @property
-    def executed_steps(self) -> int:
-        """Steps of a chunk that are executed by default; the policy's warm start shifts by as many."""
-        return int(self.policy.config.n_action_steps)
 
     @torch.inference_mode()
     def decode(
@@ -133,6 +134,8 @@ class PolicyRunner:
             decoding=self.decoding,
             previous=stack_previous(previous),
             generator=self.generator,
+            shift_steps=self.executed_steps,
+            executed_steps=self.executed_steps,
             read=False,
         )
         actions = self._actions(result.tokens)
@@ -281,8 +284,8 @@ def rollout(
         env: The environment; None = the tabletop with mixed tasks.
         tasks: One per seed; None = those of the environment take turns.
         decoding: "ar", "jacobi", "ceed" or a `DecodingConfig`.
-        executed_steps: Actions executed of each chunk; None = the policy's own `n_action_steps`, by which the warm
-            start is shifted.
+        executed_steps: Actions executed of each chunk before the next is decoded; None = the policy's own
+            `n_action_steps`.
         batch: Environments that run side by side.
         pool: Environments to use again, for which the bundle was `joined`; overrides `env` and `batch`.
         generator: Random source of random guesses.
@@ -305,10 +308,11 @@ def rollout(
     if bad:
         raise ConfigError(f"seed {bad[0]!r}; a seed is a whole number of at least 0")
     own = pool is None
-    runner = PolicyRunner(joined(policy_bundle, env) if own else policy_bundle, decoding, generator)
-    executed_steps = runner.executed_steps if executed_steps is None else executed_steps
-    if executed_steps < 1:
+    if executed_steps is not None and executed_steps < 1:
         raise ConfigError(f"executed_steps={executed_steps} must be at least 1")
+    bundle = joined(policy_bundle, env) if own else policy_bundle
+    runner = PolicyRunner(bundle, decoding, generator, executed_steps)
+    executed_steps = runner.executed_steps
     pool = pool or EnvPool(min(batch, max(len(seeds), 1)), env)
     results: dict[int, EpisodeResult] = {}
     waiting = iter(zip(range(len(seeds)), seeds, tasks, strict=True))

@@ -97,8 +97,9 @@ def show(config: ShowConfig) -> Path:
     bundles = load_bundles(config)
     early_exit = bundles["policy"][0].config.decoding
     with EnvPool(1, config.env) as pool:
-        replan = _replan(PolicyRunner(bundles["policy"], early_exit), pool, config)
-    panels = build_panels(bundles, replan, early_exit)
+        runner = PolicyRunner(bundles["policy"], early_exit, executed_steps=config.executed_steps)
+        replan = _replan(runner, pool, config)
+    panels = build_panels(bundles, replan, early_exit, config.executed_steps)
     policy_config = bundles["policy"][0].config
     with mpl.rc_context(STYLE):
         figure = draw(panels, replan, policy_config.action_dim, config.executed_steps)
@@ -106,7 +107,9 @@ def show(config: ShowConfig) -> Path:
     return path
 
 
-def build_panels(bundles: dict[str, Bundle], replan: Replan, early_exit: DecodingConfig) -> list[Panel]:
+def build_panels(
+    bundles: dict[str, Bundle], replan: Replan, early_exit: DecodingConfig, executed_steps: int
+) -> list[Panel]:
     """Decode the observation of `replan` in three ways and find out when every token settled.
 
     Token by token, the teacher's Jacobi (where there is a teacher), and the policy's Jacobi with its exit.
@@ -116,30 +119,38 @@ def build_panels(bundles: dict[str, Bundle], replan: Replan, early_exit: Decodin
     block = int(bundles[first][0].config.block_length)
     title = f"{name}, token by token: {block - 1} forwards"
     panels = [Panel(title, autoregressive_status(block), block - 1)]
-    strict = DecodingConfig(method="jacobi", guess=early_exit.guess)
+    strict, steps = DecodingConfig(guess=early_exit.guess), executed_steps
     if first == "teacher":
-        panels.append(_jacobi_panel("Teacher, Jacobi to convergence", bundles["teacher"], replan, strict))
+        title = "Teacher, Jacobi to convergence"
+        panels.append(_jacobi_panel(title, bundles["teacher"], replan, strict, steps))
         name = "Student"
     if early_exit.method != "jacobi":
         early_exit = strict
-    panels.append(_jacobi_panel(f"{name}, Jacobi with early exit", bundles["policy"], replan, early_exit))
+    title = f"{name}, Jacobi with early exit"
+    panels.append(_jacobi_panel(title, bundles["policy"], replan, early_exit, steps))
     return panels
 
 
-def _jacobi_panel(title: str, bundle: Bundle, replan: Replan, decoding: DecodingConfig) -> Panel:
+def _jacobi_panel(
+    title: str, bundle: Bundle, replan: Replan, decoding: DecodingConfig, executed_steps: int
+) -> Panel:
     """All states on the way to the fixed point, and where `decoding` leaves it."""
     policy, preprocessor, _ = bundle
     batch = preprocessor(observation_batch([replan.observation], [replan.instruction]))
-    previous = stack_previous([replan.previous])
+    request = {
+        "previous": stack_previous([replan.previous]),
+        "shift_steps": executed_steps,
+        "executed_steps": executed_steps,
+    }
     strict = DecodingConfig(method="jacobi", guess=decoding.guess, seed=decoding.seed)
-    result = policy.decode(batch, strict, previous=previous, record_states=True)
-    early = policy.decode(batch, decoding, previous=previous)
+    result = policy.decode(batch, strict, record_states=True, **request)
+    early = policy.decode(batch, decoding, **request)
     states = torch.cat(result.states).cpu().numpy()  # (iterations + 1, n)
     count, all_forwards = int(early.iterations[0]), int(result.iterations[0])
     title += f": {count} block forward{'s' if count != 1 else ''}"
     if all_forwards > count:
         title += f" (to convergence: {all_forwards})"
-    warm = decoding.guess == "previous" and previous is not None
+    warm = decoding.guess == "previous" and request["previous"] is not None
     return Panel(
         title,
         jacobi_status(states),

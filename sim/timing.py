@@ -67,6 +67,7 @@ def measure(
     rows: Sequence[Row],
     bundles: Mapping[str, Bundle],
     episodes: Sequence[Observations],
+    executed_steps: int,
     on_chunk: Callable[[], None] = lambda: None,
 ) -> dict[str, Samples]:
     """Time every row on every observation; samples by row name.
@@ -75,7 +76,7 @@ def measure(
     take turns on each observation, in rotating order, so that slow phases of the machine hit all of them.
     """
     samples = {row.name: Samples() for row in rows}
-    runners = {row.name: make_runner(row, bundles) for row in rows}
+    runners = {row.name: make_runner(row, bundles, executed_steps) for row in rows}
     for runner in runners.values():
         for observation, instruction in [episodes[0][0]] * WARM_UP:
             runner.decode([observation], [instruction], [None])
@@ -93,10 +94,10 @@ def measure(
     return samples
 
 
-def make_runner(row: Row, bundles: Mapping[str, Bundle]) -> PolicyRunner:
+def make_runner(row: Row, bundles: Mapping[str, Bundle], executed_steps: int) -> PolicyRunner:
     """The runner of a row; random guesses differ from chunk to chunk and are the same in every run."""
     generator = torch.Generator().manual_seed(row.decoding.seed)
-    return PolicyRunner(bundles[row.model], row.decoding, generator)
+    return PolicyRunner(bundles[row.model], row.decoding, generator, executed_steps)
 
 
 def summarise(

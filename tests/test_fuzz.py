@@ -207,7 +207,7 @@ def test_recordings(dataset: Path, tmp_path: Path) -> None:
 
 def test_robot_files(tmp_path: Path) -> None:
     pytest.importorskip("rclpy")
-    from ros_nodes.robot_file import load_robot_config, packaged_config
+    from ros_nodes.robot.robot_file import load_robot_config, packaged_config
 
     good = tmp_path.parent / f"{tmp_path.name}-robot"
     good.mkdir()
@@ -237,9 +237,9 @@ def test_settings_files(tmp_path: Path) -> None:
 
 
 def test_published_models(tmp_path: Path) -> None:
-    from ceed_vla.backbones.openvla_folder import action_statistics
-    from ceed_vla.backbones.openvla_inputs import OpenVLAInputsStep
-    from ceed_vla.backbones.openvla_tiny import write_openvla
+    from benchmarks.models.openvla import write_openvla
+    from ceed_vla.backbones.openvla.folder import action_statistics
+    from ceed_vla.backbones.openvla.inputs import OpenVLAInputsStep
 
     good = write_openvla(tmp_path.parent / f"{tmp_path.name}-openvla", width=16)
     (good / "model.safetensors").unlink()
@@ -263,7 +263,7 @@ def test_trajectories(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
 
 
 def test_fitted_tokens(dataset: Path, tmp_path: Path) -> None:
-    from ceed_vla.fast_tokens_config import FastTokensConfig
+    from ceed_vla.tokens.fast import FastTokensConfig
     from training.fit_tokens import FitTokensConfig, fit_tokens
 
     good = tmp_path.parent / f"{tmp_path.name}-tokens"

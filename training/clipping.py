@@ -27,7 +27,7 @@ def check_clipping(tokens: Any, stores: Sequence[FrameStore], most: float) -> No
     values that lie *far* outside: beyond an end by more than half the range's width, dimension by dimension.
 
     Args:
-        tokens: The vocabulary, `ceed_vla.action_tokens.ActionTokens`.
+        tokens: The vocabulary, `ceed_vla.tokens.base.ActionTokens`.
         stores: Data sets; those without actions are left out.
         most: Largest share of a dimension's values that may lie far outside; 1 allows all.
 

@@ -9,9 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ceed_vla.decoding import make_guess
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
-from ceed_vla.variable_length import VariableLengthTokenizer
 from training.trajectories import GUESSES
 
 PREVIOUS, RANDOM = GUESSES.index("previous"), GUESSES.index("random")
@@ -50,13 +48,7 @@ def draw_states(
     """Draw kinds of guesses in the given shares, random guesses, and 0 to `max_updates` updates."""
     kind = random.choice(len(GUESSES), size=rows, p=shares)
     generator = torch.Generator().manual_seed(int(random.integers(2**31)))
-    config, tokenizer = policy.config, policy.tokenizer
-    if isinstance(tokenizer, VariableLengthTokenizer):
-        guess = tokenizer.guess("random", rows, None, 0, generator)
-    else:
-        guess = make_guess(
-            "random", rows, config.block_length, config.num_bins, tokenizer.zero_bins, generator=generator
-        )
+    guess = policy.tokenizer.guess("random", rows, generator=generator)
     return StateDraw(kind, guess, random.integers(max_updates + 1, size=rows), random.random(rows))
 
 
@@ -65,25 +57,12 @@ def guess_states(policy: CeedVLAPolicy, previous: Tensor, draw: StateDraw) -> Te
     device, tokenizer, steps = previous.device, policy.tokenizer, policy.config.n_action_steps
     kind = torch.from_numpy(draw.kind).to(device)
     kind[(kind == PREVIOUS) & (previous[:, 0] < 0)] = RANDOM
-    rows = len(previous)
-    guesses = []
-    for name in GUESSES:
-        if name == "random":
-            guess = draw.guess
-        elif isinstance(tokenizer, VariableLengthTokenizer):
-            guess = tokenizer.guess(name, rows, previous, steps, None)
-        else:
-            guess = make_guess(
-                name,
-                rows,
-                previous.shape[1],
-                policy.config.num_bins,
-                tokenizer.zero_bins,
-                previous=previous,
-                shift_tokens=steps * policy.config.action_dim,
-            )
-        guesses.append(guess.to(device))
-    return torch.stack(guesses)[kind, torch.arange(rows, device=device)]  # (B, n)
+    guesses = [
+        draw.guess if name == "random" else tokenizer.guess(name, len(previous), previous, steps)
+        for name in GUESSES
+    ]
+    rows = torch.arange(len(previous), device=device)
+    return torch.stack([guess.to(device) for guess in guesses])[kind, rows]  # (B, n)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from training.adapters import attach_student
 from training.clipping import check_clipping
 from training.corruption import StateDraw, draw_states
 from training.distill_data import DistillData, OnlineData, StoredData, TrajectoriesConfig
-from training.losses import LOSSES, after_first_divergence
+from training.losses import after_first_divergence, find_loss, needs
 from training.objective import DistillationObjective
 from training.run import NONE_OR_RATES, RATES, ClosedLoop, Run, RunConfig
 from training.settings import BATCHES, NONE_OR_COUNTS
@@ -41,7 +41,7 @@ class DistillConfig(RunConfig):
         teacher_path: The teacher; the student starts from it.
         trajectories: Where the teacher's trajectories come from.
         roots: Comma-separated data sets; those that stored trajectories were collected on, in the same order.
-        loss: "trust_region" (KL to the frozen teacher) or "paper" (self-consistency and mixed labels).
+        loss: "trust_region" (KL to the frozen teacher), "paper" (self-consistency and mixed labels), or another's.
         states: "online" (the student's own) or "stored" (of the teacher's trajectories, as the paper).
         omega: Weight of the anchoring term.
         delta_quantile: "paper": demonstrations replace the share of labels beyond this quantile of the observed
@@ -58,7 +58,7 @@ class DistillConfig(RunConfig):
     teacher_path: str = ""
     trajectories: TrajectoriesConfig = field(default_factory=TrajectoriesConfig)
     roots: str = ""
-    loss: str = chosen("trust_region", LOSSES)
+    loss: str = "trust_region"
     states: str = chosen("online", STATES)
     omega: float = ranged(3.0, "[0, 1e6]")
     delta_quantile: float = ranged(0.95, "(0, 1]")
@@ -80,6 +80,7 @@ class DistillConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         guess_shares(self.guesses)
+        find_loss(self.loss)
 
 
 def distill(config: DistillConfig, closed_loop: ClosedLoop | None = None) -> Path:
@@ -116,7 +117,10 @@ class DistillRun(Run):
             )
         student, pre, post = load(config.teacher_path, device=config.device, merge_adapters=not adapted)
         student.config.decoding = replace(
-            student.config.decoding, max_iterations=config.max_iterations, confidence=config.confidence
+            student.config.decoding,
+            watch="executed",
+            max_iterations=config.max_iterations,
+            confidence=config.confidence,
         )
         teacher = None
         if adapted:
@@ -125,7 +129,7 @@ class DistillRun(Run):
             teacher, _, _ = load(config.teacher_path, device=config.device)
             teacher.to(self.accelerator.device)
         student.to(self.accelerator.device)
-        self.objective = DistillationObjective(student, teacher, config.loss, config.omega)
+        self.objective = DistillationObjective(student, teacher, find_loss(config.loss), config.omega)
         with self.accelerator.main_process_first():  # the first one decodes the images
             self.data = self._data(student, pre)
         check_clipping(student.tokenizer, self.data.stores, config.max_clipped)
@@ -169,7 +173,7 @@ class DistillRun(Run):
             return terms.total  # type: ignore[no-any-return]
 
         self.optimize(parts, loss)
-        if config.loss == "paper":
+        if "labels" in needs(self.objective.loss):
             return {**values, "delta_max": self.data.delta_max}
         values.pop("replacement_rate")
         return dict(values)
@@ -184,13 +188,12 @@ class DistillRun(Run):
 
     def _counts(self, parts: list[dict[str, Any]]) -> Tensor:
         """(2,) slots that the two loss terms are means of in the whole batch, divided by the processes."""
+        labelled = "label_weight" in needs(self.objective.loss)
         each = [
             torch.stack(
                 [
                     after_first_divergence(part["states"], part["fixed_point"]).sum(),
-                    part["label_weight"].sum()
-                    if self.config.loss == "paper"
-                    else torch.ones_like(part["label_weight"]).sum(),
+                    part["label_weight"].sum() if labelled else torch.ones_like(part["label_weight"]).sum(),
                 ]
             )
             for part in parts

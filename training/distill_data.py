@@ -14,7 +14,6 @@ from torch import Tensor
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import check_fields
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
-from ceed_vla.variable_length import VariableLengthTokenizer
 from training.corruption import PREVIOUS, StateDraw, guess_states
 from training.data import open_dataset
 from training.losses import chunk_distance, mixed_labels
@@ -125,14 +124,11 @@ class DistillData:
         """
         batch = self.observations(rows)
         found = self.fixed_points(rows, batch, draw)
-        fixed, dim = found["fixed_point"], self.policy.config.action_dim
+        fixed = found["fixed_point"]
         demonstration = self.policy.tokenizer.encode(batch["action"])
         distance = self.distance(fixed, batch)
         labels, replaced = mixed_labels(fixed, demonstration, distance, self.delta_max)
-        if isinstance(self.policy.tokenizer, VariableLengthTokenizer):
-            valid = self.policy.tokenizer.weight(labels).bool()  # (B, n)
-        else:
-            valid = (~batch["action_is_pad"]).repeat_interleave(dim, dim=1)  # (B, n)
+        valid = self.policy.tokenizer.weight(labels, batch["action_is_pad"]).bool()  # (B, n)
         weight = torch.where(replaced[:, None], valid, torch.ones_like(valid)).float()
         return {**batch, **found, "labels": labels, "replaced": replaced, "label_weight": weight}
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import CeedVLAError, ConfigError
-from ceed_vla.fast_tokens_config import FastTokensConfig
 from ceed_vla.fields import check_fields, ranged
 from ceed_vla.files import replacing
+from ceed_vla.tokens.fast import FastTokensConfig
 from training.clipping import MOST_CLIPPED, check_actions
 from training.data import FrameStore, read_chunks
 from training.settings import SHARES, full_disk, split_list
@@ -29,7 +29,7 @@ class FitTokensConfig:
         roots: Comma-separated LeRobotDataset folders with demonstrations.
         output: File to write; ``--policy.action_tokens.path`` of a trainer reads it.
         chunk_size: Steps of a chunk, the policy's ``chunk_size``.
-        vocabulary_size: Most FAST ids; the data may need fewer.
+        most_ids: Most FAST ids; the data may need fewer.
         scale: Quantisation: a DCT coefficient is rounded to ``1 / scale`` of half a range.
         max_tokens: Slots of a block; a quarter more than the longest chunk if 0.
         action_low: Lower end of every action dimension; the data's if empty.
@@ -41,7 +41,7 @@ class FitTokensConfig:
     roots: str = ""
     output: str = "fast_tokens.json"
     chunk_size: int = ranged(8, "[1, 4096]")
-    vocabulary_size: int = ranged(1024, "[2, 1e6]")
+    most_ids: int = ranged(1024, "[2, 1e6]")
     scale: float = ranged(10.0, "(0, 1e6]")
     max_tokens: int = ranged(0, "[0, 65536]")
     action_low: list[float] = ranged([], "[-1e9, 1e9]")
@@ -70,7 +70,7 @@ def fit_tokens(config: FitTokensConfig) -> dict[str, Any]:
     output = Path(config.output)
     _check_own(output)
     tokens = FastTokensConfig(
-        vocabulary_size=config.vocabulary_size,
+        most_ids=config.most_ids,
         scale=config.scale,
         max_tokens=config.max_tokens,
         action_low=config.action_low,
@@ -119,10 +119,10 @@ def measure_tokens(tokens: FastTokensConfig, chunks: Tensor) -> dict[str, float]
     """Length and error of fitted tokens on chunks (N, m, A)."""
     tokenizer: Any = tokens.build(chunks.shape[1], chunks.shape[2])
     encoded = tokenizer.encode(chunks)
-    lengths = (encoded != tokenizer.stop_token).sum(1).float()
+    lengths = (encoded != tokenizer.stop).sum(1).float()
     error = (tokenizer.decode(encoded) - chunks).abs()
     return {
-        "ids": float(tokenizer.num_bins - 1),
+        "ids": float(tokenizer.vocabulary_size - 1),
         "slots": float(tokenizer.block_length),
         "tokens_mean": lengths.mean().item(),
         "tokens_max": lengths.max().item(),

@@ -4,19 +4,25 @@ Notation: ``Y*`` is the fixed point (the teacher's greedy block), ``Y`` a Jacobi
 first slot where they differ. All logits are aligned: entry ``i`` of (B, n, V) predicts token ``i`` from tokens
 ``< i``. Entries up to and including ``f`` are therefore identical for ``Y`` and ``Y*`` and carry no information; the
 consistency terms start at ``f + 1``.
+
+A loss is one function that registers itself; the names of its parameters say what it needs, and only that is computed:
+``fixed_logits``, ``state_logits``, ``label_logits`` (the student's on ``Y*``, ``Y`` and the labels), ``teacher_logits``
+(the frozen teacher's on ``Y*``), ``states``, ``fixed_point``, ``labels``, ``label_weight``, ``omega``, ``sigma`` and
+``counts``.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ceed_vla.modeling_ceed_vla import soft_cross_entropy
-
-LOSSES = ("trust_region", "paper")
+from ceed_vla.errors import ConfigError
+from ceed_vla.supervision import soft_cross_entropy
 
 
 @dataclass
@@ -32,6 +38,39 @@ class DistillationTerms:
     consistency: Tensor
     anchor: Tensor
     total: Tensor
+
+
+Loss = Callable[..., DistillationTerms]
+_LOSSES: dict[str, Loss] = {}
+
+
+def register_loss[F: Loss](name: str) -> Callable[[F], F]:
+    """Register a loss for ``--loss``."""
+
+    def add(loss: F) -> F:
+        _LOSSES[name] = loss
+        return loss
+
+    return add
+
+
+def find_loss(name: str) -> Loss:
+    """The loss of that name.
+
+    Raises:
+        ConfigError: Unknown name.
+    """
+    if name not in _LOSSES:
+        raise ConfigError(
+            f"loss is {name[:60]!r}; choose one of {', '.join(_LOSSES)}. One of another package needs "
+            "--discover_packages_path."
+        )
+    return _LOSSES[name]
+
+
+def needs(loss: Loss) -> list[str]:
+    """Names of the parameters of a loss."""
+    return list(inspect.signature(loss).parameters)
 
 
 def forward_kl(target_logits: Tensor, logits: Tensor) -> Tensor:
@@ -57,6 +96,7 @@ def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Te
     return (values * mask).sum() / (mask.sum() if count is None else count).clamp(min=1)
 
 
+@register_loss("trust_region")
 def trust_region_loss(
     teacher_logits: Tensor,
     fixed_logits: Tensor,
@@ -85,6 +125,7 @@ def trust_region_loss(
     return DistillationTerms(consistency, anchor, consistency + omega * anchor)
 
 
+@register_loss("paper")
 def paper_loss(
     fixed_logits: Tensor,
     state_logits: Tensor,

@@ -13,7 +13,7 @@ from ceed_vla.decoding import DecodeResult, DecodingConfig
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from training.adapters import teacher_weights
 from training.corruption import StateDraw, online_states
-from training.losses import DistillationTerms, paper_loss, trust_region_loss
+from training.losses import DistillationTerms, Loss, needs
 
 
 class DistillationObjective(nn.Module):
@@ -22,12 +22,12 @@ class DistillationObjective(nn.Module):
     Args:
         student: Starts as the teacher; with adapters (`training.adapters.attach_student`) it holds both.
         teacher: A copy that stays, or None where the student's adapters can be switched.
-        loss: "trust_region" or "paper".
+        loss: See `training.losses`.
         omega: Weight of the anchoring term.
     """
 
     def __init__(
-        self, student: CeedVLAPolicy, teacher: CeedVLAPolicy | None, loss: str, omega: float
+        self, student: CeedVLAPolicy, teacher: CeedVLAPolicy | None, loss: Loss, omega: float
     ) -> None:
         super().__init__()
         self.student, self.loss, self.omega = student, loss, omega
@@ -94,20 +94,19 @@ class DistillationObjective(nn.Module):
             batch: ``fixed_point``, ``states``, ``labels`` and ``label_weight`` (B, n).
             counts: (2,) slots that the two terms are means of.
         """
-        fixed, states = batch["fixed_point"], batch["states"]
-        student = self.student.backbone
-        if self.loss == "trust_region":
+        wanted, backbone = needs(self.loss), self.student.backbone
+        blocks = {"fixed_logits": "fixed_point", "state_logits": "states", "label_logits": "labels"}
+        blocks = {name: block for name, block in blocks.items() if name in wanted}
+        have: dict[str, Any] = {**batch, "omega": self.omega, "counts": counts}
+        have["sigma"] = self.student.config.label_sigma if self.student.config.action_tokens.ordered else 0.0
+        if "teacher_logits" in wanted:
             with torch.no_grad(), self.teacher() as teacher:
-                _, (target,) = teacher.backbone.packed_logits(embeddings, [fixed])
-            _, (on_fixed, on_states) = student.packed_logits(embeddings, [fixed, states])
-            return trust_region_loss(target, on_fixed, on_states, states, fixed, self.omega, counts)
-        labels, weight = batch["labels"], batch["label_weight"]
-        _, (on_fixed, on_states, on_labels) = student.packed_logits(embeddings, [fixed, states, labels])
-        ordered = self.student.config.action_tokens.ordered
-        sigma = self.student.config.label_sigma if ordered else 0.0
-        return paper_loss(
-            on_fixed, on_states, on_labels, states, fixed, labels, weight, self.omega, sigma, counts
-        )
+                _, (have["teacher_logits"],) = teacher.backbone.packed_logits(
+                    embeddings, [batch["fixed_point"]]
+                )
+        _, logits = backbone.packed_logits(embeddings, [batch[block] for block in blocks.values()])
+        have |= zip(blocks, logits, strict=True)
+        return self.loss(**{name: have[name] for name in wanted})
 
     def decode_student(self, batch: dict[str, Any], config: DecodingConfig, previous: Tensor) -> DecodeResult:
         """The student's block of every row."""

@@ -24,6 +24,7 @@ from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, chosen, ranged
 from ceed_vla.files import read_json, strange, write_text
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from ceed_vla.supervision import finish_training
 from training import states
 from training.adapters import LoRAConfig
 from training.clipping import MOST_CLIPPED
@@ -276,7 +277,7 @@ class Run:
                     self.validate(self.save_policy("last"))
                 if self.step % settings.save_every == 0 or self.step == self.total:
                     self.save_state()
-        self.policy.finish_training()
+        finish_training(self.policy)
         final = self.save_policy("final")
         self.validate(final)
         with self._writing():

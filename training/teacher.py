@@ -20,7 +20,7 @@ from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, ranged
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
-from ceed_vla.targets import AUGMENTATION_NOISE
+from ceed_vla.supervision import AUGMENTATION_NOISE, augmentation_size, grounding_loss
 from training.adapters import attach
 from training.clipping import check_clipping
 from training.data import open_dataset
@@ -113,7 +113,7 @@ class TeacherObjective(nn.Module):
             loss, parts = self.policy(batch)
             total, parts = share * loss, {name: share * value for name, value in parts.items()}
         if grounding is not None:
-            loss = grounding_share * self.policy.grounding_loss(grounding)
+            loss = grounding_share * grounding_loss(self.policy, grounding)
             parts["grounding_loss"] = loss.item()
             total = total + self.policy.config.auxiliary_weight * loss
         if not isinstance(total, Tensor):
@@ -277,7 +277,9 @@ class TeacherRun(Run):
         batch = self.pre(mixture.draw(size, self.step, part, self.num_parts))
         # Drawn for the whole batch: a frame looks the same however the batch is split.
         random = np.random.default_rng([mixture.seed, self.step, 1])
-        noise = random.random((size, self.policy.augmentation_size), dtype=np.float32)[part :: self.num_parts]
+        noise = random.random((size, augmentation_size(self.policy)), dtype=np.float32)[
+            part :: self.num_parts
+        ]
         batch[AUGMENTATION_NOISE] = torch.from_numpy(noise)
         return batch, self.share(len(noise), size)
 

@@ -143,10 +143,10 @@ def collect(config: CollectConfig) -> Path:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # every process its own GPU
     policy, pre, _ = load(config.policy_path, device=config.device)
     steps = policy.config.n_action_steps
-    if policy.config.num_bins > MOST_TOKENS:
+    if policy.config.vocabulary_size > MOST_TOKENS:
         raise ConfigError(
-            f"The policy's tokens have {policy.config.num_bins} values; trajectories store 16 bits. Restrict them to "
-            "actions (pi0-FAST: convert with --vocabulary=actions)."
+            f"The policy's tokens have {policy.config.vocabulary_size} values; trajectories store 16 bits. Restrict "
+            "them to actions (pi0-FAST: convert with --vocabulary=actions)."
         )
     if steps % config.frame_stride:
         raise ConfigError(f"frame_stride {config.frame_stride} does not divide n_action_steps = {steps}.")
@@ -351,7 +351,7 @@ def layout_of(policy: Any) -> dict[str, int]:
         "chunk_size": config.chunk_size,
         "action_dim": config.action_dim,
         "block_length": config.block_length,
-        "num_bins": config.num_bins,
+        "num_bins": config.vocabulary_size,
         "shift_steps": config.n_action_steps,
     }
 

@@ -1,1 +1,1 @@
-"""Models behind the decoder: each file is one family, all behind the protocol of `base`."""
+"""Models behind the decoder: a folder a family, all behind the protocol of `base`."""

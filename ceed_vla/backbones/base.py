@@ -35,22 +35,26 @@ class Backbone(Protocol):
     Attributes:
         block_length: Tokens ``n`` of one block.
         vocabulary_size: Action values ``V`` of one token. No other token has a score.
+        num_layers: Layers of a full forward.
     """
 
     block_length: int
     vocabulary_size: int
+    num_layers: int
 
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:
         """Run the prefix of every row once."""
         ...
 
-    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
+    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         """Score the successors of `tokens`.
 
         Args:
-            prefix: From `prefill`.
+            prefix: From `prefill`, which runs all layers.
             tokens: (B, k) in ``[0, V)``, in the block slots ``c .. c + k - 1`` with ``c =
                 prefix.cache.committed``.
+            depth: Run only so many of the first layers, then final norm and head; None runs all. The cache of the
+                others is not touched, and nothing can be committed before a pass through all.
 
         Returns:
             Logits (B, k, V). Output ``i`` depends on the prefix, the committed tokens and ``tokens[:, :i +
@@ -71,6 +75,7 @@ class TrainableBackbone(nn.Module, abc.ABC):
 
     block_length: int
     vocabulary_size: int
+    num_layers: int
     auxiliary: nn.Module | None
     early_auxiliary: nn.Module | None
     augmented_images: tuple[str, ...] = ()
@@ -84,7 +89,7 @@ class TrainableBackbone(nn.Module, abc.ABC):
         """Run the prefix of every row once."""
 
     @abc.abstractmethod
-    def block_logits(self, prefix: Prefix, tokens: Tensor) -> Tensor:
+    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         """Logits (B, k, V) of the successors of `tokens` (B, k); see `Backbone`."""
 
     @abc.abstractmethod
@@ -140,6 +145,13 @@ class TrainableBackbone(nn.Module, abc.ABC):
     def referenced(self) -> list[str]:
         """Names of the weights that a checkpoint leaves in the folder they were read from."""
         return []
+
+
+def check_depth(depth: int | None, layers: int) -> int:
+    """`depth`, or all `layers` if None; raises `ConfigError` outside [1, layers]."""
+    if depth is not None and not (isinstance(depth, int) and 1 <= depth <= layers):
+        raise ConfigError(f"depth is {depth!r}; it must be whole layers, in [1, {layers}].")
+    return layers if depth is None else depth
 
 
 def check_features(
@@ -217,13 +229,3 @@ def runs(model: nn.Module) -> Iterator[None]:
             f"{type(model).__name__} does not run ({type(error).__name__}: {reason}); the settings in config.json "
             "contradict each other, model and batch have other devices or types, or memory is short."
         ) from error
-
-
-def check_left_padding(batch: Mapping[str, Any], ids: str, mask: str) -> None:
-    """Raise `ObservationError` unless the mask of prompts (B, L) marks padding on the left."""
-    marks = batch[mask]
-    if marks.shape != batch[ids].shape or not bool(marks[:, -1].all()):
-        raise ObservationError(
-            f"{mask} {tuple(marks.shape)} does not mark left padding of {tuple(batch[ids].shape)} ids: "
-            "every prompt must end in the last column."
-        )

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ceed_vla.backbones.base import TrainableBackbone
-from ceed_vla.decoding import DecodingConfig, decode_autoregressive, decode_jacobi
+from ceed_vla.decoding import BlockRequest, DecodingConfig, decode_autoregressive, decode_jacobi
 from ceed_vla.errors import ConfigError
 
-AR, STRICT = DecodingConfig(method="ar"), DecodingConfig(method="jacobi")
+GREEDY = BlockRequest(DecodingConfig(method="ar"))
 
 
 @torch.no_grad()
@@ -21,8 +21,8 @@ def check_backbone(
     """Decode one block by all routes, and compare every token.
 
     Greedy decoding with the cache must equal strict Jacobi decoding from random guesses, teacher forcing as in
-    training, decoding behind a prefix that was used before, and decoding of every row alone. In float32: lower
-    precision may flip near-ties.
+    training, decoding behind a prefix that was used before (a pass through the first layer only included), and decoding
+    of every row alone. In float32: lower precision may flip near-ties.
 
     Args:
         backbone: In evaluation mode. Weights of a model that is not trained should be large enough for its tokens to
@@ -39,21 +39,23 @@ def check_backbone(
     """
     rows, n = backbone.check_observation(observation), backbone.block_length
     prefix = backbone.prefill(observation)
-    greedy = decode_autoregressive(backbone, prefix, AR).tokens  # (B, n)
+    greedy = decode_autoregressive(backbone, prefix, GREEDY).tokens  # (B, n)
     _, (forced,) = backbone.packed_logits(backbone.embed_prefix(observation), [greedy])
     compared = _compare(forced.argmax(-1), greedy, "packed_logits", "the cache, a mask, or positions")
     generator = torch.Generator().manual_seed(0)
     for _ in range(guesses):
         guess = torch.randint(backbone.vocabulary_size, (rows, n), generator=generator)
-        strict = decode_jacobi(backbone, prefix, guess, STRICT, action_dim=action_dim)
+        strict = decode_jacobi(backbone, prefix, BlockRequest(guess=guess, tokens_per_step=action_dim))
         compared += _compare(
             strict.tokens, greedy, "strict Jacobi decoding", "a block that is not causal, or a cache"
         )
-    again = decode_autoregressive(backbone, prefix, AR).tokens
+    prefix.cache.roll_back()
+    backbone.block_logits(prefix, greedy[:, : n - 1], depth=1)
+    again = decode_autoregressive(backbone, prefix, GREEDY).tokens
     compared += _compare(again, greedy, "a prefix that was used before", "a cache that is not rolled back")
     for row in range(rows):
         one = {key: value[row : row + 1] for key, value in observation.items() if _by_rows(value, rows)}
-        alone = decode_autoregressive(backbone, backbone.prefill(one), AR).tokens
+        alone = decode_autoregressive(backbone, backbone.prefill(one), GREEDY).tokens
         compared += _compare(alone, greedy[row : row + 1], f"row {row} alone", "padding that is seen")
     return compared
 

@@ -2,85 +2,45 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
-from ceed_vla.decoding.config import DecodingConfig
-from ceed_vla.decoding.exits import after_stop, check_variable_length, must_converge
 from ceed_vla.decoding.finite import check_rows, row_sums
-from ceed_vla.decoding.frozen import commit_frozen, frozen_length
+from ceed_vla.decoding.registry import register_decoder
+from ceed_vla.decoding.request import BlockRequest, after_stop, commit_frozen
 from ceed_vla.decoding.result import DecodeResult
 from ceed_vla.errors import TokenError
-from ceed_vla.tensors import check_tokens
 
 
+@register_decoder("ar", "ar", "token by token; ar_h stops after the executed steps")
 @torch.no_grad()
-def decode_autoregressive(
-    backbone: Backbone,
-    prefix: Prefix,
-    config: DecodingConfig,
-    guess: Tensor | None = None,
-    *,
-    action_dim: int = 1,
-    frozen: Tensor | None = None,
-    stop: int | None = None,
-    record_states: bool = False,
-    clock: Callable[[], float] = time.perf_counter,
-) -> DecodeResult:
+def decode_autoregressive(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Decode a block token by token.
 
-    With ``config.executed_steps = h`` only the first ``h * A`` tokens behind the frozen ones are decoded: a
-    causal decoder owes no more before the next replan. The rest is then filled from `guess`, and
-    `DecodeResult.exact_tokens` says where it starts.
-
-    Args:
-        backbone: The model.
-        prefix: From ``backbone.prefill``; its cache is rolled back first.
-        config: Only `executed_steps` is read.
-        guess: (B, n) int64, the tokens of the slots that are not decoded; needed with fewer executed steps
-            than the block has, and used by `record_states`.
-        action_dim: Tokens ``A`` of one step.
-        frozen: (B, k * A) int64, given tokens of the first ``k`` steps; see `ceed_vla.decoding.frozen`.
-        stop: Token that ends a row of a variable-length vocabulary; decoding ends with the last row's.
-            Executed steps are then not read, as every step needs every token.
-        record_states: Keep the block after every token, undecoded slots from `guess` (0 without one).
-        clock: Time in seconds.
-
-    Returns:
-        Tokens; ``forwards`` is one less than the tokens decoded, as the prefill gives the first. All frozen
-        tokens together take one.
+    With ``watch="executed"`` only the tokens of the executed steps are decoded: a causal decoder owes no more before
+    the next replan. The rest is then the guess, and `DecodeResult.exact_tokens` says where it starts. All frozen tokens
+    together take one forward; without any, the prefill gives the first token.
 
     Raises:
         TokenError: No guess where one is needed, or a guess or frozen tokens that do not fit.
         ConfigError: More executed steps than the block has.
         NotFiniteError: Scores of a row are NaN or infinite.
     """
-    started = clock()
+    started, stop = request.clock(), request.stop
     batch, n = prefix.logits.shape[0], backbone.block_length
-    given = frozen_length(frozen, batch, n, action_dim, backbone.vocabulary_size)
-    if stop is not None:
-        check_variable_length(config, given)
-    wanted = n if stop is not None else must_converge(config, n, action_dim, given)
-    if guess is not None:
-        check_tokens(guess, "The guess", (batch, n), backbone.vocabulary_size)
-        tokens = guess.to(prefix.logits.device, torch.int64, copy=True)  # (B, n)
-    elif wanted == n:
-        tokens = torch.zeros(batch, n, dtype=torch.int64, device=prefix.logits.device)
-    else:
+    given = request.frozen_tokens(backbone, batch)
+    wanted = request.watched_tokens(n, given)
+    if wanted < n and request.guess is None:
         raise TokenError(f"Only {wanted} of {n} tokens are decoded; pass a guess (B, {n}) for the others.")
     prefix.cache.roll_back()
+    tokens = request.first_state(backbone, prefix, given)  # (B, n)
 
-    first = prefix.logits  # (B, V), of the first slot that is free
-    if frozen is not None and given:
-        tokens[:, :given] = frozen
-        first = commit_frozen(backbone, prefix, tokens[:, :given])
+    # Scores (B, V) of the first slot that is free.
+    first = commit_frozen(backbone, prefix, tokens[:, :given]) if given else prefix.logits
     best, tokens[:, given] = first.max(-1)
     scores = [best]  # (B,) each: looked at once, at the end
-    states = [tokens.clone()] if record_states else None
+    states = [tokens.clone()] if request.record_states else None
     slot = given + 1
     while slot < wanted and not _all_stopped(tokens[:, :slot], stop):
         best, tokens[:, slot] = decode_one_token(backbone, prefix, tokens[:, slot - 1 : slot])
@@ -95,8 +55,7 @@ def decode_autoregressive(
     if stop is not None:
         ended = (tokens[:, :slot] == stop).any(1).cpu()
         tokens[:, slot:] = stop
-        tokens, *cut = after_stop(tokens, stop, *(states or ()))
-        states = cut if record_states else None
+        tokens, states = after_stop(stop, tokens, states)
         iterations = iterations.where(~ended, (tokens != stop).sum(1).cpu())
     if tokens.is_cuda:
         torch.cuda.synchronize(tokens.device)  # or the time below would be that of the launches
@@ -108,7 +67,7 @@ def decode_autoregressive(
         exact_tokens=torch.full((batch,), wanted),
         exact=torch.full((batch,), wanted == n),
         states=states,
-        seconds={"decode": clock() - started},
+        seconds={"decode": request.clock() - started},
     )
 
 

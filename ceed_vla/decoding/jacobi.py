@@ -10,122 +10,99 @@ autoregressive block.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
-from ceed_vla.decoding.config import DecodingConfig
-from ceed_vla.decoding.exits import ExitRules, Rows, after_stop, window_mass
+from ceed_vla.decoding.exits import ExitRule, Seen, exit_rules
 from ceed_vla.decoding.finite import check_rows, with_sums
-from ceed_vla.decoding.frozen import frozen_length
+from ceed_vla.decoding.registry import register_decoder
+from ceed_vla.decoding.request import BlockRequest, after_stop
 from ceed_vla.decoding.result import DecodeResult
-from ceed_vla.tensors import check_tokens
+from ceed_vla.errors import TokenError
 
 
+@register_decoder("jacobi", "jacobi", "the whole block a forward, to its fixed point")
 @torch.no_grad()
-def decode_jacobi(
-    backbone: Backbone,
-    prefix: Prefix,
-    guess: Tensor,
-    config: DecodingConfig,
-    *,
-    action_dim: int,
-    gripper_dims: tuple[int, ...] = (),
-    frozen: Tensor | None = None,
-    stop: int | None = None,
-    record_states: bool = False,
-    clock: Callable[[], float] = time.perf_counter,
-) -> DecodeResult:
-    """Decode a block from `guess` until every row meets an exit rule of `config`.
+def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
+    """Decode a block from its guess until every row is at its fixed point or meets an exit rule.
 
     The first iteration computes the whole block, so its tail is a useful warm start; the next ones stop at
-    the slots that must converge. Rows that are done stay as they are while the others go on. The only look at
+    the slots that are watched. Rows that are done stay as they are while the others go on. The only look at
     the host is the convergence test, once an iteration. Several blocks may be decoded behind one prefix: the
-    cache is rolled back at the start.
-
-    A frozen prefix costs no forward of its own: the first iteration reads it together with the guess behind
-    it, keeps it, and proves the first free token.
-
-    Args:
-        backbone: The model.
-        prefix: From ``backbone.prefill``.
-        guess: First state (B, n) int64; slot 0 is ignored, as the prefix knows it, and so are frozen slots.
-        config: Exit rules; `DecodingConfig.strict` ones give greedy AR. Its `method` and `guess` are not
-            read.
-        action_dim: Tokens ``A`` of one step.
-        gripper_dims: Dimensions whose tolerance is always 0.
-        frozen: (B, k * A) int64, given tokens of the first ``k`` steps; see `ceed_vla.decoding.frozen`.
-        stop: Token that ends a row of a variable-length vocabulary as soon as it is proven. Executed steps
-            are then not read, as every step needs every token.
-        record_states: Keep every state.
-        clock: Time in seconds, for the deadline.
-
-    Returns:
-        Tokens and what happened; `DecodeResult` explains the exit reasons.
+    cache is rolled back at the start. A frozen prefix costs no forward of its own: the first iteration reads it
+    together with the guess behind it, keeps it, and proves the first free token.
 
     Raises:
-        TokenError: A guess or frozen tokens of another shape or with tokens outside the vocabulary.
-        ConfigError: Executed steps or tolerances that do not fit the block.
+        TokenError: No guess, or a guess or frozen tokens of another shape or with tokens outside the vocabulary.
+        ConfigError: Executed steps or exit rules that do not fit the block.
         NotFiniteError: Scores of a running row are NaN or infinite.
     """
-    started = iteration_started = clock()
+    started = last = request.clock()
     batch, n = prefix.logits.shape[0], backbone.block_length
-    check_tokens(guess, "The guess", (batch, n), backbone.vocabulary_size)
-    given = frozen_length(frozen, batch, n, action_dim, backbone.vocabulary_size)
-    rules = ExitRules.of(config, n, action_dim, gripper_dims, given, stop)
-    rows = Rows(rules, batch)
+    if request.guess is None:
+        raise TokenError(f"Jacobi decoding starts from a guess ({batch}, {n}); pass one.")
+    given = request.frozen_tokens(backbone, batch)
+    watched = request.watched_tokens(n, given)
+    rules = exit_rules(request.config, ordered=request.stop is None)
     prefix.cache.roll_back()
 
-    tokens = guess.to(prefix.logits.device, torch.int64, copy=True)  # (B, n)
-    if frozen is not None and given:
-        tokens[:, :given] = frozen
+    tokens = request.first_state(backbone, prefix, given)  # (B, n)
     best, first_tokens = prefix.logits.max(-1, keepdim=True)  # (B, 1)
     if not given:
         tokens[:, :1] = first_tokens
     both = with_sums(tokens, best, backbone).cpu().numpy()
     check_rows(both[:, n])
     host = both[:, :n].astype(np.int64)  # (B, n), the state that the convergence test compares with
-    certainty = _first_certainty(rules, prefix.logits)  # (B, M), or None
-    states = [tokens.clone()] if record_states else None
+    measured = _first_measures(rules, prefix.logits, watched, given)
+    states = [tokens.clone()] if request.record_states else None
+    # Without frozen tokens the prefix gives token 0; behind them the first free token takes a forward.
+    rows = Rows(batch, n, max(given, 1))
+    if request.stop is not None:
+        rows.end(host[:, 0] == request.stop, "stop", 0)
 
-    rows.stop_at_once(host[:, 0])
-
-    window = config.window or n
+    window = request.config.window or n
     end, forwards = min(n, max(given, 1) + window), 0  # slots [0, end) are computed
-    while end > max(given, 1) and rows.any_running:
+    while end > max(given, 1) and rows.running.any():
         start = prefix.cache.committed  # slots [0, start] are right in every running row
         first = max(start + 1, given)
-        logits, best, new = jacobi_iteration(
-            backbone, prefix, tokens, first, end, rows
-        )  # slots first .. end - 1
-        forwards += 1
-        watched = _watched_mass(rules, logits, new, first)  # (B, watched), or none
-        both = with_sums(new, best, backbone, *watched).cpu().numpy()  # the one host synchronisation
-        fresh, sums = both[:, : new.shape[1]].astype(np.int64), both[:, new.shape[1]]
-        check_rows(sums, rows.running)
-        if certainty is not None:
-            certainty[:, first:] = both[:, new.shape[1] + 1 :]
-        rows.update(forwards, host[:, first:end], fresh, first, certainty)
+        logits, best, new = jacobi_iteration(backbone, prefix, tokens, first, end, rows.running)
+        forwards, width = forwards + 1, end - first
+        wanted = [rule.measure(logits[:, : watched - first], new[:, : watched - first]) for rule in rules]
+        found = with_sums(new, best, backbone, *(m for m in wanted if m is not None)).cpu().numpy()
+        fresh = found[:, :width].astype(np.int64)  # (B, k); that was the one host synchronisation
+        check_rows(found[:, width], rows.running)
+        at = width + 1
+        for mine, values in zip(measured, wanted, strict=True):
+            if mine is not None and values is not None:
+                mine[:, first - given :] = found[:, at : at + values.shape[1]]
+                at += values.shape[1]
+
+        rows.accept(host[:, first:end], fresh, first)
         host[:, first:end] = fresh
+        if request.stop is not None:
+            proven = np.arange(first, end) < rows.exact[:, None]  # (B, k)
+            rows.end(((fresh == request.stop) & proven).any(1), "stop", forwards)
+        rows.end(rows.exact >= n, "converged", forwards)
+        rows.end(rows.exact >= watched, "stable", forwards)
+        now = request.clock()
+        seen = Seen(
+            forwards, rows.exact, watched, now - started, now - last, lambda: _readable(request, tokens)
+        )
+        last = now
+        for rule, mine in zip(rules, measured, strict=True):
+            rows.end(rule.ends(seen, mine), rule.reason, forwards)
+
         if states is not None:
             states.append(tokens.clone())
-        if rows.any_running:
+        if rows.running.any():
             # The last right slot is an input of the next iteration; everything before it is final.
-            prefix.cache.commit(rows.least_exact() - 1 - start)
-        if config.deadline_s is not None:
-            now = clock()
-            if now + (now - iteration_started) - started > config.deadline_s:
-                rows.stop("deadline", forwards)
-            iteration_started = now
-        end = min(rules.must_converge, prefix.cache.committed + 1 + window)
+            prefix.cache.commit(int(rows.exact[rows.running].min()) - 1 - start)
+        end = min(watched, prefix.cache.committed + 1 + window)
 
-    if stop is not None:
-        tokens, *ended = after_stop(tokens, stop, *(states or ()))
-        states = ended if record_states else None
+    if request.stop is not None:
+        tokens, states = after_stop(request.stop, tokens, states)
     return DecodeResult(
         tokens=tokens,
         forwards=forwards,
@@ -134,12 +111,12 @@ def decode_jacobi(
         exact_tokens=torch.from_numpy(rows.exact),
         exact=torch.from_numpy(rows.exact >= n),
         states=states,
-        seconds={"decode": clock() - started},
+        seconds={"decode": request.clock() - started},
     )
 
 
 def jacobi_iteration(
-    backbone: Backbone, prefix: Prefix, tokens: Tensor, first: int, end: int, rows: Rows
+    backbone: Backbone, prefix: Prefix, tokens: Tensor, first: int, end: int, running: np.ndarray
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Recompute the slots ``first .. end - 1`` of `tokens` (B, n) from all that are not committed, in place.
 
@@ -150,28 +127,62 @@ def jacobi_iteration(
     logits = backbone.block_logits(prefix, tokens[:, start : end - 1])  # of slots start + 1 .. end - 1
     logits = logits[:, first - start - 1 :]  # (B, k, V)
     best, new = logits.max(-1)  # (B, k)
-    if not rows.all_running:
-        running = torch.from_numpy(rows.running).to(new.device).unsqueeze(1)  # (B, 1)
-        new = torch.where(running, new, tokens[:, first:end])
+    if not running.all():
+        new = torch.where(torch.from_numpy(running).to(new.device).unsqueeze(1), new, tokens[:, first:end])
     tokens[:, first:end] = new
     return logits, best, new
 
 
-def _first_certainty(rules: ExitRules, logits: Tensor) -> np.ndarray | None:
-    """(B, M) window mass of the slots before `M`: 1 where frozen, slot 0 from the prefix (B, V); None if not needed."""
-    if rules.confidence is None:
-        return None
-    certainty = np.zeros((logits.shape[0], rules.must_converge))
-    if rules.frozen:
-        certainty[:, : rules.frozen] = 1.0
-        return certainty
-    certainty[:, :1] = window_mass(logits[:, None], logits.argmax(-1)[:, None]).cpu().numpy()
-    return certainty
+class Rows:
+    """What is known about every row of a block, on the host.
+
+    Attributes:
+        running: (B,) bool, rows without an exit reason.
+        exact: (B,) leading tokens proven equal to greedy AR.
+        iterations: (B,) iterations until the row ended.
+        reasons: Exit reason of every row, None while it runs.
+    """
+
+    def __init__(self, batch: int, block_length: int, exact: int) -> None:
+        self.block_length = block_length
+        self.running = np.ones(batch, dtype=bool)
+        self.exact: np.ndarray = np.full(batch, exact, dtype=np.int64)
+        self.iterations = np.zeros(batch, dtype=np.int64)
+        self.reasons: list[str | None] = [None] * batch
+
+    def accept(self, old: np.ndarray, new: np.ndarray, first: int) -> None:
+        """Prove tokens of the running rows: `new` (B, k) was computed from `old` (B, k), from slot `first` on.
+
+        The first changed slot is right now, as all slots before it were; no change proves every slot. A window that
+        ends before what a row has proven already takes nothing back.
+        """
+        changed = new != old  # (B, k)
+        proven = np.where(changed.any(1), changed.argmax(1) + 1, new.shape[1])  # (B,)
+        self.exact = np.where(self.running, np.maximum(self.exact, first + proven), self.exact)
+
+    def end(self, rows: np.ndarray | bool, reason: str, iteration: int) -> None:
+        """End those of `rows` (B,) bool that run. Behind a stop token there is nothing left to prove."""
+        for row in np.flatnonzero(self.running & rows):
+            self.reasons[row], self.iterations[row], self.running[row] = reason, iteration, False
+            if reason == "stop":
+                self.exact[row] = self.block_length
 
 
-def _watched_mass(rules: ExitRules, logits: Tensor, new: Tensor, first: int) -> tuple[Tensor, ...]:
-    """The window mass (B, watched) of the watched ones of the new tokens (B, k), if a rule needs it."""
-    if rules.confidence is None:
-        return ()
-    watched = rules.must_converge - first
-    return (window_mass(logits[:, :watched], new[:, :watched]),)
+def _first_measures(
+    rules: list[ExitRule], logits: Tensor, watched: int, given: int
+) -> list[np.ndarray | None]:
+    """Per rule what it measures in the watched slots behind the given ones (B, M - f); slot 0 from `logits` (B, V)."""
+    measured: list[np.ndarray | None] = []
+    for rule in rules:
+        slot = rule.measure(logits[:, None], logits.argmax(-1)[:, None])  # (B, 1)
+        values = None if slot is None else np.zeros((len(logits), watched - given))
+        if slot is not None and values is not None and not given:
+            values[:, :1] = slot.cpu().numpy()
+        measured.append(values)
+    return measured
+
+
+def _readable(request: BlockRequest, tokens: Tensor) -> np.ndarray:
+    if request.readable is None:
+        return np.ones(len(tokens), dtype=bool)
+    return request.readable(tokens).cpu().numpy()

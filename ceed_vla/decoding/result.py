@@ -11,7 +11,6 @@ EXIT_REASONS = (
     "stop",
     "converged",
     "stable",
-    "tolerance",
     "confidence",
     "max_iterations",
     "deadline",
@@ -34,12 +33,11 @@ class DecodeResult:
               filled with it. Rows of such a vocabulary that end otherwise have no proven stop token.
             - "converged": every token of the block is proven equal to greedy AR.
             - "stable": every token of the executed steps is proven, the tail is not (only with
-              ``executed_steps``).
-            - "tolerance": for ``stable_iterations`` iterations no must-converge slot moved more than its
-              tolerance.
-            - "confidence": the must-converge slots are confident enough.
+              ``watch="executed"``).
+            - "confidence": the watched slots are confident enough.
             - "max_iterations": the cap.
             - "deadline": the next iteration would have ended too late.
+            - Exit rules of other packages have reasons of their own.
         exact_tokens: (B,) int64 on the CPU, leading tokens proven equal to greedy AR (behind a frozen prefix:
             to its greedy continuation), at least 1. Those behind may agree too, nobody checked. "Proven" is
             up to floating-point ties, and for causal backbones.

@@ -12,6 +12,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from ceed_vla.errors import SimulationError
+from ceed_vla.kinematics import CommandedPose, PoseLimits, rpy_matrix
 from sim.tabletop import arm, expert, layout, tasks
 from sim.tabletop.render import check_image_size, render
 from sim.tabletop.scene import CAMERAS, FINGER_STROKE, SIM_DT, load_scene
@@ -36,7 +37,7 @@ _RAMP = 5  # the joint targets move in this many parts during a control step
 _SETTLE_SUBSTEPS = 20  # before the first image
 _TELEPORT_SOLVES = 8  # the first is enough nearly always; the rest cost nothing then
 _JOINT_STEP = 0.6  # largest change of a joint target per control step [rad]
-_REACHED = (0.005, 0.05)  # largest error of the joint targets against the commanded pose [m], [rad]
+_POSE_LIMITS = PoseLimits(POSITION_STEP, ROTATION_STEP, WORKSPACE_LOW, WORKSPACE_HIGH, MAX_TILT, MAX_YAW)
 _PARKED = (3.0, tasks.CUBE_HALF - 0.4)  # x, z: absent cubes lie on the floor behind the front camera [m]
 
 
@@ -86,11 +87,10 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self.render_mode = render_mode
         self.scene = load_scene()
         self.data = mujoco.MjData(self.scene.model)
-        self._ik = arm.InverseKinematics(self.scene.model, self.scene.tcp_site)
+        self._arm = arm.SceneArm(self.scene.model, self.scene.tcp_site)
         self._command: tasks.Command | None = None
         self._present: NDArray[np.bool_] = np.zeros(len(tasks.COLORS), dtype=bool)
-        self.command_position: arm.Array = HOME_POSITION.copy()  # commanded TCP [m]
-        self.command_rpy: arm.Array = np.zeros(3)  # commanded roll, pitch, yaw [rad]
+        self._pose = CommandedPose(_POSE_LIMITS, HOME_POSITION.copy())
         self.gripper_open = True
         self._joints: arm.Array = arm.HOME.copy()
         self.action_space = spaces.Box(-1.0, 1.0, (len(ACTION_NAMES),), np.float32)
@@ -176,22 +176,27 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         """One control step without rendering or observation; see `step`."""
         action = self._checked(action)
         self.command  # noqa: B018 - raises before the first reset
-        position = self.command_position + POSITION_STEP * action[:3]
-        self.command_position = np.clip(position, WORKSPACE_LOW, WORKSPACE_HIGH)
-        limit = np.array([MAX_TILT, MAX_TILT, MAX_YAW])
-        self.command_rpy = np.clip(
-            arm.rotate_rpy(self.command_rpy, ROTATION_STEP * action[3:6]), -limit, limit
-        )
+        self._pose.advance(action[:6])
         self.gripper_open = bool(action[6] > 0.0)
         start = self._joints
-        wanted = self._ik.solve(start, self.command_position, arm.rpy_matrix(self.command_rpy))
+        wanted = self._arm.solve(start, self._pose.position, self._pose.matrix)
         self._joints = start + np.clip(wanted - start, -_JOINT_STEP, _JOINT_STEP)
-        self._forget_unreachable()
+        self._pose.follow(*self._arm.pose(self._joints))
         self.data.ctrl[7:9] = FINGER_STROKE if self.gripper_open else 0.0
         for part in range(1, _RAMP + 1):
             self.data.ctrl[:7] = start + (self._joints - start) * (part / _RAMP)
             mujoco.mj_step(self.scene.model, self.data, nstep=_SUBSTEPS // _RAMP)
         mujoco.mj_forward(self.scene.model, self.data)  # poses of the state after the last substep
+
+    @property
+    def command_position(self) -> arm.Array:
+        """Commanded TCP (3,) [m]."""
+        return self._pose.position
+
+    @property
+    def command_rpy(self) -> arm.Array:
+        """Commanded roll, pitch, yaw (3,) [rad]."""
+        return self._pose.rpy
 
     def hold_action(self) -> NDArray[np.float32]:
         """The action (7,) that keeps the commanded pose and the gripper as they are."""
@@ -261,7 +266,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self._teleport(position, rng.uniform(-0.6, 0.6), open_gripper=bool(rng.random() < 0.7))
         # In motion the command leads the arm: a policy must not take one for the other.
         lead = rng.normal(0.0, 0.01, 3)
-        self.command_position = np.clip(self.command_position + lead, WORKSPACE_LOW, WORKSPACE_HIGH)
+        self._pose.position = np.clip(self.command_position + lead, WORKSPACE_LOW, WORKSPACE_HIGH)
 
     def retarget(self, rng: np.random.Generator) -> None:
         """Draw another instruction of the split for the same scene (of the env's family unless it is "mixed")."""
@@ -289,15 +294,6 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             raise SimulationError(f"Action {action.tolist()} is not finite; every value must be in [-1, 1].")
         return np.clip(action, -1.0, 1.0)
 
-    def _forget_unreachable(self) -> None:
-        """Move the commanded pose to where the joints can go, so that it never runs away from the arm."""
-        position, matrix = self._ik.pose(self._joints)
-        rpy = arm.matrix_rpy(matrix)
-        if np.abs(position - self.command_position).max() > _REACHED[0]:
-            self.command_position = position
-        if np.abs(rpy - self.command_rpy).max() > _REACHED[1]:
-            self.command_rpy = rpy
-
     def _place(self, scene_layout: layout.Layout) -> None:
         """Put every object where the layout wants it, at rest."""
         data, scene = self.data, self.scene
@@ -317,14 +313,14 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         rpy = np.array([0.0, 0.0, yaw])
         self._joints = arm.HOME
         for _ in range(_TELEPORT_SOLVES):
-            self._joints = self._ik.solve(self._joints, position, arm.rpy_matrix(rpy))
+            self._joints = self._arm.solve(self._joints, position, rpy_matrix(rpy))
         self.gripper_open = open_gripper
         finger = FINGER_STROKE if open_gripper else 0.0
         self.data.qpos[:9] = self.data.ctrl[:9] = [*self._joints, finger, finger]
         self.data.qvel[:9] = 0.0
         mujoco.mj_forward(self.scene.model, self.data)
-        self.command_position, self.command_rpy = np.array(position), rpy
-        self._forget_unreachable()
+        self._pose.position, self._pose.rpy = np.array(position), rpy
+        self._pose.follow(*self._arm.pose(self._joints))
 
     def _agent_pos(self) -> NDArray[np.float32]:
         data, site = self.data, self.scene.tcp_site

@@ -6,9 +6,9 @@ from dataclasses import fields
 
 from lerobot.configs import FeatureType, PolicyFeature
 
-from ceed_vla.action_tokens_config import UniformTokensConfig
-from ceed_vla.backbones.config import CompactConfig
+from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.tokens.uniform import UniformTokensConfig
 from sim.environment import Privileged
 from sim.tabletop.tasks import COLORS
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from benchmarks.decode_overhead import bare_forwards, build, compare, recorded_calls
-from ceed_vla.backbones.openvla import OpenVLAEmbeddings
-from ceed_vla.decoding import DecodingConfig, decode_autoregressive
+from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
+from ceed_vla.decoding import BlockRequest, DecodingConfig, decode_autoregressive
 
 
 def test_both_sides_run_the_same_forwards() -> None:
@@ -19,9 +19,11 @@ def test_both_sides_run_the_same_forwards() -> None:
 @torch.inference_mode()
 def test_bare_forwards_are_those_of_the_decoder() -> None:
     backbone, embeds = build(1, "float32", 7, width=64), torch.randn(1, 5, 64)
-    prefix = backbone.prefill_embeddings(OpenVLAEmbeddings(embeds, torch.ones(1, 5, dtype=torch.bool)))
+    prefix = backbone.prefill_embeddings(
+        PrefixEmbeddings.in_order(embeds, torch.ones(1, 5, dtype=torch.bool))
+    )
     calls = recorded_calls(
-        backbone, lambda: decode_autoregressive(backbone, prefix, DecodingConfig(method="ar"))
+        backbone, lambda: decode_autoregressive(backbone, prefix, BlockRequest(DecodingConfig(method="ar")))
     )
     assert [(committed, tuple(tokens.shape)) for committed, tokens in calls] == [
         (i, (1, 1)) for i in range(6)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from benchmarks.memory import MODES, make_policy, plan
+from benchmarks.models.vlm import make_tiny_vlm
 from benchmarks.scaling import Gpu, Work, derive
-from ceed_vla.backbones.vlm_tiny import make_tiny_vlm
 from training.corruption import draw_states
 from training.objective import DistillationObjective
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 
 from ceed_vla.backbones.base import Prefix
-from ceed_vla.backbones.llama import PREFIX_KEY, LlamaBackbone
+from ceed_vla.backbones.transformers.backbone import TransformersBackbone
+from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
 from ceed_vla.cache import KVCache
+from ceed_vla.errors import ConfigError, TokenError
+
+PREFIX_KEY = "prefix_ids"
 
 
 class ToyBackbone(nn.Module):
@@ -24,6 +30,7 @@ class ToyBackbone(nn.Module):
     ) -> None:
         super().__init__()
         self.block_length, self.vocabulary_size, self.heads = block_length, vocabulary_size, heads
+        self.num_layers = 2
         self.calls: list[int] = []
         generator = torch.Generator().manual_seed(seed)
 
@@ -61,12 +68,12 @@ class ToyBackbone(nn.Module):
         cache.seal_prefix(length)
         return Prefix(logits=self._scores(x[:, -1]), cache=cache)
 
-    def block_logits(self, prefix: Prefix[KVCache], tokens: Tensor) -> Tensor:
+    def block_logits(self, prefix: Prefix[KVCache], tokens: Tensor, depth: int | None = None) -> Tensor:
         self.calls.append(tokens.shape[1])
         start, length = prefix.cache.committed, tokens.shape[1]
         mask = torch.ones(length, prefix.cache.length + length, dtype=torch.bool).tril(prefix.cache.length)
         x = self.tokens[tokens] + self.slots[start : start + length]
-        for layer, weight in enumerate(self.qkv):
+        for layer, weight in enumerate(self.qkv[:depth]):
             q, k, v = self._project(x, weight)
             x = self._attend(x, q, *prefix.cache.write(layer, k, v), mask)
         return self._scores(x)
@@ -81,6 +88,98 @@ class ToyBackbone(nn.Module):
         for weight in self.qkv:
             x = self._attend(x, *self._project(x, weight), mask)
         return self._scores(x[:, p - 1 :])
+
+
+class LlamaBackbone(TransformersBackbone):
+    """A Llama whose last ids are the actions; transformers' own `generate()` runs on the same weights."""
+
+    def __init__(self, model: LlamaForCausalLM, block_length: int, num_actions: int) -> None:
+        words = model.config.vocab_size
+        super().__init__(block_length, num_actions, torch.arange(words - num_actions, words))
+        self.model = model
+
+    @property
+    def pretrained(self) -> LlamaForCausalLM:
+        return self.model
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model.model
+
+    def check_observation(self, batch: dict[str, Tensor]) -> int:
+        return len(batch[PREFIX_KEY])
+
+    def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
+        ids = batch[PREFIX_KEY]  # (B, P) of the whole vocabulary, without padding
+        return PrefixEmbeddings.in_order(self.model.model.embed_tokens(ids), torch.ones_like(ids).bool())
+
+
+@torch.no_grad()
+def depth_is_a_shorter_model(backbone: Any, observation: dict[str, Tensor]) -> None:
+    """Run to depth k: the model of the first k layers, which leaves no trace; at full depth nothing changes."""
+    n, layers, prefix = backbone.block_length, backbone.num_layers, backbone.prefill(observation)
+    tokens = torch.randint(backbone.vocabulary_size, (len(prefix.logits), n - 1))
+    whole = backbone.block_logits(prefix, tokens)
+    assert layers > 1
+    for depth in range(1, layers):
+        shorter = copy.deepcopy(backbone)
+        trunk = shorter.decoder if isinstance(shorter, TransformersBackbone) else shorter
+        trunk.layers = trunk.layers[:depth]
+        if trunk is shorter:
+            shorter.num_layers = depth
+        other = shorter.prefill(observation)
+        for committed in (0, n // 2):
+            prefix.cache.commit(committed)
+            other.cache.commit(committed)
+            shallow = backbone.block_logits(prefix, tokens[:, committed:], depth=depth)
+            assert torch.equal(shallow, shorter.block_logits(other, tokens[:, committed:]))
+            assert not torch.equal(shallow, whole[:, committed:])
+            with pytest.raises(TokenError, match="Cannot commit 1"):
+                prefix.cache.commit(1)
+            full = backbone.block_logits(prefix, tokens[:, committed:], depth=layers)
+            assert committed or torch.equal(full, whole)
+        prefix.cache.roll_back()
+    for wrong in (0, layers + 1, 1.5):
+        with pytest.raises(ConfigError, match="depth is"):
+            backbone.block_logits(prefix, tokens, depth=wrong)
+
+
+def trains_as_it_decodes(backbone: Any, observation: dict[str, Tensor]) -> None:
+    """Packed logits are those of decoding, with recomputed activations too; distillation leaves the prefix alone."""
+    backbone = copy.deepcopy(backbone).train()
+    rows, n = backbone.check_observation(observation), backbone.block_length
+    blocks = [torch.randint(backbone.vocabulary_size, (rows, n)) for _ in range(2)]
+    found = []
+    for recompute in (False, True):
+        if recompute:
+            backbone.recompute_activations()
+        state, packed = backbone.packed_logits(backbone.embed_prefix(observation), blocks)
+        (torch.cat(packed).logsumexp(-1).sum() + state.sum()).backward()
+        gradients = {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
+        found.append({"state": state, "logits": torch.cat(packed), **gradients})
+        backbone.zero_grad(set_to_none=True)
+        early = backbone.prefix_state(backbone.embed_prefix(observation))
+        torch.testing.assert_close(early, state, rtol=1e-4, atol=1e-4)
+    assert found[0].keys() == found[1].keys()
+    assert set(backbone.distillation_parameters()) < found[0].keys()
+    largest = max(float(value.detach().abs().max()) for value in found[0].values())
+    for name, kept in found[0].items():
+        torch.testing.assert_close(found[1][name], kept, rtol=1e-3, atol=1e-4 * largest)
+    with torch.no_grad():
+        backbone.eval()
+        embeddings, order = backbone.embed_prefix(observation), torch.arange(rows - 1, -1, -1)
+        _, packed = backbone.packed_logits(embeddings, blocks)
+        _, (some,) = backbone.packed_logits(embeddings[order], [blocks[0][order]])
+        torch.testing.assert_close(some, packed[0][order], rtol=1e-4, atol=1e-4)
+        prefix = backbone.prefill(observation)
+        for block, logits in zip(blocks, packed, strict=True):
+            prefix.cache.roll_back()
+            decoded = torch.cat([prefix.logits[:, None], backbone.block_logits(prefix, block[:, :-1])], dim=1)
+            seen = decoded.isfinite()  # what speculation may not hold scores -inf
+            torch.testing.assert_close(logits[seen], decoded[seen], rtol=1e-4, atol=1e-4)
+        for name in backbone.distillation_parameters():
+            backbone.get_parameter(name).add_(0.01)
+        assert torch.equal(backbone.embed_prefix(observation).embeds, embeddings.embeds)
 
 
 class OnlyActions(LogitsProcessor):
@@ -148,6 +247,23 @@ def toy() -> Callable[[int, int, int, int], tuple[ToyBackbone, dict[str, Tensor]
 def llama() -> Callable[[int, int, int, int], tuple[LlamaBackbone, dict[str, Tensor]]]:
     """(seed, batch, block_length, vocabulary) -> random Llama backbone and an observation for it."""
     return _llama
+
+
+@pytest.fixture(scope="session", name="depth_is_a_shorter_model")
+def _depth_is_a_shorter_model() -> Callable[[Any, dict[str, Tensor]], None]:
+    return depth_is_a_shorter_model
+
+
+@pytest.fixture(scope="session")
+def keeps_the_contract() -> Callable[[Any, dict[str, Tensor]], None]:
+    """What the families of `TransformersBackbone` share, checked on a model and an observation for it."""
+
+    def check(backbone: Any, observation: dict[str, Tensor]) -> None:
+        torch.manual_seed(0)
+        depth_is_a_shorter_model(backbone, observation)
+        trains_as_it_decodes(backbone, observation)
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ceed_vla.action_tokens import ActionTokenizer, ranges_from_stats
 from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.tokens.uniform import ActionTokenizer, ranges_from_stats
 
 
 def tabletop(num_bins: int = 255, steps: int = 8) -> ActionTokenizer:
@@ -92,7 +92,7 @@ def test_round_trip_is_within_half_a_bin(low, width, num_bins, seed) -> None:
 def test_zero_is_exact_for_odd_bins_and_symmetric_ranges(reach: float, half: int) -> None:
     tokenizer = ActionTokenizer([-reach], [reach], 1, num_bins=2 * half + 1)
     tokens = tokenizer.encode(torch.zeros(1, 1, 1))
-    assert tokens.tolist() == [[half]] == [tokenizer.zero_bins.tolist()]
+    assert tokens.tolist() == [[half]] == [tokenizer.zero.tolist()]
     assert tokenizer.decode(tokens).item() == 0.0
     every = tokenizer.decode(torch.arange(2 * half + 1).unsqueeze(1)).flatten()
     assert torch.equal(every, -every.flip(0))
@@ -112,13 +112,13 @@ def test_range_ends_are_exact_so_a_gripper_is() -> None:
 
 def test_256_bins_have_two_bins_about_zero() -> None:
     tokenizer = tabletop(256)
-    assert set(tokenizer.zero_bins.tolist()) <= {127, 128}
+    assert set(tokenizer.zero.tolist()) <= {127, 128}
     assert tokenizer.encode(torch.full((1, 8, 7), -1.0))[0, 0] == 0
     assert tokenizer.encode(torch.full((1, 8, 7), 1.0))[0, 0] == 255
 
 
-def test_zero_bins_lie_at_the_nearest_end_when_zero_is_outside() -> None:
-    assert ActionTokenizer([1.0, -3.0], [2.0, -1.0], 1).zero_bins.tolist() == [0, 254]
+def test_zero_lies_at_the_nearest_end_when_zero_is_outside() -> None:
+    assert ActionTokenizer([1.0, -3.0], [2.0, -1.0], 1).zero.tolist() == [0, 254]
 
 
 def test_out_of_range_values_are_clipped_and_counted() -> None:

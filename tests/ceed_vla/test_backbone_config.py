@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,16 @@ from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from torch import Tensor
 
 from ceed_vla import CeedVLAConfig, CeedVLAPolicy
-from ceed_vla.action_tokens_config import ActionTokensConfig, OpenVLATokensConfig, UniformTokensConfig
 from ceed_vla.backbones.base import check_features
-from ceed_vla.backbones.config import BackboneConfig, CompactConfig
-from ceed_vla.backbones.openvla_config import OpenVLAConfig
+from ceed_vla.backbones.compact.config import CompactConfig
+from ceed_vla.backbones.openvla.config import OpenVLAConfig
 from ceed_vla.cli_flags import UsageError, format_help, parse_flags
+from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
 from ceed_vla.files import read_files, write_files
+from ceed_vla.tokens.base import ActionTokensConfig
+from ceed_vla.tokens.openvla import OpenVLATokensConfig
+from ceed_vla.tokens.uniform import UniformTokensConfig
 from sim.tabletop.policy import tabletop_config
 
 
@@ -35,12 +40,37 @@ class ToolConfig:
     """
 
     path: str = ""
-    policy: CeedVLAConfig = field(default_factory=tabletop_config)
+    policy: CeedVLAConfig = field(
+        default_factory=lambda: tabletop_config(decoding=DecodingConfig(guess="mid"))
+    )
     class_: str = "a"
 
 
+# Checkpoints name these: a family and a step keep their names for ever.
+STEPS = {
+    "compact": ("ceed_vla_instruction_words",),
+    "openvla": ("ceed_vla_openvla_inputs",),
+    "vlm": ("ceed_vla_vlm_inputs",),
+    "pi0_fast": ("pi0_fast_prepare_state_tokenizer_processor_step", "ceed_vla_pi0_fast_prompt"),
+}
+
+
+def test_names_in_checkpoints_are_frozen() -> None:
+    """Whoever has a configuration has the steps, in a process that imported nothing else."""
+    script = (
+        "import ceed_vla.configuration_ceed_vla, json\n"
+        "from ceed_vla.backbones.config import BackboneConfig as B\n"
+        "from lerobot.processor import ProcessorStepRegistry as R\n"
+        "print(json.dumps([{n: B.get_choice_class(n).steps for n in B.get_known_choices()}, R.list()]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    families, steps = json.loads(done.stdout.splitlines()[-1])
+    assert families == {name: list(kinds) for name, kinds in STEPS.items()}
+    ours = {step for kinds in STEPS.values() for step in kinds if step.startswith("ceed_vla_")}
+    assert {step for step in steps if step.startswith("ceed_vla_")} == ours
+
+
 def test_the_families_are_registered() -> None:
-    assert {"compact", "openvla", "vlm", "pi0_fast"} <= set(BackboneConfig.get_known_choices())
     assert {"uniform", "openvla", "fast"} <= set(ActionTokensConfig.get_known_choices())
     assert CeedVLAConfig(device="cpu").backbone == CompactConfig()
     assert OpenVLAConfig().type == "openvla"
@@ -64,7 +94,7 @@ def test_flags_of_the_usual_kind_keep_the_other_defaults() -> None:
 
 def test_a_decoding_flag_keeps_the_policys_other_decoding_settings() -> None:
     usual = ToolConfig().policy.decoding
-    assert usual.executed_steps == 4  # which is not `DecodingConfig`'s own default
+    assert usual.guess == "mid"  # which is not `DecodingConfig`'s own default
     changed = parse_flags(ToolConfig, ["--policy.decoding.max_iterations=3"]).policy.decoding
     assert changed == replace(usual, max_iterations=3)
 
@@ -88,7 +118,7 @@ def test_another_kind_starts_from_its_own_defaults(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["--policy.backbone.type=opnvla"], "backbone.type is 'opnvla'; choose one of compact"),
-        (["--policy.action_tokens.type=x"], "action_tokens.type is 'x'; choose one of uniform"),
+        (["--policy.action_tokens.type=x"], "action_tokens.type is 'x'; choose one of .*uniform"),
         (
             ["--policy.backbone.type=openvla", "--policy.backbone.width=3"],
             "unknown flag .--policy.backbone.width",
@@ -152,7 +182,7 @@ def test_kinds_that_do_not_fit_the_features(changes: dict[str, Any], message: st
 
 
 def test_uniform_bins_and_openvla_ids_must_agree(tmp_path: Path) -> None:
-    from ceed_vla.backbones.openvla_folder import Architecture
+    from ceed_vla.backbones.openvla.folder import Architecture
 
     with pytest.raises(ConfigError, match="255 values, the model 256 action ids"):
         Architecture({"n_action_bins": 256}).check_bins(255)

@@ -39,6 +39,9 @@ def test_bounds_are_checked() -> None:
     with pytest.raises(TokenError, match="Cannot commit 1"):
         kv.commit(1)
     kv.write(0, entries(2), entries(2))
+    with pytest.raises(TokenError, match="Cannot commit 1"):  # the other layer has not seen them
+        kv.commit(1)
+    kv.write(L - 1, entries(2), entries(2))
     with pytest.raises(TokenError, match="Cannot commit 3"):
         kv.commit(3)
     with pytest.raises(TokenError, match="Cannot commit -1"):
@@ -55,10 +58,10 @@ def test_bounds_are_checked() -> None:
 
 def test_writing_does_not_advance_and_does_not_reallocate() -> None:
     kv = prefilled()
-    first, _ = kv.write(0, entries(3), entries(3))
+    first, _ = kv.write(L - 1, entries(3), entries(3))
     address = first.data_ptr()
     assert (kv.length, kv.prefix_length, kv.committed) == (4, 4, 0)
-    again, _ = kv.write(0, entries(5), entries(5))
+    again, _ = kv.write(L - 1, entries(5), entries(5))
     assert again.data_ptr() == address
     assert again.shape == (B, H, 9, D)
     kv.commit(2)
@@ -115,3 +118,6 @@ def test_transformers_cache_drops_what_was_not_committed() -> None:
     assert kv.begin(1).get_seq_length() == 4
     with pytest.raises(TokenError):
         kv.commit(2)
+    kv.begin(3, shallow=True)
+    with pytest.raises(TokenError):
+        kv.commit(1)

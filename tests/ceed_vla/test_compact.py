@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ceed_vla.backbones.compact_stem import CameraStem, Keypoints
-from ceed_vla.backbones.config import CompactConfig
+from ceed_vla.backbones.compact.config import CompactConfig
+from ceed_vla.backbones.compact.stem import CameraStem, Keypoints
 from ceed_vla.errors import ConfigError
 
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from decoders import greedy, jacobi
 from torch import Tensor
 
-from ceed_vla.action_tokens import ActionTokenizer
-from ceed_vla.decoding import DecodingConfig, decode_autoregressive, decode_block, decode_jacobi
+from ceed_vla.decoding import DecodingConfig, decode_block
 from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.tokens.uniform import ActionTokenizer
 
 A = 7
 
@@ -26,7 +27,7 @@ def test_proven_tokens_leave_the_block(toy, batch: int) -> None:
     backbone, observation = toy(9, batch, 28, 5)
     prefix, guess = backbone.prefill(observation), random_guess(0, batch, 28, 5)
     backbone.calls.clear()
-    result = decode_jacobi(backbone, prefix, guess, DecodingConfig(), action_dim=A, record_states=True)
+    result = jacobi(backbone, prefix, guess, tokens_per_step=A, record_states=True)
     assert result.states is not None
     expected = [27]
     for old, new in itertools.pairwise(result.states):
@@ -39,7 +40,7 @@ def test_proven_tokens_leave_the_block(toy, batch: int) -> None:
 def test_recorded_states_are_the_trajectory(toy) -> None:
     backbone, observation = toy(6, 3, 28, 31)
     prefix, guess = backbone.prefill(observation), random_guess(0, 3, 28, 31)
-    result = decode_jacobi(backbone, prefix, guess, DecodingConfig(), action_dim=A, record_states=True)
+    result = jacobi(backbone, prefix, guess, tokens_per_step=A, record_states=True)
     assert result.states is not None
     assert len(result.states) == result.forwards + 1
     assert torch.equal(result.states[0][:, 1:], guess[:, 1:])
@@ -50,24 +51,23 @@ def test_recorded_states_are_the_trajectory(toy) -> None:
         assert torch.equal(new, expected)
     for row, last in enumerate(result.iterations.tolist()):  # frozen once done
         assert all(torch.equal(state[row], result.tokens[row]) for state in result.states[last:])
-    assert decode_jacobi(backbone, prefix, guess, DecodingConfig(), action_dim=A).states is None
+    assert jacobi(backbone, prefix, guess, tokens_per_step=A).states is None
 
 
 def test_results_can_train_a_model(toy) -> None:
     """Tokens are ordinary tensors, so an embedding can save them for its backward pass."""
     backbone, observation = toy(6, 2, 14, 31)
-    result = decode_jacobi(
-        backbone, backbone.prefill(observation), random_guess(0, 2, 14, 31), DecodingConfig(), action_dim=A
-    )
+    result = jacobi(backbone, backbone.prefill(observation), random_guess(0, 2, 14, 31), tokens_per_step=A)
     torch.nn.Embedding(31, 4)(result.tokens).sum().backward()
 
 
 def test_autoregressive_stops_after_the_executed_steps(toy) -> None:
     backbone, observation = toy(7, 2, 28, 31)
     prefix = backbone.prefill(observation)
-    whole = decode_autoregressive(backbone, prefix, DecodingConfig(method="ar"))
-    guess, half = random_guess(0, 2, 28, 31), DecodingConfig(method="ar", executed_steps=2)
-    result = decode_autoregressive(backbone, prefix, half, guess, action_dim=A, record_states=True)
+    whole = greedy(backbone, prefix)
+    guess, half = random_guess(0, 2, 28, 31), DecodingConfig(method="ar", watch="executed")
+    steps = {"tokens_per_step": A, "executed_steps": 2}
+    result = greedy(backbone, prefix, half, guess=guess, record_states=True, **steps)
     assert torch.equal(result.tokens[:, :14], whole.tokens[:, :14])
     assert torch.equal(result.tokens[:, 14:], guess[:, 14:])
     assert result.forwards == 13
@@ -77,7 +77,7 @@ def test_autoregressive_stops_after_the_executed_steps(toy) -> None:
     assert len(result.states) == 14
     assert torch.equal(result.states[0][:, 1:], guess[:, 1:])
     with pytest.raises(TokenError, match="pass a guess"):
-        decode_autoregressive(backbone, prefix, half, action_dim=A)
+        greedy(backbone, prefix, half, **steps)
 
 
 @pytest.mark.parametrize("method", ["ar", "jacobi"])
@@ -85,9 +85,9 @@ def test_a_block_of_one_token_needs_no_forward(toy, method: str) -> None:
     backbone, observation = toy(7, 2, 1, 31)
     prefix, guess = backbone.prefill(observation), torch.zeros(2, 1, dtype=torch.int64)
     if method == "ar":
-        result = decode_autoregressive(backbone, prefix, DecodingConfig(method="ar"))
+        result = greedy(backbone, prefix)
     else:
-        result = decode_jacobi(backbone, prefix, guess, DecodingConfig(), action_dim=1)
+        result = jacobi(backbone, prefix, guess, tokens_per_step=1)
         assert result.exit_reason == ["converged"] * 2
     assert torch.equal(result.tokens[:, 0], prefix.logits.argmax(-1))
     assert (result.forwards, result.iterations.tolist(), result.exact.tolist()) == (0, [0, 0], [True, True])
@@ -104,18 +104,18 @@ def test_bad_guesses_and_layouts_are_named(toy) -> None:
     }
     for message, guess in bad.items():
         with pytest.raises(TokenError, match=message):
-            decode_jacobi(backbone, prefix, guess, DecodingConfig(), action_dim=A)
-    with pytest.raises(ConfigError, match="executed_steps is 3, but a block has only 2"):
-        decode_jacobi(backbone, prefix, good, DecodingConfig(executed_steps=3), action_dim=A)
+            jacobi(backbone, prefix, guess, tokens_per_step=A)
+    with pytest.raises(ConfigError, match="executed_steps is 3; a block has 2 steps"):
+        jacobi(backbone, prefix, good, tokens_per_step=A, executed_steps=3)
     with pytest.raises(ConfigError, match="not a whole number of steps"):
-        decode_jacobi(backbone, prefix, good, DecodingConfig(), action_dim=4)
+        jacobi(backbone, prefix, good, tokens_per_step=4, executed_steps=1)
 
 
 def test_the_guess_is_left_alone(toy) -> None:
     backbone, observation = toy(7, 2, 14, 31)
     guess = random_guess(0, 2, 14, 31)
     kept = guess.clone()
-    decode_jacobi(backbone, backbone.prefill(observation), guess, DecodingConfig(), action_dim=A)
+    jacobi(backbone, backbone.prefill(observation), guess, tokens_per_step=A)
     assert torch.equal(guess, kept)
 
 
@@ -128,7 +128,7 @@ def test_decode_block_makes_the_guess_of_the_configuration(toy) -> None:
 
     def first_state(config: DecodingConfig, **more) -> Tensor:
         states = decode_block(
-            backbone, prefix, config, tokenizer=tokenizer, record_states=True, shift_steps=2, **more
+            backbone, prefix, tokenizer, config, record_states=True, shift_steps=2, **more
         ).states
         assert states is not None
         return states[0][:, 1:]
@@ -146,10 +146,11 @@ def test_decode_block_makes_the_guess_of_the_configuration(toy) -> None:
     half = decode_block(
         backbone,
         prefix,
-        DecodingConfig(method="ar", executed_steps=2),
-        tokenizer=tokenizer,
+        tokenizer,
+        "ar_h",
         previous=previous,
         shift_steps=2,
+        executed_steps=2,
     )
     assert torch.equal(half.tokens[0, 14:], expected[14:])
     assert half.exit_reason == ["complete"] * 2

@@ -21,13 +21,9 @@ from ceed_vla.errors import CeedVLAError, ConfigError
         ("max_iterations", 0),
         ("max_iterations", 1.5),
         ("max_iterations", True),
-        ("stable_iterations", 0),
-        ("executed_steps", -1),
-        ("tolerance_bins", -1),
-        ("tolerance_bins", (1, -2)),
-        ("tolerance_bins", ()),
-        ("tolerance_bins", 0.5),
-        ("tolerance_bins", "3"),
+        ("watch", "all"),
+        ("exits", 3),
+        ("window", 0),
         ("confidence", 0.0),
         ("confidence", 1.1),
         ("confidence", float("nan")),
@@ -46,32 +42,62 @@ def test_bad_values_are_named(field_name: str, value: object) -> None:
     assert isinstance(caught.value, CeedVLAError)
 
 
-@pytest.mark.parametrize(
-    "rule", [{"max_iterations": 2}, {"tolerance_bins": 1}, {"confidence": 0.5}, {"deadline_s": 0.1}]
-)
+@pytest.mark.parametrize("rule", [{"max_iterations": 2}, {"confidence": 0.5}, {"deadline_s": 0.1}])
 def test_exit_rules_of_ar_are_refused_and_not_ignored(rule: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(rule))):
         DecodingConfig(method="ar", **rule)
+    with pytest.raises(ConfigError, match=r"'margin3'; known: .*--discover_packages_path"):
+        DecodingConfig(exits=("margin3",))
     assert not DecodingConfig(**rule).strict
 
 
 def test_the_defaults_are_strict() -> None:
     assert DecodingConfig().strict
     assert DecodingConfig(method="ar").strict
-    assert DecodingConfig(tolerance_bins=(0, 0)).strict
-    assert not DecodingConfig(executed_steps=4).strict
+    assert not DecodingConfig(watch="executed").strict
 
 
 def test_names() -> None:
-    ceed = DecodingConfig(max_iterations=2, executed_steps=4)
-    assert named_config("ar", ceed) == DecodingConfig(method="ar")
-    assert named_config("jacobi", ceed).strict
-    assert named_config("ceed", ceed) is ceed
-    own = replace(ceed, guess="mid")
-    assert named_config(own, ceed) is own
-    for wrong in ("CEED", "", None, 3):
-        with pytest.raises(ConfigError, match="choose one of ar, jacobi, ceed"):
+    ceed, some = DecodingConfig(max_iterations=2, watch="executed"), {"watch": "executed"}
+    expected = {
+        "ar": DecodingConfig(method="ar"),
+        "ar_h": DecodingConfig(method="ar", **some),
+        "jacobi": DecodingConfig(),
+        "jacobi_h": DecodingConfig(**some),
+        "jacobi_random": DecodingConfig(guess="random"),
+        "ceed": ceed,
+        "ceed_mid": replace(ceed, guess="mid"),
+        "cap2": DecodingConfig(max_iterations=2, **some),
+        "conf0.2_cap3": DecodingConfig(max_iterations=3, confidence=0.2, **some),
+        "conf.5_mid": DecodingConfig(confidence=0.5, guess="mid", **some),
+    }
+    for name, config in expected.items():
+        assert named_config(name, ceed) == config, name
+        assert named_config(config, ceed) is config
+    for wrong in (
+        "CEED",
+        "",
+        None,
+        3,
+        "cap",
+        "cap2_",
+        "mid",
+        "_",
+        "h",
+        "ar_mid",
+        "ceed_h",
+        "cap2_cap",
+        "c" * 99,
+    ):
+        with pytest.raises(ConfigError, match=r"Unknown decoder .*token by token"):
             named_config(wrong, ceed)  # type: ignore[arg-type]
+    for wrong, reason in {
+        "cap0": "its cap K is 0",
+        "conf1.5_cap2": "its confidence P",
+        "ar_cap2": "no iterations",
+    }.items():
+        with pytest.raises(ConfigError, match=reason):
+            named_config(wrong, ceed)
 
 
 @dataclass
@@ -83,9 +109,8 @@ class Holder:
     "config",
     [
         DecodingConfig(),
-        DecodingConfig(max_iterations=2, executed_steps=4, confidence=0.7, deadline_s=0.05, seed=3),
-        DecodingConfig(tolerance_bins=2, stable_iterations=2),
-        DecodingConfig(tolerance_bins=(1, 1, 1, 2, 2, 2, 0)),
+        DecodingConfig(max_iterations=2, watch="executed", confidence=0.7, deadline_s=0.05, seed=3),
+        DecodingConfig(method="ar", guess="mid", window=3),
     ],
 )
 def test_survives_draccus(config: DecodingConfig, tmp_path) -> None:
@@ -96,6 +121,5 @@ def test_survives_draccus(config: DecodingConfig, tmp_path) -> None:
 
 
 def test_can_be_set_from_the_command_line() -> None:
-    parsed = draccus.parse(Holder, args=["--decoding.max_iterations=3", "--decoding.tolerance_bins=[1,0]"])
-    assert parsed.decoding == DecodingConfig(max_iterations=3, tolerance_bins=(1, 0))
-    assert draccus.parse(Holder, args=["--decoding.tolerance_bins=2"]).decoding.tolerance_bins == 2
+    parsed = draccus.parse(Holder, args=["--decoding.max_iterations=3", "--decoding.watch=executed"])
+    assert parsed.decoding == DecodingConfig(max_iterations=3, watch="executed")

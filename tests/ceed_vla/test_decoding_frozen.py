@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from decoders import greedy, jacobi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ceed_vla.action_tokens import ActionTokenizer
-from ceed_vla.decoding import DecodingConfig, decode_autoregressive, decode_block, decode_jacobi
+from ceed_vla.decoding import DecodingConfig, decode_block
 from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.tokens.uniform import ActionTokenizer
 
-AR, STRICT = DecodingConfig(method="ar"), DecodingConfig()
 A = 7
 
 
@@ -40,7 +40,7 @@ def forced_llama(backbone, observation, frozen: Tensor, n: int) -> Tensor:
 def assert_continues(backbone, prefix, frozen: Tensor, answer: Tensor, dim: int, seed: int) -> None:
     """AR and strict Jacobi, from several guesses, both give `answer` (B, n)."""
     (batch, n), given = answer.shape, frozen.shape[1]
-    ar = decode_autoregressive(backbone, prefix, AR, action_dim=dim, frozen=frozen)
+    ar = greedy(backbone, prefix, tokens_per_step=dim, frozen=frozen)
     assert torch.equal(ar.tokens, answer)
     assert ar.forwards == (n - given if given else n - 1)
     assert ar.exact.all()
@@ -51,9 +51,7 @@ def assert_continues(backbone, prefix, frozen: Tensor, answer: Tensor, dim: int,
         answer.roll(1, dims=1),
     ):
         kept = guess.clone()
-        result = decode_jacobi(
-            backbone, prefix, guess, STRICT, action_dim=dim, frozen=frozen, record_states=True
-        )
+        result = jacobi(backbone, prefix, guess, tokens_per_step=dim, frozen=frozen, record_states=True)
         assert torch.equal(result.tokens, answer)
         assert torch.equal(guess, kept)
         assert result.exit_reason == ["converged"] * batch
@@ -96,16 +94,16 @@ def test_llama_ar_and_jacobi_continue_the_frozen_steps(llama, seed, batch, layou
 def test_freezing_the_own_answer_changes_nothing_and_a_new_decode_forgets_it(toy) -> None:
     backbone, observation = toy(3, 2, 28, 255)
     prefix = backbone.prefill(observation)
-    answer = decode_autoregressive(backbone, prefix, AR).tokens
+    answer = greedy(backbone, prefix).tokens
     other = random_tokens(0, 2, 28, 255)
     for steps in range(1, 4):
         frozen = answer[:, : steps * A]
-        same = decode_jacobi(backbone, prefix, other, STRICT, action_dim=A, frozen=frozen)
-        changed = decode_jacobi(backbone, prefix, other, STRICT, action_dim=A, frozen=(frozen + 1) % 255)
+        same = jacobi(backbone, prefix, other, tokens_per_step=A, frozen=frozen)
+        changed = jacobi(backbone, prefix, other, tokens_per_step=A, frozen=(frozen + 1) % 255)
         assert torch.equal(same.tokens, answer)
         assert not torch.equal(changed.tokens[:, steps * A :], answer[:, steps * A :])
     for frozen in (None, answer[:, :0]):
-        again = decode_jacobi(backbone, prefix, other, STRICT, action_dim=A, frozen=frozen)
+        again = jacobi(backbone, prefix, other, tokens_per_step=A, frozen=frozen)
         assert torch.equal(again.tokens, answer)
 
 
@@ -113,12 +111,12 @@ def test_frozen_steps_cost_no_forward_and_are_not_recomputed(toy) -> None:
     backbone, observation = toy(4, 1, 28, 255)
     prefix = backbone.prefill(observation)
     frozen = random_tokens(0, 1, 14, 255)
-    answer = decode_autoregressive(backbone, prefix, AR, action_dim=A, frozen=frozen).tokens
+    answer = greedy(backbone, prefix, tokens_per_step=A, frozen=frozen).tokens
     backbone.calls.clear()
-    right = decode_jacobi(backbone, prefix, answer, STRICT, action_dim=A, frozen=frozen)
+    right = jacobi(backbone, prefix, answer, tokens_per_step=A, frozen=frozen)
     assert (right.forwards, backbone.calls) == (1, [27])
     backbone.calls.clear()
-    decode_jacobi(backbone, prefix, (answer + 1) % 255, STRICT, action_dim=A, frozen=frozen)
+    jacobi(backbone, prefix, (answer + 1) % 255, tokens_per_step=A, frozen=frozen)
     assert backbone.calls[0] == 27
     assert all(length <= 13 for length in backbone.calls[1:])  # slots 14 .. 26 read at most
     assert prefix.cache.committed >= 14
@@ -129,23 +127,22 @@ def test_only_the_steps_behind_the_frozen_ones_must_converge(toy, executed: int)
     backbone, observation = toy(5, 1, 28, 255)
     prefix = backbone.prefill(observation)
     frozen, guess = random_tokens(0, 1, 14, 255), random_tokens(1, 1, 28, 255)
-    answer = decode_autoregressive(backbone, prefix, AR, action_dim=A, frozen=frozen).tokens
+    answer = greedy(backbone, prefix, tokens_per_step=A, frozen=frozen).tokens
     backbone.calls.clear()
-    result = decode_jacobi(
-        backbone, prefix, guess, DecodingConfig(executed_steps=executed), action_dim=A, frozen=frozen
-    )
+    result = jacobi(backbone, prefix, guess, tokens_per_step=A, executed_steps=executed, frozen=frozen)
     end = min(14 + executed * A, 28)
     assert torch.equal(result.tokens[:, :end], answer[:, :end])
     assert result.exit_reason == ["stable" if end < 28 else "converged"]
     assert end <= int(result.exact_tokens[0]) <= 28
     start = 14  # after the first iteration at least the frozen tokens are committed
     assert max(backbone.calls[1:]) <= end - 1 - start
-    ar = decode_autoregressive(
+    ar = greedy(
         backbone,
         prefix,
-        DecodingConfig(method="ar", executed_steps=executed),
-        guess,
-        action_dim=A,
+        DecodingConfig(method="ar", watch="executed"),
+        guess=guess,
+        tokens_per_step=A,
+        executed_steps=executed,
         frozen=frozen,
     )
     assert torch.equal(ar.tokens, torch.cat([answer[:, :end], guess[:, end:]], dim=1))
@@ -153,20 +150,17 @@ def test_only_the_steps_behind_the_frozen_ones_must_converge(toy, executed: int)
     assert ar.exact_tokens.tolist() == [end]
 
 
-def test_tolerance_and_confidence_watch_only_the_free_steps(toy) -> None:
+def test_confidence_watches_only_the_free_steps(toy) -> None:
     backbone, observation = toy(6, 3, 28, 255)
     prefix = backbone.prefill(observation)
     frozen, guess = random_tokens(0, 3, 7, 255), random_tokens(1, 3, 28, 255)
     guess[:, :7] = (frozen + 100) % 255  # the guess of a frozen slot is never looked at
-    loose = DecodingConfig(tolerance_bins=254, executed_steps=1)
-    result = decode_jacobi(backbone, prefix, guess, loose, action_dim=A, frozen=frozen)
-    assert result.forwards == 1
-    assert torch.equal(result.tokens[:, :7], frozen)
     sure = DecodingConfig(confidence=1e-6)
-    result = decode_jacobi(backbone, prefix, guess, sure, action_dim=A, frozen=frozen)
+    result = jacobi(backbone, prefix, guess, sure, tokens_per_step=A, frozen=frozen)
     assert result.exit_reason == ["confidence"] * 3
+    assert torch.equal(result.tokens[:, :7], frozen)
     unsure = DecodingConfig(confidence=1.0)
-    result = decode_jacobi(backbone, prefix, guess, unsure, action_dim=A, frozen=frozen)
+    result = jacobi(backbone, prefix, guess, unsure, tokens_per_step=A, frozen=frozen)
     assert result.exit_reason == ["converged"] * 3
 
 
@@ -174,11 +168,17 @@ def test_cap_and_deadline_keep_the_frozen_steps_and_the_first_free_token(toy) ->
     backbone, observation = toy(7, 2, 28, 255)
     prefix = backbone.prefill(observation)
     frozen, guess = random_tokens(0, 2, 14, 255), random_tokens(1, 2, 28, 255)
-    answer = decode_autoregressive(backbone, prefix, AR, action_dim=A, frozen=frozen).tokens
+    answer = greedy(backbone, prefix, tokens_per_step=A, frozen=frozen).tokens
     times = iter(range(100))
     for config in (DecodingConfig(max_iterations=1), DecodingConfig(deadline_s=1.5)):
-        result = decode_jacobi(
-            backbone, prefix, guess, config, action_dim=A, frozen=frozen, clock=lambda: float(next(times))
+        result = jacobi(
+            backbone,
+            prefix,
+            guess,
+            config,
+            tokens_per_step=A,
+            frozen=frozen,
+            clock=lambda: float(next(times)),
         )
         assert result.forwards == 1
         assert torch.equal(result.tokens[:, :15], answer[:, :15])
@@ -194,9 +194,16 @@ def test_decode_block_freezes_for_both_methods(toy) -> None:
     frozen = previous[:, 14:21]
     results = [
         decode_block(
-            backbone, prefix, config, tokenizer=tokenizer, previous=previous, shift_steps=2, frozen=frozen
+            backbone,
+            prefix,
+            tokenizer,
+            name,
+            previous=previous,
+            shift_steps=2,
+            executed_steps=3,
+            frozen=frozen,
         )
-        for config in (AR, STRICT, DecodingConfig(guess="random"), DecodingConfig(executed_steps=3))
+        for name in ("ar", "jacobi", "jacobi_random", "jacobi_h")
     ]
     for result in results:
         assert torch.equal(result.tokens, results[0].tokens)
@@ -221,12 +228,6 @@ def test_bad_frozen_prefixes_are_named(toy, method: str) -> None:
     }
     for message, frozen in bad.items():
         with pytest.raises(TokenError, match=message):
-            decode_block(backbone, prefix, DecodingConfig(method=method), tokenizer=tokenizer, frozen=frozen)
+            decode_block(backbone, prefix, tokenizer, method, frozen=frozen)
     with pytest.raises(ConfigError, match="executed_steps is 3"):
-        decode_block(
-            backbone,
-            prefix,
-            DecodingConfig(method=method, executed_steps=3),
-            tokenizer=tokenizer,
-            frozen=good,
-        )
+        decode_block(backbone, prefix, tokenizer, f"{method}_h", executed_steps=3, frozen=good)

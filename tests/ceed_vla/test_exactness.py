@@ -6,15 +6,15 @@ import itertools
 
 import pytest
 import torch
+from decoders import STRICT, greedy, jacobi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ceed_vla.backbones.compact import CompactBackbone
-from ceed_vla.decoding import DecodingConfig, decode_autoregressive, decode_jacobi, make_guess
-
-AR = DecodingConfig(method="ar")
-STRICT = DecodingConfig(method="jacobi")
+from ceed_vla.backbones.compact.config import CompactConfig
+from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.decoding import DecodingConfig
+from ceed_vla.tokens.uniform import ActionTokenizer, UniformTokensConfig
 
 
 def uncached_toy(backbone, observation, n: int) -> Tensor:
@@ -39,21 +39,19 @@ def every_guess(
 ) -> dict[str, Tensor]:
     """All kinds of first states, from hopeless to the answer itself."""
     generator = torch.Generator().manual_seed(seed)
-    zero = torch.randint(vocabulary, (dim,), generator=generator)
+    tokens = ActionTokenizer([-1.0] * dim, [2.0] * dim, n // dim, num_bins=vocabulary)
     previous = torch.randint(vocabulary, (batch, n), generator=generator)
     fresh_row = previous.clone()
     fresh_row[0] = -1
     almost = answer.clone()
     almost[:, n // 2] = (almost[:, n // 2] + 1) % vocabulary
-    shift = n // dim // 2 * dim
+    shift = n // dim // 2
     return {
-        "random": make_guess("random", batch, n, vocabulary, zero, generator=generator),
-        "mid": make_guess("mid", batch, n, vocabulary, zero),
-        "previous": make_guess("previous", batch, n, vocabulary, zero, previous, shift),
-        "previous, new episode in row 0": make_guess(
-            "previous", batch, n, vocabulary, zero, fresh_row, shift
-        ),
-        "nothing before": make_guess("previous", batch, n, vocabulary, zero, None, shift),
+        "random": tokens.guess("random", batch, generator=generator),
+        "mid": tokens.guess("mid", batch),
+        "previous": tokens.guess("previous", batch, previous, shift),
+        "previous, new episode in row 0": tokens.guess("previous", batch, fresh_row, shift),
+        "nothing before": tokens.guess("previous", batch, None, shift),
         "answer": answer,
         "one wrong": almost,
     }
@@ -62,14 +60,14 @@ def every_guess(
 def assert_strict(backbone, prefix, answer: Tensor, dim: int, seed: int, vocabulary: int) -> None:
     batch, n = answer.shape
     for name, guess in every_guess(batch, n, dim, vocabulary, seed, answer).items():
-        result = decode_jacobi(backbone, prefix, guess, STRICT, action_dim=dim)
+        result = jacobi(backbone, prefix, guess, tokens_per_step=dim)
         assert torch.equal(result.tokens, answer), name
         assert result.exact.all()
         assert result.exact_tokens.tolist() == [n] * batch
         assert result.exit_reason == ["converged"] * batch
         assert result.forwards == result.iterations.max() <= n
     if n > 1:
-        verified = decode_jacobi(backbone, prefix, answer, STRICT, action_dim=dim)
+        verified = jacobi(backbone, prefix, answer, tokens_per_step=dim)
         assert verified.iterations.tolist() == [1] * batch
 
 
@@ -85,7 +83,7 @@ def test_toy_jacobi_is_cached_and_uncached_ar(toy, seed, batch, dim, steps, voca
     n = dim * steps
     backbone, observation = toy(seed, batch, n, vocabulary)
     prefix = backbone.prefill(observation)
-    ar = decode_autoregressive(backbone, prefix, AR)
+    ar = greedy(backbone, prefix)
     assert torch.equal(ar.tokens, uncached_toy(backbone, observation, n))
     assert ar.forwards == n - 1
     assert ar.exact.all()
@@ -108,27 +106,18 @@ def test_llama_jacobi_is_cached_ar_uncached_ar_and_generate(
     backbone, observation = llama(seed, batch, n, vocabulary)
     with torch.inference_mode():
         prefix = backbone.prefill(observation)
-        ar = decode_autoregressive(backbone, prefix, AR)
+        ar = greedy(backbone, prefix)
         assert torch.equal(ar.tokens, generate(backbone, observation))
         assert torch.equal(ar.tokens, uncached_llama(backbone, observation, n))
         assert_strict(backbone, prefix, ar.tokens, dim, seed, vocabulary)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_compact_backbone_jacobi_is_ar_and_teacher_forcing(batch: int) -> None:
+def test_compact_backbone_jacobi_is_ar_and_teacher_forcing(batch: int, depth_is_a_shorter_model) -> None:
     torch.manual_seed(batch)
-    backbone = CompactBackbone(
-        cameras=("observation.images.front",),
-        state_dim=5,
-        block_length=21,
-        vocabulary_size=255,
-        image_size=32,
-        stem_channels=(8, 8, 8, 8),
-        width=32,
-        layers=2,
-        heads=2,
-        mlp_width=48,
-    ).eval()
+    sizes = CompactConfig(image_size=32, stem_channels=[8] * 4, width=32, layers=3, heads=2, mlp_width=48)
+    shape = PolicyShape({"observation.images.front": (3, 32, 32)}, 5, 7, 3, UniformTokensConfig())
+    backbone = sizes.build(shape).eval()
     for parameter in backbone.parameters():  # wide enough for every token to depend on those before it
         torch.nn.init.normal_(parameter, std=0.4)
     observation = {
@@ -138,10 +127,15 @@ def test_compact_backbone_jacobi_is_ar_and_teacher_forcing(batch: int) -> None:
     }
     with torch.no_grad():
         prefix = backbone.prefill(observation)
-        ar = decode_autoregressive(backbone, prefix, AR).tokens
+        ar = greedy(backbone, prefix).tokens
         _, (forced,) = backbone.packed_logits(backbone.embed_prefix(observation), [ar])
         assert torch.equal(forced.argmax(-1), ar)
         assert_strict(backbone, prefix, ar, 7, 0, 255)
+    depth_is_a_shorter_model(backbone, observation)
+
+
+def test_a_llama_trains_and_is_cut_short(llama, keeps_the_contract) -> None:
+    keeps_the_contract(*llama(7, 3, 14, 31))
 
 
 def test_models_are_not_trivial(toy, llama) -> None:
@@ -150,11 +144,11 @@ def test_models_are_not_trivial(toy, llama) -> None:
         backbone, observation = make(3, 4, 56, 255)
         with torch.inference_mode():
             prefix = backbone.prefill(observation)
-            answer = decode_autoregressive(backbone, prefix, AR).tokens
-            other = decode_jacobi(
-                backbone, prefix, (answer + 1) % 255, DecodingConfig(max_iterations=1), action_dim=7
+            answer = greedy(backbone, prefix).tokens
+            other = jacobi(
+                backbone, prefix, (answer + 1) % 255, DecodingConfig(max_iterations=1), tokens_per_step=7
             )
-            strict = decode_jacobi(backbone, prefix, (answer + 1) % 255, STRICT, action_dim=7)
+            strict = jacobi(backbone, prefix, (answer + 1) % 255, tokens_per_step=7)
         assert len(answer.unique()) > 20
         assert (other.tokens != answer).float().mean() > 0.5
         assert strict.forwards > 10
@@ -166,8 +160,8 @@ def test_roll_back_equals_a_fresh_prefill(kind: str, request: pytest.FixtureRequ
     tokens = torch.randint(31, (2, 14), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         used = backbone.prefill(observation)
-        decode_jacobi(backbone, used, tokens, DecodingConfig(max_iterations=3), action_dim=7)
-        decode_autoregressive(backbone, used, AR)
+        jacobi(backbone, used, tokens, DecodingConfig(max_iterations=3), tokens_per_step=7)
+        greedy(backbone, used)
         used.cache.roll_back()
         fresh = backbone.prefill(observation)
         assert used.cache.length == fresh.cache.length == fresh.cache.prefix_length
@@ -193,13 +187,14 @@ def test_batch_rows_do_not_influence_each_other(toy) -> None:
     guess = torch.randint(17, (4, 28), generator=torch.Generator().manual_seed(1))
     for config in (
         STRICT,
-        DecodingConfig(tolerance_bins=2),
-        DecodingConfig(executed_steps=2, max_iterations=6),
+        DecodingConfig(confidence=0.5),
+        DecodingConfig(watch="executed", max_iterations=6),
     ):
-        together = decode_jacobi(backbone, backbone.prefill(observation), guess, config, action_dim=7)
+        request = {"tokens_per_step": 7, "executed_steps": 2 if config.watch == "executed" else None}
+        together = jacobi(backbone, backbone.prefill(observation), guess, config, **request)
         for row in range(4):
             prefix = backbone.prefill({"prefix": observation["prefix"][row : row + 1]})
-            alone = decode_jacobi(backbone, prefix, guess[row : row + 1], config, action_dim=7)
+            alone = jacobi(backbone, prefix, guess[row : row + 1], config, **request)
             assert torch.equal(alone.tokens[0], together.tokens[row])
             assert alone.iterations[0] == together.iterations[row]
             assert alone.exit_reason[0] == together.exit_reason[row]
@@ -207,14 +202,14 @@ def test_batch_rows_do_not_influence_each_other(toy) -> None:
 
 
 def test_exact_tokens_are_exact_under_every_early_exit(toy) -> None:
-    caps, tolerances, steps = (1, 2, 5, None), (0, 3), (None, 1, 3)
-    for seed, (cap, tolerance, executed) in enumerate(itertools.product(caps, tolerances, steps)):
+    caps, confidences, steps = (1, 2, 5, None), (None, 0.5), (None, 1, 3)
+    for seed, (cap, confidence, executed) in enumerate(itertools.product(caps, confidences, steps)):
         backbone, observation = toy(seed, 3, 35, 17)
         prefix = backbone.prefill(observation)
-        answer = decode_autoregressive(backbone, prefix, AR).tokens
+        answer = greedy(backbone, prefix).tokens
         guess = torch.randint(17, (3, 35), generator=torch.Generator().manual_seed(seed))
-        config = DecodingConfig(max_iterations=cap, tolerance_bins=tolerance, executed_steps=executed)
-        result = decode_jacobi(backbone, prefix, guess, config, action_dim=7)
+        config = DecodingConfig(max_iterations=cap, confidence=confidence)
+        result = jacobi(backbone, prefix, guess, config, tokens_per_step=7, executed_steps=executed)
         for row in range(3):
             proven = int(result.exact_tokens[row])
             assert proven >= 1 + int(result.iterations[row])

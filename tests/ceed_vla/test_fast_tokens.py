@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_block
-from ceed_vla.decoding.grammar import Grammar
 from ceed_vla.errors import CheckpointError, ConfigError, MalformedChunkError, TokenError
-from ceed_vla.fast_codec import FastCodec, cosine_basis
-from ceed_vla.fast_tokens import FastTokenizer
-from ceed_vla.fast_tokens_config import FastTokensConfig
+from ceed_vla.tokens.fast import FastTokenizer, FastTokensConfig
+from ceed_vla.tokens.fast_codec import FastCodec, cosine_basis
+from ceed_vla.tokens.grammar import Grammar
 
 STEPS, DIM = 8, 7
 LOW, HIGH = [-1.0] * 6 + [0.0], [1.0] * 5 + [2.0, 1.0]
@@ -42,7 +41,7 @@ def smooth_chunks(count: int, seed: int = 0) -> Tensor:
 
 @pytest.fixture(scope="module")
 def tokens() -> FastTokensConfig:
-    config = FastTokensConfig(vocabulary_size=300, action_low=LOW, action_high=HIGH)
+    config = FastTokensConfig(most_ids=300, action_low=LOW, action_high=HIGH)
     config.fit_chunks(smooth_chunks(600))
     return config
 
@@ -78,7 +77,7 @@ def test_round_trip_errs_by_the_rounding_alone(tokenizer: FastTokenizer) -> None
 
 
 def test_blocks_are_much_shorter_than_one_token_a_value(tokenizer: FastTokenizer) -> None:
-    lengths = (tokenizer.encode(smooth_chunks(200, seed=2)) != tokenizer.stop_token).sum(1).float()
+    lengths = (tokenizer.encode(smooth_chunks(200, seed=2)) != tokenizer.stop).sum(1).float()
     assert lengths.mean() < 0.6 * STEPS * DIM
     assert lengths.max() < tokenizer.block_length
 
@@ -127,9 +126,9 @@ def test_codec_refuses_what_cannot_be_fitted() -> None:
 
 def test_blocks_are_padded_with_the_stop_token_and_read_up_to_it(tokenizer: FastTokenizer) -> None:
     block = tokenizer.encode(smooth_chunks(1))
-    length = int((block != tokenizer.stop_token).sum())
+    length = int((block != tokenizer.stop).sum())
     assert block.shape == (1, tokenizer.block_length)
-    assert bool((block[0, length:] == tokenizer.stop_token).all())
+    assert bool((block[0, length:] == tokenizer.stop).all())
     noisy = block.clone()
     noisy[0, length + 1 :] = 3
     assert torch.equal(tokenizer.decode(noisy), tokenizer.decode(block))
@@ -139,8 +138,8 @@ def test_blocks_are_padded_with_the_stop_token_and_read_up_to_it(tokenizer: Fast
 
 def test_malformed_blocks_are_counted_errors(tokenizer: FastTokenizer) -> None:
     block = tokenizer.encode(smooth_chunks(3))
-    block[1, 2:] = tokenizer.stop_token
-    block[2, 0] = tokenizer.num_bins + 4
+    block[1, 2:] = tokenizer.stop
+    block[2, 0] = tokenizer.vocabulary_size + 4
     with pytest.raises(MalformedChunkError, match=r"2 of 3 chunks are malformed, the first in row 1"):
         tokenizer.decode(block)
     assert tokenizer.malformed == 2
@@ -211,8 +210,8 @@ Toy = Callable[[int, int, int, int], tuple[Any, dict[str, Tensor]]]
 def toy_decode(
     toy: Toy, tokenizer: FastTokenizer, seed: int, config: DecodingConfig, **more: Any
 ) -> DecodeResult:
-    backbone, observation = toy(seed, 3, tokenizer.block_length, tokenizer.num_bins)
-    return decode_block(backbone, backbone.prefill(observation), config, tokenizer=tokenizer, **more)
+    backbone, observation = toy(seed, 3, tokenizer.block_length, tokenizer.vocabulary_size)
+    return decode_block(backbone, backbone.prefill(observation), tokenizer, config, **more)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -225,7 +224,7 @@ def test_jacobi_is_greedy_under_the_grammar_and_always_a_chunk(
         DecodingConfig(guess="mid"),
         DecodingConfig(guess="random", window=5),
         DecodingConfig(guess="random", max_iterations=2),  # goes on, as two iterations give no chunk
-        DecodingConfig(executed_steps=2),  # every step needs every token
+        DecodingConfig(watch="executed"),  # every step needs every token
     ):
         result = toy_decode(toy, tokenizer, seed, config, record_states=True)
         assert torch.equal(result.tokens, greedy.tokens), config
@@ -244,8 +243,8 @@ def test_a_cap_ends_where_every_row_holds_a_chunk(toy: Toy, tokenizer: FastToken
     assert tokenizer.readable(result.tokens).all()
     with pytest.raises(ConfigError, match="none can be frozen"):
         toy_decode(toy, tokenizer, 0, config, frozen=greedy.tokens[:, :7])
-    with pytest.raises(ConfigError, match="neither bins nor steps"):
-        toy_decode(toy, tokenizer, 0, DecodingConfig(tolerance_bins=1))
+    with pytest.raises(ConfigError, match="are no bins"):
+        toy_decode(toy, tokenizer, 0, DecodingConfig(confidence=0.5))
 
 
 # ---- configuration, training ----------------------------------------------------------------------------------------
@@ -258,14 +257,18 @@ def test_tokens_must_be_fitted_for_the_policys_chunk(tokens: FastTokensConfig) -
         tokens.build(4, DIM)
     with pytest.raises(ConfigError, match="have 7 values, the action has 6"):
         tokens.validate_features(6)
-    with pytest.raises(ConfigError, match="vocabulary_size is 1"):
-        FastTokensConfig(vocabulary_size=1)
+    with pytest.raises(ConfigError, match="most_ids is 1"):
+        FastTokensConfig(most_ids=1)
 
 
 def test_file_holds_the_tokens(tokens: FastTokensConfig, tmp_path: Path) -> None:
     file = tokens.write(tmp_path / "deep" / "tokens.json")
     read = FastTokensConfig(path=str(file))
-    assert read.build(STEPS, DIM).num_bins == tokens.build(STEPS, DIM).num_bins == tokens.vocabulary
+    assert (
+        read.build(STEPS, DIM).vocabulary_size
+        == tokens.build(STEPS, DIM).vocabulary_size
+        == tokens.vocabulary_size
+    )
     chunks = smooth_chunks(5)
     assert torch.equal(read.build(STEPS, DIM).encode(chunks), tokens.build(STEPS, DIM).encode(chunks))
     file.write_text("{}")

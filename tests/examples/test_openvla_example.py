@@ -90,7 +90,7 @@ def test_forwards_fall_by_a_quarter_from_both_starts(flags: tuple[str, ...], tmp
 @pytest.mark.timeout(600)
 def test_the_example_takes_a_folder_and_its_data(tmp_path: Path) -> None:
     pytest.importorskip("mujoco")
-    from ceed_vla.backbones.openvla_tiny import write_openvla
+    from benchmarks.models.openvla import write_openvla
     from sim.record import record
     from sim.recording.config import RecordConfig
 

@@ -80,12 +80,12 @@ def test_the_backbone_has_60_lines() -> None:
 
 
 def test_the_check_finds_what_is_wrong(own: Any) -> None:
-    decoding = DecodingConfig(executed_steps=1)
+    decoding = DecodingConfig(watch="executed")
     sizes = {"chunk_size": 2, "n_action_steps": 1, "decoding": decoding, "auxiliary_scale": []}
     config = tabletop_config(backbone=own.OwnConfig(), **sizes)
     own.check(config)
     torch.manual_seed(0)
-    backbone = config.backbone.build(config).eval()
+    backbone = config.backbone.build(config.shape).eval()
     for parameter in backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     observation = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import signal
@@ -41,14 +40,14 @@ class Graph:
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self.node)
 
-    def start(self, name: str, *arguments: str, module: str | None = None) -> subprocess.Popen[bytes]:
-        """Start ``python -m ros_nodes.<name> --ros-args <arguments>``; its output goes to a file."""
+    def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start policy_node or sim_node (a digit makes another one) with ``--ros-args``; its output goes to a file."""
         environment = os.environ | {
             "ROS_DOMAIN_ID": str(self.domain),
             "ROS_LOG_DIR": str(self.folder / "log"),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{self.folder}",
         }
-        module = module or name.rstrip("0123456789")
+        module = {"p": "robot.policy_node", "s": "simulated.sim_node"}[name[0]]
         with (self.folder / f"{name}.txt").open("ab") as output:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", f"ros_nodes.{module}", "--ros-args", *arguments],
@@ -217,15 +216,3 @@ def graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Graph]:
     made = Graph(tmp_path)
     yield made
     made.close()
-
-
-@pytest.fixture(scope="session")
-def make_loop() -> Any:
-    """`loop.Loop`; with import-mode importlib a test file imports no other."""
-    found = importlib.util.spec_from_file_location("controller_loop", Path(__file__).with_name("loop.py"))
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module  # dataclasses look themselves up
-    found.loader.exec_module(module)
-    return module.Loop

@@ -13,19 +13,20 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from builtin_interfaces.msg import Time
 from sensor_msgs.msg import Image, JointState
 
-from ros_nodes.chunk_stream import ChunkStream
-from ros_nodes.controller import PolicyController
-from ros_nodes.messages import array_to_image
-from ros_nodes.motion import JointPositions
-from ros_nodes.observations import Observations
-from ros_nodes.predictor import PolicySpec, Request, Response
-from ros_nodes.robot_config import Action, Arm, ImageSource, Interface, Limits, RobotConfig
-from ros_nodes.safety import JOINT_STATES, Decision, SafetyFilter, SafetyLimits
+from ros_nodes.robot.chunk_stream import ChunkStream
+from ros_nodes.robot.controller import PolicyController
+from ros_nodes.robot.messages import array_to_image
+from ros_nodes.robot.motion import JointPositions
+from ros_nodes.robot.observations import Observations
+from ros_nodes.robot.predictor import PolicySpec, Request, Response
+from ros_nodes.robot.robot_config import Action, Arm, ImageSource, Limits, RobotConfig
+from ros_nodes.robot.safety import JOINT_STATES, Decision, SafetyFilter, SafetyLimits
 
 FEATURE = "observation.images.front"
 JOINTS = ("shoulder", "elbow")
 M, H, DT, RATE = 8, 4, 0.1, 100.0
 CLIMB = 0.02  # what the policy wants each step [rad]
+EVEN = CLIMB / (RATE * DT)  # change per tick while nothing disturbs [rad]
 PIXELS = np.zeros((4, 4, 3), np.uint8)
 
 
@@ -40,7 +41,7 @@ def robot() -> RobotConfig:
         gripper=None,
         action=Action("joint_position", DT),
         limits=Limits((-9.0, -9.0), (9.0, 9.0), (5.0, 5.0), (9.0, 9.0)),
-        interfaces={"forward_position": Interface("forward_position", "commands")},
+        interfaces={},
     )
 
 
@@ -190,7 +191,7 @@ class Loop:
     def _image(self) -> None:
         if self.cameras:
             image: Image = array_to_image(PIXELS, stamp(self.now), "camera")
-            self.observations.take_image(self.observations.cameras[0], image)
+            self.observations.cameras[0].take(image)
 
     @property
     def path(self) -> np.ndarray:

@@ -17,8 +17,8 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Float64MultiArray, String
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.bag import BagWriter, message_definition, read_messages, record
-from ros_nodes.messages import COMMAND, LATCHED, SENSOR
+from ros_nodes.demo.bag import BagWriter, message_definition, read_messages, record
+from ros_nodes.robot.messages import COMMAND, LATCHED, SENSOR
 
 
 def test_definitions_contain_all_the_types_they_use() -> None:

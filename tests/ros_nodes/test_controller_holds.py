@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,37 +9,25 @@ from hypothesis import strategies as st
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
-from builtin_interfaces.msg import Time
 from sensor_msgs.msg import JointState
 
-from ros_nodes.messages import array_to_image
-from ros_nodes.safety import SafetyFilter
-
-JOINTS = ("shoulder", "elbow")
-M, H, DT, RATE = 8, 4, 0.1, 100.0  # of the loop in conftest.py
-CLIMB = 0.02  # what its policy wants each step [rad]
-
-EVEN = CLIMB * 1.0 / (RATE * DT)  # change per tick while nothing disturbs
-
+from ros_nodes.robot.messages import array_to_image
+from ros_nodes.robot.safety import SafetyFilter
+from tests.ros_nodes.loop import JOINTS, Loop, stamp
 
 # ---- nobody knows where the arm is --------------------------------------------------------------------------------
 
 
-def stamp(now: float) -> Time:
-    return Time(sec=int(now), nanosec=int(1e9 * (now % 1)))
-
-
-def hold_code(loop: Any) -> str:
-    assert loop.controller.hold is not None
+def hold_code(loop: Loop) -> str:
     return loop.controller.hold.code
 
 
-def sent_since(loop: Any, count: int) -> list[np.ndarray]:
+def sent_since(loop: Loop, count: int) -> list[np.ndarray]:
     return [d.positions for _, d in loop.sent[count:] if d is not None and d.positions is not None]
 
 
-def test_enable_waits_for_fresh_joint_states_and_starts_from_them(make_loop: Any) -> None:
-    loop = make_loop()
+def test_enable_waits_for_fresh_joint_states_and_starts_from_them() -> None:
+    loop = Loop()
     loop.run(1.0)
     loop.controller.disable()
     loop.run(0.1)
@@ -49,7 +35,6 @@ def test_enable_waits_for_fresh_joint_states_and_starts_from_them(make_loop: Any
     loop.run(0.5)
     loop.position = np.array([0.7, -0.4])  # by hand, and nobody saw it
     refused = loop.controller.enable(loop.now)
-    assert refused is not None
     assert refused.code == "stale"
     assert "joint_states is 0.5" in refused.detail
     assert "the limit is 0.20 s" in refused.detail
@@ -68,8 +53,8 @@ def test_enable_waits_for_fresh_joint_states_and_starts_from_them(make_loop: Any
     assert rest
 
 
-def test_without_joint_states_an_enabled_start_says_so_and_sends_nothing(make_loop: Any) -> None:
-    loop = make_loop(enable=False)
+def test_without_joint_states_an_enabled_start_says_so_and_sends_nothing() -> None:
+    loop = Loop(enable=False)
     loop.safety = loop.controller._safety = SafetyFilter(loop.safety.limits)
     loop.observations.forget()
     loop.states = False
@@ -83,10 +68,8 @@ def test_without_joint_states_an_enabled_start_says_so_and_sends_nothing(make_lo
 
 
 @pytest.mark.parametrize("pause", [0.5, 4.0, 8.0])
-def test_after_a_hold_without_joint_states_the_old_pose_is_never_sent_again(
-    make_loop: Any, pause: float
-) -> None:
-    loop = make_loop()
+def test_after_a_hold_without_joint_states_the_old_pose_is_never_sent_again(pause: float) -> None:
+    loop = Loop()
     loop.run(1.0)
     loop.states, loop.follows = False, False
     loop.run(pause)
@@ -106,8 +89,8 @@ def test_after_a_hold_without_joint_states_the_old_pose_is_never_sent_again(
     assert np.abs(np.array(sent_since(loop, count)) - held).max(axis=1).min() > 0.4
 
 
-def test_out_of_a_conflict_and_out_of_a_stop_motion_waits_for_joint_states(make_loop: Any) -> None:
-    loop = make_loop()
+def test_out_of_a_conflict_and_out_of_a_stop_motion_waits_for_joint_states() -> None:
+    loop = Loop()
     loop.run(1.0)
     for silence in ("conflict", "estop"):
         held = loop.path[-1]
@@ -136,8 +119,8 @@ def test_out_of_a_conflict_and_out_of_a_stop_motion_waits_for_joint_states(make_
         loop.run(1.0)
 
 
-def test_implausible_joint_states_hold_until_an_operator_enables(make_loop: Any) -> None:
-    loop = make_loop()
+def test_implausible_joint_states_hold_until_an_operator_enables() -> None:
+    loop = Loop()
     loop.run(1.0)
     held, true = loop.path[-1], loop.position
     loop.follows, loop.position = False, true + [1.0, 0.0]
@@ -161,8 +144,8 @@ STRANGE = (float("nan"), float("inf"), 1e308, -1e308, 1e9, 57.3, 1.0, 0.0)
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_strange_messages_hold_and_raise_nothing(make_loop: Any, data: st.DataObject) -> None:
-    loop = make_loop()
+def test_strange_messages_hold_and_raise_nothing(data: st.DataObject) -> None:
+    loop = Loop()
     loop.run(0.3)
     for _ in range(data.draw(st.integers(1, 6))):
         names = data.draw(st.lists(st.sampled_from([*JOINTS, "", "x" * 10_000]), max_size=5))
@@ -176,7 +159,7 @@ def test_strange_messages_hold_and_raise_nothing(make_loop: Any, data: st.DataOb
         image.encoding = data.draw(st.sampled_from(["rgb8", "", "mono16", "x" * 10_000]))
         loop.safety.measure(state.name, state.position, loop.now)
         loop.observations.take_joints(state)
-        loop.observations.take_image(loop.observations.cameras[0], image)
+        loop.observations.cameras[0].take(image)
         decision = loop.controller.tick(loop.now, loop.now)
         loop.controller.after_tick(loop.now)
         loop.controller.observed(loop.now)
@@ -187,15 +170,15 @@ def test_strange_messages_hold_and_raise_nothing(make_loop: Any, data: st.DataOb
 # ---- what the policy does not take ----------------------------------------------------------------------------------
 
 
-def test_a_refused_instruction_holds_at_once_and_is_asked_once(make_loop: Any) -> None:
-    loop = make_loop()
+def test_a_refused_instruction_holds_at_once_and_is_asked_once() -> None:
+    loop = Loop()
     loop.run(1.0)
     loop.policy.error = ("The instruction has 600 words.", "bad_instruction")
     loop.controller.instruct("word " * 80)
     asked = len(loop.policy.asked)
     loop.run(3.0)
     assert hold_code(loop) == "bad_instruction"
-    assert "600 words" in loop.controller.hold.detail  # type: ignore[union-attr]
+    assert "600 words" in loop.controller.hold.detail
     assert len(loop.policy.asked) <= asked + 2  # the one under way was of the old instruction
     loop.policy.error = None
     loop.controller.instruct("climb on")
@@ -204,8 +187,8 @@ def test_a_refused_instruction_holds_at_once_and_is_asked_once(make_loop: Any) -
 
 
 @pytest.mark.parametrize("text", ["x" * 501, "up\n and down", "up\x1b[2J", "\ud800"])
-def test_texts_that_are_no_instructions_never_reach_the_policy(make_loop: Any, text: str) -> None:
-    loop = make_loop()
+def test_texts_that_are_no_instructions_never_reach_the_policy(text: str) -> None:
+    loop = Loop()
     loop.run(1.0)
     loop.controller.instruct(text)
     asked = len(loop.policy.asked)
@@ -218,14 +201,14 @@ def test_texts_that_are_no_instructions_never_reach_the_policy(make_loop: Any, t
 
 
 @pytest.mark.parametrize(("code", "hold"), [("not_finite", "not_finite"), ("", "starved")])
-def test_a_policy_that_fails_is_asked_less_and_less_often(make_loop: Any, code: str, hold: str) -> None:
-    loop = make_loop()
+def test_a_policy_that_fails_is_asked_less_and_less_often(code: str, hold: str) -> None:
+    loop = Loop()
     loop.run(1.0)
     loop.policy.error = ("The scores are not finite.", code)
     asked = len(loop.policy.asked)
     loop.run(10.0)
     assert hold_code(loop) == hold
-    assert "The scores are not finite." in loop.controller.hold.detail  # type: ignore[union-attr]
+    assert "The scores are not finite." in loop.controller.hold.detail
     assert 5 <= len(loop.policy.asked) - asked <= 12  # after 0.1, 0.2, 0.4, 0.8, 1.6, 2, 2, ... s
     loop.policy.error = None
     loop.run(2.5)

@@ -14,8 +14,8 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from rich.console import Console
 
 from ceed_vla.errors import CheckpointError, ConfigError
-from ros_nodes.demo import RosDemoConfig, ros_arguments, ros_demo
-from ros_nodes.demo_report import rest_after
+from ros_nodes.demo.report import rest_after
+from ros_nodes.demo.ros_demo import RosDemoConfig, ros_arguments, ros_demo
 
 KEYS = [
     *("command_rate_hz", "missed_ticks_fraction", "jitter_ms", "episodes", "success_rate", "success_ci95"),
@@ -29,8 +29,7 @@ MS = 1_000_000  # [ns]
     [
         ({"episodes": 0}, ConfigError, r"--episodes is 0; it must be a whole number in \[1, 10000\]"),
         ({"stream_seconds": -1.0}, ConfigError, "--stream_seconds"),
-        ({"action_interface": "wheels"}, ConfigError, "'wheels'; it must be one of forward_position"),
-        ({"decoding": "beam"}, ConfigError, "--decoding"),
+        ({"action_interface": "wheels"}, ConfigError, "no interface 'wheels'; it has forward_position"),
         ({"task": "juggle"}, ConfigError, "juggle"),
         ({"checkpoint": "nowhere"}, CheckpointError, "No checkpoint folder"),
     ],

@@ -21,7 +21,7 @@ import torch
 import ceed_vla
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, NotFiniteError
-from ros_nodes.inference import MODES, InferenceWorker, Request, Response
+from ros_nodes.robot.inference import MODES, InferenceWorker, Request, Response
 from tests.ros_nodes.conftest import tiny_act
 
 FRONT, WRIST, STATE = "observation.images.front", "observation.images.wrist", "observation.state"
@@ -65,7 +65,7 @@ def test_the_spec_is_the_checkpoints(worker: InferenceWorker) -> None:
     spec = worker.spec
     assert spec.cameras == {FRONT: (3, 96, 96), WRIST: (3, 96, 96)}
     assert spec.states == {STATE: 14}
-    assert (spec.state_dim, spec.action_dim, spec.chunk_steps, spec.n_action_steps) == (14, A, 8, 4)
+    assert (spec.action_dim, spec.chunk_steps, spec.n_action_steps) == (A, 8, 4)
     assert (spec.policy_type, spec.is_ceed) == ("ceed_vla", True)
     assert spec.warmup_s > 0
 
@@ -84,7 +84,6 @@ def test_the_answer_is_the_policys(worker: InferenceWorker, policy: tuple[Any, A
     expected = model.decode(batch, "ceed")
     assert first.error is None
     assert first.id == 1
-    assert first.tokens is not None
     assert first.tokens.tolist() == expected.tokens[0].tolist()
     np.testing.assert_array_equal(first.actions, expected.actions[0].numpy())
     assert first.actions.dtype == np.float32
@@ -93,7 +92,6 @@ def test_the_answer_is_the_policys(worker: InferenceWorker, policy: tuple[Any, A
     second = ask(worker, Request(2, raw, INSTRUCTION, first.tokens, shift_steps=3, frozen_steps=2))
     frozen = torch.tensor(first.tokens)[None, 3 * A : 5 * A]
     expected = model.decode(batch, "ceed", torch.tensor(first.tokens)[None], shift_steps=3, frozen=frozen)
-    assert second.tokens is not None
     assert second.tokens.tolist() == expected.tokens[0].tolist()
     np.testing.assert_array_equal(second.actions[:2], first.actions[3:5])
 
@@ -131,13 +129,7 @@ def test_a_bad_observation_is_answered_and_the_worker_goes_on(
     assert ask(worker, Request(4, observation(), INSTRUCTION)).error is None
 
 
-def test_an_empty_instruction_is_answered(worker: InferenceWorker) -> None:
-    answer = ask(worker, Request(3, observation(), "  "))
-    assert answer.error is not None
-    assert "has no word" in answer.error
-
-
-@pytest.mark.parametrize("text", ["%%% ???", "xyzzy plugh", "red " * 50])
+@pytest.mark.parametrize("text", ["  ", "%%% ???", "xyzzy plugh", "red " * 50])
 def test_an_instruction_that_the_policy_does_not_take_is_told_from_other_errors(
     worker: InferenceWorker, text: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,7 +237,7 @@ def test_the_process_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "owner.py"
     script.write_text(
         "import time\n"
-        "from ros_nodes.inference import InferenceWorker\n"
+        "from ros_nodes.robot.inference import InferenceWorker\n"
         "if __name__ == '__main__':\n"
         "    worker = InferenceWorker('student', warmup=1)\n"
         "    worker.start()\n"
@@ -257,7 +249,6 @@ def test_the_process_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
     owner = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
     )
-    assert owner.stdout is not None
     pid = int(owner.stdout.readline().split()[-1])
     assert alive(pid)
     owner.kill()

@@ -23,9 +23,9 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from lifecycle_msgs.srv import GetState
 from rcl_interfaces.srv import GetParameters
 
-from ros_nodes.policy_parameters import POLICY_PARAMETERS
-from ros_nodes.robot_file import load_robot_config
-from ros_nodes.sim_parameters import SIM_PARAMETERS
+from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+from ros_nodes.robot.robot_file import load_robot_config
+from ros_nodes.simulated.parameters import SIM_PARAMETERS
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,10 +17,10 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from ceed_vla.errors import ConfigError
-from ros_nodes import parameters
-from ros_nodes.parameters import NodeParameter
-from ros_nodes.policy_parameters import POLICY_PARAMETERS
-from ros_nodes.sim_parameters import SIM_PARAMETERS
+from ros_nodes.robot import parameters
+from ros_nodes.robot.parameters import NodeParameter
+from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+from ros_nodes.simulated.parameters import SIM_PARAMETERS
 
 BAD = [
     ("command_rate", 1e9, r"command_rate is 1000000000.0; it must be a number in \[5, 500\]"),
@@ -29,7 +30,7 @@ BAD = [
     ("replan_steps", -1, r"a whole number in \[0, 64\]"),
     ("replan_steps", 2.5, "a whole number"),
     ("action_interface", "wheels", "one of forward_position, joint_trajectory, servo_twist"),
-    ("decoding", 3, "one of ceed, jacobi, ar"),
+    ("decoding", 3, "a text"),
     ("start_enabled", "yes", "true or false"),
     ("instruction", 5, "a text"),
 ]
@@ -59,7 +60,8 @@ def test_descriptors_say_what_is_allowed(context: Context) -> None:
     assert (rate.floating_point_range[0].from_value, rate.floating_point_range[0].to_value) == (5.0, 500.0)
     assert "[Hz]" in rate.description
     assert node.describe_parameter("inference_threads").integer_range[0].to_value == 64
-    assert node.describe_parameter("decoding").additional_constraints == "one of ceed, jacobi, ar"
+    constraints = node.describe_parameter("action_interface").additional_constraints
+    assert constraints == "one of forward_position, joint_trajectory, servo_twist"
 
 
 def test_whole_numbers_are_taken_for_floats(context: Context) -> None:
@@ -70,17 +72,12 @@ def test_whole_numbers_are_taken_for_floats(context: Context) -> None:
 
 
 @pytest.mark.parametrize(("name", "value", "message"), BAD)
-def test_bad_values_at_the_start(context: Context, name: str, value: Any, message: str) -> None:
+def test_bad_values_are_refused(context: Context, name: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parameters.declare_parameters(make_node(context, **{name: value}), POLICY_PARAMETERS)
-
-
-@pytest.mark.parametrize(("name", "value", "message"), BAD)
-def test_bad_values_later(name: str, value: Any, message: str) -> None:
     result = parameters.refusal(POLICY_PARAMETERS, [Parameter(name, value=value)], configured=False)
     assert not result.successful
-    with pytest.raises(ConfigError, match=message):
-        raise ConfigError(result.reason)
+    assert re.search(message, result.reason)
 
 
 def test_setup_changes_only_while_unconfigured() -> None:

@@ -21,8 +21,8 @@ from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 from trajectory_msgs.msg import JointTrajectory
 
-from ros_nodes.messages import LATCHED, SENSOR, array_to_image, seconds
-from ros_nodes.robot_file import load_robot_config
+from ros_nodes.robot.messages import LATCHED, SENSOR, array_to_image, seconds
+from ros_nodes.robot.robot_file import load_robot_config
 from tests.ros_nodes.conftest import Status, tiny_act
 
 ROBOT = load_robot_config()
@@ -31,7 +31,7 @@ COMMANDS = "/forward_position_controller/commands"
 
 
 class Robot:
-    """Publishes a robot's inputs from the test's node, and follows the commanded joints if it is told to.
+    """Publishes a robot's inputs from the test's node, and is where the commands say.
 
     Attributes:
         images: Whether cameras run.
@@ -56,13 +56,13 @@ class Robot:
         kinds = {topic: CompressedImage if "compressed" in topic else Image for topic in cameras}
         self._cameras = {topic: graph.node.create_publisher(kinds[topic], topic, SENSOR) for topic in cameras}
         self._joints = graph.node.create_publisher(JointState, "/joint_states", SENSOR)
+        graph.node.create_subscription(Float64MultiArray, COMMANDS, self._follow, 10)
         graph.node.create_timer(1 / 50, self._publish_joints)
         graph.node.create_timer(1 / 15, self._publish_images)
 
-    def follow(self, positions: Any) -> None:
-        """Be where the command says."""
+    def _follow(self, command: Float64MultiArray) -> None:
         if self.powered:
-            self.state.update(zip(ARM, positions, strict=True))
+            self.state.update(zip(ARM, command.data, strict=True))
 
     def _publish_joints(self) -> None:
         if not self.states:
@@ -115,9 +115,6 @@ def test_streams_holds_and_recovers(graph: Any) -> None:
     robot, status = tabletop(graph), Status(graph)
     commands = graph.listen(COMMANDS, Float64MultiArray)
     grips = graph.listen("/gripper_controller/commands", Float64MultiArray)
-    graph.node.create_subscription(
-        Float64MultiArray, COMMANDS, lambda message: robot.follow(message.data), 10
-    )
     start(graph)
     status.state("active")
     first = np.array(commands[0].data)
@@ -156,9 +153,6 @@ def test_streams_holds_and_recovers(graph: Any) -> None:
 def test_operator_stops_resets_enables_and_instructs(graph: Any) -> None:
     robot, status = tabletop(graph), Status(graph)
     commands = graph.listen(COMMANDS, Float64MultiArray)
-    graph.node.create_subscription(
-        Float64MultiArray, COMMANDS, lambda message: robot.follow(message.data), 10
-    )
     start(graph, start_enabled=False, instruction="")
     status.state("disabled")
     graph.spin(0.5)
@@ -204,9 +198,6 @@ def test_operator_stops_resets_enables_and_instructs(graph: Any) -> None:
 def test_no_command_follows_from_a_pose_of_before(graph: Any) -> None:
     robot, status = tabletop(graph), Status(graph)
     commands = graph.listen(COMMANDS, Float64MultiArray)
-    graph.node.create_subscription(
-        Float64MultiArray, COMMANDS, lambda message: robot.follow(message.data), 10
-    )
     robot.states = False
     start(graph)
     status.state("holding", "no_joint_states")

@@ -9,21 +9,21 @@ import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
-from ros_nodes import reference
-from ros_nodes.diagnostics import HARMLESS
-from ros_nodes.safety import CLAMPS, HOLD_CODES
+from ros_nodes.robot.diagnostics import HARMLESS
+from ros_nodes.robot.safety import CLAMPS, HOLD_CODES
+from scripts import robots_page
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = reference.PAGE.read_text(encoding="utf-8")
+TEXT = robots_page.PAGE.read_text(encoding="utf-8")
 
 
 def test_tables_are_those_of_the_code() -> None:
-    assert reference.filled(TEXT) == TEXT, "run python -m ros_nodes.reference"
-    assert set(re.findall(r"<!-- (.*?) -->", TEXT)) == {*reference.tables(), "end"}
+    assert robots_page.filled(TEXT) == TEXT, "run python -m scripts.robots_page"
+    assert set(re.findall(r"<!-- (.*?) -->", TEXT)) == {*robots_page.tables(), "end"}
 
 
 def test_every_hold_is_explained() -> None:
-    source = "".join(path.read_text() for path in (ROOT / "ros_nodes").glob("*.py"))
+    source = "".join(path.read_text() for path in (ROOT / "ros_nodes").rglob("*.py"))
     raised = set(re.findall(r'Hold\(\s*"(\w+)"', source)) | set(HOLD_CODES) | set(HARMLESS)
     explained = set(re.findall(r"`(\w+)`", TEXT.split("## 3.")[1].split("## 4.")[0]))
     assert raised <= explained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 import yaml
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.robot_config import COMPONENTS, INTERFACES
-from ros_nodes.robot_file import load_robot_config, packaged_config
+from ros_nodes.robot.interfaces.base import INTERFACES
+from ros_nodes.robot.robot_config import COMPONENTS
+from ros_nodes.robot.robot_file import load_robot_config, packaged_config
 from sim.tabletop import arm, env, scene
 
 CONFIG = Path(__file__).resolve().parents[2] / "launch" / "config"
@@ -35,24 +37,19 @@ def write(folder: Path, values: Any) -> Path:
 def test_packaged_robot_is_the_simulated_one() -> None:
     robot = load_robot_config()
     action = robot.action
-    assert (action.dt, action.position_scale, action.rotation_scale) == (
-        env.CTRL_DT,
-        env.POSITION_STEP,
-        env.ROTATION_STEP,
-    )
-    np.testing.assert_array_equal(action.workspace_low, env.WORKSPACE_LOW)
-    np.testing.assert_array_equal(action.workspace_high, env.WORKSPACE_HIGH)
-    assert (action.max_tilt, action.max_yaw) == (env.MAX_TILT, env.MAX_YAW)
+    assert action.dt == env.CTRL_DT
+    assert action.pose is not None
+    for name, value in asdict(action.pose).items():
+        np.testing.assert_array_equal(value, getattr(env._POSE_LIMITS, name))
     np.testing.assert_allclose(robot.arm.home, arm.HOME)
     assert robot.action_dim == len(env.ACTION_NAMES)
     assert robot.state_dim("observation.state") == len(env.STATE_NAMES)
-    assert robot.gripper is not None
     assert robot.gripper.open == 2 * scene.FINGER_STROKE
     assert [(image.name, image.topic) for image in robot.images] == [
         ("front", "front/image_raw"),
         ("wrist", "wrist/image_raw"),
     ]
-    assert tuple(robot.interfaces) == INTERFACES
+    assert set(robot.interfaces) == set(INTERFACES)
 
 
 def test_packaged_model_is_current() -> None:
@@ -136,7 +133,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("gripper/topic", {"a": [[["x"] * 1000]]}, "gripper.topic is .* give a text"),
         pytest.param("arm/" + "x" * 5000, 1, "arm.x+... is unknown", id="long key"),
         ("limits/position", {"low": [1.0] * 7, "high": [0.0] * 7}, "limits.position.low is not below high"),
-        ("state/observation.state", ["joints"], f"'joints'; choose from {COMPONENTS[0]}"),
+        ("state/observation.state", ["joints"], f"'joints'; choose from {next(iter(COMPONENTS))}"),
         ("images/front", {"topic": "a"}, "images.front is no feature; it must start with 'observation.'"),
         ("images/observation.images.front", {"topic": "a", "transport": "udp"}, "raw, compressed"),
         ("images/observation.images.front", {"topic": ""}, "topic is ''; give a text"),

@@ -23,8 +23,8 @@ from std_msgs.msg import Bool, Float64MultiArray, String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
-from ros_nodes import sim_node
-from ros_nodes.messages import LATCHED, SENSOR, image_to_array, joint_state_by_name, seconds
+from ros_nodes.robot.messages import LATCHED, SENSOR, image_to_array, joint_state_by_name, seconds
+from ros_nodes.simulated import sim_node
 from sim.tabletop.env import TabletopEnv
 
 ARM = [f"joint{index}" for index in range(1, 8)]

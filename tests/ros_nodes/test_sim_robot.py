@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ceed_vla.errors import SimulationError
-from ros_nodes.sim_robot import ARM_JOINTS, MAX_OPENING, SimRobot
+from ceed_vla.kinematics import matrix_rpy
+from ros_nodes.simulated.robot import ARM_JOINTS, MAX_OPENING, SimRobot
 from sim.tabletop import arm
 from sim.tabletop.env import TabletopEnv
 
@@ -195,7 +196,7 @@ def test_twist_moves_the_tool_straight_and_stops_with_the_commands(robot: SimRob
     assert end - start == pytest.approx(
         [0.0, 0.0, 0.05], abs=0.012
     )  # less the way it lagged when it was stopped
-    yaw = arm.matrix_rpy(turned)[2] - arm.matrix_rpy(rotation)[2]
+    yaw = matrix_rpy(turned)[2] - matrix_rpy(rotation)[2]
     assert yaw == pytest.approx(0.2, abs=0.05)
     assert speed(robot) < AT_REST
 

@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = tabletop_config(
         width=16, layers=1, heads=2, mlp_width=16, stem_channels=[4, 4, 4, 4], chunk_size=4, n_action_steps=2,
-        decoding=DecodingConfig(method="jacobi", max_iterations=2, executed_steps=2),
+        decoding=DecodingConfig(method="jacobi", max_iterations=2, watch="executed"),
     )  # fmt: skip
     stats = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
     pre, post = make_ceed_vla_pre_post_processors(config, stats, instructions=vocabulary())
@@ -84,7 +84,7 @@ def test_options_are_parsed_from_the_command_line() -> None:
     ("changes", "message"),
     [
         ({"policy": CheckpointPath()}, "--policy.path"),
-        ({"decoders": "jacobian"}, "Unknown decoder 'jacobian'; choose from ar"),
+        ({"decoders": "jacobian"}, "Unknown decoder 'jacobian'; choose from ceed"),
         ({"env": {"task": "fold_towel"}}, "cube_in_bin"),
         ({"env": {"split": "test"}}, "split is 'test'; it must be one of train, heldout, all"),
         ({"episodes": 0}, "--episodes is 0; it must be a whole number in [1, 100000]"),
@@ -129,16 +129,16 @@ def test_demo_is_an_evaluation_with_valid_decoders(checkpoint: Path, tmp_path: P
 
 
 def test_rows_follow_the_checkpoint_and_the_executed_steps() -> None:
-    config = tabletop_config(decoding=DecodingConfig(max_iterations=3, executed_steps=4))
+    config = tabletop_config(decoding=DecodingConfig(max_iterations=3, watch="executed"))
     names = ["ar_h", "ceed", "teacher_cap2_mid", "jacobi", "conf0.25_cap3", "ceed_random"]
-    rows = resolve_rows(names, {"policy": config, "teacher": config}, executed_steps=2)
+    rows = resolve_rows(names, {"policy": config, "teacher": config})
     assert [row.reference for row in rows] == ["ar", "ar", "teacher_ar", "ar", "ar", "ar"]
-    assert rows[0].decoding == DecodingConfig(method="ar", executed_steps=2)
-    assert rows[1].decoding == DecodingConfig(max_iterations=3, executed_steps=2)
-    assert rows[2].decoding == DecodingConfig(max_iterations=2, executed_steps=2, guess="mid")
+    assert rows[0].decoding == DecodingConfig(method="ar", watch="executed")
+    assert rows[1].decoding == DecodingConfig(max_iterations=3, watch="executed")
+    assert rows[2].decoding == DecodingConfig(max_iterations=2, watch="executed", guess="mid")
     assert rows[3].decoding.strict
-    assert rows[4].decoding == DecodingConfig(confidence=0.25, max_iterations=3, executed_steps=2)
-    assert rows[5].decoding == DecodingConfig(max_iterations=3, executed_steps=2, guess="random")
+    assert rows[4].decoding == DecodingConfig(confidence=0.25, max_iterations=3, watch="executed")
+    assert rows[5].decoding == DecodingConfig(max_iterations=3, watch="executed", guess="random")
 
 
 def test_evaluation_from_options_to_files(checkpoint: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from ceed_vla.errors import SimulationError
+from ceed_vla.kinematics import rpy_matrix
 from sim.tabletop import ENV_ID, arm, layout, tasks
 from sim.tabletop import render as rendering
 from sim.tabletop.env import ACTION_NAMES, STATE_NAMES, WORKSPACE_HIGH, WORKSPACE_LOW, TabletopEnv
@@ -172,7 +173,7 @@ def test_scenes_can_be_solved(family):
 
 def test_kinematics_of_the_model_match_the_denavit_hartenberg_table():
     scene = load_scene()
-    solver = arm.InverseKinematics(scene.model, scene.tcp_site)
+    solver = arm.SceneArm(scene.model, scene.tcp_site)
     rng = np.random.default_rng(0)
     for q in [arm.HOME, *rng.uniform(arm.JOINT_LOW, arm.JOINT_HIGH, (5, 7))]:
         for got, want in zip(solver.pose(q), arm.forward_kinematics(q), strict=True):
@@ -182,10 +183,10 @@ def test_kinematics_of_the_model_match_the_denavit_hartenberg_table():
 
 def test_inverse_kinematics_reaches_the_workspace():
     scene = load_scene()
-    solver = arm.InverseKinematics(scene.model, scene.tcp_site)
+    solver = arm.SceneArm(scene.model, scene.tcp_site)
     rng = np.random.default_rng(2)
     for position in rng.uniform([0.30, -0.28, 0.02], [0.68, 0.28, 0.35], (30, 3)):
-        matrix = arm.rpy_matrix(np.array([0.0, 0.0, rng.uniform(-0.6, 0.6)]))
+        matrix = rpy_matrix(np.array([0.0, 0.0, rng.uniform(-0.6, 0.6)]))
         q = solver.solve(arm.HOME, position, matrix)
         reached, turned = arm.forward_kinematics(q)
         assert np.abs(reached - position).max() < 1e-3

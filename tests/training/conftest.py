@@ -79,7 +79,7 @@ def tiny_policy(**changes: Any) -> Any:
 
 def vlm_policy(base: Path, **changes: Any) -> Any:
     """A policy configuration around a tiny image-text-to-text model in the folder `base`."""
-    from ceed_vla.backbones.vlm_config import VLMConfig
+    from ceed_vla.backbones.vlm.config import VLMConfig
     from sim.tabletop.policy import tabletop_config
 
     settings = {"chunk_size": 4, "n_action_steps": 2, "auxiliary_scale": []}

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import ceed_vla
-from ceed_vla.backbones.vlm_tiny import make_tiny_vlm
+from benchmarks.models.vlm import make_tiny_vlm
 from ceed_vla.checkpoints import load
 from ceed_vla.errors import ConfigError
 from ceed_vla.lora import is_adapter

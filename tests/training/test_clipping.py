@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ceed_vla.action_tokens import ActionTokenizer, ranges_from_stats
 from ceed_vla.errors import ConfigError
+from ceed_vla.tokens.uniform import ActionTokenizer, ranges_from_stats
 from training.clipping import check_actions
 from training.fit_tokens import FitTokensConfig, fit_tokens
 from training.teacher import train

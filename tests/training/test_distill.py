@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import ceed_vla
-from ceed_vla.action_tokens import ActionTokenizer
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
+from ceed_vla.tokens.uniform import ActionTokenizer
 from training.corruption import draw_states, guess_states, online_states
 from training.data import open_dataset
 from training.distill import DistillConfig, DistillRun, distill
@@ -195,7 +195,7 @@ def test_guesses_of_inference(data: StoredData, teacher: tuple[Any, Any, Any]) -
     assert states[~has].min() >= 0
     assert states[~has].max() < 63
     mid = guesses(0.0, 1.0, 0.0)
-    assert torch.equal(mid, teacher[0].tokenizer.zero_bins.repeat(4).expand(12, -1))
+    assert torch.equal(mid, teacher[0].tokenizer.zero.expand(12, -1))
 
 
 @pytest.mark.parametrize("updates", [0, 1, 3])

@@ -13,8 +13,7 @@ import torch
 from ceed_vla.checkpoints import load
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError, DatasetError, MalformedChunkError
-from ceed_vla.fast_tokens import FastTokenizer
-from ceed_vla.fast_tokens_config import FastTokensConfig
+from ceed_vla.tokens.fast import FastTokenizer, FastTokensConfig
 from training.data import open_dataset
 from training.distill import TrajectoriesConfig, distill
 from training.distill_data import DistillData
@@ -27,7 +26,7 @@ from training.trajectories import collect, read_trajectories
 @pytest.fixture(scope="module")
 def teacher(studio: Any, tiny_policy: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher with FAST tokens, trained long enough to write different chunks."""
-    tokens = FastTokensConfig(vocabulary_size=128, scale=8.0)
+    tokens = FastTokensConfig(most_ids=128, scale=8.0)
     policy = tiny_policy(action_tokens=tokens)
     output = tmp_path_factory.mktemp("fast") / "teacher"
     return train(studio.train_config(output, policy=policy, steps=90, roots=f"{studio.demo},{studio.other}"))
@@ -39,7 +38,7 @@ def test_training_fits_the_tokens_and_the_checkpoint_keeps_them(studio: Any, tea
     assert isinstance(tokens, FastTokensConfig)
     assert tokens.fitted
     assert policy.config.block_length == tokens.max_tokens <= 4 * 7
-    assert policy.config.num_bins == tokens.vocabulary <= 129
+    assert policy.config.vocabulary_size == tokens.vocabulary_size <= 129
     store = open_dataset(studio.demo)
     chunks, _ = store.chunks(np.arange(len(store)), 4)
     assert (policy.tokenizer.decode(policy.tokenizer.encode(chunks)) - chunks).abs().max() < 0.2
@@ -119,7 +118,7 @@ def test_the_command_writes_what_a_trainer_reads(studio: Any, tmp_path: Path) ->
     assert report["tokens_mean"] < report["uniform_tokens"] == 28
     assert report["error_max"] < 0.2
     read = FastTokensConfig(path=config.output)
-    assert read.vocabulary == report["ids"] + 1
+    assert read.vocabulary_size == report["ids"] + 1
     stores = [open_dataset(root) for root in (studio.demo, studio.other)]
     again = FastTokensConfig(scale=8.0)
     again.fit_chunks(all_chunks(stores, 4))
@@ -146,7 +145,7 @@ def test_no_other_file_is_overwritten(studio: Any, tmp_path: Path, name: str) ->
 @pytest.mark.parametrize(
     "changes",
     [{"output": ""}, {"chunk_size": 10**9}, {"scale": float("inf")}, {"scale": 0.0}, {"max_tokens": -1},
-     {"vocabulary_size": 1}, {"action_low": [float("nan")]}, {"gripper_dims": [1.5]}],
+     {"most_ids": 1}, {"action_low": [float("nan")]}, {"gripper_dims": [1.5]}],
     ids=str,
 )  # fmt: skip
 def test_settings_out_of_range(changes: dict[str, Any]) -> None:
@@ -156,7 +155,7 @@ def test_settings_out_of_range(changes: dict[str, Any]) -> None:
 
 def test_tokens_that_are_known_are_not_fitted_again(studio: Any, tiny_policy: Callable[..., Any]) -> None:
     store = open_dataset(studio.demo)
-    policy = tiny_policy(action_tokens=FastTokensConfig(vocabulary_size=128))
+    policy = tiny_policy(action_tokens=FastTokensConfig(most_ids=128))
     fit_action_tokens(policy, [store])
     assert isinstance(policy.action_tokens, FastTokensConfig)
     merges = policy.action_tokens.merges

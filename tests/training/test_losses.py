@@ -10,7 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ceed_vla.backbones.compact import LANGUAGE_KEY, STATE_KEY, CompactBackbone
+from ceed_vla.backbones.compact.config import CompactConfig
+from ceed_vla.backbones.compact.model import LANGUAGE_KEY, STATE_KEY, CompactBackbone
+from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.tokens.uniform import UniformTokensConfig
 from training.losses import (
     after_first_divergence,
     chunk_distance,
@@ -168,10 +171,9 @@ def test_masked_mean() -> None:
 @pytest.fixture(scope="module")
 def backbone() -> CompactBackbone:
     torch.manual_seed(0)
-    model = CompactBackbone(
-        cameras=[CAMERA], state_dim=3, block_length=N, vocabulary_size=V, words=8, max_words=4, image_size=16,
-        image_grid=2, stem_channels=(4, 4, 4, 4), width=16, layers=2, heads=2, mlp_width=16,
-    )  # fmt: skip
+    sizes = CompactConfig(words=8, max_instruction_words=4, image_size=16, image_grid=2,
+                          stem_channels=[4] * 4, width=16, layers=2, heads=2, mlp_width=16)  # fmt: skip
+    model = sizes.build(PolicyShape({CAMERA: (3, 16, 16)}, 3, 1, N, UniformTokensConfig(num_bins=V)))
     with torch.no_grad():  # let tokens matter as in a trained model
         model.action_tokens.weight.mul_(50)
     return model

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import ceed_vla
-from ceed_vla.backbones.vlm_tiny import make_tiny_vlm
+from benchmarks.models.vlm import make_tiny_vlm
 from ceed_vla.errors import ConfigError
 from training.adapters import LoRAConfig
 from training.distill import distill

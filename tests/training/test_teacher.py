@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import ceed_vla
+from ceed_vla import supervision
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, DatasetError
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from training.teacher import TeacherRun, TrainConfig, train
@@ -80,13 +81,13 @@ def test_actions_are_learnt_beside_the_named_terms_alone(
     studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terms: list[int | None] = []
-    original = CeedVLAPolicy.auxiliary_loss
+    original = supervision.auxiliary_loss
 
-    def note(self: CeedVLAPolicy, *arguments: Any) -> Any:
-        terms.append(self.auxiliary_terms)
-        return original(self, *arguments)
+    def note(policy: CeedVLAPolicy, *arguments: Any) -> Any:
+        terms.append(policy.auxiliary_terms)
+        return original(policy, *arguments)
 
-    monkeypatch.setattr(CeedVLAPolicy, "auxiliary_loss", note)
+    monkeypatch.setattr(supervision, "auxiliary_loss", note)
     train(studio.train_config(tmp_path / "run", steps=1, grounding_steps=2, named_terms=5))
     assert terms == [None, None, 5, 5]  # the step with actions has grounding frames beside
     with pytest.raises(ConfigError, match="named_terms is -1"):

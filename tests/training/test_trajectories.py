@@ -109,7 +109,7 @@ def test_guesses_come_in_the_given_shares(
     studio: Any, teacher: tuple[Any, Any, Any], collected: Trajectories
 ) -> None:
     table = pq.read_table(studio.trajectories / "data0-00000.parquet").to_pydict()
-    mid = teacher[0].tokenizer.zero_bins.repeat(4).numpy()
+    mid = teacher[0].tokenizer.zero.numpy()
     kinds = {"previous": 0, "mid": 0, "random": 0}
     for i, kind in enumerate(table["guess_kind"]):
         kinds[kind] += 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ceed_vla
-from ceed_vla.backbones.vlm_tiny import make_tiny_vlm
+from benchmarks.models.vlm import make_tiny_vlm
 from ceed_vla.cli import main
 from training.trajectories import read_trajectories
 
@@ -40,7 +40,7 @@ def train(
             "policy.backbone.path": base,
             "policy.chunk_size": 4,
             "policy.n_action_steps": 2,
-            "policy.decoding.executed_steps": 2,
+            "policy.decoding.watch": "executed",
             "policy.auxiliary_scale": "[]",
             "roots": tmp_path / "demo",
             "output_dir": tmp_path / family,

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 
-from ceed_vla.backbones.openvla import OpenVLABackbone
-from ceed_vla.backbones.openvla_folder import Architecture
+from ceed_vla.backbones.openvla.folder import Architecture
+from ceed_vla.backbones.openvla.model import OpenVLABackbone
 
 EMPTY_TOKEN, WORDS, BINS = 29871, 32000, 256
 SIZE = 28

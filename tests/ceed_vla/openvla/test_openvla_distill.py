@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def published_model(name: str, folder: Path) -> Path:
     """A tiny random model, or one of the project's fixtures."""
-    from ceed_vla.backbones.openvla_tiny import write_openvla
+    from benchmarks.models.openvla import write_openvla
 
     if name == "tiny":
         return write_openvla(folder)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from ceed_vla import CeedVLAPolicy
-from ceed_vla.convert import ConvertConfig, published_policy
+from ceed_vla.convert import ConvertConfig
+from ceed_vla.convert.openvla import published_policy
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.verify import VerifyConfig, verify
 
@@ -69,41 +70,9 @@ def test_jacobi_ar_and_generate_agree(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_blocks_equal_the_cache(kind: str, models: Any, pictures: np.ndarray) -> None:
+def test_training_and_depth(kind: str, models: Any, pictures: np.ndarray, keeps_the_contract: Any) -> None:
     policy, pre = models(kind)
-    backbone, batch = policy.backbone, pre(observation(pictures, 3))
-    blocks = [torch.randint(256, (3, 9)) for _ in range(2)]
-    with torch.no_grad():
-        embeddings = backbone.embed_prefix(batch)
-        state, both = backbone.packed_logits(embeddings, blocks)
-        prefix = backbone.prefill(batch)
-        for block, logits in zip(blocks, both, strict=True):
-            cached = torch.cat([prefix.logits[:, None], backbone.block_logits(prefix, block[:, :-1])], dim=1)
-            torch.testing.assert_close(logits, cached, atol=1e-4, rtol=1e-4)
-        rows = torch.tensor([2, 0])
-        _, (some,) = backbone.packed_logits(embeddings[rows], [blocks[0][rows]])
-        torch.testing.assert_close(some, both[0][rows], atol=1e-4, rtol=1e-4)
-        assert torch.equal(state, prefix.hidden)
-
-
-@pytest.mark.parametrize("kind", ["fused", "siglip"])
-def test_recomputed_activations_give_the_same_gradients(
-    kind: str, published: Any, pictures: np.ndarray
-) -> None:
-    policy, pre, _ = published_policy(ConvertConfig(str(published(kind)), unnorm_key="kitchen", chunk_size=3))
-    backbone, batch = policy.backbone.train(), pre(observation(pictures, 3))
-    source = torch.Generator().manual_seed(3)
-    blocks, found = [torch.randint(256, (3, 9), generator=source) for _ in range(2)], []
-    for _ in range(2):
-        state, logits = backbone.packed_logits(backbone.embed_prefix(batch), blocks)
-        (torch.cat(logits).logsumexp(-1).sum() + state.sum()).backward()
-        found.append([*logits, *(p.grad.clone() for p in backbone.parameters() if p.grad is not None)])
-        backbone.zero_grad(set_to_none=True)
-        backbone.recompute_activations()
-    assert len(found[0]) == len(found[1]) > 40
-    for kept, recomputed in zip(*found, strict=True):
-        torch.testing.assert_close(recomputed, kept, atol=2e-4, rtol=2e-4)
-    torch.testing.assert_close(backbone.prefix_state(backbone.embed_prefix(batch)), state)
+    keeps_the_contract(policy.backbone, pre(observation(pictures, 3)))
 
 
 def test_the_loss_teaches_a_block(published: Any, pictures: np.ndarray) -> None:
@@ -120,20 +89,6 @@ def test_the_loss_teaches_a_block(published: Any, pictures: np.ndarray) -> None:
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.5 * losses[0]
-
-
-def test_what_learns_in_distillation_is_behind_the_prefix(models: Any, pictures: np.ndarray) -> None:
-    policy, pre = models("fused")
-    backbone, names = policy.backbone, policy.backbone.distillation_parameters()
-    before = backbone.embed_prefix(pre(observation(pictures, 1))).embeds
-    learning = {id(p) for name, p in backbone.named_parameters() if name in names}
-    assert len(learning) == len(names)
-    before.sum().backward()
-    reached = [name for name, p in backbone.named_parameters() if p.grad is not None and id(p) in learning]
-    backbone.zero_grad(set_to_none=True)
-    assert reached == []  # the prefix embeddings, which are kept, do not depend on what learns
-    assert "language_model.lm_head.weight" in names
-    assert not any(name.startswith(("vision_backbone", "projector")) for name in names)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ceed_vla.backbones.openvla_folder import action_statistics
-from ceed_vla.backbones.openvla_weights import weight_files
-from ceed_vla.convert import ConvertConfig, published_policy
+from ceed_vla.backbones.openvla.folder import action_statistics
+from ceed_vla.convert import ConvertConfig
+from ceed_vla.convert.openvla import published_policy
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
+from ceed_vla.weights import weight_files
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 
@@ -49,149 +50,71 @@ DAMAGES: dict[str, tuple[str, Callable[[Path, Any], Any], str]] = {
     "damaged config": ("siglip", lambda f, _: (f / CONFIG).write_text("{"), r"config\.json is not JSON"),
     "config is a list": ("siglip", lambda f, _: (f / CONFIG).write_text("[]"), "holds a list"),
     "another model": ("siglip", lambda f, e: e(f / CONFIG, model_type="llava"), "model_type is 'llava'"),
-    "a checkpoint of ours": (
-        "siglip",
-        lambda f, e: e(f / CONFIG, model_type=None, type="ceed_vla"),
-        "a checkpoint of ceed-vla already",
-    ),
-    "incomplete config": (
-        "siglip",
-        lambda f, _: (f / CONFIG).write_text('{"model_type": "openvla"}'),
-        "lacks text_config, timm_model_ids, image_sizes;",
-    ),
-    "one tower of two": (
-        "fused",
-        lambda f, e: e(f / CONFIG, timm_model_ids=["vit_base_patch16_siglip_224"]),
-        "timm_model_ids has 1 entries, use_fused_vision_backbone says 2",
-    ),
-    "unknown tower": (
-        "siglip",
-        lambda f, e: e(f / CONFIG, timm_model_ids=["vit_enormous"]),
-        "timm cannot build the vision tower 'vit_enormous'",
-    ),
-    "no transformer": (
-        "siglip",
-        lambda f, e: e(f / CONFIG, timm_model_ids=["resnet18"], timm_model_kwargs=[{}]),
-        "resnet18",
-    ),
-    "language model without a usable cache": (
-        "siglip",
+    "a checkpoint of ours": ("siglip", lambda f, e: e(f / CONFIG, model_type=None, type="ceed_vla"),
+        "a checkpoint of ceed-vla already"),
+    "incomplete config": ("siglip", lambda f, _: (f / CONFIG).write_text('{"model_type": "openvla"}'),
+        "lacks text_config, timm_model_ids, image_sizes;"),
+    "one tower of two": ("fused", lambda f, e: e(f / CONFIG, timm_model_ids=["vit_base_patch16_siglip_224"]),
+        "timm_model_ids has 1 entries, use_fused_vision_backbone says 2"),
+    "unknown tower": ("siglip", lambda f, e: e(f / CONFIG, timm_model_ids=["vit_enormous"]),
+        "timm cannot build the vision tower 'vit_enormous'"),
+    "no transformer": ("siglip", lambda f, e: e(f / CONFIG, timm_model_ids=["resnet18"], timm_model_kwargs=[{}]),
+        "resnet18"),
+    "language model without a usable cache": ("siglip",
         lambda f, e: e(f / CONFIG, text_config={"model_type": "mamba"}),
-        r"'mamba'; those that can be read, with a cache of keys and values, are llama, mistral",
-    ),
-    "vocabulary too small": (
-        "siglip",
+        r"'mamba'; those that can be read, with a cache of keys and values, are llama, mistral"),
+    "vocabulary too small": ("siglip",
         lambda f, e: e(f / CONFIG, text_config={"model_type": "llama", "vocab_size": 128}),
-        "256 action ids do not fit a vocabulary of 128",
-    ),
+        "256 action ids do not fit a vocabulary of 128"),
     "no weights": ("siglip", lambda f, _: (f / "model.safetensors").unlink(), "has neither model.safetensors"),
-    "pickled weights": (
-        "siglip",
-        lambda f, _: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        r"only pytorch_model\.bin; pickled files can run code when they are read",
-    ),
-    "truncated weights": (
-        "siglip",
-        lambda f, _: truncate(f / "model.safetensors"),
-        r"model\.safetensors do not load",
-    ),
+    "pickled weights": ("siglip", lambda f, _: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        r"only pytorch_model\.bin; pickled files can run code when they are read"),
+    "truncated weights": ("siglip", lambda f, _: truncate(f / "model.safetensors"),
+        r"model\.safetensors do not load"),
     "missing shard": ("fused", lambda f, _: shard(f).unlink(), r"lacks model-00001-of-00003\.safetensors"),
     "truncated shard": ("fused", lambda f, _: truncate(shard(f)), r"model-00001-of-00003\.safetensors do not load"),
-    "index without shards": (
-        "fused",
-        lambda f, _: (f / INDEX).write_text('{"weight_map": {}}'),
-        "lacks all shards",
-    ),
-    "shard that the index forgets": (
-        "fused",
-        lambda f, e: e(f / INDEX, weight_map={"a": shard(f).name}),
-        r"lacks \d+ weights .*by what config\.json describes",
-    ),
-    "missing weight": (
-        "siglip",
-        lambda f, _: rename_weight(f, HEAD, None),
-        r"lacks 1 weights .*the first is language_model\.lm_head\.weight",
-    ),
-    "weights of another vocabulary": (
-        "siglip",
-        lambda f, _: shrink_weight(f, HEAD),
-        r"lm_head\.weight has shape \(32063, 16\), config\.json describes \(32064, 16\)",
-    ),
+    "index without shards": ("fused", lambda f, _: (f / INDEX).write_text('{"weight_map": {}}'), "lacks all shards"),
+    "shard that the index forgets": ("fused", lambda f, e: e(f / INDEX, weight_map={"a": shard(f).name}),
+        r"lacks \d+ weights .*by what config\.json describes"),
+    "missing weight": ("siglip", lambda f, _: rename_weight(f, HEAD, None),
+        r"lacks 1 weights .*the first is language_model\.lm_head\.weight"),
+    "weights of another vocabulary": ("siglip", lambda f, _: shrink_weight(f, HEAD),
+        r"lm_head\.weight has shape \(32063, 16\), config\.json describes \(32064, 16\)"),
     "no tokenizer": ("siglip", lambda f, _: (f / "tokenizer.json").unlink(), r"lacks tokenizer\.json"),
-    "damaged tokenizer": (
-        "siglip",
-        lambda f, _: (f / "tokenizer.json").write_text("{}"),
-        r"tokenizer\.json cannot be read",
-    ),
-    "tokenizer with more words than the model": (
-        "siglip",
-        lambda f, _: add_word(f, 40000),
-        r"the tokenizer has ids up to 40000 .*vocab_size in config\.json is 32064",
-    ),
-    "no image settings": (
-        "siglip",
-        lambda f, _: (f / "preprocessor_config.json").unlink(),
-        r"lacks preprocessor_config\.json",
-    ),
-    "images for other towers": (
-        "siglip",
-        lambda f, e: e(
-            f / "preprocessor_config.json",
-            input_sizes=[[3, 28, 28]] * 2, means=[[0.5] * 3] * 2, stds=[[0.5] * 3] * 2,
-            interpolations=["bicubic"] * 2,
-        ),
-        r"prepares images for 2 vision towers, config\.json has 1",
-    ),
-    "unknown strategy": (
-        "siglip",
-        lambda f, e: e(f / "preprocessor_config.json", image_resize_strategy="stretch"),
-        "'stretch'; it may be resize-naive, letterbox, resize-crop",
-    ),
-    "masks of another action": (
-        "siglip",
+    "damaged tokenizer": ("siglip", lambda f, _: (f / "tokenizer.json").write_text("{}"),
+        r"tokenizer\.json cannot be read"),
+    "tokenizer with more words than the model": ("siglip", lambda f, _: add_word(f, 40000),
+        r"the tokenizer has ids up to 40000 .*vocab_size in config\.json is 32064"),
+    "no image settings": ("siglip", lambda f, _: (f / "preprocessor_config.json").unlink(),
+        r"lacks preprocessor_config\.json"),
+    "images for other towers": ("siglip",
+        lambda f, e: e(f / "preprocessor_config.json", input_sizes=[[3, 28, 28]] * 2, means=[[0.5] * 3] * 2,
+                       stds=[[0.5] * 3] * 2, interpolations=["bicubic"] * 2),
+        r"prepares images for 2 vision towers, config\.json has 1"),
+    "unknown strategy": ("siglip", lambda f, e: e(f / "preprocessor_config.json", image_resize_strategy="stretch"),
+        "'stretch'; it may be resize-naive, letterbox, resize-crop"),
+    "masks of another action": ("siglip",
         lambda f, e: e(f / CONFIG, norm_stats={"kitchen": {"action": {"q01": [0], "q99": [1], "mask": [True] * 2}}}),
-        "the action statistics of kitchen have 1 values in q01, 1 in q99 and 2 in mask",
-    ),
-    "no statistics": (
-        "siglip",
-        lambda f, e: e(f / CONFIG, norm_stats=None),
-        r"has neither norm_stats in config\.json nor dataset_statistics\.json",
-    ),
-    "values of another kind": (
-        "siglip",
-        lambda f, e: e(f / CONFIG, image_sizes=224),
-        r"config\.json holds a value of another kind than OpenVLA's",
-    ),
-    "unknown type of weights": (
-        "siglip",
-        lambda f, e: e(f / CONFIG, torch_dtype="float8"),
-        "torch_dtype is 'float8'; choose float32, bfloat16, float16",
-    ),
-    "unknown interpolation": (
-        "siglip",
-        lambda f, e: e(f / "preprocessor_config.json", interpolations=["cubic"]),
-        r"preprocessor_config\.json needs .*interpolations \(nearest, lanczos, bilinear, bicubic",
-    ),
-    "no mean for a tower": (
-        "fused",
-        lambda f, e: e(f / "preprocessor_config.json", means=[[0.5] * 3]),
-        "needs input_sizes, .* one entry a vision tower",
-    ),
-    "images of another size than the towers see": (
-        "siglip",
+        "the action statistics of kitchen have 1 values in q01, 1 in q99 and 2 in mask"),
+    "no statistics": ("siglip", lambda f, e: e(f / CONFIG, norm_stats=None),
+        r"has neither norm_stats in config\.json nor dataset_statistics\.json"),
+    "values of another kind": ("siglip", lambda f, e: e(f / CONFIG, image_sizes=224),
+        r"config\.json holds a value of another kind than OpenVLA's"),
+    "unknown type of weights": ("siglip", lambda f, e: e(f / CONFIG, torch_dtype="float8"),
+        "torch_dtype is 'float8'; choose float32, bfloat16, float16"),
+    "unknown interpolation": ("siglip", lambda f, e: e(f / "preprocessor_config.json", interpolations=["cubic"]),
+        r"preprocessor_config\.json needs .*interpolations \(nearest, lanczos, bilinear, bicubic"),
+    "no mean for a tower": ("fused", lambda f, e: e(f / "preprocessor_config.json", means=[[0.5] * 3]),
+        "needs input_sizes, .* one entry a vision tower"),
+    "images of another size than the towers see": ("siglip",
         lambda f, e: e(f / "preprocessor_config.json", input_sizes=[[3, 56, 56]]),
-        r"prepares images of \[56, 56\] pixels, image_sizes in config\.json is \[28\]",
-    ),
-    "towers of two sizes": (
-        "fused",
+        r"prepares images of \[56, 56\] pixels, image_sizes in config\.json is \[28\]"),
+    "towers of two sizes": ("fused",
         lambda f, e: e(f / "preprocessor_config.json", input_sizes=[[3, 28, 28], [3, 42, 42]]),
-        r"the vision towers see \[\[28, 28\], \[42, 42\]\] pixels; they must all be equal",
-    ),
-    "statistics without quantiles": (
-        "siglip",
+        r"the vision towers see \[\[28, 28\], \[42, 42\]\] pixels; they must all be equal"),
+    "statistics without quantiles": ("siglip",
         lambda f, e: e(f / CONFIG, norm_stats={"kitchen": {"action": {"q01": [0.0]}}}),
-        r"config\.json: the action statistics of kitchen need q01 and q99, one number a dimension",
-    ),
+        r"config\.json: the action statistics of kitchen need q01 and q99, one number a dimension"),
 }  # fmt: skip
 
 

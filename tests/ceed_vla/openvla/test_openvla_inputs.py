@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from ceed_vla.backbones.openvla_inputs import EMPTY_TOKEN, OpenVLAInputsStep
-from ceed_vla.backbones.openvla_tokenizer import read_tokenizer
-from ceed_vla.convert import ConvertConfig, published_policy
+from ceed_vla.backbones.openvla.inputs import EMPTY_TOKEN, OpenVLAInputsStep
+from ceed_vla.backbones.openvla.tokenizer import read_tokenizer
+from ceed_vla.convert import ConvertConfig
+from ceed_vla.convert.openvla import published_policy
 from ceed_vla.errors import ObservationError
 
 FRONT = "observation.images.front"

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ceed_vla.action_tokens_config import OpenVLATokensConfig
 from ceed_vla.errors import ConfigError, TokenError
-from ceed_vla.openvla_tokens import OpenVLATokenizer
+from ceed_vla.tokens.openvla import OpenVLATokenizer, OpenVLATokensConfig
 
 Q01, Q99, MASK = [-0.5, -100.0, 0.0], [0.5, 300.0, 1.0], [True, True, False]
 
@@ -48,7 +47,7 @@ def test_a_round_trip_errs_by_half_a_bin(tokenizer: OpenVLATokenizer) -> None:
     actions = tokenizer.low + share * (tokenizer.high - tokenizer.low)
     error = (tokenizer.values(tokenizer.encode(actions)) - actions).abs()
     assert (error <= (tokenizer.high - tokenizer.low) / 255 / 2 + 1e-9).all()
-    still = tokenizer.values(tokenizer.zero_bins.repeat(2)[None])
+    still = tokenizer.values(tokenizer.zero[None])
     assert (still.abs() <= (tokenizer.high - tokenizer.low) / 255).all()
 
 

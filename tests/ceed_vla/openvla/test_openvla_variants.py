@@ -147,7 +147,7 @@ def test_a_variant_equals_the_published_libraries(
 
 
 def test_both_files_of_a_llama_tokenizer_are_one_tokenizer(write_folder: Any, tmp_path: Path) -> None:
-    from ceed_vla.backbones.openvla_tokenizer import read_tokenizer
+    from ceed_vla.backbones.openvla.tokenizer import read_tokenizer
 
     found = []
     for kind in ("json", "model"):

@@ -15,8 +15,7 @@ from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TO
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from ceed_vla.backbones.pi0_fast import Pi0FastBackbone
-from ceed_vla.backbones.pi0_fast_tiny import (
+from benchmarks.models.pi0_fast import (
     SKIP,
     STOP,
     WORDS,
@@ -25,9 +24,10 @@ from ceed_vla.backbones.pi0_fast_tiny import (
     write_fast_tokenizer,
     write_text_tokenizer,
 )
-from ceed_vla.backbones.pi0_fast_tokens import Pi0FastTokenizer, TextIds
+from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone
+from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer, TextIds
 from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_block
-from ceed_vla.fast_codec import FastCodec
+from ceed_vla.tokens.fast_codec import FastCodec
 
 STEPS, DIM, PROMPT = 4, 3, 12
 CAMERAS = ("observation.images.front", "observation.images.wrist")
@@ -104,7 +104,7 @@ def lerobot_tokens(policy: Any, batch: dict[str, Tensor], stop: int, *, cached: 
 
 def decode(backbone: Any, tokenizer: Any, batch: Any, config: DecodingConfig, **more: Any) -> DecodeResult:
     with torch.no_grad():
-        return decode_block(backbone, backbone.prefill(batch), config, tokenizer=tokenizer, **more)
+        return decode_block(backbone, backbone.prefill(batch), tokenizer, config, **more)
 
 
 def overfit(policy: Any, batch: dict[str, Tensor], target: Tensor, steps: int = 60) -> None:

@@ -9,11 +9,11 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from ceed_vla.backbones.pi0_fast import Pi0FastBackbone
-from ceed_vla.backbones.pi0_fast_tokens import Pi0FastTokenizer, TextIds
+from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone
+from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer, TextIds
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, MalformedChunkError, ObservationError, TokenError
-from ceed_vla.fast_codec import FastCodec
+from ceed_vla.tokens.fast_codec import FastCodec
 
 STRICT = [
     DecodingConfig(method="ar"),
@@ -90,7 +90,7 @@ def test_restricted_vocabulary_is_exact_and_only_writes_actions(lab: Any) -> Non
     assert torch.allclose(prefix.logits[:, tokenizer.action_ids], restricted.logits, atol=1e-5)
     tokens = [lab.decode(backbone, tokenizer, batch, config).tokens for config in STRICT]
     assert all(torch.equal(tokens[0], other) for other in tokens[1:])
-    assert int(tokens[0].max()) < tokenizer.num_bins == len(tokenizer.action_ids)
+    assert int(tokens[0].max()) < tokenizer.vocabulary_size == len(tokenizer.action_ids)
 
 
 def test_a_trained_model_gives_lerobots_tokens_and_actions(lab: Any) -> None:
@@ -112,39 +112,9 @@ def test_a_trained_model_gives_lerobots_tokens_and_actions(lab: Any) -> None:
     assert tokenizer.malformed == 0
 
 
-def test_recomputed_activations_give_the_same_gradients(lab: Any) -> None:
-    policy, batch = lab.build(6), lab.observe(3)
-    backbone, tokenizer = lab.wrap(policy, "actions")
-    backbone.train()
-    blocks, found = [torch.randint(tokenizer.num_bins, (3, backbone.block_length)) for _ in range(2)], []
-    for _ in range(2):
-        state, logits = backbone.packed_logits(backbone.embed_prefix(batch), blocks)
-        (torch.cat(logits).logsumexp(-1).sum() + state.sum()).backward()
-        found.append([*logits, *(p.grad.clone() for p in backbone.parameters() if p.grad is not None)])
-        backbone.zero_grad(set_to_none=True)
-        backbone.recompute_activations()
-    assert len(found[0]) == len(found[1]) > 20
-    for kept, recomputed in zip(*found, strict=True):
-        torch.testing.assert_close(recomputed, kept, atol=2e-3, rtol=2e-3)
-    assert torch.allclose(backbone.prefix_state(backbone.embed_prefix(batch)), state, atol=1e-4)
-
-
-def test_packed_logits_are_those_of_block_logits(lab: Any) -> None:
-    policy, batch = lab.build(6), lab.observe(2)
-    backbone, tokenizer = lab.wrap(policy, "actions")
-    blocks = [torch.randint(tokenizer.num_bins, (2, backbone.block_length)) for _ in range(2)]
-    embeddings = backbone.embed_prefix(batch)
-    state, packed = backbone.packed_logits(embeddings, blocks)
-    torch.cat(packed).logsumexp(-1).sum().backward()
-    language_model: Any = backbone.model.paligemma_with_expert.paligemma.model.language_model
-    assert all(p.grad is not None for p in language_model.parameters())
-    assert state.shape == (2, 32)
-    for block, logits in zip(blocks, packed, strict=True):
-        prefix = backbone.prefill(batch)
-        alone = torch.cat([prefix.logits.unsqueeze(1), backbone.block_logits(prefix, block[:, :-1])], dim=1)
-        assert torch.allclose(logits, alone, atol=1e-4)
-    _, (one,) = backbone.packed_logits(embeddings[1:], [blocks[0][1:]])
-    assert torch.allclose(one, packed[0][1:], atol=1e-4)
+@pytest.mark.parametrize("vocabulary", ["full", "actions"])
+def test_training_and_depth(vocabulary: str, lab: Any, keeps_the_contract: Any) -> None:
+    keeps_the_contract(lab.wrap(lab.build(6), vocabulary)[0], lab.observe(3))
 
 
 def test_detokenising_agrees_with_lerobot(lab: Any) -> None:
@@ -164,7 +134,7 @@ def test_malformed_chunks_are_counted_errors_not_zeros(lab: Any) -> None:
     _, tokenizer = lab.wrap(policy)
     good = tokenizer.encode(0.3 * torch.randn(3, lab.STEPS, lab.DIM))
     short = good.clone()
-    short[1, 3:] = tokenizer.stop_token
+    short[1, 3:] = tokenizer.stop
     assert policy.detokenize_actions(short, lab.STEPS, lab.DIM).shape == (
         3,
         lab.STEPS,
@@ -209,7 +179,7 @@ def test_the_previous_chunk_is_shifted_in_time(lab: Any) -> None:
     guess = tokenizer.guess("previous", 2, previous, 2, None)
     shifted = tokenizer.decode(guess)
     assert torch.allclose(shifted[0, :, 0], chunk[0, [2, 3, 3, 3], 0], atol=0.1)
-    assert torch.equal(guess[1], tokenizer.zero_bins)
+    assert torch.equal(guess[1], tokenizer.zero)
 
 
 def test_bad_input(lab: Any) -> None:
@@ -230,9 +200,8 @@ def test_bad_input(lab: Any) -> None:
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     with pytest.raises(ConfigError, match="no BOS token"):
         TextIds.of(plain)
-    for rule in ({"tolerance_bins": 1}, {"confidence": 0.5}):
-        with pytest.raises(ConfigError, match="variable-length"):
-            lab.decode(backbone, tokenizer, lab.observe(1), DecodingConfig(**rule))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="are no bins"):
+        lab.decode(backbone, tokenizer, lab.observe(1), DecodingConfig(confidence=0.5))
     with pytest.raises(CheckpointError, match=r"processor_config\.json cannot be read"):
         FastCodec.from_folder(lab.folder / "nowhere")
     (lab.folder / "fast" / "tokenizer.json").unlink()

@@ -16,10 +16,10 @@ from lerobot.processor import tokenizer_processor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ceed_vla.backbones.pi0_fast_loading import convert_pi0_fast
-from ceed_vla.backbones.pi0_fast_tokens import Pi0FastTokenizer
+from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer
 from ceed_vla.checkpoints import load, save
 from ceed_vla.cli import main
+from ceed_vla.convert import ConvertConfig, convert
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, MalformedChunkError
 
@@ -54,6 +54,11 @@ def published(lab: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     for module in (modeling_pi0_fast, tokenizer_processor):
         monkeypatch.setattr(module, "AutoProcessor", SimpleNamespace(from_pretrained=refuse))
     return SimpleNamespace(folder=folder, raw=raw, tokens=expected, actions=actions, policy=policy)
+
+
+def convert_pi0_fast(source: Path, output: Path, **settings: Any) -> Path:
+    convert(ConvertConfig(str(source), str(output), from_="pi0_fast", **settings))
+    return output
 
 
 def act(bundle: tuple[Any, Any, Any], raw: dict[str, Any], decoding: str) -> tuple[Tensor, Tensor]:
@@ -185,7 +190,7 @@ def test_bad_folders(lab: Any, published: Any) -> None:
         convert_pi0_fast(folder, output, text_tokenizer=str(lab.folder / "fast" / ".."))
     with pytest.raises(ConfigError, match="vocabulary is 'some'"):
         convert_pi0_fast(folder, output, vocabulary="some")
-    with pytest.raises(ConfigError, match="is not empty"):
+    with pytest.raises(ConfigError, match="is no empty folder"):
         convert_pi0_fast(folder, folder)
     weights = load_file(folder / "model.safetensors")
     change("model.safetensors", "")

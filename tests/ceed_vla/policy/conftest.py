@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,11 @@ def checkpoint(
     policy: CeedVLAPolicy, processors: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     return save(tmp_path_factory.mktemp("checkpoint") / "policy", policy, *processors)
+
+
+@pytest.fixture
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(checkpoint, tmp_path / "policy")
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def test_action_ranges_come_from_the_data(tiny_config: Any) -> None:
     [
         ({"n_action_steps": 5}, "more than chunk_size = 4"),
         ({"chunk_size": 0}, "chunk_size is 0"),
-        ({"chunk_size": 3, "n_action_steps": 3}, r"decoding\.executed_steps is 4"),
+        ({"decode_with": "fast"}, "Unknown decoder 'fast'"),
         ({"num_bins": 1}, "num_bins"),
         ({"width": 30}, "multiple of heads"),
         ({"image_size": 100}, "multiple of 8"),

@@ -17,7 +17,7 @@ A = 7
 
 def test_frozen_steps_stay_and_every_decoder_continues_them(policy: CeedVLAPolicy, batch: Any) -> None:
     free = policy.decode(batch, "ar").tokens
-    frozen = (free[:, :A] + 9) % policy.tokenizer.num_bins
+    frozen = (free[:, :A] + 9) % policy.tokenizer.vocabulary_size
     ar = policy.decode(batch, "ar", frozen=frozen)
     jacobi = policy.decode(batch, "jacobi", frozen=frozen, previous=free, shift_steps=1)
     assert torch.equal(ar.tokens[:, :A], frozen)

@@ -9,11 +9,8 @@ import pytest
 import torch
 
 from ceed_vla import CeedVLAPolicy
+from ceed_vla.backbones.compact.words import InstructionWordsStep, make_instruction_step
 from ceed_vla.errors import ConfigError, ObservationError
-from ceed_vla.processor_ceed_vla import (
-    InstructionWordsStep,
-    make_instruction_step,
-)
 
 FRONT, WRIST, STATE = "observation.images.front", "observation.images.wrist", "observation.state"
 TOKENS = "observation.language.tokens"
@@ -21,8 +18,8 @@ TASKS = ["put the red cube in the bin", "push the blue cube"]
 
 
 @pytest.fixture
-def words(tiny_config: Any) -> InstructionWordsStep:
-    return make_instruction_step(tiny_config().backbone, TASKS)
+def words() -> InstructionWordsStep:
+    return make_instruction_step(TASKS, 12, 256)
 
 
 def test_words_become_ids(words: InstructionWordsStep, caplog: pytest.LogCaptureFixture) -> None:
@@ -70,8 +67,8 @@ def test_one_instruction_serves_a_batch(processors: tuple[Any, Any], raw_observa
     assert (batch[TOKENS] == batch[TOKENS][0]).all()
 
 
-def test_instructions_that_do_not_fit_the_configuration(tiny_config: Any) -> None:
+def test_instructions_that_do_not_fit_the_configuration() -> None:
     with pytest.raises(ConfigError, match="max_instruction_words is 3"):
-        make_instruction_step(tiny_config(max_instruction_words=3).backbone, TASKS)
-    with pytest.raises(ConfigError, match="Raise vocabulary_size"):
-        make_instruction_step(tiny_config(vocabulary_size=9).backbone, TASKS)
+        make_instruction_step(TASKS, 3, 256)
+    with pytest.raises(ConfigError, match="holds 7"):
+        make_instruction_step(TASKS, 12, 9)

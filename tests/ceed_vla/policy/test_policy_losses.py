@@ -10,7 +10,14 @@ import torch
 
 from ceed_vla import CeedVLAPolicy
 from ceed_vla.errors import ConfigError
-from ceed_vla.modeling_ceed_vla import label_table, random_shift, soft_cross_entropy
+from ceed_vla.supervision import (
+    augment,
+    auxiliary_loss,
+    grounding_loss,
+    label_table,
+    random_shift,
+    soft_cross_entropy,
+)
 
 FRONT, STATE = "observation.images.front", "observation.state"
 ENVIRONMENT = "observation.environment_state"
@@ -65,13 +72,13 @@ def test_without_the_target_there_is_no_auxiliary_loss(
 
 def test_grounding_trains_the_prefix_only(training_batch: dict[str, Any], make_policy: Any) -> None:
     policy = make_policy()
-    loss = policy.grounding_loss(training_batch)
+    loss = grounding_loss(policy, training_batch)
     assert loss.item() == pytest.approx(policy(training_batch)[1]["auxiliary_loss"], rel=1e-5)
     loss.backward()
     assert policy.backbone.stems[0].convolutions[0].weight.grad is not None
     assert policy.backbone.action_tokens.weight.grad is None
     with pytest.raises(ConfigError, match="auxiliary_scale is empty"):
-        make_policy(auxiliary_scale=[]).grounding_loss(training_batch)
+        grounding_loss(make_policy(auxiliary_scale=[]), training_batch)
 
 
 @pytest.mark.parametrize("terms", [None, 3, 99])
@@ -82,7 +89,7 @@ def test_the_auxiliary_loss_equals_numpy(
     with torch.no_grad():
         embeddings = policy.backbone.embed_prefix(training_batch)
         state = policy.backbone.prefix_state(embeddings)
-        found = policy.auxiliary_loss(embeddings, state, training_batch[ENVIRONMENT])
+        found = auxiliary_loss(policy, embeddings, state, training_batch[ENVIRONMENT])
         assert policy.backbone.auxiliary is not None
         assert policy.backbone.early_auxiliary is not None
         regressed = policy.backbone.auxiliary(state), policy.backbone.early_auxiliary(embeddings)
@@ -112,7 +119,7 @@ def test_augmentation_only_while_training(training_batch: dict[str, Any], make_p
     assert policy(training_batch)[0] == policy(training_batch)[0]
     policy.train()
     assert policy(training_batch)[0] != policy(training_batch)[0]
-    augmented = policy.augment(training_batch)
+    augmented = augment(policy, training_batch)
     assert (augmented[FRONT] != training_batch[FRONT]).any()
     assert augmented[FRONT].amin() >= 0
     assert augmented[FRONT].amax() <= 1

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ceed_vla.backbones.vlm import FLAT_KEY, ROW_KEY, VLMBackbone
-from ceed_vla.backbones.vlm_inputs import VLMInputsStep
-from ceed_vla.backbones.vlm_loading import choose_action_ids, load_model, load_processor
-from ceed_vla.backbones.vlm_tiny import make_tiny_vlm
+from benchmarks.models.vlm import make_tiny_vlm
+from ceed_vla.backbones.vlm.inputs import VLMInputsStep
+from ceed_vla.backbones.vlm.loading import choose_action_ids, load_model
+from ceed_vla.backbones.vlm.model import FLAT_KEY, ROW_KEY, VLMBackbone
+from ceed_vla.backbones.vlm.processor import load_processor
 
 CAMERAS = ("observation.images.front", "observation.images.wrist")
 PROMPT = "What action should the robot take to {instruction}?"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from lerobot.processor import PolicyProcessorPipeline
 
-from ceed_vla.backbones.vlm import FLAT_KEY, IDS_KEY, MASK_KEY, ROW_KEY
-from ceed_vla.backbones.vlm_inputs import VLMInputsStep, keyed
-from ceed_vla.backbones.vlm_loading import load_processor
-from ceed_vla.backbones.vlm_tiny import FAMILIES
+from benchmarks.models.vlm import FAMILIES
+from ceed_vla.backbones.vlm.inputs import VLMInputsStep, keyed
+from ceed_vla.backbones.vlm.model import FLAT_KEY, IDS_KEY, MASK_KEY, ROW_KEY
+from ceed_vla.backbones.vlm.processor import load_processor
 from ceed_vla.errors import CheckpointError, ObservationError
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
@@ -97,13 +97,7 @@ def test_a_saved_step_needs_no_folder(steps: Any, tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({FRONT: torch.rand(2, 3, 48, 96)}, r"expected \(B, 3, 64, 96\)"),
-        ({FRONT: torch.rand(2, 1, 64, 96)}, "RGB"),
-        ({FRONT: torch.rand(2, 4, 64, 96)}, "RGB"),
-        ({FRONT: torch.rand(2, 64, 96, 3)}, "channels first"),
-        ({FRONT: torch.rand(2, 3, 64, 96) * 255}, r"images lie in \[0, 1\]"),
-        ({FRONT: torch.full((2, 3, 64, 96), torch.nan)}, r"images lie in \[0, 1\]"),
-        ({FRONT: torch.zeros(2, 3, 64, 96, dtype=torch.int64)}, "uint8"),
+        ({FRONT: torch.rand(2, 3, 48, 96)}, r"\(B, 3, 64, 96\)"),
         ({WRIST: torch.rand(3, 3, 64, 96)}, "must be equal"),
         ({"task": ["push"] * 3}, "for 2 rows"),
         ({"task": ["push", " "]}, "non-empty"),
@@ -129,5 +123,5 @@ def test_rows_with_different_numbers_of_images() -> None:
 
 
 def test_a_step_without_its_files() -> None:
-    with pytest.raises(CheckpointError, match="lacks its processor's files"):
+    with pytest.raises(CheckpointError, match="without its files"):
         PolicyProcessorPipeline([VLMInputsStep(sizes={FRONT: [64, 96]})])(raw())

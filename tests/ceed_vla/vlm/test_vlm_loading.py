@@ -12,17 +12,17 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from ceed_vla.backbones.vlm import IDS_KEY, MASK_KEY, STATE_KEY, VLMBackbone
-from ceed_vla.backbones.vlm_config import VLMConfig
-from ceed_vla.backbones.vlm_loading import (
+from benchmarks.models.vlm import FAMILIES, make_tiny_vlm
+from ceed_vla.backbones.vlm.config import VLMConfig
+from ceed_vla.backbones.vlm.loading import (
     architecture,
     build_model,
     check_decoding,
     choose_action_ids,
     load_model,
-    load_processor,
 )
-from ceed_vla.backbones.vlm_tiny import FAMILIES, make_tiny_vlm, make_tokenizer
+from ceed_vla.backbones.vlm.model import IDS_KEY, MASK_KEY, STATE_KEY, VLMBackbone
+from ceed_vla.backbones.vlm.processor import load_processor
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from sim.tabletop.policy import tabletop_config
@@ -175,27 +175,20 @@ def test_action_ids_outside_the_vocabulary(ids: list[int], copy: Path) -> None:
 # ---- models that cannot serve -----------------------------------------------------------------------------------
 
 
+TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
 def test_a_model_without_a_usable_cache() -> None:
-    tokenizer = make_tokenizer(["<image>"])
+    text = {
+        "model_type": "lfm2",
+        "vocab_size": 900,
+        "num_key_value_heads": 2,
+        "layer_types": ["conv", "full_attention"],
+    }
     config = transformers.AutoConfig.for_model(
         "lfm2_vl",
-        text_config={
-            "model_type": "lfm2",
-            "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "layer_types": ["conv", "full_attention"],
-        },
-        vision_config={
-            "model_type": "siglip2_vision_model",
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-        },
+        text_config={**TINY, **text, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+        vision_config={**TINY, "model_type": "siglip2_vision_model"},
     )
     model = transformers.AutoModelForImageTextToText.from_config(config).eval()
     with pytest.raises(ConfigError, match="Jacobi decoding needs a causal language model with attention"):
@@ -216,28 +209,8 @@ def test_a_head_that_is_more_than_a_matrix(base: Any) -> None:
 
 
 def test_a_model_of_another_build() -> None:
-    config = transformers.Blip2Config(
-        vision_config={
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-        },
-        qformer_config={
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-        },
-        text_config={
-            "model_type": "opt",
-            "num_attention_heads": 2,
-            "hidden_size": 16,
-            "ffn_dim": 16,
-            "num_hidden_layers": 1,
-            "vocab_size": 300,
-        },
-    )
+    text = {**TINY, "model_type": "opt", "ffn_dim": 16, "vocab_size": 300}
+    config = transformers.Blip2Config(vision_config=TINY, qformer_config=TINY, text_config=text)
     model = transformers.AutoModelForImageTextToText.from_config(config)
     with pytest.raises(ConfigError, match="use a model such as LLaVA"):
         VLMBackbone(model, range(100), 14)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import ceed_vla
+from benchmarks.models.vlm import FAMILIES
 from ceed_vla import CeedVLAPolicy
-from ceed_vla.backbones.vlm_config import VLMConfig
-from ceed_vla.backbones.vlm_tiny import FAMILIES
+from ceed_vla.backbones.vlm.config import VLMConfig
 from ceed_vla.checkpoints import save, weights_hash
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError
@@ -28,7 +28,7 @@ def new_policy(base: Path, chunk_size: int = 2, **settings: Any) -> tuple[CeedVL
         backbone=VLMConfig(path=str(base), **settings),
         chunk_size=chunk_size,
         n_action_steps=1,
-        decoding=DecodingConfig(max_iterations=2, executed_steps=1),
+        decoding=DecodingConfig(max_iterations=2, watch="executed"),
     )
     policy = CeedVLAPolicy(config).eval()
     pre, post = make_ceed_vla_pre_post_processors(config, STATS, instructions=["push the red cube"])

@@ -1,0 +1,1 @@
+"""A small model that is trained from scratch: the default."""

@@ -1,0 +1,97 @@
+"""Settings of the compact model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ceed_vla.backbones.compact.words import make_instruction_step
+from ceed_vla.backbones.config import BackboneConfig
+from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.errors import ConfigError
+from ceed_vla.fields import check_fields, ranged
+
+if TYPE_CHECKING:
+    from ceed_vla.backbones.base import TrainableBackbone
+
+
+@BackboneConfig.register_subclass("compact")
+@dataclass
+class CompactConfig(BackboneConfig):
+    """A small model that is trained from scratch (`ceed_vla.backbones.compact.model`).
+
+    Attributes:
+        image_size: Side of the square images that the stems see [px]; other sizes are resized.
+        image_grid: A camera gives ``image_grid ** 2`` prefix tokens.
+        keypoints: Places that the stem of a camera finds (spatial softmax), as one more prefix token; 0 for none.
+        stem_channels: Channels of the four convolutions of a camera stem.
+        max_instruction_words: Longest instruction [words].
+        words: Rows of the word embedding (padding and unknown included).
+        known_words: Words of the instructions that were trained on; written with the vocabulary, 0 where nobody did.
+        width: Model width ``d``.
+        layers: Decoder layers.
+        heads: Attention heads.
+        mlp_width: Hidden width of the gated MLP.
+        early_readout: Numbers of a prefix token that the grounding target is regressed from before the trunk too, in
+            training; 0 for none.
+    """
+
+    steps: ClassVar[tuple[str, ...]] = ("ceed_vla_instruction_words",)
+
+    image_size: int = ranged(96, "[8, 4096]")
+    image_grid: int = ranged(4, "[1, 256]")
+    keypoints: int = ranged(32, "[0, 4096]")
+    stem_channels: list[int] = ranged([32, 64, 96, 128], "[4, 16384]")
+    max_instruction_words: int = ranged(12, "[1, 4096]")
+    words: int = ranged(256, "[2, 1e7]")
+    known_words: int = ranged(0, "[0, 1e7]")
+    width: int = ranged(192, "[1, 65536]")
+    layers: int = ranged(4, "[1, 1024]")
+    heads: int = ranged(6, "[1, 1024]")
+    mlp_width: int = ranged(512, "[1, 1048576]")
+    early_readout: int = ranged(32, "[0, 65536]")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.width % self.heads:
+            raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}.")
+        if len(self.stem_channels) != 4 or any(channels % 4 for channels in self.stem_channels):
+            raise ConfigError(
+                f"stem_channels is {self.stem_channels}; a stem has exactly 4 convolutions, of multiples of 4."
+            )
+        if self.image_size % (8 * self.image_grid):
+            raise ConfigError(
+                f"image_size {self.image_size} is not a multiple of 8 * image_grid = {8 * self.image_grid}; "
+                "the stem halves the image three times and then cuts it into the grid."
+            )
+
+    def build(self, shape: PolicyShape) -> TrainableBackbone:
+        from ceed_vla.backbones.compact.model import CompactBackbone
+
+        sizes = {name: value for name, value in vars(self).items() if name != "known_words"}
+        return CompactBackbone(shape, **sizes)
+
+    def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:
+        step = make_instruction_step(instructions, self.max_instruction_words, self.words)
+        self.known_words = len(step.vocabulary)
+        return [step]
+
+    def least_sizes(self, shape: PolicyShape) -> tuple[int, int]:
+        d, cell = self.width, self.image_size // (8 * self.image_grid)
+        prefix = self.max_instruction_words + len(shape.cameras) * self.image_grid**2
+        rows = self.words + prefix + 2 * shape.vocabulary_size + shape.block_length
+        stem = self.stem_channels[3] * cell**2 * d + 9 * sum(a * b for a, b in pairwise(self.stem_channels))
+        return self.layers, (
+            self.layers * (4 * d * d + 3 * d * self.mlp_width) + rows * d + len(shape.cameras) * stem
+        )
+
+    def finished(self) -> Self:
+        return replace(self, early_readout=0)
+
+    def validate_features(self, shape: PolicyShape) -> None:
+        if not shape.state_dim:
+            raise ConfigError(
+                "The data have no observation.state; the compact backbone reads one state vector."
+            )

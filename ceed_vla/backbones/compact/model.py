@@ -1,0 +1,249 @@
+r"""The embedded default: a small vision-language-action transformer, trained from scratch.
+
+    cameras --stem--> 16 tokens each \
+    words   --embed--> L tokens        }--> prefix (bidirectional) --> [state token] predicts action token 0
+    state   --linear--> 1 token       /                                      |
+                                              block tokens 0..n-2 (causal) --+--> action tokens 1..n-1
+
+Positions are learned: one embedding for every prefix position and one for every block slot, so that one step of the
+decoder is a handful of kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_depth, check_features
+from ceed_vla.backbones.compact.stem import CameraStem, EarlyReadout
+from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.cache import KVCache
+from ceed_vla.errors import ObservationError
+from ceed_vla.images import check_images
+
+LANGUAGE_KEY = "observation.language.tokens"
+STATE_KEY = "observation.state"
+WORD_CODE = 16  # numbers a word that the camera stems see
+# Parts that learn in distillation; the others make the prefix embeddings, which student and teacher share.
+DISTILLED = ("action_tokens", "slots", "layers", "final_norm", "head")
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and gated MLP."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.mlp_norm = nn.LayerNorm(width, bias=False)
+        self.gate_up = nn.Linear(width, 2 * mlp_width, bias=False)
+        self.down = nn.Linear(mlp_width, width, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The layer without a cache."""
+        q, k, v = self.project(x)
+        return self.finish(x, q, k, v, mask)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, t, d / H) of x (B, t, d)."""
+        batch, length, width = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend, then the MLP; mask (t, T) is True where attention is allowed, None allows all."""
+        batch, length, width = x.shape
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, t, d / H)
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class CompactBackbone(TrainableBackbone):
+    """Small VLA trunk behind the `Backbone` protocol; `CompactConfig` says what its sizes are."""
+
+    def __init__(
+        self,
+        shape: PolicyShape,
+        *,
+        image_size: int,
+        image_grid: int,
+        keypoints: int,
+        stem_channels: Sequence[int],
+        max_instruction_words: int,
+        words: int,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp_width: int,
+        early_readout: int,
+    ) -> None:
+        super().__init__()
+        self.cameras = self.augmented_images = tuple(shape.cameras)
+        self.image_size, self.state_dim, self.max_words = image_size, shape.state_dim, max_instruction_words
+        self.block_length, self.vocabulary_size = shape.block_length, shape.vocabulary_size
+        self.num_layers = layers
+        self._recompute = False
+        tokens = image_grid**2 + bool(keypoints)  # of a camera
+        self.prefix_length = self.max_words + len(self.cameras) * tokens + 1
+        codes = self.max_words * WORD_CODE
+        self.words = nn.Embedding(words, width)
+        self.word_codes = nn.Embedding(words, WORD_CODE)
+        self.stems = nn.ModuleList(
+            CameraStem(stem_channels, image_grid, keypoints, image_size, width, codes) for _ in self.cameras
+        )
+        self.state = nn.Linear(self.state_dim, width)
+        self.prefix_positions = nn.Parameter(torch.zeros(self.prefix_length, width))
+        self.action_tokens = nn.Embedding(self.vocabulary_size, width)
+        self.slots = nn.Parameter(torch.zeros(self.block_length, width))
+        self.layers = nn.ModuleList(Layer(width, heads, mlp_width) for _ in range(layers))
+        self.final_norm = nn.LayerNorm(width, bias=False)
+        self.head = nn.Linear(width, self.vocabulary_size)
+        if outputs := shape.auxiliary_dim:
+            self.auxiliary = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs))
+            if early_readout:
+                self.early_auxiliary = EarlyReadout(self.prefix_length, width, early_readout, width, outputs)
+        self._initialise()
+
+    @property
+    def trunk(self) -> list[Layer]:
+        """The decoder layers, bottom first."""
+        return cast("list[Layer]", list(self.layers))
+
+    def _initialise(self) -> None:
+        for embedding in (self.words.weight, self.prefix_positions, self.action_tokens.weight, self.slots):
+            nn.init.normal_(embedding, std=0.5 if embedding is self.words.weight else 0.02)
+        for layer in self.trunk:
+            for linear in (layer.qkv, layer.gate_up):
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            for linear in (layer.out, layer.down):
+                nn.init.normal_(linear.weight, std=(linear.in_features * 2 * len(self.trunk)) ** -0.5)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def check_observation(self, batch: Mapping[str, Any]) -> int:
+        """Rows of a batch with cameras (B, 3, any, any) in [0, 1], a finite state (B, D) and words (B, L)."""
+        wanted: dict[str, tuple[int | None, ...]] = {
+            **dict.fromkeys(self.cameras, (3, None, None)),
+            STATE_KEY: (self.state_dim,),
+            LANGUAGE_KEY: (self.max_words,),
+        }
+        rows = check_features(
+            batch, wanted, finite=[STATE_KEY], ids={LANGUAGE_KEY: self.words.num_embeddings}
+        )
+        images = {camera: batch[camera] for camera in self.cameras}
+        check_images(images)
+        for camera, image in images.items():
+            if image.dtype != torch.float32:
+                raise ObservationError(f"{camera} is {image.dtype}; expected torch.float32 in [0, 1].")
+        return rows
+
+    def recompute_activations(self) -> None:
+        self._recompute = True
+
+    def distillation_parameters(self) -> list[str]:
+        return [name for name, _ in self.named_parameters() if name.partition(".")[0] in DISTILLED]
+
+    # ---- prefix -------------------------------------------------------------------------------------------------
+
+    def embed_prefix(self, observation: dict[str, Tensor]) -> Tensor:
+        """Embeddings (B, P, d) of words, cameras and state (the state token comes last)."""
+        words = observation[LANGUAGE_KEY]  # (B, L)
+        word_embeddings = self.words(words)  # (B, L, d)
+        instruction = self.word_codes(words).flatten(1)  # (B, L * c)
+        tokens = [word_embeddings]
+        for camera, stem in zip(self.cameras, self.stems, strict=True):
+            tokens.append(stem(self._resize(observation[camera]) * 2 - 1, instruction))  # (B, g * g, d)
+        tokens.append(self.state(observation[STATE_KEY].clamp(-5, 5)).unsqueeze(1))  # (B, 1, d)
+        return torch.cat(tokens, dim=1) + self.prefix_positions
+
+    def _resize(self, image: Tensor) -> Tensor:
+        if image.shape[-2:] == (self.image_size, self.image_size):
+            return image
+        return F.interpolate(image, size=(self.image_size, self.image_size), mode="bilinear", antialias=True)
+
+    def prefill(self, observation: dict[str, Tensor]) -> Prefix:
+        """Run the prefix once.
+
+        Args:
+            observation: Cameras (B, 3, S, S) in [0, 1], state (B, D), instruction ids (B, L).
+
+        Returns:
+            Logits (B, V) of action token 0 and the cache with the prefix in it.
+        """
+        return self.prefill_embeddings(self.embed_prefix(observation))
+
+    def prefill_embeddings(self, embeddings: Tensor) -> Prefix:
+        """`prefill` from embeddings (B, P, d) that `embed_prefix` made."""
+        batch, length, width = embeddings.shape
+        heads = self.trunk[0].heads
+        sizes = (self.num_layers, batch, heads, length + self.block_length, width // heads)
+        cache = KVCache(*sizes, device=embeddings.device, dtype=embeddings.dtype)
+        x = self._run(embeddings, cache)
+        cache.seal_prefix(length)
+        return Prefix(logits=self.head(self.final_norm(x[:, -1])), cache=cache)
+
+    def _run(self, x: Tensor, cache: KVCache, mask: Tensor | None = None, depth: int | None = None) -> Tensor:
+        """X (B, t, d) through the first `depth` layers, behind what is in the cache."""
+        for index, layer in enumerate(self.trunk[:depth]):
+            q, k, v = layer.project(x)
+            keys, values = cache.write(index, k, v)  # (B, H, T, d / H)
+            x = layer.finish(x, q, keys, values, mask)
+        return x
+
+    # ---- block --------------------------------------------------------------------------------------------------
+
+    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
+        """Logits (B, k, V) for the slots after `tokens` (B, k), which follow the committed tokens of the cache."""
+        cache, length = prefix.cache, tokens.shape[1]
+        x = self.action_tokens(tokens) + self.slots[cache.committed : cache.committed + length]  # (B, k, d)
+        mask = None  # (k, past + k): everything past, causal among the new tokens
+        if length > 1:
+            past = cache.length
+            mask = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)
+        return self.head(self.final_norm(self._run(x, cache, mask, check_depth(depth, self.num_layers))))
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    def packed_logits(self, embeddings: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Teacher-forced logits of several blocks behind one prefix, in one forward; see `TrainableBackbone`.
+
+        The blocks do not see each other and share their slots, so each sees exactly what `block_logits` shows it.
+        """
+        n = self.block_length
+        inputs = [self.action_tokens(block[:, : n - 1]) + self.slots[: n - 1] for block in blocks]
+        x = torch.cat([embeddings, *inputs], dim=1)  # (B, P + b * (n - 1), d)
+        mask = self._packed_mask(embeddings.shape[1], n - 1, len(blocks), x.device)
+        recompute = self._recompute and self.training
+        for layer in self.trunk:
+            x = checkpoint(layer, x, mask, use_reentrant=False) if recompute else layer(x, mask)
+        x = self.final_norm(x)
+        state = x[:, embeddings.shape[1] - 1]  # (B, d)
+        parts = x[:, embeddings.shape[1] :].split(n - 1, dim=1)
+        return state, [self.head(torch.cat([state.unsqueeze(1), part], dim=1)) for part in parts]
+
+    @staticmethod
+    def _packed_mask(prefix: int, block: int, count: int, device: torch.device) -> Tensor:
+        """(T, T) boolean: prefix bidirectional and blind to blocks; blocks causal and blind to each other."""
+        total = prefix + count * block
+        mask = torch.zeros(total, total, dtype=torch.bool, device=device)
+        mask[:, :prefix] = True
+        for i in range(count):
+            rows = slice(prefix + i * block, prefix + (i + 1) * block)
+            mask[rows, rows] = torch.ones(block, block, dtype=torch.bool, device=device).tril()
+        return mask
+
+    def prefix_state(self, embeddings: Tensor) -> Tensor:
+        """The state token's final hidden vector (B, d), without any block."""
+        x = embeddings
+        for layer in self.trunk:
+            x = layer(x, None)
+        return self.final_norm(x[:, -1])

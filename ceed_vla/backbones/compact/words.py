@@ -1,0 +1,146 @@
+"""Instruction words to ids, as a LeRobot step that carries the vocabulary."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lerobot.configs import FeatureType, PipelineFeatureType, PolicyFeature
+from lerobot.lerobot_types import RobotObservation, TransitionKey
+from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
+from lerobot.utils.constants import OBS_LANGUAGE_TOKENS, OBS_STATE
+
+from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.errors import ConfigError, ObservationError
+from ceed_vla.fields import check_fields, ranged
+from ceed_vla.instructions import batch_instructions
+
+logger = logging.getLogger(__name__)
+
+PAD_ID, UNKNOWN_ID, FIRST_WORD_ID = 0, 1, 2
+MOST_WARNINGS = 100  # about words that a policy has never seen
+
+
+def split_words(instruction: str) -> list[str]:
+    """Lower-case words of an instruction; punctuation separates."""
+    return re.findall(r"[a-z0-9]+", instruction.lower())
+
+
+def build_vocabulary(instructions: Iterable[str]) -> list[str]:
+    """The sorted words of all `instructions`."""
+    return sorted({word for instruction in instructions for word in split_words(instruction)})
+
+
+@ProcessorStepRegistry.register(name="ceed_vla_instruction_words")
+@dataclass
+class InstructionWordsStep(ObservationProcessorStep):
+    """Turn ``task`` strings into ``observation.language.tokens`` (B, L) int64, padded with 0; unknown words are 1.
+
+    The whole vocabulary is saved with the pipeline, so that a checkpoint loads without a network.
+    """
+
+    vocabulary: list[str] = field(default_factory=list)
+    max_words: int = ranged(12, "[1, 4096]")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        wrong = [word for word in self.vocabulary if split_words(word) != [word]]
+        if wrong or sorted(set(self.vocabulary)) != self.vocabulary:
+            shown = f"has {wrong[0][:50]!r}" if wrong else "repeats a word, or is not in order"
+            raise ConfigError(f"vocabulary {shown}; it must hold different lower-case words, sorted.")
+        self._ids = {word: FIRST_WORD_ID + i for i, word in enumerate(self.vocabulary)}
+        self._warned: set[str] = set()
+
+    def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
+        """Raise `ConfigError` unless these are the settings that the backbone's configuration has."""
+        sizes = (
+            getattr(backbone, "max_instruction_words", self.max_words),
+            getattr(backbone, "words", len(self.vocabulary) + FIRST_WORD_ID),
+        )
+        if not self.vocabulary:
+            raise ConfigError("vocabulary is empty; every word would be an unknown one.")
+        if self.max_words != sizes[0] or len(self.vocabulary) + FIRST_WORD_ID > sizes[1]:
+            raise ConfigError(
+                f"max_words {self.max_words} and {len(self.vocabulary)} words; the backbone has {sizes[0]} and room "
+                f"for {sizes[1] - FIRST_WORD_ID}."
+            )
+        known = getattr(backbone, "known_words", 0)
+        if known not in (0, len(self.vocabulary)):
+            raise ConfigError(
+                f"vocabulary has {len(self.vocabulary)} words, {known} were trained. Copy it again."
+            )
+
+    def encode(self, instruction: str) -> list[int]:
+        """Ids of one instruction, padded to `max_words`.
+
+        Raises:
+            ObservationError: The instruction is empty or longer than `max_words`.
+        """
+        words = split_words(instruction)
+        if not words:
+            raise ObservationError(
+                f"The instruction {instruction[:200]!r} has no word; say what to do: 'put the red cube in the bin'."
+            )
+        if len(words) > self.max_words:
+            raise ObservationError(
+                f"The instruction has {len(words)} words, this policy reads at most {self.max_words}: "
+                f"{instruction[:200]!r}."
+            )
+        if self._ids and not any(word in self._ids for word in words):
+            raise ObservationError(
+                f"The policy knows no word of the instruction {instruction[:200]!r}; it knows "
+                f"{', '.join(self.vocabulary)[:300]}."
+            )
+        for word in words:
+            if word not in self._ids and word not in self._warned and len(self._warned) < MOST_WARNINGS:
+                self._warned.add(word)
+                logger.warning("The policy has never seen the word %r; it is read as unknown.", word[:50])
+        ids = [self._ids.get(word, UNKNOWN_ID) for word in words]
+        return ids + [PAD_ID] * (self.max_words - len(ids))
+
+    def observation(self, observation: RobotObservation) -> RobotObservation:
+        tasks = batch_instructions(self.transition.get(TransitionKey.COMPLEMENTARY_DATA))
+        ids = torch.tensor([self.encode(t) for t in tasks], dtype=torch.long)  # (B, L)
+        state = observation.get(OBS_STATE)
+        if len(tasks) == 1 and state is not None:
+            ids = ids.expand(len(state), -1)  # one instruction for the whole batch
+        return {**observation, OBS_LANGUAGE_TOKENS: ids}
+
+    def get_config(self) -> dict[str, Any]:
+        return {"vocabulary": self.vocabulary, "max_words": self.max_words}
+
+    def transform_features(
+        self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
+    ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
+        features[PipelineFeatureType.OBSERVATION][OBS_LANGUAGE_TOKENS] = PolicyFeature(
+            type=FeatureType.LANGUAGE, shape=(self.max_words,)
+        )
+        return features
+
+
+def make_instruction_step(instructions: Iterable[str], max_words: int, rows: int) -> InstructionWordsStep:
+    """The step for a data set's instructions, of `max_words` at most, and an embedding of so many `rows`.
+
+    Raises:
+        ConfigError: No instruction, one that is too long, or words that do not fit the embedding.
+    """
+    instructions = list(instructions)
+    vocabulary = build_vocabulary(instructions)
+    if not vocabulary:
+        raise ConfigError("There is no instruction to take the vocabulary from; pass the metadata.")
+    longest = max(instructions, key=lambda text: len(split_words(text)))
+    if len(split_words(longest)) > max_words:
+        raise ConfigError(
+            f"The longest instruction has {len(split_words(longest))} words, max_instruction_words is {max_words}; "
+            f"raise it: {longest!r}."
+        )
+    if len(vocabulary) + FIRST_WORD_ID > rows:
+        raise ConfigError(
+            f"The instructions use {len(vocabulary)} words; backbone.words = {rows} holds {rows - FIRST_WORD_ID}. "
+            "Raise it."
+        )
+    return InstructionWordsStep(vocabulary=vocabulary, max_words=max_words)

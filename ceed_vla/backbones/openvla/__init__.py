@@ -1,0 +1,1 @@
+"""OpenVLA models, with published weights."""

@@ -1,0 +1,94 @@
+"""Settings of OpenVLA models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ceed_vla.backbones.config import BackboneConfig
+from ceed_vla.backbones.openvla.folder import Architecture, check_config, describe_model
+from ceed_vla.backbones.openvla.inputs import OpenVLAInputsStep
+from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.transformers.architecture import least_sizes, read_architecture
+from ceed_vla.backbones.transformers.config import DTYPES, TransformersConfig
+from ceed_vla.errors import ConfigError
+from ceed_vla.fields import chosen
+from ceed_vla.templates import check_template
+
+if TYPE_CHECKING:
+    from ceed_vla.backbones.base import TrainableBackbone
+
+
+@BackboneConfig.register_subclass("openvla")
+@dataclass
+class OpenVLAConfig(TransformersConfig):
+    """An OpenVLA model: one or two vision towers, a projector and a Llama that writes one of 256 ids a number.
+
+    Attributes:
+        dtype: Type of the weights; "auto" takes the folder's.
+        quantization: "8bit" or "4bit" language model through bitsandbytes, on a GPU; needs weights by reference.
+        camera: Feature of the camera it looks through; not needed where the policy has one camera.
+        prompt: Text around ``{instruction}``, which is lower-cased; the one of the model's language model if empty.
+    """
+
+    steps: ClassVar[tuple[str, ...]] = ("ceed_vla_openvla_inputs",)
+
+    dtype: str = chosen("auto", ("auto", *DTYPES))
+    quantization: str = chosen("none", ("none", "8bit", "4bit"))
+    camera: str = ""
+    prompt: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompt:
+            check_template(self.prompt, "backbone.prompt")
+        if self.quantization != "none" and self.weights != "reference":
+            raise ConfigError(
+                f"backbone.quantization is {self.quantization!r}: quantised weights cannot be copied; set "
+                'backbone.weights to "reference".'
+            )
+
+    def build(self, shape: PolicyShape) -> TrainableBackbone:
+        from ceed_vla.backbones.openvla.model import OpenVLABackbone, load_weights
+
+        new = not self.architecture
+        if new:
+            self.architecture = json.dumps(describe_model(self.path))
+        architecture = self._architecture()
+        architecture.check_bins(shape.vocabulary_size)
+        if new:
+            self.check_size(shape)
+        self.prompt = self.prompt or architecture.prompt
+        if self.dtype == "auto":
+            self.dtype = architecture.dtype
+        model = OpenVLABackbone(architecture, shape.block_length, shape.vocabulary_size, self.dtype)
+        if new or self.weights == "reference":
+            load_weights(model, self.path)
+        if self.weights == "reference":
+            model.refer()
+        if self.quantization != "none":
+            from ceed_vla.backbones.openvla.quantization import quantize
+
+            quantize(model.decoder, self.quantization, shape.device)
+        return model
+
+    def least_sizes(self, shape: PolicyShape) -> tuple[int, int]:
+        return least_sizes(self._architecture().text)
+
+    def _architecture(self) -> Architecture:
+        """What `architecture` says, checked as a published folder's is."""
+        return Architecture(check_config("backbone.architecture", read_architecture(self.architecture)))
+
+    def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:
+        prompt = self.prompt or Architecture(describe_model(self.path)).prompt
+        camera = self.camera or next(iter(shape.cameras))
+        return [OpenVLAInputsStep(camera=camera, prompt=prompt).read_folder(self.path)]
+
+    def validate_features(self, shape: PolicyShape) -> None:
+        known = ", ".join(shape.cameras)
+        if self.camera and self.camera not in shape.cameras:
+            raise ConfigError(f"backbone.camera is {self.camera!r}; the policy has {known}.")
+        if not self.camera and len(shape.cameras) > 1:
+            raise ConfigError(f"OpenVLA looks through one camera; set backbone.camera to one of {known}.")

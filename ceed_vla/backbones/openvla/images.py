@@ -1,0 +1,130 @@
+"""OpenVLA's image transform: one resized, cropped and normalised copy of the image for every vision tower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as transforms
+
+from ceed_vla.backbones.openvla.folder import LARGEST_SIDE
+from ceed_vla.errors import CheckpointError
+
+STRATEGIES = ("resize-naive", "letterbox", "resize-crop")
+MODES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of Pillow's numbers
+
+
+@dataclass(frozen=True)
+class _Transform:
+    """The transform of one tower; `resize` of one number is the shorter side."""
+
+    resize: list[int]
+    interpolation: InterpolationMode
+    crop: list[int]
+    mean: list[float]
+    std: list[float]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Pixels (3, S, S) float32."""
+        resized = transforms.resize(image, self.resize, self.interpolation, antialias=True)
+        pixels = transforms.to_tensor(transforms.center_crop(resized, self.crop))
+        return transforms.normalize(pixels, self.mean, self.std)
+
+
+class OpenVLAImages:
+    """The image processor of an OpenVLA folder.
+
+    Published files hold a short form (``input_sizes``, ``interpolations``, ``means``, ``stds``, a strategy) and what it
+    was expanded to (``tvf_...``). The expanded form counts where both are there, as in the reference.
+
+    Args:
+        settings: preprocessor_config.json.
+        file: Where they come from, for messages.
+
+    Attributes:
+        sizes: ``[S, S]`` of every tower's pixels.
+
+    Raises:
+        CheckpointError: Settings that are missing, unknown, or of different numbers of towers.
+    """
+
+    def __init__(self, settings: dict[str, Any], file: Path | str) -> None:
+        strategy = settings.get("image_resize_strategy", "letterbox")
+        if strategy not in STRATEGIES:
+            raise CheckpointError(
+                f"{file}: image_resize_strategy is {strategy!r}; it may be {', '.join(STRATEGIES)}."
+            )
+        try:
+            sizes = [[int(v) for v in size[-2:]] for size in settings["input_sizes"]]
+            parts = [_expanded(settings, strategy, tower, size) for tower, size in enumerate(sizes)]
+            self._transforms = [_transform(part) for part in parts]
+            fill = [int(255 * value) for value in settings["means"][-1]]  # the last tower's
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+            raise CheckpointError(
+                f"{file} needs input_sizes, interpolations ({', '.join(MODES)}), means and stds, one entry a vision "
+                f"tower ({type(error).__name__}: {error})."
+            ) from error
+        if len({tuple(part.crop) for part in self._transforms}) != 1:
+            raise CheckpointError(
+                f"{file}: the vision towers see {[part.crop for part in self._transforms]} pixels; they must all be "
+                "equal."
+            )
+        self.sizes = [part.crop for part in self._transforms]
+        boxed = settings.get("tvf_do_letterbox")
+        self._letterbox = strategy == "letterbox" if boxed is None else bool(boxed)
+        self._fill = list(settings.get("tvf_letterbox_fill") or fill)
+        bytes_ = [value for value in self._fill if isinstance(value, int) and 0 <= value <= 255]
+        if len(bytes_) != 3 or len(self._fill) != 3:
+            raise CheckpointError(
+                f"{file}: the letterbox is filled with {self._fill}; give three numbers in [0, 255]."
+            )
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Pixels (3 * towers, S, S) float32 of one picture of any size."""
+        image = image.convert("RGB")
+        if self._letterbox:
+            image = self._letterboxed(image)
+        return torch.vstack([transform(image) for transform in self._transforms])
+
+    def _letterboxed(self, image: Image.Image) -> Image.Image:
+        """The picture in the middle of a square."""
+        width, height = image.size
+        across, down = int((max(width, height) - width) / 2), int((max(width, height) - height) / 2)
+        return transforms.pad(image, [across, down, across, down], fill=self._fill)
+
+
+def _expanded(settings: dict[str, Any], strategy: str, tower: int, size: list[int]) -> dict[str, Any]:
+    """Resize, crop and normalisation of a tower: those in the file, or what the short form means."""
+    usual: dict[str, dict[str, Any]] = {
+        # "resize-naive" ignores the aspect ratio, the others scale the shorter side.
+        "tvf_resize_params": {
+            "size": size if strategy == "resize-naive" else size[-1],
+            "interpolation": (settings.get("interpolations") or ["bicubic"] * (tower + 1))[tower],
+        },
+        "tvf_crop_params": {"output_size": size},
+        "tvf_normalize_params": {"mean": settings["means"][tower], "std": settings["stds"][tower]},
+    }
+    found: dict[str, Any] = {}
+    for name, values in usual.items():
+        found |= values | (settings[name][tower] if settings.get(name) else {})
+    return found
+
+
+def _transform(values: dict[str, Any]) -> _Transform:
+    size, crop, mode = values["size"], values["output_size"], values["interpolation"]
+    mean, std = [float(v) for v in values["mean"]], [float(v) for v in values["std"]]
+    sides = [int(v) for v in ([size] if isinstance(size, int) else size)]
+    crop = [int(v) for v in ([crop] * 2 if isinstance(crop, int) else crop)]
+    if not all(1 <= side <= LARGEST_SIDE for side in (*sides, *crop)) or len(crop) != 2 or len(sides) > 2:
+        raise ValueError(f"the sizes {sides} and {crop}")
+    # Of pixels in [0, 1]; no NaN.
+    plausible = all(abs(v) <= 100 for v in mean) and all(1e-3 <= v <= 100 for v in std)
+    if len(mean) != 3 or len(std) != 3 or not plausible:
+        raise ValueError(f"the mean {mean} and the deviation {std}")
+    interpolation = InterpolationMode(MODES[mode] if isinstance(mode, int) else mode)
+    return _Transform(resize=sides, interpolation=interpolation, crop=crop, mean=mean, std=std)

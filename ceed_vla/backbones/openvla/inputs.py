@@ -1,0 +1,133 @@
+"""Image and instruction to OpenVLA's inputs, as a LeRobot step that carries the folder's tokenizer and settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs import FeatureType, PipelineFeatureType, PolicyFeature
+from lerobot.lerobot_types import RobotObservation, TransitionKey
+from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
+from PIL import Image
+from torch import Tensor
+
+from ceed_vla.backbones.openvla.folder import PROMPT, read_config
+from ceed_vla.backbones.openvla.images import OpenVLAImages
+from ceed_vla.backbones.openvla.tokenizer import read_tokenizer
+from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.transformers.step_files import TOKENIZER_FILES, FilesStep
+from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.files import read_files, read_json
+from ceed_vla.images import camera_pixels
+from ceed_vla.instructions import batch_instructions
+from ceed_vla.templates import check_template, fill_template
+
+IDS_KEY, MASK_KEY = "observation.openvla.input_ids", "observation.openvla.attention_mask"
+PIXELS_KEY = "observation.openvla.pixel_values"
+IMAGES_FILE = "preprocessor_config.json"
+# "▁": training put it in front of the action ids, tokenizers leave it out at the end of a text
+EMPTY_TOKEN = 29871
+
+
+@ProcessorStepRegistry.register(name="ceed_vla_openvla_inputs")
+@dataclass
+class OpenVLAInputsStep(FilesStep, ObservationProcessorStep):
+    """Make ``observation.openvla.input_ids``, ``...attention_mask`` (B, L) and ``...pixel_values`` (B, C, S, S).
+
+    Attributes:
+        camera: Feature of the camera.
+        prompt: Text with ``{instruction}`` in it.
+    """
+
+    camera: str = "observation.images.front"
+    prompt: str = PROMPT
+
+    def __post_init__(self) -> None:
+        check_template(self.prompt, "prompt")
+
+    def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
+        """Raise `ConfigError` unless these are the settings that the backbone's configuration has."""
+        wanted = backbone.prompt or self.prompt
+        if self.camera not in shape.cameras or self.prompt != wanted:
+            raise ConfigError(
+                f"camera {self.camera!r} and prompt {self.prompt!r}; the policy has {', '.join(shape.cameras)} and "
+                f"{wanted!r}."
+            )
+
+    # ---- the folder's files, kept in the checkpoint --------------------------------------------------------------
+
+    def read_folder(self, path: str) -> OpenVLAInputsStep:
+        """Take tokenizer and image settings from an OpenVLA folder; returns self.
+
+        Raises:
+            CheckpointError: Files that are missing or damaged, or a tokenizer of another model.
+        """
+        config = read_config(path)
+        self.use(read_files(Path(path), (IMAGES_FILE, *TOKENIZER_FILES)), path)
+        words, largest = int(config["text_config"]["vocab_size"]), self._tokenizer.size - 1
+        if max(largest, EMPTY_TOKEN) >= words:
+            raise CheckpointError(
+                f"{path}: the tokenizer has ids up to {max(largest, EMPTY_TOKEN)} (empty token {EMPTY_TOKEN}), "
+                f"text_config.vocab_size in config.json is {words}; they belong to different models."
+            )
+        towers = 2 if config["use_fused_vision_backbone"] else 1
+        if len(self._images.sizes) != towers:
+            raise CheckpointError(
+                f"{Path(path) / IMAGES_FILE} prepares images for {len(self._images.sizes)} vision towers, "
+                f"config.json has {towers}."
+            )
+        seen, sizes = self._images.sizes[0], config["image_sizes"]
+        if any(list(seen) != ([size] * 2 if isinstance(size, int) else list(size[-2:])) for size in sizes):
+            raise CheckpointError(
+                f"{Path(path) / IMAGES_FILE} prepares images of {seen} pixels, image_sizes in config.json is {sizes}; "
+                "they belong to different models."
+            )
+        return self
+
+    def get_config(self) -> dict[str, Any]:
+        return {"camera": self.camera, "prompt": self.prompt}
+
+    def _open(self, folder: Path, source: str) -> None:
+        if not (folder / IMAGES_FILE).is_file():
+            raise CheckpointError(f"{source} lacks {IMAGES_FILE}; copy it too.")
+        name = f"{source}: {IMAGES_FILE}"
+        self._images = OpenVLAImages(read_json(folder / IMAGES_FILE, source=name), name)
+        self._tokenizer = read_tokenizer(folder, source)
+
+    # ---- inputs -------------------------------------------------------------------------------------------------
+
+    def observation(self, observation: RobotObservation) -> RobotObservation:
+        self.check_files()
+        pictures = map(Image.fromarray, camera_pixels(observation, self.camera))
+        pixels = torch.stack([self._images(picture) for picture in pictures])  # (B, C, S, S)
+        tasks = batch_instructions(self.transition.get(TransitionKey.COMPLEMENTARY_DATA), len(pixels))
+        ids, mask = self.encode(tasks)
+        return {**observation, PIXELS_KEY: pixels, IDS_KEY: ids, MASK_KEY: mask}
+
+    def text(self, instruction: str) -> str:
+        """The prompt for an instruction."""
+        return fill_template(self.prompt, instruction.lower())
+
+    def encode(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
+        """Ids (B, L) of the prompts, padded on the left, and their mask (B, L)."""
+        rows = [self.encode_text(self.text(instruction)) for instruction in instructions]
+        length = max(map(len, rows))
+        ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        return ids, mask
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a prompt, with the empty token at its end."""
+        ids = self._tokenizer(text)
+        return ids if ids[-1:] == [EMPTY_TOKEN] else [*ids, EMPTY_TOKEN]
+
+    def transform_features(
+        self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
+    ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
+        size = self._images.sizes[0]
+        seen = features[PipelineFeatureType.OBSERVATION]
+        seen[IDS_KEY] = PolicyFeature(type=FeatureType.LANGUAGE, shape=(0,))
+        seen[PIXELS_KEY] = PolicyFeature(type=FeatureType.VISUAL, shape=(3 * len(self._images.sizes), *size))
+        return features

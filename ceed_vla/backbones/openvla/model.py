@@ -1,0 +1,117 @@
+r"""OpenVLA: vision towers, a projector and a Llama, behind the `Backbone` protocol, with published weights.
+
+    <s>   --embed-------------------> \
+    image --towers, projector------->  inputs_embeds (B, P, d) --Llama--> cache, action token 0
+    words, empty token 29871 --embed> /                            |
+                              action ids 31999 - bin --embed-------+----> action tokens 1..n-1
+
+Only the action ids have scores: the last ``V`` before the padding of the vocabulary, counted downwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ceed_vla.backbones.base import check_features
+from ceed_vla.backbones.openvla.folder import Architecture
+from ceed_vla.backbones.openvla.inputs import IDS_KEY, MASK_KEY, PIXELS_KEY
+from ceed_vla.backbones.openvla.vision import Projector, VisionTowers
+from ceed_vla.backbones.transformers.backbone import TransformersBackbone, check_left_padding, read_weights
+from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
+from ceed_vla.errors import CheckpointError
+
+
+class OpenVLABackbone(TransformersBackbone):
+    """An OpenVLA model with random weights.
+
+    Args:
+        architecture: The published configuration.
+        block_length: Tokens ``n`` of a block; published models write one action, fine-tuned ones several.
+        bins: Action ids ``V``.
+        dtype: Name of the weights' type.
+    """
+
+    def __init__(self, architecture: Architecture, block_length: int, bins: int, dtype: str) -> None:
+        words = architecture.words
+        super().__init__(block_length, bins, torch.arange(words - 1, words - 1 - bins, -1))
+        self.words = words
+        settings = dict(architecture.text)
+        self.dtype = getattr(torch, dtype)
+        with no_init_weights():
+            try:
+                config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+                model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=False)
+            except Exception as error:  # transformers and torch each raise their own kinds
+                reason = " ".join(str(error).split())[:200]
+                raise CheckpointError(
+                    f"text_config in config.json does not describe a model ({reason})."
+                ) from error
+            self.language_model = cast("PreTrainedModel", model)
+            self.language_model.tie_weights()
+            self.vision_backbone = VisionTowers(architecture).to(self.dtype)
+            width = self.vision_backbone.width
+            self.projector = Projector(width, config.hidden_size, architecture.fused).to(self.dtype)
+
+    @property
+    def pretrained(self) -> PreTrainedModel:
+        return self.language_model
+
+    @property
+    def decoder(self) -> nn.Module:
+        return cast("nn.Module", self.language_model.model)
+
+    def check_observation(self, batch: Mapping[str, Any]) -> int:
+        """Rows ``B`` of a batch with ids (B, L), their mask with padding on the left, and pixels (B, C, S, S)."""
+        channels = 3 if self.vision_backbone.fused_featurizer is None else 6
+        shapes: dict[str, tuple[int | None, ...]] = {
+            PIXELS_KEY: (channels, None, None),
+            IDS_KEY: (None,),
+            MASK_KEY: (None,),
+        }
+        ids = {IDS_KEY: int(self.language_model.config.vocab_size)}
+        rows = check_features(batch, shapes, finite=[PIXELS_KEY], ids=ids)
+        check_left_padding(batch, IDS_KEY, MASK_KEY)
+        return rows
+
+    def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
+        """Word embeddings with the image patches behind the first word of every row."""
+        ids, real = batch[IDS_KEY], batch[MASK_KEY].bool()
+        patches = self.projector(self.vision_backbone(batch[PIXELS_KEY].to(self.dtype)))  # (B, p, d)
+        words = self.language_model.get_input_embeddings()(ids)  # (B, L, d)
+        first = real.long().argmax(dim=1).tolist()
+        rows = [
+            torch.cat([w[: i + 1], p, w[i + 1 :]]) for w, p, i in zip(words, patches, first, strict=True)
+        ]  # each (P, d)
+        real = F.pad(real, (0, patches.shape[1]), value=True)  # its padding is on the left
+        return PrefixEmbeddings.in_order(torch.stack(rows), real)
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """Scores (..., V): the ids are neighbours, so that the head's rows need no copy."""
+        head = cast("nn.Linear", self.language_model.get_output_embeddings())
+        ids = slice(self.words - self.vocabulary_size, self.words)
+        bias = None if head.bias is None else head.bias[ids]
+        return F.linear(hidden, head.weight[ids], bias).flip(-1)
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Read a folder's weights into a model, converted to the model's types.
+
+    Raises:
+        CheckpointError: Weights that are missing, unknown, damaged or of other sizes.
+    """
+    read_weights(
+        model,
+        Path(folder),
+        rename=lambda name: name.replace(
+            ".scale_factor", ".gamma"
+        ),  # the publisher renames timm's LayerScale
+        skip=lambda name: name.endswith("rotary_emb.inv_freq"),  # older transformers saved what is computed
+    )

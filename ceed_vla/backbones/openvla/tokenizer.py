@@ -1,0 +1,107 @@
+"""Tokenizers of OpenVLA folders, read as transformers 4 read them when OpenVLA was trained.
+
+The files themselves are used: later releases of transformers rebuild Llama's tokenizer with rules of their own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.files import read_json
+
+FAST, SLOW = "tokenizer.json", "tokenizer.model"
+LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
+
+
+class TextTokenizer(Protocol):
+    """What a tokenizer is used for."""
+
+    size: int  # ids are smaller
+
+    def __call__(self, text: str) -> list[int]:
+        """Ids of a text, with the marks of its beginning and end."""
+        ...
+
+
+def read_tokenizer(folder: Path, source: str) -> TextTokenizer:
+    """The tokenizer of a folder: tokenizer.json, or the older tokenizer.model.
+
+    Args:
+        folder: Where its files are.
+        source: What messages call it.
+
+    Raises:
+        CheckpointError: None of the files, or one that cannot be read.
+    """
+    settings_file = folder / "tokenizer_config.json"
+    name = f"{source}: {settings_file.name}"
+    settings = read_json(settings_file, source=name) if settings_file.is_file() else {}
+    for name, kind in ((FAST, _Fast), (SLOW, _SentencePiece)):
+        if (folder / name).is_file():
+            try:
+                return kind(folder / name, settings)
+            except (ConfigError, CheckpointError):
+                raise
+            except Exception as error:  # tokenizers and sentencepiece raise plain exceptions
+                raise CheckpointError(f"{source}: {name} cannot be read ({error}); copy it again.") from error
+    raise CheckpointError(f"{source} lacks {FAST} and {SLOW}; copy one of them too.")
+
+
+class _Fast:
+    """tokenizer.json."""
+
+    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
+        from tokenizers import Tokenizer
+        from tokenizers.processors import TemplateProcessing
+
+        self._tokenizer = Tokenizer.from_file(str(file))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.size = max(self._tokenizer.get_vocab().values()) + 1
+        if settings.get("tokenizer_class") not in LLAMA:
+            return  # the file's own template counts
+        first, last = _marks(settings)
+        special = [(token, self._tokenizer.token_to_id(token)) for token in (first, last) if token]
+        missing = [token for token, number in special if number is None]
+        if missing:
+            raise CheckpointError(
+                f"{file.name} lacks {missing[0]!r}, which tokenizer_config.json puts around every text; do the two "
+                "belong together?"
+            )
+        self._tokenizer.post_processor = TemplateProcessing(
+            single=f"{first} $A {last}".strip(), special_tokens=special
+        )
+
+    def __call__(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text).ids)
+
+
+class _SentencePiece:
+    """tokenizer.model."""
+
+    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise ConfigError(f"{SLOW} needs sentencepiece; install ceed_vla[vlm].") from error
+        self._model = SentencePieceProcessor(model_file=str(file))
+        self.size = int(self._model.vocab_size())
+        first, last = _marks(settings)
+        self._first = [self._model.bos_id()] if first else []
+        self._last = [self._model.eos_id()] if last else []
+
+    def __call__(self, text: str) -> list[int]:
+        return [*self._first, *self._model.encode(text), *self._last]
+
+
+def _marks(settings: dict[str, Any]) -> tuple[str, str]:
+    """Tokens before and behind every text, empty for none."""
+    first = _token(settings.get("bos_token"), "<s>") if settings.get("add_bos_token", True) else ""
+    last = _token(settings.get("eos_token"), "</s>") if settings.get("add_eos_token", False) else ""
+    return first, last
+
+
+def _token(value: Any, usual: str) -> str:
+    return str(value.get("content", usual) if isinstance(value, dict) else value or usual)

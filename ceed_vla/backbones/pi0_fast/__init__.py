@@ -1,0 +1,1 @@
+"""LeRobot's pi0-FAST, with its weights unchanged."""

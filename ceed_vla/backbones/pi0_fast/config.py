@@ -1,0 +1,137 @@
+"""Settings of LeRobot's pi0-FAST and of its action vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import ceed_vla.backbones.pi0_fast.inputs  # noqa: F401  (registers its step)
+from ceed_vla.backbones.config import BackboneConfig
+from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.transformers.architecture import read_architecture
+from ceed_vla.backbones.transformers.config import TransformersConfig
+from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.fields import ranged
+from ceed_vla.tokens.base import ActionTokensConfig
+
+if TYPE_CHECKING:
+    from ceed_vla.backbones.base import TrainableBackbone
+    from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer
+
+
+@ActionTokensConfig.register_subclass("pi0_fast")
+@dataclass
+class Pi0FastTokensConfig(ActionTokensConfig):
+    """The text that pi0-FAST writes; actions are in normalised units, which the post-processor undoes.
+
+    Everything but `max_tokens` and `check_marker` is filled by `ceed-vla convert --from pi0_fast`.
+
+    Attributes:
+        max_tokens: Slots ``n`` of a block; LeRobot's ``max_decoding_steps``.
+        check_marker: Refuse chunks that do not begin with "Action:"; LeRobot's ``validate_action_token_prefix``.
+        skip_tokens: Text ids behind the FAST ids; LeRobot's ``fast_skip_tokens``.
+        scored: Text ids that the model scores, all of which a token may be; 0 restricts tokens to actions.
+        num_tokens: Values of a token.
+        bpe: The FAST tokenizer's BPE (JSON).
+        scale: Its quantisation.
+        least: Its smallest coefficient.
+        words: Ids of the text tokenizer.
+        bos: Id that ends the prompt.
+        stop: Id of "|".
+        marker: Ids of "Action: ".
+    """
+
+    ordered = False
+
+    gripper_dims: list[int] = ranged([], "[-1000, 1000]")
+    max_tokens: int = ranged(256, "[2, 65536]")
+    check_marker: bool = True
+    skip_tokens: int = ranged(128, "[0, 1e7]")
+    scored: int = ranged(0, "[0, 1e7]")
+    num_tokens: int = ranged(0, "[0, 1e7]")
+    bpe: str = field(default="", repr=False)
+    scale: float = ranged(10.0, "(0, 1e6]")
+    least: int = ranged(0, "[-1e9, 1e9]")
+    words: int = ranged(0, "[0, 1e7]")
+    bos: int = ranged(0, "[0, 1e7]")
+    stop: int = ranged(0, "[0, 1e7]")
+    marker: list[int] = ranged([], "[0, 1e7]")
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.num_tokens
+
+    def block_length(self, chunk_steps: int, action_dim: int) -> int:
+        return self.max_tokens
+
+    def build(self, chunk_steps: int, action_dim: int) -> Pi0FastTokenizer:
+        from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer, TextIds
+        from ceed_vla.tokens.fast_codec import FastCodec
+
+        if not self.bpe:
+            raise ConfigError(
+                "action_tokens.type is pi0_fast without its tokenizers; make the policy with "
+                "`ceed-vla convert --from pi0_fast`. For FAST tokens of own data set action_tokens.type=fast."
+            )
+        codec = FastCodec.from_json(self.bpe, self.scale, self.least)
+        text = TextIds(self.words, self.bos, self.stop, tuple(self.marker))
+        return Pi0FastTokenizer(
+            codec,
+            text,
+            chunk_steps,
+            action_dim,
+            self.max_tokens,
+            self.skip_tokens,
+            self.scored,
+            self.check_marker,
+        )
+
+
+@BackboneConfig.register_subclass("pi0_fast")
+@dataclass
+class Pi0FastConfig(TransformersConfig):
+    """LeRobot's pi0-FAST with the weights of one of its checkpoints; made by `ceed-vla convert --from pi0_fast`."""
+
+    steps: ClassVar[tuple[str, ...]] = (
+        "pi0_fast_prepare_state_tokenizer_processor_step",
+        "ceed_vla_pi0_fast_prompt",
+    )
+
+    def build(self, shape: PolicyShape) -> TrainableBackbone:
+        from ceed_vla.backbones.pi0_fast import loading
+        from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone
+
+        tokens = shape.action_tokens
+        if not isinstance(tokens, Pi0FastTokensConfig):
+            raise ConfigError(
+                f"The backbone pi0_fast writes action tokens of type pi0_fast, not {tokens.type!r}; make the policy "
+                "with `ceed-vla convert --from pi0_fast`."
+            )
+        new = not self.architecture
+        if new:
+            self.architecture = loading.describe_model(self.path)
+            self.check_size(shape)
+        model = loading.build_model(self.architecture)
+        backbone = Pi0FastBackbone(model, tokens.build(shape.chunk_size, shape.action_dim))
+        if new or self.weights == "reference":
+            loading.load_weights(backbone, self.path)
+        if self.weights == "reference":
+            backbone.refer()
+        return backbone
+
+    def least_sizes(self, shape: PolicyShape) -> tuple[int, int]:
+        from lerobot.policies.pi0_fast import modeling_pi0_fast  # names of sizes stand for fixed ones there
+
+        variant = read_architecture(self.architecture).get("paligemma_variant", "gemma_2b")
+        try:
+            sizes = modeling_pi0_fast.get_gemma_config(variant)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"LeRobot's config.json cannot be used ({error}).") from error
+        return sizes.depth, sizes.depth * 3 * sizes.width * sizes.mlp_dim
+
+    def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:
+        raise ConfigError(
+            "A pi0-FAST policy brings the processors of its LeRobot checkpoint. Fine-tune it with lerobot-train "
+            "--policy.type=pi0_fast, then `ceed-vla convert --from pi0_fast`."
+        )

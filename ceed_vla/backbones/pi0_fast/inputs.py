@@ -1,0 +1,74 @@
+"""pi0-FAST's prompt as text ids: LeRobot's step, but with the tokenizer in the checkpoint instead of on a hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lerobot.lerobot_types import RobotObservation
+from lerobot.processor import ProcessorStepRegistry, TokenizerProcessorStep
+
+from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.transformers.step_files import TOKENIZER_FILES, FilesStep
+from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.files import read_files
+
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+LONGEST_PROMPT = 65_536
+
+
+@ProcessorStepRegistry.register(name="ceed_vla_pi0_fast_prompt")
+@dataclass
+class PromptTokensStep(FilesStep, TokenizerProcessorStep):
+    """`TokenizerProcessorStep` whose tokenizer files are its state."""
+
+    def __post_init__(self) -> None:
+        """The tokenizer comes with `read_folder` or with the state."""
+        longest, sides = self.max_length, ("left", "right")
+        if (
+            not isinstance(longest, int)
+            or not 1 <= longest <= LONGEST_PROMPT
+            or self.padding_side not in sides
+        ):
+            raise ConfigError(
+                f"max_length is {longest!r} and padding_side {self.padding_side!r}; they must be a whole number in "
+                f"[1, {LONGEST_PROMPT}] and one of {', '.join(sides)}."
+            )
+        if self.tokenizer_name is not None or self.tokenizer is not None:
+            raise ConfigError(
+                f"tokenizer_name is {self.tokenizer_name!r}; the tokenizer is the step's state."
+            )
+
+    def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
+        """Nothing here repeats the policy's configuration."""
+
+    def read_folder(self, path: str | Path) -> PromptTokensStep:
+        """Take the tokenizer of a local folder; returns self."""
+        self.use(read_files(Path(path), TOKENIZER_FILES), str(path))
+        return self
+
+    def _open(self, folder: Path, source: str) -> None:
+        self.input_tokenizer = load_text_tokenizer(folder, source)
+
+    def observation(self, observation: RobotObservation) -> RobotObservation:
+        self.check_files()
+        return super().observation(observation)
+
+
+def load_text_tokenizer(folder: str | Path, source: str = "") -> Any:
+    """The tokenizer in a local folder, as LeRobot's policy configures it.
+
+    Raises:
+        CheckpointError: It cannot be loaded; the message calls it `source`.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), **LOCAL, add_eos_token=True, add_bos_token=False)
+    except Exception as error:  # transformers raises many kinds
+        reason = f"{type(error).__name__}: {error}".replace(str(folder), source or str(folder))[:300]
+        raise CheckpointError(
+            f"{source or folder} holds no text tokenizer that loads ({reason}); give the "
+            "folder of PaliGemma's tokenizer."
+        ) from error

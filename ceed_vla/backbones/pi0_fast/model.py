@@ -1,0 +1,126 @@
+"""LeRobot's pi0-FAST (PaliGemma that writes FAST tokens) behind the `Backbone` protocol, with its weights unchanged.
+
+    [cameras | prompt, right-padded | BOS]  bidirectional        --> slot 0
+    "Action: " <FAST ids> "|"               causal, variable length
+
+With the full vocabulary a token is any id of the text vocabulary, as LeRobot's own decoder chooses among all of
+them: greedy and strict Jacobi decoding give its tokens for any weights, while guesses, and whatever a Jacobi iteration
+writes behind a token that is not proven yet, are restricted to the ids that an action can hold. Restricted to actions,
+nothing else has a score at all. That reads 1 % of the head, which distillation needs, and differs only where LeRobot
+writes no action.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from lerobot.policies.common.vla_utils import prepare_attention_masks_4d
+from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
+from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy, PI0FastPytorch
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ceed_vla.backbones.base import Prefix, check_features
+from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer
+from ceed_vla.backbones.transformers.backbone import TransformersBackbone
+from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
+from ceed_vla.errors import ConfigError
+from ceed_vla.images import check_images
+
+
+class Pi0FastBackbone(TransformersBackbone):
+    """pi0-FAST as a causal model over one block of text tokens.
+
+    Args:
+        model: LeRobot's model; its tokenizer is not used.
+        tokenizer: What its tokens are.
+
+    Raises:
+        ConfigError: Tokens that the model does not score, or a block of fewer than 2 tokens.
+    """
+
+    forbidden: Tensor | None
+
+    def __init__(self, model: PI0FastPytorch, tokenizer: Pi0FastTokenizer) -> None:
+        head = model.paligemma_with_expert.paligemma.lm_head
+        words, ids = int(head.out_features), tokenizer.action_ids
+        if tokenizer.block_length < 2 or tokenizer.scored not in (0, words) or int(ids.max()) >= words:
+            raise ConfigError(
+                f"Blocks of {tokenizer.block_length} tokens, {tokenizer.scored or 'some'} of them scored and with "
+                f"text ids up to {int(ids.max())}, do not fit a model of {words} text ids; do tokenizer and weights "
+                "belong together?"
+            )
+        full, ids = bool(tokenizer.scored), ids.to(head.weight.device)
+        super().__init__(tokenizer.block_length, tokenizer.vocabulary_size, None if full else ids)
+        self.model = model
+        self.config: PI0FastConfig = model.config
+        self.augmented_images = tuple(k for k in self.config.image_features if ".empty_camera_" not in k)
+        self._bos = tokenizer.text.bos
+        forbidden = torch.ones(words, dtype=torch.bool, device=ids.device).index_fill_(0, ids, False)  # (V,)
+        self.register_buffer("forbidden", forbidden if full else None, persistent=False)
+
+    @property
+    def pretrained(self) -> PreTrainedModel:
+        return cast("PreTrainedModel", self.model.paligemma_with_expert.paligemma)
+
+    @property
+    def decoder(self) -> nn.Module:
+        return cast("nn.Module", cast("Any", self.pretrained).model.language_model)
+
+    def check_observation(self, batch: Mapping[str, Any]) -> int:
+        """Rows of a batch with cameras (B, 3, H, W) in [0, 1] and LeRobot's prompt tokens and mask (B, L)."""
+        wanted: dict[str, tuple[int | None, ...]] = dict.fromkeys(self.augmented_images, (3, None, None))
+        length = int(self.config.tokenizer_max_length)
+        wanted |= {OBS_LANGUAGE_TOKENS: (length,), OBS_LANGUAGE_ATTENTION_MASK: (length,)}
+        words = cast("nn.Linear", self.pretrained.get_output_embeddings()).out_features
+        rows = check_features(batch, wanted, ids={OBS_LANGUAGE_TOKENS: words})
+        check_images({camera: batch[camera] for camera in self.augmented_images})
+        return rows
+
+    def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
+        """Cameras, prompt and BOS as LeRobot's decoder embeds them; they see each other in both directions."""
+        # LeRobot's own method; it reads the configuration and the device only.
+        images, image_masks = PI0FastPolicy._preprocess_images(cast("Any", self), batch)
+        tokens, mask = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK].bool()
+        bos = torch.full_like(tokens[:, :1], self._bos)
+        embeds, real, attention, _, _ = self.model.embed_prefix_fast(
+            images,
+            image_masks,
+            torch.cat([tokens, bos], dim=1),
+            torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1),
+        )
+        embeds = embeds.to(self._dtype)
+        inputs = {
+            "attention_mask": prepare_attention_masks_4d(attention, dtype=embeds.dtype),
+            "position_ids": real.cumsum(1) - 1,  # padding repeats a position; nothing attends to it
+        }
+        return PrefixEmbeddings(embeds, real, real.sum(1), inputs)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        return super().embed_tokens(tokens).to(self._dtype)
+
+    def distillation_parameters(self) -> list[str]:
+        """The language model's layers. The head equals the embeddings, which make the prefix; a checkpoint has one."""
+        return [name for name in super().distillation_parameters() if ".lm_head." not in name]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What LeRobot runs the language model in."""
+        layer: Any = cast("nn.ModuleList", self.decoder.layers)[0]
+        return layer.self_attn.q_proj.weight.dtype  # type: ignore[no-any-return]
+
+    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
+        """Logits (B, k, V) of the successors of `tokens` (B, k); see `Backbone`.
+
+        With the full vocabulary, ids that no action holds score -inf behind a token that is not the greedy one,
+        as that is speculation. Behind greedy tokens every id keeps its score, so a fixed point is greedy.
+        """
+        logits = super().block_logits(prefix, tokens, depth)
+        if self.forbidden is not None and tokens.shape[1] > 1:
+            wrong = logits[:, :-1].argmax(-1) != tokens[:, 1:]  # (B, k - 1)
+            speculative = wrong.cumsum(1).bool()  # outputs 1 .. k - 1
+            logits[:, 1:].masked_fill_(speculative.unsqueeze(-1) & self.forbidden, -torch.inf)
+        return logits

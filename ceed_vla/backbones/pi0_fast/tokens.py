@@ -1,0 +1,128 @@
+"""The action vocabulary of pi0-FAST: "Action: ", FAST ids from the end of the text vocabulary, and "|"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ceed_vla.errors import ConfigError, MalformedChunkError
+from ceed_vla.tokens.fast_codec import FastCodec
+from ceed_vla.tokens.variable_length import VariableLengthTokens
+
+MARKER, STOP = "Action: ", "|"
+
+
+@dataclass(frozen=True)
+class TextIds:
+    """What pi0-FAST needs to know of its text tokenizer.
+
+    Attributes:
+        words: Ids of the tokenizer, from whose end the FAST ids count.
+        bos: Id that ends the prompt.
+        stop: Id of "|".
+        marker: Ids of "Action: ".
+    """
+
+    words: int
+    bos: int
+    stop: int
+    marker: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> TextIds:
+        """Read them off a transformers tokenizer.
+
+        Raises:
+            ConfigError: It has no "|" or no BOS token.
+        """
+        stop, bos = tokenizer.convert_tokens_to_ids(STOP), tokenizer.bos_token_id
+        marker = tokenizer.encode(MARKER, add_special_tokens=False)
+        if stop is None or stop == tokenizer.unk_token_id or bos is None or not marker:
+            raise ConfigError(
+                f"The text tokenizer has no token {STOP!r} or no BOS token, which pi0-FAST needs; is it PaliGemma's?"
+            )
+        return cls(int(tokenizer.vocab_size), int(bos), int(stop), tuple(int(i) for i in marker))
+
+
+class Pi0FastTokenizer(VariableLengthTokens):
+    """Chunks of normalised actions as pi0-FAST writes them.
+
+    Unlike LeRobot's detokeniser it neither fills up nor cuts off a chunk of another length, and a malformed one is an
+    error instead of zeros.
+
+    Args:
+        codec: The checkpoint's FAST tokenizer.
+        text: Ids of the checkpoint's text tokenizer.
+        chunk_steps: Steps ``m``.
+        action_dim: Dimensions ``A``.
+        block_length: Slots ``n``; LeRobot's ``max_decoding_steps``.
+        skip_tokens: Text ids at the end of the vocabulary that hold no action; LeRobot's ``fast_skip_tokens``.
+        scored: Text ids that the model scores: a token is any of them. 0 makes a token an index into `action_ids`.
+        check_marker: Refuse chunks that do not begin with "Action:"; LeRobot's ``validate_action_token_prefix``.
+
+    Attributes:
+        action_ids: (N,) text ids that an action may hold: the marker, the FAST ids and the stop token.
+
+    Raises:
+        ConfigError: A text tokenizer with fewer ids than the actions need.
+    """
+
+    def __init__(
+        self,
+        codec: FastCodec,
+        text: TextIds,
+        chunk_steps: int,
+        action_dim: int,
+        block_length: int,
+        skip_tokens: int = 128,
+        scored: int = 0,
+        check_marker: bool = True,
+    ) -> None:
+        self.codec, self.text, self.scored, self.check_marker = codec, text, scored, check_marker
+        self.chunk_steps, self.action_dim, self.block_length = chunk_steps, action_dim, block_length
+        self._last = text.words - 1 - skip_tokens  # text id of FAST id 0; the others descend from it
+        first = self._last - codec.vocabulary_size + 1
+        if first < 0:
+            raise ConfigError(
+                f"The text tokenizer has {text.words} ids, too few for {codec.vocabulary_size} FAST ids before the "
+                f"last {skip_tokens}; do the two tokenizers belong together?"
+            )
+        ids = sorted({*range(first, self._last + 1), *text.marker, text.stop})
+        self.action_ids = torch.tensor(ids)  # (N,)
+        self._text_id = list(range(scored)) or ids  # token -> text id
+        self._token = {i: token for token, i in enumerate(self._text_id)}  # text id -> token
+        if ids[-1] not in self._token:
+            raise ConfigError(
+                f"The actions take text ids up to {ids[-1]}, the model scores {scored}; do tokenizer and weights "
+                "belong together?"
+            )
+        self.vocabulary_size = len(self._text_id)
+        self.stop = self._token[text.stop]
+        self.speculative = torch.tensor([self._token[i] for i in ids])
+        self.low, self.high = (
+            -torch.ones(action_dim).double(),
+            torch.ones(action_dim).double(),
+        )  # normalised, about
+        self.zero = self.encode(torch.zeros(1, chunk_steps, action_dim))[0]
+
+    def _write(self, actions: Tensor) -> list[list[int]]:
+        rows = [[*self.text.marker, *(self._last - i for i in ids)] for ids in self.codec.encode(actions)]
+        return [[self._token[i] for i in row] for row in rows]
+
+    def _read(self, tokens: list[int]) -> Tensor:
+        if not all(0 <= token < self.vocabulary_size for token in tokens):
+            raise MalformedChunkError(f"its tokens do not all lie in [0, {self.vocabulary_size - 1}].")
+        ids, marker, at = [self._text_id[token] for token in tokens], list(self.text.marker), 0
+        if (
+            self.check_marker and ids[:2] != marker[:2]
+        ):  # LeRobot looks at two tokens, whatever the marker takes
+            raise MalformedChunkError(f"it begins with the text ids {ids[:3]}, not with {MARKER!r}.")
+        while at <= len(ids) - len(marker):  # LeRobot drops the marker wherever it is
+            if ids[at : at + len(marker)] == marker:
+                del ids[at : at + len(marker)]
+            else:
+                at += 1
+        return self.codec.decode([self._last - i for i in ids], self.chunk_steps, self.action_dim)

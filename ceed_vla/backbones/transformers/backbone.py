@@ -1,0 +1,239 @@
+r"""What the models of transformers share: a language model that continues a prefix of embeddings on a cache.
+
+    PrefixEmbeddings (B, P, d) --decoder--> cache, hidden (B, d) --score--> action token 0
+                                                |
+    tokens (B, k) --embed_tokens--> (B, k, d) --+--decoder--> (B, k, d) --score--> their successors (B, k, V)
+
+A family says how an observation becomes `PrefixEmbeddings`, and where decoder and head are.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_depth, runs
+from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings, TransformersPrefix
+from ceed_vla.cache import TransformersCache
+from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, TokenError
+from ceed_vla.weights import copy_weights, weight_files
+
+
+class TransformersBackbone(TrainableBackbone):
+    """A language model of transformers behind the `Backbone` protocol.
+
+    Args:
+        block_length: Tokens ``n`` of a block.
+        vocabulary_size: Values ``V`` of a token.
+        action_ids: (V,) vocabulary ids of the tokens; None where a token is any id.
+    """
+
+    action_ids: Tensor | None
+
+    def __init__(self, block_length: int, vocabulary_size: int, action_ids: Tensor | None) -> None:
+        super().__init__()
+        self.block_length, self.vocabulary_size = block_length, vocabulary_size
+        self.register_buffer("action_ids", action_ids, persistent=False)
+        self._referenced: list[str] = []
+
+    @property
+    @abc.abstractmethod
+    def pretrained(self) -> PreTrainedModel:
+        """The model with its head."""
+
+    @property
+    @abc.abstractmethod
+    def decoder(self) -> nn.Module:
+        """The language model without its head; its layers are ``decoder.layers``."""
+
+    @property
+    def num_layers(self) -> int:  # type: ignore[override]
+        return len(cast("nn.ModuleList", self.decoder.layers))
+
+    @abc.abstractmethod
+    def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
+        """What the language model reads before the block."""
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Embeddings (B, k, d) of action tokens (B, k)."""
+        ids = tokens if self.action_ids is None else self.action_ids[tokens]
+        return cast("Tensor", cast("PreTrainedModel", self.decoder).get_input_embeddings()(ids))
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """Scores (..., V) of the action tokens behind hidden vectors (..., d)."""
+        head = cast("nn.Linear", self.pretrained.get_output_embeddings())
+        if self.action_ids is None:
+            return head(hidden)  # type: ignore[no-any-return]
+        bias = None if head.bias is None else head.bias[self.action_ids]
+        return F.linear(hidden, head.weight[self.action_ids], bias)
+
+    # ---- decoding -----------------------------------------------------------------------------------------------
+
+    def prefill(self, observation: dict[str, Tensor]) -> TransformersPrefix:
+        """Run the prefix of every row once; rows may have prompts of different lengths."""
+        return self.prefill_embeddings(self.embed_prefix(observation))
+
+    def prefill_embeddings(self, embeddings: PrefixEmbeddings) -> TransformersPrefix:
+        """`prefill` from what `embed_prefix` made."""
+        cache, real = TransformersCache(), embeddings.real
+        self._check_positions(real.shape[1])
+        hidden = self._run(embeddings.embeds, cache.begin(real.shape[1]), embeddings.inputs)[:, -1]  # (B, d)
+        cache.seal_prefix(real.shape[1])
+        padding = None if bool(real.all()) else real
+        return TransformersPrefix(self.score(hidden), cache, hidden, padding, embeddings.next_position)
+
+    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
+        """Logits (B, k, V) of the successors of `tokens` (B, k); see `Backbone`."""
+        if not isinstance(prefix, TransformersPrefix):
+            raise TokenError(
+                f"The prefix is a {type(prefix).__name__}; {type(self).__name__} continues its own only."
+            )
+        return self.score(self._block_hidden(prefix, tokens, check_depth(depth, self.num_layers)))
+
+    def _block_hidden(self, prefix: TransformersPrefix, tokens: Tensor, depth: int | None = None) -> Tensor:
+        """Hidden vectors (B, k, d) behind the committed tokens, from the first `depth` layers."""
+        cache, k = prefix.cache, tokens.shape[1]
+        if cache.committed + k > self.block_length:
+            raise TokenError(
+                f"{k} tokens after {cache.committed} committed ones exceed the block of {self.block_length}."
+            )
+        offsets = torch.arange(cache.committed, cache.committed + k, device=tokens.device)
+        inputs = {"position_ids": prefix.next_position.unsqueeze(1) + offsets}  # (B, k)
+        if prefix.real is not None:
+            inputs["attention_mask"] = F.pad(prefix.real.long(), (0, cache.committed + k), value=1)
+        embeds = self.embed_tokens(tokens)
+        if depth is None or depth == self.num_layers:
+            return self._run(embeds, cache.begin(k), inputs)
+        with _first_layers(self.decoder, depth):
+            return self._run(embeds, cache.begin(k, shallow=True), inputs)
+
+    def _run(self, embeds: Tensor, cache: Any, inputs: dict[str, Any]) -> Tensor:
+        """Hidden vectors (B, t, d) of embeddings (B, t, d), whose keys and values are appended to the cache."""
+        with runs(self.pretrained):
+            output = self.decoder(
+                inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **inputs
+            )
+        return cast("Tensor", output.last_hidden_state)
+
+    def _check_positions(self, length: int) -> None:
+        """Refuse rotary embeddings that depend on how many positions there are."""
+        config: Any = self.decoder.config
+        kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+        if kind in ("dynamic", "longrope") and length + self.block_length > config.max_position_embeddings:
+            raise ConfigError(
+                f"The prompt has {length} positions and the block {self.block_length}; behind "
+                f"{config.max_position_embeddings} (max_position_embeddings) this model's rope_scaling changes all "
+                "positions with every further one, so keys and values cannot be kept. Use another model."
+            )
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    def packed_logits(
+        self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Teacher-forced logits of several blocks behind one prefix, which runs once; see `TrainableBackbone`."""
+        if self.training and self.pretrained.is_gradient_checkpointing:
+            return self._packed_without_cache(embeddings, blocks)
+        prefix = self.prefill_embeddings(embeddings)
+        logits = []
+        for block in blocks:
+            prefix.cache.roll_back()
+            hidden = [prefix.hidden.unsqueeze(1)]
+            if block.shape[1] > 1:
+                hidden.append(self._block_hidden(prefix, block[:, :-1]))
+            logits.append(self.score(torch.cat(hidden, dim=1)))  # (B, n, V)
+        return prefix.hidden, logits
+
+    def _packed_without_cache(
+        self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The same where layers run again in the backward pass, which would fill a cache twice."""
+        length, logits = embeddings.embeds.shape[1], []
+        for block in blocks or [embeddings.real.new_empty(len(embeddings), 1, dtype=torch.int64)]:
+            inputs = embeddings.joined(self.embed_tokens(block[:, :-1]))
+            hidden = self._run(inputs.pop("inputs_embeds"), None, inputs)[:, length - 1 :]  # (B, n, d)
+            logits.append(self.score(hidden))
+        return hidden[:, 0], logits[: len(blocks)]
+
+    def recompute_activations(self) -> None:
+        if not self.pretrained.supports_gradient_checkpointing:
+            super().recompute_activations()
+        self.pretrained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def distillation_parameters(self) -> list[str]:
+        """The language model's layers and an untied head. Embeddings make the prefix, and stay."""
+        frozen = {id(p) for p in self.pretrained.get_input_embeddings().parameters()}
+        learns = {id(p) for p in self.decoder.parameters()}
+        learns |= {id(p) for p in self.pretrained.get_output_embeddings().parameters()}
+        return [name for name, p in self.named_parameters() if id(p) in learns - frozen]
+
+    def refer(self) -> None:
+        """Freeze the weights: checkpoints leave them in the folder they were read from."""
+        self.requires_grad_(False)
+        self._referenced = list(self.state_dict())
+
+    def referenced(self) -> list[str]:
+        return self._referenced
+
+
+def check_left_padding(batch: Mapping[str, Any], ids: str, mask: str) -> None:
+    """Raise `ObservationError` unless the mask of prompts (B, L) marks padding on the left."""
+    marks = batch[mask]
+    if marks.shape != batch[ids].shape or not bool(marks[:, -1].all()):
+        raise ObservationError(
+            f"{mask} {tuple(marks.shape)} does not mark left padding of {tuple(batch[ids].shape)} ids: "
+            "every prompt must end in the last column."
+        )
+
+
+@torch.no_grad()
+def read_weights(
+    model: nn.Module,
+    folder: Path,
+    rename: Callable[[str], str],
+    skip: Callable[[str], bool] = lambda name: False,
+    copies: Mapping[str, str] | None = None,
+) -> None:
+    """Read all weights of a published folder into a model.
+
+    Args:
+        model: With weights of the right sizes.
+        folder: With one safetensors file, or its shards.
+        rename: From the name in a file to the model's.
+        skip: Names in a file that are passed over.
+        copies: A weight that may be missing -> the one that it then equals.
+
+    Raises:
+        CheckpointError: Weights that are missing, unknown, damaged or of other sizes.
+    """
+    missing, unknown = copy_weights(model, weight_files(folder), rename=rename, skip=skip)
+    own = model.state_dict()
+    for name, source in (copies or {}).items():
+        if name in missing and source not in missing:
+            own[name].copy_(own[source])
+            missing.remove(name)
+    for problem, names in (("lacks", missing), ("has", unknown)):
+        if names:
+            raise CheckpointError(
+                f"{folder} {problem} {len(names)} weights (the first is {names[0]}), by what config.json describes; a "
+                "shard is missing, or configuration and weights belong to different models."
+            )
+
+
+@contextmanager
+def _first_layers(decoder: nn.Module, depth: int) -> Iterator[None]:
+    """Leave out the layers behind the first `depth`; the final norm follows these."""
+    layers = cast("nn.ModuleList", decoder.layers)
+    decoder.layers = layers[:depth]
+    try:
+        yield
+    finally:
+        decoder.layers = layers

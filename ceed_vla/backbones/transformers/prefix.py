@@ -1,0 +1,130 @@
+"""What a language model of transformers is called with for a prefix, and what is left of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ceed_vla.backbones.base import Prefix
+from ceed_vla.cache import TransformersCache
+from ceed_vla.errors import ConfigError
+
+
+@dataclass
+class PrefixEmbeddings:
+    """What the language model is called with for a prefix.
+
+    Attributes:
+        embeds: (B, P, d).
+        real: (B, P) bool, False on the padding.
+        next_position: (B,) position of the first block token.
+        inputs: The other arguments, as the family makes them: ``position_ids``, and ``attention_mask`` where needed.
+    """
+
+    embeds: Tensor
+    real: Tensor
+    next_position: Tensor
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def in_order(cls, embeds: Tensor, real: Tensor) -> PrefixEmbeddings:
+        """Positions count from 0 in every row, and padding is not seen."""
+        inputs = {"position_ids": (real.cumsum(1) - 1).clamp(min=0)}
+        if not bool(real.all()):
+            inputs["attention_mask"] = real.long()
+        return cls(embeds, real, real.sum(1), inputs)
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def __getitem__(self, rows: Any) -> PrefixEmbeddings:
+        """The given rows.
+
+        Raises:
+            ConfigError: The language model reads something that is not arranged by rows.
+        """
+        inputs = {name: self._rows(name, value, rows) for name, value in self.inputs.items()}
+        return PrefixEmbeddings(self.embeds[rows], self.real[rows], self.next_position[rows], inputs)
+
+    def _rows(self, name: str, value: Any, rows: Any) -> Any:
+        if isinstance(value, dict):  # masks of several kinds of layers
+            return {key: self._rows(key, part, rows) for key, part in value.items()}
+        if not isinstance(value, Tensor | list | tuple):
+            return value
+        if name == "deepstack_visual_embeds":  # Qwen3-VL: features of the image tokens, all rows in one list
+            counts = self.inputs["visual_pos_masks"].sum(1).tolist()
+            return [torch.cat([layer.split(counts)[row] for row in rows.tolist()]) for layer in value]
+        if isinstance(value, Tensor) and name == "position_ids" and value.ndim == 3:  # (axes, B, P)
+            return value[:, rows]
+        if isinstance(value, Tensor) and value.shape[0] == len(self):
+            return value[rows]
+        if isinstance(value, Tensor) and value.shape[0] == 1:  # one for all rows
+            return value
+        raise ConfigError(
+            f"Rows cannot be taken of {name!r}, which this model's language model reads; distil it with "
+            "--states=stored."
+        )
+
+    def joined(self, block: Tensor) -> dict[str, Any]:
+        """What the language model is called with for the prefix and `block` (B, k, d) in one sequence, without cache.
+
+        Raises:
+            ConfigError: Layers with masks of several kinds.
+        """
+        known, length, k = self.inputs["position_ids"], self.embeds.shape[1], block.shape[1]
+        offsets = torch.arange(k, device=block.device)
+        positions = (self.next_position.unsqueeze(1) + offsets).expand(*known.shape[:-1], -1)
+        mask = self.inputs.get("attention_mask")
+        if isinstance(mask, dict):
+            raise ConfigError(
+                f"Layers with masks of several kinds ({', '.join(mask)}) cannot be recomputed; "
+                "train without gradient checkpointing."
+            )
+        marks = {  # of image tokens, such as Qwen3-VL's: none on the block
+            name: F.pad(value, (0, k)) if _one_each(value, length) else value
+            for name, value in self.inputs.items()
+        }
+        return {
+            **marks,
+            "inputs_embeds": torch.cat([self.embeds, block], dim=1),
+            "position_ids": torch.cat([known, positions], dim=-1),
+            "attention_mask": F.pad(self.real.long(), (0, k), value=1)
+            if mask is None or mask.ndim == 2
+            else _causal_behind(mask, self.real, k),
+        }
+
+
+def _one_each(value: Any, length: int) -> bool:
+    """Whether `value` has one entry a token (B, P)."""
+    return isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == length
+
+
+def _causal_behind(mask: Tensor, real: Tensor, k: int) -> Tensor:
+    """The mask (B, 1, P + k, P + k) of a prefix with `mask` (B, 1, P, P) and a causal block of `k` tokens behind it."""
+    allowed = mask if mask.dtype == torch.bool else mask == 0
+    rows, _, length, _ = mask.shape
+    seen = real[:, None, None].expand(rows, 1, k, length)
+    block = torch.ones(k, k, dtype=torch.bool, device=mask.device).tril().expand(rows, 1, k, k)
+    whole = torch.cat([F.pad(allowed, (0, k)), torch.cat([seen, block], dim=-1)], dim=2)
+    if mask.dtype == torch.bool:
+        return whole
+    return torch.zeros_like(whole, dtype=mask.dtype).masked_fill(~whole, torch.finfo(mask.dtype).min)
+
+
+@dataclass
+class TransformersPrefix(Prefix[TransformersCache]):
+    """A prefix in the cache.
+
+    Attributes:
+        hidden: (B, d), the last hidden vector, which predicts slot 0.
+        real: (B, P) bool, False on the padding; None without any.
+        next_position: (B,) position of the first block token.
+    """
+
+    hidden: Tensor
+    real: Tensor | None
+    next_position: Tensor

@@ -1,0 +1,55 @@
+"""LeRobot steps that carry files of a published model, such as its tokenizer's, as their state."""
+
+from __future__ import annotations
+
+import abc
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ceed_vla.errors import CheckpointError
+from ceed_vla.files import write_files
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+class FilesStep(abc.ABC):
+    """Beside a step's class as a base: its files lie in the checkpoint, which then needs no folder and no hub."""
+
+    _files: Mapping[str, Tensor] = {}
+
+    @abc.abstractmethod
+    def _open(self, folder: Path, source: str) -> None:
+        """Read what the step uses of the files in `folder`; messages call it `source`."""
+
+    def use(self, files: Mapping[str, Tensor], source: str) -> None:
+        """Take files as bytes: name -> uint8 (bytes,).
+
+        Raises:
+            CheckpointError: Files that are missing or damaged; the message calls them `source`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            write_files(files, Path(folder))
+            self._open(Path(folder), source)
+        self._files = dict(files)
+
+    def check_files(self) -> None:
+        """Raise `CheckpointError` if there are none."""
+        if not self._files:
+            raise CheckpointError("The pre-processor came without its files; copy the checkpoint again.")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The files as bytes."""
+        return dict(self._files)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the files of `state_dict`."""
+        self.use(state, "The checkpoint's pre-processor")

@@ -1,0 +1,112 @@
+"""Settings of transformers' image-text-to-text models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ceed_vla.backbones.config import BackboneConfig
+from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.transformers.architecture import least_sizes, read_architecture
+from ceed_vla.backbones.transformers.config import DTYPES, TransformersConfig
+from ceed_vla.backbones.vlm.inputs import CAMERAS, VLMInputsStep
+from ceed_vla.backbones.vlm.processor import load_processor
+from ceed_vla.errors import ConfigError
+from ceed_vla.fields import chosen, ranged
+from ceed_vla.templates import check_template
+
+if TYPE_CHECKING:
+    from ceed_vla.backbones.base import TrainableBackbone
+
+
+@BackboneConfig.register_subclass("vlm")
+@dataclass
+class VLMConfig(TransformersConfig):
+    """A transformers image-text-to-text model: LLaVA, LLaVA-OneVision, Qwen2.5-VL, SmolVLM, PaliGemma and relatives.
+
+    Attributes:
+        prompt: Text around ``{instruction}``, put into the model's chat format where it has one.
+        cameras: "separate" images, or all cameras "stacked" from top to bottom into one (fewer tokens).
+        proprio: The state as "text", one action token a value at the end of the prompt (LLaVA-VLA), "projected" to
+            one token there, or "none".
+        action_ids: Bins are the "last" ordinary ids of the tokenizer, the same downwards ("last_reversed", as OpenVLA
+            and LLaVA-VLA), or "added" behind the tokenizer's.
+        dtype: Type of the weights.
+        attention: Implementation of attention in transformers.
+        action_token_ids: Vocabulary id of every bin; filled when a policy is new.
+    """
+
+    steps: ClassVar[tuple[str, ...]] = ("ceed_vla_vlm_inputs",)
+
+    prompt: str = "What action should the robot take to {instruction}?"
+    cameras: str = chosen("separate", CAMERAS)
+    proprio: str = chosen("text", ("text", "projected", "none"))
+    action_ids: str = chosen("last", ("last", "last_reversed", "added"))
+    dtype: str = chosen("float32", DTYPES)
+    attention: str = chosen("sdpa", ("sdpa", "eager", "flash_attention_2"))
+    action_token_ids: list[int] = ranged([], "[0, 1e8]")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_template(self.prompt, "backbone.prompt")
+
+    def build(self, shape: PolicyShape) -> TrainableBackbone:
+        import torch
+
+        from ceed_vla.backbones.vlm import loading
+        from ceed_vla.backbones.vlm.model import VLMBackbone
+
+        dtype, new, bins = getattr(torch, self.dtype), not self.architecture, shape.vocabulary_size
+        if new or self.weights == "reference":
+            if not self.path:
+                raise ConfigError(
+                    "backbone.path is empty; give the local folder of an image-text-to-text model."
+                )
+            model = loading.load_model(self.path, dtype, self.attention)
+            processor = load_processor(self.path)
+            ids = loading.choose_action_ids(model, processor, self.action_ids, bins)
+            self.action_token_ids = self.action_token_ids or ids
+        else:
+            model = loading.build_model(self.architecture, dtype, self.attention)
+        ids, rows = self.action_token_ids, int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+        if len(set(ids)) != bins or len(ids) != bins or max(ids) >= rows:
+            raise ConfigError(
+                f"backbone.action_token_ids has {len(set(ids))} different ids up to {max(ids, default=-1)} for {bins} "
+                f"bins of a model of {rows} ids; the configuration was edited by hand."
+            )
+        backbone = VLMBackbone(
+            model,
+            ids,
+            shape.block_length,
+            state_dim=0 if self.proprio == "none" else shape.state_dim,
+            project_state=self.proprio == "projected",
+            auxiliary_dim=shape.auxiliary_dim,
+        )
+        if self.weights == "reference":
+            backbone.refer()
+        if new:
+            loading.check_decoding(backbone)
+            self.architecture = loading.architecture(model)
+        return backbone
+
+    def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:
+        return [VLMInputsStep(**self.input_settings(shape)).set_processor(load_processor(self.path))]
+
+    def input_settings(self, shape: PolicyShape) -> dict[str, Any]:
+        """Settings of the step that makes the model's inputs."""
+        places = {"text": shape.state_dim, "projected": 1, "none": 0}[self.proprio]
+        sizes = {camera: list(size[1:]) for camera, size in shape.cameras.items()}
+        return {"sizes": sizes, "layout": self.cameras, "prompt": self.prompt, "state_places": places}
+
+    def least_sizes(self, shape: PolicyShape) -> tuple[int, int]:
+        return least_sizes(read_architecture(self.architecture))
+
+    def validate_features(self, shape: PolicyShape) -> None:
+        if self.proprio != "none" and not shape.state_dim:
+            raise ConfigError(
+                f"The data have no observation.state, and backbone.proprio is {self.proprio!r}; "
+                "set --policy.backbone.proprio=none."
+            )
+        if self.cameras == "stacked" and len({size[2] for size in shape.cameras.values()}) > 1:
+            raise ConfigError(f"Cameras of different widths cannot be stacked: {dict(shape.cameras)}.")

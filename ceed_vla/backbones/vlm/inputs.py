@@ -1,0 +1,188 @@
+"""Images and instruction to the inputs of an image-text-to-text model, as a LeRobot step that carries its processor.
+
+The processor's own files (tokenizer, image processor, chat template) are the step's state: they are saved beside the
+checkpoint as ``policy_preprocessor_step_*_ceed_vla_vlm_inputs.safetensors``, so that loading needs neither the base
+model's folder nor a hub.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.configs import FeatureType, PipelineFeatureType, PolicyFeature
+from lerobot.lerobot_types import RobotObservation, TransitionKey
+from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
+from PIL import Image
+from torch import Tensor
+
+from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.transformers.step_files import FilesStep
+from ceed_vla.backbones.vlm.chat_template import render
+from ceed_vla.backbones.vlm.processor import load_processor
+from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
+from ceed_vla.fields import check_fields, chosen, ranged
+from ceed_vla.files import read_files
+from ceed_vla.images import camera_pixels
+from ceed_vla.instructions import batch_instructions
+from ceed_vla.templates import check_template, fill_template
+
+CAMERAS = ("separate", "stacked")
+# One row an observation, or several (images, patches) that the model wants in one long list.
+ROW_KEY, FLAT_KEY = "observation.vlm.", "observation.vlm_flat."
+IDS, MASK = "input_ids", "attention_mask"
+LONGEST_PROMPT = 65_536  # [tokens]
+
+
+@ProcessorStepRegistry.register(name="ceed_vla_vlm_inputs")
+@dataclass
+class VLMInputsStep(FilesStep, ObservationProcessorStep):
+    """Make ``observation.vlm.input_ids``, ``...attention_mask``, ``...pixel_values`` and what else the model reads.
+
+    Every tensor has the rows of the batch first. Where the model wants all images or patches in one list, the key is
+    ``observation.vlm_flat.*`` and the tensor (B, images or patches, ...).
+
+    Attributes:
+        sizes: Camera feature -> [height, width] of its images [px], in the order of the prompt.
+        layout: "separate" images, or all cameras "stacked" from top to bottom into one.
+        prompt: Text with ``{instruction}`` in it.
+        state_places: Tokens at the end of the prefix that the backbone fills with the state.
+    """
+
+    sizes: dict[str, list[int]] = field(default_factory=dict)
+    layout: str = chosen("separate", CAMERAS)
+    prompt: str = "{instruction}"
+    state_places: int = ranged(0, "[0, 16384]")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_template(self.prompt, "prompt")
+        self._rendered: dict[int, str] = {}  # images -> the prompt in the chat format
+        self._processor: Any = None
+
+    def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
+        """Raise `ConfigError` unless these are the settings that the backbone's configuration has."""
+        wanted = backbone.input_settings(shape)
+        if wrong := [name for name, value in wanted.items() if getattr(self, name) != value]:
+            raise ConfigError(
+                f"{wrong[0]} is {getattr(self, wrong[0])!r}; the policy's is {wanted[wrong[0]]!r}."
+            )
+
+    # ---- the processor, kept in the checkpoint ------------------------------------------------------------------
+
+    def set_processor(self, processor: Any) -> VLMInputsStep:
+        """Use `processor`; returns self."""
+        with tempfile.TemporaryDirectory() as folder:
+            processor.save_pretrained(folder)
+            self._files = read_files(Path(folder), sorted(file.name for file in Path(folder).iterdir()))
+        self._processor = processor
+        return self
+
+    def _open(self, folder: Path, source: str) -> None:
+        self._processor = load_processor(folder, source)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "sizes": self.sizes,
+            "layout": self.layout,
+            "prompt": self.prompt,
+            "state_places": self.state_places,
+        }
+
+    # ---- inputs -------------------------------------------------------------------------------------------------
+
+    def observation(self, observation: RobotObservation) -> RobotObservation:
+        self.check_files()
+        images = self._images(observation)  # (B lists of k images)
+        tasks = batch_instructions(self.transition.get(TransitionKey.COMPLEMENTARY_DATA), len(images))
+        texts = [self._text(task, len(row)) for task, row in zip(tasks, images, strict=True)]
+        try:
+            inputs = dict(self._processor(images=images, text=texts, padding=True, return_tensors="pt"))
+        except Exception as error:  # every family raises its own kinds
+            raise ObservationError(
+                f"{type(self._processor).__name__} cannot read images of {self.sizes} with the prompt "
+                f"{texts[0]!r} ({error})."
+            ) from error
+        inputs.pop("labels", None)
+        if IDS not in inputs or inputs[IDS].shape[-1] > LONGEST_PROMPT:
+            raise ObservationError(
+                f"{type(self._processor).__name__} made {tuple(inputs[IDS].shape) if IDS in inputs else 'no'} ids of "
+                f"the prompt; at most {LONGEST_PROMPT} are read."
+            )
+        self._add_state_places(inputs)
+        return {**observation, **keyed(inputs, len(images))}
+
+    def _images(self, observation: RobotObservation) -> list[list[Image.Image]]:
+        """For every row its images, in the order of the prompt."""
+        cameras = [camera_pixels(observation, camera, size) for camera, size in self.sizes.items()]
+        rows = len(cameras[0])
+        if any(len(pixels) != rows for pixels in cameras):
+            raise ObservationError(
+                f"The cameras {', '.join(self.sizes)} have {[len(p) for p in cameras]} rows; they must be equal."
+            )
+        if self.layout == "stacked":
+            cameras = [np.concatenate(cameras, axis=1)]  # (B, sum of heights, W, 3)
+        return [[Image.fromarray(pixels[row]) for pixels in cameras] for row in range(rows)]
+
+    def _text(self, task: str, images: int) -> str:
+        """The prompt, in the model's chat format where it has one."""
+        processor = self._processor
+        template = getattr(processor, "chat_template", None)
+        if isinstance(template, str) and not template.strip():
+            raise CheckpointError("The checkpoint's chat template is empty; copy it again.")
+        if template is None:
+            return str(getattr(processor, "image_token", "<image>")) * images + fill_template(
+                self.prompt, task
+            )
+        if images not in self._rendered:
+            text = render(template, images, self.prompt, processor.tokenizer.special_tokens_map)
+            check_template(text, "The prompt in the checkpoint's chat format")
+            self._rendered[images] = text
+        return fill_template(self._rendered[images], task)
+
+    def _add_state_places(self, inputs: dict[str, Tensor]) -> None:
+        ids = inputs[IDS]
+        if not self.state_places:
+            return
+        shape = (len(ids), self.state_places)
+        for name, value in inputs.items():
+            if value.shape == ids.shape:  # one entry a token
+                added = torch.full(shape, {IDS: self._ordinary_id(), MASK: 1}.get(name, 0), dtype=value.dtype)
+                inputs[name] = torch.cat([value, added], dim=1)
+
+    def _ordinary_id(self) -> int:
+        """An id that no model reads as an image or as padding; its embedding is replaced anyway."""
+        tokenizer = self._processor.tokenizer
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        return next(i for i in range(len(tokenizer)) if i not in special)
+
+    def transform_features(
+        self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
+    ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
+        features[PipelineFeatureType.OBSERVATION][ROW_KEY + IDS] = PolicyFeature(
+            type=FeatureType.LANGUAGE, shape=(0,)
+        )
+        return features
+
+
+def keyed(inputs: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """Name the processor's tensors, with `rows` rows first in each.
+
+    Raises:
+        ObservationError: Rows with different numbers of images or patches.
+    """
+    named: dict[str, Tensor] = {}
+    for name, value in inputs.items():
+        if len(value) == rows:
+            named[ROW_KEY + name] = value
+        elif len(value) % rows == 0:
+            named[FLAT_KEY + name] = value.unflatten(0, (rows, -1))
+        else:
+            raise ObservationError(
+                f"The processor made {len(value)} {name} of {rows} rows; every row needs equally many."
+            )
+    return named

@@ -1,0 +1,210 @@
+"""Image-text-to-text models from local folders: checked first, and never with code from there."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from ceed_vla.backbones.transformers.architecture import least_sizes, read_architecture
+from ceed_vla.backbones.vlm.model import VLMBackbone
+from ceed_vla.backbones.vlm.processor import LOCAL
+from ceed_vla.cache import TransformersCache
+from ceed_vla.errors import CheckpointError, ConfigError, root_cause
+from ceed_vla.files import read_json
+from ceed_vla.weights import Header, check_floating, check_weights, weight_files
+
+# ---- folders ----------------------------------------------------------------------------------------------------
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a folder holds an image-text-to-text model with all its weights.
+
+    Raises:
+        CheckpointError: No such folder, another kind of model, one that needs code of its own, or missing files.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"backbone.path is {str(folder)!r}, which is no folder; give a local one with config.json and "
+            "*.safetensors. A model of a hub must be downloaded first."
+        )
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        reason = "needs code of its own (auto_map), which is never run" if "auto_map" in config else "is none"
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type {kind!r} {reason}; the image-text-to-text models that can be read "
+            f"are {', '.join(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))}."
+        )
+    sizes = least_sizes(read_architecture(json.dumps({k: v for k, v in config.items() if k != "auto_map"})))
+    Header.read(weight_files(folder)).check(*sizes, folder)
+
+
+def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """Read a model with all its weights.
+
+    Raises:
+        CheckpointError: See `check_folder`; or weights that are damaged, incomplete or of other sizes.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    check_floating(weight_files(folder))
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            **LOCAL,
+        )
+    except Exception as error:  # transformers, safetensors and torch each raise their own kinds
+        raise CheckpointError(f"{folder} does not load ({root_cause(error)}).") from error
+    model, report = loaded
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if names := sorted(str(name) for name in report.get(problem, ())):
+            raise CheckpointError(
+                f"{folder}: {len(names)} weights are {problem.removesuffix('_keys')} (the first is {names[0]}); "
+                "the weights belong to another configuration, or a file was lost."
+            )
+    check_weights(model, folder)
+    return cast("PreTrainedModel", model)
+
+
+# ---- architecture: what a checkpoint keeps of the model's configuration ------------------------------------------
+
+
+def architecture(model: PreTrainedModel) -> str:
+    """The model's configuration as one line of JSON, from which `build_model` makes it without its folder."""
+    return json.dumps(model.config.to_diff_dict(), sort_keys=True)
+
+
+def build_model(text: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The model of `architecture`'s text, with weights still to be read.
+
+    Raises:
+        CheckpointError: The text was damaged.
+    """
+    try:
+        values = read_architecture(text)
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"backbone.architecture does not describe a model ({root_cause(error)}); copy config.json again."
+        ) from error
+    return cast("PreTrainedModel", model.eval())
+
+
+# ---- vocabulary -------------------------------------------------------------------------------------------------
+
+
+def choose_action_ids(model: PreTrainedModel, processor: Any, kind: str, count: int) -> list[int]:
+    """Vocabulary ids of `count` action bins.
+
+    Args:
+        model: Gets more rows in its embedding where "added" ids need them.
+        processor: Its tokenizer.
+        kind: "last": the last ordinary ids of the tokenizer, whose meaning is overwritten; "last_reversed": the same
+            downwards, as OpenVLA and LLaVA-VLA count; "added": new ids behind the tokenizer's.
+        count: Bins ``V``.
+
+    Raises:
+        ConfigError: Tokenizer and model disagree, or the vocabulary is too small.
+    """
+    tokenizer, rows = processor.tokenizer, cast("Any", model.get_input_embeddings()).num_embeddings
+    words = 1 + max(tokenizer.get_vocab().values())
+    if words > rows:
+        raise ConfigError(
+            f"{model.name_or_path}: the tokenizer has ids up to {words - 1}, the model's embedding only {rows} rows; "
+            "they belong to different models, or tokens were added to one of them only."
+        )
+    image = getattr(model.config, "image_token_id", None)
+    if image is not None and getattr(processor, "image_token_id", image) != image:
+        raise ConfigError(
+            f"{model.name_or_path}: the image token is {processor.image_token_id} for the processor and {image} for "
+            "the model; take both from the same model."
+        )
+    if kind == "added":
+        if words + count > rows:
+            # Mean-resizing needs the whole embedding's covariance; the new rows are learnt anyway.
+            model.resize_token_embeddings(words + count, mean_resizing=False)
+        return list(range(words, words + count))
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder) | {image}
+    ordinary = [i for i in range(words) if i not in special][-count:]
+    if len(ordinary) < count:
+        raise ConfigError(
+            f"{model.name_or_path}: the vocabulary has {len(ordinary)} ordinary ids, {count} action bins need more; "
+            "lower num_bins or set --policy.backbone.action_ids=added."
+        )
+    return ordinary[::-1] if kind == "last_reversed" else ordinary
+
+
+# ---- does the model work as a backbone? --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_decoding(backbone: VLMBackbone) -> None:
+    """Try on a few tokens what decoding relies on: a cache that can be cut, and a head that is one matrix.
+
+    Raises:
+        ConfigError: The model works otherwise.
+    """
+    model = cast("Any", backbone.model)
+    ids = backbone.action_ids[None, :4]
+    accepted = inspect.signature(model.forward).parameters
+    extra = (
+        {"token_type_ids": torch.zeros_like(ids)} if "token_type_ids" in accepted else {}
+    )  # PaliGemma warns
+    try:
+        afresh, continued = _with_and_without_cache(backbone.decoder, model.get_input_embeddings()(ids))
+        logits = model(input_ids=ids, use_cache=False, **extra).logits  # (1, t, words)
+        hidden = model.model(input_ids=ids, use_cache=False, **extra).last_hidden_state
+        scores = model.get_output_embeddings()(hidden)
+    except Exception as error:  # every family fails in its own way
+        raise ConfigError(
+            f"{type(model).__name__} cannot continue a key/value cache that was cut back ({root_cause(error)}); "
+            "Jacobi decoding needs a causal language model with attention in every layer."
+        ) from error
+    if not _close(afresh, continued):
+        raise ConfigError(
+            f"{type(model).__name__} gives other values from a key/value cache than without. Jacobi decoding needs a "
+            "causal language model with attention in every layer."
+        )
+    if not _close(logits, scores):
+        raise ConfigError(
+            f"{type(model).__name__} does more behind its last layer than one matrix (a soft cap or a scale); "
+            "the scores of the action ids alone would be wrong."
+        )
+
+
+def _with_and_without_cache(decoder: Any, embeds: Tensor) -> tuple[Tensor, Tensor]:
+    """Last hidden vectors of embeddings (1, t, d), computed at once, and behind a first token in the cache."""
+    positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+    afresh = decoder(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+    cache = TransformersCache()
+
+    def run(part: Tensor, places: Tensor) -> Tensor:
+        past = cache.begin(part.shape[1])
+        output = decoder(inputs_embeds=part, position_ids=places, past_key_values=past, use_cache=True)
+        return cast("Tensor", output.last_hidden_state)
+
+    run(embeds[:, :1], positions[:, :1])
+    cache.seal_prefix(1)
+    run(embeds[:, 1:].flip(1), positions[:, 1:])  # cut off again
+    return afresh[:, 1:], run(embeds[:, 1:], positions[:, 1:])
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    tolerance = 1e-3 if a.dtype == torch.float32 else 5e-2
+    return bool(torch.isfinite(a).all()) and torch.allclose(
+        a.float(), b.float(), rtol=tolerance, atol=tolerance * max(1.0, float(a.abs().max()))
+    )

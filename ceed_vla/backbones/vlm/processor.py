@@ -1,0 +1,76 @@
+"""Processors (tokenizer and image processor) of image-text-to-text models: never with code from a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ceed_vla.errors import CheckpointError, root_cause
+from ceed_vla.files import read_json
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+# Nothing is fetched, and a file that names classes of its own (auto_map) does not get to run them.
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+LARGEST_SIDE, MOST_PIXELS = 8192, 2**25
+# Settings of image processors that decide how many numbers they make.
+_SIDES = ("height", "width", "shortest_edge", "longest_edge", "min_pixels", "max_pixels", "size", "crop_size")
+_PATCHES = ("patch_size", "merge_size", "temporal_patch_size", "max_image_tiles", "max_num_crops")
+_TOKENS = ("num_additional_image_tokens", "image_seq_length", "image_seq_len")
+SIZES = (*_SIDES, *_PATCHES, *_TOKENS)
+
+
+def load_processor(folder: str | Path, source: str = "") -> ProcessorMixin:
+    """The processor (tokenizer and image processor) of a folder, padding on the left; messages call it `source`.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or needs code of its own.
+    """
+    from transformers import AutoProcessor
+
+    name = source or str(folder)
+    for file in IMAGE_FILES:
+        if (Path(folder) / file).is_file():
+            _check_image_settings(f"{name}: {file}", read_json(Path(folder) / file, source=f"{name}: {file}"))
+    try:
+        processor = AutoProcessor.from_pretrained(str(folder), **LOCAL)
+    except Exception as error:
+        reason = root_cause(error).replace(str(folder), name)
+        raise CheckpointError(
+            f"{name} holds no processor that can be read ({reason}); it needs preprocessor_config.json "
+            "or processor_config.json, and the tokenizer's files. Code from a checkpoint is never run."
+        ) from error
+    if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
+        raise CheckpointError(
+            f"{name}: {type(processor).__name__} is no processor of images and text; "
+            "copy tokenizer and image processor into the folder."
+        )
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise CheckpointError(f"{name}: the tokenizer has neither a padding nor an end token; add one.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast("ProcessorMixin", processor)
+
+
+def _check_image_settings(what: str, values: dict[str, Any], area: bool = False) -> None:
+    """Refuse sizes that no camera has, with which a processor would fill the memory."""
+    kinds = [str(value) for name, value in values.items() if name.endswith("_processor_type")]
+    area = area or any("Qwen" in kind for kind in kinds)  # these count pixels where others give sides
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _check_image_settings(what, value, area)
+        most = MOST_PIXELS if name.endswith(("_edge", "_pixels")) and area else LARGEST_SIDE
+        least = {"image_std": 1e-3, "image_mean": -100.0}.get(name)
+        if least is not None and value is not None:
+            numbers = value if isinstance(value, list) else [value]
+            if not numbers or not all(isinstance(v, int | float) and least <= v <= 100 for v in numbers):
+                raise CheckpointError(
+                    f"{what}: {name} is {str(value)[:100]}; numbers in [{least:g}, 100] are allowed."
+                )
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and name in SIZES and not 0 <= value <= most:
+            raise CheckpointError(f"{what}: {name} is {value}; it must lie in [0, {most}].")

@@ -1,0 +1,181 @@
+"""Checkpoints as files: where they are, what their config.json says, in whatever format it was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ceed_vla.decoding.config import DecodingConfig
+from ceed_vla.errors import CheckpointError
+from ceed_vla.fields import short
+from ceed_vla.files import read_json
+from ceed_vla.processor_steps import PROCESSOR_FILES
+from ceed_vla.weights import WEIGHTS
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+PRETRAINED = ("teacher", "student")
+POLICY_FILES = ("config.json", WEIGHTS)
+FILES = (*POLICY_FILES, *PROCESSOR_FILES)
+_REMOVED = ("tolerance_bins", "stable_iterations")  # of the decoding, in format 1
+
+
+def pretrained_path(name: str) -> Path:
+    """Folder of a checkpoint that ships inside the package.
+
+    Args:
+        name: "teacher" (autoregressive) or "student" (consistency-distilled).
+
+    Raises:
+        CheckpointError: Unknown name, or the package was installed without its weights.
+    """
+    if not isinstance(name, str) or name not in PRETRAINED:
+        raise CheckpointError(
+            f"No shipped checkpoint is called {name!r}; choose one of {', '.join(PRETRAINED)}."
+        )
+    path = Path(__file__).parent / "pretrained" / name
+    if not (path / WEIGHTS).is_file():
+        raise CheckpointError(
+            f"The shipped checkpoint {name!r} is missing from this installation ({path.name}/); reinstall."
+        )
+    return path
+
+
+def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
+    """A checkpoint folder from a path or a shipped name ("teacher", "student").
+
+    Args:
+        path: The folder, one above its ``pretrained_model``, or a name.
+        files: Files that must be in it.
+
+    Raises:
+        CheckpointError: No such folder, or files are missing from it.
+    """
+    if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
+        raise CheckpointError(
+            f"The checkpoint is {path!r}; give a folder, or one of {', '.join(PRETRAINED)}."
+        )
+    folder = Path(path)
+    try:
+        if not folder.exists() and str(path) in PRETRAINED:
+            return pretrained_path(str(path))
+        if (folder / "pretrained_model").is_dir():
+            folder = folder / "pretrained_model"
+        found = folder.is_dir()
+        missing = [name for name in files if not (folder / name).is_file()]
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise CheckpointError(
+            f"The checkpoint {str(path)[:200]!r} is not read ({error.strerror})."
+        ) from error
+    if not found:
+        raise CheckpointError(
+            f"No checkpoint folder at {path}; give a local folder that holds {' and '.join(POLICY_FILES)}, "
+            f"or a shipped name ({', '.join(PRETRAINED)}). A model of a hub must be downloaded first."
+        )
+    if missing:
+        raise CheckpointError(f"The checkpoint {path} lacks {', '.join(missing)}; it is incomplete.")
+    return folder
+
+
+def read_values(folder: Path) -> dict[str, Any]:
+    """What config.json says, in the current format.
+
+    Raises:
+        CheckpointError: Not JSON, of another policy, of a newer format, or decoding settings that are left out: a
+            default would decode otherwise without a word.
+    """
+    values, file = read_json(folder / "config.json"), folder / "config.json"
+    kind, tokens = values.get("type"), values.get("action_tokens")
+    if kind != "ceed_vla":
+        raise CheckpointError(f"{folder} holds a policy of type {kind!r}; this loader reads type 'ceed_vla'.")
+    if isinstance(tokens, dict) and tokens.get("path") and not tokens.get("symbols"):
+        raise CheckpointError(f"{folder}: action_tokens in config.json are not fitted; copy it again.")
+    version = values.get("format_version", 1)
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format_version {short(version)}, this version reads 1 to {FORMAT_VERSION}; update ceed_vla."
+        )
+    _check_packages(folder, values.get("packages", []))
+    found = values.get("decoding")
+    decoding: dict[str, Any] = found if isinstance(found, dict) else {}
+    expected = {item.name for item in fields(DecodingConfig)}
+    if version == 1:
+        expected = expected - {"watch", "exits"} | {"executed_steps", *_REMOVED}
+    lost = sorted(expected - decoding.keys())
+    wrong = [name for name, value in decoding.items() if isinstance(value, bool)]
+    if lost or wrong:
+        raise CheckpointError(
+            f"{folder}: decoding in config.json {'lacks' if lost else 'has true or false for'} {(lost or wrong)[0]!r}; "
+            "copy the checkpoint again."
+        )
+    return _from_format_1(folder, values) if version == 1 else values
+
+
+def _check_packages(folder: Path, packages: object) -> None:
+    """Refuse a checkpoint of packages that nobody has named: it does not get them imported by itself."""
+    names = packages if isinstance(packages, list) else [packages]
+    for name in names:
+        if not isinstance(name, str) or name not in sys.modules:
+            raise CheckpointError(
+                f"{folder} needs the package {short(name)}, which is not loaded. If you trust it, name it: "
+                f"--discover_packages_path={str(name)[:60]} (policy_node: discover_packages), or import it first."
+            )
+
+
+def _from_format_1(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """`values` of a checkpoint without ``format_version``: it decodes as it did."""
+    decoding = dict(values["decoding"])
+    executed, tolerance, _ = (decoding.pop(name) for name in ("executed_steps", *_REMOVED))
+    if tolerance not in (0, None) and any(tolerance if isinstance(tolerance, list) else [tolerance]):
+        raise CheckpointError(
+            f"{folder}: decoding.tolerance_bins in config.json is {short(tolerance)}; that rule is gone, as confidence "
+            "ends sooner at the same success. Set it to 0, and confidence to 0.2."
+        )
+    if executed not in (None, values.get("n_action_steps")):
+        logger.warning(
+            "%s watched %s steps; now the %s executed ones", folder, executed, values.get("n_action_steps")
+        )
+    decoding |= {"watch": "block" if executed is None else "executed", "exits": []}
+    renamed = (("action_tokens", "fast", "most_ids"), ("backbone", "compact", "words"))
+    for setting, kind, after in renamed:
+        part = values.get(setting)
+        if isinstance(part, dict) and part.get("type") == kind:
+            values[setting] = {
+                after if name == "vocabulary_size" else name: value for name, value in part.items()
+            }
+    return {**values, "decoding": decoding, "format_version": FORMAT_VERSION}
+
+
+@contextmanager
+def in_current_format(folder: Path) -> Iterator[Path]:
+    """`folder`, or one with its config.json in the current format, for readers of LeRobot's that parse the file."""
+    values = read_values(folder)
+    if read_json(folder / "config.json").get("format_version") == FORMAT_VERSION:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        (Path(temporary) / "config.json").write_text(json.dumps(values))
+        yield Path(temporary)
+
+
+def weights_hash(path: str | Path) -> str:
+    """First 12 hex digits of the SHA-256 of the weights: names a checkpoint in reports and trajectories.
+
+    Of weights that lie elsewhere, the configured reference counts instead of the weights.
+    """
+    folder = resolve_checkpoint(path)
+    with (folder / WEIGHTS).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    backbone = read_json(folder / "config.json").get("backbone")
+    if isinstance(backbone, dict) and backbone.get("weights") == "reference":
+        digest.update(json.dumps(backbone, sort_keys=True).encode())
+    return digest.hexdigest()[:12]

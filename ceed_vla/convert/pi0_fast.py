@@ -1,0 +1,130 @@
+"""LeRobot's pi0-FAST checkpoints into policies: the same weights, tokens and processors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
+from safetensors.torch import save_file
+
+from ceed_vla.backbones.pi0_fast.config import Pi0FastConfig, Pi0FastTokensConfig
+from ceed_vla.backbones.pi0_fast.inputs import PromptTokensStep, load_text_tokenizer
+from ceed_vla.backbones.pi0_fast.loading import EMBEDDING, HEAD, decode_architecture, describe_model
+from ceed_vla.backbones.pi0_fast.tokens import TextIds
+from ceed_vla.checkpoint_files import resolve_checkpoint
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.convert.config import ConvertConfig
+from ceed_vla.decoding.config import DecodingConfig
+from ceed_vla.errors import CheckpointError
+from ceed_vla.files import read_json, write_text
+from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from ceed_vla.processor_steps import CONVERTED, PROCESSOR_FILES, REMOTE_CODE, read_steps
+from ceed_vla.tokens.fast_codec import FastCodec
+from ceed_vla.weights import WEIGHTS, opened
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 32  # slots a forward computes; chunks of LIBERO take 25 to 35 tokens of the 256 slots
+
+
+def write(config: ConvertConfig) -> str:
+    """Write the checkpoint; see `convert`."""
+    folder, output = resolve_checkpoint(config.path), Path(config.output_dir)
+    for name in PROCESSOR_FILES:
+        read_steps(folder, name, CONVERTED)
+    theirs = decode_architecture(describe_model(folder))
+    if theirs.temperature:
+        logger.warning(
+            "%s samples its tokens with temperature %g; here it decodes greedily, as with temperature 0.",
+            folder,
+            theirs.temperature,
+        )
+    fast = find_folder(config.fast_tokenizer or theirs.action_tokenizer_name, "fast_tokenizer")
+    text = find_folder(config.text_tokenizer or theirs.text_tokenizer_name, "text_tokenizer")
+    scored = _scored(folder) if config.vocabulary == "full" else 0
+    settings = CeedVLAConfig(
+        input_features=theirs.input_features,
+        output_features=theirs.output_features,
+        normalization_mapping=theirs.normalization_mapping,
+        chunk_size=theirs.chunk_size,
+        n_action_steps=theirs.n_action_steps,
+        backbone=Pi0FastConfig(path=str(folder.resolve()), weights=config.weights),
+        action_tokens=_tokens(theirs, fast, text, scored),
+        augment_state=0.0,
+        decoding=DecodingConfig(window=WINDOW),
+        device=config.device,
+        push_to_hub=False,
+    )
+    policy = CeedVLAPolicy(settings)
+    output.mkdir(parents=True, exist_ok=True)
+    policy.save_pretrained(output)
+    for name in ("policy_preprocessor", "policy_postprocessor"):
+        _copy_pipeline(folder, output, name, text)
+    return f"{output}: LeRobot's pi0-FAST, weights {config.weights}, vocabulary {config.vocabulary}"
+
+
+def find_folder(name: str, setting: str) -> Path:
+    """A folder from its path, or from the name of a repository that was downloaded before."""
+    if Path(name).is_dir():
+        return Path(name).resolve()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception as error:  # the library raises many kinds, all for "not here"
+        raise CheckpointError(
+            f"{setting} {name!r} is no folder, and was not downloaded before; give --{setting}=DIR."
+        ) from error
+
+
+def _tokens(config: PI0FastConfig, fast: Path, text: Path, scored: int) -> Pi0FastTokensConfig:
+    codec, ids = FastCodec.from_folder(fast), TextIds.of(load_text_tokenizer(text))
+    tokens = Pi0FastTokensConfig(
+        max_tokens=config.max_decoding_steps,
+        check_marker=config.validate_action_token_prefix,
+        skip_tokens=config.fast_skip_tokens,
+        scored=scored,
+        bpe=codec.bpe.to_str(),
+        scale=codec.scale,
+        least=codec.least,
+        words=ids.words,
+        bos=ids.bos,
+        stop=ids.stop,
+        marker=list(ids.marker),
+    )
+    tokens.num_tokens = tokens.build(
+        config.chunk_size, int(config.output_features["action"].shape[0])
+    ).vocabulary_size
+    return tokens
+
+
+def _scored(folder: Path) -> int:
+    """Rows of the language model's head."""
+    with opened(folder / WEIGHTS) as weights:
+        names = {key.removeprefix("model."): key for key in list(weights.keys())}
+        key = names.get(HEAD.removeprefix("model.")) or names.get(EMBEDDING.removeprefix("model."))
+        if key is None:
+            raise CheckpointError(f"{folder / WEIGHTS} has no head of a language model; is it pi0-FAST's?")
+        return int(weights.get_slice(key).get_shape()[0])
+
+
+def _copy_pipeline(folder: Path, output: Path, name: str, text: Path) -> None:
+    """Copy a pre- or post-processor: with the tokenizer in it, and without the step that runs code of a checkpoint."""
+    file = folder / f"{name}.json"
+    pipeline = read_json(file)
+    steps = [s for s in pipeline["steps"] if s["registry_name"] not in REMOTE_CODE]
+    for index, step in enumerate(steps):
+        if step["registry_name"] == "tokenizer_processor":
+            kept = {key: value for key, value in step["config"].items() if key != "tokenizer_name"}
+            state = f"{name}_step_{index}_prompt.safetensors"
+            save_file(PromptTokensStep(**kept).read_folder(text).state_dict(), output / state)
+            steps[index] = {"registry_name": "ceed_vla_pi0_fast_prompt", "config": kept, "state_file": state}
+        elif "state_file" in step:
+            state = Path(step["state_file"]).name
+            if not (folder / state).is_file():
+                raise CheckpointError(f"{folder} lacks {state}, which {file.name} names; copy it too.")
+            shutil.copyfile(folder / state, output / state)
+    write_text(output / file.name, json.dumps({**pipeline, "steps": steps}, indent=2) + "\n")

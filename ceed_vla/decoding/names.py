@@ -1,0 +1,72 @@
+"""One name says a whole decoding, everywhere: ``ar``, ``jacobi``, ``ceed``, ``cap2``, ``conf0.2_cap2_mid``, ``ar_h``.
+
+A name is ``ceed`` (the checkpoint's own), a decoder, or exit rules of the Jacobi decoder, joined by underscores; then
+``h`` if only the executed steps must be right (exit rules imply it), then the guess.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ceed_vla.decoding.config import DecodingConfig
+from ceed_vla.decoding.registry import LONGEST_NAME, match_decoder, match_exit, meanings
+from ceed_vla.errors import ConfigError
+
+CEED, EXECUTED = "ceed", "h"
+_GUESSES = ("mid", "random")
+
+
+def names_help() -> str:
+    """What a decoding's name may be."""
+    return (
+        f"{CEED} (the checkpoint's), {meanings()}; exit rules can be joined (conf<P>_cap<K>); Jacobi ones also "
+        "with _mid or _random (the guess)"
+    )
+
+
+def named_config(decoding: str | DecodingConfig, ceed: DecodingConfig) -> DecodingConfig:
+    """The decoding that a name stands for.
+
+    Args:
+        decoding: A name, or a configuration, which is returned as it is.
+        ceed: What "ceed" stands for: the decoding of a checkpoint.
+
+    Raises:
+        ConfigError: Unknown name, or values outside their range.
+    """
+    if isinstance(decoding, DecodingConfig):
+        return decoding
+    unknown = ConfigError(f"Unknown decoder {str(decoding)[:LONGEST_NAME]!r}; choose from {names_help()}.")
+    if not isinstance(decoding, str) or len(decoding) > LONGEST_NAME:
+        raise unknown
+    head, *parts = decoding.split("_")
+    changes: dict[str, Any] = {}
+    if parts and parts[-1] in _GUESSES and head != "ar":
+        changes["guess"] = parts.pop()
+    if head == CEED and not parts:
+        return replace(ceed, **changes)
+    if match_decoder(head):
+        changes["method"] = head
+    else:
+        parts = [head, *parts]
+    if parts[-1:] == [EXECUTED] and head != EXECUTED:
+        parts.pop()
+        changes["watch"] = "executed"
+    for part in parts:
+        found = match_exit(part)
+        if found is None:
+            raise unknown
+        entry, options = found
+        changes["watch"] = "executed"
+        if entry.make.field:
+            changes[entry.make.field] = entry.make.kind(options[entry.make.field])
+        else:
+            changes["exits"] = (*changes.get("exits", ()), part)
+    if not changes:
+        raise unknown
+    try:
+        return DecodingConfig(**changes)
+    except ConfigError as error:
+        reason = str(error).replace("max_iterations", "its cap K").replace("confidence", "its confidence P")
+        raise ConfigError(f"Decoder {decoding!r}: {reason}") from error

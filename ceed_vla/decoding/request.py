@@ -1,0 +1,125 @@
+"""What a decoder is asked for: one block behind one prefix."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ceed_vla.backbones.base import Backbone, Prefix
+from ceed_vla.decoding.config import DecodingConfig
+from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.tensors import check_tokens, is_plain
+
+
+@dataclass(frozen=True)
+class BlockRequest:
+    """One block to decode.
+
+    A robot that executes one chunk while the next is decoded will have consumed some steps of it by then. Freezing
+    them makes the rest of the next chunk a continuation of what really happens ("real-time chunking"), exactly as a
+    causal model defines it: the greedy continuation of the frozen tokens.
+
+    Attributes:
+        config: What ends decoding.
+        guess: (B, n) int64, the first state; slot 0 is not read, as the prefix knows it. AR takes the tokens that it
+            does not decode from it.
+        tokens_per_step: Tokens of one step; None where tokens belong to no step.
+        executed_steps: Steps ``h`` that are executed before the next replan; None for all.
+        frozen: (B, k * tokens_per_step) int64, given tokens of the first ``k`` steps, which stay.
+        stop: Token that ends a row as soon as it is proven; None where every block is full.
+        readable: Which rows (B,) bool of tokens (B, n) stand for a chunk; None for all.
+        record_states: Keep every state.
+        options: Named groups of the decoder's name.
+        clock: Time in seconds, for deadlines.
+    """
+
+    config: DecodingConfig = field(default_factory=DecodingConfig)
+    guess: Tensor | None = None
+    tokens_per_step: int | None = 1
+    executed_steps: int | None = None
+    frozen: Tensor | None = None
+    stop: int | None = None
+    readable: Callable[[Tensor], Tensor] | None = None
+    record_states: bool = False
+    options: Mapping[str, str] = field(default_factory=dict)
+    clock: Callable[[], float] = time.perf_counter
+
+    def frozen_tokens(self, backbone: Backbone, batch: int) -> int:
+        """Tokens that are given, after checking them.
+
+        Raises:
+            ConfigError: Tokens are frozen, and belong to no step.
+            TokenError: Not whole steps, nothing left to decode, or tokens outside the vocabulary.
+        """
+        frozen, n = self.frozen, backbone.block_length
+        if frozen is None:
+            return 0
+        if self.tokens_per_step is None:
+            raise ConfigError(
+                "Tokens of variable length belong to no step, so none can be frozen; pass no frozen."
+            )
+        length = frozen.shape[1] if is_plain(frozen) and frozen.ndim == 2 else n
+        if length % self.tokens_per_step or length >= n:
+            found = f"{tuple(frozen.shape)}" if is_plain(frozen) else type(frozen).__name__
+            raise TokenError(
+                f"The frozen prefix is {found}; expected ({batch}, k * {self.tokens_per_step}) with fewer tokens than "
+                f"the block's {n}."
+            )
+        check_tokens(frozen, "The frozen prefix", (batch, length), backbone.vocabulary_size)
+        return length
+
+    def watched_tokens(self, block_length: int, given: int) -> int:
+        """End ``M`` of the slots that must be right: the `given` ones and those of the executed steps behind them.
+
+        Raises:
+            ConfigError: More executed steps than the block has.
+        """
+        if self.config.watch == "block" or self.executed_steps is None or self.tokens_per_step is None:
+            return block_length
+        if block_length % self.tokens_per_step:
+            raise ConfigError(
+                f"A block of {block_length} tokens is not a whole number of steps of {self.tokens_per_step} tokens."
+            )
+        steps = block_length // self.tokens_per_step
+        if not 1 <= self.executed_steps <= steps:
+            raise ConfigError(f"executed_steps is {self.executed_steps}; a block has {steps} steps.")
+        return min(given + self.executed_steps * self.tokens_per_step, block_length)
+
+    def first_state(self, backbone: Backbone, prefix: Prefix, given: int) -> Tensor:
+        """The guess (B, n) with its `given` frozen tokens, on the prefix's device; 0 throughout without a guess.
+
+        Raises:
+            TokenError: A guess of another shape, or with tokens outside the vocabulary.
+        """
+        logits, n = prefix.logits, backbone.block_length
+        if self.guess is None:
+            tokens = torch.zeros(len(logits), n, dtype=torch.int64, device=logits.device)
+        else:
+            check_tokens(self.guess, "The guess", (len(logits), n), backbone.vocabulary_size)
+            tokens = self.guess.to(logits.device, torch.int64, copy=True)
+        if self.frozen is not None and given:
+            tokens[:, :given] = self.frozen
+        return tokens
+
+
+def commit_frozen(backbone: Backbone, prefix: Prefix, frozen: Tensor) -> Tensor:
+    """Write `frozen` (B, f) to the rolled-back cache and commit it, in one forward.
+
+    Returns:
+        Scores (B, V) of slot ``f``, the first that is free.
+    """
+    logits = backbone.block_logits(prefix, frozen)  # (B, f, V)
+    prefix.cache.commit(frozen.shape[1])
+    return logits[:, -1]
+
+
+def after_stop(stop: int, block: Tensor, states: list[Tensor] | None) -> tuple[Tensor, list[Tensor] | None]:
+    """`block` (B, n) and `states` with `stop` in every slot behind the first `stop` of the block's row."""
+    ends = (block == stop).int()  # (B, n)
+    behind = ends.cumsum(1) - ends > 0
+    filled = None if states is None else [state.masked_fill(behind, stop) for state in states]
+    return block.masked_fill(behind, stop), filled

@@ -1,0 +1,228 @@
+"""Pose that end-effector actions command, and the joints that bring an arm there, simulated or real.
+
+Orientations are rotation matrices (3, 3), or roll, pitch, yaw with ``Rz(yaw) Ry(pitch) Rx(roll)``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+# Constant part [m^2] and share of the squared error: robust far away, quick at the end.
+_DAMPING = (1e-5, 0.2)
+_POSTURE_GAIN = 0.1  # share of the way home per iteration, in the null space of the task
+_MAX_STEP = 0.3  # of a joint per iteration [rad]
+_REACHED = (1e-4, 5e-4)  # [m], [rad]
+_FAR_OFF = 0.01  # remaining error from which another start is tried [m]
+_UNWIND = 0.3  # of a joint per call on the way to another branch [rad]
+_LIMIT_MARGIN = 0.02  # [rad]
+_ROTATION_WEIGHT = 0.3  # [m/rad]: how much one radian counts against one metre
+_NEXT, _AFTER = [1, 2, 0], [2, 0, 1]  # cyclic successors of x, y, z, for cross products
+
+
+def rotation(axis: int, angle: float) -> Array:
+    """Rotation matrix (3, 3) about a coordinate axis (0 = x, 1 = y, 2 = z) by `angle` [rad]."""
+    cosine, sine = np.cos(angle), np.sin(angle)
+    i, j = (axis + 1) % 3, (axis + 2) % 3
+    matrix = np.eye(3)
+    matrix[i, i] = matrix[j, j] = cosine
+    matrix[j, i], matrix[i, j] = sine, -sine
+    return matrix
+
+
+def turn_matrix(vector: Array) -> Array:
+    """Rotation matrix (3, 3) of a rotation vector (3,) [rad] (Rodrigues)."""
+    angle = float(np.linalg.norm(vector))
+    if angle < 1e-12:
+        return np.eye(3)
+    x, y, z = vector / angle
+    cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+    return np.eye(3) + np.sin(angle) * cross + (1.0 - np.cos(angle)) * (cross @ cross)
+
+
+def turn_vector(matrix: Array) -> Array:
+    """Rotation vector (3,) [rad] of a rotation matrix; the inverse of `turn_matrix` for less than half a turn."""
+    sine = 0.5 * (matrix[_AFTER, _NEXT] - matrix[_NEXT, _AFTER])
+    size, cosine = float(np.linalg.norm(sine)), 0.5 * (float(np.trace(matrix)) - 1.0)
+    if size > 1e-6:
+        return sine * (np.arctan2(size, cosine) / size)
+    if cosine > 0.0:
+        return sine
+    axis = (matrix + np.eye(3))[:, np.argmax(np.diag(matrix))]  # half a turn: of either sign
+    return axis * (np.pi / np.linalg.norm(axis))
+
+
+def rpy_matrix(rpy: Array) -> Array:
+    """Rotation matrix (3, 3) of roll, pitch, yaw (3,) [rad]."""
+    return rotation(2, rpy[2]) @ rotation(1, rpy[1]) @ rotation(0, rpy[0])
+
+
+def matrix_rpy(matrix: Array) -> Array:
+    """Roll, pitch, yaw (3,) [rad] of a rotation matrix; the inverse of `rpy_matrix` for |pitch| < pi/2."""
+    pitch = np.arcsin(np.clip(-matrix[2, 0], -1.0, 1.0))
+    return np.array([np.arctan2(matrix[2, 1], matrix[2, 2]), pitch, np.arctan2(matrix[1, 0], matrix[0, 0])])
+
+
+def rotate_rpy(rpy: Array, delta: Array) -> Array:
+    """`rpy` (3,) [rad] turned by a rotation vector (3,) in the base frame [rad]."""
+    if float(np.linalg.norm(delta)) < 1e-9:
+        return rpy.copy()
+    return matrix_rpy(turn_matrix(delta) @ rpy_matrix(rpy))
+
+
+@dataclass(frozen=True)
+class PoseLimits:
+    """How end-effector actions move the commanded pose, and where it may be.
+
+    Attributes:
+        position_scale: Translation of a full action [m].
+        rotation_scale: Rotation of a full action [rad].
+        workspace_low: (3,) [m].
+        workspace_high: (3,) [m].
+        max_tilt: Largest commanded |roll| and |pitch|, less than pi/2 [rad].
+        max_yaw: Largest commanded |yaw| [rad].
+        position_slack: Distance of the joint targets from the commanded pose at which the command follows them [m].
+        rotation_slack: The same for roll, pitch and yaw [rad].
+    """
+
+    position_scale: float
+    rotation_scale: float
+    workspace_low: Array
+    workspace_high: Array
+    max_tilt: float
+    max_yaw: float
+    position_slack: float = 0.005
+    rotation_slack: float = 0.05
+
+
+class CommandedPose:
+    """The TCP pose that end-effector actions accumulate to: at a step's start, the end target of the step before.
+
+    Attributes:
+        position: (3,) [m].
+        rpy: Roll, pitch, yaw (3,) [rad].
+    """
+
+    def __init__(self, limits: PoseLimits, position: Array) -> None:
+        self.limits, self.position = limits, position
+        self.rpy: Array = np.zeros(3)
+
+    @property
+    def matrix(self) -> Array:
+        """Orientation (3, 3)."""
+        return rpy_matrix(self.rpy)
+
+    def reset(self, position: Array, matrix: Array) -> None:
+        """Start from the pose where the arm is, (3,) [m] and (3, 3)."""
+        self.position, self.rpy = np.array(position), matrix_rpy(matrix)
+
+    def advance(self, action: Array) -> None:
+        """Add an action (6,) in [-1, 1]: translation and rotation vector, in the base frame."""
+        limits = self.limits
+        moved = self.position + limits.position_scale * action[:3]
+        self.position = np.clip(moved, limits.workspace_low, limits.workspace_high)
+        bound = np.array([limits.max_tilt, limits.max_tilt, limits.max_yaw])
+        self.rpy = np.clip(rotate_rpy(self.rpy, limits.rotation_scale * action[3:6]), -bound, bound)
+
+    def follow(self, position: Array, matrix: Array) -> None:
+        """Go to the pose of the joint targets where it differs: the command never runs away from the arm."""
+        rpy = matrix_rpy(matrix)
+        if np.abs(position - self.position).max() > self.limits.position_slack:
+            self.position = np.array(position)
+        if np.abs(rpy - self.rpy).max() > self.limits.rotation_slack:
+            self.rpy = rpy
+
+
+class ArmKinematics(ABC):
+    """An arm of J joints, and its inverse kinematics: damped least squares with a null-space pull to `home`.
+
+    Args:
+        low: (J,) [rad].
+        high: (J,) [rad].
+        home: (J,) posture that redundancy is resolved towards [rad].
+        max_joint_step: Largest change of a joint per `solve` [rad].
+    """
+
+    def __init__(self, low: Array, high: Array, home: Array, max_joint_step: float = np.inf) -> None:
+        self.low, self.high, self.home, self._max_joint_step = low, high, home, max_joint_step
+        self._margin = min(_LIMIT_MARGIN, 0.1 * float((high - low).min()))
+
+    @abstractmethod
+    def pose(self, q: Array) -> tuple[Array, Array]:
+        """TCP position (3,) [m] and orientation (3, 3) in the base frame at joints `q` (J,) [rad]."""
+
+    @abstractmethod
+    def jacobian(self) -> tuple[Array, Array]:
+        """Motion of the TCP per joint, linear (3, J) and angular (3, J), at the joints of the last `pose`."""
+
+    def solve(self, q: Array, position: Array, matrix: Array) -> Array:
+        """Joints that bring the TCP to a pose, or as near as the limits allow.
+
+        Args:
+            q: Joints to start from (J,) [rad]; the last commanded ones keep the motion continuous.
+            position: Wanted TCP position (3,) [m].
+            matrix: Wanted orientation (3, 3).
+
+        Returns:
+            (J,) inside the limits [rad].
+        """
+        wanted, error = self._descend(q, position, matrix, 12)
+        step = self._max_joint_step
+        if error >= _FAR_OFF:
+            # Wound up against joint limits: go back towards the branch of the home posture, a little per call.
+            other, other_error = self._descend(self.home, position, matrix, 40)
+            if other_error < 0.5 * error:
+                wanted, step = other, min(_UNWIND, step)
+        return wanted if step == np.inf else q + np.clip(wanted - q, -step, step)
+
+    def _descend(self, q: Array, position: Array, matrix: Array, iterations: int) -> tuple[Array, float]:
+        """Iterate to within `_REACHED`; the joints (J,) and the size of the error that remains, 0 if none does [m]."""
+        q = np.array(q, dtype=np.float64)
+        for _ in range(iterations):
+            error = self._error(q, position, matrix)
+            if (
+                np.abs(error[:3]).max() < _REACHED[0]
+                and np.abs(error[3:]).max() < _REACHED[1] * _ROTATION_WEIGHT
+            ):
+                return q, 0.0
+            linear, angular = self.jacobian()
+            q = q + self._bounded_step(q, error, np.concatenate([linear, _ROTATION_WEIGHT * angular]))
+        return q, float(np.linalg.norm(self._error(q, position, matrix)))
+
+    def _error(self, q: Array, position: Array, matrix: Array) -> Array:
+        """Weighted error (6,) of the pose at `q`; up to 2 rad the rotation counts by its sine, as cheap and as good."""
+        tip, current = self.pose(q)
+        relative = matrix @ current.T
+        turn = 0.5 * (relative[_NEXT, _AFTER] - relative[_AFTER, _NEXT])
+        if relative[0, 0] + relative[1, 1] + relative[2, 2] < 1.0 + 2.0 * np.cos(2.0):
+            turn = -turn_vector(relative)
+        return np.concatenate([position - tip, -_ROTATION_WEIGHT * turn])
+
+    def _bounded_step(self, q: Array, error: Array, jacobian: Array) -> Array:
+        """Damped least-squares step (J,) [rad] with a null-space pull; joints at their limits are held there."""
+        low, high = self.low + self._margin - q, self.high - self._margin - q
+        posture = _POSTURE_GAIN * (self.home - q)
+        held = np.zeros(len(q), dtype=bool)
+        step = np.zeros(len(q))
+        for _ in range(len(q)):
+            free = ~held
+            if not free.any():
+                break
+            part = jacobian[:, free]
+            remaining = error - jacobian[:, held] @ step[held]
+            regular = part @ part.T + (_DAMPING[0] + _DAMPING[1] * error @ error) * np.eye(len(error))
+            step[free] = posture[free] + part.T @ np.linalg.solve(regular, remaining - part @ posture[free])
+            size = np.abs(step[free]).max()
+            if size > _MAX_STEP:
+                step[free] *= _MAX_STEP / size
+            outside = free & ((step < low) | (step > high))
+            if not outside.any():
+                break
+            held |= outside
+            step[outside] = np.clip(step[outside], low[outside], high[outside])
+        return np.clip(step, low, high)

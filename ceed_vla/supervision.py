@@ -1,0 +1,247 @@
+"""What a policy learns from demonstrations: the teacher's loss, the grounding regression, augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from lerobot.utils.constants import ACTION, OBS_STATE
+from torch import Tensor
+
+from ceed_vla.backbones.base import TrainableBackbone, runs
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.errors import ConfigError, ObservationError
+from ceed_vla.fields import short
+from ceed_vla.tensors import is_plain
+from ceed_vla.tokens.base import ActionTokens
+
+ENVIRONMENT_STATE_KEY = "observation.environment_state"
+AUGMENTATION_NOISE = "augmentation_noise"
+PADDED = "action_is_pad"
+LARGEST = 1e6  # term of the environment state
+
+
+class Learner(Protocol):
+    """What is supervised: a policy."""
+
+    config: CeedVLAConfig
+    tokenizer: ActionTokens
+    backbone: TrainableBackbone
+    training: bool
+    auxiliary_terms: int | None
+
+    def check_observation(self, batch: dict[str, Tensor]) -> int: ...
+
+
+def teacher_loss(
+    policy: Learner, batch: dict[str, Tensor], reduction: str = "mean"
+) -> tuple[Tensor, dict[str, float]]:
+    """Autoregressive loss of the teacher, with the auxiliary regression where its target is in the batch.
+
+    Args:
+        policy: The policy; its training mode decides on augmentation.
+        batch: Pre-processed observation with ``action`` (B, m, A) and, optionally, ``action_is_pad`` (B, m) and
+            ``observation.environment_state``.
+        reduction: "mean", or "none" for one loss a row.
+
+    Returns:
+        The loss and its parts as floats.
+    """
+    if not isinstance(reduction, str) or reduction not in ("mean", "none"):
+        raise ConfigError(f"reduction is {short(reduction)}; choose mean or none.")
+    rows_count = policy.check_observation(batch)
+    if batch.get(ACTION) is None:
+        raise ObservationError(
+            f"The batch has no {ACTION!r} to learn from; it has {', '.join(sorted(map(str, batch)))}."
+        )
+    _check(policy, batch, rows_count)
+    if policy.training:
+        batch = _augment(policy, batch)
+    tokens = policy.tokenizer.encode(batch[ACTION])  # (B, n)
+    with runs(policy.backbone):
+        embeddings = policy.backbone.embed_prefix(batch)
+        state, (logits,) = policy.backbone.packed_logits(embeddings, [tokens])  # (B, n, V)
+    weight = policy.tokenizer.weight(tokens, batch.get(PADDED))  # (B, n)
+    sigma = policy.config.label_sigma if policy.config.action_tokens.ordered else 0.0
+    losses = soft_cross_entropy(logits, tokens, sigma)
+    rows = (losses * weight).sum(1) / weight.sum(1).clamp(min=1)  # (B,)
+    with torch.no_grad():
+        hits = ((logits.argmax(-1) == tokens) * weight).sum() / weight.sum().clamp(min=1)
+    parts = {"ar_loss": rows.mean().item(), "token_accuracy": hits.item()}
+    if policy.backbone.auxiliary is not None and batch.get(ENVIRONMENT_STATE_KEY) is not None:
+        auxiliary = auxiliary_loss(policy, embeddings, state, batch[ENVIRONMENT_STATE_KEY])  # (B,)
+        parts["auxiliary_loss"] = auxiliary.mean().item()
+        rows = rows + policy.config.auxiliary_weight * auxiliary
+    return (rows.mean() if reduction == "mean" else rows), parts
+
+
+def finish_training(policy: Learner) -> None:
+    """Drop the head that only training uses, in the configuration too."""
+    policy.backbone.early_auxiliary = None
+    policy.config.backbone = policy.config.backbone.finished()
+
+
+def auxiliary_loss(policy: Learner, embeddings: Any, state: Tensor, environment_state: Tensor) -> Tensor:
+    """Smooth-L1 (B,) between the regressions and the scaled leading `environment_state` terms.
+
+    Args:
+        policy: The policy, with its `auxiliary_terms`.
+        embeddings: From the backbone's `embed_prefix`; its early head regresses from these.
+        state: The state token's final hidden vector (B, d); the head after the trunk regresses from it.
+        environment_state: (B, E) [m, rad].
+    """
+    backbone = policy.backbone
+    assert backbone.auxiliary is not None
+    if type(policy.auxiliary_terms) not in (int, type(None)) or (policy.auxiliary_terms or 1) < 1:
+        raise ConfigError(
+            f"auxiliary_terms is {short(policy.auxiliary_terms)}; it must be a whole number, or None."
+        )
+    scale = torch.tensor(policy.config.auxiliary_scale[: policy.auxiliary_terms], device=state.device)
+    target = environment_state[:, : len(scale)] * scale
+    regressed = [backbone.auxiliary(state)]
+    if backbone.early_auxiliary is not None:
+        regressed.append(backbone.early_auxiliary(embeddings))
+    losses = [
+        F.smooth_l1_loss(found[:, : len(scale)].float(), target, beta=0.1, reduction="none").mean(1)
+        for found in regressed
+    ]
+    return torch.stack(losses).sum(0)
+
+
+def grounding_loss(policy: Learner, batch: dict[str, Tensor]) -> Tensor:
+    """The auxiliary loss alone (scalar), for frames that have no action."""
+    if policy.backbone.auxiliary is None:
+        raise ConfigError("auxiliary_scale is empty: this policy has no grounding target.")
+    rows = policy.check_observation(batch)
+    if batch.get(ENVIRONMENT_STATE_KEY) is None:
+        raise ObservationError(f"The batch has no {ENVIRONMENT_STATE_KEY!r} to learn from.")
+    _check(policy, batch, rows)
+    if policy.training:
+        batch = _augment(policy, batch)
+    with runs(policy.backbone):
+        embeddings = policy.backbone.embed_prefix(batch)
+        state = policy.backbone.prefix_state(embeddings)
+    return auxiliary_loss(policy, embeddings, state, batch[ENVIRONMENT_STATE_KEY]).mean()
+
+
+def augment(policy: Learner, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Random shift and brightness of every image that the backbone sees as such, noise on the state.
+
+    ``batch["augmentation_noise"]`` (B, `augmentation_size`), uniform in [0, 1), decides where it is given: then
+    the augmentation of a frame does not depend on how a batch is split over processes.
+    """
+    _check(policy, batch, policy.check_observation(batch))
+    return _augment(policy, batch)
+
+
+def _augment(policy: Learner, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`augment` of a batch that was checked."""
+    config, batch = policy.config, dict(batch)
+    images = {camera: batch[camera] for camera in policy.backbone.augmented_images}
+    noise = batch.pop(AUGMENTATION_NOISE, None)
+    if not augmentation_size(policy):
+        return batch
+    if noise is None:
+        rows = len(next(iter(images.values()))) if images else len(batch[OBS_STATE])
+        noise = torch.rand(rows, augmentation_size(policy))
+    for i, (camera, image) in enumerate(images.items()):
+        own = noise[:, 3 * i : 3 * i + 3].to(image.device)  # (B, 3)
+        if config.augment_shift:
+            image = random_shift(image, config.augment_shift, own[:, :2])
+        if config.augment_brightness:
+            gain = 1 + config.augment_brightness * (2 * own[:, 2, None, None, None] - 1)
+            image = (image * gain).clamp(0, 1)
+        batch[camera] = image
+    if config.augment_state and config.robot_state_feature is not None:
+        state = batch[OBS_STATE]  # (B, D)
+        uniform = noise[:, 3 * len(images) :].to(state.device, state.dtype).clamp(1e-6, 1 - 1e-6)
+        batch[OBS_STATE] = state + config.augment_state * torch.special.ndtri(uniform)
+    return batch
+
+
+def augmentation_size(policy: Learner) -> int:
+    """Random numbers a row that `augment` needs: shift (2) and brightness of every image, noise of the state."""
+    state = policy.config.robot_state_feature
+    return 3 * len(policy.backbone.augmented_images) + (int(state.shape[0]) if state else 0)
+
+
+def _check(policy: Learner, batch: Mapping[str, Any], rows: int) -> None:
+    terms = len(policy.config.auxiliary_scale)
+    check_targets(batch, rows, policy.config.chunk_size, augmentation_size(policy), terms)
+
+
+def check_targets(batch: Mapping[str, Any], rows: int, steps: int, noise: int, terms: int) -> None:
+    """Check what of a training batch is not the observation; all of it may be missing.
+
+    Args:
+        batch: ``action_is_pad`` (B, m) true or false, ``augmentation_noise`` (B, N) in [0, 1),
+            ``observation.environment_state`` (B, at least E) and the rows of ``action``.
+        rows: Rows ``B`` of the observation.
+        steps: Steps ``m`` of a chunk.
+        noise: Random numbers ``N`` of a row.
+        terms: Terms ``E`` that are regressed.
+
+    Raises:
+        ObservationError: Another type or shape, or values outside.
+    """
+    shapes = {PADDED: (rows, steps), AUGMENTATION_NOISE: (rows, noise)}
+    for key in (PADDED, AUGMENTATION_NOISE, ENVIRONMENT_STATE_KEY):
+        value = batch.get(key)
+        if value is None:
+            continue
+        found = tuple(value.shape) if is_plain(value) else type(value).__name__
+        if len(found) != 2 or found[0] != rows or found != shapes.get(key, found):
+            raise ObservationError(f"{key} is {found}; expected {shapes.get(key, (rows, 'terms'))}.")
+        floats = value.is_floating_point()
+        if key == ENVIRONMENT_STATE_KEY and not (
+            floats and value.shape[1] >= terms and _within(value, -LARGEST, LARGEST)
+        ):
+            raise ObservationError(f"{key} is {found} {value.dtype}; expected {terms} finite terms a row.")
+        if key == AUGMENTATION_NOISE and not (floats and _within(value, 0, 1)):
+            raise ObservationError(f"{key} is {value.dtype}; expected numbers in [0, 1).")
+        if key == PADDED and (floats or value.is_complex() or not _within(value, 0, 1)):
+            raise ObservationError(f"{key} is {value.dtype}; expected true or false.")
+    action = batch.get(ACTION)
+    if isinstance(action, Tensor) and is_plain(action) and action.ndim == 3 and len(action) != rows:
+        raise ObservationError(f"{ACTION} has {len(action)} rows, the observation {rows}.")
+
+
+def _within(values: Tensor, low: float, high: float) -> bool:
+    least, most = (
+        (float(end) for end in values.to(torch.float32).aminmax()) if values.numel() else (low, high)
+    )
+    return low <= least and most <= high
+
+
+def soft_cross_entropy(logits: Tensor, tokens: Tensor, sigma: float) -> Tensor:
+    """Cross-entropy (B, n) against a Gaussian of `sigma` bins around every label; hard labels for sigma 0."""
+    log_probabilities = F.log_softmax(logits.float(), dim=-1)  # (B, n, V)
+    if sigma <= 0:
+        return -log_probabilities.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return -(label_table(logits.shape[-1], sigma, logits.device)[tokens] * log_probabilities).sum(-1)
+
+
+def label_table(num_bins: int, sigma: float, device: torch.device) -> Tensor:
+    """(V, V): row v is the soft label of bin v."""
+    bins = torch.arange(num_bins, device=device, dtype=torch.float32)
+    return torch.softmax(-0.5 * ((bins[:, None] - bins[None, :]) / sigma) ** 2, dim=-1)
+
+
+def random_shift(image: Tensor, pixels: int, noise: Tensor | None = None) -> Tensor:
+    """Shift every image (B, 3, H, W) by up to `pixels` in both directions, repeating the edge.
+
+    Args:
+        image: The images.
+        pixels: Largest shift [px].
+        noise: (B, 2) uniform in [0, 1), which decide; drawn if None.
+    """
+    batch, _, height, width = image.shape
+    padded = F.pad(image, (pixels,) * 4, mode="replicate")
+    noise = torch.rand(batch, 2, device=image.device) if noise is None else noise
+    offsets = (noise * (2 * pixels + 1)).long().clamp(max=2 * pixels)  # (B, 2)
+    rows = offsets[:, :1] + torch.arange(height, device=image.device)  # (B, H)
+    columns = offsets[:, 1:] + torch.arange(width, device=image.device)  # (B, W)
+    index = torch.arange(batch, device=image.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -1,0 +1,1 @@
+"""Action vocabularies, one file each; a user's own registers itself the same way (docs/extending.md)."""

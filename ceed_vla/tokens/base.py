@@ -1,0 +1,195 @@
+"""What an action vocabulary is: a dataclass of settings, chosen by ``--policy.action_tokens.type``, and what it builds.
+
+A vocabulary is one file with both: an `ActionTokensConfig` that registers itself and the `ActionTokens` that it builds.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import draccus
+import torch
+from torch import Tensor
+
+from ceed_vla.choices import Choice
+from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.fields import check_fields, ranged, short
+from ceed_vla.tensors import check_tokens
+
+if TYPE_CHECKING:
+    from ceed_vla.tokens.grammar import Grammar
+
+ACTIONS = "[-1e6, 1e6]"  # whatever the unit: metres, degrees or ticks of an encoder
+GUESSES = ("previous", "mid", "random")
+
+
+class ActionTokens(abc.ABC):
+    """Writes chunks of ``m`` actions of ``A`` dimensions as blocks of ``n`` tokens, and reads them.
+
+    Attributes:
+        action_dim: Action dimensions ``A``.
+        chunk_steps: Steps ``m`` of a chunk.
+        block_length: Tokens ``n`` of a block.
+        vocabulary_size: Values ``V`` of one token.
+        tokens_per_step: Tokens of one step, in order of time; None where a token belongs to no step. Then nothing can
+            be frozen, and a block is executed as a whole or not at all.
+        stop: Token behind which a block holds nothing; None where every block is full.
+        zero: (n,) int64, the block nearest "do not move".
+        gripper_dims: Two-valued dimensions, as non-negative indices.
+        low: (A,) float64, smallest action [action units].
+        high: (A,) float64, largest action [action units].
+        grammar: Which tokens can complete a chunk; None where all can, or nobody knows.
+        clipped: Values outside [low, high] that `encode` has clipped since construction.
+    """
+
+    action_dim: int
+    chunk_steps: int
+    block_length: int
+    vocabulary_size: int
+    tokens_per_step: int | None
+    stop: int | None = None
+    zero: Tensor
+    gripper_dims: tuple[int, ...] = ()
+    low: Tensor
+    high: Tensor
+    grammar: Grammar | None = None
+    clipped: int = 0
+
+    @abc.abstractmethod
+    def encode(self, actions: Tensor) -> Tensor:
+        """Tokens (B, n) int64 of finite `actions` (B, m, A); values out of range are clipped and counted.
+
+        Raises:
+            TokenError: Another shape, NaN or infinity, or a chunk that no block can hold.
+        """
+
+    @abc.abstractmethod
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Actions (B, m, A) float32 [action units] of `tokens` (B, n).
+
+        Raises:
+            TokenError: Another shape, not integers, or outside the vocabulary.
+            MalformedChunkError: Rows that stand for no chunk.
+        """
+
+    def readable(self, tokens: Tensor) -> Tensor:
+        """Which rows (B,) bool of `tokens` (B, n) stand for a chunk: all, unless a vocabulary says otherwise."""
+        check_tokens(tokens, "tokens", (None, self.block_length), 0)
+        return torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+
+    def weight(self, tokens: Tensor, padded: Tensor | None = None) -> Tensor:
+        """Weights (B, n) float32 of `tokens` (B, n) in a loss: 0 in steps that are `padded` (B, m)."""
+        if padded is None or self.tokens_per_step is None:
+            return torch.ones_like(tokens, dtype=torch.float32)
+        return (~padded.bool()).repeat_interleave(self.tokens_per_step, dim=1).float()
+
+    def guess(
+        self,
+        kind: str,
+        rows: int,
+        previous: Tensor | None = None,
+        shift_steps: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """First states of Jacobi decoding.
+
+        Args:
+            kind: "random" (uniform tokens), "mid" (`zero`), or "previous" (the previous chunk without the steps that
+                were executed, its last step repeated; "mid" in rows that have none).
+            rows: Rows ``B``.
+            previous: Tokens (B, n) of the previous chunk; rows of -1 have none.
+            shift_steps: Steps of it that were executed.
+            generator: Random source, on the CPU so that a seed means the same tokens on every device; torch's if None.
+
+        Returns:
+            (B, n) int64.
+
+        Raises:
+            ConfigError: Unknown kind.
+            TokenError: Shapes, steps or previous tokens that do not fit.
+        """
+        if kind not in GUESSES:
+            raise ConfigError(f"The guess is {kind!r}; choose one of {', '.join(GUESSES)}.")
+        if previous is not None:
+            shape = (rows, self.block_length)
+            check_tokens(previous, "The previous chunk", shape, self.vocabulary_size, none=True)
+        if type(shift_steps) is not int or not 0 <= shift_steps <= self.chunk_steps:
+            raise TokenError(
+                f"shift_steps is {short(shift_steps)}; it must be whole steps in [0, {self.chunk_steps}]."
+            )
+        if kind == "random":
+            return self.random_block(rows, generator)
+        mid = self.zero.repeat(rows, 1)  # (B, n)
+        if kind == "mid" or previous is None:
+            return mid
+        return self.shifted(previous.long(), mid.to(previous.device), shift_steps)
+
+    def random_block(self, rows: int, generator: torch.Generator | None) -> Tensor:
+        """Random tokens (B, n)."""
+        return torch.randint(self.vocabulary_size, (rows, self.block_length), generator=generator)
+
+    def shifted(self, previous: Tensor, mid: Tensor, steps: int) -> Tensor:
+        """`previous` (B, n) without its first `steps`, its last step repeated; `mid` (B, n) in rows of -1."""
+        assert self.tokens_per_step is not None
+        width = self.tokens_per_step
+        repeated = previous[:, self.block_length - width :].repeat(1, steps)
+        return torch.where(
+            previous[:, :1] < 0, mid, torch.cat([previous[:, steps * width :], repeated], dim=1)
+        )
+
+
+@dataclass
+class ActionTokensConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
+    """Base of the settings of all vocabularies.
+
+    Attributes:
+        gripper_dims: Two-valued action dimensions, which decode to their two values exactly.
+    """
+
+    setting: ClassVar[str] = "action_tokens"
+    usual: ClassVar[str] = "uniform"
+    ordered: ClassVar[bool] = (
+        True  # neighbouring tokens stand for neighbouring actions: soft labels make sense
+    )
+
+    gripper_dims: list[int] = ranged([-1], "[-1000, 1000]")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @abc.abstractmethod
+    def build(self, chunk_steps: int, action_dim: int) -> ActionTokens:
+        """The vocabulary for chunks of ``m`` steps of ``A`` dimensions."""
+
+    @property
+    @abc.abstractmethod
+    def vocabulary_size(self) -> int:
+        """Values ``V`` of one token."""
+
+    def block_length(self, chunk_steps: int, action_dim: int) -> int:
+        """Tokens ``n`` of one block."""
+        return chunk_steps * action_dim
+
+    def fit(self, action_dim: int, action_stats: Mapping[str, Any] | None) -> None:
+        """Fill what the data define, once, when a policy is new.
+
+        Args:
+            action_dim: Action dimensions ``A``.
+            action_stats: LeRobot statistics of the action, or None.
+
+        Raises:
+            ConfigError: The statistics are needed and missing or unusable.
+        """
+
+    def validate_features(self, action_dim: int) -> None:
+        """Raise `ConfigError` if the settings do not fit the action."""
+        bad = [d for d in self.gripper_dims if not -action_dim <= d < action_dim]
+        if bad:
+            raise ConfigError(f"gripper_dims {bad} lie outside the {action_dim} action dimensions.")
+
+    def gripper_indices(self, action_dim: int) -> tuple[int, ...]:
+        """`gripper_dims` as non-negative indices."""
+        return tuple(sorted({d % action_dim for d in self.gripper_dims}))

@@ -1,0 +1,273 @@
+"""FAST tokens fitted on own data (``--policy.action_tokens.type=fast``): the ids of a `FastCodec`, and a stop token."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ceed_vla.errors import CheckpointError, ConfigError, TokenError
+from ceed_vla.fields import check_fields, ranged
+from ceed_vla.files import read_json, write_text
+from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig
+from ceed_vla.tokens.fast_codec import FastCodec
+from ceed_vla.tokens.grammar import Grammar
+from ceed_vla.tokens.uniform import ranges_from_stats
+from ceed_vla.tokens.variable_length import VariableLengthTokens
+
+_FITTED = (
+    "action_low",
+    "action_high",
+    "scale",
+    "gripper_dims",
+    "max_tokens",
+    "chunk_steps",
+    "merges",
+    "symbols",
+    "most_ids",
+)
+_HEADROOM = 1.25  # data recorded later, such as takeovers, may take a little longer
+
+
+@ActionTokensConfig.register_subclass("fast")
+@dataclass
+class FastTokensConfig(ActionTokensConfig):
+    """FAST (DCT + BPE, arXiv 2501.09747) fitted on the training data; a chunk takes as many tokens as it needs.
+
+    `ceed-vla train` fits the tokens when it starts, `ceed-vla fit-tokens` writes them to a file for other trainers.
+    A checkpoint holds them in its configuration.
+
+    Attributes:
+        path: File of `ceed-vla fit-tokens`; it replaces the fields below.
+        most_ids: Most FAST ids; the data may need fewer.
+        scale: Quantisation: a DCT coefficient is rounded to ``1 / scale`` of half a range. Larger is finer and longer.
+        action_low: Lower end of every action dimension [the data set's units]; the data's if empty.
+        action_high: Upper end of every action dimension [the data set's units].
+        gripper_dims: Two-valued action dimensions; they decode to the nearer range end exactly.
+        max_tokens: Slots ``n`` of a block; a quarter more than the longest chunk of the data if 0.
+        chunk_steps: Steps of the chunks that were fitted; filled by the fit.
+        symbols: Smallest and largest coefficient; filled by the fit.
+        merges: Pairs of ids that BPE joins; filled by the fit.
+    """
+
+    ordered = False
+
+    path: str = ""
+    most_ids: int = ranged(1024, "[2, 65536]")
+    scale: float = ranged(10.0, "(0, 1e6]")
+    action_low: list[float] = ranged([], ACTIONS)
+    action_high: list[float] = ranged([], ACTIONS)
+    max_tokens: int = ranged(0, "[0, 65536]")
+    chunk_steps: int = ranged(0, "[0, 4096]")
+    symbols: list[int] = ranged([], "[-1e9, 1e9]")
+    merges: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.action_low) != len(self.action_high):
+            raise ConfigError(
+                f"action_low has {len(self.action_low)} values and action_high {len(self.action_high)}; "
+                "give one of each for every action dimension."
+            )
+        if self.path and not self.fitted:
+            self._read(Path(self.path))
+        if self.symbols and not (len(self.symbols) == 2 and self.symbols[0] <= self.symbols[1]):
+            raise ConfigError(
+                f"symbols is {self.symbols[:5]}; it must be the smallest and the largest coefficient."
+            )
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the tokens are known."""
+        return bool(self.symbols)
+
+    @property
+    def vocabulary_size(self) -> int:
+        self._check_fitted()
+        least, most = self.symbols
+        return most - least + 1 + len(self.merges.split()) + 1  # and the stop token
+
+    def block_length(self, chunk_steps: int, action_dim: int) -> int:
+        self._check_fitted()
+        return self.max_tokens
+
+    def fit(self, action_dim: int, action_stats: Mapping[str, Any] | None) -> None:
+        self._check_fitted()
+
+    def fit_chunks(self, chunks: Tensor) -> None:
+        """Fit the tokens on every chunk (N, m, A) of the training data; does nothing if they are known.
+
+        Raises:
+            ConfigError: Chunks that define no tokens, or ranges of another action.
+        """
+        if self.fitted:
+            return
+        dim = int(chunks.shape[-1])
+        if not self.action_low:
+            flat = chunks.flatten(0, 1).double()
+            stats = {"min": flat.amin(0), "max": flat.amax(0)}
+            self.action_low, self.action_high = ranges_from_stats(stats, "min_max", self.gripper_indices(dim))
+        self.validate_features(dim)
+        codec, longest = fit_codec(chunks, self.action_low, self.action_high, self.most_ids, self.scale)
+        assert codec.most is not None
+        self.symbols, self.chunk_steps = [codec.least, codec.most], int(chunks.shape[1])
+        self.merges = " ".join(f"{left}+{right}" for left, right in codec.merges)
+        most = self.chunk_steps * dim  # a token stands for one coefficient at least
+        self.max_tokens = self.max_tokens or min(math.ceil(_HEADROOM * longest), most)
+
+    def build(self, chunk_steps: int, action_dim: int) -> ActionTokens:
+        self._check_fitted()
+        if chunk_steps != self.chunk_steps:
+            raise ConfigError(
+                f"The FAST tokens were fitted on chunks of {self.chunk_steps} steps, the policy's have {chunk_steps}; "
+                "fit them again."
+            )
+        try:
+            pairs = [(int(a), int(b)) for a, _, b in (merge.partition("+") for merge in self.merges.split())]
+        except ValueError as error:
+            raise ConfigError(f"merges holds no pairs of ids ({error}); fit the tokens again.") from error
+        codec = FastCodec.from_merges(pairs, self.scale, *self.symbols)
+        grippers = self.gripper_indices(action_dim)
+        return FastTokenizer(self.action_low, self.action_high, chunk_steps, codec, self.max_tokens, grippers)
+
+    def validate_features(self, action_dim: int) -> None:
+        super().validate_features(action_dim)
+        if self.action_low and len(self.action_low) != action_dim:
+            raise ConfigError(
+                f"action_low/action_high have {len(self.action_low)} values, the action has {action_dim}."
+            )
+
+    def write(self, file: str | Path) -> Path:
+        """Write the fitted tokens to a JSON file that `path` reads."""
+        self._check_fitted()
+        values = {key: value for key, value in asdict(self).items() if key != "path"}
+        write_text(Path(file), json.dumps(values) + "\n")
+        return Path(file)
+
+    def _read(self, file: Path) -> None:
+        if not file.is_file():
+            raise CheckpointError(f"There is no file {file}; write one with `ceed-vla fit-tokens`.")
+        values = read_json(file)
+        if "most_ids" not in values and "vocabulary_size" in values:  # its name until format 1
+            values["most_ids"] = values["vocabulary_size"]
+        if lacking := [name for name in _FITTED if name not in values]:
+            raise CheckpointError(f"{file} holds no fitted tokens: it lacks {', '.join(lacking)}.")
+        for name in _FITTED:
+            setattr(self, name, values[name])
+        try:
+            check_fields(self)
+        except ConfigError as error:
+            raise CheckpointError(f"{file} holds no fitted tokens: {error}") from error
+
+    def _check_fitted(self) -> None:
+        if not self.fitted:
+            raise ConfigError(
+                "The FAST tokens are not fitted yet: `ceed-vla train` does it when it starts; for other trainers run "
+                "`ceed-vla fit-tokens` on the data, then set --policy.action_tokens.path to its file."
+            )
+
+
+class FastTokenizer(VariableLengthTokens):
+    """FAST ids of a fitted `FastCodec`, and the stop token behind them.
+
+    Args:
+        low: Smallest value of every dimension [action units]; maps to -1 before the cosine transform.
+        high: Largest value, which maps to 1. Values outside are clipped and counted.
+        chunk_steps: Steps ``m``.
+        codec: Fitted on chunks of this many steps.
+        block_length: Slots ``n``.
+        gripper_dims: Two-valued dimensions; they decode to the nearer range end exactly.
+
+    Attributes:
+        grammar: Decoding under it always gives a whole chunk.
+        smoothed: Chunks that lost their highest frequencies because they would have overfilled a block.
+
+    Raises:
+        ConfigError: Ranges that define no scale, or a block too short for the chunk that is zero.
+    """
+
+    def __init__(
+        self,
+        low: Sequence[float],
+        high: Sequence[float],
+        chunk_steps: int,
+        codec: FastCodec,
+        block_length: int,
+        gripper_dims: Sequence[int] = (),
+    ) -> None:
+        self.low = torch.tensor([float(v) for v in low], dtype=torch.float64)  # (A,)
+        self.high = torch.tensor([float(v) for v in high], dtype=torch.float64)  # (A,)
+        if len(low) != len(high) or not len(low) or not bool((self.low < self.high).all()):
+            raise ConfigError(f"low {list(low)} must be below high {list(high)} in every dimension.")
+        self.action_dim, self.chunk_steps, self.block_length = len(low), int(chunk_steps), int(block_length)
+        self.gripper_dims = tuple(sorted({int(d) % self.action_dim for d in gripper_dims}))
+        self.codec = codec
+        self.stop, self.vocabulary_size = codec.vocabulary_size, codec.vocabulary_size + 1
+        self.speculative = torch.arange(self.vocabulary_size)
+        lengths = torch.cat([codec.id_lengths(), torch.zeros(1, dtype=torch.int64)])  # (V,)
+        total = self.chunk_steps * self.action_dim
+        self.grammar = Grammar(lengths, self.stop, total, self.block_length)
+        self.clipped = self.smoothed = 0
+        zero = torch.zeros(1, self.chunk_steps, self.action_dim, dtype=torch.float64)
+        try:
+            self.zero = self.encode(zero.clamp(self.low, self.high))[0]
+        except TokenError as error:
+            raise ConfigError(
+                f"block_length {block_length} does not even hold the chunk of zeros."
+            ) from error
+        self.clipped = 0
+
+    def _write(self, actions: Tensor) -> list[list[int]]:
+        actions = actions.detach().cpu().double()
+        inside = actions.clamp(self.low, self.high)
+        self.clipped += int(((inside - actions).abs() > 1e-6 * (self.high - self.low)).sum())
+        scaled = normalise(inside, self.low, self.high)
+        rows = self.codec.encode(scaled)
+        for row, ids in enumerate(rows):
+            kept = self.chunk_steps
+            while len(rows[row]) > self.block_length and kept > 1:
+                kept -= 1
+                rows[row] = self.codec.encode(scaled[row : row + 1], kept)[0]
+            self.smoothed += rows[row] is not ids
+        return rows
+
+    def _read(self, tokens: list[int]) -> Tensor:
+        chunk = self.codec.decode(tokens, self.chunk_steps, self.action_dim)
+        # The rounded cosines overshoot a step by a few per cent, which no action of the data did.
+        chunk = ((chunk + 1) / 2 * (self.high - self.low) + self.low).clamp(self.low, self.high)
+        for d in self.gripper_dims:
+            middle = (self.low[d] + self.high[d]) / 2
+            chunk[:, d] = torch.where(chunk[:, d] > middle, self.high[d], self.low[d])
+        return chunk
+
+
+def normalise(actions: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """`actions` (..., A) with every dimension mapped from [low, high] to [-1, 1]."""
+    return 2 * (actions - low) / (high - low) - 1
+
+
+def fit_codec(
+    chunks: Tensor, low: Sequence[float], high: Sequence[float], vocabulary_size: int, scale: float
+) -> tuple[FastCodec, int]:
+    """Fit FAST tokens on own data.
+
+    Args:
+        chunks: (N, m, A) every chunk that training will encode [action units].
+        low: Range of every dimension, as for `FastTokenizer`.
+        high: Range of every dimension.
+        vocabulary_size: Most ids, the stop token not counted.
+        scale: Quantisation; the step of a coefficient is ``1 / scale`` of half a range.
+
+    Returns:
+        The codec, and the tokens that the longest chunk takes.
+    """
+    bounds = [torch.tensor([float(v) for v in values], dtype=torch.float64) for values in (low, high)]
+    scaled = normalise(chunks.cpu().double().clamp(*bounds), *bounds)
+    codec = FastCodec.fit(scaled, vocabulary_size, scale)
+    return codec, max(map(len, codec.encode(scaled)))

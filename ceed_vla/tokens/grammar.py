@@ -1,0 +1,99 @@
+"""Which tokens can still complete a chunk of variable length: decoding under it always ends in a whole chunk.
+
+The tokens of a fitted FAST vocabulary stand for fixed numbers of coefficients, and a chunk has ``m * A`` of them. So a
+slot may hold a token only if the rest can be reached in the slots behind it, and the stop token only if nothing is
+left. What a slot may hold depends on the tokens before it, as its logits do: the model stays causal, and what holds
+for Jacobi decoding (the fixed point is the greedy block) holds under a grammar too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ceed_vla.backbones.base import Backbone, Prefix
+
+
+class Grammar:
+    """Tokens as numbers of coefficients.
+
+    Args:
+        lengths: (V,) int64, the coefficients of every token, at least 1; 0 for the stop token.
+        stop: The stop token.
+        total: Coefficients of a chunk.
+        block_length: Slots ``n``, enough for some chunk.
+    """
+
+    def __init__(self, lengths: Tensor, stop: int, total: int, block_length: int) -> None:
+        self.lengths, self.stop, self.total, self.block_length = lengths, stop, total, block_length
+        self.fewest = _fewest(sorted({int(v) for v in lengths if v > 0}), total)  # (total + 1,)
+
+    def allowed(self, used: Tensor, slots: Tensor) -> Tensor:
+        """Which tokens the slots may hold.
+
+        Args:
+            used: (B, k) coefficients of the tokens before each slot.
+            slots: (k,) the slots.
+
+        Returns:
+            (B, k, V) bool; no token at all where the tokens before cannot be completed.
+        """
+        lengths, fewest = self.lengths.to(used.device), self.fewest.to(used.device)
+        left = (self.total - used).unsqueeze(-1) - lengths  # (B, k, V) behind the token
+        behind = (self.block_length - 1 - slots).unsqueeze(-1)  # (k, 1) slots behind
+        allowed = (left >= 0) & (fewest[left.clamp(min=0)] <= behind)
+        allowed[..., self.stop] = used >= self.total
+        return allowed
+
+
+class GrammarBackbone:
+    """`backbone` with the scores of tokens that cannot complete a chunk set to -inf.
+
+    Args:
+        backbone: The model.
+        prefix: The one prefix that it will decode behind.
+        grammar: Of the backbone's vocabulary.
+
+    Attributes:
+        prefix: `prefix` under the grammar.
+    """
+
+    def __init__(self, backbone: Backbone, prefix: Prefix, grammar: Grammar) -> None:
+        self.backbone, self.grammar = backbone, grammar
+        self.block_length, self.vocabulary_size = backbone.block_length, backbone.vocabulary_size
+        self.num_layers = backbone.num_layers
+        batch, device = prefix.logits.shape[0], prefix.logits.device
+        self._lengths = torch.zeros(
+            batch, self.block_length, dtype=torch.int64, device=device
+        )  # of slots so far
+        nothing, first = (
+            torch.zeros(batch, 1, dtype=torch.int64, device=device),
+            torch.zeros(1, device=device),
+        )
+        logits = self._mask(prefix.logits.unsqueeze(1), nothing, first.long()).squeeze(1)
+        self.prefix = replace(prefix, logits=logits)
+
+    def prefill(self, observation: dict[str, Tensor]) -> Prefix:
+        return self.backbone.prefill(observation)
+
+    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
+        """Logits (B, k, V) of the successors of `tokens` (B, k); see `Backbone`."""
+        start, k = prefix.cache.committed, tokens.shape[1]
+        logits = self.backbone.block_logits(prefix, tokens, depth)
+        # The committed slots came in earlier calls.
+        self._lengths[:, start : start + k] = self.grammar.lengths.to(tokens.device)[tokens]
+        used = self._lengths[:, : start + k].cumsum(1)[:, start:]  # (B, k)
+        return self._mask(logits, used, torch.arange(start + 1, start + k + 1, device=tokens.device))
+
+    def _mask(self, logits: Tensor, used: Tensor, slots: Tensor) -> Tensor:
+        return logits.masked_fill(~self.grammar.allowed(used, slots), -torch.inf)
+
+
+def _fewest(lengths: list[int], total: int) -> Tensor:
+    """(total + 1,) fewest tokens of the given `lengths` that make 0 .. total coefficients."""
+    fewest = [0] + [total + 1] * total
+    for size in range(1, total + 1):
+        fewest[size] = 1 + min((fewest[size - length] for length in lengths if length <= size), default=total)
+    return torch.tensor(fewest)

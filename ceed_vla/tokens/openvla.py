@@ -1,0 +1,152 @@
+"""OpenVLA's action tokens: 256 ids, 255 bin centres, and quantiles of a data set to un-normalise with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ceed_vla.errors import ConfigError
+from ceed_vla.fields import ranged
+from ceed_vla.tensors import check_actions, check_tokens
+from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig
+from ceed_vla.tokens.uniform import ranges_from_stats
+
+
+@ActionTokensConfig.register_subclass("openvla")
+@dataclass
+class OpenVLATokensConfig(ActionTokensConfig):
+    """OpenVLA's tokens: equidistant bins between two quantiles (`OpenVLATokenizer`).
+
+    Attributes:
+        n_action_bins: Edges of the bins, and values of one token.
+        unnorm_key: Data set the quantiles come from; a name only.
+        q01: Lower quantile of every action dimension; filled from the data if empty.
+        q99: Upper quantile of every action dimension; filled from the data if empty.
+        mask: Dimensions that are normalised; filled with all but `gripper_dims` if empty.
+    """
+
+    n_action_bins: int = ranged(256, "[3, 65536]")
+    unnorm_key: str = ""
+    q01: list[float] = ranged([], ACTIONS)
+    q99: list[float] = ranged([], ACTIONS)
+    mask: list[bool] = field(default_factory=list)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.n_action_bins
+
+    def fit(self, action_dim: int, action_stats: Mapping[str, Any] | None) -> None:
+        if not self.q01:
+            if action_stats is None:
+                raise ConfigError(
+                    "q01 and q99 are empty, and there are no action statistics to take them from."
+                )
+            self.q01, self.q99 = ranges_from_stats(
+                action_stats, "quantile", self.gripper_indices(action_dim), self.n_action_bins
+            )
+        if not self.mask:
+            self.mask = [d not in self.gripper_indices(action_dim) for d in range(action_dim)]
+
+    def build(self, chunk_steps: int, action_dim: int) -> ActionTokens:
+        grippers = self.gripper_indices(action_dim)
+        return OpenVLATokenizer(self.q01, self.q99, self.mask, chunk_steps, self.n_action_bins, grippers)
+
+    def validate_features(self, action_dim: int) -> None:
+        super().validate_features(action_dim)
+        for name in ("q01", "q99", "mask"):
+            if (count := len(getattr(self, name))) not in (0, action_dim):
+                raise ConfigError(f"{name} has {count} values, the action has {action_dim}.")
+
+
+class OpenVLATokenizer(ActionTokens):
+    """Writes a chunk of ``m`` actions of ``A`` dimensions as ``n = m * A`` tokens, step-major.
+
+    Masked dimensions are normalised, ``x = 2 (a - q01) / (q99 - q01) - 1``, the others (the gripper) stay. `x` in
+    [-1, 1] falls between two of ``V`` equidistant edges; token ``v`` decodes to the middle of edges ``v`` and
+    ``v + 1``, and the last token, which only ``x = 1`` gets, to the last middle.
+
+    Args:
+        q01: Lower quantile of every dimension [action units].
+        q99: Upper quantile of every dimension [action units].
+        mask: Dimensions that are normalised.
+        chunk_steps: Steps ``m``.
+        num_bins: Edges, and tokens ``V``.
+        gripper_dims: Two-valued dimensions.
+
+    Raises:
+        ConfigError: Sizes or quantiles that fit no action.
+    """
+
+    def __init__(
+        self,
+        q01: Sequence[float],
+        q99: Sequence[float],
+        mask: Sequence[bool],
+        chunk_steps: int,
+        num_bins: int = 256,
+        gripper_dims: Sequence[int] = (),
+    ) -> None:
+        if not len(q01) == len(q99) == len(mask) > 0:
+            raise ConfigError(
+                f"q01 has {len(q01)} values, q99 {len(q99)} and mask {len(mask)}; give one of each a dimension."
+            )
+        if chunk_steps < 1 or num_bins < 3:
+            raise ConfigError(
+                f"chunk_steps is {chunk_steps} (at least 1) and num_bins {num_bins} (at least 3)."
+            )
+        self.action_dim, self.chunk_steps, self.vocabulary_size = len(q01), int(chunk_steps), int(num_bins)
+        self.tokens_per_step, self.block_length = self.action_dim, self.chunk_steps * self.action_dim
+        self.gripper_dims = tuple(sorted({int(d) % self.action_dim for d in gripper_dims}))
+        self.mask = torch.tensor(list(mask), dtype=torch.bool)  # (A,)
+        ones = torch.ones(self.action_dim, dtype=torch.float64)
+        self.low = torch.where(self.mask, torch.tensor(q01, dtype=torch.float64), -ones)  # (A,)
+        self.high = torch.where(self.mask, torch.tensor(q99, dtype=torch.float64), ones)  # (A,)
+        wrong = (~torch.isfinite(self.low + self.high) | (self.low > self.high)).nonzero()
+        if len(wrong):
+            d = int(wrong[0])
+            raise ConfigError(
+                f"Dimension {d} has the quantiles [{q01[d]}, {q99[d]}]; both must be finite, in order."
+            )
+        # numpy's grid, not torch's: they differ in the last bit, and so would decoded actions.
+        edges = np.linspace(-1.0, 1.0, self.vocabulary_size)
+        self._edges = torch.from_numpy(edges)  # (V,)
+        self._centres = torch.from_numpy((edges[:-1] + edges[1:]) / 2)  # (V - 1,)
+        self.zero = self._bins(
+            torch.zeros(1, self.chunk_steps, self.action_dim, dtype=torch.float64)
+        ).flatten()
+        self.clipped = 0
+
+    def encode(self, actions: Tensor) -> Tensor:
+        """Bins (B, n) of `actions` (B, m, A); see `ActionTokens`."""
+        check_actions(actions, self.chunk_steps, self.action_dim)
+        return self._bins(actions.double()).flatten(1)
+
+    def _bins(self, actions: Tensor) -> Tensor:
+        """Bins (B, m, A) of float64 actions."""
+        low, high = self.low.to(actions.device), self.high.to(actions.device)
+        normalised = 2 * (actions - low) / (high - low).clamp(min=1e-8) - 1  # unmasked ones have [-1, 1]
+        self.clipped += int((normalised.abs() > 1 + 1e-6).sum())
+        edges = self._edges.to(actions.device)
+        return torch.bucketize(normalised.clamp(-1, 1), edges, right=True) - 1
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Actions (B, m, A) float32 of `tokens` (B, n); see `values`."""
+        return self.values(tokens).float()
+
+    def values(self, tokens: Tensor) -> Tensor:
+        """Actions (B, m, A) float64 [action units] of tokens (B, n).
+
+        Raises:
+            TokenError: Another shape, not integers, or a token outside the vocabulary.
+        """
+        check_tokens(tokens, "tokens", (None, self.block_length), self.vocabulary_size)
+        device = tokens.device
+        index = tokens.long().clamp(max=self.vocabulary_size - 2).view(-1, self.chunk_steps, self.action_dim)
+        normalised = self._centres.to(device)[index]  # (B, m, A)
+        low, high = self.low.to(device), self.high.to(device)
+        return torch.where(self.mask.to(device), 0.5 * (normalised + 1) * (high - low) + low, normalised)

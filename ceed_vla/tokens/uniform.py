@@ -1,0 +1,243 @@
+"""Continuous actions to tokens and back: one uniform grid of bin centres for every action dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ceed_vla.errors import ConfigError
+from ceed_vla.fields import chosen, ranged, short
+from ceed_vla.tensors import check_actions, check_tokens, numbers, whole
+from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig
+
+ACTION_RANGES = ("quantile", "min_max", "fixed")
+RANGE_MODES = ACTION_RANGES[:2]
+_RANGE_KEYS = {"quantile": ("q01", "q99"), "min_max": ("min", "max")}
+MOST_BINS = 65_536
+LARGEST = 1e30  # end of a range [action units]
+_LEAST_WIDTH = 1e-3  # a dimension that never moves still needs distinct bins [action units]
+
+
+@ActionTokensConfig.register_subclass("uniform")
+@dataclass
+class UniformTokensConfig(ActionTokensConfig):
+    """One uniform grid of bin centres for every action dimension (`ActionTokenizer`).
+
+    Attributes:
+        num_bins: Values of one action token. Odd numbers put zero exactly on a bin centre.
+        action_range: Where the bins end: "quantile" (1 % and 99 %), "min_max" (of the data), or "fixed"
+            (`action_low`, `action_high`). Quantiles break dimensions that are nearly always zero.
+        action_low: Lower end of every action dimension [the data set's units]; filled from the data unless fixed.
+        action_high: Upper end of every action dimension [the data set's units].
+        gripper_dims: Two-valued action dimensions; always min/max, decoded exactly.
+    """
+
+    num_bins: int = ranged(255, "[2, 65536]")
+    action_range: str = chosen("quantile", ACTION_RANGES)
+    action_low: list[float] = ranged([], ACTIONS)
+    action_high: list[float] = ranged([], ACTIONS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.action_low) != len(self.action_high):
+            raise ConfigError(
+                f"action_low has {len(self.action_low)} values and action_high {len(self.action_high)}; "
+                "give one of each for every action dimension."
+            )
+        if self.action_range == "fixed" and not self.action_low:
+            raise ConfigError('action_range "fixed" needs action_low and action_high, one value a dimension.')
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.num_bins
+
+    def fit(self, action_dim: int, action_stats: Mapping[str, Any] | None) -> None:
+        if self.action_low:
+            return
+        if action_stats is None:
+            raise ConfigError(
+                f'action_range "{self.action_range}" needs the data set\'s action statistics, or set '
+                'action_range="fixed" with action_low and action_high.'
+            )
+        low, high = ranges_from_stats(
+            action_stats, self.action_range, self.gripper_indices(action_dim), self.num_bins
+        )
+        self.action_low, self.action_high = [float(v) for v in low], [float(v) for v in high]
+
+    def build(self, chunk_steps: int, action_dim: int) -> ActionTokens:
+        grippers = self.gripper_indices(action_dim)
+        return ActionTokenizer(self.action_low, self.action_high, chunk_steps, self.num_bins, grippers)
+
+    def validate_features(self, action_dim: int) -> None:
+        super().validate_features(action_dim)
+        if self.action_low and len(self.action_low) != action_dim:
+            raise ConfigError(
+                f"action_low/action_high have {len(self.action_low)} values, the action has {action_dim}."
+            )
+
+
+class ActionTokenizer(ActionTokens):
+    """Writes a chunk of ``m`` actions of ``A`` dimensions as ``n = m * A`` tokens, step-major.
+
+    Token ``v`` of dimension ``d`` stands for ``low[d] + v * (high[d] - low[d]) / (num_bins - 1)``: the tokens
+    are bin centres and both ends are exact. With an odd `num_bins` and a range symmetric about zero, zero is
+    exactly the middle bin, so "do not move" costs no error. Values outside a range are clipped and counted.
+
+    Args:
+        low: Smallest value of every dimension [action units].
+        high: Largest value of every dimension [action units].
+        chunk_steps: Steps ``m``.
+        num_bins: Tokens ``V`` of the vocabulary.
+        gripper_dims: Two-valued dimensions, whose two values should be range ends.
+
+    Raises:
+        ConfigError: Sizes or ranges that define no grid.
+    """
+
+    def __init__(
+        self,
+        low: Sequence[float],
+        high: Sequence[float],
+        chunk_steps: int,
+        num_bins: int = 255,
+        gripper_dims: Sequence[int] = (),
+    ) -> None:
+        low, high, gripper_dims = (
+            numbers(low, "low"),
+            numbers(high, "high"),
+            whole(gripper_dims, "gripper_dims"),
+        )
+        if len(low) != len(high) or len(low) == 0:
+            raise ConfigError(
+                f"low has {len(low)} values and high {len(high)}; give one for every dimension."
+            )
+        (chunk_steps, num_bins) = whole((chunk_steps, num_bins), "chunk_steps and num_bins")
+        if chunk_steps < 1 or not 2 <= num_bins <= MOST_BINS:
+            raise ConfigError(
+                f"chunk_steps is {chunk_steps} (1 or more), num_bins {num_bins} (2 to {MOST_BINS})."
+            )
+        self.action_dim = len(low)
+        self.chunk_steps = int(chunk_steps)
+        self.block_length = self.chunk_steps * self.action_dim
+        self.tokens_per_step, self.vocabulary_size = self.action_dim, int(num_bins)
+        bad = [d for d in gripper_dims if not -self.action_dim <= d < self.action_dim]
+        if bad:
+            raise ConfigError(f"gripper_dims {bad} lie outside the {self.action_dim} action dimensions.")
+        self.gripper_dims = tuple(sorted({int(d) % self.action_dim for d in gripper_dims}))
+        # float64: rounding to a bin must not depend on how a float32 grid rounds.
+        self.low = torch.tensor(low, dtype=torch.float64)  # (A,)
+        self.high = torch.tensor(high, dtype=torch.float64)  # (A,)
+        width = (self.high - self.low) / (self.vocabulary_size - 1)
+        ordered = (self.low.abs() < LARGEST) & (self.high.abs() < LARGEST) & (width > 1 / LARGEST)
+        if not bool(ordered.all()):
+            d = int((~ordered).nonzero()[0])
+            raise ConfigError(
+                f"Dimension {d} has the range [{low[d]}, {high[d]}]; low must be below high, both within "
+                f"{LARGEST:g}. Widen it by hand if the dimension never moves."
+            )
+        self.step = width  # (A,) distance of two bin centres
+        self._centres = self._grid()  # (V, A) float32
+        self._by_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        nearest = (-self.low / self.step).round().clamp(0, self.vocabulary_size - 1).long()  # (A,)
+        self.zero = nearest.repeat(self.chunk_steps)
+
+    def encode(self, actions: Tensor) -> Tensor:
+        """Nearest bins (B, n) of `actions` (B, m, A); see `ActionTokens`."""
+        check_actions(actions, self.chunk_steps, self.action_dim)
+        actions = actions.double()
+        _, low, step_size = self._on(actions.device)
+        bins = (actions - low) / step_size  # (B, m, A), in bins
+        # A float32 value at a range end must not count as out of range.
+        slack = 1e-3
+        self.clipped += int(((bins < -slack) | (bins > self.vocabulary_size - 1 + slack)).sum())
+        return bins.round().clamp(0, self.vocabulary_size - 1).long().flatten(1)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Bin centres (B, m, A) of `tokens` (B, n); see `ActionTokens`."""
+        check_tokens(tokens, "tokens", (None, self.block_length), self.vocabulary_size)
+        centres, _, _ = self._on(tokens.device)
+        steps = tokens.long().view(-1, self.chunk_steps, self.action_dim)  # (B, m, A)
+        return centres.gather(0, steps.reshape(-1, self.action_dim)).view(steps.shape)
+
+    def _grid(self) -> Tensor:
+        """Bin centres (V, A) float32; both ends, and zero where it is a centre, are exact."""
+        v = torch.arange(self.vocabulary_size, dtype=torch.float64).unsqueeze(1)  # (V, 1)
+        top = self.vocabulary_size - 1
+        # A weighted mean of the ends is symmetric: v and top - v of a symmetric range are exactly opposite.
+        return (((top - v) * self.low + v * self.high) / top).float()
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Centres, lows and bin widths on `device`."""
+        if device not in self._by_device:
+            self._by_device[device] = (self._centres.to(device), self.low.to(device), self.step.to(device))
+        return self._by_device[device]
+
+
+def ranges_from_stats(
+    stats: Mapping[str, Any], mode: str, gripper_dims: Sequence[int] = (), num_bins: int = 255
+) -> tuple[list[float], list[float]]:
+    """Ranges of an `ActionTokenizer` from the statistics of a LeRobot data set.
+
+    With an odd `num_bins` every range is made symmetric about zero, so zero is a bin centre. Gripper
+    dimensions keep their minimum and maximum, which decode exactly. Dimensions that never move get a small
+    range around their value.
+
+    Args:
+        stats: ``dataset.meta.stats["action"]``: "min" and "max", and "q01" and "q99" for quantiles, (A,)
+            each.
+        mode: "quantile" (1 % to 99 %; robust, but wrong for dimensions that are nearly always zero) or
+            "min_max".
+        gripper_dims: Two-valued dimensions.
+        num_bins: Tokens of the vocabulary.
+
+    Returns:
+        Lows and highs, ``A`` values each [action units].
+
+    Raises:
+        ConfigError: Unknown mode, statistics that are missing or not finite, or gripper dimensions outside.
+    """
+    if not isinstance(stats, Mapping):
+        raise ConfigError(f"The action statistics are {short(stats)}; pass those of a LeRobot data set.")
+    if mode not in RANGE_MODES:
+        raise ConfigError(f"The range mode is {mode!r}; choose one of {', '.join(RANGE_MODES)}.")
+    low, high = (_statistic(stats, key) for key in _RANGE_KEYS[mode])
+    least, most = _statistic(stats, "min"), _statistic(stats, "max")
+    if not len(low) == len(high) == len(least) == len(most):
+        raise ConfigError("The action statistics have different lengths; recompute the data set's.")
+    action_dim = len(low)
+    bad = [d for d in gripper_dims if not -action_dim <= d < action_dim]
+    if bad:
+        raise ConfigError(f"gripper_dims {bad} lie outside the {action_dim} action dimensions.")
+    grippers = {d % action_dim for d in gripper_dims}
+    for d in range(action_dim):
+        if d in grippers:
+            low[d], high[d] = least[d], most[d]
+        elif num_bins % 2:
+            reach = max(abs(low[d]), abs(high[d]))
+            low[d], high[d] = -reach, reach
+        if high[d] - low[d] < _LEAST_WIDTH:
+            middle = (low[d] + high[d]) / 2
+            low[d], high[d] = middle - _LEAST_WIDTH / 2, middle + _LEAST_WIDTH / 2
+    return low, high
+
+
+def _statistic(stats: Mapping[str, Any], key: str) -> list[float]:
+    if key not in stats:
+        raise ConfigError(
+            f"The action statistics lack {key!r} (they have {', '.join(sorted(stats)) or 'nothing'}); "
+            'recompute the statistics of the data set, or use action_range "fixed".'
+        )
+    try:
+        values = torch.as_tensor(stats[key], dtype=torch.float64).flatten()
+        finite = bool(torch.isfinite(values).all())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"The action statistic {key!r} is no numbers ({short(error)}); recompute it."
+        ) from error
+    if not finite:
+        raise ConfigError(f"The action statistic {key!r} is {values.tolist()}; all values must be finite.")
+    return [float(v) for v in values]

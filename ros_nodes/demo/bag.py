@@ -1,0 +1,178 @@
+"""Records topics as an MCAP bag, which Foxglove and rosbags open: messages as they came, with their definitions."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ceed_vla.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rclpy.node import Node
+
+_FIELD = re.compile(r"^([a-z]\w*/)?(?:msg/)?([A-Z]\w*)(?:<=\d+)?(?:\[.*?\])?\s")  # a field of a message type
+_SEPARATOR = "=" * 80
+
+
+class BagWriter:
+    """An MCAP file of serialized ROS 2 messages.
+
+    Args:
+        path: The file; its folder is made, an older file replaced.
+
+    Attributes:
+        counts: Topic -> messages written.
+
+    Raises:
+        ConfigError: The package `mcap` is not installed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            from mcap.writer import Writer
+        except ImportError as error:
+            raise ConfigError(f"Bags need the package mcap ({error}); install ceed_vla[ros2].") from error
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.counts: dict[str, int] = {}
+        self._channels: dict[str, int] = {}
+        self._schemas: dict[str, int] = {}
+        self._file = self.path.open("wb")
+        self._writer = Writer(self._file)
+        self._writer.start(profile="ros2", library="ceed_vla")
+
+    def write(self, topic: str, kind: str, data: bytes, published: int, received: int) -> None:
+        """Append one message.
+
+        Args:
+            topic: Its topic.
+            kind: Its type, "sensor_msgs/msg/Image".
+            data: CDR with its four-byte header.
+            published: When it was sent [ns since the epoch].
+            received: When it was received [ns since the epoch].
+        """
+        if topic not in self._channels:
+            self._channels[topic] = self._writer.register_channel(topic, "cdr", self._schema(kind))
+        self._writer.add_message(self._channels[topic], received, data, published)
+        self.counts[topic] = self.counts.get(topic, 0) + 1
+
+    def close(self) -> None:
+        """Write the index; a bag that was not closed must be repaired before it is read. May be called twice."""
+        if not self._file.closed:
+            self._writer.finish()
+            self._file.close()
+
+    def __enter__(self) -> BagWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _schema(self, kind: str) -> int:
+        if kind not in self._schemas:
+            text = message_definition(kind).encode()
+            self._schemas[kind] = self._writer.register_schema(kind, "ros2msg", text)
+        return self._schemas[kind]
+
+
+def record(node: Node, bag: BagWriter, topic: str, message_type: Any, qos: Any) -> Any:
+    """Subscribe to a topic and write all its messages.
+
+    The time of sending is the one that the middleware took in the sender, so a slow recorder does not blur it.
+
+    Args:
+        node: Spun by the caller.
+        bag: Where the messages go.
+        topic: Topic, resolved and remapped like any other.
+        message_type: Its message class.
+        qos: QoS profile; what it does not keep is not written.
+
+    Returns:
+        The subscription.
+    """
+    name, kind = node.resolve_topic_name(topic), type_name(message_type)
+
+    def write(data: bytes, info: dict[str, int]) -> None:
+        now = time.time_ns()
+        bag.write(name, kind, data, info.get("source_timestamp") or now, now)
+
+    callback: Callable[..., None] = write
+    return node.create_subscription(message_type, topic, callback, qos, raw=True)
+
+
+def read_messages(path: str | Path, topics: Sequence[str]) -> Iterator[tuple[str, int, Any]]:
+    """(topic, time of sending [ns], message) of every message on `topics`, in the order they came.
+
+    Raises:
+        ConfigError: The packages `mcap` and `mcap-ros2-support` are not installed.
+    """
+    try:
+        from mcap.reader import make_reader
+        from mcap_ros2.decoder import DecoderFactory
+    except ImportError as error:
+        raise ConfigError(f"Bags need mcap-ros2-support ({error}); install ceed_vla[ros2].") from error
+    with Path(path).open("rb") as file:
+        reader = make_reader(file, decoder_factories=[DecoderFactory()])
+        for found in reader.iter_decoded_messages(topics=list(topics)):
+            yield found.channel.topic, found.message.publish_time, found.decoded_message
+
+
+def sent_times(path: str | Path, topic: str) -> list[int]:
+    """When the messages of one topic were sent [ns since the epoch], in the order they came."""
+    from mcap.reader import make_reader
+
+    with Path(path).open("rb") as file:
+        return [message.publish_time for _, _, message in make_reader(file).iter_messages(topics=[topic])]
+
+
+def type_name(message_type: Any) -> str:
+    """The name of a message class: "sensor_msgs/msg/Image"."""
+    package, kind, *_ = message_type.__module__.split(".")
+    return f"{package}/{kind}/{message_type.__name__}"
+
+
+def message_definition(kind: str) -> str:
+    """The text of a message type and of all types it contains, as a bag stores them.
+
+    Args:
+        kind: "package/msg/Name".
+
+    Raises:
+        ConfigError: A name of another form, or a type whose ``.msg`` file is not installed.
+    """
+    parts = kind.split("/")
+    if len(parts) != 3 or parts[1] != "msg":
+        raise ConfigError(f"{kind!r} names no message type; write package/msg/Name.")
+    texts: dict[str, str] = {}
+    waiting = [(parts[0], parts[2])]
+    while waiting:
+        package, name = waiting.pop(0)
+        if f"{package}/{name}" in texts:
+            continue
+        text = _definition_file(package, name).read_text(encoding="utf-8")
+        texts[f"{package}/{name}"] = text
+        for line in text.splitlines():
+            field = _FIELD.match(line.strip())
+            if field:
+                waiting.append(((field[1] or package).rstrip("/"), field[2]))
+    (_, own), *others = texts.items()
+    return "\n".join([own, *(f"{_SEPARATOR}\nMSG: {name}\n{text}" for name, text in others)])
+
+
+def _definition_file(package: str, name: str) -> Path:
+    """``share/<package>/msg/<name>.msg`` of the installation that the package is imported from."""
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(f"The message package {package} is not installed ({error}).") from error
+    ament = [Path(prefix) for prefix in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep) if prefix]
+    for prefix in [*ament, *Path(str(module.__file__)).parents]:
+        path = prefix / "share" / package / "msg" / f"{name}.msg"
+        if path.is_file():
+            return path
+    raise ConfigError(f"The definition {package}/msg/{name}.msg is not installed beside the package.")

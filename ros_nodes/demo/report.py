@@ -1,0 +1,150 @@
+"""The numbers of ``ceed-vla ros-demo``: ros.json, details.json and the table on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ros_nodes.demo.bag import read_messages, sent_times
+from ros_nodes.demo.run_metrics import Window, command_timing, counts, number
+from sim.rollout import wilson_interval
+
+COMMAND_RATE = 100.0  # of the policy node [Hz]
+_RESTING = 0.05  # speed of the fastest joint [rad/s]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One episode through ROS.
+
+    Attributes:
+        seed: Its seed.
+        instruction: What the policy was told.
+        success: Solved in time.
+        seconds: From enabling the policy to the end [s].
+        window: When the command stream counts [ns].
+    """
+
+    seed: int
+    instruction: str
+    success: bool
+    seconds: float
+    window: Window
+
+
+def build_report(
+    options: Mapping[str, Any],
+    episodes: Sequence[Episode],
+    windows: Sequence[Window],
+    policy: Mapping[str, str],
+    bag: Path,
+    topic: str,
+    killed: int | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ``ros.json`` and ``details.json`` contain.
+
+    Times come from the bag, latencies and interventions from the policy's diagnostics.
+
+    Args:
+        options: Of `RosDemoConfig`.
+        episodes: Finished episodes.
+        windows: When the command stream ran [ns].
+        policy: Last diagnostics of the policy node.
+        bag: What was recorded.
+        topic: Of the commands.
+        killed: When the policy node was killed [ns].
+    """
+    timing = command_timing(sent_times(bag, topic), windows, 1.0 / COMMAND_RATE)
+    solved = sum(episode.success for episode in episodes)
+    seam, inner = number(policy, "seam_step_max"), number(policy, "inner_step_max")
+    holds, clamps = counts(policy, "holds"), counts(policy, "clamps")
+    holds.pop("disabled", None)  # between episodes, on request
+    report = {
+        "command_rate_hz": round(timing.rate, 2),
+        "missed_ticks_fraction": round(timing.missed, 5),
+        "jitter_ms": {"p50": round(1e3 * timing.jitter_p50, 3), "p99": round(1e3 * timing.jitter_p99, 3)},
+        "episodes": len(episodes),
+        "success_rate": round(solved / len(episodes), 4),
+        "success_ci95": [round(bound, 4) for bound in wilson_interval(solved, len(episodes))],
+        "seam_step_ratio": round(seam / inner, 3) if seam is not None and inner else None,
+        "observation_to_command_ms": _percentiles(policy, "observation_to_command_ms", ("p50", "p99")),
+        "decode_ms": _percentiles(policy, "decode_ms", ("p50", "p95", "p99")),
+        "holds": sum(holds.values()),
+        "clamps": sum(clamps.values()),
+    }
+    details = {
+        "holds_by_reason": holds,
+        "clamps_by_kind": clamps,
+        "commands": timing.commands,
+        "longest_gap_ms": round(1e3 * timing.longest, 2),
+        "beyond_decode_ms": _percentiles(policy, "beyond_decode_ms", ("p50", "p99")),
+        "forwards_mean": number(policy, "forwards_mean"),
+        "exit_reasons": policy.get("exit_reasons", ""),
+        "deadline_misses": number(policy, "deadline_misses"),
+        "late_chunks": number(policy, "late_chunks"),
+        "starved": number(policy, "starved"),
+        "scheduling": policy.get("scheduling", ""),
+        "rest_after_kill_ms": None
+        if killed is None
+        else rest_after(((sent, m) for _, sent, m in read_messages(bag, ["/joint_states"])), killed),
+        "config": dict(options),
+        "per_episode": [{k: v for k, v in asdict(one).items() if k != "window"} for one in episodes],
+    }
+    return report, details
+
+
+def rest_after(states: Iterable[tuple[int, Any]], moment: int) -> float | None:
+    """Time from `moment` [ns] to the last joint state in which an arm joint still moves [ms]; None if it never rests.
+
+    Args:
+        states: (time of sending [ns], joint state) in order.
+        moment: [ns].
+    """
+    moving, resting = 0.0, False
+    for sent, state in states:
+        if sent >= moment:
+            resting = max(abs(speed) for speed in state.velocity) <= _RESTING
+            moving = moving if resting else 1e-6 * (sent - moment)
+    return round(moving, 1) if resting else None
+
+
+def _percentiles(policy: Mapping[str, str], name: str, shares: Sequence[str]) -> dict[str, float | None]:
+    return {share: number(policy, f"{name}_{share}") for share in shares}
+
+
+def console_table(report: Mapping[str, Any], details: Mapping[str, Any]) -> Table:
+    """The main numbers for the terminal."""
+    low, high = report["success_ci95"]
+    solved = round(report["success_rate"] * report["episodes"])
+    latency, decode, jitter = report["observation_to_command_ms"], report["decode_ms"], report["jitter_ms"]
+    table = Table(show_header=False)
+    rows = [
+        ("success", f"{solved} of {report['episodes']}  [{100 * low:.0f} %, {100 * high:.0f} %]"),
+        ("command rate", f"{report['command_rate_hz']:.2f} Hz of {COMMAND_RATE:.0f}"),
+        ("missed ticks", f"{100 * report['missed_ticks_fraction']:.2f} %"),
+        ("jitter p50 / p99", f"{jitter['p50']:.2f} / {jitter['p99']:.2f} ms"),
+        ("decode p50 / p95 / p99", f"{_ms(decode, 'p50', 'p95', 'p99')} ms"),
+        ("observation to command p50 / p99", f"{_ms(latency, 'p50', 'p99')} ms"),
+        ("the same without decoding", f"{_ms(details['beyond_decode_ms'], 'p50', 'p99')} ms"),
+        ("joint step at seams / inside chunks", f"{report['seam_step_ratio'] or '-'}"),
+        (
+            "ticks held, by reason",
+            ", ".join(f"{k} {v}" for k, v in details["holds_by_reason"].items()) or "0",
+        ),
+        ("commands clamped", ", ".join(f"{k} {v}" for k, v in details["clamps_by_kind"].items()) or "0"),
+        ("scheduling of the command stream", details["scheduling"]),
+    ]
+    if details["config"]["kill"]:
+        rest = details["rest_after_kill_ms"]
+        rows.append(("killed: arm at rest after", "never" if rest is None else f"{rest:.0f} ms"))
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _ms(values: Mapping[str, float | None], *shares: str) -> str:
+    return " / ".join("-" if values[share] is None else f"{values[share]:.1f}" for share in shares)

@@ -1,0 +1,190 @@
+"""``ceed-vla ros-demo``: episodes of the simulated robot under the policy node, two processes, without ROS tools."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ceed_vla.checkpoint_files import resolve_checkpoint
+from ceed_vla.discovery import discovered
+from ceed_vla.errors import ConfigError, NodeError
+from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
+from ros_nodes.demo.report import COMMAND_RATE, Episode, build_report, console_table
+from ros_nodes.demo.run_metrics import Window
+from sim.environment import EVALUATION_SEEDS
+from sim.evaluate import default_console
+from sim.tabletop import MAX_EPISODE_STEPS
+from sim.tabletop.env import CTRL_DT
+from sim.tabletop.tasks import SPLITS, TASKS
+
+if TYPE_CHECKING:
+    from ros_nodes.demo.session import Session
+
+_SETTLE = 0.3  # after a reset, until the policy has seen the new scene [s]
+_DIAGNOSED = 1.2  # until the next diagnostics, which come once a second [s]
+_MOVING = 0.3  # speed of the fastest joint [rad/s]
+_DECAY = 1.5  # after the policy node was killed, until the arm must have come to rest [s]
+
+
+@dataclass
+class RosDemoConfig:
+    """Run the simulated robot and the policy node as two processes and measure what passes between them.
+
+    Writes ros.json, details.json (more numbers and every episode), bag.mcap (for Foxglove) and both nodes' output.
+
+    Attributes:
+        episodes: Number of episodes.
+        seed: First seed; the same seeds give the same scenes as in ``ceed-vla eval``.
+        checkpoint: Checkpoint folder, or student or teacher for the shipped ones.
+        output_dir: Folder for the results.
+        task: A task family, or "mixed" for the episode's own.
+        split: Colour and phrase combinations.
+        action_interface: How commands reach the arm, one of launch/config/tabletop_robot.yaml.
+        decoding: How the checkpoint decodes: ceed, jacobi, ar, cap2, ...
+        inference_delay: Slows every chunk, to see that the command rate does not depend on it [s].
+        stream_seconds: Afterwards the command stream is measured for so long without a pause [s].
+        kill: At the end, kill the policy node (SIGKILL) in mid-motion and measure how soon the arm rests.
+        max_episode_steps: Control steps of 0.1 s after which an episode counts as failed.
+        domain: ROS domain; -1 picks one, so that runs side by side do not meet.
+    """
+
+    episodes: int = ranged(10, "[1, 10000]")
+    seed: int = ranged(EVALUATION_SEEDS, SEEDS)
+    checkpoint: str = "student"
+    output_dir: str = "outputs/ros-demo"
+    task: str = chosen("mixed", ("mixed", *TASKS))
+    split: str = chosen("train", SPLITS)
+    action_interface: str = "forward_position"
+    decoding: str = "ceed"
+    inference_delay: float = ranged(0.0, "[0, 5]")
+    stream_seconds: float = ranged(0.0, "[0, 3600]")
+    kill: bool = False
+    max_episode_steps: int = ranged(MAX_EPISODE_STEPS, "[1, 10000]")
+    domain: int = ranged(-1, "[-1, 101]")
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--")
+
+
+def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str, Any]:
+    """Run the demonstration.
+
+    Args:
+        config: Options.
+        console: Where progress and the table go; the terminal if None.
+
+    Returns:
+        The content of ``ros.json``.
+
+    Raises:
+        ConfigError: ROS is not installed, or the robot has no such action interface.
+        CheckpointError: No such checkpoint.
+        NodeError: A node ended, refused a request or did not answer.
+    """
+    try:
+        from ros_nodes.demo.session import Session
+        from ros_nodes.robot.robot_file import load_robot_config
+    except ImportError as error:
+        raise ConfigError(f"ros-demo needs ROS 2; install ceed_vla[ros2] ({error}).") from error
+    console = console or default_console()
+    folder = Path(config.output_dir)
+    interface = load_robot_config().interface(config.action_interface)
+    policy = {
+        "checkpoint": str(resolve_checkpoint(config.checkpoint)),
+        "discover_packages": ",".join(discovered()),
+        "action_interface": config.action_interface,
+        "decoding": config.decoding,
+        "inference_delay": config.inference_delay,
+        "command_rate": COMMAND_RATE,
+    }
+    domain = config.domain if config.domain >= 0 else 1 + os.getpid() % 99
+    reach = os.environ.get("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    console.print(f"Starting simulated robot and policy node (ROS domain {domain}, discovery {reach}).")
+    with Session(
+        folder,
+        domain,
+        interface,
+        policy_arguments=ros_arguments(policy),
+        sim_arguments=ros_arguments({"split": config.split}),
+    ) as session:
+        session.wait_until_ready()
+        episodes = [
+            _run_episode(session, config, config.seed + index, console) for index in range(config.episodes)
+        ]
+        windows = [episode.window for episode in episodes]
+        if config.stream_seconds:
+            windows.append(_stream(session, config, console))
+        session.spin(_DIAGNOSED)
+        values = dict(session.policy)
+        killed = _kill_in_motion(session, config, console) if config.kill else None
+    bag = folder / "bag.mcap"
+    report, details = build_report(
+        asdict(config), episodes, windows, values, bag, f"/{interface.topic}", killed
+    )
+    for name, content in (("ros", report), ("details", details)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    console.print(console_table(report, details))
+    console.print(f"Written: {folder / 'ros.json'}, {bag}", soft_wrap=True, highlight=False)
+    return report
+
+
+def ros_arguments(parameters: Mapping[str, Any]) -> list[str]:
+    """Parameters as words behind ``--ros-args``. Texts are quoted: ROS reads values as YAML."""
+    return [
+        word
+        for name, value in parameters.items()
+        for word in ("-p", f"{name}:={json.dumps(value) if isinstance(value, str) else value}")
+    ]
+
+
+def _begin(session: Session, config: RosDemoConfig, seed: int) -> str:
+    """Draw a scene with the arm held, then let the policy act; returns the instruction."""
+    instruction = session.reset_episode(seed, config.task)
+    session.spin(_SETTLE)
+    session.enable(True)
+    return instruction
+
+
+def _run_episode(session: Session, config: RosDemoConfig, seed: int, console: Console) -> Episode:
+    """Let the policy act until success or the time limit."""
+    session.enable(False)
+    instruction = _begin(session, config, seed)
+    start, began = time.monotonic(), time.time_ns()
+    success = session.spin(config.max_episode_steps * CTRL_DT, until=lambda: session.solved)
+    seconds, ended = time.monotonic() - start, time.time_ns()
+    session.enable(False)
+    console.print(f"  {seed}  {'solved' if success else 'failed':<7}{seconds:5.1f} s  {instruction}")
+    return Episode(seed, instruction, success, round(seconds, 2), (began, ended))
+
+
+def _stream(session: Session, config: RosDemoConfig, console: Console) -> Window:
+    """Let the policy act for a time, whatever it achieves."""
+    _begin(session, config, config.seed)
+    began = time.time_ns()
+    session.spin(config.stream_seconds)
+    ended = time.time_ns()
+    session.enable(False)
+    console.print(f"  commands streamed for {config.stream_seconds:.0f} s")
+    return began, ended
+
+
+def _kill_in_motion(session: Session, config: RosDemoConfig, console: Console) -> int:
+    """Kill the policy node while the arm moves; when [ns].
+
+    Raises:
+        NodeError: The arm did not move.
+    """
+    _begin(session, config, config.seed)
+    if not session.spin(5.0, until=lambda: session.speed > _MOVING):
+        raise NodeError("The arm did not move within 5 s, so nothing was killed.")
+    moment = session.kill_policy()
+    session.spin(10.0 * _DECAY, until=lambda: session.heard > moment + 1e9 * _DECAY)
+    console.print("  policy node killed in mid-motion")
+    return moment

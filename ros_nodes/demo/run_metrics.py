@@ -1,0 +1,91 @@
+"""What a run was like for the robot: command rate, missed ticks, jitter, from the times at which commands were sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ceed_vla.errors import ConfigError
+from ros_nodes.robot.loop_statistics import MISSED
+
+Window = tuple[int, int]  # first and last moment [ns]
+
+
+@dataclass(frozen=True)
+class CommandTiming:
+    """How steadily commands came.
+
+    Attributes:
+        commands: Number of commands in the windows.
+        rate: Commands per second [Hz].
+        missed: Intervals longer than 1.5 periods, as a share of all.
+        jitter_p50: Median of |interval - period| [s].
+        jitter_p99: 99th percentile of |interval - period| [s].
+        longest: Longest interval [s].
+    """
+
+    commands: int
+    rate: float
+    missed: float
+    jitter_p50: float
+    jitter_p99: float
+    longest: float
+
+
+def command_timing(
+    sent: Sequence[int] | NDArray[np.int64], windows: Sequence[Window], period: float
+) -> CommandTiming:
+    """Timing of a command stream inside windows; the pauses between windows do not count.
+
+    Args:
+        sent: Times of sending [ns], in any order.
+        windows: When the stream should have run.
+        period: Between two commands [s].
+
+    Raises:
+        ConfigError: No window has two commands.
+    """
+    if not period > 0.0:
+        raise ConfigError(f"The period is {period} s; it must be more than 0.")
+    times = np.sort(np.asarray(sent, dtype=np.int64))
+    parts = [times[(times >= start) & (times <= end)] for start, end in windows]
+    intervals = np.concatenate([np.diff(part) for part in parts]) * 1e-9 if parts else np.zeros(0)
+    if not len(intervals):
+        raise ConfigError(f"{len(times)} commands in {len(windows)} windows make no interval to measure.")
+    jitter = np.abs(intervals - period)
+    return CommandTiming(
+        commands=sum(len(part) for part in parts),
+        rate=float(len(intervals) / intervals.sum()),
+        missed=float(np.mean(intervals > MISSED * period)),
+        jitter_p50=float(np.percentile(jitter, 50)),
+        jitter_p99=float(np.percentile(jitter, 99)),
+        longest=float(intervals.max()),
+    )
+
+
+def status_values(message: Any, key: str) -> dict[str, str] | None:
+    """Key -> value of the status in a DiagnosticArray that has `key`; None if none has."""
+    for status in message.status:
+        values = {value.key: value.value for value in status.values}
+        if key in values:
+            return values
+    return None
+
+
+def number(values: Mapping[str, str], key: str) -> float | None:
+    """A value as a number; None if it is absent or says that there is none yet."""
+    try:
+        return float(values[key])
+    except (KeyError, ValueError):
+        return None
+
+
+def counts(values: Mapping[str, str], name: str) -> dict[str, int]:
+    """The counters ``<name>.<kind>`` that are not 0, by kind."""
+    prefix = f"{name}."
+    found = {key.removeprefix(prefix): int(value) for key, value in values.items() if key.startswith(prefix)}
+    return {kind: count for kind, count in found.items() if count}

@@ -1,0 +1,249 @@
+"""Simulated robot and policy node as two processes, driven through their topics and services alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
+from rcl_interfaces.srv import SetParameters
+from rclpy.context import Context
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.parameter import Parameter
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import Image, JointState
+from std_msgs.msg import Bool, Float64MultiArray, String
+from std_srvs.srv import SetBool, Trigger
+
+from ceed_vla.errors import NodeError
+from ros_nodes.demo.bag import BagWriter, record
+from ros_nodes.demo.run_metrics import status_values
+from ros_nodes.robot.interfaces.base import ActionInterface
+from ros_nodes.robot.messages import COMMAND, LATCHED
+
+START_TIMEOUT = 90.0  # until both nodes answer; the policy loads its weights meanwhile [s]
+CALL_TIMEOUT = 10.0  # [s]
+_KEPT = 1000  # messages that a slow recorder may fall behind
+
+
+class Session:
+    """Two node processes in a ROS domain of their own, and a bag of what they say.
+
+    They stay on this machine unless the environment says otherwise.
+
+    Args:
+        folder: Where their output ("sim.log", "policy.log") and "bag.mcap" go.
+        domain: ROS domain.
+        interface: Action interface of the policy node, whose commands are recorded.
+        policy_arguments: Further ``--ros-args`` of the policy node.
+        sim_arguments: Further ``--ros-args`` of the simulated robot.
+
+    Attributes:
+        bag: What was recorded.
+        policy: Newest diagnostics of the policy node, key -> value.
+        speed: Of the fastest joint [rad/s].
+        heard: Stamp of the newest joint state [ns]; a busy recorder is behind.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        domain: int,
+        interface: ActionInterface,
+        policy_arguments: list[str],
+        sim_arguments: list[str],
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Read by rclpy.init, here and in the children.
+        os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+        self.policy: dict[str, str] = {}
+        self.speed, self.heard = 0.0, 0
+        self._folder, self._domain = folder, domain
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._solved: list[bool] = []
+        self._context = Context()
+        rclpy.init(args=[], context=self._context, domain_id=domain)
+        self._node = rclpy.create_node("demo", context=self._context)
+        self._executor = SingleThreadedExecutor(context=self._context)
+        self._executor.add_node(self._node)
+        self.bag = BagWriter(folder / "bag.mcap")
+        self._subscribe(interface)
+        self._start("sim", "ros_nodes.simulated.sim_node", sim_arguments)
+        arguments = ["-p", "autostart:=true", "-p", "start_enabled:=false", *policy_arguments]
+        self._start("policy", "ros_nodes.robot.policy_node", arguments)
+
+    def _subscribe(self, interface: ActionInterface) -> None:
+        sensor = QoSProfile(depth=_KEPT, reliability=ReliabilityPolicy.BEST_EFFORT)
+        command = QoSProfile(depth=_KEPT)
+        topics = {
+            "/front/image_raw": (Image, sensor),
+            "/wrist/image_raw": (Image, sensor),
+            "/joint_states": (JointState, command),
+            "/gripper_controller/commands": (Float64MultiArray, command),
+            "/policy/instruction": (String, LATCHED),
+            "/sim/success": (Bool, LATCHED),
+            "/diagnostics": (DiagnosticArray, command),
+        }
+        topics[f"/{interface.topic}"] = (interface.message_type, command)
+        for name, (kind, qos) in topics.items():
+            record(self._node, self.bag, name, kind, qos)
+        self._node.create_subscription(Bool, "/sim/success", self._on_success, LATCHED)
+        self._node.create_subscription(JointState, "/joint_states", self._on_joint_states, COMMAND)
+        self._node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, COMMAND)
+
+    def _on_success(self, message: Bool) -> None:
+        self._solved.append(message.data)
+
+    def _on_joint_states(self, message: JointState) -> None:
+        self.speed = max(map(abs, message.velocity), default=0.0)
+        self.heard = 10**9 * message.header.stamp.sec + message.header.stamp.nanosec
+
+    def _on_diagnostics(self, message: DiagnosticArray) -> None:
+        self.policy = status_values(message, "action_interface") or self.policy
+
+    def _start(self, name: str, module: str, arguments: list[str]) -> None:
+        environment = os.environ | {"ROS_DOMAIN_ID": str(self._domain)}
+        with (self._folder / f"{name}.log").open("wb") as output:
+            self._processes[name] = subprocess.Popen(
+                [sys.executable, "-m", module, "--ros-args", *arguments],
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches this process only, which ends them in order
+            )
+
+    # ------------------------------------------------------------------ what the user of a session calls
+
+    def wait_until_ready(self) -> None:
+        """Return when both nodes answer and the policy is loaded.
+
+        Raises:
+            NodeError: A node ended, or is not ready in time.
+        """
+        self._wait(lambda: self.policy.get("state") not in (None, "configuring"), "policy", START_TIMEOUT)
+        if self.policy["state"] in ("unconfigured", "inactive"):
+            raise NodeError(
+                f"The policy node does not start: {self.policy.get('hold_reason') or self.policy['state']}"
+            )
+
+    def enable(self, on: bool) -> None:
+        """Let the policy move the arm, or make it hold.
+
+        Raises:
+            NodeError: It refuses.
+        """
+        end = time.monotonic() + CALL_TIMEOUT
+        response = self._call("/policy/enable", SetBool, SetBool.Request(data=on))
+        while response.message.startswith("stale") and time.monotonic() < end:  # on a busy machine
+            self.spin(0.1)
+            response = self._call("/policy/enable", SetBool, SetBool.Request(data=on))
+        if not response.success:
+            raise NodeError(f"The policy node does not {'enable' if on else 'disable'}: {response.message}")
+
+    def reset_episode(self, seed: int, task: str) -> str:
+        """Draw a scene in the simulation; returns the instruction.
+
+        Raises:
+            NodeError: The simulation refuses.
+        """
+        parameters = [
+            Parameter(name, value=value).to_parameter_msg()
+            for name, value in (("seed", seed), ("task", task))
+        ]
+        request = SetParameters.Request(parameters=parameters)
+        for result in self._call("/sim/set_parameters", SetParameters, request).results:
+            if not result.successful:
+                raise NodeError(f"The simulation refuses the episode: {result.reason}")
+        self._solved.clear()
+        response = self._call("/sim/reset_episode", Trigger, Trigger.Request())
+        if not response.success:
+            raise NodeError(f"The simulation does not reset: {response.message}")
+        return str(response.message)
+
+    @property
+    def solved(self) -> bool:
+        """Whether the simulation has reported success since the last reset."""
+        return any(self._solved)
+
+    def spin(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
+        """Record for a time [s] or until a condition holds; returns whether it does.
+
+        Raises:
+            NodeError: A node has ended.
+        """
+        end = time.monotonic() + seconds
+        while not (reached := until()) and (left := end - time.monotonic()) > 0.0:
+            self._check_processes()
+            self._executor.spin_once(timeout_sec=min(left, 0.2))
+        return reached
+
+    def kill_policy(self) -> int:
+        """End the policy node without notice (SIGKILL); returns when [ns since the epoch]."""
+        process = self._processes.pop("policy")
+        moment = time.time_ns()
+        process.kill()
+        process.wait()
+        return moment
+
+    def close(self) -> None:
+        """End both nodes, then the bag. May be called twice."""
+        for name in reversed(self._processes):  # the policy first: the arm comes to rest
+            process = self._processes[name]
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(5.0)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+        self._processes.clear()
+        self.bag.close()
+        if self._context.ok():
+            self._executor.shutdown()
+            self._node.destroy_node()
+            rclpy.try_shutdown(context=self._context)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ internals
+
+    def _call(self, service: str, kind: Any, request: Any) -> Any:
+        client = self._node.create_client(kind, service)
+        try:
+            self._wait(client.service_is_ready, f"service {service}", CALL_TIMEOUT)
+            future = client.call_async(request)
+            self._wait(future.done, f"answer of {service}", CALL_TIMEOUT)
+            return future.result()
+        finally:
+            self._node.destroy_client(client)
+
+    def _wait(self, until: Callable[[], bool], what: str, timeout: float) -> None:
+        if not self.spin(timeout, until):
+            raise NodeError(f"No {what} after {timeout:.0f} s. {self._last_words('sim', 'policy')}")
+
+    def _check_processes(self) -> None:
+        for name, process in self._processes.items():
+            if process.poll() is not None:
+                raise NodeError(
+                    f"The {name} node ended with code {process.returncode}. {self._last_words(name)}"
+                )
+
+    def _last_words(self, *names: str) -> str:
+        """The last line that each node printed, and where the rest is."""
+        lines = []
+        for name in names:
+            path = self._folder / f"{name}.log"
+            text = path.read_text(errors="replace").strip().splitlines()
+            lines.append(f"{path}: {text[-1] if text else '(empty)'}")
+        return "Last lines: " + "; ".join(lines)

@@ -1,0 +1,1 @@
+"""What drives a robot: the policy node, its safety and interfaces. Imports nothing of the simulator."""

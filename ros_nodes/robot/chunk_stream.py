@@ -1,0 +1,353 @@
+"""Joins action chunks into one stream of steps: token real-time chunking, free of clocks, threads and ROS.
+
+While a chunk runs, the next one is decoded, from the newest observation that is still in time for the step at which it
+shall take over. The steps that are consumed before it is ready are its *frozen prefix*, so the new chunk agrees with
+the running one up to there:
+
+    running chunk     | 0 1 2 3 4 5 6 7 |
+    request in step 1       ^                    the answer is expected to take 2.3 steps
+    next chunk                | 0 1 2 3 4 5 6 7 |      0, 1 = steps 2, 3 of the running one
+                                    ^ takes over here, after `replan_steps` 4; the rest is decoded
+
+An answer that takes less than the rest of the running step freezes nothing. The delay is measured on the step grid, in
+steps that were consumed between request and answer, so it needs no clock.
+
+A node calls, whenever it might ask::
+
+    plan = stream.plan(remaining, wait)      # None: the next observation will do
+    if plan and not worker.submit(request(plan)):
+        stream.cancel(plan.id)
+
+``stream.offer(response.id, ..., remaining)`` or ``stream.cancel(response.id)`` as answers arrive, and at every
+boundary of the step grid ``stream.target()``, which consumes one step. `remaining` is the time until then, in steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ceed_vla.errors import ConfigError
+
+_DELAYS = 32  # answers that the expected delay looks back on
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A chunk to ask for.
+
+    Attributes:
+        id: Names the request; the answer repeats it.
+        previous: Tokens (n,) int64 of the running chunk for the warm start; None without one.
+        shift_steps: Steps of `previous` that are consumed.
+        frozen_steps: Steps that will be consumed before the answer is expected: the first ones of the new chunk, equal
+            to the next ones of `previous`. 0 if nothing runs.
+        deadline_s: Time until the answer is needed, from the request on [s]; None if nothing runs.
+    """
+
+    id: int
+    previous: NDArray[np.int64] | None
+    shift_steps: int
+    frozen_steps: int
+    deadline_s: float | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one step of the grid does.
+
+    Attributes:
+        source: "chunk", or why there is no action and the arm holds: "stopped" (not started), "waiting" (for the
+            first chunk) or "starved" (the running chunk ended before the next one came).
+        action: (A,) of the step; None unless `source` is "chunk".
+        chunk_id: The plan that the action comes from; None without one.
+        index: Step of that chunk.
+        seam: Whether this is the first step taken from its chunk.
+    """
+
+    source: str
+    action: NDArray[np.float32] | None = None
+    chunk_id: int | None = None
+    index: int = -1
+    seam: bool = False
+
+
+@dataclass
+class StreamCounters:
+    """What happened since construction.
+
+    Attributes:
+        planned: Chunks asked for.
+        switched: Chunks that took over.
+        late: Chunks that took over after more steps than were frozen: their seam may jump.
+        missed: Chunks that arrived when all their steps were past.
+        stale: Answers that nobody waited for any more.
+        cancelled: Requests without an answer.
+        starved: Steps held because the running chunk had ended.
+        waited: Steps held before the first chunk.
+    """
+
+    planned: int = 0
+    switched: int = 0
+    late: int = 0
+    missed: int = 0
+    stale: int = 0
+    cancelled: int = 0
+    starved: int = 0
+    waited: int = 0
+
+
+class ChunkStream:
+    """Which action each step executes, when the next chunk is due, and how many steps it will take.
+
+    Args:
+        chunk_steps: Steps ``m`` of a chunk.
+        replan_steps: Steps ``h`` after which the next chunk is due, in [1, m].
+        action_dt: Duration of a step [s].
+        delay_steps: First estimate of the steps consumed between a request and its answer, at least 0.
+        least_lead: Steps before a boundary after which no request can be sent for it any more.
+
+    Attributes:
+        grace: Share of a step that an answer may come too late and still replace it (`redo`), in [0, 1).
+        margin: Time between an answer and the boundary that needs it [s].
+        quantile: Of the delays of the last answers, which is expected of the next one, in (0, 1].
+
+    Raises:
+        ConfigError: More steps than a chunk has, or none.
+    """
+
+    _running: _Chunk | None
+    _pending: _Pending | None
+    _arrived: _Chunk | None
+    _seam: bool
+    grace, margin, quantile = 0.3, 0.001, 0.5
+
+    def __init__(
+        self,
+        chunk_steps: int,
+        replan_steps: int,
+        action_dt: float,
+        *,
+        delay_steps: float = 1.0,
+        least_lead: float = 0.0,
+    ) -> None:
+        if chunk_steps < 1 or not 1 <= replan_steps <= chunk_steps:
+            raise ConfigError(
+                f"replan_steps is {replan_steps} for chunks of {chunk_steps} steps; "
+                f"it must lie in [1, {max(chunk_steps, 1)}]."
+            )
+        self.chunk_steps, self.replan_steps, self.action_dt = chunk_steps, replan_steps, action_dt
+        self.counters = StreamCounters()
+        self._least_lead = least_lead
+        self._first_delay = delay_steps
+        self._delays: deque[float] = deque(maxlen=_DELAYS)
+        self._ids = itertools.count(1)
+        self._started = False
+        self._forget()
+
+    @property
+    def started(self) -> bool:
+        """Whether the stream is started."""
+        return self._started
+
+    @property
+    def pending(self) -> int | None:
+        """Id of the plan that is waited for."""
+        return self._pending.plan.id if self._pending else None
+
+    @property
+    def arrived(self) -> bool:
+        """Whether its answer is here."""
+        return self._arrived is not None
+
+    @property
+    def delay_steps(self) -> float:
+        """Steps that the next answer is expected to take."""
+        if not self._delays:
+            return self._first_delay
+        ordered = sorted(self._delays)
+        return ordered[math.ceil(self.quantile * len(ordered)) - 1]  # the smallest that covers the quantile
+
+    @property
+    def lead(self) -> float:
+        """Steps before a boundary by which a request must be sent to be answered in time."""
+        return max(self.delay_steps + self.margin / self.action_dt, self._least_lead)
+
+    def start(self) -> None:
+        """Begin without a chunk: hold until the first one arrives, and ask for it at once."""
+        self._forget()
+        self._started = True
+
+    def stop(self) -> None:
+        """Forget the running chunk and any answer under way; hold until `start`."""
+        self._forget()
+        self._started = False
+
+    def preempt(self) -> None:
+        """Ask for a new chunk at once and ignore the answer under way: the instruction changed."""
+        self._pending = self._arrived = None
+        self._replan_now = True
+
+    def plan(self, remaining: float = 0.0, wait: float = 0.0) -> Plan | None:
+        """The chunk to ask for now, or None if none is due.
+
+        Args:
+            remaining: Steps until the next one is consumed, at most 1 as a rule.
+            wait: Steps until the next chance to ask, with a newer observation.
+        """
+        if not self._started or self._pending is not None:
+            return None
+        index, left = self._position()
+        lead = self.lead
+        frozen = max(math.ceil(lead - remaining - 1e-9), 0)  # steps that are consumed until it is ready
+        if left and not self._replan_now:
+            frozen = max(frozen, self.replan_steps - index)
+            # What is frozen must be there, and the answer must come before the running chunk ends.
+            if min(frozen, left) + remaining - lead >= wait:
+                return None
+        # At least one step of the new chunk must be left to decode.
+        frozen = min(frozen, left, self.chunk_steps - 1)
+        running = self._running
+        plan = Plan(
+            id=next(self._ids),
+            previous=running.tokens if running else None,
+            shift_steps=index,
+            frozen_steps=frozen if running and running.tokens is not None else 0,
+            deadline_s=(frozen + remaining + self.grace) * self.action_dt - self.margin if left else None,
+        )
+        self._pending = _Pending(plan, self._consumed, self._boundaries + 1 - remaining, frozen)
+        self._replan_now = False
+        self.counters.planned += 1
+        return plan
+
+    def cancel(self, plan_id: int) -> None:
+        """The request was not sent, or failed: it is due again at once."""
+        if self._pending is not None and self._pending.plan.id == plan_id:
+            self._pending = None
+            self._replan_now = True
+            self.counters.cancelled += 1
+
+    def offer(
+        self,
+        plan_id: int,
+        actions: NDArray[np.float32],
+        tokens: NDArray[np.int64] | None = None,
+        remaining: float = 0.0,
+    ) -> bool:
+        """Take an answer; it takes over at the next boundary.
+
+        Args:
+            plan_id: Plan that it answers.
+            actions: (m, A).
+            tokens: (n,); None for policies without.
+            remaining: As in `plan`.
+
+        Returns:
+            False if nobody waits for it any more.
+
+        Raises:
+            ConfigError: Actions that are no finite (m, A).
+        """
+        if actions.ndim != 2 or len(actions) != self.chunk_steps or not np.isfinite(actions).all():
+            raise ConfigError(
+                f"The chunk has shape {actions.shape}, finite: {bool(np.isfinite(actions).all())}; "
+                f"expected ({self.chunk_steps}, A) finite actions."
+            )
+        if self._pending is None or self._arrived is not None or self._pending.plan.id != plan_id:
+            self.counters.stale += 1
+            return False
+        self._arrived = _Chunk(plan_id, actions, tokens, self._pending.consumed)
+        self._delays.append(max(self._boundaries + 1 - remaining - self._pending.position, 0.0))
+        return True
+
+    def target(self) -> Target:
+        """What the step that begins now does; consumes it."""
+        self._take_over()
+        self._boundaries += 1
+        if not self._started:
+            return Target("stopped")
+        if self._running is None:
+            self.counters.waited += 1
+            return Target("waiting")
+        index, left = self._position()
+        if not left:
+            self.counters.starved += 1
+            return Target("starved")
+        self._consumed += 1
+        seam, self._seam = self._seam, False
+        return Target("chunk", self._running.actions[index], self._running.id, index, seam)
+
+    def redo(self) -> Target | None:
+        """The step that began last, from a chunk that came too late for it by less than `grace`; None if none did."""
+        pending = self._pending
+        if self._arrived is None or pending is None or self._running is None:
+            return None
+        if self._consumed - pending.consumed != pending.frozen_steps + 1:
+            return None
+        self._consumed -= 1
+        self._boundaries -= 1
+        return self.target()
+
+    # ---- internals ----------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        self._running = self._pending = self._arrived = None
+        self._consumed = 0  # steps taken from chunks
+        self._boundaries = 0  # the same with the steps that were held
+        self._replan_now = self._seam = False
+
+    def _position(self) -> tuple[int, int]:
+        """Next step of the running chunk, and how many it has left."""
+        if self._running is None:
+            return 0, 0
+        index = min(self._consumed - self._running.start, self.chunk_steps)
+        return index, self.chunk_steps - index
+
+    def _take_over(self) -> None:
+        """Make the chunk that arrived the running one, at the step that is next in it."""
+        if self._arrived is None or self._pending is None:
+            return
+        pending, arrived = self._pending, self._arrived
+        self._pending = self._arrived = None
+        taken = self._consumed - pending.consumed
+        if taken >= self.chunk_steps:
+            self.counters.missed += 1
+            return
+        self.counters.switched += 1
+        self.counters.late += taken > pending.frozen_steps
+        self._running, self._seam = arrived, True
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A chunk whose step 0 is the step that was next when it was asked for.
+
+    `start` counts the steps consumed until then: steps that are held move nothing, so they do not count.
+    """
+
+    id: int
+    actions: NDArray[np.float32]
+    tokens: NDArray[np.int64] | None
+    start: int
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A request under way.
+
+    Attributes:
+        plan: What was asked for.
+        consumed: Steps that were consumed before.
+        position: Where on the step grid.
+        frozen_steps: Steps that are consumed until the answer is expected, whether the policy can freeze them or not.
+    """
+
+    plan: Plan
+    consumed: int
+    position: float
+    frozen_steps: int

@@ -1,0 +1,388 @@
+"""From observations to commands at a fixed rate, free of ROS and of clocks: the policy node's whole behaviour.
+
+Time is a grid of steps of ``action_dt``, each ``N`` ticks long. A step has one end target; the command of tick i of N
+lies on the straight line from the target before to this one, so commands stay continuous where one chunk follows
+another. As soon as `SafetyFilter` or an input objects, the arm holds and everything the policy had planned is dropped;
+it goes on from where it was held, or from where it is if nobody knew that meanwhile. A chunk is asked for with the last
+images that can still make the step at which it takes over, and `StepGrid` sees to it that these are fresh.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ceed_vla.errors import ConfigError
+from ros_nodes.robot.chunk_requests import ChunkRequests
+from ros_nodes.robot.chunk_stream import ChunkStream, Plan, Target
+from ros_nodes.robot.inference import InferenceWorker
+from ros_nodes.robot.loop_statistics import LoopStatistics
+from ros_nodes.robot.motion import Motion
+from ros_nodes.robot.observations import Observations
+from ros_nodes.robot.safety import JOINT_STATES, Decision, Hold, SafetyFilter
+from ros_nodes.robot.step_grid import SLEW, StepGrid
+from ros_nodes.robot.texts import instruction_problem
+
+Array = NDArray[np.float64]
+
+WAITING, STARVED = "waiting", "starved"
+# How long the last command is repeated while nobody knows where the arm is [s]: by hand nobody moves an arm and powers
+# it up again sooner. Afterwards it would leap back as its drives come on.
+BLIND_HOLD = 5.0
+_SPEECHLESS = ("act", "diffusion", "multi_task_dit", "tdmpc", "vqbet")  # policies that no instruction reaches
+
+
+class PolicyController:
+    """Streams a policy's actions.
+
+    Args:
+        observations: Inputs.
+        motion: Actions to joint targets.
+        safety: Judges every command.
+        stream: Joins chunks.
+        worker: A started policy.
+        command_rate: Ticks per second [Hz], a multiple of the steps per second.
+        instruction: What to do.
+        slew: See `StepGrid`.
+
+    Attributes:
+        statistics: What happened.
+        hold: Why the arm holds now; None in motion.
+        conflict: Set it to the reason why nothing may be sent now, though motion is enabled (another commander).
+        grid: When ticks come.
+
+    Raises:
+        ConfigError: A command rate that does not fit the steps.
+    """
+
+    def __init__(
+        self,
+        observations: Observations,
+        motion: Motion,
+        safety: SafetyFilter,
+        stream: ChunkStream,
+        worker: InferenceWorker,
+        *,
+        command_rate: float,
+        instruction: str = "",
+        slew: float = SLEW,
+    ) -> None:
+        self._observations, self._motion, self._safety = observations, motion, safety
+        self._stream, self._worker = stream, worker
+        self._rate = command_rate
+        self.grid = StepGrid(command_rate, ticks_per_step(command_rate, stream.action_dt), slew)
+        self.instruction = instruction
+        self._instruction_problem = instruction_problem(instruction)
+        self._needs_instruction = worker.spec.policy_type not in _SPEECHLESS
+        self.statistics = LoopStatistics(1.0 / command_rate)
+        self._requests = ChunkRequests(observations, motion, stream, worker, self.statistics)
+        self.hold: Hold | None = Hold("disabled", "not enabled")
+        self.conflict: str | None = None
+        self._enable_asked = False
+        self._enabled_at = -math.inf  # images from before are of another situation
+        self._silent = True
+        self._blind_since: float | None = None  # steady time since which nobody knows where the arm is
+        self._clock_fault: Hold | None = None
+        self._last_tick: float | None = None
+        self._boundary = False  # the step that runs is done, the next one waits for the answer that is due
+        self._start: Array = motion.joints  # where the step that runs starts, ...
+        self._start_part = 0  # ... and at which of its ticks
+        self._wanted: Array = motion.joints  # the last command before it was judged
+        self._before_step: tuple[Any, ...] = motion.save()
+        self._step_hold: Hold | None = None
+        self._seam = False
+
+    # ---- what operators do --------------------------------------------------------------------------------------
+
+    def enable(self, now: float, *, insist: bool = False) -> Hold | None:
+        """Allow motion from the measured pose on, with nothing planned; `now` is the clock's time [s].
+
+        Returns:
+            Why not, or None. With `insist` it is tried again at every tick until joint states come.
+        """
+        refused = self._safety.enable(self.ages(now)[JOINT_STATES])
+        self._enable_asked = insist and refused is not None and self._safety.stopped is None
+        if refused is None:
+            self._start_here(now, resumed=False)
+            self._requests.try_again()
+        return refused
+
+    def disable(self) -> None:
+        """Hold once, then send nothing until `enable`."""
+        self._enable_asked = False
+        self._safety.disable()
+        self._drop_plans()
+
+    def estop(self, reason: str) -> None:
+        """Latch the stop: hold until `reset`, then `enable`."""
+        self._enable_asked = False
+        self._safety.estop(reason)
+        self._drop_plans()
+
+    def reset(self) -> None:
+        """Unlatch the stop; motion stays disabled."""
+        self._safety.reset()
+
+    def instruct(self, instruction: str) -> None:
+        """Do something else from the next chunk on, which is asked for at once."""
+        if instruction != self.instruction:
+            self.instruction = instruction
+            self._instruction_problem = instruction_problem(instruction)
+            self._requests.try_again()
+            self._stream.preempt()
+
+    # ---- the loop -----------------------------------------------------------------------------------------------
+
+    def tick(self, now: float, clock: float) -> Decision | None:
+        """One command.
+
+        Args:
+            now: Steady time [s].
+            clock: Time of the messages' stamps [s].
+
+        Returns:
+            What to send; None to send nothing.
+        """
+        dt = now - self._last_tick if self._last_tick is not None else 1.0 / self._rate
+        self._last_tick = now
+        self._watch_clock(dt, clock)
+        self.grid.count(now, dt)
+        dt = max(dt, 1.0 / self._rate)  # a tick that only makes up for a late one is no faster motion
+        self.receive(now)
+        refused = self.enable(clock, insist=True) if self._enable_asked else None
+        hold = refused or self._objection()
+        if self._stays_silent(now, clock):
+            return self._fall_silent(dt, clock, hold)
+        decision = self._move(dt, clock, hold) if self._stream.started else self._wait(dt, clock, hold)
+        self.hold = self._cause(decision.hold)
+        if decision.positions is None:
+            return None
+        self.statistics.sent(now, decision.positions, self._seam)
+        self._seam = False
+        return self._without_old_gripper(decision)
+
+    def after_tick(self, now: float) -> None:
+        """What takes time and can wait until the command is sent: the next step, and asking for a chunk."""
+        if not self._stream.started:
+            return
+        if self.grid.part >= self.grid.ticks_per_step and not self._boundary:
+            if self._stream.pending is None or self._stream.arrived:
+                self._begin_step()
+            else:
+                self._boundary = True
+        if self._ask_if_due(now, self.grid.until_images(now)) is not None:
+            self.grid.delay()
+
+    def observed(self, now: float) -> None:
+        """An image has come; asks for the next chunk if the next images would come too late for it."""
+        if not self._observations.renewed():
+            return
+        self.grid.images_came(now)
+        if not self._stream.started:
+            return
+        wait = self.grid.until_images(now)
+        plan = self._ask_if_due(now, wait)
+        if plan is not None and plan.deadline_s is not None:
+            slack = plan.frozen_steps + self.grid.remaining(now) - self._stream.lead
+            self.grid.align(slack * self._stream.action_dt, wait)
+
+    def receive(self, now: float) -> None:
+        """Take the policy's answer if there is one; called as soon as it comes, so that its step begins in time."""
+        if self._requests.receive(now, self.grid.remaining(now)) and self._step_hold is not None:
+            self.grid.begin_now()  # nothing moves: the next step need not wait for its boundary
+            self._boundary = True
+        if not self._stream.arrived:
+            return
+        if self._boundary:
+            self._begin_step()
+        elif self.grid.part <= self._stream.grace * self.grid.ticks_per_step:
+            self._redo_step()
+
+    def ages(self, clock: float) -> dict[str, float | None]:
+        """Input -> age [s]."""
+        return self._observations.ages(clock)
+
+    def _watch_clock(self, dt: float, clock: float) -> None:
+        """After a step back, the stamps of the inputs are of a time that is still to come: wait for new ones."""
+        self._enabled_at = min(self._enabled_at, clock)
+        if dt <= 0.0:
+            self._clock_fault = Hold("clock", f"the clock went back by {-dt:.2f} s; waiting for new inputs")
+            self._observations.forget()
+            self._requests.try_again()
+            self._blind_since = None
+            self._drop_plans()
+        elif self._clock_fault is not None and None not in self.ages(clock).values():
+            self._clock_fault = None
+
+    def _cause(self, hold: Hold | None) -> Hold | None:
+        """What made an input stale, where that is known."""
+        if hold is None or hold.code != "stale":
+            return hold
+        return self._clock_fault or self._observations.fault or hold
+
+    def _pose_fault(self, clock: float) -> Hold | None:
+        return self._cause(self._safety.pose_fault(self.ages(clock)[JOINT_STATES]))
+
+    def _stays_silent(self, now: float, clock: float) -> bool:
+        """Whether nothing is sent. Out of silence, motion starts from wherever others moved the arm meanwhile.
+
+        So it does when joint states come back after a hold: no command follows from a pose of before.
+        """
+        known, blind_since = self._pose_fault(clock) is None, self._blind_since
+        if known:
+            self._blind_since = None
+        elif blind_since is None:
+            self._blind_since = now
+        elif now - blind_since > BLIND_HOLD:
+            return True
+        if self._safety.stopped is not None:
+            return self._silent  # an arm that was commanded is held; one that was left alone is left alone
+        if not self._safety.enabled or self.conflict is not None:
+            return True
+        if known and (self._silent or blind_since is not None):
+            self._safety.restart(self.ages(clock)[JOINT_STATES])
+            self._start_here(clock, resumed=not self._silent)
+            self._silent = False
+        return self._silent
+
+    def _start_here(self, clock: float, *, resumed: bool) -> None:
+        """Plan nothing, and start from the measured pose; what the gripper was told stays true if it is `resumed`."""
+        self._drop_plans()
+        self.statistics.paused()
+        joints, measured = self._observations.joints, self._safety.measured
+        assert measured is not None
+        self._motion.restart(measured, joints.opening if joints and not resumed else None)
+        self._enabled_at = clock
+
+    def _fall_silent(self, dt: float, clock: float, hold: Hold | None) -> Decision | None:
+        """The last command once more, so that a twist ends too; then nothing."""
+        if self._silent:
+            stopped = self._safety.stopped
+            self.hold = Hold("estop", f"emergency stop ({stopped})") if stopped is not None else None
+            if self._safety.enabled and self.conflict is None:
+                hold = self._pose_fault(clock) or hold
+            self.hold = self.hold or hold or Hold("disabled", "not enabled")
+            return None
+        self._silent = True
+        self._drop_plans()
+        self.statistics.paused()
+        decision = self._safety.command(
+            None, None, dt=dt, ages=self.ages(clock), hold=hold or Hold("disabled", "")
+        )
+        self.hold = self._cause(decision.hold)
+        if decision.positions is None or self.conflict is not None:
+            return None
+        return self._without_old_gripper(decision)
+
+    def _wait(self, dt: float, clock: float, hold: Hold | None) -> Decision:
+        """Hold with nothing planned; begin as soon as nobody objects."""
+        hold = hold or Hold(WAITING, "for the first chunk")
+        decision = self._safety.command(None, None, dt=dt, ages=self.ages(clock), hold=hold)
+        if decision.hold == hold and hold.code == WAITING and decision.positions is not None:
+            self._motion.resume(decision.positions)
+            self._start = self._wanted = decision.positions
+            self._stream.start()
+            self.grid.begin_now()
+        return decision
+
+    def _move(self, dt: float, clock: float, hold: Hold | None) -> Decision:
+        """The command of this tick."""
+        if self._boundary:
+            self._begin_step()  # with the running chunk: the answer is late
+        while self.grid.part > self.grid.ticks_per_step and self._stream.started:
+            self._begin_step()  # its first tick was missed
+        share = (self.grid.part - self._start_part) / (self.grid.ticks_per_step - self._start_part)
+        self._wanted = self._start + share * (self._motion.joints - self._start)
+        decision = self._safety.command(
+            self._wanted, self._motion.gripper, dt=dt, ages=self.ages(clock), hold=hold or self._step_hold
+        )
+        if decision.hold is not None and decision.hold is not self._step_hold:
+            self._drop_plans()  # after its own holds the stream goes on by itself
+            return decision
+        if decision.hold is None:
+            self._requests.commanded(clock)
+        return decision
+
+    def _begin_step(self) -> None:
+        """Take the action of the step that begins at the tick that was sent last."""
+        self._boundary = False
+        self.statistics.slips += self.grid.begin_step()
+        held = self._safety.last_command if self._step_hold is not None else None
+        self._start, self._start_part = self._motion.joints if held is None else held, 0
+        self._before_step = self._motion.save()
+        self._execute(self._stream.target())
+
+    def _redo_step(self) -> None:
+        """Let the answer that came just after the step had begun decide on the rest of it."""
+        target = self._stream.redo()
+        if target is not None:
+            self._motion.restore(self._before_step)
+            self._start, self._start_part = self._wanted, self.grid.part
+            self._execute(target)
+
+    def _execute(self, target: Target) -> None:
+        if target.action is None:
+            detail = (
+                "for the first chunk"
+                if target.source == WAITING
+                else "the chunk ended before the next one came"
+            )
+            error = self.statistics.last_error
+            code = self._requests.failure or target.source
+            self._step_hold = Hold(code, f"{detail} (last error: {error})" if error else detail)
+            return
+        self._step_hold, self._seam = None, target.seam
+        self._motion.advance(np.asarray(target.action, dtype=np.float64))
+        self._requests.executed(target)
+
+    def _ask_if_due(self, now: float, wait: float) -> Plan | None:
+        """Ask for the next chunk unless observations that come in `wait` [s] will do; the plan that was sent."""
+        return self._requests.ask_if_due(self.instruction, now, self.grid.remaining(now), wait)
+
+    def _objection(self) -> Hold | None:
+        """Why the arm must hold though the safety filter has no reason."""
+        if self.conflict is not None:
+            return Hold("conflict", self.conflict)
+        if self._worker.failed is not None:
+            return Hold("inference_failed", f"{self._worker.failed} Clean up and configure again.")
+        if self._observations.fault is not None:
+            return self._observations.fault
+        if self._needs_instruction and not self.instruction.strip():
+            return Hold("no_instruction", "publish one on ~/instruction or set the parameter instruction")
+        refused = self._instruction_problem or self._requests.refusal(self.instruction)
+        if refused is not None:
+            return Hold("bad_instruction", refused)
+        taken = self._observations.image_stamp
+        if taken is not None and taken < self._enabled_at:
+            return Hold(WAITING, "for images taken after motion was enabled")
+        return None
+
+    def _drop_plans(self) -> None:
+        self._stream.stop()
+        self._requests.drop()
+        self._step_hold = None
+        self._seam = self._boundary = False
+
+    def _without_old_gripper(self, decision: Decision) -> Decision:
+        """Without the gripper's command of an earlier motion, which the filter still knows."""
+        return decision if self._motion.gripper is not None else replace(decision, gripper=None)
+
+
+def ticks_per_step(command_rate: float, action_dt: float) -> int:
+    """Commands in one step of the policy.
+
+    Raises:
+        ConfigError: Not a whole number of them.
+    """
+    ticks = round(command_rate * action_dt)
+    if ticks < 1 or abs(ticks - command_rate * action_dt) > 1e-6:
+        near = max(ticks, 1) / action_dt
+        raise ConfigError(
+            f"command_rate is {command_rate:g} Hz; it must be a multiple of the {1 / action_dt:g} steps per second, "
+            f"such as {near:g}."
+        )
+    return ticks

@@ -1,0 +1,98 @@
+"""What the policy node tells an operator once a second on /diagnostics. docs/robots.md explains the keys."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from builtin_interfaces.msg import Time
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+
+from ros_nodes.robot.chunk_stream import ChunkStream
+from ros_nodes.robot.controller import STARVED, WAITING, PolicyController
+from ros_nodes.robot.safety import Hold, SafetyFilter
+from ros_nodes.robot.texts import short
+
+# Holds that are no fault of the robot or its inputs.
+HARMLESS = (WAITING, STARVED, "disabled", "no_instruction", "bad_instruction")
+
+
+def state_of(hold: Hold | None) -> str:
+    """One word for what an active node does: active, waiting, disabled, estopped or holding."""
+    if hold is None:
+        return "active"
+    return {WAITING: "waiting", "disabled": "disabled", "estop": "estopped"}.get(hold.code, "holding")
+
+
+def running_status(
+    controller: PolicyController, safety: SafetyFilter, stream: ChunkStream, now: float, clock: float
+) -> tuple[bytes, str, dict[str, Any]]:
+    """Level, message and values of an active node; `now` is steady time, `clock` the stamps' [s]."""
+    hold = controller.hold
+    if hold is None:
+        level, message = DiagnosticStatus.OK, "active"
+    else:
+        level = DiagnosticStatus.WARN if hold.code in HARMLESS else DiagnosticStatus.ERROR
+        message = short(f"{hold.code}: {hold.detail}")
+    values: dict[str, Any] = {
+        "state": state_of(hold),
+        "hold_reason": message if hold is not None else "",
+        "instruction": controller.instruction,
+        **{f"observation_age_s.{name}": age for name, age in controller.ages(clock).items()},
+        **_statistics(controller, now),
+        **{f"clamps.{kind}": count for kind, count in safety.clamps.items()},
+        "clamps": sum(safety.clamps.values()),
+        **{f"holds.{code}": count for code, count in safety.holds.items()},
+        "holds": sum(safety.holds.values()),
+        "chunks": stream.counters.switched,
+        "late_chunks": stream.counters.late + stream.counters.missed,
+        "starved": stream.counters.starved,
+        "delay_steps": stream.delay_steps,
+    }
+    return level, message, values
+
+
+def status_message(
+    name: str, hardware: str, level: bytes, message: str, values: dict[str, Any], stamp: Time
+) -> DiagnosticArray:
+    """The array to publish."""
+    status = DiagnosticStatus(level=level, name=name, message=message)
+    status.hardware_id = short(hardware)
+    status.values = [KeyValue(key=key, value=_text(value)) for key, value in values.items()]
+    array = DiagnosticArray(status=[status])
+    array.header.stamp = stamp
+    return array
+
+
+def _statistics(controller: PolicyController, now: float) -> dict[str, Any]:
+    numbers = controller.statistics
+    return {
+        "command_rate_hz": numbers.rate(now),
+        "ticks": numbers.ticks,
+        "missed_ticks": numbers.missed,
+        "slipped_steps": numbers.slips,
+        **{f"jitter_p{share}_ms": 1e3 * numbers.jitter.percentile(share) for share in (50, 99)},
+        **{f"decode_ms_p{share}": 1e3 * numbers.decode.percentile(share) for share in (50, 95, 99)},
+        **{
+            f"{name}_ms_p{share}": 1e3 * window.percentile(share)
+            for name, window in (
+                ("observation_to_command", numbers.to_command),
+                ("beyond_decode", numbers.beyond_decode),
+            )
+            for share in (50, 99)
+        },
+        "forwards_mean": numbers.forwards.mean,
+        "exit_reasons": " ".join(f"{reason}={count}" for reason, count in numbers.exit_reasons.items()),
+        "deadline_misses": numbers.deadline_misses,
+        "inference_errors": numbers.errors,
+        "last_inference_error": numbers.last_error,
+        "seam_step_max": numbers.seam_step,
+        "inner_step_max": numbers.inner_step,
+    }
+
+
+def _text(value: Any) -> str:
+    """Numbers with four digits, texts cut; "" for what is not known yet."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else short(value)

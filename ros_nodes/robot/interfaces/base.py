@@ -1,0 +1,96 @@
+"""What an action interface is, and the table of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from builtin_interfaces.msg import Time
+
+from ceed_vla.errors import ConfigError
+from ceed_vla.kinematics import Array
+from ros_nodes.robot.yaml_fields import Fields
+
+if TYPE_CHECKING:  # a robot that is commanded in joint positions needs no model
+    from ros_nodes.robot.kinematics import ModelArm
+
+INTERFACES: dict[str, type[ActionInterface]] = {}
+
+
+@dataclass(frozen=True)
+class CommandedArm:
+    """What an interface may want to know of the arm.
+
+    Attributes:
+        joints: Names of J joints, in the order of every array.
+        period: Time between commands [s].
+        low: (J,) lowest positions [rad].
+        high: (J,) highest positions [rad].
+        model: Kinematics; None without arm.model in the robot's file.
+    """
+
+    joints: tuple[str, ...]
+    period: float
+    low: Array
+    high: Array
+    model: ModelArm | None
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        positions: (J,) [rad].
+        velocities: (J,) from the last command to this one; zero on a hold [rad/s].
+        measured: (J,) [rad].
+        stamp: Now, as the messages' stamps count.
+    """
+
+    positions: Array
+    velocities: Array
+    measured: Array
+    stamp: Time
+
+
+class ActionInterface(ABC):
+    """How commands reach the arm: settings, message and topic of one kind of controller.
+
+    Args:
+        settings: What the robot's file has below ``interfaces.<name>``; a key that nobody takes is refused.
+
+    Attributes:
+        message_type: Class of the messages.
+        needs_model: Whether it cannot do without `CommandedArm.model`.
+        commands_joints: False if only the TCP is commanded: then the arm's posture may be another.
+        topic: Where to.
+    """
+
+    message_type: ClassVar[Any]
+    needs_model: ClassVar[bool] = False
+    commands_joints: ClassVar[bool] = True
+
+    def __init__(self, settings: Fields) -> None:
+        self.topic = settings.topic("topic")
+
+    @abstractmethod
+    def message(self, command: Command, arm: CommandedArm) -> Any:
+        """The message that says `command`."""
+
+
+def register_interface(name: str) -> Callable[[type[ActionInterface]], type[ActionInterface]]:
+    """Class decorator: robots' files and the parameter ``action_interface`` know the class by `name`.
+
+    Raises:
+        ConfigError: Another class has the name.
+    """
+
+    def register(kind: type[ActionInterface]) -> type[ActionInterface]:
+        if name in INTERFACES:
+            raise ConfigError(f"There is an action interface {name!r} already; choose another name.")
+        INTERFACES[name] = kind
+        return kind
+
+    return register

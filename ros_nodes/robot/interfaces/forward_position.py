@@ -1,0 +1,18 @@
+"""``forward_command_controller``."""
+
+from __future__ import annotations
+
+from std_msgs.msg import Float64MultiArray
+
+from ros_nodes.robot.interfaces.base import ActionInterface, Command, CommandedArm, register_interface
+
+
+@register_interface("forward_position")
+class ForwardPosition(ActionInterface):
+    """The positions, in the controller's fixed order of joints."""
+
+    message_type = Float64MultiArray
+
+    def message(self, command: Command, arm: CommandedArm) -> Float64MultiArray:
+        """See `ActionInterface`."""
+        return Float64MultiArray(data=command.positions.tolist())

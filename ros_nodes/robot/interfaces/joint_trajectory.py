@@ -1,0 +1,43 @@
+"""``joint_trajectory_controller``."""
+
+from __future__ import annotations
+
+import numpy as np
+from builtin_interfaces.msg import Duration
+from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
+
+from ceed_vla.kinematics import Array
+from ros_nodes.robot.interfaces.base import ActionInterface, Command, CommandedArm, register_interface
+from ros_nodes.robot.yaml_fields import Fields
+
+
+@register_interface("joint_trajectory")
+class JointTrajectories(ActionInterface):
+    """The next command and, in case no other follows, a stop within ``stop_time`` inside the position limits.
+
+    Stamp 0 starts a trajectory when it arrives; each replaces the one before.
+    """
+
+    message_type = JointTrajectory
+
+    def __init__(self, settings: Fields) -> None:
+        super().__init__(settings)
+        self._stop_time = settings.number("stop_time", 0.01, 1.0, default=0.1)  # [s]
+
+    def message(self, command: Command, arm: CommandedArm) -> JointTrajectory:
+        """See `ActionInterface`."""
+        stop = np.clip(command.positions + 0.5 * self._stop_time * command.velocities, arm.low, arm.high)
+        points = [
+            _point(arm.period, command.positions, command.velocities),
+            _point(arm.period + self._stop_time, stop, np.zeros_like(stop)),
+        ]
+        return JointTrajectory(joint_names=list(arm.joints), points=points)
+
+
+def _point(after: float, positions: Array, velocities: Array) -> JointTrajectoryPoint:
+    seconds, nanoseconds = divmod(round(1e9 * after), 10**9)
+    return JointTrajectoryPoint(
+        positions=positions.tolist(),
+        velocities=velocities.tolist(),
+        time_from_start=Duration(sec=seconds, nanosec=nanoseconds),
+    )

@@ -1,0 +1,55 @@
+"""MoveIt Servo with ``command_in_type: speed_units``."""
+
+from __future__ import annotations
+
+import numpy as np
+from geometry_msgs.msg import TwistStamped
+
+from ceed_vla.kinematics import Array, turn_vector
+from ros_nodes.robot.interfaces.base import ActionInterface, Command, CommandedArm, register_interface
+from ros_nodes.robot.yaml_fields import Fields
+
+
+@register_interface("servo_twist")
+class ServoTwists(ActionInterface):
+    """The velocity of the commanded TCP, in the base frame; a hold is a zero twist.
+
+    Twists alone would drift from the commanded pose, so the measured distance times ``gain`` is added.
+    """
+
+    message_type = TwistStamped
+    needs_model = True
+    commands_joints = False
+
+    def __init__(self, settings: Fields) -> None:
+        super().__init__(settings)
+        self._frame = settings.text("frame")
+        self._gain = settings.number("gain", 0.0, 50.0, default=2.0)  # [1/s]
+        self._max_linear = settings.number("max_linear", 1e-3, 5.0, default=0.7)  # [m/s]
+        self._max_angular = settings.number("max_angular", 1e-3, 10.0, default=3.0)  # [rad/s]
+
+    def message(self, command: Command, arm: CommandedArm) -> TwistStamped:
+        """See `ActionInterface`."""
+        message = TwistStamped()
+        message.header.stamp, message.header.frame_id = command.stamp, self._frame
+        if command.velocities.any():
+            twist = message.twist
+            for vector, values in zip((twist.linear, twist.angular), self._twist(command, arm), strict=True):
+                vector.x, vector.y, vector.z = values.tolist()
+        return message
+
+    def _twist(self, command: Command, arm: CommandedArm) -> tuple[Array, Array]:
+        """Linear (3,) [m/s] and angular velocity (3,) [rad/s]."""
+        assert arm.model is not None
+        now, turned = arm.model.pose(command.positions)
+        before, was_turned = arm.model.pose(command.positions - arm.period * command.velocities)
+        actual, is_turned = arm.model.pose(command.measured)
+        linear = (now - before) / arm.period + self._gain * (now - actual)
+        angular = turn_vector(turned @ was_turned.T) / arm.period
+        angular = angular + self._gain * turn_vector(turned @ is_turned.T)
+        return _shorten(linear, self._max_linear), _shorten(angular, self._max_angular)
+
+
+def _shorten(vector: Array, limit: float) -> Array:
+    size = float(np.linalg.norm(vector))
+    return vector if size <= limit else vector * (limit / size)

@@ -1,0 +1,138 @@
+"""The arm of an MJCF or URDF file: kinematics through MuJoCo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import mujoco
+import numpy as np
+
+from ceed_vla.errors import ConfigError
+from ceed_vla.kinematics import ArmKinematics, Array
+from ros_nodes.robot.texts import short
+
+
+class ModelArm(ArmKinematics):
+    """One arm of an MJCF or URDF model; every joint that is not named stays at its default.
+
+    Args:
+        model_path: MJCF or URDF file.
+        tcp: Site or body of the tool centre point.
+        joint_names: J joints, in the order of every array here.
+        home: (J,) posture that redundancy is resolved towards [rad]; the model's default if it is empty.
+        max_joint_step: Largest change of a joint per `solve` [rad].
+
+    Attributes:
+        low: (J,) [rad], from the model; -inf without a limit.
+        high: (J,) [rad].
+        velocity: (J,) [rad/s], of a URDF; NaN where the model has no limit, as every MJCF.
+
+    Raises:
+        ConfigError: An unreadable model, or names that are not in it (the message lists those that are).
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        tcp: str,
+        joint_names: Sequence[str],
+        *,
+        home: Sequence[float] = (),
+        max_joint_step: float = 0.6,
+    ) -> None:
+        self._model = _arm_model(Path(model_path), joint_names)
+        self._data = mujoco.MjData(self._model)
+        self._tcp, self._body = _frame(self._model, self._data, tcp, model_path)
+        joints = [self._model.joint(name) for name in joint_names]  # of one position and one velocity each
+        self._positions = np.array([joint.qposadr[0] for joint in joints])
+        self._velocities = np.array([joint.dofadr[0] for joint in joints])
+        limited = self._model.jnt_limited.astype(bool)[:, None]
+        ranges = np.where(limited, self._model.jnt_range, [-np.inf, np.inf])[self._positions]
+        default = self._model.qpos0[self._positions]
+        low, high = ranges.T.copy()
+        super().__init__(low, high, np.array(home) if len(home) else default, max_joint_step)
+        limits = _urdf_velocities(Path(model_path))
+        self.velocity = np.array([limits.get(name, np.nan) for name in joint_names])
+
+    def pose(self, q: Array) -> tuple[Array, Array]:
+        """See `ArmKinematics`."""
+        self._data.qpos[self._positions] = q
+        mujoco.mj_kinematics(self._model, self._data)
+        return self._tcp.xpos.copy(), self._tcp.xmat.reshape(3, 3).copy()
+
+    def jacobian(self) -> tuple[Array, Array]:
+        """See `ArmKinematics`."""
+        both = np.zeros((2, 3, self._model.nv))
+        mujoco.mj_comPos(self._model, self._data)
+        mujoco.mj_jac(self._model, self._data, *both, self._tcp.xpos, self._body)
+        linear, angular = both[:, :, self._velocities]
+        return linear, angular
+
+    @staticmethod
+    def quaternion(matrix: Array) -> Array:
+        """Orientation (3, 3) as a quaternion wxyz (4,) with w >= 0."""
+        found = np.empty(4)
+        mujoco.mju_mat2Quat(found, matrix.ravel())
+        return found * np.copysign(1.0, found[0])
+
+
+def _arm_model(path: Path, joint_names: Sequence[str]) -> mujoco.MjModel:
+    """The model without the joints that are not named, and without what may refer to them."""
+    try:
+        spec = mujoco.MjSpec.from_file(str(path))
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"The robot model {path} cannot be read ({error}); give an MJCF or URDF file."
+        ) from error
+    have = [joint.name for joint in spec.joints]
+    missing = [name for name in joint_names if name not in have]
+    if missing or not joint_names or len(set(joint_names)) != len(joint_names):
+        raise ConfigError(
+            f"The joints {list(joint_names)} must be different joints of {path.name}, which has "
+            f"{', '.join(name for name in have if name)}."
+        )
+    for part in ("keys", "sensors", "actuators", "tendons", "equalities"):
+        for element in list(getattr(spec, part)):
+            spec.delete(element)
+    for joint in list(spec.joints):
+        if joint.name not in joint_names:
+            spec.delete(joint)
+    spec.compiler.fusestatic = False  # a URDF's fixed links would lose their names, the TCP's among them
+    try:
+        model = spec.compile()
+    except ValueError as error:
+        raise ConfigError(f"The robot model {path} cannot be used ({short(error)}).") from error
+    if model.nq != len(joint_names):
+        raise ConfigError(f"The joints {list(joint_names)} of {path.name} must have one position each.")
+    return model
+
+
+def _urdf_velocities(path: Path) -> dict[str, float]:
+    """Joint -> velocity limit [rad/s] of a URDF, which mujoco does not keep; an MJCF has none."""
+    try:
+        joints = ElementTree.parse(path).getroot().findall("joint")
+    except ElementTree.ParseError:  # mujoco reads a little more than XML
+        return {}
+    velocities = {}
+    for joint in joints:
+        with suppress(AttributeError, TypeError, ValueError):  # without a limit, or not a number
+            velocities[joint.get("name", "")] = float(joint.find("limit").get("velocity"))  # type: ignore
+    return {name: limit for name, limit in velocities.items() if 0.0 < limit < np.inf}  # 0: not known
+
+
+def _frame(model: mujoco.MjModel, data: mujoco.MjData, name: str, path: str | Path) -> tuple[Any, int]:
+    """The site or body called `name`: its pose, and the body that it moves with."""
+    sites = [model.site(i).name for i in range(model.nsite)]
+    bodies = [model.body(i).name for i in range(1, model.nbody)]
+    if name in sites:
+        return data.site(name), model.site(name).bodyid[0]
+    if name in bodies:
+        return data.body(name), model.body(name).id
+    raise ConfigError(
+        f"{Path(path).name} has no site or body {name!r}; its sites are {', '.join(sites) or 'none'}, its bodies "
+        f"{', '.join(bodies)}."
+    )

@@ -1,0 +1,130 @@
+"""Parameters of a node: declared with ranges and reasons, refused with the valid values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+
+from ceed_vla.errors import ConfigError
+from ros_nodes.robot.texts import shown
+
+START, SETUP, LIVE = "start", "setup", "live"
+"""When a parameter may change: only at the start (read-only), while a lifecycle node is unconfigured, or always."""
+
+
+@dataclass(frozen=True)
+class NodeParameter:
+    """One parameter.
+
+    Attributes:
+        name: Its name.
+        default: Its default, whose type it keeps (a whole number is taken for a float).
+        description: What it does, with its unit.
+        when: `START`, `SETUP` or `LIVE`.
+        low: Smallest number.
+        high: Largest number.
+        choices: Allowed texts; any if empty.
+        check: What else is wrong with a text; None if nothing is.
+    """
+
+    name: str
+    default: Any
+    description: str
+    when: str = SETUP
+    low: float = 0.0
+    high: float = 0.0
+    choices: Collection[str] = ()
+    check: Callable[[str], str | None] = lambda _: None
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it has a range."""
+        return isinstance(self.default, int | float) and not isinstance(self.default, bool)
+
+    @property
+    def allowed(self) -> str:
+        """What may be set, in words."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if self.is_number:
+            whole = "a whole number" if isinstance(self.default, int) else "a number"
+            return f"{whole} in [{self.low:g}, {self.high:g}]"
+        return "true or false" if isinstance(self.default, bool) else "a text"
+
+    @property
+    def descriptor(self) -> ParameterDescriptor:
+        """The same for ROS.
+
+        Typing is dynamic because ROS would refuse `command_rate:=100` for a float; `problem` checks types instead.
+        """
+        descriptor = ParameterDescriptor(
+            description=self.description,
+            additional_constraints=self.allowed,
+            read_only=self.when == START,
+            dynamic_typing=True,
+        )
+        if self.is_number:
+            if isinstance(self.default, int):
+                descriptor.integer_range = [IntegerRange(from_value=int(self.low), to_value=int(self.high))]
+            else:
+                descriptor.floating_point_range = [
+                    FloatingPointRange(from_value=self.low, to_value=self.high)
+                ]
+        return descriptor
+
+    def problem(self, value: Any) -> str | None:
+        """Why `value` is refused; None if it is allowed."""
+        kinds: tuple[type, ...] = (int, float) if isinstance(self.default, float) else (type(self.default),)
+        fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(self.default, bool)
+        if fits and self.choices:
+            fits = value in self.choices
+        elif fits and self.is_number:
+            fits = self.low <= value <= self.high
+        if not fits:
+            return f"{self.name} is {shown(value)}; it must be {self.allowed}."
+        wrong = self.check(value) if isinstance(value, str) else None
+        return f"{self.name} cannot be taken: {wrong}." if wrong else None
+
+
+Table = Sequence[NodeParameter]
+
+
+def declare_parameters(node: Node, table: Table) -> None:
+    """Declare all parameters of a table.
+
+    Raises:
+        ConfigError: A value given at the start is not allowed.
+    """
+    for parameter in table:
+        untyped = ParameterDescriptor(dynamic_typing=True)  # with its ranges, rclpy would word the refusal
+        problem = parameter.problem(node.declare_parameter(parameter.name, parameter.default, untyped).value)
+        if problem:
+            raise ConfigError(f"Parameter {problem}")
+        node.set_descriptor(parameter.name, parameter.descriptor)
+
+
+def refusal(table: Table, changes: Iterable[Parameter], *, configured: bool) -> SetParametersResult:
+    """Whether parameters may take new values now; for `Node.add_on_set_parameters_callback`."""
+    by_name = {parameter.name: parameter for parameter in table}
+    for change in changes:
+        known = by_name.get(change.name)
+        if known is None:
+            continue  # use_sim_time and the like
+        reason = known.problem(change.value)
+        if reason is None and configured and known.when == SETUP:
+            reason = (
+                f"{known.name} can change only while the node is unconfigured: deactivate and clean up first."
+            )
+        if reason is not None:
+            return SetParametersResult(successful=False, reason=reason)
+    return SetParametersResult(successful=True)
+
+
+def values(node: Node, table: Table) -> dict[str, Any]:
+    """The values of all parameters of a table, floats as floats."""
+    return {p.name: type(p.default)(node.get_parameter(p.name).value) for p in table}

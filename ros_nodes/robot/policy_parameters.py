@@ -1,0 +1,81 @@
+"""The policy node's parameters."""
+
+from ros_nodes.robot.interfaces.base import INTERFACES
+from ros_nodes.robot.parameters import LIVE, START, NodeParameter
+from ros_nodes.robot.texts import LONGEST_INSTRUCTION, instruction_problem
+
+POLICY_PARAMETERS = (
+    # The first one: what these packages register is a choice of others.
+    NodeParameter(
+        "discover_packages",
+        "",
+        "Python packages, comma-separated, that register an interface, backbone, decoder, ... of your own.",
+        START,
+    ),
+    NodeParameter(
+        "checkpoint", "student", "LeRobot checkpoint folder, or teacher or student for the shipped ones."
+    ),
+    NodeParameter(
+        "robot_config", "", "Robot's YAML file (topics, joints, limits); empty: the simulated arm's."
+    ),
+    NodeParameter("action_interface", "forward_position", "How commands reach the arm.", choices=INTERFACES),
+    NodeParameter(
+        "instruction",
+        "",
+        f"What to do, in at most {LONGEST_INSTRUCTION} characters; ~/instruction sets it too, the last one counts.",
+        LIVE,
+        check=instruction_problem,
+    ),
+    NodeParameter(
+        "autostart", False, "Configure and activate at the start, without a lifecycle manager.", START
+    ),
+    NodeParameter("start_enabled", True, "Enable motion when activated; false: wait for ~/enable (dry run)."),
+    NodeParameter(
+        "command_rate",
+        100.0,
+        "Commands per second [Hz]; a multiple of the robot's steps per second.",
+        low=5.0,
+        high=500.0,
+    ),
+    NodeParameter(
+        "replan_steps",
+        0,
+        "Steps after which the next chunk is due; 0: the checkpoint's n_action_steps.",
+        low=0,
+        high=64,
+    ),
+    NodeParameter("decoding", "ceed", "How CEED-VLA checkpoints decode: ceed, jacobi, ar, cap2, ..."),
+    NodeParameter("device", "cpu", "Where the policy runs: cpu, cuda, cuda:1, mps."),
+    NodeParameter("inference_mode", "process", "Where inference runs.", choices=("process", "thread")),
+    NodeParameter("inference_threads", 1, "Threads of inference on the CPU.", low=1, high=64),
+    NodeParameter(
+        "inference_delay", 0.0, "Slows every chunk, to test slow inference [s].", low=0.0, high=5.0
+    ),
+    NodeParameter(
+        "realtime_priority",
+        50,
+        "SCHED_FIFO priority of the command stream where the system allows it; 0: none.",
+        low=0,
+        high=90,
+    ),
+    NodeParameter("image_timeout", 0.5, "Age of an image at which the arm holds [s].", START, 0.02, 5.0),
+    NodeParameter(
+        "joint_state_timeout", 0.2, "Age of the joint states at which the arm holds [s].", START, 0.02, 2.0
+    ),
+    NodeParameter(
+        "max_joint_velocity",
+        10.0,
+        "Velocity limit of every joint; the robot's own if lower [rad/s].",
+        START,
+        0.01,
+        10.0,
+    ),
+    NodeParameter(
+        "max_joint_step",
+        1.0,
+        "Largest distance of a command from the measured position; the robot's own if lower [rad].",
+        START,
+        0.001,
+        1.0,
+    ),
+)

@@ -1,0 +1,380 @@
+"""One LeRobot checkpoint from raw observation to actions: what the inference worker runs, wherever it runs it.
+
+The module itself imports neither torch nor lerobot, so that a node whose policy runs in another process stays light.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ceed_vla.discovery import discover
+from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, NotFiniteError, ObservationError
+from ros_nodes.robot.failure_log import FailureLog
+from ros_nodes.robot.texts import short, shown
+
+logger = logging.getLogger(__name__)
+
+BAD_INSTRUCTION, NOT_FINITE = "bad_instruction", "not_finite"
+_LEAST_DEADLINE = 1e-4  # [s]: the first iteration runs in any case
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """What a checkpoint wants and gives.
+
+    Attributes:
+        checkpoint: Name or folder, as given.
+        policy_type: LeRobot's name: "ceed_vla", "act", ...
+        cameras: Feature name ("observation.images.front") -> (3, H, W).
+        states: Name of every other observation feature ("observation.state") -> its length.
+        action_dim: ``A``.
+        chunk_steps: ``m``.
+        n_action_steps: Steps that the checkpoint executes before it replans.
+        is_ceed: Whether warm start, deadline and, where its tokens belong to steps, frozen steps are used.
+        warmup_s: Time of the last warm-up call [s].
+    """
+
+    checkpoint: str
+    policy_type: str
+    cameras: dict[str, tuple[int, int, int]]
+    states: dict[str, int]
+    action_dim: int
+    chunk_steps: int
+    n_action_steps: int
+    is_ceed: bool
+    warmup_s: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """One chunk to decode.
+
+    Attributes:
+        id: Repeated in the response.
+        observation: Feature name -> image (H, W, 3) uint8 or vector (D,) of floats.
+        instruction: What to do.
+        previous: Tokens (n,) int64 of the running chunk, for the warm start; None without one.
+        shift_steps: Steps of `previous` that are consumed.
+        frozen_steps: Leading steps of the new chunk that stay as they are in `previous`.
+        deadline_s: Time until the answer is needed, from `InferenceWorker.submit` on [s]; None for no limit.
+    """
+
+    id: int
+    observation: dict[str, NDArray[Any]]
+    instruction: str
+    previous: NDArray[np.int64] | None = None
+    shift_steps: int = 0
+    frozen_steps: int = 0
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Response:
+    """One decoded chunk, or why there is none.
+
+    Attributes:
+        id: Of the request.
+        actions: (m, A) float32 in the environment's units, finite; empty (0, 0) on error.
+        tokens: (n,) int64; None for policies without.
+        forwards: Model calls after the prefill; 0 for policies that do not say.
+        exit_reason: Rule that ended decoding; "" for policies that do not say.
+        seconds: "preprocess", "prefill", "decode", "total" [s]; without stages all is in "decode".
+        error: Why there are no actions; None if all went well.
+        code: `BAD_INSTRUCTION`, `NOT_FINITE`, or "" for any other error.
+    """
+
+    id: int
+    actions: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    tokens: NDArray[np.int64] | None = None
+    forwards: int = 0
+    exit_reason: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+    code: str = ""
+
+
+class _InstructionError(ObservationError):
+    """The policy does not take the instruction."""
+
+
+@dataclass(frozen=True)
+class PredictorSettings:
+    """How to run a checkpoint.
+
+    Attributes:
+        checkpoint: LeRobot checkpoint folder, or "teacher" / "student".
+        discover_packages: Packages to import before, which register what the checkpoint names; comma-separated.
+        decoding: How CEED-VLA checkpoints decode, a name that `CeedVLAPolicy.decoding_config` knows; other policies
+            have one way.
+        replan_steps: Steps behind the frozen ones that must have converged; None for the checkpoint's own.
+        threads: torch threads of the policy.
+        device: "cpu", "cuda", ...
+        warmup: Calls on a blank observation before the first request.
+        delay_s: Added to every chunk, to see what slow inference does [s].
+
+    Raises:
+        ConfigError: A number outside its range.
+    """
+
+    checkpoint: str
+    discover_packages: str = ""
+    decoding: str = "ceed"
+    replan_steps: int | None = None
+    threads: int = 1
+    device: str = "cpu"
+    warmup: int = 3
+    delay_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        replan = 1 if self.replan_steps is None else self.replan_steps
+        if min(self.threads, self.warmup, replan) < 1 or not 0 <= self.delay_s < 60:
+            raise ConfigError(
+                f"threads {self.threads}, warmup {self.warmup} and replan_steps {self.replan_steps} must be at least "
+                f"1, delay_s {self.delay_s} in [0, 60)."
+            )
+
+
+class Predictor:
+    """A loaded and warmed-up policy.
+
+    Args:
+        settings: What to load, and how to decode.
+        wait: Sleeps for ``settings.delay_s``.
+
+    Attributes:
+        spec: What the policy wants and gives.
+
+    Raises:
+        CheckpointError: Missing, damaged, or of a kind that cannot be served.
+        ConfigError: An unknown way to decode, or a package that cannot be imported.
+    """
+
+    def __init__(self, settings: PredictorSettings, wait: Callable[[float], object] = time.sleep) -> None:
+        import torch
+
+        torch.set_num_threads(settings.threads)
+        discover(settings.discover_packages, "discover_packages")
+        self._settings, self._wait = settings, wait
+        self._policy, self._preprocess, self._postprocess = _load(settings)
+        config = self._policy.config
+        self._is_ceed = config.type == "ceed_vla"
+        self._decoding = self._decoding_config() if self._is_ceed else None
+        # Tokens of variable length belong to no step: they can be neither frozen nor counted in steps.
+        self._can_freeze = self._is_ceed and self._policy.tokenizer.tokens_per_step is not None
+        self._prefill_s = 0.0
+        self._failures: FailureLog | None = None  # while it warms up, an error ends the load
+        steps = self._preprocess.steps if self._is_ceed else ()
+        self._vocabulary: set[str] = {word for step in steps for word in getattr(step, "vocabulary", ())}
+        features = config.input_features
+        self.spec = PolicySpec(
+            checkpoint=settings.checkpoint,
+            policy_type=config.type,
+            cameras={k: tuple(f.shape) for k, f in features.items() if f.type.name == "VISUAL"},
+            states={k: int(f.shape[0]) for k, f in features.items() if f.type.name in ("STATE", "ENV")},
+            action_dim=int(config.output_features["action"].shape[0]),
+            chunk_steps=0,
+            n_action_steps=0,
+            is_ceed=self._is_ceed,
+            warmup_s=0.0,
+        )
+        self.spec = self._warm_up()
+        self._failures = FailureLog(logger)
+
+    def predict(self, request: Request, deadline: float | None = None) -> Response:
+        """Decode one chunk; never raises, an error is in the response.
+
+        Args:
+            request: What to decode; its ``deadline_s`` is not read.
+            deadline: Time on `time.monotonic`'s clock at which the answer is needed [s].
+        """
+        started = time.monotonic()
+        try:
+            response = self._predict(request, deadline)
+        except Exception as error:  # a policy of any make may raise anything, and the worker must go on
+            if self._failures is not None:
+                self._failures.add(error)
+            text = str(error) if isinstance(error, CeedVLAError) else f"{type(error).__name__}: {error}"
+            codes = {_InstructionError: BAD_INSTRUCTION, NotFiniteError: NOT_FINITE}
+            code = next((code for kind, code in codes.items() if isinstance(error, kind)), "")
+            return Response(request.id, error=short(text), code=code)
+        if not np.isfinite(response.actions).all():
+            text = f"The policy {short(self.spec.checkpoint)} returned NaN or infinity."
+            return Response(request.id, error=text, code=NOT_FINITE)
+        if self._settings.delay_s:
+            self._wait(self._settings.delay_s)
+        response.seconds["total"] = time.monotonic() - started
+        return response
+
+    def _predict(self, request: Request, deadline: float | None) -> Response:
+        import torch
+
+        started = time.monotonic()
+        with torch.inference_mode():
+            batch = self._prepare(request)
+            prepared = time.monotonic()
+            times = {"preprocess": prepared - started, "prefill": 0.0}
+            if not self._is_ceed:
+                chunk = self._policy.predict_action_chunk(batch)  # (1, m, A)
+                actions = self._postprocess(chunk).to("cpu", torch.float32).numpy()[0]
+                return Response(request.id, actions, seconds={**times, "decode": time.monotonic() - prepared})
+            result = self._policy.decode(batch, **self._decode_arguments(request, deadline))
+            self._prefill_s = result.seconds["prefill"]
+            return Response(
+                request.id,
+                self._postprocess(result.actions).to("cpu", torch.float32).numpy()[0],
+                result.tokens[0].cpu().numpy(),
+                result.forwards,
+                result.exit_reason[0],
+                {**times, **result.seconds},
+            )
+
+    def _decode_arguments(self, request: Request, deadline: float | None) -> dict[str, Any]:
+        """What `CeedVLAPolicy.decode` takes besides the batch."""
+        import torch
+
+        assert self._decoding is not None
+        arguments: dict[str, Any] = {
+            "decoding": self._decoding,
+            "executed_steps": self._settings.replan_steps,
+        }
+        if deadline is not None and self._decoding.method == "jacobi":
+            # The decoder's own deadline starts after the prefill, which takes about as long as the last one.
+            left = deadline - time.monotonic() - self._prefill_s
+            own = self._decoding.deadline_s
+            allowed = max(left if own is None else min(left, own), _LEAST_DEADLINE)
+            arguments["decoding"] = replace(self._decoding, deadline_s=allowed)
+        if request.previous is not None:
+            previous = torch.as_tensor(request.previous).unsqueeze(0)  # (1, n)
+            arguments |= {"previous": previous, "shift_steps": request.shift_steps}
+            if request.frozen_steps and self._can_freeze:
+                dim = self.spec.action_dim
+                begin = request.shift_steps * dim
+                arguments["frozen"] = previous[:, begin : begin + request.frozen_steps * dim]
+        return arguments
+
+    def _prepare(self, request: Request) -> Any:
+        """The request as the policy reads it. The instruction is what a blank observation did not test."""
+        from ceed_vla.backbones.compact.words import split_words
+
+        batch, words = self._batch(request), split_words(request.instruction)
+        try:
+            if self._vocabulary and not self._vocabulary & set(words):
+                raise ObservationError(
+                    f"The instruction {shown(request.instruction)} has no word that the policy knows; it knows "
+                    f"{', '.join(sorted(self._vocabulary)[:8])} and others."
+                )
+            return self._preprocess(batch)
+        except ObservationError as error:
+            raise _InstructionError(str(error)) from error
+
+    def _batch(self, request: Request) -> dict[str, Any]:
+        """The request as a LeRobot batch of one: images (1, 3, H, W) in [0, 1], vectors (1, D), the task."""
+        import torch
+
+        batch: dict[str, Any] = {"task": [request.instruction]}
+        for key in (*self.spec.cameras, *self.spec.states):
+            if key not in request.observation:
+                have = ", ".join(sorted(request.observation)) or "nothing"
+                raise ObservationError(f"The observation lacks {key!r}; it has {have}.")
+            value = np.asarray(request.observation[key])
+            if key in self.spec.cameras:
+                if value.dtype != np.uint8 or value.ndim != 3 or value.shape[2] != 3:
+                    raise ObservationError(f"{key} is {value.dtype} {value.shape}, expected uint8 (H, W, 3).")
+                batch[key] = torch.tensor(value).permute(2, 0, 1).unsqueeze(0).float() / 255.0
+                continue
+            if value.shape != (self.spec.states[key],) or not np.isfinite(value).all():
+                raise ObservationError(
+                    f"{key} is {shown(value.tolist())}, expected {self.spec.states[key]} finite numbers."
+                )
+            batch[key] = torch.tensor(value, dtype=torch.float32).unsqueeze(0)
+        return batch
+
+    def _decoding_config(self) -> Any:
+        """The named configuration, for the steps that are executed before the next replan."""
+        steps, config = self._settings.replan_steps, self._policy.decoding_config(self._settings.decoding)
+        # Greedy decoding of all steps has no tail of guesses that the next chunk could freeze.
+        return config if steps is None or config.method == "ar" else replace(config, watch="executed")
+
+    def _warm_up(self) -> PolicySpec:
+        """Decode a blank observation a few times, and complete the specification with what comes out."""
+        observation: dict[str, NDArray[Any]] = {
+            **{key: np.zeros((h, w, 3), np.uint8) for key, (_, h, w) in self.spec.cameras.items()},
+            **{key: np.zeros(length, np.float32) for key, length in self.spec.states.items()},
+        }
+        response, word = Response(0), min(self._vocabulary, default="move")  # one that it does not warn of
+        for _ in range(self._settings.warmup):
+            frozen = 1 if len(response.actions) > 1 else 0
+            request = Request(0, observation, word, response.tokens, frozen, frozen)
+            response = self.predict(request)
+            if response.error is not None:
+                raise CheckpointError(f"The checkpoint {self.spec.checkpoint} cannot act: {response.error}")
+        steps, dim = response.actions.shape
+        if dim != self.spec.action_dim:
+            raise CheckpointError(
+                f"The checkpoint {self.spec.checkpoint} returns actions of {dim} dimensions and declares "
+                f"{self.spec.action_dim}."
+            )
+        executed = min(int(getattr(self._policy.config, "n_action_steps", steps)), steps)
+        seconds = response.seconds["total"]
+        return replace(self.spec, chunk_steps=steps, n_action_steps=executed, warmup_s=seconds)
+
+
+def _load(settings: PredictorSettings) -> tuple[Any, Any, Any]:
+    """(policy in evaluation mode, pre-processor, post-processor) of any LeRobot checkpoint folder."""
+    from ceed_vla.checkpoints import load, resolve_checkpoint
+    from ceed_vla.devices import check_device
+    from ceed_vla.files import read_json
+
+    folder, device = resolve_checkpoint(settings.checkpoint), check_device(settings.device)
+    kind = read_json(folder / "config.json").get("type")
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{settings.checkpoint}: config.json names no policy type; copy it again.")
+    if kind == "ceed_vla":
+        return load(folder, device=device)
+    try:
+        return _load_other(folder, kind, device)
+    except CheckpointError:
+        raise
+    except Exception as error:  # every policy of LeRobot fails in its own way
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise CheckpointError(
+            f"The checkpoint {settings.checkpoint} of type {kind!r} cannot be loaded "
+            f"({type(error).__name__}: {reason[:300]})."
+        ) from error
+
+
+def _load_other(folder: Path, kind: str, device: str) -> tuple[Any, Any, Any]:
+    """Another policy of LeRobot; its checkpoint may name harmless steps only, and nothing is asked of a hub."""
+    import huggingface_hub.constants
+
+    from ceed_vla.processor_steps import check_foreign_processors
+    from ceed_vla.weights import WEIGHTS, check_floating, check_weights
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # policies may name models there; read at every request
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+    from lerobot.utils.import_utils import register_third_party_plugins
+
+    register_third_party_plugins()
+    policy_class = get_policy_class(kind)  # imports the configuration, which registers its type
+    config = PreTrainedConfig.from_pretrained(folder)
+    config.device = device
+    if config.n_obs_steps > 1:
+        raise CheckpointError(f"it reads {config.n_obs_steps} observations at once, the node gives one")
+    if hasattr(config, "pretrained_backbone_weights"):
+        config.pretrained_backbone_weights = None  # the checkpoint holds them: nothing to download
+    check_foreign_processors(folder, config)
+    check_floating([folder / WEIGHTS])
+    policy = policy_class.from_pretrained(folder, config=config, strict=True)
+    check_weights(policy, folder / WEIGHTS)
+    overrides = {"device_processor": {"device": device}}
+    pre, post = make_pre_post_processors(config, str(folder), preprocessor_overrides=overrides)
+    return policy.eval(), pre, post

@@ -1,0 +1,365 @@
+"""The last check of every command, free of ROS: what may be sent to the arm now, and why not more.
+
+A command passes in this order: latched stop, enabled, joint states plausible and inputs fresh, the caller's own reason
+to hold, joint set, finite numbers; then it is clamped to the position limits, to the neighbourhood of the measured
+position and to the velocity limit. A hold repeats the last command, so an arm never stops by a jump.
+
+This is software: it is no safety-rated stop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ceed_vla.errors import ConfigError
+from ros_nodes.robot.plausibility import PHYSICAL_VELOCITY, Plausibility
+from ros_nodes.robot.texts import shown
+
+Array = NDArray[np.float64]
+
+JOINT_STATES = "joint_states"
+HOLD_CODES = (
+    "estop",  # latched by `SafetyFilter.estop`
+    "disabled",
+    "no_joint_states",  # none has come yet
+    "bad_joint_states",  # the last one lacked joints or was not finite
+    "implausible_joint_states",  # they did what no arm does; latched until `SafetyFilter.enable`
+    "stale",  # an input is too old, or never came
+    "clock",  # an input comes from the future, or no time has passed: the clock went back
+    "joint_set",  # a command for another number of joints
+    "not_finite",  # a command with NaN or infinity
+)
+CLAMPS = ("position", "step", "velocity", "gripper")
+
+
+@dataclass(frozen=True)
+class SafetyLimits:
+    """What an arm may do.
+
+    Attributes:
+        joint_names: J joints, in the order of every array here.
+        position_low: (J,) [rad].
+        position_high: (J,) [rad].
+        max_velocity: (J,) [rad/s]: change of the command per second.
+        max_step: (J,) [rad]: distance of a command from the measured position.
+        timeouts: Input name -> largest age [s] at which it still counts; "joint_states" must be one of them.
+        max_dt: Longest time between two commands that counts for `max_velocity` [s]: after a stall of the sender the
+            command catches up at limited speed.
+        gripper_low: Smallest gripper command [m of opening].
+        gripper_high: Largest gripper command [m of opening].
+        physical_velocity: (J,) that the joints reach physically [rad/s], for `Plausibility`; empty: the larger of
+            `max_velocity` and `PHYSICAL_VELOCITY`.
+
+    Raises:
+        ConfigError: Wrong lengths, limits that are not finite or in the wrong order, a timeout that is not positive.
+    """
+
+    joint_names: tuple[str, ...]
+    position_low: Array
+    position_high: Array
+    max_velocity: Array
+    max_step: Array
+    timeouts: Mapping[str, float]
+    max_dt: float = 0.05
+    gripper_low: float = 0.0
+    gripper_high: float = 0.1
+    physical_velocity: Array = field(default_factory=lambda: np.empty(0))
+
+    def __post_init__(self) -> None:
+        names = tuple(self.joint_names)
+        object.__setattr__(self, "joint_names", names)
+        if not names or len(set(names)) != len(names):
+            raise ConfigError(f"joint_names are {list(names)}; give every joint once.")
+        if not np.size(self.physical_velocity):
+            object.__setattr__(self, "physical_velocity", np.maximum(self.max_velocity, PHYSICAL_VELOCITY))
+        for name in ("position_low", "position_high", "max_velocity", "max_step", "physical_velocity"):
+            value = np.array(getattr(self, name), dtype=np.float64)
+            if value.shape != (len(names),) or not np.isfinite(value).all():
+                raise ConfigError(
+                    f"{name} is {value.tolist()}; give one finite number for each of {list(names)}."
+                )
+            object.__setattr__(self, name, value)
+        if (self.position_low >= self.position_high).any():
+            joint = names[int((self.position_low >= self.position_high).argmax())]
+            raise ConfigError(f"The lower position limit of {joint} is not below the upper one.")
+        for name in ("max_velocity", "max_step", "physical_velocity"):
+            if (getattr(self, name) <= 0).any():
+                raise ConfigError(f"{name} is {getattr(self, name).tolist()}; every value must be positive.")
+        if JOINT_STATES not in self.timeouts:
+            raise ConfigError(f"timeouts has {sorted(self.timeouts)}; {JOINT_STATES!r} must have one.")
+        wrong = {name: value for name, value in self.timeouts.items() if not 0 < value < math.inf}
+        if wrong:
+            raise ConfigError(f"The timeouts {wrong} must be positive and finite [s].")
+        if not 0 < self.max_dt < math.inf:
+            raise ConfigError(f"max_dt is {self.max_dt} s; it must be positive and finite.")
+        if not -math.inf < self.gripper_low < self.gripper_high < math.inf:
+            raise ConfigError(
+                f"The gripper limits [{self.gripper_low}, {self.gripper_high}] must be finite and in order."
+            )
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Why the arm holds.
+
+    Attributes:
+        code: One of `HOLD_CODES`, or a caller's own; holds are counted by it.
+        detail: The same for a person, with values and limits.
+    """
+
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to send.
+
+    Attributes:
+        positions: (J,) [rad], always finite and inside the limits; None if there was no command yet and nobody knows
+            where the arm is: send nothing then.
+        gripper: Opening [m]; None if it was never commanded.
+        hold: Why this repeats the last command; None in normal motion.
+        clamped: Which of `CLAMPS` changed what was asked for.
+    """
+
+    positions: Array | None
+    gripper: float | None
+    hold: Hold | None
+    clamped: tuple[str, ...] = ()
+
+
+class SafetyFilter:
+    """Decides every command. Disabled at first; the emergency stop is latched and disables.
+
+    `reset` only unlatches: as on a machine, motion starts again by a separate `enable`.
+
+    Args:
+        limits: What the arm may do.
+
+    Attributes:
+        enabled: Whether motion is allowed (unless stopped).
+        stopped: Why the emergency stop is latched; None if it is not.
+        clamps: Kind -> commands that it changed.
+        holds: Code -> commands that were replaced by a hold.
+    """
+
+    def __init__(self, limits: SafetyLimits) -> None:
+        self.limits = limits
+        self.enabled = False
+        self.stopped: str | None = None
+        self.clamps: Counter[str] = Counter(dict.fromkeys(CLAMPS, 0))
+        self.holds: Counter[str] = Counter()
+        self._measured: Array | None = None
+        self._fault: Hold | None = Hold("no_joint_states", "no joint state has come yet")
+        self._latched: Hold | None = None  # joint states that cannot be true came while motion was enabled
+        self._plausibility = Plausibility(
+            limits.joint_names, limits.position_low, limits.position_high, limits.physical_velocity
+        )
+        self._last: Array | None = None  # last command, inside the limits
+        self._gripper: float | None = None
+
+    # ---- inputs -------------------------------------------------------------------------------------------------
+
+    @property
+    def measured(self) -> Array | None:
+        """Last good joint positions (J,) [rad]; None before the first."""
+        return None if self._measured is None else self._measured.copy()
+
+    @property
+    def last_command(self) -> Array | None:
+        """Last command (J,) [rad], which a hold repeats; None before the first."""
+        return None if self._last is None else self._last.copy()
+
+    def measure(
+        self, names: Sequence[str], positions: Sequence[float], stamp: float | None = None
+    ) -> Hold | None:
+        """Take a joint state, matched by name; joints of other parts of the robot are ignored.
+
+        While motion is enabled a state that cannot be true is latched. Otherwise the arm may be elsewhere all at once,
+        as in a simulation that is reset, and only a position outside the limits counts.
+
+        Args:
+            names: Joints.
+            positions: Of these joints [rad].
+            stamp: When they were measured [s]; None if that is not known: jumps are not found then.
+
+        Returns:
+            Why the arm holds, or None.
+        """
+        self._fault = self._joint_fault(names, positions)
+        if self._fault is not None:
+            return self._fault
+        table = dict(zip(names, positions, strict=True))
+        measured = np.array([table[name] for name in self.limits.joint_names], dtype=np.float64)
+        outside = self._plausibility.outside(measured)
+        doubt = outside or self._plausibility.jump(measured, stamp)
+        if doubt and self.enabled and self._latched is None:
+            detail = f"{doubt}; see where the arm is, then enable"
+            self._latched = Hold("implausible_joint_states", detail)
+        if outside:
+            self._fault = Hold("implausible_joint_states", outside)
+        else:
+            self._measured = measured
+        return self._latched or self._fault
+
+    def pose_fault(self, age: float | None) -> Hold | None:
+        """Why nobody knows where the arm is; None if it is known.
+
+        Args:
+            age: Of the newest joint state [s]; None if none came.
+        """
+        return self._latched or self._fault or self._age_fault(JOINT_STATES, age)
+
+    def enable(self, age: float | None = 0.0) -> Hold | None:
+        """Allow motion, from the measured position on; unlatches implausible joint states.
+
+        Args:
+            age: Of the newest joint state [s]; None if none came.
+
+        Returns:
+            Why not, or None.
+        """
+        if self.stopped is not None:
+            return Hold("estop", f"the emergency stop is latched ({self.stopped}); reset it first")
+        late = self._age_fault(JOINT_STATES, age)
+        if self._fault is not None:
+            return self._fault
+        if late is not None:
+            return Hold("stale", late.detail)
+        assert self._measured is not None
+        self._latched = None
+        self._last = np.clip(self._measured, self.limits.position_low, self.limits.position_high)
+        self.enabled = True
+        return None
+
+    def restart(self, age: float | None) -> Hold | None:
+        """Go on from the measured position without an operator: as `enable`, but what is latched stays so."""
+        return self._latched or self.enable(age)
+
+    def disable(self) -> None:
+        """Hold until `enable`."""
+        self.enabled = False
+
+    def estop(self, reason: str = "requested") -> None:
+        """Latch the stop. The first reason stays."""
+        self.stopped = self.stopped or reason
+        self.enabled = False
+
+    def reset(self) -> None:
+        """Unlatch the stop; motion still needs `enable`."""
+        self.stopped = None
+
+    # ---- the decision -------------------------------------------------------------------------------------------
+
+    def command(
+        self,
+        positions: Array | None,
+        gripper: float | None = None,
+        *,
+        dt: float,
+        ages: Mapping[str, float | None],
+        hold: Hold | None = None,
+    ) -> Decision:
+        """Judge one command.
+
+        Args:
+            positions: (J,) wanted [rad]; None only together with `hold`.
+            gripper: Wanted opening [m]; None keeps the last one.
+            dt: Time since the last command [s]. The command changes by at most ``max_velocity * dt``, with `dt` cut
+                to ``limits.max_dt``.
+            ages: Input name -> age [s], None if it never came. Every input in ``limits.timeouts`` is checked.
+            hold: The caller's own reason to hold: "starved", a worker that failed, ...
+
+        Raises:
+            ConfigError: There are neither positions nor a reason to hold.
+        """
+        if positions is None and hold is None:
+            raise ConfigError("There is no command; pass a reason to hold.")
+        wanted = np.empty(0) if positions is None else np.asarray(positions, dtype=np.float64)
+        reason = self._reason_to_hold(ages) or hold or self._command_fault(wanted, gripper, dt)
+        known = self.pose_fault(ages.get(JOINT_STATES)) is None
+        if self._last is None and self._measured is not None and known:
+            self._last = np.clip(self._measured, self.limits.position_low, self.limits.position_high)
+        if reason is not None:
+            self.holds[reason.code] += 1
+            return Decision(self.last_command, self._gripper, reason)
+        self._last, clamped = self._clamp(wanted, min(dt, self.limits.max_dt))
+        if gripper is not None:
+            self._gripper = float(np.clip(gripper, self.limits.gripper_low, self.limits.gripper_high))
+            clamped += ("gripper",) if self._gripper != gripper else ()
+        self.clamps.update(clamped)
+        return Decision(self.last_command, self._gripper, None, clamped)
+
+    def _reason_to_hold(self, ages: Mapping[str, float | None]) -> Hold | None:
+        if self.stopped is not None:
+            return Hold("estop", f"emergency stop ({self.stopped})")
+        if not self.enabled:
+            return Hold("disabled", "not enabled")
+        faults = (self._age_fault(name, ages.get(name)) for name in self.limits.timeouts)
+        return self._latched or self._fault or next(filter(None, faults), None)
+
+    def _age_fault(self, name: str, age: float | None) -> Hold | None:
+        limit = self.limits.timeouts[name]
+        if age is None:
+            return Hold("stale", f"{name} never came")
+        if not age <= limit:  # NaN too
+            return Hold("stale", f"{name} is {age:.2f} s old, the limit is {limit:.2f} s")
+        if age < -limit:
+            detail = f"{name} lies {-age:.2f} s in the future, the limit is {limit:.2f} s"
+            return Hold("clock", f"{detail}; did the clock go back?")
+        return None
+
+    def _joint_fault(self, names: Sequence[str], positions: Sequence[float]) -> Hold | None:
+        wanted = self.limits.joint_names
+        missing = [name for name in wanted if name not in names]
+        if missing:
+            detail = f"lacks {shown(missing)}; it has {shown(list(names))}"
+            return Hold("bad_joint_states", f"the joint state {detail}")
+        if len(names) != len(positions) or any(list(names).count(name) != 1 for name in wanted):
+            detail = f"{len(positions)} positions for the joints {shown(list(names))}"
+            return Hold("bad_joint_states", detail)
+        bad = [
+            name
+            for name, value in zip(names, positions, strict=True)
+            if name in wanted and not math.isfinite(value)
+        ]
+        return Hold("bad_joint_states", f"the position of {bad} is not finite") if bad else None
+
+    def _command_fault(self, wanted: Array, gripper: float | None, dt: float) -> Hold | None:
+        if not dt > 0:  # NaN too
+            return Hold("clock", f"{dt} s passed since the last command; did the clock go back?")
+        joints = len(self.limits.joint_names)
+        if wanted.shape != (joints,):
+            return Hold("joint_set", f"a command of shape {wanted.shape} for {joints} joints")
+        if not np.isfinite(wanted).all() or not math.isfinite(gripper or 0.0):
+            return Hold("not_finite", f"the command is {wanted.tolist()}, gripper {gripper}")
+        return None
+
+    def _clamp(self, wanted: Array, dt: float) -> tuple[Array, tuple[str, ...]]:
+        """The nearest allowed command to `wanted` (J,), and what changed it.
+
+        The velocity limit comes last: an arm that was pushed away is approached, not jumped to.
+        """
+        limits, last, measured = self.limits, self._last, self._measured
+        assert last is not None
+        assert measured is not None
+        clamped = []
+        reach = limits.max_velocity * dt
+        for kind, low, high in (
+            ("position", limits.position_low, limits.position_high),
+            ("step", measured - limits.max_step, measured + limits.max_step),
+            ("velocity", last - reach, last + reach),
+        ):
+            inside = np.clip(wanted, low, high)
+            if not np.array_equal(inside, wanted):
+                clamped.append(kind)
+            wanted = inside
+        # A measured position outside the limits drags the command there; `last` is inside, so this is a way back.
+        return np.clip(wanted, limits.position_low, limits.position_high), tuple(clamped)

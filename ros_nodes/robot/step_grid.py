@@ -1,0 +1,114 @@
+"""The time line of commands: ticks at a fixed rate, steps of so many ticks, moved so that images come just in time.
+
+Free of ROS and of clocks: times are given.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections import deque
+
+SLEW = 0.02  # largest change of the time between two ticks, in periods
+UNSURE = 0.0015  # images that are expected to come with less slack than this are not waited for [s]
+_SLACK = 0.003  # wanted between the arrival of images and the last moment to ask with them [s]
+_LATE = 0.004  # how far the grid is delayed when images are missed [s]
+_DEAD_BAND = 0.001  # deviation from `_SLACK` at which the grid stays [s]
+
+
+class StepGrid:
+    """Numbers ticks, and says where in a step they are.
+
+    A step begins at the tick that is the last of the step before; its own ticks are 1 to `ticks_per_step`.
+
+    Args:
+        rate: Ticks per second [Hz].
+        ticks_per_step: Ticks of a step.
+        slew: How far a tick may be moved, in periods; 0 where somebody else gives the ticks, such as /clock.
+
+    Attributes:
+        period: Time until the next tick but one; nearly always 1 / `rate` [s].
+        ticks_per_step: Ticks of a step.
+    """
+
+    def __init__(self, rate: float, ticks_per_step: int, slew: float = SLEW) -> None:
+        self.ticks_per_step, self.period = ticks_per_step, 1.0 / rate
+        self._rate, self._slew = rate, slew
+        self._shift = 0.0  # how much earlier the ticks shall come [s]
+        self._images: deque[float] = deque(maxlen=9)  # when sets of new images were complete [s]
+        self._origin, self._tick = 0.0, 0  # time of tick 0 [s], the newest tick
+        self._first = 0  # tick at which the step that runs began
+
+    # ---- ticks --------------------------------------------------------------------------------------------------
+
+    def count(self, now: float, dt: float) -> None:
+        """Number the tick at `now` [s], `dt` after the last one [s]; the ticks of a longer gap are left out.
+
+        The grid lies on its earliest ticks: a late one does not move it.
+        """
+        if dt <= 0.0 or self._tick == 0:
+            self._origin, self._tick = now - 1.0 / self._rate, 1
+            return
+        limit = self._slew / self._rate
+        shift = min(max(self._shift, -limit), limit)
+        self._shift -= shift
+        self._origin -= shift
+        self.period = 1.0 / self._rate - shift
+        self._tick = max(self._tick + 1, math.floor((now - self._origin) * self._rate + 1e-6))
+        self._origin = min(self._origin, now - self._tick / self._rate)
+
+    @property
+    def part(self) -> int:
+        """Tick of the step that runs."""
+        return self._tick - self._first
+
+    def begin_now(self) -> None:
+        """Let the step that runs end with this tick."""
+        self._first = self._tick - self.ticks_per_step
+
+    def begin_step(self) -> bool:
+        """Go on to the next step. Returns whether a whole step was missed; then the next one begins late."""
+        self._first += self.ticks_per_step
+        missed = self.part >= self.ticks_per_step
+        if missed:
+            self._first = self._tick - 1
+        return missed
+
+    def remaining(self, now: float) -> float:
+        """Steps until the first command of the next step."""
+        left = self._first + self.ticks_per_step + 1 - (now - self._origin) * self._rate
+        return max(left / self.ticks_per_step, 0.0)
+
+    # ---- images -------------------------------------------------------------------------------------------------
+
+    def images_came(self, now: float) -> None:
+        """Every camera has a new image."""
+        self._images.append(now)
+
+    def until_images(self, now: float) -> float:
+        """Time until the next images are expected [s]; a little more than a tick if they are late or unknown."""
+        if len(self._images) > 1:
+            gaps = [later - earlier for earlier, later in itertools.pairwise(self._images)]
+            due = self._images[-1] + statistics.median(gaps) - now
+            if due > 0.0:
+                return due
+        return 1.1 / self._rate
+
+    def delay(self) -> None:
+        """Move the grid back: what could be waited for is over, and the images that were expected have not come."""
+        if self._slew and len(self._images) > 1:
+            self._shift = -_LATE
+
+    def align(self, slack: float, until_images: float) -> None:
+        """Move the grid so that images come shortly before it is too late for them.
+
+        Args:
+            slack: How much before they came this time [s].
+            until_images: Time between images [s].
+        """
+        if not self._slew or not 0.0 <= slack < until_images + UNSURE:
+            return  # the answer is needed sooner than that
+        error = slack - _SLACK
+        error -= until_images if error > 0.5 * until_images else 0.0  # the next images were nearer
+        self._shift = error if abs(error) > _DEAD_BAND else 0.0

@@ -1,0 +1,159 @@
+"""Read a YAML file field by field, with errors that name the file, the key and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ceed_vla.cli_values import UsageError, read_yaml
+from ceed_vla.errors import ConfigError
+from ros_nodes.robot.texts import LONGEST, short, shown
+
+_MISSING: Any = object()
+HUGE = 1e6  # m, rad or anything per second: sums and squares of such numbers are finite
+_LARGEST_FILE = 100_000  # [bytes]
+_TOPIC = re.compile(r"(~/|/)?[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*")
+
+
+class Fields:
+    """One mapping of a YAML file. Every getter takes its key; `finish` refuses the keys that nobody took.
+
+    Args:
+        source: File, for messages.
+        path: Where in the file, for messages: "action.workspace".
+        values: The mapping.
+    """
+
+    def __init__(self, source: Path, path: str, values: dict[str, Any]) -> None:
+        self.source, self.path = source, path
+        self._values = values
+        self._taken: set[str] = set()
+
+    @classmethod
+    def read(cls, file: Path) -> Fields:
+        """The top of a file, read as the command line reads values: YAML 1.2 without aliases or repeated keys.
+
+        Raises:
+            ConfigError: The file cannot be read, is no YAML, or no mapping.
+        """
+        try:
+            if not file.is_file() or file.stat().st_size > _LARGEST_FILE:
+                raise ConfigError(f"it is no file of at most {_LARGEST_FILE} bytes")
+            values = read_yaml(file.read_text(encoding="utf-8"), short(file))
+        except UsageError as error:
+            raise ConfigError(short(error, 2 * LONGEST)) from error
+        except Exception as error:  # too deep, impossible dates, ...: YAML's constructors raise anything
+            reason = short(error) or type(error).__name__
+            raise ConfigError(f"{short(file)} cannot be read: {reason}") from error
+        return cls(file, "", _mapping(file, "the file", values))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every key."""
+        return tuple(self._values)
+
+    def error(self, key: str, problem: str) -> ConfigError:
+        """An error about `key`; raise it."""
+        return ConfigError(f"{self.source}: {short(self._name(key))} {problem}.")
+
+    def child(self, key: str, *, optional: bool = False) -> Fields:
+        """The mapping below `key`; an empty one if it is optional and absent."""
+        value = self._get(key, {} if optional else _MISSING)
+        return Fields(self.source, self._name(key), _mapping(self.source, self._name(key), value))
+
+    def children(self) -> Iterator[tuple[str, Fields]]:
+        """Every key with the mapping below it."""
+        for key in self.keys:
+            yield key, self.child(key)
+
+    def text(self, key: str, default: str = _MISSING, choices: Sequence[str] = ()) -> str:
+        """A string, one of `choices` if there are any."""
+        value = self._get(key, default)
+        if not isinstance(value, str) or (not value and default != ""):
+            raise self.error(key, f"is {shown(value)}; give a text")
+        if choices and value not in choices:
+            raise self.error(key, f"is {shown(value)}; choose one of {', '.join(choices)}")
+        return value
+
+    def topic(self, key: str) -> str:
+        """A name that ROS takes for a topic."""
+        value = self.text(key)
+        if not _TOPIC.fullmatch(value) or len(value) > LONGEST:
+            raise self.error(key, f"is {shown(value)}; a topic has letters, digits and _ between single /")
+        return value
+
+    def texts(
+        self, key: str, choices: Sequence[str] = (), default: tuple[str, ...] = _MISSING
+    ) -> tuple[str, ...]:
+        """A list of different strings."""
+        value = self._get(key, default)
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) and item for item in value):
+            raise self.error(key, f"is {shown(value)}; give a list of texts")
+        if len(set(value)) != len(value):
+            raise self.error(key, f"is {shown(value)}; a value is there twice")
+        unknown = [item for item in value if choices and item not in choices]
+        if unknown:
+            raise self.error(
+                key, f"has {', '.join(map(shown, unknown[:3]))}; choose from {', '.join(choices)}"
+            )
+        return tuple(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A truth value."""
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, f"is {shown(value)}; give true or false")
+        return value
+
+    def number(self, key: str, low: float = -HUGE, high: float = HUGE, default: float = _MISSING) -> float:
+        """A finite number in [low, high]."""
+        return self._number(key, self._get(key, default), low, high)
+
+    def numbers(self, key: str, length: int, low: float = -HUGE, high: float = HUGE) -> tuple[float, ...]:
+        """A list of `length` finite numbers in [low, high]."""
+        value = self._get(key, _MISSING)
+        if not isinstance(value, list) or len(value) != length:
+            raise self.error(key, f"is {shown(value)}; give a list of {length} numbers")
+        return tuple(self._number(key, item, low, high) for item in value)
+
+    def finish(self) -> None:
+        """Refuse keys that nobody took: a misspelt limit must not be ignored."""
+        unknown = [key for key in self._values if key not in self._taken]
+        if unknown:
+            known = short(", ".join(sorted(self._taken)))
+            raise self.error(unknown[0], f"is unknown; the keys here are {known}")
+
+    # ---- internals ----------------------------------------------------------------------------------------------
+
+    def _name(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else str(key)
+
+    def _get(self, key: str, default: Any) -> Any:
+        self._taken.add(key)
+        value = self._values.get(key, default)
+        if value is _MISSING:
+            raise self.error(key, "is missing")
+        return value
+
+    def _number(self, key: str, value: Any, low: float, high: float) -> float:
+        whole = isinstance(value, int) and not isinstance(value, bool)  # of any size, unlike a float
+        if not whole and not (isinstance(value, float) and math.isfinite(value)):
+            raise self.error(key, f"has {shown(value)}; give a finite number")
+        if not low <= value <= high:
+            raise self.error(key, f"has {shown(value)}; it must lie in [{low:g}, {high:g}]")
+        return float(value)
+
+
+def _mapping(source: Path, name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{source}: {short(name)} is {shown(value)}; give keys with values.")
+    strange = [key for key in value if not isinstance(key, str)]
+    if strange:
+        raise ConfigError(f"{source}: {short(name)} has the key {shown(strange[0])}; keys are texts.")
+    return value

@@ -1,0 +1,1 @@
+"""A simulated robot behind the topics of a real one."""

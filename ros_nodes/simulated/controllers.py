@@ -1,0 +1,167 @@
+"""Turn commands into joint set-points on the simulated robot, after ros2_control's and MoveIt Servo's controllers.
+
+Every controller answers ``setpoint(now)``: joint positions (J,) [rad] at a time, or None when its commands have stopped
+and the arm shall hold where it is. Free of ROS.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ceed_vla.errors import SimulationError
+from ceed_vla.kinematics import ArmKinematics, Array, turn_matrix
+
+
+class Controller(Protocol):
+    """A source of joint set-points."""
+
+    def setpoint(self, now: float) -> Array | None:
+        """Joint positions (J,) [rad] at `now` [s]; None to hold."""
+        ...
+
+
+class ForwardPosition:
+    """Sends positions straight to the joints, like a forward_command_controller, until no more come.
+
+    Args:
+        positions: (J,) [rad].
+        until: When the command expires [s].
+    """
+
+    def __init__(self, positions: Array, until: float) -> None:
+        self._positions, self._until = positions, until
+
+    def setpoint(self, now: float) -> Array | None:
+        """See `Controller`."""
+        return self._positions if now < self._until else None
+
+
+class Trajectory:
+    """Follows way-points like a joint_trajectory_controller: cubic with velocities, linear without, rests at the end.
+
+    Args:
+        start: Time of the way-points' zero [s].
+        now: Time of arrival [s]; way-points before it are dropped.
+        joints: (J,) set-point at `now` [rad].
+        velocities: (J,) set-point at `now` [rad/s].
+        times: (P,) of the way-points after `start` [s].
+        points: (P, J) [rad].
+        point_velocities: (P, J) [rad/s], or None.
+
+    Raises:
+        SimulationError: Way-points that such a controller rejects; the message says why.
+    """
+
+    def __init__(
+        self,
+        start: float,
+        now: float,
+        joints: Array,
+        velocities: Array,
+        times: ArrayLike,
+        points: ArrayLike,
+        point_velocities: ArrayLike | None = None,
+    ) -> None:
+        offsets: Array = np.asarray(times, dtype=np.float64)
+        way: Array = finite("way-points", points, (len(offsets), len(joints)))
+        if point_velocities is None:
+            slopes = None
+        else:
+            slopes = finite("way-point velocities", point_velocities, way.shape)
+            if np.abs(slopes[-1]).max() > 1e-6:
+                raise SimulationError(
+                    f"The last way-point moves at {slopes[-1].tolist()} rad/s; it must rest (all 0)."
+                )
+        if not np.isfinite(offsets).all() or offsets[0] < 0.0 or np.any(np.diff(offsets) <= 0.0):
+            raise SimulationError(
+                f"Way-point times {offsets.tolist()} s; they must not be negative and must increase strictly."
+            )
+        ahead = start + offsets > now
+        if not ahead.any():
+            raise SimulationError(
+                f"All way-points are past, the last by {now - start - offsets[-1]:.3f} s; "
+                "stamp 0 starts a trajectory on arrival, with time_from_start > 0."
+            )
+        self._times = np.concatenate([[now], start + offsets[ahead]])
+        self._points = np.vstack([joints, way[ahead]])
+        self._slopes = None if slopes is None else np.vstack([velocities, slopes[ahead]])
+
+    def setpoint(self, now: float) -> Array | None:
+        """See `Controller`. Past the end, the last way-point."""
+        return self._sample(now)[0]
+
+    def velocity(self, now: float) -> Array:
+        """Wanted joint velocities (J,) at `now` [rad/s]."""
+        return self._sample(now)[1]
+
+    def _sample(self, now: float) -> tuple[Array, Array]:
+        """Position and velocity (J,), (J,) at `now`."""
+        if now >= self._times[-1]:
+            return self._points[-1], np.zeros_like(self._points[-1])
+        index = max(int(np.searchsorted(self._times, now, side="right")) - 1, 0)
+        span = self._times[index + 1] - self._times[index]
+        s = float(np.clip((now - self._times[index]) / span, 0.0, 1.0))
+        p0, p1 = self._points[index], self._points[index + 1]
+        if self._slopes is None:
+            return p0 + s * (p1 - p0), (p1 - p0) / span
+        m0, m1 = span * self._slopes[index], span * self._slopes[index + 1]
+        position = (
+            (2 * s**3 - 3 * s**2 + 1) * p0
+            + (s**3 - 2 * s**2 + s) * m0
+            + (3 * s**2 - 2 * s**3) * p1
+            + (s**3 - s**2) * m1
+        )
+        slope = 6 * (s**2 - s) * (p0 - p1) + (3 * s**2 - 4 * s + 1) * m0 + (3 * s**2 - 2 * s) * m1
+        return position, slope / span
+
+
+class ServoTwist:
+    """Integrates a TCP twist in the base frame and solves for the joints, like MoveIt Servo, until no more twists come.
+
+    Args:
+        arm: Its kinematics.
+        now: Time of the first twist [s].
+        joints: (J,) set-point to start from [rad].
+    """
+
+    def __init__(self, arm: ArmKinematics, now: float, joints: Array) -> None:
+        self._arm, self._time, self._joints = arm, now, joints
+        self._position, self._rotation = arm.pose(joints)
+        self._linear: Array = np.zeros(3)
+        self._angular: Array = np.zeros(3)
+        self._until = now
+
+    def command(self, linear: Array, angular: Array, until: float) -> None:
+        """Move on with a twist (3,) [m/s], (3,) [rad/s] until it expires [s]."""
+        self._linear, self._angular, self._until = linear, angular, until
+
+    def setpoint(self, now: float) -> Array | None:
+        """See `Controller`."""
+        if now >= self._until:
+            return None
+        span, self._time = max(now - self._time, 0.0), max(now, self._time)
+        if span > 0.0:
+            self._position = self._position + span * self._linear
+            self._rotation = turn_matrix(span * self._angular) @ self._rotation
+            self._joints = self._arm.solve(self._joints, self._position, self._rotation)
+        return self._joints
+
+
+def finite(what: str, values: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """`values` as an array of `shape`.
+
+    Raises:
+        SimulationError: Another shape, NaN or infinite values.
+    """
+    try:
+        array = np.array(values, dtype=np.float64)
+    except ValueError as error:
+        raise SimulationError(f"The {what} are no array of shape {shape}: {error}.") from error
+    if array.shape != shape:
+        raise SimulationError(f"The {what} have shape {array.shape}; it must be {shape}.")
+    if not np.isfinite(array).all():
+        raise SimulationError(f"The {what} {array.tolist()} are not finite.")
+    return array

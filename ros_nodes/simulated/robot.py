@@ -1,0 +1,226 @@
+"""The tabletop scene as a position-controlled robot whose time runs on whether commands come or not. Free of ROS."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mujoco
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ceed_vla.errors import SimulationError
+from ros_nodes.simulated.controllers import Array, Controller, ForwardPosition, ServoTwist, Trajectory, finite
+from sim.tabletop import arm, tasks
+from sim.tabletop.env import TabletopEnv
+from sim.tabletop.render import check_image_size, render
+from sim.tabletop.scene import CAMERAS, FINGER_STROKE, SIM_DT
+
+ARM_JOINTS = tuple(f"joint{index + 1}" for index in range(len(arm.HOME)))
+JOINTS = (*ARM_JOINTS, "finger_left", "finger_right")
+MAX_OPENING = 2 * FINGER_STROKE  # [m]
+
+
+class SimRobot:
+    """Arm, gripper, cameras and scene.
+
+    The last command wins, whichever interface it came through. When commands stop for `command_timeout`, the arm stops
+    where it is; the gripper keeps its command.
+
+    Args:
+        split: Which combinations of colours and phrasings are drawn: "train", "heldout" or "all".
+        image_size: Side of the camera images [px].
+        command_timeout: How long a position command or a twist lasts [s].
+
+    Attributes:
+        time: Simulated time since construction [s]; a reset does not set it back.
+        holds: Times that the arm stopped because commands had stopped.
+
+    Raises:
+        SimulationError: An unknown split, an impossible size or timeout.
+    """
+
+    def __init__(self, split: str = "train", image_size: int = 96, command_timeout: float = 0.05) -> None:
+        check_image_size(image_size)
+        if not command_timeout > 0.0:
+            raise SimulationError(f"command_timeout is {command_timeout} s; it must be more than 0.")
+        self.image_size, self.command_timeout = image_size, command_timeout
+        self.time, self.holds = 0.0, 0
+        self._env = TabletopEnv(task="mixed", split=split, cameras=(), render_mode=None)
+        self._arm = arm.SceneArm(self._env.scene.model, self._env.scene.tcp_site)
+        self._controller: Controller | None = None
+        self._owed = 0.0  # time that is too short for a physics step yet [s]
+        self._joints: Array = arm.HOME.copy()  # set-point
+
+    # ------------------------------------------------------------------ episodes
+
+    def reset(self, seed: int, task: str = "mixed") -> str:
+        """Draw a scene and put the arm at rest in its start pose; commands given before are forgotten.
+
+        Args:
+            seed: Determines everything.
+            task: A family of `tasks.TASKS`, or "mixed" to draw one.
+
+        Returns:
+            The instruction.
+
+        Raises:
+            SimulationError: An unknown task or a negative seed.
+        """
+        tasks.check_choice("task", task, (*tasks.TASKS, "mixed"))
+        if seed < 0:
+            raise SimulationError(f"The seed is {seed}; it must not be negative.")
+        self._env.reset(seed=seed, options={} if task == "mixed" else {"task": task})
+        self._controller, self._owed = None, 0.0
+        self._joints = self._env.data.ctrl[: len(ARM_JOINTS)].copy()
+        return self.instruction
+
+    @property
+    def instruction(self) -> str:
+        """What the robot is told to do."""
+        return self._env.instruction
+
+    @property
+    def family(self) -> str:
+        """Task family of the episode."""
+        return self._env.family
+
+    @property
+    def success(self) -> bool:
+        """Whether the instruction is fulfilled now."""
+        mujoco.mj_forward(self._env.scene.model, self._env.data)
+        return self._env.is_success()
+
+    # ------------------------------------------------------------------ sensors
+
+    @property
+    def positions(self) -> Array:
+        """Measured positions (9,) of `JOINTS` [rad], fingers [m]."""
+        return self._env.data.qpos[: len(JOINTS)].copy()
+
+    @property
+    def velocities(self) -> Array:
+        """Measured velocities (9,) of `JOINTS` [rad/s], fingers [m/s]."""
+        return self._env.data.qvel[: len(JOINTS)].copy()
+
+    @property
+    def efforts(self) -> Array:
+        """Actuator efforts (9,) of `JOINTS` [N m], fingers [N]."""
+        return self._env.data.qfrc_actuator[: len(JOINTS)].copy()
+
+    def images(self) -> dict[str, NDArray[np.uint8]]:
+        """An image (S, S, 3) of every camera, all of this moment.
+
+        Raises:
+            SimulationError: No GL context can be made.
+        """
+        # Poses of the state after the last physics step.
+        mujoco.mj_forward(self._env.scene.model, self._env.data)
+        return {name: render(self._env.data, name, self.image_size) for name in CAMERAS}
+
+    # ------------------------------------------------------------------ commands
+
+    def command_positions(self, positions: ArrayLike) -> None:
+        """Go to joint positions (7,) [rad] at once.
+
+        Raises:
+            SimulationError: Not seven finite numbers.
+        """
+        wanted = finite("joint positions", positions, (len(ARM_JOINTS),))
+        self._controller = ForwardPosition(_inside(wanted), self.time + self.command_timeout)
+
+    def command_trajectory(
+        self,
+        names: list[str],
+        times: ArrayLike,
+        positions: ArrayLike,
+        velocities: ArrayLike | None = None,
+        delay: float = 0.0,
+    ) -> None:
+        """Follow way-points, matched by joint name. No way-points stop the arm.
+
+        Args:
+            names: The seven arm joints, in any order.
+            times: (P,) after the start [s].
+            positions: (P, 7) [rad].
+            velocities: (P, 7) [rad/s]; None interpolates linearly.
+            delay: Time until the start [s]; negative if it is past.
+
+        Raises:
+            SimulationError: What a joint trajectory controller rejects.
+        """
+        if len(np.atleast_1d(np.asarray(times))) == 0:
+            self.hold()
+            return
+        if sorted(names) != sorted(ARM_JOINTS):
+            raise SimulationError(
+                f"The trajectory names joints {names}; give all of {', '.join(ARM_JOINTS)}, once."
+            )
+        order = [names.index(name) for name in ARM_JOINTS]
+        columns = (len(np.asarray(times)), len(ARM_JOINTS))
+        points = finite("way-points", positions, columns)[:, order]
+        slopes = None if velocities is None else finite("way-point velocities", velocities, columns)[:, order]
+        running = self._controller
+        speed = running.velocity(self.time) if isinstance(running, Trajectory) else np.zeros(len(ARM_JOINTS))
+        self._controller = Trajectory(
+            self.time + delay, self.time, self._joints, speed, times, _inside(points), slopes
+        )
+
+    def command_twist(self, linear: ArrayLike, angular: ArrayLike) -> None:
+        """Move the TCP with a twist in the base frame, (3,) [m/s] and (3,) [rad/s].
+
+        Raises:
+            SimulationError: Not two times three finite numbers.
+        """
+        linear, angular = finite("linear velocity", linear, (3,)), finite("angular velocity", angular, (3,))
+        if not isinstance(self._controller, ServoTwist):
+            self._controller = ServoTwist(self._arm, self.time, self._joints)
+        self._controller.command(linear, angular, self.time + self.command_timeout)
+
+    def command_gripper(self, opening: ArrayLike) -> None:
+        """Open the fingers to a distance (1,) [m].
+
+        Raises:
+            SimulationError: Not one finite number.
+        """
+        (wanted,) = finite("gripper opening", opening, (1,))
+        each = float(np.clip(0.5 * wanted, 0.0, FINGER_STROKE))
+        self._env.data.ctrl[len(ARM_JOINTS) : len(JOINTS)] = each
+        self._env.gripper_open = each > 0.5 * FINGER_STROKE
+
+    def hold(self) -> None:
+        """Stop the arm where it is."""
+        self._controller = None
+        self._joints = _inside(self.positions[: len(ARM_JOINTS)])
+
+    # ------------------------------------------------------------------ time
+
+    def advance(self, duration: float) -> None:
+        """Let time pass, in physics steps of `SIM_DT`; the rest is kept for the next call.
+
+        Args:
+            duration: [s], not negative.
+        """
+        env = self._env
+        self._owed += max(duration, 0.0)
+        steps = int(self._owed / SIM_DT + 1e-9)
+        self._owed -= steps * SIM_DT
+        for _ in range(steps):
+            if self._controller is not None:
+                wanted = self._controller.setpoint(self.time)
+                if wanted is None:
+                    self.hold()
+                    self.holds += 1
+                else:
+                    self._joints = wanted
+            env.data.ctrl[: len(ARM_JOINTS)] = self._joints
+            mujoco.mj_step(env.scene.model, env.data)
+            self.time += SIM_DT
+
+    def close(self) -> None:
+        """Release the scene."""
+        self._env.close()
+
+
+def _inside(positions: Any) -> Array:
+    """Joint positions (..., 7) within the arm's limits [rad]."""
+    return np.clip(positions, arm.JOINT_LOW, arm.JOINT_HIGH)

@@ -1,0 +1,261 @@
+"""The tabletop scene as a robot: publishes what a ros2_control arm with two cameras publishes, and obeys what it obeys.
+
+Physics and rendering share the executor's one thread: two 96 px images take about 1 ms and a period of physics 0.05 ms,
+so nothing has to run beside them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+if sys.platform == "linux":
+    os.environ.setdefault("MUJOCO_GL", "egl")  # read when mujoco is imported; renders without a screen
+# A writer into the shared memory of a process that was killed may wait a second for it, and the robot with it.
+os.environ.setdefault("FASTDDS_BUILTIN_TRANSPORTS", "UDPv4")
+
+from ros_nodes.robot.messages import COMMAND, LATCHED, SENSOR, array_to_image, seconds  # noqa: I001 - explains absent ROS
+
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from geometry_msgs.msg import TwistStamped
+from rcl_interfaces.msg import SetParametersResult
+from rclpy.clock import Clock, ClockType
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+from rclpy.time import Time
+from rosgraph_msgs.msg import Clock as ClockMessage
+from sensor_msgs.msg import Image, JointState
+from std_msgs.msg import Bool, Float64MultiArray, String
+from std_srvs.srv import Trigger
+from trajectory_msgs.msg import JointTrajectory
+
+from ceed_vla.errors import ConfigError, SimulationError
+from ros_nodes.robot import parameters
+from ros_nodes.simulated.parameters import SIM_PARAMETERS
+from ros_nodes.simulated.robot import JOINTS, SimRobot
+from ros_nodes.robot.diagnostics import status_message
+from ros_nodes.robot.spinning import run
+from sim.tabletop.scene import CAMERAS
+
+JOINT_STATE_RATE = 100.0  # [Hz]
+REFUSAL_SHOWN = 5.0  # how long diagnostics warn of a refused command [s]
+MAX_LAG = 0.25  # time that is made up after a stall; more is left out, or the arm would leap [s]
+
+
+class SimNode(Node):
+    """A simulated robot.
+
+    Raises:
+        CeedVLAError: Parameters that cannot work together, an unknown task, or no GL context.
+    """
+
+    def __init__(self, **node_options: Any) -> None:
+        super().__init__("sim", **node_options)
+        parameters.declare_parameters(self, SIM_PARAMETERS)
+        values = parameters.values(self, SIM_PARAMETERS)
+        if values["real_time_factor"] != 1.0 and not values["publish_clock"]:
+            raise ConfigError(
+                f"real_time_factor is {values['real_time_factor']}; other nodes follow a faster or slower time only "
+                "with publish_clock:=true here and use_sim_time:=true there."
+            )
+        if self.get_parameter("use_sim_time").value and not values["publish_clock"]:
+            raise ConfigError(
+                "use_sim_time is set, but this node is the simulation; set publish_clock too, or neither."
+            )
+        self._factor, self._publishes_clock = values["real_time_factor"], values["publish_clock"]
+        self._robot = SimRobot(values["split"], values["image_size"], values["command_timeout"])
+        self._wall_clock = Clock(clock_type=ClockType.SYSTEM_TIME)
+        self._refused: dict[str, int] = {}
+        self._last_refusal, self._refused_at = "", -math.inf
+        self._solved = False
+        self._make_topics()
+        self._reset_episode()
+        self._wall = time.monotonic()
+        steady = Clock(clock_type=ClockType.STEADY_TIME)  # runs on when the system's time is set
+        self.create_timer(1.0 / (JOINT_STATE_RATE * self._factor), self._tick, clock=steady)
+        self._camera_timer = self.create_timer(self._camera_period, self._on_camera_time, clock=steady)
+        self.create_timer(1.0, self._publish_diagnostics, clock=steady)
+        self.add_on_set_parameters_callback(self._check_parameters)
+        self.add_post_set_parameters_callback(self._take_parameters)
+
+    def _make_topics(self) -> None:
+        self._joint_states = self.create_publisher(JointState, "joint_states", COMMAND)
+        self._images = {name: self.create_publisher(Image, f"{name}/image_raw", SENSOR) for name in CAMERAS}
+        self._success = self.create_publisher(Bool, "~/success", LATCHED)
+        self._instruction = self.create_publisher(String, "policy/instruction", LATCHED)
+        self._diagnostics = self.create_publisher(DiagnosticArray, "diagnostics", COMMAND)
+        self._clock_topic = (
+            self.create_publisher(ClockMessage, "/clock", SENSOR) if self._publishes_clock else None
+        )
+        robot = self._robot
+        positions, gripper = "forward_position_controller/commands", "gripper_controller/commands"
+        self._obey(positions, Float64MultiArray, lambda message: robot.command_positions(message.data))
+        self._obey(gripper, Float64MultiArray, lambda message: robot.command_gripper(message.data))
+        self._obey("joint_trajectory_controller/joint_trajectory", JointTrajectory, self._on_trajectory)
+        self._obey("servo_node/delta_twist_cmds", TwistStamped, self._on_twist)
+        self.create_service(Trigger, "~/reset_episode", self._on_reset)
+
+    def _obey(self, topic: str, message_type: Any, act: Callable[[Any], None]) -> None:
+        """Let `act` have every message of a command topic; count and log those it refuses."""
+
+        def callback(message: Any) -> None:
+            self._catch_up()  # the command takes effect now, not at the last tick
+            try:
+                act(message)
+            except SimulationError as error:
+                self._refused[topic] = self._refused.get(topic, 0) + 1
+                self._last_refusal, self._refused_at = f"{topic}: {error}", time.monotonic()
+                self.get_logger().warning(f"Refused a command: {error}", throttle_duration_sec=1.0)
+
+        self.create_subscription(message_type, topic, callback, COMMAND)
+
+    # ------------------------------------------------------------------ commands
+
+    def _on_twist(self, message: TwistStamped) -> None:
+        linear, angular = message.twist.linear, message.twist.angular
+        self._robot.command_twist((linear.x, linear.y, linear.z), (angular.x, angular.y, angular.z))
+
+    def _on_trajectory(self, message: JointTrajectory) -> None:
+        stamp = seconds(message.header.stamp)
+        points = message.points
+        moving = [len(point.velocities) > 0 for point in points]
+        if any(moving) and not all(moving):
+            raise SimulationError("Some way-points have velocities and some have none; give all or none.")
+        self._robot.command_trajectory(
+            list(message.joint_names),
+            [seconds(point.time_from_start) for point in points],
+            [list(point.positions) for point in points],
+            [list(point.velocities) for point in points] if any(moving) else None,
+            delay=stamp - 1e-9 * self._now().nanoseconds if stamp else 0.0,
+        )
+
+    def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        if self.get_parameter("advance_seed").value:
+            seed = self.get_parameter("seed").value + 1
+            self.set_parameters([Parameter("seed", value=seed)])
+        try:
+            response.message = self._reset_episode()
+            response.success = True
+        except SimulationError as error:
+            response.success, response.message = False, str(error)
+        return response
+
+    def _reset_episode(self) -> str:
+        """Draw the scene that `task` and `seed` name, and show it at once. Returns the instruction."""
+        self._robot.reset(self.get_parameter("seed").value, self.get_parameter("task").value)
+        self._solved = False
+        self._wall = time.monotonic()
+        self._success.publish(Bool(data=False))
+        if self.get_parameter("publish_instruction").value:
+            self._instruction.publish(String(data=self._robot.instruction))
+        self._publish_joint_states()
+        self._publish_images()
+        self.get_logger().info(
+            f"Episode of seed {self.get_parameter('seed').value}, {self._robot.family}: {self._robot.instruction}"
+        )
+        return self._robot.instruction
+
+    def _check_parameters(self, changes: Sequence[Parameter]) -> SetParametersResult:
+        return parameters.refusal(SIM_PARAMETERS, changes, configured=True)
+
+    def _take_parameters(self, changes: Sequence[Parameter]) -> None:
+        if any(change.name == "camera_rate" for change in changes):
+            self._camera_timer.timer_period_ns = round(1e9 * self._camera_period)
+
+    # ------------------------------------------------------------------ time
+
+    @property
+    def _camera_period(self) -> float:
+        """Between images, in real time [s]."""
+        return 1.0 / (self.get_parameter("camera_rate").value * self._factor)
+
+    def _now(self) -> Time:
+        """What the messages are stamped with: the simulation's time with publish_clock, else the system's."""
+        return Time(seconds=self._robot.time) if self._publishes_clock else self._wall_clock.now()
+
+    def _catch_up(self) -> None:
+        """Bring the physics to the present."""
+        wall = time.monotonic()
+        self._robot.advance(min(wall - self._wall, MAX_LAG) * self._factor)
+        self._wall = wall
+
+    def _tick(self) -> None:
+        self._catch_up()
+        if self._clock_topic is not None:
+            self._clock_topic.publish(ClockMessage(clock=self._now().to_msg()))
+        self._publish_joint_states()
+        if not self._solved and self._robot.success:
+            self._solved = True
+            self._success.publish(Bool(data=True))
+
+    def _on_camera_time(self) -> None:
+        self._catch_up()
+        self._publish_images()
+
+    def _publish_joint_states(self) -> None:
+        message = JointState(name=list(JOINTS))
+        message.header.stamp = self._now().to_msg()
+        message.header.frame_id = "base_link"
+        message.position = self._robot.positions.tolist()
+        message.velocity = self._robot.velocities.tolist()
+        message.effort = self._robot.efforts.tolist()
+        self._joint_states.publish(message)
+
+    def _publish_images(self) -> None:
+        stamp = self._now().to_msg()
+        for name, pixels in self._robot.images().items():
+            self._images[name].publish(array_to_image(pixels, stamp, f"{name}_camera_optical_frame"))
+
+    # ------------------------------------------------------------------ what the operator sees
+
+    def _publish_diagnostics(self) -> None:
+        commanders = {topic: self.count_publishers(topic) for topic in self._command_topics()}
+        crowded = [topic for topic, count in commanders.items() if count > 1]
+        level, message = DiagnosticStatus.OK, "running"
+        if crowded:
+            level, message = DiagnosticStatus.ERROR, f"more than one node commands {', '.join(crowded)}"
+        elif time.monotonic() - self._refused_at < REFUSAL_SHOWN:
+            level, message = DiagnosticStatus.WARN, f"refused a command: {self._last_refusal}"
+        values = {
+            "episode_seed": self.get_parameter("seed").value,
+            "task": self._robot.family,
+            "instruction": self._robot.instruction,
+            "success": self._solved,
+            "holds": self._robot.holds,
+            **{f"commanders_of_{topic}": count for topic, count in commanders.items()},
+            **{f"refused_on_{topic}": count for topic, count in self._refused.items()},
+        }
+        stamp, name = self._now().to_msg(), f"{self.get_name()}: robot"
+        self._diagnostics.publish(status_message(name, "tabletop simulation", level, message, values, stamp))
+
+    def _command_topics(self) -> list[str]:
+        kinds = (Float64MultiArray, JointTrajectory, TwistStamped)
+        return [
+            subscription.topic_name for subscription in self.subscriptions if subscription.msg_type in kinds
+        ]
+
+    def destroy_node(self) -> None:
+        """Release the scene too."""
+        self._robot.close()
+        super().destroy_node()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the node until SIGINT or SIGTERM; the console script ``sim_node``.
+
+    Args:
+        arguments: Command line with the program's name; None takes `sys.argv`.
+
+    Returns:
+        0, or 1 if the node cannot start.
+    """
+    os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")  # nobody else needs this robot
+    return run(SimNode, "sim_node", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

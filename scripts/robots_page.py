@@ -1,0 +1,129 @@
+"""The tables of docs/robots.md, made from the code: topics, services and parameters of both nodes.
+
+``python -m scripts.robots_page`` writes them into the page again; a test compares.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ros_nodes.demo.bag import type_name
+from ros_nodes.robot.parameters import LIVE, SETUP, START, Table
+from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+from ros_nodes.robot.robot_file import load_robot_config
+from ros_nodes.simulated.parameters import SIM_PARAMETERS
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "robots.md"
+IN, OUT, SERVICE = "in", "out", "service"
+_TYPES = {
+    "raw": "sensor_msgs/msg/Image",
+    "compressed": "sensor_msgs/msg/CompressedImage",
+}
+_WHEN = {START: "start only (read-only)", SETUP: "while unconfigured", LIVE: "any time"}
+
+Row = tuple[str, str, str, str]
+
+
+def policy_topics() -> list[Row]:
+    """(default name, direction, type, what it is) of all that the policy node exposes, for the packaged robot."""
+    robot = load_robot_config()
+    arms = [
+        (
+            one.topic,
+            OUT,
+            type_name(one.message_type),
+            f"commands at `command_rate`, if `action_interface` is `{name}`",
+        )
+        for name, one in robot.interfaces.items()
+    ]
+    gripper = robot.gripper
+    return [
+        *(
+            (i.topic, IN, _TYPES[i.transport], f"`{i.feature}`; best effort, the newest counts")
+            for i in robot.images
+        ),
+        (robot.joint_states, IN, "sensor_msgs/msg/JointState", "joints, matched by name"),
+        ("policy/instruction", IN, "std_msgs/msg/String", "what to do; latched"),
+        *arms,
+        *(
+            [(gripper.topic, OUT, "std_msgs/msg/Float64MultiArray", "[opening in metres]")]
+            if gripper is not None
+            else []
+        ),
+        ("diagnostics", OUT, "diagnostic_msgs/msg/DiagnosticArray", "once a second"),
+        ("policy/estop", SERVICE, "std_srvs/srv/Trigger", "hold, and stay so until reset"),
+        ("policy/reset", SERVICE, "std_srvs/srv/Trigger", "unlatch the stop; motion stays disabled"),
+        ("policy/enable", SERVICE, "std_srvs/srv/SetBool", "allow motion, or forbid it"),
+        ("policy/change_state", SERVICE, "lifecycle_msgs/srv/ChangeState", "configure, activate, ..."),
+    ]
+
+
+def sim_topics() -> list[Row]:
+    """The same for the simulated robot."""
+    mirrored = [
+        (name, OUT if direction == IN else IN, kind, what)
+        for name, direction, kind, what in policy_topics()
+        if direction != SERVICE and name != "diagnostics"
+    ]
+    said = {
+        "joint_states": "arm and fingers, 100 Hz",
+        "front/image_raw": "`camera_rate`",
+        "wrist/image_raw": "`camera_rate`",
+        "policy/instruction": "the episode's instruction, unless `publish_instruction` is false; latched",
+    }
+    return [
+        *(
+            (name, direction, kind, said.get(name, "obeyed; refused commands are in the diagnostics"))
+            for name, direction, kind, _ in mirrored
+        ),
+        ("sim/success", OUT, "std_msgs/msg/Bool", "whether the episode is solved; latched"),
+        ("clock", OUT, "rosgraph_msgs/msg/Clock", "with `publish_clock`"),
+        ("diagnostics", OUT, "diagnostic_msgs/msg/DiagnosticArray", "once a second"),
+        ("sim/reset_episode", SERVICE, "std_srvs/srv/Trigger", "the scene that `task` and `seed` name"),
+    ]
+
+
+def parameter_rows(table: Table) -> list[Row]:
+    """(name, default, allowed and when, meaning) of every parameter."""
+    return [(p.name, _value(p.default), f"{p.allowed}; {_WHEN[p.when]}", p.description) for p in table]
+
+
+def tables() -> dict[str, str]:
+    """Marker in the page -> table in Markdown."""
+    topic, parameter = (
+        ("name", "direction", "type", "what"),
+        ("parameter", "default", "allowed; when", "what"),
+    )
+    return {
+        "policy topics": _table(topic, policy_topics()),
+        "policy parameters": _table(parameter, parameter_rows(POLICY_PARAMETERS)),
+        "sim topics": _table(topic, sim_topics()),
+        "sim parameters": _table(parameter, parameter_rows(SIM_PARAMETERS)),
+    }
+
+
+def filled(page: str) -> str:
+    """The page with the tables between its markers ``<!-- NAME -->`` and ``<!-- end -->``."""
+    for name, table in tables().items():
+        start, end = f"<!-- {name} -->\n", "<!-- end -->"
+        before, found, after = page.partition(start)
+        if found:
+            page = f"{before}{start}{table}\n{end}{after.partition(end)[2]}"
+    return page
+
+
+def _table(head: Sequence[str], rows: Iterable[Row]) -> str:
+    lines = [head, ["---"] * len(head), *((f"`{row[0]}`", *row[1:]) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _value(value: object) -> str:
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return f"`{text}`" if text else "empty"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"Written: {PAGE}", file=sys.stderr)

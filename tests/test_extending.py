@@ -1,0 +1,131 @@
+"""docs/extending.md as its reader uses it: each kind in one file outside the package, found by its name."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ceed_vla
+from ceed_vla.cli import main
+from ceed_vla.decoding import DecodingConfig, decode_block, named_config
+from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.tokens.uniform import ActionTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = {
+    re.search(r"# (my_\w+)\.py", block).group(1): block
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.DOTALL)
+}
+SIZES = {"width": 16, "layers": 1, "heads": 2}
+
+
+@pytest.fixture
+def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the page's files, on the path of this process and of those it starts."""
+    for name, text in BLOCKS.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    own = (ROOT / "examples/own_backbone.py").read_text().partition("# ---- used as any other")[0]
+    (tmp_path / "my_backbone.py").write_text(own)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    return tmp_path
+
+
+def test_the_page_has_every_kind() -> None:
+    assert set(BLOCKS) == {"my_tokens", "my_decoding", "my_loss"}
+
+
+@pytest.mark.parametrize("frozen_steps", [0, 1])
+def test_a_decoder_and_an_exit_rule(plugins: Path, frozen_steps: int) -> None:
+    importlib.import_module("my_decoding")
+    policy, pre, _ = ceed_vla.load("student")
+    observation = {name: torch.rand(2, 3, 96, 96) for name in policy.config.cameras}
+    batch = pre({**observation, "observation.state": torch.rand(2, 14), "task": ["push the red cube"] * 2})
+    frozen = torch.full((2, 7 * frozen_steps), 127) if frozen_steps else None
+    greedy = policy.decode(batch, "ar", frozen=frozen)
+    for name in ("verify", "verify_mid", "verify_random"):
+        assert torch.equal(policy.decode(batch, name, frozen=frozen).tokens, greedy.tokens), name
+    sure = policy.decode(batch, "margin0.000001_random", frozen=frozen)
+    assert sure.exit_reason == ["margin"] * 2
+    assert policy.decode(batch, "margin1_cap1_random", frozen=frozen).exit_reason == ["max_iterations"] * 2
+    assert named_config("margin0.5_mid", DecodingConfig()).exits == ("margin0.5",)
+    with pytest.raises(ConfigError, match=r"verify \(keeps what is right"):
+        named_config("nothing", DecodingConfig())
+
+
+def test_exit_rules_read_what_decode_block_gives(plugins: Path) -> None:
+    importlib.import_module("my_decoding")
+    policy, pre, _ = ceed_vla.load("student")
+    observation = {name: torch.rand(1, 3, 96, 96) for name in policy.config.cameras}
+    batch = pre({**observation, "observation.state": torch.rand(1, 14), "task": "push the red cube"})
+    prefix = policy.backbone.prefill(batch)
+    assert isinstance(policy.tokenizer, ActionTokenizer)
+    result = decode_block(policy.backbone, prefix, policy.tokenizer, "margin1_conf1", executed_steps=2)
+    assert result.exit_reason == ["stable"] or result.exit_reason == ["converged"]
+
+
+@pytest.mark.slow
+def test_tokens_backbone_and_loss_from_data_to_evaluation(
+    plugins: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    packages = "--discover_packages_path=my_tokens,my_backbone,my_loss,my_decoding"
+    assert main(["record", "--root=demos", "--episodes=2", "--mode=clean", "--env.task=push_cube"]) == 0
+    sizes = [f"--policy.backbone.{name}={value}" for name, value in SIZES.items()]
+    train = [
+        "train", "--roots=demos", "--output_dir=teacher", "--steps=2", "--batch_size=4", "--rounds=0",
+        "--validate_episodes=0", "--policy.backbone.type=own", "--policy.action_tokens.type=signed_levels",
+        "--policy.chunk_size=4", "--policy.n_action_steps=2", *sizes, packages,
+    ]  # fmt: skip
+    assert main(train) == 0
+    teacher = plugins / "teacher/checkpoints/final/pretrained_model"
+    config = json.loads((teacher / "config.json").read_text())
+    assert config["packages"] == ["my_backbone", "my_tokens"]
+    distil = [
+        "distill", f"--teacher_path={teacher}", "--roots=demos", "--output_dir=student", "--steps=2", "--loss=hard",
+        "--batch_size=4", "--eval_frames=4", "--eval_every=0", "--trajectories.online=true", "--validate_episodes=0", packages,
+    ]  # fmt: skip
+    assert main(distil) == 0
+    student = plugins / "student/checkpoints/final/pretrained_model"
+    assert json.loads((student / "config.json").read_text())["decoding"]["watch"] == "executed"
+    run = [
+        "eval", f"--policy.path={student}", "--episodes=1", "--env.episode_length=4", "--timing_chunks=0",
+        "--clips=false", "--executed_steps=2", "--decoders=ar,verify,margin0.9_cap3", packages,
+    ]  # fmt: skip
+    assert main(run) == 0
+    assert set(json.loads(Path("outputs/eval/report.json").read_text())["decoders"]) == {
+        "ar",
+        "verify",
+        "margin0.9_cap3",
+    }
+    capfd.readouterr()
+    # In a process that nobody told of the packages.
+    command = [sys.executable, "-m", "ceed_vla.cli", *run[:-2], "--decoders=ar"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert "needs the package 'my_backbone'" in found.stderr
+    assert "--discover_packages_path=my_backbone" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_a_checkpoint_of_a_missing_package_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "policy"
+    policy, pre, post = ceed_vla.load("student")
+    from ceed_vla.checkpoints import save
+
+    save(folder, policy, pre, post)
+    values: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    assert values["packages"] == []
+    for packages in (["nobodys_package"], "nobodys_package", [3]):
+        (folder / "config.json").write_text(json.dumps({**values, "packages": packages}))
+        with pytest.raises(CheckpointError, match=r"needs the package .*--discover_packages_path"):
+            ceed_vla.load(folder)

@@ -72,10 +72,7 @@ def compose_frame(
     left, top = VIEW + _MARGIN, HEADER + INSET + _MARGIN
     draw.text((left, top), decoder, fill=_INK, font=_font(22))
     draw.text(
-        (left, top + 36),
-        f"chunk: {forwards} {unit} forward{'s' if forwards != 1 else ''}",
-        _FAINT,
-        _font(13),
+        (left, top + 36), f"chunk: {forwards} {unit} forward{'s' if forwards != 1 else ''}", _FAINT, _font(13)
     )
     _draw_forwards(draw, left, top + 58, forwards)
     draw.text((left, top + 84), f"mean so far: {mean_forwards:.1f}", fill=_FAINT, font=_font(13))

@@ -10,13 +10,7 @@ from rich.console import Console
 from ceed_vla.checkpoint_files import pretrained_path
 from ceed_vla.fields import SEEDS, check_fields, ranged
 from sim.environment import EVALUATION_SEEDS
-from sim.evaluate import (
-    EPISODE_COUNTS,
-    CheckpointPath,
-    EvalConfig,
-    default_console,
-    evaluate,
-)
+from sim.evaluate import EPISODE_COUNTS, CheckpointPath, EvalConfig, default_console, evaluate
 
 DECODERS = "teacher_ar,teacher_cap4,jacobi,ceed"
 

@@ -97,12 +97,16 @@ def turns(config: EnvConfig) -> list[str]:
 
 def recorded_tasks(config: EnvConfig) -> list[str]:
     """Tasks that take turns over the seeds of a recording."""
-    return list(config.tasks()) if hasattr(config, "tasks") else [MIXED]
+    return list(config.tasks()) if _has_tasks(config) else [MIXED]  # type: ignore[attr-defined]
+
+
+def _has_tasks(config: EnvConfig) -> bool:
+    return callable(getattr(config, "tasks", None))
 
 
 def check_expert(config: EnvConfig, purpose: str) -> None:
     """Raise `ConfigError` unless the environment has an expert."""
-    if not hasattr(config, "act"):
+    if not callable(getattr(config, "act", None)):
         raise ConfigError(
             f"--env.type={config.type} has no expert, which {purpose} needs: its configuration {type(config).__name__} "
             "lacks act(env), see sim/environment.py."
@@ -141,7 +145,7 @@ class Environment:
         self.config = config
         try:
             # With a task list one environment does for all; without, LeRobot makes one for each task.
-            make = EnvConfig.create_envs if hasattr(config, "tasks") else make_env
+            make = EnvConfig.create_envs if _has_tasks(config) else make_env
             self._suites = make(config, n_envs=1)
         except CeedVLAError:
             raise
@@ -149,8 +153,12 @@ class Environment:
             raise SimulationError(
                 f"--env.type={config.type} cannot be made ({root_cause(error)})."
             ) from error
-        self._envs = [vector.envs[0] for suite in self._suites.values() for vector in suite.values()]
-        self._env = self._envs[0]
+        self._envs = [
+            (f"{suite}/{number}", vector.envs[0])
+            for suite, vectors in self._suites.items()
+            for number, vector in vectors.items()
+        ]
+        self._env = self._envs[0][1]
         self._quick = all(hasattr(self.inner, name) for name in ("observe", "advance", "is_success"))
         self._observation: Observation | None = None
         self.task, self.success, self.finished = "", False, False
@@ -183,11 +191,12 @@ class Environment:
     def reset(self, seed: int, task: str = MIXED) -> None:
         """Start the episode of a seed."""
         options: dict[str, Any] = {} if task == MIXED else {"task": task}
-        if not hasattr(self.config, "tasks"):
+        if not _has_tasks(self.config):
             options[NEW_ROLLOUT_OPTION] = True
-        self._env = self._envs[seed % len(self._envs)]
+        name, self._env = self._envs[seed % len(self._envs)]
         self._observation, info = self._env.reset(seed=int(seed), options=options)
-        self.task = str(info.get("task") or self.config.task or self.config.type)
+        own = self.config.task or self.config.type
+        self.task = str(info.get("task") or (own if len(self._envs) == 1 else name))
         self.success = self.finished = False
 
     def observe(self) -> Observation:

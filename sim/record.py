@@ -22,12 +22,7 @@ from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import ConfigError, DatasetError
 from sim.decoders import checked_name
 from sim.environment import Bundle, EnvPool, joined
-from sim.recording.attempts import (
-    Attempt,
-    expert_attempt,
-    frame_features,
-    grounding_scenes,
-)
+from sim.recording.attempts import Attempt, expert_attempt, frame_features, grounding_scenes
 from sim.recording.config import RecordConfig
 from sim.recording.interrupts import InterruptGuard
 from sim.recording.takeover import takeover_attempts
@@ -120,10 +115,8 @@ def _recorder(
     with EnvPool(config.batch, config.env) as pool:
         if config.mode == "takeover":
             runner = _driver(config, policy_bundle)
-            yield (
-                lambda seeds: takeover_attempts(runner, pool, seeds, config),
-                frame_features(pool.env(0), config),
-            )
+            features = frame_features(pool.env(0), config)
+            yield lambda seeds: takeover_attempts(runner, pool, seeds, config), features
             return
         env = pool.env(0)
         if config.mode == "grounding":

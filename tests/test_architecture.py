@@ -95,7 +95,7 @@ def test_import_arrows_see_what_they_should() -> None:
     assert [name for _, name in imports(tree, lazy=True)] == [
         "sim.rollout",
         "mujoco",
-        "ceed_vla.data.frames",
+        "training.data",
         "y",
     ]
 

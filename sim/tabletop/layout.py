@@ -9,16 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import SimulationError
-from sim.tabletop.tasks import (
-    COLORS,
-    CUBE_HALF,
-    PHRASES,
-    SIDES,
-    TASKS,
-    Command,
-    check_choice,
-    combinations,
-)
+from sim.tabletop.tasks import COLORS, CUBE_HALF, PHRASES, SIDES, TASKS, Command, check_choice, combinations
 
 NEAR_X, NEAR_Y = (0.36, 0.54), (-0.14, 0.14)  # where cubes start [m]
 FAR_X, FAR_Y = (0.66, 0.68), (-0.165, 0.165)  # where bin and plate stand [m]

@@ -53,6 +53,7 @@ gymnasium.register("sim_tests/plain", Plain, max_episode_steps=8)
 class PlainConfig(EnvConfig):
     task: str | None = "plain"
     silent: bool = False
+    episode_length: int | None = None
     features: dict[str, PolicyFeature] = field(
         default_factory=lambda: {
             "action": PolicyFeature(FeatureType.ACTION, (1,)),
@@ -112,6 +113,15 @@ def test_a_plain_environment_is_evaluated() -> None:
     assert batch["observation.image"].shape == (2, 3, 8, 8)
     assert batch["observation.image"].max().item() == pytest.approx(20 / 255)
     assert batch["observation.state"].tolist() == [[2.0], [2.0]]
+
+
+def test_the_tasks_of_a_suite_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create_envs(self: EnvConfig, n_envs: int, use_async_envs: bool = False) -> Any:
+        return {"suite": {i: gymnasium.vector.SyncVectorEnv([Plain] * n_envs) for i in range(2)}}
+
+    monkeypatch.setattr(PlainConfig, "create_envs", create_envs)
+    results = rollout((Adder(), None, None), [4, 5, 6], PlainConfig(episode_length=5))
+    assert [(r.task, r.steps) for r in results] == [("suite/0", 5), ("suite/1", 5), ("suite/0", 5)]
 
 
 def test_what_is_missing_is_said() -> None:

@@ -71,21 +71,8 @@ def quiet() -> Console:
 
 
 def test_options_are_parsed_from_the_command_line() -> None:
-    words = [
-        "--policy.path",
-        "p",
-        "--teacher.path",
-        "t",
-        "--decoders",
-        "ar,ceed",
-        "--episodes",
-        "3",
-        "--clips",
-        "false",
-        "--threads",
-        "2",
-    ]
-    config = draccus.parse(EvalConfig, args=words)
+    words = "--policy.path p --teacher.path t --decoders ar,ceed --episodes 3 --clips false --threads 2"
+    config = draccus.parse(EvalConfig, args=words.split())
     assert (config.policy.path, config.teacher.path) == ("p", "t")
     assert (config.decoders, config.episodes, config.clips, config.threads) == ("ar,ceed", 3, False, 2)
     assert config.seed == 50_000
@@ -367,11 +354,7 @@ def test_show_draws_a_picture(checkpoint: Path, tmp_path: Path) -> None:
     ],
 )
 def test_show_refuses(
-    checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    options: dict[str, Any],
-    words: str,
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("theirs.png").write_bytes(b"\x89PNG of somebody else")

@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.factory import make_env, make_env_config
-from lerobot.envs.utils import (
-    NEW_ROLLOUT_OPTION,
-    close_envs,
-    env_to_policy_features,
-    preprocess_observation,
-)
+from lerobot.envs.utils import NEW_ROLLOUT_OPTION, close_envs, env_to_policy_features, preprocess_observation
 
 from ceed_vla.errors import ConfigError
 from sim.tabletop.lerobot_env import CeedTabletopEnv

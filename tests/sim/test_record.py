@@ -166,11 +166,7 @@ def test_little_room_stops_without_loss(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("victim", ["write_tasks", "write_stats", "write_info"])
 def test_half_done_commit_is_undone(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    victim: str,
-    fake_frames: Any,
-    new_writer: Any,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str, fake_frames: Any, new_writer: Any
 ) -> None:
     root = tmp_path / "set"
     writer = new_writer(root)

@@ -15,13 +15,7 @@ from ceed_vla.errors import SimulationError
 from ceed_vla.kinematics import rpy_matrix
 from sim.tabletop import ENV_ID, arm, layout, tasks
 from sim.tabletop import render as rendering
-from sim.tabletop.env import (
-    ACTION_NAMES,
-    STATE_NAMES,
-    WORKSPACE_HIGH,
-    WORKSPACE_LOW,
-    TabletopEnv,
-)
+from sim.tabletop.env import ACTION_NAMES, STATE_NAMES, WORKSPACE_HIGH, WORKSPACE_LOW, TabletopEnv
 from sim.tabletop.policy import PRIVILEGED
 from sim.tabletop.scene import load_scene
 

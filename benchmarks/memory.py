@@ -120,6 +120,7 @@ def measure(name: str, folder: Path, billions: float, device: str) -> dict[str, 
     import torch
 
     from training.adapters import LoRAConfig, attach, attach_student
+    from training.losses import trust_region_loss
     from training.objective import DistillationObjective
     from training.optim import build_optimizers
 
@@ -139,7 +140,7 @@ def measure(name: str, folder: Path, billions: float, device: str) -> dict[str, 
         teacher = None if mode.adapters else make_policy(folder, billions, dtype, device)[0]
         if mode.adapters:
             attach_student(policy, LoRAConfig(rank=RANK))
-        objective = DistillationObjective(policy.train(), teacher, "trust_region", 3.0)
+        objective = DistillationObjective(policy.train(), teacher, trust_region_loss, 3.0)
         with torch.no_grad():
             embeddings = policy.backbone.embed_prefix(batch)
         states = {"fixed_point": tokens, "states": (tokens + 1) % 255}

@@ -16,6 +16,7 @@ from benchmarks.memory import MODES, make_policy, plan
 from benchmarks.models.vlm import make_tiny_vlm
 from benchmarks.scaling import Gpu, Work, derive
 from training.corruption import draw_states
+from training.losses import trust_region_loss
 from training.objective import DistillationObjective
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -34,7 +35,7 @@ def test_tokens_of_a_sample_are_those_that_the_derivation_counts(tmp_path: Path)
     folder = make_tiny_vlm("smolvlm", tmp_path)
     student, batch = make_policy(folder, 1e-3, "float32", "cpu")
     teacher, _ = make_policy(folder, 1e-3, "float32", "cpu")
-    objective = DistillationObjective(student.train(), teacher, "trust_region", 3.0)
+    objective = DistillationObjective(student.train(), teacher, trust_region_loss, 3.0)
     seen = {"with gradient": 0, "without": 0}
 
     def count(_: Any, __: Any, arguments: dict[str, Any]) -> None:

@@ -97,9 +97,7 @@ setup(
     ],
     python_requires=">=3.12,<3.14",
     packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
-    package_data={
-        NAME: ["py.typed", "pretrained/**/*.safetensors", "pretrained/**/*.json", "pretrained/**/*.md"]
-    },
+    package_data={NAME: ["py.typed", "pretrained/**/*.safetensors", "pretrained/**/*.json", "pretrained/**/*.md"]},
     data_files=[(folder, files) for folder, files in DATA_FILES if files],
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

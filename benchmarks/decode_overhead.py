@@ -94,9 +94,7 @@ def recorded_calls(backbone: OpenVLABackbone, decode: Callable[[], DecodeResult]
     return calls
 
 
-def bare_forwards(
-    backbone: OpenVLABackbone, embeds: Tensor, calls: list[tuple[int, Tensor]]
-) -> Callable[[], None]:
+def bare_forwards(backbone: OpenVLABackbone, embeds: Tensor, calls: list[tuple[int, Tensor]]) -> Callable[[], None]:
     """The forwards of `calls`, and nothing else, behind the prefix `embeds` (B, P, d)."""
     model, head = backbone.language_model.model, backbone.language_model.lm_head.weight[WORDS - BINS : WORDS]
     words, cache, length = backbone.language_model.get_input_embeddings(), DynamicCache(), embeds.shape[1]
@@ -188,12 +186,9 @@ def main() -> None:
     timings = compare(options.layers, options.dtype, options.block, options.prefix, options.repeats)
     for name, timing in timings.items():
         loop, bare = (
-            f"{1e3 * min(t):.1f} ms (median {1e3 * statistics.median(t):.1f})"
-            for t in (timing.loop, timing.bare)
+            f"{1e3 * min(t):.1f} ms (median {1e3 * statistics.median(t):.1f})" for t in (timing.loop, timing.bare)
         )
-        print(
-            f"{name:<7}{timing.forwards} forwards: loop {loop}, bare {bare}, overhead {timing.overhead:+.2%}"
-        )
+        print(f"{name:<7}{timing.forwards} forwards: loop {loop}, bare {bare}, overhead {timing.overhead:+.2%}")
     chunk, alone = checks(options.chunks)
     print(
         f"checks alone {1e3 * alone:.3f} ms, a chunk of the student {1e3 * chunk:.2f} ms (p50 of {options.chunks}): "

@@ -115,11 +115,7 @@ def measure(folder: Path, episodes: int, steps: int) -> dict[str, float]:
     }  # fmt: skip
     for name, states in (("greedy", False), ("states", True)):
         started = time.perf_counter()
-        collect(
-            CollectConfig(
-                str(teacher), str(data), str(folder / name), states=states, frame_stride=2, threads=1
-            )
-        )
+        collect(CollectConfig(str(teacher), str(data), str(folder / name), states=states, frame_stride=2, threads=1))
         frames = sum(len(range(0, int(n), 2)) for n in torch.bincount(torch.tensor(store.episode)))
         found[f"{name}_s"] = (time.perf_counter() - started - loading) / frames
         found[f"{name}_bytes"] = sum(f.stat().st_size for f in (folder / name).glob("*.parquet")) / frames
@@ -153,9 +149,7 @@ def report(found: dict[str, float]) -> None:
     ):
         seconds, bound = found[f"{name}_s"], (operations or 0.0) / found["matmul"]
         share = f", {bound / seconds:.0%} of it arithmetic at that rate" if operations else ""
-        what = {"greedy": "collect --states=false", "states": "collect --states=true"}.get(
-            name, f"distill, {name}"
-        )
+        what = {"greedy": "collect --states=false", "states": "collect --states=true"}.get(name, f"distill, {name}")
         size = f", {found[f'{name}_bytes']:.0f} bytes stored" if f"{name}_bytes" in found else ""
         print(f"  {what:<24}{1000 * seconds:8.1f} ms a frame{share}{size}")
 

@@ -39,9 +39,7 @@ class BlockCache:
             TokenError: Fewer than `t` positions were written.
         """
         if not 0 < t <= self._written:
-            raise TokenError(
-                f"The prefix cannot have {t} positions: {self._written} were written. Prefill first."
-            )
+            raise TokenError(f"The prefix cannot have {t} positions: {self._written} were written. Prefill first.")
         self.length = self.prefix_length = t
 
     def commit(self, t: int) -> None:
@@ -92,9 +90,7 @@ class KVCache(BlockCache):
         super().__init__()
         shape = (num_layers, batch, num_kv_heads, capacity, head_dim)
         if min(shape) < 1:
-            raise ConfigError(
-                f"A cache of shape (L, B, H, T, D) = {shape} is empty; every size must be at least 1."
-            )
+            raise ConfigError(f"A cache of shape (L, B, H, T, D) = {shape} is empty; every size must be at least 1.")
         self.capacity = capacity
         self._keys = [torch.empty(shape[1:], device=device, dtype=dtype) for _ in range(num_layers)]
         self._values = [torch.empty(shape[1:], device=device, dtype=dtype) for _ in range(num_layers)]

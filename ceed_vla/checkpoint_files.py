@@ -39,9 +39,7 @@ def pretrained_path(name: str) -> Path:
         CheckpointError: Unknown name, or the package was installed without its weights.
     """
     if not isinstance(name, str) or name not in PRETRAINED:
-        raise CheckpointError(
-            f"No shipped checkpoint is called {name!r}; choose one of {', '.join(PRETRAINED)}."
-        )
+        raise CheckpointError(f"No shipped checkpoint is called {name!r}; choose one of {', '.join(PRETRAINED)}.")
     path = Path(__file__).parent / "pretrained" / name
     if not (path / WEIGHTS).is_file():
         raise CheckpointError(
@@ -61,9 +59,7 @@ def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
         CheckpointError: No such folder, or files are missing from it.
     """
     if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
-        raise CheckpointError(
-            f"The checkpoint is {path!r}; give a folder, or one of {', '.join(PRETRAINED)}."
-        )
+        raise CheckpointError(f"The checkpoint is {path!r}; give a folder, or one of {', '.join(PRETRAINED)}.")
     folder = Path(path)
     try:
         if not folder.exists() and str(path) in PRETRAINED:
@@ -73,9 +69,7 @@ def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
         found = folder.is_dir()
         missing = [name for name in files if not (folder / name).is_file()]
     except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise CheckpointError(
-            f"The checkpoint {str(path)[:200]!r} is not read ({error.strerror})."
-        ) from error
+        raise CheckpointError(f"The checkpoint {str(path)[:200]!r} is not read ({error.strerror}).") from error
     if not found:
         raise CheckpointError(
             f"No checkpoint folder at {path}; give a local folder that holds {' and '.join(POLICY_FILES)}, "
@@ -141,17 +135,13 @@ def _from_format_1(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
             "ends sooner at the same success. Set it to 0, and confidence to 0.2."
         )
     if executed not in (None, values.get("n_action_steps")):
-        logger.warning(
-            "%s watched %s steps; now the %s executed ones", folder, executed, values.get("n_action_steps")
-        )
+        logger.warning("%s watched %s steps; now the %s executed ones", folder, executed, values.get("n_action_steps"))
     decoding |= {"watch": "block" if executed is None else "executed", "exits": []}
     renamed = (("action_tokens", "fast", "most_ids"), ("backbone", "compact", "words"))
     for setting, kind, after in renamed:
         part = values.get(setting)
         if isinstance(part, dict) and part.get("type") == kind:
-            values[setting] = {
-                after if name == "vocabulary_size" else name: value for name, value in part.items()
-            }
+            values[setting] = {after if name == "vocabulary_size" else name: value for name, value in part.items()}
     return {**values, "decoding": decoding, "format_version": FORMAT_VERSION}
 
 

@@ -17,9 +17,7 @@ from ceed_vla.pipelines import checked
 __all__ = ["load", "pretrained_path", "resolve_checkpoint", "save", "weights_hash"]
 
 
-def load(
-    path: str | Path, device: str | None = None, merge_adapters: bool = True
-) -> tuple[CeedVLAPolicy, Any, Any]:
+def load(path: str | Path, device: str | None = None, merge_adapters: bool = True) -> tuple[CeedVLAPolicy, Any, Any]:
     """Load a policy with its pre- and post-processor, strictly and offline.
 
     Args:

@@ -150,9 +150,7 @@ def _named(names: Iterable[str], width: int) -> list[str]:
         outer, dot, last = name.rpartition(".")
         groups.setdefault(f"--{outer}{dot}" if dot else "", []).append(last if dot else f"--{name}")
     wrapper = textwrap.TextWrapper(width, "  ", "      ", break_on_hyphens=False)
-    texts = (
-        f"{outer}{{{', '.join(inner)}}}" if outer else ", ".join(inner) for outer, inner in groups.items()
-    )
+    texts = (f"{outer}{{{', '.join(inner)}}}" if outer else ", ".join(inner) for outer, inner in groups.items())
     return [line for text in texts for line in wrapper.wrap(text)]
 
 
@@ -173,9 +171,7 @@ def _describe(
             yield from _describe_choice(kind, prefix + item.name, meaning, value, foreign)
             continue
         if isinstance(kind, type) and is_dataclass(kind):
-            yield from _describe(
-                kind, f"{prefix}{item.name}.", None if value is MISSING else value, foreign=foreign
-            )
+            yield from _describe(kind, f"{prefix}{item.name}.", None if value is MISSING else value, foreign=foreign)
             continue
         shown = "(required)" if value is MISSING else "" if value in (None, "") else f"[{_plain(value)}]"
         if meaning and allowed is not None:
@@ -187,9 +183,7 @@ def _describe_choice(kind: type[Any], name: str, meaning: str, value: Any, forei
     """`name.type`, then the flags of the usual kind, then those that only other kinds have."""
     usual = kind.get_choice_class(kind.default_choice_name()) if value is MISSING else value.__class__
     known = kind.get_known_choices()
-    others = [
-        choice for choice in known.values() if choice is not usual and (foreign or issubclass(kind, Choice))
-    ]
+    others = [choice for choice in known.values() if choice is not usual and (foreign or issubclass(kind, Choice))]
     yield f"{name}.type", "|".join(known), meaning, f"[{kind.get_choice_name(usual)}]"
     seen = set()
     for choice in (usual, *others):

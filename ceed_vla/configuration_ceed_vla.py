@@ -248,9 +248,7 @@ class CeedVLAConfig(PreTrainedConfig):
             if feature.type is FeatureType.VISUAL and (len(sides) != 3 or sides[0] != 3):
                 raise ConfigError(f"The camera {name} has the shape {sides}; expected (3, height, width).")
             if feature.type in (FeatureType.STATE, FeatureType.ENV) and len(sides) != 1:
-                raise ConfigError(
-                    f"The feature {name} has the shape {sides}; expected one number, its length."
-                )
+                raise ConfigError(f"The feature {name} has the shape {sides}; expected one number, its length.")
         if not self.image_features:
             raise ConfigError(
                 "The data have no camera: ceed_vla needs at least one observation.images.<camera> feature with "

@@ -215,9 +215,7 @@ def _discovery(probe: dict[str, Any]) -> Generator[Finding]:
 
 def _ros(probe: dict[str, Any]) -> Generator[Finding]:
     if "error" in probe:
-        remedy = (
-            "only for robots: `source /opt/ros/<distribution>/setup.bash`, or `make ros-demo` installs wheels"
-        )
+        remedy = "only for robots: `source /opt/ros/<distribution>/setup.bash`, or `make ros-demo` installs wheels"
         yield Finding("ROS 2", probe["error"], remedy, needed=False)
         return
     wheel, distribution = _version("ros-rclpy"), os.environ.get("ROS_DISTRO")

@@ -138,9 +138,7 @@ def _fits(value: Any, hint: Any, allowed: Interval | Choices | None) -> bool:
         return value is None
     if hint in (int, float):
         number = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
-        return (
-            number and abs(value) < _LARGEST and (value in allowed if isinstance(allowed, Interval) else True)
-        )
+        return number and abs(value) < _LARGEST and (value in allowed if isinstance(allowed, Interval) else True)
     if hint is str:
         fits = isinstance(value, str) and len(value) <= LONGEST_TEXT and "\0" not in value
         return fits and (value in allowed if isinstance(allowed, Choices) else True)
@@ -150,14 +148,10 @@ def _fits(value: Any, hint: Any, allowed: Interval | Choices | None) -> bool:
         return isinstance(value, str | Path) and "\0" not in str(value)
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin in (list, tuple):
-        return isinstance(value, list | tuple) and all(
-            _fits(v, inside[0] if inside else Any, allowed) for v in value
-        )
+        return isinstance(value, list | tuple) and all(_fits(v, inside[0] if inside else Any, allowed) for v in value)
     if origin is dict:
         key, entry = inside or (Any, Any)
-        return isinstance(value, dict) and all(
-            _fits(k, key, None) and _fits(v, entry, None) for k, v in value.items()
-        )
+        return isinstance(value, dict) and all(_fits(k, key, None) and _fits(v, entry, None) for k, v in value.items())
     return isinstance(value, hint) if isinstance(hint, type) else True
 
 

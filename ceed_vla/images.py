@@ -30,9 +30,7 @@ def check_images(images: Mapping[str, Tensor]) -> None:
             raise ObservationError(f"{name} has values from {least:g} to {most:g}; images lie in [0, 1].")
 
 
-def camera_pixels(
-    observation: Mapping[str, Any], camera: str, size: Sequence[int] | None = None
-) -> NDArray[np.uint8]:
+def camera_pixels(observation: Mapping[str, Any], camera: str, size: Sequence[int] | None = None) -> NDArray[np.uint8]:
     """The images (B, H, W, 3) of a camera; it gives bytes or floats in [0, 1].
 
     Args:

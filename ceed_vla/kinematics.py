@@ -185,10 +185,7 @@ class ArmKinematics(ABC):
         q = np.array(q, dtype=np.float64)
         for _ in range(iterations):
             error = self._error(q, position, matrix)
-            if (
-                np.abs(error[:3]).max() < _REACHED[0]
-                and np.abs(error[3:]).max() < _REACHED[1] * _ROTATION_WEIGHT
-            ):
+            if np.abs(error[:3]).max() < _REACHED[0] and np.abs(error[3:]).max() < _REACHED[1] * _ROTATION_WEIGHT:
                 return q, 0.0
             linear, angular = self.jacobian()
             q = q + self._bounded_step(q, error, np.concatenate([linear, _ROTATION_WEIGHT * angular]))

@@ -37,13 +37,7 @@ def merge(policy: Any, adapters: Mapping[str, Tensor]) -> None:
     parameters = dict(policy.named_parameters())
     for layer in sorted({name.removesuffix(A).removesuffix(B) for name in adapters}):
         weight, a, b = parameters.get(f"{layer}.weight"), adapters.get(layer + A), adapters.get(layer + B)
-        if (
-            weight is None
-            or a is None
-            or b is None
-            or weight.shape != (len(b), a.shape[1])
-            or len(a) != b.shape[1]
-        ):
+        if weight is None or a is None or b is None or weight.shape != (len(b), a.shape[1]) or len(a) != b.shape[1]:
             found = [None if x is None else tuple(x.shape) for x in (weight, a, b)]
             raise CheckpointError(
                 f"The adapter of {layer} does not fit: weight, A and B have the shapes {found}. It was trained on "

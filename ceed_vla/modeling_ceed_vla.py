@@ -295,9 +295,7 @@ def check_checkpoint(folder: Path, config: CeedVLAConfig) -> None:
     # Or the model would be read from wherever `path` says.
     if getattr(config.backbone, "architecture", None) == "":
         raise CheckpointError(f"{folder}: backbone.architecture in config.json is empty; copy it again.")
-    layers, numbers = config.backbone.least_sizes(
-        config.shape
-    )  # sizes that the weights cannot have are not built
+    layers, numbers = config.backbone.least_sizes(config.shape)  # sizes that the weights cannot have are not built
     files = config.backbone.weight_files() or [folder / WEIGHTS]
     Header.read(files).check(layers, numbers, files[0])
     if any((folder / name).exists() for name in PROCESSOR_FILES):

@@ -61,8 +61,6 @@ def _with_width(
     if stats is None:
         return None
     return {
-        key: {**values, "std": torch.as_tensor(values["std"]).clamp(min=LEAST_DEVIATION)}
-        if "std" in values
-        else values
+        key: {**values, "std": torch.as_tensor(values["std"]).clamp(min=LEAST_DEVIATION)} if "std" in values else values
         for key, values in stats.items()
     }

@@ -185,11 +185,7 @@ def read_steps(folder: Path, name: str, allowed: dict[str, Maker]) -> list[Step]
     """
     file = folder / name
     entries = read_json(file).get("steps")
-    if (
-        not isinstance(entries, list)
-        or len(entries) > MOST_STEPS
-        or not all(isinstance(e, dict) for e in entries)
-    ):
+    if not isinstance(entries, list) or len(entries) > MOST_STEPS or not all(isinstance(e, dict) for e in entries):
         raise CheckpointError(f"{file} is no processor's file: it needs at most {MOST_STEPS} 'steps'.")
     steps = [_read_step(file, entry, allowed) for entry in entries]
     names = [step.name for step in steps]
@@ -277,17 +273,14 @@ def check_processors(folder: Path, config: Any) -> None:
     inputs, outputs = config.input_features or {}, config.output_features or {}
     for step in (*pre, *post):
         features = {NORMALIZER: {**inputs, **outputs}, UNNORMALIZER: outputs}.get(step.name)
-        if features is not None and _shapes(step) != {
-            n: (f.type.value, tuple(f.shape)) for n, f in features.items()
-        }:
+        if features is not None and _shapes(step) != {n: (f.type.value, tuple(f.shape)) for n, f in features.items()}:
             raise step.error("normalises other features than config.json has; copy both again.")
 
 
 def _check_relative(pre: list[Step], post: list[Step]) -> None:
     """That actions are made absolute if and only if they were made relative."""
     on = [
-        any(s.settings.get("enabled") for s in steps if s.name.endswith("_actions_processor"))
-        for steps in (pre, post)
+        any(s.settings.get("enabled") for s in steps if s.name.endswith("_actions_processor")) for steps in (pre, post)
     ]
     if on[0] != on[1]:
         raise CheckpointError(

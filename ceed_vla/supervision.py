@@ -35,9 +35,7 @@ class Learner(Protocol):
     def check_observation(self, batch: dict[str, Tensor]) -> int: ...
 
 
-def teacher_loss(
-    policy: Learner, batch: dict[str, Tensor], reduction: str = "mean"
-) -> tuple[Tensor, dict[str, float]]:
+def teacher_loss(policy: Learner, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
     """Autoregressive loss of the teacher, with the auxiliary regression where its target is in the batch.
 
     Args:
@@ -95,9 +93,7 @@ def auxiliary_loss(policy: Learner, embeddings: Any, state: Tensor, environment_
     backbone = policy.backbone
     assert backbone.auxiliary is not None
     if type(policy.auxiliary_terms) not in (int, type(None)) or (policy.auxiliary_terms or 1) < 1:
-        raise ConfigError(
-            f"auxiliary_terms is {short(policy.auxiliary_terms)}; it must be a whole number, or None."
-        )
+        raise ConfigError(f"auxiliary_terms is {short(policy.auxiliary_terms)}; it must be a whole number, or None.")
     scale = torch.tensor(policy.config.auxiliary_scale[: policy.auxiliary_terms], device=state.device)
     target = environment_state[:, : len(scale)] * scale
     regressed = [backbone.auxiliary(state)]
@@ -209,9 +205,7 @@ def check_targets(batch: Mapping[str, Any], rows: int, steps: int, noise: int, t
 
 
 def _within(values: Tensor, low: float, high: float) -> bool:
-    least, most = (
-        (float(end) for end in values.to(torch.float32).aminmax()) if values.numel() else (low, high)
-    )
+    least, most = (float(end) for end in values.to(torch.float32).aminmax()) if values.numel() else (low, high)
     return low <= least and most <= high
 
 

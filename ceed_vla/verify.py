@@ -100,9 +100,7 @@ def read_cases(folder: str | Path) -> Cases:
         zlib.error,
         NotImplementedError,
     ) as error:
-        raise CheckpointError(
-            f"{folder / IMAGES} has no array 'images' that can be read ({error})."
-        ) from error
+        raise CheckpointError(f"{folder / IMAGES} has no array 'images' that can be read ({error}).") from error
     cases = values.get("cases")
     if not isinstance(cases, list) or not cases or not isinstance(values.get("chunk"), int):
         raise CheckpointError(f"{folder / EXPECTED} needs a whole number 'chunk' and a list 'cases'.")
@@ -131,8 +129,7 @@ def _check_case(what: str, case: Any) -> None:
         many = value if key in LISTS and isinstance(value, list) and len(value) < 1_000_000 else [value]
         wanted = (int, float) if kind is float else kind
         if (key in LISTS) != isinstance(value, list) or not all(
-            isinstance(v, wanted) and not isinstance(v, bool) and (kind is str or abs(v) < 2**62)
-            for v in many
+            isinstance(v, wanted) and not isinstance(v, bool) and (kind is str or abs(v) < 2**62) for v in many
         ):
             raise CheckpointError(f"{what} lacks {key!r}, or it is of another kind: {short(value)}.")
     if not isinstance(case.get("prompt", ""), str):

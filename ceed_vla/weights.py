@@ -223,13 +223,8 @@ def check_floating(files: Sequence[Path]) -> None:
     for file in files:
         with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118
-                if (
-                    name.endswith((".weight", ".bias"))
-                    and (kind := tensors.get_slice(name).get_dtype()) not in _FLOATS
-                ):
-                    raise CheckpointError(
-                        f"The weights {file} do not load: {name} is of type {kind}; copy them again."
-                    )
+                if name.endswith((".weight", ".bias")) and (kind := tensors.get_slice(name).get_dtype()) not in _FLOATS:
+                    raise CheckpointError(f"The weights {file} do not load: {name} is of type {kind}; copy them again.")
 
 
 # ---- a policy's weights -------------------------------------------------------------------------------------------

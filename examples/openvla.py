@@ -44,9 +44,7 @@ def make_fine_tune(folder: Path, chunk_size: int, seed: int) -> tuple[Path, Path
     record(RecordConfig(root=folder / "data", episodes=12, progress=False))
     record(RecordConfig(root=folder / "held-out", episodes=4, seed=1000, progress=False))
     model, base = write_openvla(folder / "model", seed=seed), folder / "base"
-    print(
-        convert(ConvertConfig(str(model), str(base), chunk_size=chunk_size, n_action_steps=chunk_size // 2))
-    )
+    print(convert(ConvertConfig(str(model), str(base), chunk_size=chunk_size, n_action_steps=chunk_size // 2)))
     config = TrainConfig(
         policy_path=str(base),
         roots=str(folder / "data"),
@@ -131,13 +129,9 @@ def _error(policy: CeedVLAPolicy, store: FrameStore, tokens: torch.Tensor) -> fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--model", type=Path, help="folder of an OpenVLA fine-tune; a tiny one is made without it"
-    )
+    parser.add_argument("--model", type=Path, help="folder of an OpenVLA fine-tune; a tiny one is made without it")
     parser.add_argument("--data", type=Path, help="LeRobotDataset folder with its demonstrations")
-    parser.add_argument(
-        "--held_out", type=Path, help="LeRobotDataset folder to measure on; --data without it"
-    )
+    parser.add_argument("--held_out", type=Path, help="LeRobotDataset folder to measure on; --data without it")
     parser.add_argument("--unnorm_key", default="", help="data set of the model's statistics")
     parser.add_argument("--camera", default="front", help="camera of the data that the model looks through")
     parser.add_argument("--chunk_size", type=int, default=8, help="actions that the model writes at once")
@@ -179,8 +173,7 @@ def main() -> None:
     )
     after = compare(student, held_out, options.device)
     gains = {
-        start: after[f"Jacobi, {start} start"] / before[f"Jacobi, {start} start"] - 1
-        for start in ("random", "warm")
+        start: after[f"Jacobi, {start} start"] / before[f"Jacobi, {start} start"] - 1 for start in ("random", "warm")
     }
     print(
         "Jacobi forwards to the exact greedy chunk, after distillation: "

@@ -105,9 +105,7 @@ class Layer(nn.Module):
         self.qkv = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * width))
         self.out = nn.Linear(width, width)
         wide = 3 * width
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, wide), nn.GELU(), nn.Linear(wide, width)
-        )
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, wide), nn.GELU(), nn.Linear(wide, width))
 
 
 @BackboneConfig.register_subclass("own")
@@ -139,9 +137,7 @@ def check(config: CeedVLAConfig, rows: int = 4) -> None:
         STATE: torch.randn(rows, *config.robot_state_feature.shape),
         WORDS: torch.randint(1, 256, (rows, 12)),
     }
-    print(
-        f"{check_backbone(backbone, observation, action_dim=config.action_dim)} tokens by all routes: equal"
-    )
+    print(f"{check_backbone(backbone, observation, action_dim=config.action_dim)} tokens by all routes: equal")
 
 
 def main() -> None:

@@ -26,13 +26,9 @@ class PointReach(gymnasium.Env):
         self.split, self.size, self.render_mode = split, image_size, render_mode
         self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
         pixels = spaces.Dict({"top": spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)})
-        self.observation_space = spaces.Dict(
-            {"pixels": pixels, "agent_pos": spaces.Box(-1, 1, (2,), np.float32)}
-        )
+        self.observation_space = spaces.Dict({"pixels": pixels, "agent_pos": spaces.Box(-1, 1, (2,), np.float32)})
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         self.color = (options or {}).get("task") or str(self.np_random.choice(list(COLORS)))
         self.goals = dict(zip(COLORS, self.np_random.uniform(-0.9, 0.9, (2, 2)), strict=True))

@@ -48,9 +48,7 @@ def movement() -> tuple[list[dict[str, Any]], Tensor]:
     """A loop of the hand as the tiny model's data: raw observations, and the chunks (N, m, A) that follow them."""
     time = torch.arange(FRAMES + STEPS) / (FRAMES / 3)
     path = torch.stack([time.sin(), time.cos(), (time.sin() > 0).float()], dim=1)  # (N + m, A)
-    images = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).expand(
-        FRAMES, -1, -1, -1
-    )
+    images = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).expand(FRAMES, -1, -1, -1)
     frames = [
         {
             FRONT: images[i : i + 1],
@@ -70,9 +68,7 @@ def make_tiny(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
     policy, pre, _ = load(folder / "untrained")
     tokenizer, model = policy.tokenizer, policy.backbone.model.train()
     batches = [pre(frame) for frame in frames]
-    batch = {
-        key: torch.cat([b[key] for b in batches]) for key in batches[0] if isinstance(batches[0][key], Tensor)
-    }
+    batch = {key: torch.cat([b[key] for b in batches]) for key in batches[0] if isinstance(batches[0][key], Tensor)}
     images, masks = PI0FastPolicy._preprocess_images(policy.backbone, batch)
     target = torch.cat([torch.full((FRAMES, 1), tokenizer.text.bos), tokenizer.encode(chunks)], dim=1)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -110,9 +106,7 @@ def compare(checkpoint: Path, text: Path, frames: Any, device: str) -> None:
     """Decode every frame by LeRobot's decoder and by ours, and print what differs."""
     policy, pre, _ = load(checkpoint, device)
     backbone, tokenizer = policy.backbone, policy.tokenizer
-    backbone.model._paligemma_tokenizer = load_text_tokenizer(
-        text
-    )  # LeRobot's decoder asks it for "|" and BOS
+    backbone.model._paligemma_tokenizer = load_text_tokenizer(text)  # LeRobot's decoder asks it for "|" and BOS
     decoders = {
         "greedy (AR)": DecodingConfig(method="ar"),
         "Jacobi": DecodingConfig(guess="mid", window=32),
@@ -145,20 +139,14 @@ def compare(checkpoint: Path, text: Path, frames: Any, device: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--checkpoint", type=Path, help="LeRobot's pi0_fast folder; a tiny one is made without it"
-    )
+    parser.add_argument("--checkpoint", type=Path, help="LeRobot's pi0_fast folder; a tiny one is made without it")
     parser.add_argument("--data", type=Path, help="LeRobotDataset folder with its observations")
     parser.add_argument("--fast_tokenizer", default="", help="FAST tokenizer folder; else the checkpoint's")
-    parser.add_argument(
-        "--text_tokenizer", default="", help="PaliGemma tokenizer folder; else the checkpoint's"
-    )
+    parser.add_argument("--text_tokenizer", default="", help="PaliGemma tokenizer folder; else the checkpoint's")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="folder for checkpoints; a temporary one without it")
     options = parser.parse_args()
-    if (options.checkpoint is None) != (options.data is None) or (
-        options.checkpoint and not options.text_tokenizer
-    ):
+    if (options.checkpoint is None) != (options.data is None) or (options.checkpoint and not options.text_tokenizer):
         parser.error("--checkpoint, --data and --text_tokenizer belong together")
     output = options.output or Path(tempfile.mkdtemp(prefix="pi0-fast-"))
     tiny = options.checkpoint is None

@@ -50,8 +50,7 @@ def generate_launch_description() -> LaunchDescription:
         ),
     ]
     overrides = {
-        name: ParameterValue(LaunchConfiguration(name), value_type=kind)
-        for name, (_, _, kind) in PARAMETERS.items()
+        name: ParameterValue(LaunchConfiguration(name), value_type=kind) for name, (_, _, kind) in PARAMETERS.items()
     }
     policy = Node(
         package="ceed_vla",

@@ -37,8 +37,7 @@ def generate_launch_description() -> LaunchDescription:
         for name, (default, text) in described.items()
     ]
     overrides = {
-        name: ParameterValue(LaunchConfiguration(name), value_type=kind)
-        for name, (_, _, kind) in PARAMETERS.items()
+        name: ParameterValue(LaunchConfiguration(name), value_type=kind) for name, (_, _, kind) in PARAMETERS.items()
     }
     sim = Node(
         package="ceed_vla",

@@ -16,9 +16,7 @@ PARTS = ("ceed_vla", "sim", "training", "ros_nodes", "benchmarks", "examples", "
 
 def count() -> dict[str, int]:
     """Part -> lines of the Python files under version control."""
-    listing = subprocess.run(
-        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    listing = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
     lines = {name: len((ROOT / name).read_text().splitlines()) for name in listing.stdout.split()}
     parts = {part: sum(n for name, n in lines.items() if name.startswith(f"{part}/")) for part in PARTS}
     core = [n for name, n in lines.items() if name.startswith("ceed_vla/") and not NOT_CORE.match(name)]

@@ -40,10 +40,7 @@ def policy_topics() -> list[Row]:
     ]
     gripper = robot.gripper
     return [
-        *(
-            (i.topic, IN, _TYPES[i.transport], f"`{i.feature}`; best effort, the newest counts")
-            for i in robot.images
-        ),
+        *((i.topic, IN, _TYPES[i.transport], f"`{i.feature}`; best effort, the newest counts") for i in robot.images),
         (robot.joint_states, IN, "sensor_msgs/msg/JointState", "joints, matched by name"),
         ("policy/instruction", IN, "std_msgs/msg/String", "what to do; latched"),
         *arms,

@@ -60,9 +60,7 @@ def compose_frame(
     """
     picture = Image.new("RGB", (WIDTH, HEIGHT), _PAPER)
     for view, side, x in zip(views, (VIEW, INSET), (0, VIEW), strict=False):
-        picture.paste(
-            ImageOps.pad(Image.fromarray(view), (side, side), Image.Resampling.NEAREST), (x, HEADER)
-        )
+        picture.paste(ImageOps.pad(Image.fromarray(view), (side, side), Image.Resampling.NEAREST), (x, HEADER))
     draw = ImageDraw.Draw(picture)
     draw.text((_MARGIN, HEADER // 2), instruction, fill=_INK, font=_fitting_font(instruction), anchor="lm")
     for text, x, anchor in zip(sides, (_SIDE_MARGIN, VIEW - _SIDE_MARGIN), ("ld", "rd"), strict=True):
@@ -71,9 +69,7 @@ def compose_frame(
 
     left, top = VIEW + _MARGIN, HEADER + INSET + _MARGIN
     draw.text((left, top), decoder, fill=_INK, font=_font(22))
-    draw.text(
-        (left, top + 36), f"chunk: {forwards} {unit} forward{'s' if forwards != 1 else ''}", _FAINT, _font(13)
-    )
+    draw.text((left, top + 36), f"chunk: {forwards} {unit} forward{'s' if forwards != 1 else ''}", _FAINT, _font(13))
     _draw_forwards(draw, left, top + 58, forwards)
     draw.text((left, top + 84), f"mean so far: {mean_forwards:.1f}", fill=_FAINT, font=_font(13))
     draw.text((left, top + 106), f"step {step}", fill=_FAINT, font=_font(13))
@@ -131,9 +127,7 @@ def record_clip(
     return write_clip(path, _episode_frames(replans, name, unit, sides), pool.config.fps)
 
 
-def _episode_frames(
-    replans: Iterable[Replan], name: str, unit: str, sides: tuple[str, str]
-) -> Iterator[Frame]:
+def _episode_frames(replans: Iterable[Replan], name: str, unit: str, sides: tuple[str, str]) -> Iterator[Frame]:
     counts: list[int] = []
     for replan in replans:
         counts.append(replan.chunk.forwards)

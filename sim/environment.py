@@ -150,9 +150,7 @@ class Environment:
         except CeedVLAError:
             raise
         except Exception as error:  # whatever an environment of any make raises
-            raise SimulationError(
-                f"--env.type={config.type} cannot be made ({root_cause(error)})."
-            ) from error
+            raise SimulationError(f"--env.type={config.type} cannot be made ({root_cause(error)}).") from error
         self._envs = [
             (f"{suite}/{number}", vector.envs[0])
             for suite, vectors in self._suites.items()
@@ -176,17 +174,13 @@ class Environment:
             limit = limit or getattr(place, "_max_episode_steps", None)
             limit = limit or getattr(place.spec, "max_episode_steps", None)
         if not limit:
-            raise SimulationError(
-                f"--env.type={self.config.type} has no step limit; give its field episode_length."
-            )
+            raise SimulationError(f"--env.type={self.config.type} has no step limit; give its field episode_length.")
         return int(limit)
 
     @property
     def instruction(self) -> str:
         """The instruction of the episode."""
-        return str(
-            getattr(self.inner, "task_description", None) or getattr(self.inner, "task", None) or self.task
-        )
+        return str(getattr(self.inner, "task_description", None) or getattr(self.inner, "task", None) or self.task)
 
     def reset(self, seed: int, task: str = MIXED) -> None:
         """Start the episode of a seed."""

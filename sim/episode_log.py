@@ -97,9 +97,7 @@ class EpisodeLog:
             ours, other = self.identity.get(name), theirs.get(name)
             if ours != other:
                 what = f"its {name} is {str(other)[:200]}, here it is {str(ours)[:200]}"
-                raise ConfigError(
-                    f"{self.file} is of another evaluation: {what}; give the same options, or {_ANEW}"
-                )
+                raise ConfigError(f"{self.file} is of another evaluation: {what}; give the same options, or {_ANEW}")
 
     def _episode(self, values: Any) -> EpisodeResult | None:
         """The episode of a line's `values`; None if it cannot be one of this evaluation."""

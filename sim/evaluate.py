@@ -300,9 +300,7 @@ def _run_timing(run: _Run, console: Console) -> None:
     )
     driver = run.rows[-1]
     runner = make_runner(driver, run.bundles, config.executed_steps)
-    episodes = collect_observations(
-        runner, run.pool, _plan(config), config.executed_steps, config.timing_chunks
-    )
+    episodes = collect_observations(runner, run.pool, _plan(config), config.executed_steps, config.timing_chunks)
     chunks = sum(len(episode) for episode in episodes)
     if run.config.compile:
         for policy, _, _ in run.bundles.values():

@@ -80,9 +80,7 @@ def grounding(config: GroundingConfig) -> dict[str, Any]:
         CheckpointError: A checkpoint that cannot be loaded.
     """
     if not config.policy.path:
-        raise ConfigError(
-            "--policy.path is missing; give a checkpoint folder, or teacher for the shipped one."
-        )
+        raise ConfigError("--policy.path is missing; give a checkpoint folder, or teacher for the shipped one.")
     output = claim_file("output", config.output, ".json") if config.output else None
     if config.device is not None:
         check_device(config.device)
@@ -132,9 +130,7 @@ def error_rows(
     parts = {name: slice(*ends) for name, ends in positions.items()}
     first = truth[:, next(iter(parts.values()))]
     distance = np.linalg.norm(first, axis=1)  # (N,)
-    off = {
-        name: 100 * np.linalg.norm(found[:, part] - truth[:, part], axis=1) for name, part in parts.items()
-    }
+    off = {name: 100 * np.linalg.norm(found[:, part] - truth[:, part], axis=1) for name, part in parts.items()}
     mean = 100 * np.linalg.norm(first.mean(0) - first, axis=1)
     bounds = [0.0, *edges, np.inf]
     bands = list(pairwise(bounds))

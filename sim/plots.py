@@ -114,9 +114,7 @@ def latency_figure(report: Mapping[str, Any]) -> Figure | None:
         latency, color = entry["latency_ms"], row_color(name)
         axes.barh(y, latency["p50"], height=0.62, color=color, alpha=0.85, zorder=2)
         rest = latency["p50"] - entry["decode_ms"]["p50"]
-        axes.barh(
-            y, rest, height=0.62, color="white", alpha=0.45, zorder=3, hatch="////", edgecolor=color, lw=0
-        )
+        axes.barh(y, rest, height=0.62, color="white", alpha=0.45, zorder=3, hatch="////", edgecolor=color, lw=0)
         axes.plot([latency["p50"], latency["p99"]], [y, y], color=INK, lw=1.2, zorder=4)
         axes.plot(latency["p95"], y, "o", color=INK, ms=4.5, zorder=5)
         axes.plot(latency["p99"], y, "|", color=INK, ms=10, mew=1.6, zorder=5)
@@ -136,14 +134,10 @@ def latency_figure(report: Mapping[str, Any]) -> Figure | None:
 def forwards_figure(report: Mapping[str, Any]) -> Figure | None:
     """How many block forwards the chunks took; autoregressive rows are only named in the note."""
     rows = {name: entry for name, entry in report["decoders"].items() if entry.get("forwards_histogram")}
-    block = {
-        name: entry for name, entry in rows.items() if name.removeprefix("teacher_") not in ("ar", "ar_h")
-    }
+    block = {name: entry for name, entry in rows.items() if name.removeprefix("teacher_") not in ("ar", "ar_h")}
     if not block:
         return None
-    counts = {
-        name: {int(k): v for k, v in entry["forwards_histogram"].items()} for name, entry in block.items()
-    }
+    counts = {name: {int(k): v for k, v in entry["forwards_histogram"].items()} for name, entry in block.items()}
     longest = max(max(histogram) for histogram in counts.values())
     figure = Figure(figsize=(8.2, 0.85 * len(block) + 1.4))
     panels: list[Axes] = list(np.atleast_1d(figure.subplots(len(block), 1, sharex=True)))
@@ -161,9 +155,7 @@ def forwards_figure(report: Mapping[str, Any]) -> Figure | None:
     panels[-1].set(xlim=(0.3, longest + 0.7), xticks=range(step if step > 1 else 1, longest + 1, step))
     single = [f"{name} {entry['forwards_mean']:.0f}" for name, entry in rows.items() if name not in block]
     note = f"   (single-token forwards: {', '.join(single)})" if single else ""
-    panels[-1].set_xlabel(
-        f"block forwards of one chunk, after the prefill{note}\ndashed line: mean over all chunks"
-    )
+    panels[-1].set_xlabel(f"block forwards of one chunk, after the prefill{note}\ndashed line: mean over all chunks")
     panels[0].set_title("Forwards per chunk in the closed loop")
     figure.subplots_adjust(hspace=0.45)
     return figure

@@ -57,9 +57,7 @@ class RecordSummary:
         return f"{self.root}: {stored} of {self.attempts} attempts ({outcomes})"
 
 
-def record(
-    config: RecordConfig, policy_bundle: Bundle | None = None, on_attempt: Hook | None = None
-) -> RecordSummary:
+def record(config: RecordConfig, policy_bundle: Bundle | None = None, on_attempt: Hook | None = None) -> RecordSummary:
     """Record a data set, or the rest of one.
 
     Args:
@@ -102,9 +100,7 @@ def _check_root(config: RecordConfig, policy_bundle: Bundle | None) -> None:
     if occupied and not is_recording(config.root):
         raise ConfigError(f"{config.root} was not written by `ceed-vla record`; choose a new --root")
     if config.mode == "takeover" and policy_bundle is None and config.policy_path is None:
-        raise ConfigError(
-            "mode takeover needs --policy_path, the checkpoint folder of the policy that drives"
-        )
+        raise ConfigError("mode takeover needs --policy_path, the checkpoint folder of the policy that drives")
 
 
 @contextmanager
@@ -133,9 +129,7 @@ def _driver(config: RecordConfig, policy_bundle: Bundle | None) -> PolicyRunner:
     bundle = joined(policy_bundle or load(config.policy_path or ""), config.env)
     steps = bundle[0].config.chunk_size
     if config.executed_steps > steps:
-        raise ConfigError(
-            f"executed_steps is {config.executed_steps}; the policy's chunks have {steps} steps."
-        )
+        raise ConfigError(f"executed_steps is {config.executed_steps}; the policy's chunks have {steps} steps.")
     return PolicyRunner(bundle, checked_name(config.decoding), executed_steps=config.executed_steps)
 
 
@@ -146,9 +140,7 @@ class _Session:
         self.config, self.writer, self.guard = config, writer, guard
         stored = self._checked(writer.progress)
         if stored and stored["config"] != config.identity():
-            changed = [
-                name for name, value in config.identity().items() if stored["config"].get(name) != value
-            ]
+            changed = [name for name, value in config.identity().items() if stored["config"].get(name) != value]
             raise ConfigError(
                 f"{config.root} was recorded with other options ({', '.join(changed)}); repeat the first "
                 "command with --resume (only --episodes may grow), or choose a new --root"

@@ -43,8 +43,7 @@ def per_task_rows(report: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tupl
     decoders = report["decoders"]
     families = sorted({family for entry in decoders.values() for family in entry.get("per_task", {})})
     rows = [
-        (name, *(_success(entry["per_task"].get(family)) for family in families))
-        for name, entry in decoders.items()
+        (name, *(_success(entry["per_task"].get(family)) for family in families)) for name, entry in decoders.items()
     ]
     return ("decoder", *families), rows
 
@@ -142,9 +141,7 @@ def _cells(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
         name,
         _success(entry),
         _MISSING if forwards is None else f"{forwards:.2f} / {entry['forwards_p95']:.0f}",
-        _MISSING
-        if latency is None
-        else f"{latency['p50']:.1f} / {latency['p95']:.1f} / {latency['p99']:.1f}",
+        _MISSING if latency is None else f"{latency['p50']:.1f} / {latency['p95']:.1f} / {latency['p99']:.1f}",
         number("control_rate_hz", "{:.0f}"),
         number("speedup_vs_ar", "{:.1f}x"),
         number("decode_speedup_vs_ar", "{:.1f}x"),
@@ -183,9 +180,7 @@ def _exit_table(report: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[
 def _conditions(report: Mapping[str, Any]) -> str:
     hardware, timing, seeds = report["hardware"], report.get("timing"), report["seeds"]
     models = [
-        f"{role} {report[role]['name']} ({report[role]['sha256']})"
-        for role in ("policy", "teacher")
-        if report[role]
+        f"{role} {report[role]['name']} ({report[role]['sha256']})" for role in ("policy", "teacher") if report[role]
     ]
     threads = hardware["threads"]
     split = f", split {report['split']}" if report["split"] else ""

@@ -183,9 +183,7 @@ class Episode:
     order: int = 0
 
     @classmethod
-    def start(
-        cls, env: Environment, seed: int, task: str, limit: int, slot: int = 0, order: int = 0
-    ) -> Episode:
+    def start(cls, env: Environment, seed: int, task: str, limit: int, slot: int = 0, order: int = 0) -> Episode:
         """Reset `env` to the episode of `seed`."""
         env.reset(seed, task)
         return cls(env, EpisodeResult(seed, env.task, env.instruction), limit, None, slot, order)

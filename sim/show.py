@@ -131,9 +131,7 @@ def build_panels(
     return panels
 
 
-def _jacobi_panel(
-    title: str, bundle: Bundle, replan: Replan, decoding: DecodingConfig, executed_steps: int
-) -> Panel:
+def _jacobi_panel(title: str, bundle: Bundle, replan: Replan, decoding: DecodingConfig, executed_steps: int) -> Panel:
     """All states on the way to the fixed point, and where `decoding` leaves it."""
     policy, preprocessor, _ = bundle
     batch = preprocessor(observation_batch([replan.observation], [replan.instruction]))
@@ -192,9 +190,7 @@ def draw(panels: list[Panel], replan: Replan, action_dim: int, executed_steps: i
         axes = figure.add_axes((left, (top - inches) / height, width, inches / height))
         _draw_panel(axes, panel, action_dim, executed_steps, last=i == len(panels) - 1)
         top -= inches + gap
-    figure.text(
-        0.025, 1 - 0.38 / height, f"“{replan.instruction}”", fontsize=16, fontweight="bold", va="center"
-    )
+    figure.text(0.025, 1 - 0.38 / height, f"“{replan.instruction}”", fontsize=16, fontweight="bold", va="center")
     _draw_cameras(figure, replan, height)
     return figure
 

@@ -31,9 +31,7 @@ def row_entry(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
         }
     solved = [episode.steps for episode in episodes if episode.success]
     entry["steps_mean_of_successes"] = round(float(np.mean(solved)), 2) if solved else None
-    entry["exit_reasons"] = dict(
-        sorted(Counter(r for episode in episodes for r in episode.exit_reasons).items())
-    )
+    entry["exit_reasons"] = dict(sorted(Counter(r for episode in episodes for r in episode.exit_reasons).items()))
     entry["per_task"] = {family: _success([e for e in episodes if e.task == family]) for family in families}
     entry["failed_seeds"] = sorted(episode.seed for episode in episodes if not episode.success)
     return entry
@@ -43,9 +41,7 @@ def paired_entries(
     name: str, results: Mapping[str, Sequence[EpisodeResult]], references: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """Paired comparison of decoder `name` with every one of `references` that ran on common seeds."""
-    outcomes = {
-        row: {episode.seed: episode.success for episode in episodes} for row, episodes in results.items()
-    }
+    outcomes = {row: {episode.seed: episode.success for episode in episodes} for row, episodes in results.items()}
     return {
         reference: compare_paired(outcomes[name], outcomes[reference])
         for reference in references

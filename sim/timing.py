@@ -17,9 +17,7 @@ from sim.environment import Bundle, EnvPool
 from sim.rollout import Chunk, PolicyRunner, drive
 
 WARM_UP = 3
-Observations = list[
-    tuple[dict[str, Any], str]
-]  # consecutive replans of one episode: observation, instruction
+Observations = list[tuple[dict[str, Any], str]]  # consecutive replans of one episode: observation, instruction
 
 
 @dataclass
@@ -100,9 +98,7 @@ def make_runner(row: Row, bundles: Mapping[str, Bundle], executed_steps: int) ->
     return PolicyRunner(bundles[row.model], row.decoding, generator, executed_steps)
 
 
-def summarise(
-    samples: Samples, reference: Samples, executed_tokens: int, executed_steps: int
-) -> dict[str, Any]:
+def summarise(samples: Samples, reference: Samples, executed_tokens: int, executed_steps: int) -> dict[str, Any]:
     """Entries of ``report.json`` that come from timing: latencies [ms], control rate [Hz], speed-ups and agreement.
 
     The `reference` is the same model's full autoregressive decoder on the same observations; the leading

@@ -43,9 +43,7 @@ def validate(config: ValidateConfig) -> None:
     seeds, tasks = range(config.seed, config.seed + config.episodes), turns(config.env)
 
     def report(episode: EpisodeResult) -> None:
-        print(
-            json.dumps({"success": episode.success, "seed": episode.seed, "task": episode.task}), flush=True
-        )
+        print(json.dumps({"success": episode.success, "seed": episode.seed, "task": episode.task}), flush=True)
 
     rollout(
         load(config.policy_path), seeds, config.env, tasks=[tasks[seed % len(tasks)] for seed in seeds],

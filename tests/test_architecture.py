@@ -100,9 +100,7 @@ def test_import_arrows_see_what_they_should() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "what"), [(MACHINE_PATHS, "path of a machine"), (REGISTRIES, "package registry")]
-)
+@pytest.mark.parametrize(("pattern", "what"), [(MACHINE_PATHS, "path of a machine"), (REGISTRIES, "package registry")])
 def test_nothing_names_a_machine_or_registry(pattern: re.Pattern[str], what: str) -> None:
     wrong = [
         f"{name_of(path)}:{text.count(chr(10), 0, match.start()) + 1}: {what}: {match[0]!r}"
@@ -123,9 +121,7 @@ def test_weights_are_never_unpickled() -> None:
 
 
 def test_files_are_short() -> None:
-    long = {
-        name_of(path): lines for path in SOURCES if (lines := len(path.read_text().splitlines())) > MAX_LINES
-    }
+    long = {name_of(path): lines for path in SOURCES if (lines := len(path.read_text().splitlines())) > MAX_LINES}
     assert not long, f"over {MAX_LINES} lines: {long}"
 
 
@@ -136,11 +132,7 @@ def test_large_files_are_few() -> None:
 
 @pytest.mark.parametrize("folder", ["launch", "tests"])
 def test_folder_is_no_package(folder: str) -> None:
-    found = [
-        name_of(path)
-        for path in SOURCES
-        if path.name == "__init__.py" and name_of(path).startswith(f"{folder}/")
-    ]
+    found = [name_of(path) for path in SOURCES if path.name == "__init__.py" and name_of(path).startswith(f"{folder}/")]
     assert not found, f"{found} would shadow another module called {folder!r}"
 
 

@@ -82,9 +82,7 @@ def run_in_new_process(*words: str) -> subprocess.CompletedProcess[str]:
         "print('HEAVY', [m for m in ('torch', 'lerobot', 'mujoco', 'numpy') if m in sys.modules]); sys.exit(code)"
     )
     root = Path(cli.__file__).parents[1]
-    return subprocess.run(
-        [sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=root, timeout=120
-    )
+    return subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, cwd=root, timeout=120)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["nonsense"]])
@@ -96,9 +94,7 @@ def test_overview_has_one_line_per_command(capsys: pytest.CaptureFixture[str]) -
     assert cli.main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name, command in cli.COMMANDS.items():
-        assert [line.split(maxsplit=1) for line in lines if line.startswith(f"  {name} ")] == [
-            [name, command.summary]
-        ]
+        assert [line.split(maxsplit=1) for line in lines if line.startswith(f"  {name} ")] == [[name, command.summary]]
 
 
 def test_no_command_prints_the_overview_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,9 +211,7 @@ class SafetensorError(Exception):
         (AssertionError(), "unexpected AssertionError"),
     ],
 )
-def test_error_is_one_line(
-    toy: Any, capsys: pytest.CaptureFixture[str], error: Exception, words: str
-) -> None:
+def test_error_is_one_line(toy: Any, capsys: pytest.CaptureFixture[str], error: Exception, words: str) -> None:
     def fail(config: ToyConfig) -> None:
         raise error
 
@@ -314,9 +308,7 @@ def test_help_is_short_and_its_groups_are_flags(name: str, capsys: pytest.Captur
 
 def test_range_in_help_is_the_one_in_the_error(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["toy", "--root=x", "--rate=7"]) == 1
-    assert (
-        capsys.readouterr().err == "ceed-vla toy: error: rate is 7.0; it must be a finite number in (0, 1].\n"
-    )
+    assert capsys.readouterr().err == "ceed-vla toy: error: rate is 7.0; it must be a finite number in (0, 1].\n"
 
 
 def test_packages_of_the_user_are_imported_first(

@@ -75,9 +75,7 @@ def test_exit_rules_read_what_decode_block_gives(plugins: Path) -> None:
 
 
 @pytest.mark.slow
-def test_tokens_backbone_and_loss_from_data_to_evaluation(
-    plugins: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_tokens_backbone_and_loss_from_data_to_evaluation(plugins: Path, capfd: pytest.CaptureFixture[str]) -> None:
     packages = "--discover_packages_path=my_tokens,my_backbone,my_loss,my_decoding"
     assert main(["record", "--root=demos", "--episodes=2", "--mode=clean", "--env.task=push_cube"]) == 0
     sizes = [f"--policy.backbone.{name}={value}" for name, value in SIZES.items()]

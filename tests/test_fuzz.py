@@ -49,9 +49,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Every place in nested mappings and lists; of long lists the first three."""
     yield place
-    entries = (
-        value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
-    )
+    entries = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
     for key, inner in entries:
         yield from places(inner, (*place, key))
 
@@ -103,9 +101,7 @@ def damage(file: Path, source: random.Random) -> None:
     (damage_text if text and source.random() < 0.9 else damage_bytes)(file, source)
 
 
-def run_cases(
-    good: Path, names: list[str], read: Callable[[Path], Any], tmp_path: Path, count: int, seed: int
-) -> int:
+def run_cases(good: Path, names: list[str], read: Callable[[Path], Any], tmp_path: Path, count: int, seed: int) -> int:
     """Damage a copy of `good` `count` times and read it; how often that was refused in a few lines."""
     source, refused = random.Random(seed + OFFSET), 0
     victim = tmp_path / "victim"
@@ -141,9 +137,7 @@ def policy() -> CeedVLAPolicy:
 @pytest.fixture(scope="module")
 def checkpoint(policy: CeedVLAPolicy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     stats = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
-    processors = make_ceed_vla_pre_post_processors(
-        policy.config, stats, instructions=["put the red cube in the bin"]
-    )
+    processors = make_ceed_vla_pre_post_processors(policy.config, stats, instructions=["put the red cube in the bin"])
     return save(tmp_path_factory.mktemp("checkpoint") / "policy", policy, *processors)
 
 
@@ -177,9 +171,7 @@ def test_data_sets(dataset: Path, tmp_path: Path) -> None:
         store.batch(np.arange(len(store)), 4)
 
     names = [
-        name
-        for name in relative(dataset)
-        if not name.startswith((".", "recording", "meta/episodes", "meta/stats"))
+        name for name in relative(dataset) if not name.startswith((".", "recording", "meta/episodes", "meta/stats"))
     ]
     assert run_cases(dataset, names, read, tmp_path, 90, 2) > 40
 
@@ -199,10 +191,7 @@ def test_recordings(dataset: Path, tmp_path: Path) -> None:
         writer = DatasetWriter(root, repo_id="local/x", fps=10, features=own, robot_type="ceed_tabletop")
         assert writer.frames == before, "frames were lost without a word"
 
-    assert (
-        run_cases(dataset, ["recording.json", "meta/info.json", "meta/tasks.parquet"], read, tmp_path, 40, 3)
-        > 15
-    )
+    assert run_cases(dataset, ["recording.json", "meta/info.json", "meta/tasks.parquet"], read, tmp_path, 40, 3) > 15
 
 
 def test_robot_files(tmp_path: Path) -> None:
@@ -256,9 +245,7 @@ def test_trajectories(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
     from training.trajectories import CollectConfig, collect, read_trajectories
 
     good = tmp_path.parent / f"{tmp_path.name}-trajectories"
-    collect(
-        CollectConfig(policy_path=str(checkpoint), roots=str(dataset), output_dir=str(good), frame_stride=1)
-    )
+    collect(CollectConfig(policy_path=str(checkpoint), roots=str(dataset), output_dir=str(good), frame_stride=1))
     assert run_cases(good, relative(good), read_trajectories, tmp_path, 60, 7) > 30
 
 
@@ -277,9 +264,7 @@ def test_fitted_tokens(dataset: Path, tmp_path: Path) -> None:
     assert run_cases(good, ["tokens.json"], read, tmp_path, 60, 8) > 20
 
 
-@pytest.mark.parametrize(
-    "command", ["TrainConfig", "DistillConfig", "CollectConfig", "EvalConfig", "RecordConfig"]
-)
+@pytest.mark.parametrize("command", ["TrainConfig", "DistillConfig", "CollectConfig", "EvalConfig", "RecordConfig"])
 def test_flags(command: str) -> None:
     from sim.evaluate import EvalConfig
     from sim.recording.config import RecordConfig
@@ -287,9 +272,7 @@ def test_flags(command: str) -> None:
     from training.teacher import TrainConfig
     from training.trajectories import CollectConfig
 
-    known = {
-        kind.__name__: kind for kind in (TrainConfig, DistillConfig, CollectConfig, EvalConfig, RecordConfig)
-    }
+    known = {kind.__name__: kind for kind in (TrainConfig, DistillConfig, CollectConfig, EvalConfig, RecordConfig)}
     kind: Any = known[command]
     source = random.Random(f"{command}{OFFSET}")
     names = [name for name in kind.__dataclass_fields__ if name not in ("root", "output_dir")]

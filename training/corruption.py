@@ -58,8 +58,7 @@ def guess_states(policy: CeedVLAPolicy, previous: Tensor, draw: StateDraw) -> Te
     kind = torch.from_numpy(draw.kind).to(device)
     kind[(kind == PREVIOUS) & (previous[:, 0] < 0)] = RANDOM
     guesses = [
-        draw.guess if name == "random" else tokenizer.guess(name, len(previous), previous, steps)
-        for name in GUESSES
+        draw.guess if name == "random" else tokenizer.guess(name, len(previous), previous, steps) for name in GUESSES
     ]
     rows = torch.arange(len(previous), device=device)
     return torch.stack([guess.to(device) for guess in guesses])[kind, rows]  # (B, n)

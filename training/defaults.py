@@ -59,9 +59,7 @@ def take_from_data(
     sparse = (np.abs(actions) <= NEAR_ZERO * np.abs(actions).max(0)).mean(0) >= SPARSE  # (A,)
     open_ranges = not any(getattr(tokens, name, None) for name in ("action_low", "q01", "fitted"))
     if open_ranges and tokens.gripper_dims == [-1]:  # two values, as a gripper takes
-        tokens.gripper_dims = [
-            d for d in np.flatnonzero(~sparse).tolist() if len(np.unique(actions[:, d])) == 2
-        ]
+        tokens.gripper_dims = [d for d in np.flatnonzero(~sparse).tolist() if len(np.unique(actions[:, d])) == 2]
     for quantile, extreme in (("q01", "min"), ("q99", "max")):
         stats[ACTION][quantile][sparse] = stats[ACTION][extreme][sparse]
     told = [store for store in (*stores, *grounding) if store.environment_state is not None]

@@ -81,9 +81,7 @@ def fit_tokens(config: FitTokensConfig) -> dict[str, Any]:
     )
     parts = [read_chunks(root, config.chunk_size) for root in split_list(config.roots)]
     if len({part.shape[2] for part in parts}) > 1:
-        raise ConfigError(
-            f"The data sets have actions of {[part.shape[2] for part in parts]} values; fit one robot."
-        )
+        raise ConfigError(f"The data sets have actions of {[part.shape[2] for part in parts]} values; fit one robot.")
     chunks = torch.cat(parts)
     tokens.fit_chunks(chunks)
     check_actions(tokens.build(*chunks.shape[1:]), chunks[:, 0].numpy(), config.max_clipped)
@@ -100,9 +98,7 @@ def _check_own(output: Path) -> None:
         try:
             FastTokensConfig(path=str(output))
         except CeedVLAError as error:
-            raise ConfigError(
-                f"{output} exists and holds no fitted tokens; choose another --output."
-            ) from error
+            raise ConfigError(f"{output} exists and holds no fitted tokens; choose another --output.") from error
 
 
 def fit_action_tokens(policy: CeedVLAConfig, stores: Sequence[FrameStore]) -> None:

@@ -37,9 +37,7 @@ class Mixture:
         self.stores, self.seed, self.chunk_size = list(stores), seed, chunk_size
         shares = np.asarray(weights if weights else [len(s) for s in stores], dtype=np.float64)
         if len(shares) != len(stores) or not (shares >= 0).all() or not 0 < shares.sum() < np.inf:
-            raise DatasetError(
-                f"{len(shares)} weights for {len(stores)} data sets; give one positive number each."
-            )
+            raise DatasetError(f"{len(shares)} weights for {len(stores)} data sets; give one positive number each.")
         self.shares = shares / shares.sum()
 
     def draw(self, size: int, step: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
@@ -68,11 +66,7 @@ def check_compatible(stores: Sequence[FrameStore]) -> None:
     """Raise `DatasetError` unless all stores have the first one's rate and features, in the same shapes and order."""
     for store in stores[1:]:
         pairs: dict[str, tuple[Any, Any]] = {"fps": (store.fps, stores[0].fps)}
-        pairs |= {
-            f"the names of {k}": (store.labels[k], v)
-            for k, v in stores[0].labels.items()
-            if k in store.labels
-        }
+        pairs |= {f"the names of {k}": (store.labels[k], v) for k, v in stores[0].labels.items() if k in store.labels}
         for what, (own, others) in pairs.items():
             if own != others:
                 raise DatasetError(

@@ -26,9 +26,7 @@ class DistillationObjective(nn.Module):
         omega: Weight of the anchoring term.
     """
 
-    def __init__(
-        self, student: CeedVLAPolicy, teacher: CeedVLAPolicy | None, loss: Loss, omega: float
-    ) -> None:
+    def __init__(self, student: CeedVLAPolicy, teacher: CeedVLAPolicy | None, loss: Loss, omega: float) -> None:
         super().__init__()
         self.student, self.loss, self.omega = student, loss, omega
         self.copy = [teacher]  # in a list: not a submodule, so not wrapped, saved or trained
@@ -101,9 +99,7 @@ class DistillationObjective(nn.Module):
         have["sigma"] = self.student.config.label_sigma if self.student.config.action_tokens.ordered else 0.0
         if "teacher_logits" in wanted:
             with torch.no_grad(), self.teacher() as teacher:
-                _, (have["teacher_logits"],) = teacher.backbone.packed_logits(
-                    embeddings, [batch["fixed_point"]]
-                )
+                _, (have["teacher_logits"],) = teacher.backbone.packed_logits(embeddings, [batch["fixed_point"]])
         _, logits = backbone.packed_logits(embeddings, [batch[block] for block in blocks.values()])
         have |= zip(blocks, logits, strict=True)
         return self.loss(**{name: have[name] for name in wanted})
@@ -119,8 +115,6 @@ class DistillationObjective(nn.Module):
             if guess is None:
                 return teacher.decode(batch, "ar", read=False).tokens, None
             jacobi = DecodingConfig(method="jacobi", guess="previous")
-            result = teacher.decode(
-                batch, jacobi, previous=guess, shift_steps=0, record_states=True, read=False
-            )
+            result = teacher.decode(batch, jacobi, previous=guess, shift_steps=0, record_states=True, read=False)
         assert result.states is not None
         return result.tokens, torch.stack([*result.states, result.tokens])

@@ -79,9 +79,7 @@ def build_optimizers(
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         optimizers.append(
-            Muon(
-                matrices, lr=muon_lr, momentum=0.95, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
+            Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         )
     if rest:
         optimizers.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay))

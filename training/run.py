@@ -145,9 +145,7 @@ class Run:
     def _check_folder(self) -> None:
         folder, started = self.settings.output_dir, (self.output / PROGRESS).exists()
         if started and not self.settings.resume:
-            raise ConfigError(
-                f"{folder} already holds a run; continue it with --resume=true or choose another folder."
-            )
+            raise ConfigError(f"{folder} already holds a run; continue it with --resume=true or choose another folder.")
         if self.settings.resume and not started:
             raise CheckpointError(f"{folder} has no {PROGRESS}; there is nothing to resume there.")
         names = [] if started else [PROGRESS, LOG, CHECKPOINTS, TRACKER, TAKEOVER, *STATES]
@@ -163,9 +161,7 @@ class Run:
                 "Put the file itself there."
             )
 
-    def prepare(
-        self, objective: nn.Module, policy: CeedVLAPolicy, pre: Any, post: Any, *, weight_decay: float
-    ) -> None:
+    def prepare(self, objective: nn.Module, policy: CeedVLAPolicy, pre: Any, post: Any, *, weight_decay: float) -> None:
         """Build the optimisers of the policy's trainable parameters and hand everything to accelerate.
 
         Raises:
@@ -269,11 +265,7 @@ class Run:
                     self.log(values)
                     bar.set_postfix({key: f"{value:.3f}" for key, value in values.items()})
                 self.after_step()
-                if (
-                    settings.validate_every
-                    and self.step % settings.validate_every == 0
-                    and self.step < self.total
-                ):
+                if settings.validate_every and self.step % settings.validate_every == 0 and self.step < self.total:
                     self.validate(self.save_policy("last"))
                 if self.step % settings.save_every == 0 or self.step == self.total:
                     self.save_state()
@@ -413,9 +405,7 @@ class Run:
     def _writing(self) -> AbstractContextManager[None]:
         kept = "the last complete state is kept; go on with --resume=true"
         started = (self.output / PROGRESS).exists()
-        return full_disk(
-            self.output, kept if started else "no state is complete yet; start again in a new folder"
-        )
+        return full_disk(self.output, kept if started else "no state is complete yet; start again in a new folder")
 
     def _undo_empty_step(self) -> None:
         """Before the first step: torch takes one without gradients to write the state of sharded optimisers."""

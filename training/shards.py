@@ -38,19 +38,13 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise DatasetError(f"No trajectories at {folder}: no {META} there. `ceed-vla collect` makes them.")
     meta = read_json(file, DatasetError)
     meta.setdefault("block_length", None)
-    if meta["block_length"] is None and all(
-        is_whole(meta.get(name), 1) for name in ("chunk_size", "action_dim")
-    ):
+    if meta["block_length"] is None and all(is_whole(meta.get(name), 1) for name in ("chunk_size", "action_dim")):
         meta["block_length"] = meta["chunk_size"] * meta["action_dim"]
     wrong = [name for name in (*_COUNTS, "block_length") if not is_whole(meta.get(name), 1)]
-    wrong += [
-        name for name, kind in (("teacher", str), ("states", bool)) if not isinstance(meta.get(name), kind)
-    ]
+    wrong += [name for name, kind in (("teacher", str), ("states", bool)) if not isinstance(meta.get(name), kind)]
     sets = meta.get("datasets")
     each = sets if isinstance(sets, list) and sets else [None]
-    if not all(
-        isinstance(s, dict) and isinstance(s.get("name"), str) and is_whole(s.get("frames"), 1) for s in each
-    ):
+    if not all(isinstance(s, dict) and isinstance(s.get("name"), str) and is_whole(s.get("frames"), 1) for s in each):
         wrong.append("datasets")
     if not wrong and meta["num_bins"] > MOST_TOKENS:
         wrong.append("num_bins")
@@ -100,9 +94,7 @@ def read_shard(file: Path, meta: dict[str, Any], frames: NDArray[np.int64] | Non
         most_states = (n + 2) * n if meta["states"] else n  # Jacobi decoding ends after n iterations
         shapes = {key: (n if kind == _BLOCK else 1,) for key, kind in SCHEMA.items()}
         opened = open_parquet(file, {**shapes, "states": (most_states,)})
-        require(
-            0 < opened.metadata.num_rows <= most, f"it has {opened.metadata.num_rows} rows of {most} frames"
-        )
+        require(0 < opened.metadata.num_rows <= most, f"it has {opened.metadata.num_rows} rows of {most} frames")
         table = opened.read()
         table.validate(full=True)
         found = {field.name: field.type for field in table.schema}
@@ -116,9 +108,7 @@ def read_shard(file: Path, meta: dict[str, Any], frames: NDArray[np.int64] | Non
     root, frame = (table[key].to_numpy() for key in ("root", "frame"))
     require((root == number).all(), f"root is {root.min()}..{root.max()}, its name says {number}")
     inside = frame.min() >= 0 and frame.max() < most and len(np.unique(frame)) == len(frame)
-    require(
-        inside, f"frame is {frame.min()}..{frame.max()}; the data set has {most} frames, each at most once"
-    )
+    require(inside, f"frame is {frame.min()}..{frame.max()}; the data set has {most} frames, each at most once")
     if frames is not None:
         require(
             np.array_equal(np.sort(frame), np.sort(frames)),
@@ -136,9 +126,7 @@ def read_shard(file: Path, meta: dict[str, Any], frames: NDArray[np.int64] | Non
         right = not len(tokens) or 0 <= tokens.min() <= tokens.max() < bins
         require(right, f"{key} has tokens outside [0, {bins})")
     none = (previous == -1).all(1)
-    require(
-        ((previous >= 0) & (previous < bins)).all(1)[~none].all(), f"previous has tokens outside [0, {bins})"
-    )
+    require(((previous >= 0) & (previous < bins)).all(1)[~none].all(), f"previous has tokens outside [0, {bins})")
     require((steps >= 1).all(), f"iterations is {steps.min()}")
     if not meta["states"]:
         require(not len(states), "it has states, which were not to be kept")

@@ -123,9 +123,7 @@ def check_optimizers(optimizers: Sequence[Any], settings: Sequence[dict[str, Any
                 if name in ("step", "exp_avg_sq") and (value < 0).any():
                     raise ValueError(f"the optimiser's {name} is negative")
                 if value.ndim and value.shape != parameter.shape:
-                    raise ValueError(
-                        f"the optimiser's {name} is {tuple(value.shape)}, not {tuple(parameter.shape)}"
-                    )
+                    raise ValueError(f"the optimiser's {name} is {tuple(value.shape)}, not {tuple(parameter.shape)}")
 
 
 _PLAIN = {

@@ -163,9 +163,7 @@ class TeacherRun(Run):
             raise ConfigError(
                 f"rounds is {config.rounds}, but nothing records takeovers; use `ceed-vla train` or rounds=0."
             )
-        asked = (
-            config.policy.asked_device or config.policy.device or "cpu"
-        )  # LeRobot replaces one that is not there
+        asked = config.policy.asked_device or config.policy.device or "cpu"  # LeRobot replaces one that is not there
         super().__init__(config, asked, closed_loop)
         self.config, self.record_takeover, self.privileged = config, record_takeover, privileged
         self.demonstrations = [open_dataset(root, decode=False) for root in split_list(config.roots)]
@@ -188,9 +186,7 @@ class TeacherRun(Run):
             attach(policy, config.lora)
         self.prepare(TeacherObjective(policy), policy, pre, post, weight_decay=config.weight_decay)
         chunk = policy.config.chunk_size
-        self.grounding_mixture = (
-            Mixture(self.grounding, None, config.seed + 1, chunk) if self.grounding else None
-        )
+        self.grounding_mixture = Mixture(self.grounding, None, config.seed + 1, chunk) if self.grounding else None
         self.takeovers: list[list[str]] = []  # the roots of every round
         self.mixture = self._mixture()
         self.first = config.grounding_steps if self.grounding else 0  # the first step on demonstrations
@@ -209,9 +205,7 @@ class TeacherRun(Run):
         config = self.config
         if config.policy_path:
             adapted = config.lora.rank > 0
-            policy, pre, post = load(
-                config.policy_path, device=config.policy.device, merge_adapters=not adapted
-            )
+            policy, pre, post = load(config.policy_path, device=config.policy.device, merge_adapters=not adapted)
         else:
             chosen = deepcopy(config.policy)  # it is filled in; the settings can be used again
             stats = take_from_data(chosen, self.demonstrations, self.grounding, self.privileged)
@@ -224,9 +218,7 @@ class TeacherRun(Run):
 
     def _mixture(self) -> Mixture:
         config = self.config
-        weights = number_list(config.root_weights, "root_weights") or [
-            float(len(s)) for s in self.demonstrations
-        ]
+        weights = number_list(config.root_weights, "root_weights") or [float(len(s)) for s in self.demonstrations]
         stores = list(self.demonstrations)
         roots = [root for of_round in self.takeovers for root in of_round]
         if roots:
@@ -277,9 +269,7 @@ class TeacherRun(Run):
         batch = self.pre(mixture.draw(size, self.step, part, self.num_parts))
         # Drawn for the whole batch: a frame looks the same however the batch is split.
         random = np.random.default_rng([mixture.seed, self.step, 1])
-        noise = random.random((size, augmentation_size(self.policy)), dtype=np.float32)[
-            part :: self.num_parts
-        ]
+        noise = random.random((size, augmentation_size(self.policy)), dtype=np.float32)[part :: self.num_parts]
         batch[AUGMENTATION_NOISE] = torch.from_numpy(noise)
         return batch, self.share(len(noise), size)
 

@@ -163,9 +163,7 @@ def collect(config: CollectConfig) -> Path:
     collector = _Collector(config, policy, pre, guess_shares(config.guesses))
     mine = [unit for i, unit in enumerate(units) if i % config.num_shards == config.shard_index]
     done = {name for _, name, frames in mine if _is_done(output / name, meta, frames)}
-    with tqdm(
-        total=sum(len(f) for _, _, f in mine), desc="trajectories", unit="frame", dynamic_ncols=True
-    ) as bar:
+    with tqdm(total=sum(len(f) for _, _, f in mine), desc="trajectories", unit="frame", dynamic_ncols=True) as bar:
         for root, name, frames in mine:
             if name in done:
                 bar.update(len(frames))
@@ -197,9 +195,7 @@ def _is_done(file: Path, meta: dict[str, Any], frames: NDArray[np.int64]) -> boo
     return file.exists()
 
 
-def _work_units(
-    stores: Sequence[FrameStore], config: CollectConfig
-) -> Iterator[tuple[int, str, NDArray[np.int64]]]:
+def _work_units(stores: Sequence[FrameStore], config: CollectConfig) -> Iterator[tuple[int, str, NDArray[np.int64]]]:
     """(store index, shard name, frames): groups of episodes, thinned to `max_frames` over all stores."""
     available = sum(len(s) for s in stores) / config.frame_stride
     keep = min(1.0, config.max_frames / available) if config.max_frames else 1.0
@@ -255,9 +251,7 @@ class _Collector:
         rows: list[dict[str, Any] | None] = [None] * len(frames)
         for kind in np.unique(kinds):
             chosen = np.flatnonzero(kinds == kind)
-            for i, states in zip(
-                chosen, self._states(batch, chosen, previous, int(kind), random), strict=True
-            ):
+            for i, states in zip(chosen, self._states(batch, chosen, previous, int(kind), random), strict=True):
                 known[int(frames[i])] = states[-1]
                 rows[i] = {
                     "frame": int(frames[i]),
@@ -322,9 +316,7 @@ def _write_meta(
             meta["datasets"] = found["datasets"]
         different = [key for key in meta if found.get(key) != meta[key]]
         if different:
-            raise ConfigError(
-                f"{output} holds trajectories with other {', '.join(different)}; choose another folder."
-            )
+            raise ConfigError(f"{output} holds trajectories with other {', '.join(different)}; choose another folder.")
         if not config.resume and config.num_shards == 1:
             raise ConfigError(f"{output} already holds trajectories; continue them with --resume=true.")
     elif unknown := find_shards(output):

@@ -87,18 +87,14 @@ def tiny_sizes() -> Iterator[None]:
 
 def _shrink(config: Any) -> Any:
     vision, text = config.vision_config, config.text_config
-    vision.update(
-        {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    )
+    vision.update({"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2})
     vision.image_size, vision.projection_dim = SIDE, text.hidden_size
     text.vocab_size = config.image_token_index = WORDS
     text.initializer_range = config.initializer_range = 0.3
     return config
 
 
-def tiny_config(
-    folder: Path, chunks: Tensor, cameras: tuple[str, ...], state_dim: int, **more: Any
-) -> PI0FastConfig:
+def tiny_config(folder: Path, chunks: Tensor, cameras: tuple[str, ...], state_dim: int, **more: Any) -> PI0FastConfig:
     """LeRobot's configuration for chunks (N, m, A), with tokenizers in ``folder/text`` and ``folder/fast``."""
     steps, dim = chunks.shape[1:]
     return PI0FastConfig(

@@ -134,14 +134,10 @@ def _llava_onevision(width: int, layers: int) -> tuple[Any, Any]:
     return config, processor
 
 
-def _qwen(
-    kind: str, width: int, layers: int, vision: dict[str, Any], processors: tuple[Any, ...]
-) -> tuple[Any, Any]:
+def _qwen(kind: str, width: int, layers: int, vision: dict[str, Any], processors: tuple[Any, ...]) -> tuple[Any, Any]:
     """Qwen2.5-VL and Qwen3-VL: patches in one list, three rotary axes."""
     special = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
-    names = dict(
-        zip(("vision_bos_token", "image_token", "vision_eos_token", "video_token"), special, strict=True)
-    )
+    names = dict(zip(("vision_bos_token", "image_token", "vision_eos_token", "video_token"), special, strict=True))
     tokenizer = make_tokenizer(special, **names)
     start, image, end, video = (tokenizer.convert_tokens_to_ids(token) for token in special)
     half = width // 4 // 2  # rotary frequencies of a head, shared by time, height and width
@@ -209,17 +205,13 @@ def _smolvlm_parts(kind: str, width: int, layers: int) -> tuple[Any, Any, dict[s
 
 def _smolvlm(width: int, layers: int) -> tuple[Any, Any]:
     config, tokenizer, joint, longest = _smolvlm_parts("idefics3", width, layers)
-    images = transformers.Idefics3ImageProcessor(
-        size=longest, max_image_size=longest, do_image_splitting=False
-    )
+    images = transformers.Idefics3ImageProcessor(size=longest, max_image_size=longest, do_image_splitting=False)
     return config, transformers.Idefics3Processor(images, tokenizer, **joint)
 
 
 def _smolvlm2(width: int, layers: int) -> tuple[Any, Any]:
     config, tokenizer, joint, longest = _smolvlm_parts("smolvlm", width, layers)
-    images = transformers.SmolVLMImageProcessor(
-        size=longest, max_image_size=longest, do_image_splitting=False
-    )
+    images = transformers.SmolVLMImageProcessor(size=longest, max_image_size=longest, do_image_splitting=False)
     videos = SmolVLMVideoProcessor(size=longest, max_image_size=longest)
     return config, transformers.SmolVLMProcessor(images, tokenizer, videos, **joint)
 

@@ -121,9 +121,7 @@ class TrainableBackbone(nn.Module, Backbone):
         Raises:
             ConfigError: This family cannot.
         """
-        raise ConfigError(
-            f"{type(self).__name__} cannot recompute activations; leave out --gradient_checkpointing."
-        )
+        raise ConfigError(f"{type(self).__name__} cannot recompute activations; leave out --gradient_checkpointing.")
 
     def prefix_state(self, embeddings: Any) -> Tensor:
         """The hidden vector (B, d) of `packed_logits`, without any block."""

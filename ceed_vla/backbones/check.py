@@ -46,9 +46,7 @@ def check_backbone(
     for _ in range(guesses):
         guess = torch.randint(backbone.vocabulary_size, (rows, n), generator=generator)
         strict = decode_jacobi(backbone, prefix, BlockRequest(guess=guess, tokens_per_step=action_dim))
-        compared += _compare(
-            strict.tokens, greedy, "strict Jacobi decoding", "a block that is not causal, or a cache"
-        )
+        compared += _compare(strict.tokens, greedy, "strict Jacobi decoding", "a block that is not causal, or a cache")
     prefix.cache.roll_back()
     backbone.block_logits(prefix, greedy[:, : n - 1], depth=1)
     again = decode_autoregressive(backbone, prefix, GREEDY).tokens

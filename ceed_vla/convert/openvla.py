@@ -33,9 +33,7 @@ def openvla_policy(config: ConvertConfig) -> CeedVLAConfig:
     key, statistics = action_statistics(config.path, config.unnorm_key)
     height, width = _camera_size(config.camera_size) or _size(published["image_sizes"][0])
     return CeedVLAConfig(
-        input_features={
-            f"observation.images.{config.camera}": PolicyFeature(FeatureType.VISUAL, (3, height, width))
-        },
+        input_features={f"observation.images.{config.camera}": PolicyFeature(FeatureType.VISUAL, (3, height, width))},
         output_features={"action": PolicyFeature(FeatureType.ACTION, (len(statistics["q01"]),))},
         chunk_size=config.chunk_size,
         n_action_steps=config.n_action_steps or config.chunk_size,
@@ -46,9 +44,7 @@ def openvla_policy(config: ConvertConfig) -> CeedVLAConfig:
             quantization=config.quantization,
             prompt=config.prompt,
         ),
-        action_tokens=OpenVLATokensConfig(
-            n_action_bins=int(published["n_action_bins"]), unnorm_key=key, **statistics
-        ),
+        action_tokens=OpenVLATokensConfig(n_action_bins=int(published["n_action_bins"]), unnorm_key=key, **statistics),
         label_sigma=0.0,
         device=config.device,
         push_to_hub=False,

@@ -95,9 +95,7 @@ def _tokens(config: PI0FastConfig, fast: Path, text: Path, scored: int) -> Pi0Fa
         stop=ids.stop,
         marker=list(ids.marker),
     )
-    tokens.num_tokens = tokens.build(
-        config.chunk_size, int(config.output_features["action"].shape[0])
-    ).vocabulary_size
+    tokens.num_tokens = tokens.build(config.chunk_size, int(config.output_features["action"].shape[0])).vocabulary_size
     return tokens
 
 

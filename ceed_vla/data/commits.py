@@ -47,9 +47,7 @@ def read_progress(root: Path) -> dict[str, Any]:
     return record
 
 
-def write_progress(
-    root: Path, total_episodes: int, files: Sequence[str], progress: Mapping[str, Any]
-) -> None:
+def write_progress(root: Path, total_episodes: int, files: Sequence[str], progress: Mapping[str, Any]) -> None:
     """The commit point: declare the parquet `files` and all that is in `meta/` valid."""
     record = {"total_episodes": total_episodes, "files": sorted(files), "progress": dict(progress)}
     write_text(root / PROGRESS_FILE, json.dumps(record, indent=1))
@@ -121,9 +119,7 @@ def undo_incomplete_commit(root: Path) -> list[str]:
 
 def _stored(root: Path) -> list[Path]:
     """What lies where the parquet files are."""
-    return [
-        path for folder in ("data", "meta/episodes") for path in (root / folder).rglob("*") if path.is_file()
-    ]
+    return [path for folder in ("data", "meta/episodes") for path in (root / folder).rglob("*") if path.is_file()]
 
 
 def _read_marker(file: Path) -> dict[str, Any]:
@@ -134,9 +130,7 @@ def _read_marker(file: Path) -> dict[str, Any]:
     enough = isinstance(count, int) and isinstance(files, list) and set(map(str, files)) >= needed
     enough = enough and isinstance(adding, list)
     if not enough or not all(isinstance(name, str) and _EPISODE_FILE.fullmatch(name) for name in adding):
-        raise DatasetError(
-            f"{file} is damaged, so an interrupted commit cannot be undone. Record into a new root."
-        )
+        raise DatasetError(f"{file} is damaged, so an interrupted commit cannot be undone. Record into a new root.")
     return {"total_episodes": count, "files": files, "adding": adding}
 
 

@@ -62,9 +62,7 @@ def readable(file: Path | str, remedy: str = "copy it again") -> Iterator[None]:
     except CeedVLAError:
         raise
     except Exception as error:  # pyarrow, Pillow and video decoders each raise their own kinds, and KeyError
-        raise DatasetError(
-            f"{file} cannot be read ({type(error).__name__}: {str(error)[:200]}); {remedy}."
-        ) from error
+        raise DatasetError(f"{file} cannot be read ({type(error).__name__}: {str(error)[:200]}); {remedy}.") from error
 
 
 def is_whole(value: object, low: int, high: int = MOST) -> bool:
@@ -83,18 +81,14 @@ def read_info(root: Path) -> Info:
     """
     file = root / "meta" / "info.json"
     if not file.is_file():
-        raise DatasetError(
-            f"No LeRobotDataset at {root}: no meta/info.json there. `ceed-vla record` makes one."
-        )
+        raise DatasetError(f"No LeRobotDataset at {root}: no meta/info.json there. `ceed-vla record` makes one.")
     info = read_json(file, DatasetError)
     version, fps, features = (info.get(key) for key in ("codebase_version", "fps", "features"))
     if not (isinstance(version, str) and version.startswith("v3.")):
         raise DatasetError(
             f"{root} has LeRobot's format {str(version)[:50]}, this needs v3; convert it with LeRobot's tools."
         )
-    _require(
-        is_whole(info.get("total_frames"), 0), file, "total_frames", info.get("total_frames"), "a number"
-    )
+    _require(is_whole(info.get("total_frames"), 0), file, "total_frames", info.get("total_frames"), "a number")
     _require(
         is_whole(info.get("total_episodes"), 0),
         file,
@@ -109,17 +103,11 @@ def read_info(root: Path) -> Info:
     _require(isinstance(features, dict) and features, file, "features", features, "a mapping of features")
     for name, feature in features.items():  # type: ignore[union-attr]
         plain_name(name, f"A feature in {file}", DatasetError)
-        fits = (
-            isinstance(feature, dict)
-            and isinstance(feature.get("dtype"), str)
-            and _is_shape(feature.get("shape"))
-        )
+        fits = isinstance(feature, dict) and isinstance(feature.get("dtype"), str) and _is_shape(feature.get("shape"))
         _require(fits, file, name, feature, "a dtype and a shape of positive numbers")
     vectors = {name: features[name] for name in (STATE, ACTION, ENVIRONMENT) if name in features}  # type: ignore[index, operator]
     for name, feature in vectors.items():
-        _require(
-            feature["dtype"] in NUMBERS, file, f"the dtype of {name}", feature["dtype"], "a type of numbers"
-        )
+        _require(feature["dtype"] in NUMBERS, file, f"the dtype of {name}", feature["dtype"], "a type of numbers")
     cameras = {name: f for name, f in features.items() if f["dtype"] in ("image", "video")}  # type: ignore[union-attr]
     return Info(
         root=root,
@@ -130,11 +118,7 @@ def read_info(root: Path) -> Info:
         cameras={name: _image_shape(file, name, feature) for name, feature in cameras.items()},
         videos=tuple(name for name, feature in cameras.items() if feature["dtype"] == "video"),
         names=", ".join(features)[:500],  # type: ignore[arg-type]
-        labels={
-            name: feature["names"]
-            for name, feature in vectors.items()
-            if isinstance(feature.get("names"), list)
-        },
+        labels={name: feature["names"] for name, feature in vectors.items() if isinstance(feature.get("names"), list)},
     )
 
 
@@ -154,9 +138,7 @@ def _image_shape(file: Path, name: str, feature: dict[str, Any]) -> tuple[int, i
     if isinstance(names, list) and names and str(names[0]).startswith("channel"):
         shape = [*shape[1:], shape[0]]
     fits = len(shape) == 3 and shape[2] == 3 and max(shape) <= LARGEST_IMAGE
-    _require(
-        fits, file, f"the shape of {name}", feature["shape"], f"height and width up to {LARGEST_IMAGE}, and 3"
-    )
+    _require(fits, file, f"the shape of {name}", feature["shape"], f"height and width up to {LARGEST_IMAGE}, and 3")
     return tuple(shape)  # type: ignore[return-value]
 
 
@@ -278,9 +260,7 @@ def _finite(values: NDArray[Any], what: str, largest: float) -> NDArray[np.float
     bad = np.flatnonzero(~(np.isfinite(values) & (np.abs(values) <= largest)).all(axis=1))
     if len(bad):
         kind = "not finite" if not np.isfinite(values[bad[0]]).all() else f"beyond {largest:.0e}"
-        raise DatasetError(
-            f"{what} of frame {bad[0]} is {kind} ({len(bad)} such frames); remove that episode."
-        )
+        raise DatasetError(f"{what} of frame {bad[0]} is {kind} ({len(bad)} such frames); remove that episode.")
     return values
 
 

@@ -183,17 +183,13 @@ def _video_images(info: Info, rows: dict[str, NDArray[Any]]) -> Decoded:
     places = {camera: _video_places(info, camera) for camera in info.videos}
     missing = [str(file) for place in places.values() for file, _ in place if not file.is_file()]
     if missing:
-        raise DatasetError(
-            f"There is no video {missing[0]} ({len(missing)} episodes lack theirs); copy them too."
-        )
+        raise DatasetError(f"There is no video {missing[0]} ({len(missing)} episodes lack theirs); copy them too.")
     ends = np.searchsorted(rows["episode_index"], np.arange(info.episodes), side="right")
     for camera, place in places.items():
         for (file, start), first, end in zip(place, [0, *ends[:-1].tolist()], ends.tolist(), strict=True):
             for part in range(first, end, DECODED_TOGETHER):
                 times = rows["timestamp"][part : min(part + DECODED_TOGETHER, end)].tolist()
-                images = decode_video_frames(
-                    file, [start + t for t in times], VIDEO_TOLERANCE, return_uint8=True
-                )
+                images = decode_video_frames(file, [start + t for t in times], VIDEO_TOLERANCE, return_uint8=True)
                 for i, image in enumerate(images):  # (3, H, W)
                     yield camera, part + i, image.permute(1, 2, 0).numpy()
 
@@ -216,9 +212,7 @@ def _video_places(info: Info, camera: str) -> list[tuple[Path, float]]:
     places = []
     for chunk, file, start in zip(*(column.tolist() for column in columns), strict=True):
         if not (is_whole(chunk, 0) and is_whole(file, 0) and 0 <= start < math.inf):
-            raise DatasetError(
-                f"{info.root}/meta/episodes: {camera} has no place {chunk}/{file} at {start} s."
-            )
+            raise DatasetError(f"{info.root}/meta/episodes: {camera} has no place {chunk}/{file} at {start} s.")
         name = Path("videos") / camera / f"chunk-{chunk:03d}" / f"file-{file:03d}.mp4"
         places.append((info.root / name, float(start)))
     return places

@@ -56,9 +56,7 @@ class FrameStore:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every feature of one frame."""
         vectors = {STATE: self.state, ACTION: self.action, ENVIRONMENT: self.environment_state}
-        return {
-            name: array.shape[1:] for name, array in {**self.images, **vectors}.items() if array is not None
-        }
+        return {name: array.shape[1:] for name, array in {**self.images, **vectors}.items() if array is not None}
 
     @property
     def digest(self) -> str:
@@ -151,9 +149,7 @@ def open_dataset(root: str | Path, *, decode: bool = True) -> FrameStore:
         raise DatasetError(f"{root}: the data set has no camera; it has {info.names}.")
     rows = read_rows(info, list(info.vectors))
     episode, task = rows["episode_index"], rows["task_index"]
-    black = {
-        name: np.broadcast_to(np.uint8(0), (info.frames, *shape)) for name, shape in info.cameras.items()
-    }
+    black = {name: np.broadcast_to(np.uint8(0), (info.frames, *shape)) for name, shape in info.cameras.items()}
     return FrameStore(
         root=info.root,
         tasks=read_tasks(info.root, task),

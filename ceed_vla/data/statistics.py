@@ -54,9 +54,7 @@ def image_statistics(images: np.ndarray, max_frames: int = 100) -> Statistics:
     return stats
 
 
-def episode_statistics(
-    columns: Mapping[str, np.ndarray], features: Mapping[str, Mapping]
-) -> dict[str, Statistics]:
+def episode_statistics(columns: Mapping[str, np.ndarray], features: Mapping[str, Mapping]) -> dict[str, Statistics]:
     """Statistics of all columns of one episode (arrays with the frames along axis 0)."""
     return {
         name: (image_statistics if features[name]["dtype"] == "image" else vector_statistics)(values)

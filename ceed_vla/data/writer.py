@@ -56,9 +56,7 @@ class DatasetWriter:
         DatasetError: `root` holds something else, or a data set with other features.
     """
 
-    def __init__(
-        self, root: Path, *, repo_id: str, fps: int, features: Mapping[str, Mapping], robot_type: str
-    ) -> None:
+    def __init__(self, root: Path, *, repo_id: str, fps: int, features: Mapping[str, Mapping], robot_type: str) -> None:
         self.root = root
         self._fps, self._files = fps, list[str]()
         if commits.is_recording(root):
@@ -98,18 +96,14 @@ class DatasetWriter:
                 f"{str(error)[:200]}). Copy it again, or record into a new root."
             ) from error
         self._task_ids = {task: index for index, task in enumerate(known)}
-        self._batches = sum(
-            name.startswith("data/") for name in self._files
-        )  # one data and one episodes file each
+        self._batches = sum(name.startswith("data/") for name in self._files)  # one data and one episodes file each
         self._start_batch()
 
     def _check_stored(self, tasks: list[str]) -> None:
         """Before anything is appended: what is stored is whole, and what ``meta/`` says of it is true."""
         info, root = self._info, self.root
         rows = {
-            folder: sum(
-                pq.ParquetFile(root / f).metadata.num_rows for f in self._files if f.startswith(folder)
-            )
+            folder: sum(pq.ParquetFile(root / f).metadata.num_rows for f in self._files if f.startswith(folder))
             for folder in ("data/", "meta/episodes/")
         }
         # `fps`, the templates and the sizes are those that this writer and LeRobot's readers work with.
@@ -131,13 +125,9 @@ class DatasetWriter:
             )
         if info.total_episodes:
             aggregate_stats([self._stats, self._stats])  # raises if the next commit's would
-            values = [
-                np.asarray(v, dtype=np.float64) for stats in self._stats.values() for v in stats.values()
-            ]
+            values = [np.asarray(v, dtype=np.float64) for stats in self._stats.values() for v in stats.values()]
             if set(self._stats) != set(info.features) or not all(np.isfinite(v).all() for v in values):
-                raise DatasetError(
-                    f"{root}/meta/stats.json lacks features or is not finite; record into a new root."
-                )
+                raise DatasetError(f"{root}/meta/stats.json lacks features or is not finite; record into a new root.")
 
     def _start_batch(self) -> None:
         self._pending: list[tuple[int, list[str], dict[str, Statistics]]] = []  # (length, tasks, statistics)
@@ -252,9 +242,7 @@ class DatasetWriter:
         write_info(info, self.root)
 
     def _own_features(self) -> dict[str, Mapping]:
-        return {
-            name: feature for name, feature in self._info.features.items() if name not in DEFAULT_FEATURES
-        }
+        return {name: feature for name, feature in self._info.features.items() if name not in DEFAULT_FEATURES}
 
     def _check_features(self, features: Mapping[str, Mapping]) -> None:
         try:
@@ -273,17 +261,13 @@ class DatasetWriter:
         columns = {}
         for frame in frames:
             if set(frame) != {*own, "task"} or not frame["task"]:
-                raise DatasetError(
-                    f"a frame has {sorted(frame)}; this data set stores {sorted([*own, 'task'])}"
-                )
+                raise DatasetError(f"a frame has {sorted(frame)}; this data set stores {sorted([*own, 'task'])}")
         for name, feature in own.items():
             shape = tuple(feature["shape"])
             dtype = np.dtype("uint8" if feature["dtype"] == "image" else feature["dtype"])
             for value in (frame[name] for frame in frames):
                 if value.shape != shape or value.dtype != dtype:
-                    raise DatasetError(
-                        f"{name} is {value.dtype}{value.shape}; this data set stores {dtype}{shape}"
-                    )
+                    raise DatasetError(f"{name} is {value.dtype}{value.shape}; this data set stores {dtype}{shape}")
             columns[name] = np.stack([frame[name] for frame in frames])
             if dtype.kind == "f" and not np.isfinite(columns[name]).all():
                 raise DatasetError(f"{name} holds NaN or infinite values; this episode is not stored")
@@ -305,9 +289,7 @@ class DatasetWriter:
         for field in self._schema:
             values = columns[field.name]
             if self._info.features[field.name]["dtype"] == "image":
-                images = [
-                    {"bytes": _png(image), "path": f"frame-{i:06d}.png"} for i, image in enumerate(values)
-                ]
+                images = [{"bytes": _png(image), "path": f"frame-{i:06d}.png"} for i, image in enumerate(values)]
                 arrays.append(pa.array(images, type=field.type))
             elif values.ndim == 1:
                 arrays.append(pa.array(values, type=field.type))
@@ -323,9 +305,7 @@ def _known_tasks(root: Path) -> list[str]:
     tasks = [task for _, task in sorted(zip(table["task_index"], table["task"], strict=True))]
     text = all(isinstance(task, str) and task for task in tasks) and len(set(tasks)) == len(tasks)
     if not text or sorted(table["task_index"]) != list(range(len(tasks))):
-        raise DatasetError(
-            f"{root}/meta/tasks.parquet does not number the instructions; record into a new root."
-        )
+        raise DatasetError(f"{root}/meta/tasks.parquet does not number the instructions; record into a new root.")
     return tasks
 
 

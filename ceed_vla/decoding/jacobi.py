@@ -87,9 +87,7 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
         rows.end(rows.exact >= n, "converged", forwards)
         rows.end(rows.exact >= watched, "stable", forwards)
         now = request.clock()
-        seen = Seen(
-            forwards, rows.exact, watched, now - started, now - last, lambda: _readable(request, tokens)
-        )
+        seen = Seen(forwards, rows.exact, watched, now - started, now - last, lambda: _readable(request, tokens))
         last = now
         for rule, mine in zip(rules, measured, strict=True):
             rows.end(rule.ends(seen, mine), rule.reason, forwards)
@@ -168,9 +166,7 @@ class Rows:
                 self.exact[row] = self.block_length
 
 
-def _first_measures(
-    rules: list[ExitRule], logits: Tensor, watched: int, given: int
-) -> list[np.ndarray | None]:
+def _first_measures(rules: list[ExitRule], logits: Tensor, watched: int, given: int) -> list[np.ndarray | None]:
     """Per rule what it measures in the watched slots behind the given ones (B, M - f); slot 0 from `logits` (B, V)."""
     measured: list[np.ndarray | None] = []
     for rule in rules:

@@ -47,9 +47,7 @@ def _register[F: Callable[..., Any]](
     registry: dict[str, Entry], pattern: str, shown: str, meaning: str
 ) -> Callable[[F], F]:
     if "_" in shown:
-        raise ConfigError(
-            f"The name {shown!r} has an underscore, which joins the parts of a decoding's name."
-        )
+        raise ConfigError(f"The name {shown!r} has an underscore, which joins the parts of a decoding's name.")
 
     def add(made: F) -> F:
         registry[pattern] = Entry(pattern, shown, meaning, made)

@@ -59,9 +59,7 @@ class BlockRequest:
         if frozen is None:
             return 0
         if self.tokens_per_step is None:
-            raise ConfigError(
-                "Tokens of variable length belong to no step, so none can be frozen; pass no frozen."
-            )
+            raise ConfigError("Tokens of variable length belong to no step, so none can be frozen; pass no frozen.")
         length = frozen.shape[1] if is_plain(frozen) and frozen.ndim == 2 else n
         if length % self.tokens_per_step or length >= n:
             found = f"{tuple(frozen.shape)}" if is_plain(frozen) else type(frozen).__name__

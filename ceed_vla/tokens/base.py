@@ -117,9 +117,7 @@ class ActionTokens(abc.ABC):
             shape = (rows, self.block_length)
             check_tokens(previous, "The previous chunk", shape, self.vocabulary_size, none=True)
         if type(shift_steps) is not int or not 0 <= shift_steps <= self.chunk_steps:
-            raise TokenError(
-                f"shift_steps is {short(shift_steps)}; it must be whole steps in [0, {self.chunk_steps}]."
-            )
+            raise TokenError(f"shift_steps is {short(shift_steps)}; it must be whole steps in [0, {self.chunk_steps}].")
         if kind == "random":
             return self.random_block(rows, generator)
         mid = self.zero.repeat(rows, 1)  # (B, n)
@@ -136,9 +134,7 @@ class ActionTokens(abc.ABC):
         assert self.tokens_per_step is not None
         width = self.tokens_per_step
         repeated = previous[:, self.block_length - width :].repeat(1, steps)
-        return torch.where(
-            previous[:, :1] < 0, mid, torch.cat([previous[:, steps * width :], repeated], dim=1)
-        )
+        return torch.where(previous[:, :1] < 0, mid, torch.cat([previous[:, steps * width :], repeated], dim=1))
 
 
 @dataclass
@@ -151,9 +147,7 @@ class ActionTokensConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
 
     setting: ClassVar[str] = "action_tokens"
     usual: ClassVar[str] = "uniform"
-    ordered: ClassVar[bool] = (
-        True  # neighbouring tokens stand for neighbouring actions: soft labels make sense
-    )
+    ordered: ClassVar[bool] = True  # neighbouring tokens stand for neighbouring actions: soft labels make sense
 
     gripper_dims: list[int] = ranged([-1], "[-1000, 1000]")
 

@@ -78,9 +78,7 @@ class FastTokensConfig(ActionTokensConfig):
         if self.path and not self.fitted:
             self._read(Path(self.path))
         if self.symbols and not (len(self.symbols) == 2 and self.symbols[0] <= self.symbols[1]):
-            raise ConfigError(
-                f"symbols is {self.symbols[:5]}; it must be the smallest and the largest coefficient."
-            )
+            raise ConfigError(f"symbols is {self.symbols[:5]}; it must be the smallest and the largest coefficient.")
 
     @property
     def fitted(self) -> bool:
@@ -218,9 +216,7 @@ class FastTokenizer(VariableLengthTokens):
         try:
             self.zero = self.encode(zero.clamp(self.low, self.high))[0]
         except TokenError as error:
-            raise ConfigError(
-                f"block_length {block_length} does not even hold the chunk of zeros."
-            ) from error
+            raise ConfigError(f"block_length {block_length} does not even hold the chunk of zeros.") from error
         self.clipped = 0
 
     def _write(self, actions: Tensor) -> list[list[int]]:

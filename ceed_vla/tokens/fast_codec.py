@@ -108,9 +108,7 @@ class FastCodec:
         if len(set(texts)) < len(texts):
             raise ConfigError("Two merges make the same text; fit the tokens again.")
         vocabulary = {text: i for i, text in enumerate(texts)}
-        bpe = Tokenizer(
-            models.BPE(vocab=vocabulary, merges=[(texts[left], texts[right]) for left, right in merges])
-        )
+        bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[(texts[left], texts[right]) for left, right in merges]))
         bpe.decoder = decoders.Fuse()
         codec = cls(bpe, scale, least, most)
         codec.merges = list(merges)
@@ -175,9 +173,7 @@ class FastCodec:
         """
         unknown = [i for i in ids if not 0 <= i < self.vocabulary_size]
         if unknown:
-            raise MalformedChunkError(
-                f"{unknown[0]} is no FAST id; they lie in [0, {self.vocabulary_size - 1}]."
-            )
+            raise MalformedChunkError(f"{unknown[0]} is no FAST id; they lie in [0, {self.vocabulary_size - 1}].")
         text = self.bpe.decode(list(ids), skip_special_tokens=False)
         if UNDECODABLE in text or len(text) != steps * action_dim:
             broken = " with bytes that are no character" if UNDECODABLE in text else ""

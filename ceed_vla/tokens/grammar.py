@@ -65,9 +65,7 @@ class GrammarBackbone:
         self.block_length, self.vocabulary_size = backbone.block_length, backbone.vocabulary_size
         self.num_layers = backbone.num_layers
         batch, device = prefix.logits.shape[0], prefix.logits.device
-        self._lengths = torch.zeros(
-            batch, self.block_length, dtype=torch.int64, device=device
-        )  # of slots so far
+        self._lengths = torch.zeros(batch, self.block_length, dtype=torch.int64, device=device)  # of slots so far
         nothing, first = (
             torch.zeros(batch, 1, dtype=torch.int64, device=device),
             torch.zeros(1, device=device),

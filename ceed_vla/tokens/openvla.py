@@ -43,9 +43,7 @@ class OpenVLATokensConfig(ActionTokensConfig):
     def fit(self, action_dim: int, action_stats: Mapping[str, Any] | None) -> None:
         if not self.q01:
             if action_stats is None:
-                raise ConfigError(
-                    "q01 and q99 are empty, and there are no action statistics to take them from."
-                )
+                raise ConfigError("q01 and q99 are empty, and there are no action statistics to take them from.")
             self.q01, self.q99 = ranges_from_stats(
                 action_stats, "quantile", self.gripper_indices(action_dim), self.n_action_bins
             )
@@ -96,9 +94,7 @@ class OpenVLATokenizer(ActionTokens):
                 f"q01 has {len(q01)} values, q99 {len(q99)} and mask {len(mask)}; give one of each a dimension."
             )
         if chunk_steps < 1 or num_bins < 3:
-            raise ConfigError(
-                f"chunk_steps is {chunk_steps} (at least 1) and num_bins {num_bins} (at least 3)."
-            )
+            raise ConfigError(f"chunk_steps is {chunk_steps} (at least 1) and num_bins {num_bins} (at least 3).")
         self.action_dim, self.chunk_steps, self.vocabulary_size = len(q01), int(chunk_steps), int(num_bins)
         self.tokens_per_step, self.block_length = self.action_dim, self.chunk_steps * self.action_dim
         self.gripper_dims = tuple(sorted({int(d) % self.action_dim for d in gripper_dims}))
@@ -109,16 +105,12 @@ class OpenVLATokenizer(ActionTokens):
         wrong = (~torch.isfinite(self.low + self.high) | (self.low > self.high)).nonzero()
         if len(wrong):
             d = int(wrong[0])
-            raise ConfigError(
-                f"Dimension {d} has the quantiles [{q01[d]}, {q99[d]}]; both must be finite, in order."
-            )
+            raise ConfigError(f"Dimension {d} has the quantiles [{q01[d]}, {q99[d]}]; both must be finite, in order.")
         # numpy's grid, not torch's: they differ in the last bit, and so would decoded actions.
         edges = np.linspace(-1.0, 1.0, self.vocabulary_size)
         self._edges = torch.from_numpy(edges)  # (V,)
         self._centres = torch.from_numpy((edges[:-1] + edges[1:]) / 2)  # (V - 1,)
-        self.zero = self._bins(
-            torch.zeros(1, self.chunk_steps, self.action_dim, dtype=torch.float64)
-        ).flatten()
+        self.zero = self._bins(torch.zeros(1, self.chunk_steps, self.action_dim, dtype=torch.float64)).flatten()
         self.clipped = 0
 
     def encode(self, actions: Tensor) -> Tensor:

@@ -63,9 +63,7 @@ class UniformTokensConfig(ActionTokensConfig):
                 f'action_range "{self.action_range}" needs the data set\'s action statistics, or set '
                 'action_range="fixed" with action_low and action_high.'
             )
-        low, high = ranges_from_stats(
-            action_stats, self.action_range, self.gripper_indices(action_dim), self.num_bins
-        )
+        low, high = ranges_from_stats(action_stats, self.action_range, self.gripper_indices(action_dim), self.num_bins)
         self.action_low, self.action_high = [float(v) for v in low], [float(v) for v in high]
 
     def build(self, chunk_steps: int, action_dim: int) -> ActionTokens:
@@ -112,14 +110,10 @@ class ActionTokenizer(ActionTokens):
             whole(gripper_dims, "gripper_dims"),
         )
         if len(low) != len(high) or len(low) == 0:
-            raise ConfigError(
-                f"low has {len(low)} values and high {len(high)}; give one for every dimension."
-            )
+            raise ConfigError(f"low has {len(low)} values and high {len(high)}; give one for every dimension.")
         (chunk_steps, num_bins) = whole((chunk_steps, num_bins), "chunk_steps and num_bins")
         if chunk_steps < 1 or not 2 <= num_bins <= MOST_BINS:
-            raise ConfigError(
-                f"chunk_steps is {chunk_steps} (1 or more), num_bins {num_bins} (2 to {MOST_BINS})."
-            )
+            raise ConfigError(f"chunk_steps is {chunk_steps} (1 or more), num_bins {num_bins} (2 to {MOST_BINS}).")
         self.action_dim = len(low)
         self.chunk_steps = int(chunk_steps)
         self.block_length = self.chunk_steps * self.action_dim
@@ -235,9 +229,7 @@ def _statistic(stats: Mapping[str, Any], key: str) -> list[float]:
         values = torch.as_tensor(stats[key], dtype=torch.float64).flatten()
         finite = bool(torch.isfinite(values).all())
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"The action statistic {key!r} is no numbers ({short(error)}); recompute it."
-        ) from error
+        raise ConfigError(f"The action statistic {key!r} is no numbers ({short(error)}); recompute it.") from error
     if not finite:
         raise ConfigError(f"The action statistic {key!r} is {values.tolist()}; all values must be finite.")
     return [float(v) for v in values]

@@ -115,9 +115,7 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
         sim_arguments=ros_arguments({"split": config.split}),
     ) as session:
         session.wait_until_ready()
-        episodes = [
-            _run_episode(session, config, config.seed + index, console) for index in range(config.episodes)
-        ]
+        episodes = [_run_episode(session, config, config.seed + index, console) for index in range(config.episodes)]
         windows = [episode.window for episode in episodes]
         if config.stream_seconds:
             windows.append(_stream(session, config, console))
@@ -125,9 +123,7 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
         values = dict(session.policy)
         killed = _kill_in_motion(session, config, console) if config.kill else None
     bag = folder / "bag.mcap"
-    report, details = build_report(
-        asdict(config), episodes, windows, values, bag, f"/{interface.topic}", killed
-    )
+    report, details = build_report(asdict(config), episodes, windows, values, bag, f"/{interface.topic}", killed)
     for name, content in (("ros", report), ("details", details)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     console.print(console_table(report, details))

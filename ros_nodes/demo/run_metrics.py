@@ -36,9 +36,7 @@ class CommandTiming:
     longest: float
 
 
-def command_timing(
-    sent: Sequence[int] | NDArray[np.int64], windows: Sequence[Window], period: float
-) -> CommandTiming:
+def command_timing(sent: Sequence[int] | NDArray[np.int64], windows: Sequence[Window], period: float) -> CommandTiming:
     """Timing of a command stream inside windows; the pauses between windows do not count.
 
     Args:

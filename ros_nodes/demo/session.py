@@ -129,9 +129,7 @@ class Session:
         """
         self._wait(lambda: self.policy.get("state") not in (None, "configuring"), "policy", START_TIMEOUT)
         if self.policy["state"] in ("unconfigured", "inactive"):
-            raise NodeError(
-                f"The policy node does not start: {self.policy.get('hold_reason') or self.policy['state']}"
-            )
+            raise NodeError(f"The policy node does not start: {self.policy.get('hold_reason') or self.policy['state']}")
 
     def enable(self, on: bool) -> None:
         """Let the policy move the arm, or make it hold.
@@ -154,8 +152,7 @@ class Session:
             NodeError: The simulation refuses.
         """
         parameters = [
-            Parameter(name, value=value).to_parameter_msg()
-            for name, value in (("seed", seed), ("task", task))
+            Parameter(name, value=value).to_parameter_msg() for name, value in (("seed", seed), ("task", task))
         ]
         request = SetParameters.Request(parameters=parameters)
         for result in self._call("/sim/set_parameters", SetParameters, request).results:
@@ -235,9 +232,7 @@ class Session:
     def _check_processes(self) -> None:
         for name, process in self._processes.items():
             if process.poll() is not None:
-                raise NodeError(
-                    f"The {name} node ended with code {process.returncode}. {self._last_words(name)}"
-                )
+                raise NodeError(f"The {name} node ended with code {process.returncode}. {self._last_words(name)}")
 
     def _last_words(self, *names: str) -> str:
         """The last line that each node printed, and where the rest is."""

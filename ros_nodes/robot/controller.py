@@ -270,9 +270,7 @@ class PolicyController:
         self._silent = True
         self._drop_plans()
         self.statistics.paused()
-        decision = self._safety.command(
-            None, None, dt=dt, ages=self.ages(clock), hold=hold or Hold("disabled", "")
-        )
+        decision = self._safety.command(None, None, dt=dt, ages=self.ages(clock), hold=hold or Hold("disabled", ""))
         self.hold = self._cause(decision.hold)
         if decision.positions is None or self.conflict is not None:
             return None
@@ -326,11 +324,7 @@ class PolicyController:
 
     def _execute(self, target: Target) -> None:
         if target.action is None:
-            detail = (
-                "for the first chunk"
-                if target.source == WAITING
-                else "the chunk ended before the next one came"
-            )
+            detail = "for the first chunk" if target.source == WAITING else "the chunk ended before the next one came"
             error = self.statistics.last_error
             code = self._requests.failure or target.source
             self._step_hold = Hold(code, f"{detail} (last error: {error})" if error else detail)

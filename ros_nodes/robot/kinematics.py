@@ -85,9 +85,7 @@ def _arm_model(path: Path, joint_names: Sequence[str]) -> mujoco.MjModel:
     try:
         spec = mujoco.MjSpec.from_file(str(path))
     except (ValueError, OSError) as error:
-        raise ConfigError(
-            f"The robot model {path} cannot be read ({error}); give an MJCF or URDF file."
-        ) from error
+        raise ConfigError(f"The robot model {path} cannot be read ({error}); give an MJCF or URDF file.") from error
     have = [joint.name for joint in spec.joints]
     missing = [name for name in joint_names if name not in have]
     if missing or not joint_names or len(set(joint_names)) != len(joint_names):

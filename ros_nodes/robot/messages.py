@@ -56,9 +56,7 @@ def image_to_array(message: Image) -> NDArray[np.uint8]:
         )
     data = np.frombuffer(message.data, np.uint8)
     if data.size != step * height:
-        raise ObservationError(
-            f"The image has {data.size} bytes; step {step} x height {height} makes {step * height}."
-        )
+        raise ObservationError(f"The image has {data.size} bytes; step {step} x height {height} makes {step * height}.")
     pixels = data.reshape(height, step)[:, : 3 * width].reshape(height, width, 3)
     return pixels if message.encoding == "rgb8" else pixels[:, :, ::-1]
 
@@ -78,9 +76,7 @@ def compressed_to_array(message: CompressedImage) -> NDArray[np.uint8]:
             PillowImage.open(data, formats=("JPEG", "PNG")) as image,
         ):
             if image.width * image.height > MAX_PIXELS:
-                raise ObservationError(
-                    f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS}"
-                )
+                raise ObservationError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # Pillow's readers raise some ten kinds on damaged files
         raise ObservationError(
@@ -96,9 +92,7 @@ def array_to_image(pixels: NDArray[np.uint8], stamp: Time, frame_id: str) -> Ima
         ObservationError: Another shape or type.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ObservationError(
-            f"Pixels of shape {pixels.shape} and type {pixels.dtype}; give (H, W, 3) uint8."
-        )
+        raise ObservationError(f"Pixels of shape {pixels.shape} and type {pixels.dtype}; give (H, W, 3) uint8.")
     message = Image(height=pixels.shape[0], width=pixels.shape[1], encoding="rgb8", step=3 * pixels.shape[1])
     message.header.stamp, message.header.frame_id = stamp, frame_id
     message.data = array.array("B", pixels.tobytes())  # any other sequence is copied element by element
@@ -122,9 +116,7 @@ def joint_state_by_name(
     return positions, _by_name(message.name, message.velocity, names, "velocities")
 
 
-def _by_name(
-    have: Sequence[str], values: Sequence[float], names: Sequence[str], what: str
-) -> NDArray[np.float64]:
+def _by_name(have: Sequence[str], values: Sequence[float], names: Sequence[str], what: str) -> NDArray[np.float64]:
     if len(values) != len(have):
         raise ObservationError(f"The joint state has {len(have)} names and {len(values)} {what}.")
     if len(set(have)) != len(have):

@@ -55,9 +55,7 @@ class Motion:
         """
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (self._robot.action_dim,) or not np.isfinite(action).all():
-            raise ConfigError(
-                f"The action is {action.tolist()}; give {self._robot.action_dim} finite numbers."
-            )
+            raise ConfigError(f"The action is {action.tolist()}; give {self._robot.action_dim} finite numbers.")
         gripper = self._robot.gripper
         if gripper is not None and gripper.action != "none":
             self._command_gripper(gripper, float(action[-1]))

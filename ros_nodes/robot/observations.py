@@ -79,9 +79,7 @@ class Observations:
         """Take a joint state; a malformed one is a fault until a good one comes."""
         arm, gripper = self._robot.arm, self._robot.gripper
         try:
-            positions, velocities = joint_state_by_name(
-                message, arm.joints, velocities=self._wants_velocities
-            )
+            positions, velocities = joint_state_by_name(message, arm.joints, velocities=self._wants_velocities)
             if self._wants_velocities and velocities is None:
                 raise ObservationError("The joint state has no velocities, but the policy's state has.")
             opening = None
@@ -216,9 +214,7 @@ def _source(robot: RobotConfig, feature: str) -> ImageSource:
         if source.feature == feature:
             return source
     have = ", ".join(source.feature for source in robot.images) or "none"
-    raise ConfigError(
-        f"The policy wants the camera {feature!r}; {robot.source} has {have}. Add it under images."
-    )
+    raise ConfigError(f"The policy wants the camera {feature!r}; {robot.source} has {have}. Add it under images.")
 
 
 def _check_state(robot: RobotConfig, feature: str, length: int) -> None:

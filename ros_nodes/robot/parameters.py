@@ -72,9 +72,7 @@ class NodeParameter:
             if isinstance(self.default, int):
                 descriptor.integer_range = [IntegerRange(from_value=int(self.low), to_value=int(self.high))]
             else:
-                descriptor.floating_point_range = [
-                    FloatingPointRange(from_value=self.low, to_value=self.high)
-                ]
+                descriptor.floating_point_range = [FloatingPointRange(from_value=self.low, to_value=self.high)]
         return descriptor
 
     def problem(self, value: Any) -> str | None:
@@ -117,9 +115,7 @@ def refusal(table: Table, changes: Iterable[Parameter], *, configured: bool) -> 
             continue  # use_sim_time and the like
         reason = known.problem(change.value)
         if reason is None and configured and known.when == SETUP:
-            reason = (
-                f"{known.name} can change only while the node is unconfigured: deactivate and clean up first."
-            )
+            reason = f"{known.name} can change only while the node is unconfigured: deactivate and clean up first."
         if reason is not None:
             return SetParametersResult(successful=False, reason=reason)
     return SetParametersResult(successful=True)

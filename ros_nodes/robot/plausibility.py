@@ -38,9 +38,7 @@ class Plausibility:
         joint = int(beyond.argmax())
         if beyond[joint] <= _OUTSIDE:
             return ""
-        where = (
-            f"{self._names[joint]} is at {positions[joint]:.6g} rad, {beyond[joint]:.3g} outside its limits"
-        )
+        where = f"{self._names[joint]} is at {positions[joint]:.6g} rad, {beyond[joint]:.3g} outside its limits"
         return f"{where} [{self._low[joint]:.4g}, {self._high[joint]:.4g}]"
 
     def jump(self, positions: Array, stamp: float | None) -> str:

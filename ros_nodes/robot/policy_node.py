@@ -266,17 +266,13 @@ class PolicyNode(LifecycleNode):
         setup = self._setup
         if setup is not None and self._active is not None:
             now = self._active.now()
-            self._publish(
-                *running_status(setup.controller, setup.safety, setup.stream, now, clock_time(self))
-            )
+            self._publish(*running_status(setup.controller, setup.safety, setup.stream, now, clock_time(self)))
             return
         state = "unconfigured" if setup is None else "inactive"
         level = DiagnosticStatus.ERROR if self._failure else DiagnosticStatus.WARN
         values: dict[str, Any] = {"state": state, "hold_reason": self._failure}
         if setup is not None:
-            values |= {
-                f"observation_age_s.{k}": v for k, v in setup.controller.ages(clock_time(self)).items()
-            }
+            values |= {f"observation_age_s.{k}": v for k, v in setup.controller.ages(clock_time(self)).items()}
         self._publish(level, self._failure or state, values)
 
     def _publish(self, level: bytes, message: str, values: dict[str, Any]) -> None:

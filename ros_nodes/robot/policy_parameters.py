@@ -12,12 +12,8 @@ POLICY_PARAMETERS = (
         "Python packages, comma-separated, that register an interface, backbone, decoder, ... of your own.",
         START,
     ),
-    NodeParameter(
-        "checkpoint", "student", "LeRobot checkpoint folder, or teacher or student for the shipped ones."
-    ),
-    NodeParameter(
-        "robot_config", "", "Robot's YAML file (topics, joints, limits); empty: the simulated arm's."
-    ),
+    NodeParameter("checkpoint", "student", "LeRobot checkpoint folder, or teacher or student for the shipped ones."),
+    NodeParameter("robot_config", "", "Robot's YAML file (topics, joints, limits); empty: the simulated arm's."),
     NodeParameter("action_interface", "forward_position", "How commands reach the arm.", choices=INTERFACES),
     NodeParameter(
         "instruction",
@@ -26,9 +22,7 @@ POLICY_PARAMETERS = (
         LIVE,
         check=instruction_problem,
     ),
-    NodeParameter(
-        "autostart", False, "Configure and activate at the start, without a lifecycle manager.", START
-    ),
+    NodeParameter("autostart", False, "Configure and activate at the start, without a lifecycle manager.", START),
     NodeParameter("start_enabled", True, "Enable motion when activated; false: wait for ~/enable (dry run)."),
     NodeParameter(
         "command_rate",
@@ -48,9 +42,7 @@ POLICY_PARAMETERS = (
     NodeParameter("device", "cpu", "Where the policy runs: cpu, cuda, cuda:1, mps."),
     NodeParameter("inference_mode", "process", "Where inference runs.", choices=("process", "thread")),
     NodeParameter("inference_threads", 1, "Threads of inference on the CPU.", low=1, high=64),
-    NodeParameter(
-        "inference_delay", 0.0, "Slows every chunk, to test slow inference [s].", low=0.0, high=5.0
-    ),
+    NodeParameter("inference_delay", 0.0, "Slows every chunk, to test slow inference [s].", low=0.0, high=5.0),
     NodeParameter(
         "realtime_priority",
         50,
@@ -59,9 +51,7 @@ POLICY_PARAMETERS = (
         high=90,
     ),
     NodeParameter("image_timeout", 0.5, "Age of an image at which the arm holds [s].", START, 0.02, 5.0),
-    NodeParameter(
-        "joint_state_timeout", 0.2, "Age of the joint states at which the arm holds [s].", START, 0.02, 2.0
-    ),
+    NodeParameter("joint_state_timeout", 0.2, "Age of the joint states at which the arm holds [s].", START, 0.02, 2.0),
     NodeParameter(
         "max_joint_velocity",
         10.0,

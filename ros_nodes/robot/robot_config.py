@@ -170,9 +170,7 @@ class RobotConfig:
             ConfigError: The robot has no such one, or one that needs a model of the arm without it.
         """
         if name not in self.interfaces:
-            raise ConfigError(
-                f"{self.source} has no interface {name!r}; it has {', '.join(self.interfaces)}."
-            )
+            raise ConfigError(f"{self.source} has no interface {name!r}; it has {', '.join(self.interfaces)}.")
         if self.interfaces[name].needs_model and self.arm.model is None:
             raise ConfigError(f"{self.source}: {name} needs arm.model and arm.tcp.")
         return self.interfaces[name]

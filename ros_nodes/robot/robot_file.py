@@ -82,9 +82,7 @@ def _images(fields: Fields) -> tuple[ImageSource, ...]:
         image.finish()
     names = [source.name for source in sources]
     if len(set(names)) != len(names) or "joint_states" in names:
-        raise ConfigError(
-            f"{fields.source}: the cameras {names} need different last parts, none 'joint_states'."
-        )
+        raise ConfigError(f"{fields.source}: the cameras {names} need different last parts, none 'joint_states'.")
     return tuple(sources)
 
 

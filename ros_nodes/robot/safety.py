@@ -81,9 +81,7 @@ class SafetyLimits:
         for name in ("position_low", "position_high", "max_velocity", "max_step", "physical_velocity"):
             value = np.array(getattr(self, name), dtype=np.float64)
             if value.shape != (len(names),) or not np.isfinite(value).all():
-                raise ConfigError(
-                    f"{name} is {value.tolist()}; give one finite number for each of {list(names)}."
-                )
+                raise ConfigError(f"{name} is {value.tolist()}; give one finite number for each of {list(names)}.")
             object.__setattr__(self, name, value)
         if (self.position_low >= self.position_high).any():
             joint = names[int((self.position_low >= self.position_high).argmax())]
@@ -177,9 +175,7 @@ class SafetyFilter:
         """Last command (J,) [rad], which a hold repeats; None before the first."""
         return None if self._last is None else self._last.copy()
 
-    def measure(
-        self, names: Sequence[str], positions: Sequence[float], stamp: float | None = None
-    ) -> Hold | None:
+    def measure(self, names: Sequence[str], positions: Sequence[float], stamp: float | None = None) -> Hold | None:
         """Take a joint state, matched by name; joints of other parts of the robot are ignored.
 
         While motion is enabled a state that cannot be true is latched. Otherwise the arm may be elsewhere all at once,
@@ -326,9 +322,7 @@ class SafetyFilter:
             detail = f"{len(positions)} positions for the joints {shown(list(names))}"
             return Hold("bad_joint_states", detail)
         bad = [
-            name
-            for name, value in zip(names, positions, strict=True)
-            if name in wanted and not math.isfinite(value)
+            name for name, value in zip(names, positions, strict=True) if name in wanted and not math.isfinite(value)
         ]
         return Hold("bad_joint_states", f"the position of {bad} is not finite") if bad else None
 

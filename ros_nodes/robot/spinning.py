@@ -61,9 +61,7 @@ def raise_priority(priority: int, *, only_this_thread: bool) -> str:
     try:
         for thread in threads:
             with suppress(ProcessLookupError):  # it has ended since
-                os.sched_setscheduler(
-                    thread, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(priority)
-                )
+                os.sched_setscheduler(thread, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
     except OSError as error:
         return f"normal (no real-time priority: {error.strerror})"
     return f"fifo {priority}"
@@ -90,9 +88,7 @@ def run(
         Exit code: 0, or 1 if the node cannot start; then one line says why.
     """
     stop = stop or StopSignal()
-    rclpy.init(
-        args=None if arguments is None else list(arguments), signal_handler_options=SignalHandlerOptions.NO
-    )
+    rclpy.init(args=None if arguments is None else list(arguments), signal_handler_options=SignalHandlerOptions.NO)
     node = None
     try:
         node = make_node()

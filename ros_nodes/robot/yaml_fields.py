@@ -88,9 +88,7 @@ class Fields:
             raise self.error(key, f"is {shown(value)}; a topic has letters, digits and _ between single /")
         return value
 
-    def texts(
-        self, key: str, choices: Sequence[str] = (), default: tuple[str, ...] = _MISSING
-    ) -> tuple[str, ...]:
+    def texts(self, key: str, choices: Sequence[str] = (), default: tuple[str, ...] = _MISSING) -> tuple[str, ...]:
         """A list of different strings."""
         value = self._get(key, default)
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) and item for item in value):
@@ -99,9 +97,7 @@ class Fields:
             raise self.error(key, f"is {shown(value)}; a value is there twice")
         unknown = [item for item in value if choices and item not in choices]
         if unknown:
-            raise self.error(
-                key, f"has {', '.join(map(shown, unknown[:3]))}; choose from {', '.join(choices)}"
-            )
+            raise self.error(key, f"has {', '.join(map(shown, unknown[:3]))}; choose from {', '.join(choices)}")
         return tuple(value)
 
     def flag(self, key: str, default: bool) -> bool:

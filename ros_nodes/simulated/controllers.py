@@ -72,9 +72,7 @@ class Trajectory:
         else:
             slopes = finite("way-point velocities", point_velocities, way.shape)
             if np.abs(slopes[-1]).max() > 1e-6:
-                raise SimulationError(
-                    f"The last way-point moves at {slopes[-1].tolist()} rad/s; it must rest (all 0)."
-                )
+                raise SimulationError(f"The last way-point moves at {slopes[-1].tolist()} rad/s; it must rest (all 0).")
         if not np.isfinite(offsets).all() or offsets[0] < 0.0 or np.any(np.diff(offsets) <= 0.0):
             raise SimulationError(
                 f"Way-point times {offsets.tolist()} s; they must not be negative and must increase strictly."

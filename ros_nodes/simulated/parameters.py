@@ -19,12 +19,8 @@ SIM_PARAMETERS = (
         0.02,
         1.0,
     ),
-    NodeParameter(
-        "publish_instruction", True, "Publish the episode's instruction for the policy node.", LIVE
-    ),
-    NodeParameter(
-        "publish_clock", False, "Publish /clock and stamp with it; other nodes need use_sim_time.", START
-    ),
+    NodeParameter("publish_instruction", True, "Publish the episode's instruction for the policy node.", LIVE),
+    NodeParameter("publish_clock", False, "Publish /clock and stamp with it; other nodes need use_sim_time.", START),
     NodeParameter(
         "real_time_factor",
         1.0,

@@ -152,18 +152,14 @@ class SimRobot:
             self.hold()
             return
         if sorted(names) != sorted(ARM_JOINTS):
-            raise SimulationError(
-                f"The trajectory names joints {names}; give all of {', '.join(ARM_JOINTS)}, once."
-            )
+            raise SimulationError(f"The trajectory names joints {names}; give all of {', '.join(ARM_JOINTS)}, once.")
         order = [names.index(name) for name in ARM_JOINTS]
         columns = (len(np.asarray(times)), len(ARM_JOINTS))
         points = finite("way-points", positions, columns)[:, order]
         slopes = None if velocities is None else finite("way-point velocities", velocities, columns)[:, order]
         running = self._controller
         speed = running.velocity(self.time) if isinstance(running, Trajectory) else np.zeros(len(ARM_JOINTS))
-        self._controller = Trajectory(
-            self.time + delay, self.time, self._joints, speed, times, _inside(points), slopes
-        )
+        self._controller = Trajectory(self.time + delay, self.time, self._joints, speed, times, _inside(points), slopes)
 
     def command_twist(self, linear: ArrayLike, angular: ArrayLike) -> None:
         """Move the TCP with a twist in the base frame, (3,) [m/s] and (3,) [rad/s].

@@ -88,9 +88,7 @@ class SimNode(Node):
         self._success = self.create_publisher(Bool, "~/success", LATCHED)
         self._instruction = self.create_publisher(String, "policy/instruction", LATCHED)
         self._diagnostics = self.create_publisher(DiagnosticArray, "diagnostics", COMMAND)
-        self._clock_topic = (
-            self.create_publisher(ClockMessage, "/clock", SENSOR) if self._publishes_clock else None
-        )
+        self._clock_topic = self.create_publisher(ClockMessage, "/clock", SENSOR) if self._publishes_clock else None
         robot = self._robot
         positions, gripper = "forward_position_controller/commands", "gripper_controller/commands"
         self._obey(positions, Float64MultiArray, lambda message: robot.command_positions(message.data))
@@ -234,9 +232,7 @@ class SimNode(Node):
 
     def _command_topics(self) -> list[str]:
         kinds = (Float64MultiArray, JointTrajectory, TwistStamped)
-        return [
-            subscription.topic_name for subscription in self.subscriptions if subscription.msg_type in kinds
-        ]
+        return [subscription.topic_name for subscription in self.subscriptions if subscription.msg_type in kinds]
 
     def destroy_node(self) -> None:
         """Release the scene too."""

@@ -50,9 +50,7 @@ def make_frame(env: Environment, action: np.ndarray | None) -> Frame:
     observation = env.observe()
     frame: Frame = dict(images_of(observation))
     if not frame or "agent_pos" not in observation:
-        raise SimulationError(
-            f"Observations have {', '.join(observation)}; pixels and agent_pos are recorded."
-        )
+        raise SimulationError(f"Observations have {', '.join(observation)}; pixels and agent_pos are recorded.")
     frame[OBS_STATE] = np.asarray(observation["agent_pos"], dtype=np.float32)
     if hasattr(env.inner, "privileged_state"):
         frame[OBS_ENV_STATE] = np.asarray(env.inner.privileged_state(), dtype=np.float32)
@@ -93,9 +91,7 @@ def disturb(env: Environment, rng: np.random.Generator, steps: int) -> bool:
     return any(not env.finished and env.advance(env.disturbance(rng)) for _ in range(steps))
 
 
-def expert_steps(
-    env: Environment, rng: np.random.Generator, noise: float = 0.0
-) -> Iterator[tuple[Frame, bool]]:
+def expert_steps(env: Environment, rng: np.random.Generator, noise: float = 0.0) -> Iterator[tuple[Frame, bool]]:
     """Let the expert act, endlessly; yields every frame and whether the task is solved after its action.
 
     `noise` is the standard deviation of what is added to the executed action; the frame holds the clean one.
@@ -103,9 +99,7 @@ def expert_steps(
     while True:
         action = env.expert_action()
         frame = make_frame(env, action)
-        noisy = (
-            np.clip(action + rng.normal(0.0, noise, action.shape), *env.action_bounds) if noise else action
-        )
+        noisy = np.clip(action + rng.normal(0.0, noise, action.shape), *env.action_bounds) if noise else action
         yield frame, env.advance(noisy)
 
 

@@ -98,9 +98,7 @@ class RecordConfig:
             check_expert(self.env, f"mode {self.mode}")
         self._check_seeds()
         if self.burst_every_max < self.burst_every_min:
-            raise ConfigError(
-                f"burst_every_max={self.burst_every_max} must be at least {self.burst_every_min=}"
-            )
+            raise ConfigError(f"burst_every_max={self.burst_every_max} must be at least {self.burst_every_min=}")
         if self.mode != "clean" and self.action_noise:
             raise ConfigError(f"action_noise={self.action_noise} works in mode clean only, not {self.mode!r}")
 

@@ -26,9 +26,7 @@ class _Drive:
     done: bool = False
 
 
-def takeover_attempts(
-    runner: PolicyRunner, pool: EnvPool, seeds: range, config: RecordConfig
-) -> list[Attempt]:
+def takeover_attempts(runner: PolicyRunner, pool: EnvPool, seeds: range, config: RecordConfig) -> list[Attempt]:
     """Let the policy drive all seeds in lock step, each for its own number of chunks, then the expert.
 
     Frames are stored from the takeover on, and only if the expert finishes within `config.takeover_steps`.
@@ -57,9 +55,7 @@ def takeover_attempts(
 
 def _take_over(drive: _Drive, config: RecordConfig, *, last: bool) -> None:
     """The expert's turn, recorded."""
-    limit = (
-        config.takeover_steps if last else int(drive.rng.integers(HANDBACK_STEPS[0], HANDBACK_STEPS[1] + 1))
-    )
+    limit = config.takeover_steps if last else int(drive.rng.integers(HANDBACK_STEPS[0], HANDBACK_STEPS[1] + 1))
     env, frames = drive.episode.env, []
     for frame, _ in expert_steps(env, drive.rng):
         frames.append(frame)

@@ -278,18 +278,14 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         parts: dict[str, spaces.Space[Any]] = {}
         if self.cameras:
             shape = (self.image_size, self.image_size, 3)
-            parts["pixels"] = spaces.Dict(
-                {name: spaces.Box(0, 255, shape, np.uint8) for name in self.cameras}
-            )
+            parts["pixels"] = spaces.Dict({name: spaces.Box(0, 255, shape, np.uint8) for name in self.cameras})
         parts["agent_pos"] = spaces.Box(-2.0, 2.0, (len(STATE_NAMES),), np.float32)
         return spaces.Dict(parts)
 
     def _checked(self, action: NDArray[np.floating]) -> NDArray[np.float64]:
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (len(ACTION_NAMES),):
-            raise SimulationError(
-                f"Action of shape {action.shape}; give ({len(ACTION_NAMES)},): {ACTION_NAMES}."
-            )
+            raise SimulationError(f"Action of shape {action.shape}; give ({len(ACTION_NAMES)},): {ACTION_NAMES}.")
         if not np.isfinite(action).all():
             raise SimulationError(f"Action {action.tolist()} is not finite; every value must be in [-1, 1].")
         return np.clip(action, -1.0, 1.0)

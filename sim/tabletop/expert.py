@@ -204,9 +204,7 @@ def _grasp(command: Command, now: Situation, cube: Array) -> tuple[float, Array]
         axis = np.array([-np.sin(yaw), np.cos(yaw)])
         for shift in _GRASP_SHIFTS:
             centre = cube[:2] + shift * axis
-            room = min(
-                _finger_room(command, now, cube[2], centre + end * _FINGER_CENTRE * axis) for end in (-1, 1)
-            )
+            room = min(_finger_room(command, now, cube[2], centre + end * _FINGER_CENTRE * axis) for end in (-1, 1))
             if room > best + 1e-3:
                 best, choice = room, (yaw, centre)
             if best >= _ENOUGH_ROOM:

@@ -88,9 +88,7 @@ def draw_layout(rng: np.random.Generator, command: Command) -> Layout:
     while True:
         cubes[here] = rng.uniform([NEAR_X[0], NEAR_Y[0]], [NEAR_X[1], NEAR_Y[1]], size=(len(here), 2))
         gaps = np.linalg.norm(cubes[here, None] - cubes[None, here], axis=-1) + np.eye(len(here))
-        if gaps.min() >= CUBE_SPACING and (
-            command.family != "push_cube" or _lane_is_free(command, cubes, here)
-        ):
+        if gaps.min() >= CUBE_SPACING and (command.family != "push_cube" or _lane_is_free(command, cubes, here)):
             break
     far_y: NDArray[np.float64] = np.zeros(2)
     while abs(far_y[0] - far_y[1]) < FAR_SPACING:

@@ -132,9 +132,7 @@ class CeedTabletopEnv(EnvConfig):
 class _WithoutLeRobotOption(gymnasium.Wrapper[Any, Any, Any, Any]):
     """Keeps LeRobot's mark of a new rollout from the environment, which refuses unknown options."""
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         options = {name: value for name, value in (options or {}).items() if name != NEW_ROLLOUT_OPTION}
         return self.env.reset(seed=seed, options=options)
 

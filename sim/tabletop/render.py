@@ -22,9 +22,7 @@ _renderers: dict[int, mujoco.Renderer] = {}
 def check_image_size(size: int) -> None:
     """Raise `SimulationError` unless images of `size` x `size` pixels can be rendered."""
     if not isinstance(size, int | np.integer) or not _MIN_IMAGE_SIZE <= size <= MAX_IMAGE_SIZE:
-        raise SimulationError(
-            f"Image size {size!r} px; give an integer from {_MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE}."
-        )
+        raise SimulationError(f"Image size {size!r} px; give an integer from {_MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE}.")
 
 
 def render(data: mujoco.MjData, camera: str, size: int) -> NDArray[np.uint8]:

@@ -168,9 +168,7 @@ def _bin() -> str:
 
 def _plate() -> str:
     radius, half = tasks.PLATE_RADIUS, tasks.PLATE_HEIGHT / 2
-    disc = (
-        f'<geom type="cylinder" size="{radius} {half}" pos="0 0 {half}" rgba="{_RGBA["plate"]}" {_STATIC}/>'
-    )
+    disc = f'<geom type="cylinder" size="{radius} {half}" pos="0 0 {half}" rgba="{_RGBA["plate"]}" {_STATIC}/>'
     return f'<body name="plate" mocap="true" pos="0.64 -0.1 0">{disc}</body>'
 
 

@@ -19,15 +19,11 @@ def test_both_sides_run_the_same_forwards() -> None:
 @torch.inference_mode()
 def test_bare_forwards_are_those_of_the_decoder() -> None:
     backbone, embeds = build(1, "float32", 7, width=64), torch.randn(1, 5, 64)
-    prefix = backbone.prefill_embeddings(
-        PrefixEmbeddings.in_order(embeds, torch.ones(1, 5, dtype=torch.bool))
-    )
+    prefix = backbone.prefill_embeddings(PrefixEmbeddings.in_order(embeds, torch.ones(1, 5, dtype=torch.bool)))
     calls = recorded_calls(
         backbone, lambda: decode_autoregressive(backbone, prefix, BlockRequest(DecodingConfig(method="ar")))
     )
-    assert [(committed, tuple(tokens.shape)) for committed, tokens in calls] == [
-        (i, (1, 1)) for i in range(6)
-    ]
+    assert [(committed, tuple(tokens.shape)) for committed, tokens in calls] == [(i, (1, 1)) for i in range(6)]
     lengths: list[int] = []
     hook = backbone.language_model.model.register_forward_pre_hook(
         lambda _, __, kwargs: lengths.append(kwargs["past_key_values"].get_seq_length()), with_kwargs=True

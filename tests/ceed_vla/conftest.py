@@ -25,9 +25,7 @@ PREFIX_KEY = "prefix_ids"
 class ToyBackbone(nn.Module):
     """A random two-layer attention model over a continuous prefix, with strong dependence on earlier tokens."""
 
-    def __init__(
-        self, seed: int, block_length: int, vocabulary_size: int, width: int = 16, heads: int = 2
-    ) -> None:
+    def __init__(self, seed: int, block_length: int, vocabulary_size: int, width: int = 16, heads: int = 2) -> None:
         super().__init__()
         self.block_length, self.vocabulary_size, self.heads = block_length, vocabulary_size, heads
         self.num_layers = 2
@@ -45,9 +43,7 @@ class ToyBackbone(nn.Module):
     def _project(self, x: Tensor, weight: Tensor) -> Tensor:
         x = F.layer_norm(x, x.shape[-1:])
         batch, length, width = x.shape
-        return (
-            F.linear(x, weight).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        )
+        return F.linear(x, weight).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
 
     @staticmethod
     def _attend(x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -199,9 +195,7 @@ def _toy(seed: int, batch: int, block_length: int, vocabulary: int) -> tuple[Toy
     return ToyBackbone(seed, block_length, vocabulary), observation
 
 
-def _llama(
-    seed: int, batch: int, block_length: int, vocabulary: int
-) -> tuple[LlamaBackbone, dict[str, Tensor]]:
+def _llama(seed: int, batch: int, block_length: int, vocabulary: int) -> tuple[LlamaBackbone, dict[str, Tensor]]:
     words = vocabulary + 23
     config = LlamaConfig(
         vocab_size=words,
@@ -230,9 +224,7 @@ def _generate(backbone: LlamaBackbone, observation: dict[str, Tensor]) -> Tensor
         attention_mask=torch.ones_like(ids),
         max_new_tokens=backbone.block_length,
         do_sample=False,
-        logits_processor=LogitsProcessorList(
-            [OnlyActions(backbone.action_ids, backbone.model.config.vocab_size)]
-        ),
+        logits_processor=LogitsProcessorList([OnlyActions(backbone.action_ids, backbone.model.config.vocab_size)]),
     )
     return output[:, ids.shape[1] :] - backbone.action_ids[0]
 

@@ -146,9 +146,7 @@ def test_tokens_are_step_major() -> None:
 
 def test_integer_and_half_precision_actions_are_accepted() -> None:
     tokenizer = tabletop()
-    assert torch.equal(
-        tokenizer.encode(torch.ones(1, 8, 7, dtype=torch.int64)), tokenizer.encode(torch.ones(1, 8, 7))
-    )
+    assert torch.equal(tokenizer.encode(torch.ones(1, 8, 7, dtype=torch.int64)), tokenizer.encode(torch.ones(1, 8, 7)))
     half = torch.full((1, 8, 7), 0.2, dtype=torch.float16)
     assert torch.equal(tokenizer.encode(half), tokenizer.encode(half.float()))
 

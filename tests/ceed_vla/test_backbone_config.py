@@ -42,9 +42,7 @@ class ToolConfig:
     """
 
     path: str = ""
-    policy: CeedVLAConfig = field(
-        default_factory=lambda: tabletop_config(decoding=DecodingConfig(guess="mid"))
-    )
+    policy: CeedVLAConfig = field(default_factory=lambda: tabletop_config(decoding=DecodingConfig(guess="mid")))
     class_: str = "a"
 
 
@@ -80,9 +78,7 @@ def test_the_families_are_registered() -> None:
 
 
 def test_flags_of_the_usual_kind_keep_the_other_defaults() -> None:
-    policy = parse_flags(
-        ToolConfig, ["--policy.backbone.width=96", "--policy.action_tokens.num_bins=63"]
-    ).policy
+    policy = parse_flags(ToolConfig, ["--policy.backbone.width=96", "--policy.action_tokens.num_bins=63"]).policy
     assert policy.backbone == CompactConfig(width=96)
     assert policy.action_tokens == UniformTokensConfig(
         num_bins=63,
@@ -163,9 +159,7 @@ def test_lerobots_files_and_flags_reach_the_kinds(tmp_path: Path) -> None:
     assert isinstance(read, CeedVLAConfig)
     assert read.backbone == CompactConfig(width=96, layers=2)
     assert read.action_tokens.gripper_dims == [6]
-    other = draccus.parse(
-        CeedVLAConfig, args=["--backbone.type=openvla", "--backbone.path=x", "--device=cpu"]
-    )
+    other = draccus.parse(CeedVLAConfig, args=["--backbone.type=openvla", "--backbone.path=x", "--device=cpu"])
     assert other.backbone == OpenVLAConfig(path="x")
 
 

@@ -127,9 +127,7 @@ def test_decode_block_makes_the_guess_of_the_configuration(toy) -> None:
     previous[1] = -1
 
     def first_state(config: DecodingConfig, **more) -> Tensor:
-        states = decode_block(
-            backbone, prefix, tokenizer, config, record_states=True, shift_steps=2, **more
-        ).states
+        states = decode_block(backbone, prefix, tokenizer, config, record_states=True, shift_steps=2, **more).states
         assert states is not None
         return states[0][:, 1:]
 

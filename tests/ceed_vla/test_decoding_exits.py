@@ -34,8 +34,7 @@ def reference(backbone, observation, guess: Tensor, config: DecodingConfig, exec
             iterations += 1
             probabilities = logits[0, :must].softmax(-1)
             mass = min(
-                float(probabilities[s, max(0, int(new[0, s]) - 2) : int(new[0, s]) + 3].sum())
-                for s in range(must)
+                float(probabilities[s, max(0, int(new[0, s]) - 2) : int(new[0, s]) + 3].sum()) for s in range(must)
             )
             moved = (new != state)[0].nonzero().flatten().tolist()
             # A change of the last slot is the last there can be: what it depends on did not change.
@@ -112,9 +111,7 @@ def test_stricter_thresholds_never_end_a_row_earlier(toy, field: str, base: dict
         for value in LADDERS[field]:
             rules = {name: v for name, v in {**base, field: value}.items() if name != "executed_steps"}
             steps = value if field == "executed_steps" else None
-            result = jacobi(
-                backbone, prefix, guess, DecodingConfig(**rules), tokens_per_step=A, executed_steps=steps
-            )
+            result = jacobi(backbone, prefix, guess, DecodingConfig(**rules), tokens_per_step=A, executed_steps=steps)
             assert (result.iterations >= before).all(), (field, value)
             before = result.iterations
 
@@ -123,9 +120,7 @@ def test_cap_of_one_is_one_forward_of_the_whole_block(toy) -> None:
     backbone, observation = toy(1, 2, 56, 255)
     backbone.calls.clear()
     guess = random_guess(0, 2, 56, 255)
-    result = jacobi(
-        backbone, backbone.prefill(observation), guess, DecodingConfig(max_iterations=1), tokens_per_step=A
-    )
+    result = jacobi(backbone, backbone.prefill(observation), guess, DecodingConfig(max_iterations=1), tokens_per_step=A)
     assert backbone.calls == [55]
     assert (result.forwards, result.iterations.tolist()) == (1, [1, 1])
     assert result.exit_reason == ["max_iterations"] * 2
@@ -168,9 +163,7 @@ def test_mass_near_at_the_ends_of_the_vocabulary() -> None:
     logits = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0)) * 2
     tokens = torch.tensor([[0, 4, 8], [1, 7, 2]])
     p = logits.softmax(-1)
-    expected = [
-        [p[b, s, max(0, t - 2) : t + 3].sum() for s, t in enumerate(r)] for b, r in enumerate(tokens.tolist())
-    ]
+    expected = [[p[b, s, max(0, t - 2) : t + 3].sum() for s, t in enumerate(r)] for b, r in enumerate(tokens.tolist())]
     torch.testing.assert_close(mass_near(logits, tokens), torch.tensor(expected))
     certain = torch.full((1, 1, 9), -1e4)
     certain[..., 3] = 1e4

@@ -70,9 +70,7 @@ def assert_continues(backbone, prefix, frozen: Tensor, answer: Tensor, dim: int,
     frozen_steps=st.integers(0, 7),
     vocabulary=st.sampled_from([2, 17, 255]),
 )
-def test_toy_ar_and_jacobi_continue_the_frozen_steps(
-    toy, seed, batch, dim, steps, frozen_steps, vocabulary
-) -> None:
+def test_toy_ar_and_jacobi_continue_the_frozen_steps(toy, seed, batch, dim, steps, frozen_steps, vocabulary) -> None:
     n, given_tokens = dim * steps, dim * min(frozen_steps, steps - 1)
     backbone, observation = toy(seed, batch, n, vocabulary)
     frozen = random_tokens(seed + 1, batch, given_tokens, vocabulary)

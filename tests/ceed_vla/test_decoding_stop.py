@@ -71,9 +71,7 @@ def test_a_window_computes_less_and_changes_nothing(toy: Any, window: int) -> No
     assert max(backbone.calls) == min(window, 19)
     known = jacobi(backbone, prefix, answer, DecodingConfig(window=window), tokens_per_step=1)
     assert known.forwards == -(-19 // window)  # a window of right tokens is proven in one forward
-    early = jacobi(
-        backbone, prefix, guess, DecodingConfig(window=window), tokens_per_step=1, executed_steps=6
-    )
+    early = jacobi(backbone, prefix, guess, DecodingConfig(window=window), tokens_per_step=1, executed_steps=6)
     assert set(early.exit_reason) == {"stable"}
     assert torch.equal(early.tokens[:, :6], answer[:, :6])
 

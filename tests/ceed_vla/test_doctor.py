@@ -84,9 +84,7 @@ def test_a_broken_package_is_a_finding(
     assert words in table(fails=fails)
 
 
-def test_versions_are_compared_with_the_supported_ones(
-    probes: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_versions_are_compared_with_the_supported_ones(probes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ["torch>=99", "numpy>=1", "surely-not-there>=2", "peft>=99; extra == 'vlm'"]
     monkeypatch.setattr(module.metadata, "requires", lambda name: wanted)
     text = table(fails=True)
@@ -143,7 +141,5 @@ def test_exit_code(probes: dict[str, str], capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GOOD)
 def test_the_real_probes_answer_or_fail_cleanly(name: str) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", module._PROBES[name]], capture_output=True, text=True, timeout=250
-    )
+    run = subprocess.run([sys.executable, "-c", module._PROBES[name]], capture_output=True, text=True, timeout=250)
     assert run.returncode == 0 or name in ("ros", "lerobot"), run.stderr

@@ -34,9 +34,7 @@ def uncached_llama(backbone, observation, n: int) -> Tensor:
     return ids[:, -n:] - backbone.action_ids[0]
 
 
-def every_guess(
-    batch: int, n: int, dim: int, vocabulary: int, seed: int, answer: Tensor
-) -> dict[str, Tensor]:
+def every_guess(batch: int, n: int, dim: int, vocabulary: int, seed: int, answer: Tensor) -> dict[str, Tensor]:
     """All kinds of first states, from hopeless to the answer itself."""
     generator = torch.Generator().manual_seed(seed)
     tokens = ActionTokenizer([-1.0] * dim, [2.0] * dim, n // dim, num_bins=vocabulary)
@@ -98,9 +96,7 @@ def test_toy_jacobi_is_cached_and_uncached_ar(toy, seed, batch, dim, steps, voca
     layout=st.sampled_from([(1, 1), (7, 1), (7, 3), (5, 5), (7, 8), (8, 8)]),
     vocabulary=st.sampled_from([2, 31, 255, 256]),
 )
-def test_llama_jacobi_is_cached_ar_uncached_ar_and_generate(
-    llama, generate, seed, batch, layout, vocabulary
-) -> None:
+def test_llama_jacobi_is_cached_ar_uncached_ar_and_generate(llama, generate, seed, batch, layout, vocabulary) -> None:
     dim, steps = layout
     n = dim * steps
     backbone, observation = llama(seed, batch, n, vocabulary)
@@ -145,9 +141,7 @@ def test_models_are_not_trivial(toy, llama) -> None:
         with torch.inference_mode():
             prefix = backbone.prefill(observation)
             answer = greedy(backbone, prefix).tokens
-            other = jacobi(
-                backbone, prefix, (answer + 1) % 255, DecodingConfig(max_iterations=1), tokens_per_step=7
-            )
+            other = jacobi(backbone, prefix, (answer + 1) % 255, DecodingConfig(max_iterations=1), tokens_per_step=7)
             strict = jacobi(backbone, prefix, (answer + 1) % 255, tokens_per_step=7)
         assert len(answer.unique()) > 20
         assert (other.tokens != answer).float().mean() > 0.5

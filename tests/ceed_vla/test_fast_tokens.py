@@ -183,18 +183,14 @@ def test_chunks_that_overfill_a_block_are_smoothed_and_counted(tokens: FastToken
     spare=st.integers(0, 4),
     seed=st.integers(0, 1000),
 )
-def test_every_walk_through_the_grammar_is_a_chunk(
-    lengths: list[int], total: int, spare: int, seed: int
-) -> None:
+def test_every_walk_through_the_grammar_is_a_chunk(lengths: list[int], total: int, spare: int, seed: int) -> None:
     lengths = [1, *lengths]
     stop, n = len(lengths), -(-total // max(lengths)) + max(lengths) + spare
     grammar = Grammar(torch.tensor([*lengths, 0]), stop, total, n)
     random = np.random.default_rng(seed)
     used, walk = 0, []
     for slot in range(n):
-        allowed = (
-            grammar.allowed(torch.tensor([[used]]), torch.tensor([slot]))[0, 0].nonzero().flatten().tolist()
-        )
+        allowed = grammar.allowed(torch.tensor([[used]]), torch.tensor([slot]))[0, 0].nonzero().flatten().tolist()
         token = int(random.choice(allowed))
         if token == stop:
             break
@@ -207,17 +203,13 @@ def test_every_walk_through_the_grammar_is_a_chunk(
 Toy = Callable[[int, int, int, int], tuple[Any, dict[str, Tensor]]]
 
 
-def toy_decode(
-    toy: Toy, tokenizer: FastTokenizer, seed: int, config: DecodingConfig, **more: Any
-) -> DecodeResult:
+def toy_decode(toy: Toy, tokenizer: FastTokenizer, seed: int, config: DecodingConfig, **more: Any) -> DecodeResult:
     backbone, observation = toy(seed, 3, tokenizer.block_length, tokenizer.vocabulary_size)
     return decode_block(backbone, backbone.prefill(observation), tokenizer, config, **more)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_jacobi_is_greedy_under_the_grammar_and_always_a_chunk(
-    toy: Toy, tokenizer: FastTokenizer, seed: int
-) -> None:
+def test_jacobi_is_greedy_under_the_grammar_and_always_a_chunk(toy: Toy, tokenizer: FastTokenizer, seed: int) -> None:
     greedy = toy_decode(toy, tokenizer, seed, DecodingConfig(method="ar"))
     assert tokenizer.decode(greedy.tokens).shape == (3, STEPS, DIM)
     for config in (
@@ -264,11 +256,7 @@ def test_tokens_must_be_fitted_for_the_policys_chunk(tokens: FastTokensConfig) -
 def test_file_holds_the_tokens(tokens: FastTokensConfig, tmp_path: Path) -> None:
     file = tokens.write(tmp_path / "deep" / "tokens.json")
     read = FastTokensConfig(path=str(file))
-    assert (
-        read.build(STEPS, DIM).vocabulary_size
-        == tokens.build(STEPS, DIM).vocabulary_size
-        == tokens.vocabulary_size
-    )
+    assert read.build(STEPS, DIM).vocabulary_size == tokens.build(STEPS, DIM).vocabulary_size == tokens.vocabulary_size
     chunks = smooth_chunks(5)
     assert torch.equal(read.build(STEPS, DIM).encode(chunks), tokens.build(STEPS, DIM).encode(chunks))
     file.write_text("{}")

@@ -49,9 +49,7 @@ def lerobot_train(*arguments: str) -> str:
         discover = [f"--discover_packages_path={PLUGIN}"]
     command = [sys.executable, "-m", "lerobot.scripts.lerobot_train", *discover, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     output = process.stdout + process.stderr
     assert process.returncode == 0, output[-3000:]
     return output

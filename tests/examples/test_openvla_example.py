@@ -14,9 +14,7 @@ import pytest
 from ceed_vla.checkpoints import load
 
 ROOT = Path(__file__).parents[2]
-LINE = re.compile(
-    r"^  (\S.*?) +([\d.]+) forwards a chunk of (\d+) tokens, +([\d.]+)% of the greedy tokens$", re.M
-)
+LINE = re.compile(r"^  (\S.*?) +([\d.]+) forwards a chunk of (\d+) tokens, +([\d.]+)% of the greedy tokens$", re.M)
 ERROR = re.compile(r"^  ([\d.]+) between greedy and demonstrated actions$", re.M)
 GAIN = re.compile(r"after distillation: ([+-]\d+)% from a random start, ([+-]\d+)% from a warm start$")
 STARTS = ("Jacobi, random start", "Jacobi, warm start")
@@ -60,9 +58,7 @@ def run(block_length: int, *flags: str) -> Output:
             assert decoders[start][1] == 100.0  # strict: every token
             assert decoders[start][0] < block_length
         assert decoders[AT_MOST_2][0] <= 2
-    return Output(
-        before, after, tuple(map(float, ERROR.findall(done.stdout))), tuple(map(int, gain.groups()))
-    )
+    return Output(before, after, tuple(map(float, ERROR.findall(done.stdout))), tuple(map(int, gain.groups())))
 
 
 # The first one as printed. Every mean is over the 93 frames of four episodes that nothing was trained on.

@@ -23,9 +23,7 @@ def greedy(backbone: Any, prefix: Any, config: DecodingConfig = GREEDY, **reques
     return decode_autoregressive(backbone, prefix, BlockRequest(config, **request))
 
 
-def jacobi(
-    backbone: Any, prefix: Any, guess: Tensor, config: DecodingConfig = STRICT, **request: Any
-) -> DecodeResult:
+def jacobi(backbone: Any, prefix: Any, guess: Tensor, config: DecodingConfig = STRICT, **request: Any) -> DecodeResult:
     """Jacobi decoding; with `executed_steps` only these must be right."""
     if request.get("executed_steps") is not None:
         config = DecodingConfig(**{**vars(config), "watch": "executed"})

@@ -135,9 +135,7 @@ class Status:
         self._graph = graph
         self._messages = graph.listen("/diagnostics", DiagnosticArray)
 
-    def wait(
-        self, fits: Callable[[str, dict[str, str]], bool], what: str, timeout: float = 120.0
-    ) -> dict[str, str]:
+    def wait(self, fits: Callable[[str, dict[str, str]], bool], what: str, timeout: float = 120.0) -> dict[str, str]:
         """The values of the first status from now on for which ``fits(message, values)``."""
         start = len(self._messages)
 
@@ -156,9 +154,7 @@ class Status:
     def state(self, state: str, *contains: str) -> dict[str, str]:
         """Wait until the node reports a state, with these texts in its message."""
         return self.wait(
-            lambda message, values: (
-                values.get("state") == state and all(text in message for text in contains)
-            ),
+            lambda message, values: values.get("state") == state and all(text in message for text in contains),
             f"the state {state} {contains}",
         )
 

@@ -58,9 +58,7 @@ class Policy:
     """
 
     def __init__(self) -> None:
-        self.spec = PolicySpec(
-            "fake", "ceed_vla", {FEATURE: (3, 4, 4)}, {"observation.state": 2}, 2, M, H, True, 0.01
-        )
+        self.spec = PolicySpec("fake", "ceed_vla", {FEATURE: (3, 4, 4)}, {"observation.state": 2}, 2, M, H, True, 0.01)
         self.delay, self.now = 0.02, 0.0
         self.error: tuple[str, str] | None = None  # of the next answers: text, code
         self.failed: str | None = None
@@ -113,9 +111,7 @@ class Loop:
         late: Tick -> how late it is [s].
     """
 
-    def __init__(
-        self, camera_rate: float = 30.0, phase: float = 0.017, enable: bool = True, **options: Any
-    ) -> None:
+    def __init__(self, camera_rate: float = 30.0, phase: float = 0.017, enable: bool = True, **options: Any) -> None:
         self.policy, self.now = Policy(), 100.0
         config = robot()
         self.observations = Observations(config, self.policy.spec.cameras, self.policy.spec.states, None)

@@ -50,9 +50,7 @@ class Robot:
         if self.answer is not None and self.now >= self.answer[0]:
             _, plan, first = self.answer
             self.answer = None
-            accepted = self.stream.offer(
-                plan.id, chunk(first, self.stream.chunk_steps), np.arange(3), remaining
-            )
+            accepted = self.stream.offer(plan.id, chunk(first, self.stream.chunk_steps), np.arange(3), remaining)
             assert accepted
         if self.now % TICKS == 0:
             target = self.stream.target()
@@ -89,9 +87,7 @@ def chunk(first: int, steps: int = M) -> np.ndarray:
     wait=st.integers(1, 12),
     late=st.integers(0, 9),
 )
-def test_every_step_is_executed_once_and_in_order(
-    chunk_steps, replan, delays, first_estimate, wait, late
-) -> None:
+def test_every_step_is_executed_once_and_in_order(chunk_steps, replan, delays, first_estimate, wait, late) -> None:
     flow = stream(chunk_steps=chunk_steps, replan_steps=min(replan, chunk_steps), delay_steps=first_estimate)
     flow.start()
     robot = Robot(flow, wait / TICKS, late)

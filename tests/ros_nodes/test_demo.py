@@ -56,9 +56,7 @@ def test_time_to_rest_is_the_last_moving_state() -> None:
 @pytest.mark.slow
 def test_a_run_writes_its_numbers_and_a_bag(tmp_path: Path) -> None:
     rosbags = pytest.importorskip("rosbags.highlevel", reason="rosbags is not installed")
-    config = RosDemoConfig(
-        episodes=2, task="push_cube", output_dir=str(tmp_path), stream_seconds=2.0, kill=True
-    )
+    config = RosDemoConfig(episodes=2, task="push_cube", output_dir=str(tmp_path), stream_seconds=2.0, kill=True)
     with (tmp_path / "console.txt").open("w") as file:
         report = ros_demo(config, Console(file=file, width=100))
     assert list(report) == KEYS
@@ -73,6 +71,4 @@ def test_a_run_writes_its_numbers_and_a_bag(tmp_path: Path) -> None:
     with rosbags.AnyReader([tmp_path / "bag.mcap"]) as reader:
         counts = {connection.topic: connection.msgcount for connection in reader.connections}
     assert counts["/forward_position_controller/commands"] >= details["commands"]
-    assert {"/front/image_raw", "/wrist/image_raw", "/joint_states", "/diagnostics", "/sim/success"} <= set(
-        counts
-    )
+    assert {"/front/image_raw", "/wrist/image_raw", "/joint_states", "/diagnostics", "/sim/success"} <= set(counts)

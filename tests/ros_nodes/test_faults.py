@@ -210,9 +210,7 @@ def test_spoilt_inputs_stop_the_arm_and_it_goes_on_after_them(
         pytest.param(with_positions(np.degrees), id="in degrees", marks=slow),
     ],
 )
-def test_joint_states_that_cannot_be_true_stop_the_arm_until_somebody_enables_it(
-    bench: Bench, spoil: Any
-) -> None:
+def test_joint_states_that_cannot_be_true_stop_the_arm_until_somebody_enables_it(bench: Bench, spoil: Any) -> None:
     bench.begin(seed=1)
     since = len(bench.commands)
     bench.joints = spoil
@@ -236,9 +234,7 @@ def test_joint_states_that_cannot_be_true_stop_the_arm_until_somebody_enables_it
         pytest.param("move\x1b[2J the red cube", "control characters", marks=slow),
     ],
 )
-def test_an_instruction_that_is_refused_stops_the_arm_and_fills_no_log(
-    bench: Bench, text: str, told: str
-) -> None:
+def test_an_instruction_that_is_refused_stops_the_arm_and_fills_no_log(bench: Bench, text: str, told: str) -> None:
     bench.begin(seed=3)
     before = len(bench.graph.output("policy_node"))
     bench.instruction.publish(String(data=text))
@@ -252,9 +248,7 @@ def test_an_instruction_that_is_refused_stops_the_arm_and_fills_no_log(
     said = bench.graph.output("policy_node")[before:]
     assert "Traceback" not in said
     assert len(said) < 2000
-    shown = bench.graph.call(
-        "/policy/get_parameters", GetParameters, GetParameters.Request(names=["instruction"])
-    )
+    shown = bench.graph.call("/policy/get_parameters", GetParameters, GetParameters.Request(names=["instruction"]))
     assert len(shown.values[0].string_value) <= 500
     bench.instruction.publish(String(data="move the red cube into the bin"))
     bench.check_goes_on()

@@ -74,9 +74,7 @@ def test_the_answer_is_the_policys(worker: InferenceWorker, policy: tuple[Any, A
     model, pre, _ = policy
     raw = observation()
     batch = {
-        key: torch.tensor(value).permute(2, 0, 1)[None].float() / 255
-        if value.ndim == 3
-        else torch.tensor(value)[None]
+        key: torch.tensor(value).permute(2, 0, 1)[None].float() / 255 if value.ndim == 3 else torch.tensor(value)[None]
         for key, value in raw.items()
     }
     batch = pre({**batch, "task": [INSTRUCTION]})
@@ -246,9 +244,7 @@ def test_the_process_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
     )
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    owner = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
-    )
+    owner = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
     pid = int(owner.stdout.readline().split()[-1])
     assert alive(pid)
     owner.kill()

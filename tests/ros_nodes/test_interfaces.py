@@ -82,9 +82,7 @@ def test_a_twist_is_the_velocity_of_the_tool_and_corrects_what_it_lacks(arm: Com
     assert still.twist.linear.x == still.twist.angular.z == 0.0  # a hold
     assert arm.model is not None
     slow, late = command(arm, 0.01), command(arm, 0.01, lag=0.001)
-    linear, angular = (
-        jacobian.sum(axis=1) for jacobian in (arm.model.pose(slow.positions), arm.model.jacobian())[1]
-    )
+    linear, angular = (jacobian.sum(axis=1) for jacobian in (arm.model.pose(slow.positions), arm.model.jacobian())[1])
     for one, share in ((slow, 1.0), (late, 1.2)):  # gain 2 / s: 0.001 rad behind is 0.002 rad/s more
         twist = twists.message(one, arm).twist
         got = [[vector.x, vector.y, vector.z] for vector in (twist.linear, twist.angular)]
@@ -95,9 +93,7 @@ def test_a_twist_is_the_velocity_of_the_tool_and_corrects_what_it_lacks(arm: Com
 
 
 def test_an_interface_of_ones_own_is_one_file(own: Path, arm: CommandedArm) -> None:
-    with pytest.raises(
-        ConfigError, match=r"interfaces\.milliradians is unknown; the interfaces are forward_pos"
-    ):
+    with pytest.raises(ConfigError, match=r"interfaces\.milliradians is unknown; the interfaces are forward_pos"):
         load_robot_config(own)
     change = [Parameter("action_interface", value="milliradians")]
     assert "servo_twist" in refusal(POLICY_PARAMETERS, change, configured=False).reason

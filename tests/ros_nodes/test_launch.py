@@ -77,9 +77,7 @@ def entry_points() -> dict[str, str]:
 
 def arguments(file: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Launch arguments and their defaults."""
-    return {
-        one.parts[0]: one.named["default_value"] for one in made(file, monkeypatch, "DeclareLaunchArgument")
-    }
+    return {one.parts[0]: one.named["default_value"] for one in made(file, monkeypatch, "DeclareLaunchArgument")}
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -95,9 +93,7 @@ def test_every_argument_is_declared_once_and_described(file: str, monkeypatch: p
 @pytest.mark.parametrize(
     ("file", "executable"), [("policy.launch.py", "policy_node"), ("sim_demo.launch.py", "sim_node")]
 )
-def test_nodes_exist_and_know_their_parameters(
-    file: str, executable: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nodes_exist_and_know_their_parameters(file: str, executable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (node,) = made(file, monkeypatch, "Node")
     assert (node.named["package"], node.named["executable"]) == ("ceed_vla", executable)
     module, function = entry_points()[executable].split(":")
@@ -194,9 +190,7 @@ def test_the_node_runs_as_launch_runs_it(graph: Any, tmp_path: Path) -> None:
     graph.wait(lambda: count("/left_arm/overhead/image_raw"), "the remapped camera", timeout=90.0)
     graph.wait(lambda: count("/joint_states") and count("/left_arm/wrist/image_raw"), "the other inputs")
     assert not count("/left_arm/front/image_raw")
-    graph.wait(
-        lambda: graph.node.count_publishers("/left_arm/forward_position_controller/commands"), "commands"
-    )
+    graph.wait(lambda: graph.node.count_publishers("/left_arm/forward_position_controller/commands"), "commands")
     assert graph.call("/left_arm/policy/get_state", GetState).current_state.label == "active"
     request = GetParameters.Request(names=["instruction", "image_timeout"])
     instruction, timeout = graph.call("/left_arm/policy/get_parameters", GetParameters, request).values

@@ -86,17 +86,11 @@ def test_setup_changes_only_while_unconfigured() -> None:
     result = parameters.refusal(POLICY_PARAMETERS, change, configured=True)
     assert not result.successful
     assert "deactivate and clean up first" in result.reason
-    assert parameters.refusal(
-        POLICY_PARAMETERS, [Parameter("instruction", value="stop")], configured=True
-    ).successful
-    assert parameters.refusal(
-        POLICY_PARAMETERS, [Parameter("use_sim_time", value=True)], configured=True
-    ).successful
+    assert parameters.refusal(POLICY_PARAMETERS, [Parameter("instruction", value="stop")], configured=True).successful
+    assert parameters.refusal(POLICY_PARAMETERS, [Parameter("use_sim_time", value=True)], configured=True).successful
 
 
-@pytest.mark.parametrize(
-    "name", ["image_timeout", "joint_state_timeout", "max_joint_velocity", "max_joint_step"]
-)
+@pytest.mark.parametrize("name", ["image_timeout", "joint_state_timeout", "max_joint_velocity", "max_joint_step"])
 def test_safety_limits_are_read_only(context: Context, name: str) -> None:
     node = make_node(context)
     parameters.declare_parameters(node, POLICY_PARAMETERS)
@@ -105,9 +99,7 @@ def test_safety_limits_are_read_only(context: Context, name: str) -> None:
     assert "read-only" in result.reason
 
 
-@pytest.mark.parametrize(
-    "parameter", POLICY_PARAMETERS + SIM_PARAMETERS, ids=lambda parameter: parameter.name
-)
+@pytest.mark.parametrize("parameter", POLICY_PARAMETERS + SIM_PARAMETERS, ids=lambda parameter: parameter.name)
 def test_every_parameter_is_described(parameter: NodeParameter) -> None:
     assert parameter.problem(parameter.default) is None
     assert parameter.description.endswith(".")

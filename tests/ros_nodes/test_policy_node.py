@@ -98,9 +98,7 @@ def tabletop(graph: Any) -> Robot:
 def start(graph: Any, **parameters: Any) -> None:
     given = {"autostart": True, "instruction": "move the green cube into the bin"} | parameters
     arguments = [
-        part
-        for name, value in given.items()
-        for part in ("-p", f"{name}:={yaml.safe_dump(value).splitlines()[0]}")
+        part for name, value in given.items() for part in ("-p", f"{name}:={yaml.safe_dump(value).splitlines()[0]}")
     ]
     graph.start("policy_node", *arguments)
 
@@ -254,9 +252,7 @@ def test_no_command_follows_from_a_pose_of_before(graph: Any) -> None:
 def test_a_node_that_starts_by_itself_ends_if_it_cannot(
     graph: Any, tmp_path: Path, file: str, text: str, told: str
 ) -> None:
-    (tmp_path / "topic.xml").write_text(
-        "<mujoco><worldbody><body><joint name='joint1'/></body></worldbody></mujoco>"
-    )
+    (tmp_path / "topic.xml").write_text("<mujoco><worldbody><body><joint name='joint1'/></body></worldbody></mujoco>")
     if text == "topic":
         values = yaml.safe_load(ROBOT.source.read_text())
         values["arm"] |= {"model": "topic.xml", "joints": ["joint1"], "home": [0.0], "tcp": "a"}
@@ -324,9 +320,7 @@ def test_bad_parameter_at_the_start(graph: Any, parameters: dict[str, Any], mess
 def act_robot(folder: Path) -> Path:
     """A robot of two joints, without a gripper, in degrees, with one compressed camera that is too large."""
     values = {
-        "images": {
-            "observation.images.top": {"topic": "top/compressed", "transport": "compressed", "resize": True}
-        },
+        "images": {"observation.images.top": {"topic": "top/compressed", "transport": "compressed", "resize": True}},
         "joint_states": {"topic": "joint_states"},
         "state": {"observation.state": ["joint_positions"]},
         "arm": {"joints": ["shoulder", "elbow"], "unit": "deg"},

@@ -75,9 +75,7 @@ def test_example_of_a_real_arm_loads() -> None:
     assert robot.action.kind == "joint_position"
     assert robot.action_dim == robot.state_dim("observation.state") == 7
     assert [image.transport for image in robot.images] == ["raw", "compressed"]
-    with pytest.raises(
-        ConfigError, match="no interface 'servo_twist'; it has joint_trajectory, forward_position"
-    ):
+    with pytest.raises(ConfigError, match="no interface 'servo_twist'; it has joint_trajectory, forward_position"):
         robot.interface("servo_twist")
 
 

@@ -53,9 +53,7 @@ def test_the_order_of_arrival_does_not_matter(gaps: list[int], random: object) -
 @pytest.mark.parametrize(
     ("times", "windows", "period"), [([], [(0, 10)], 0.01), ([1, 2], [], 0.01), ([1, 2], [(5, 9)], 0.01)]
 )
-def test_nothing_to_measure_is_an_error(
-    times: list[int], windows: list[tuple[int, int]], period: float
-) -> None:
+def test_nothing_to_measure_is_an_error(times: list[int], windows: list[tuple[int, int]], period: float) -> None:
     with pytest.raises(ConfigError, match="no interval"):
         command_timing(times, windows, period)
     with pytest.raises(ConfigError, match="period"):

@@ -68,9 +68,7 @@ def test_no_command_is_ever_unsafe(events: list[tuple[Any, ...]]) -> None:
                 getattr(safety, kind)()
         else:
             positions, gripper, dt, age = values
-            decision = safety.command(
-                np.array(positions), gripper, dt=dt, ages={"joint_states": age, "front": 0.0}
-            )
+            decision = safety.command(np.array(positions), gripper, dt=dt, ages={"joint_states": age, "front": 0.0})
             commands += 1
             sent = decision.positions
             assert sent is not None

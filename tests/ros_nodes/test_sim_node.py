@@ -226,9 +226,7 @@ def test_simulated_time_runs_faster_on_demand(graph: Any) -> None:
         (("-p", "image_size:=7"), "image_size"),
     ],
 )
-def test_impossible_parameters_end_it_with_one_line(
-    graph: Any, arguments: tuple[str, ...], message: str
-) -> None:
+def test_impossible_parameters_end_it_with_one_line(graph: Any, arguments: tuple[str, ...], message: str) -> None:
     process = graph.start("sim_node", *arguments)
     assert process.wait(30.0) == 1
     assert message in graph.output("sim_node")

@@ -193,9 +193,7 @@ def test_twist_moves_the_tool_straight_and_stops_with_the_commands(robot: SimRob
         robot.advance(PERIOD)
     robot.advance(0.3)
     end, turned = arm.forward_kinematics(robot.positions[:7])
-    assert end - start == pytest.approx(
-        [0.0, 0.0, 0.05], abs=0.012
-    )  # less the way it lagged when it was stopped
+    assert end - start == pytest.approx([0.0, 0.0, 0.05], abs=0.012)  # less the way it lagged when it was stopped
     yaw = matrix_rpy(turned)[2] - matrix_rpy(rotation)[2]
     assert yaw == pytest.approx(0.2, abs=0.05)
     assert speed(robot) < AT_REST

@@ -53,6 +53,4 @@ def new_writer() -> Callable[[Path], Any]:
         "observation.images.front": {"dtype": "image", "shape": (8, 8, 3), "names": axes},
         "action": {"dtype": "float32", "shape": (2,), "names": ["x", "y"]},
     }
-    return lambda root: DatasetWriter(
-        root, repo_id="local/test", fps=10, features=features, robot_type="test"
-    )
+    return lambda root: DatasetWriter(root, repo_id="local/test", fps=10, features=features, robot_type="test")

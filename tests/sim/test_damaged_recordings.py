@@ -91,9 +91,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {
-        str(p): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file() and ".recording" not in p.parts
-    }
+    return {str(p): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file() and ".recording" not in p.parts}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -146,9 +144,7 @@ def test_damaged_progress_is_refused(tmp_path: Path, changes: dict[str, Any], co
     root = tmp_path / "set"
     record(config(root, episodes=1))
     values = json.loads((root / "recording.json").read_text())
-    (root / "recording.json").write_text(
-        json.dumps({**values, "progress": {**values["progress"], **changes}})
-    )
+    (root / "recording.json").write_text(json.dumps({**values, "progress": {**values["progress"], **changes}}))
     before = contents(root)
     with pytest.raises(DatasetError, match=r"recording\.json is damaged"):
         record(config(root, episodes=2, resume=True))

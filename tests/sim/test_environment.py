@@ -104,9 +104,7 @@ class Adder:
 def test_a_plain_environment_is_evaluated() -> None:
     policy = Adder()
     results = rollout((policy, None, None), [1, 2, 3], PlainConfig(), batch=2)
-    assert [(r.seed, r.success, r.steps, r.forwards) for r in results] == [
-        (s, True, 6, [1, 1]) for s in (1, 2, 3)
-    ]
+    assert [(r.seed, r.success, r.steps, r.forwards) for r in results] == [(s, True, 6, [1, 1]) for s in (1, 2, 3)]
     assert {r.task for r in results} == {"plain"}
     assert {r.instruction for r in results} == {"add"}
     batch = policy.batches[1]
@@ -125,19 +123,13 @@ def test_the_tasks_of_a_suite_take_turns(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_is_missing_is_said() -> None:
-    with pytest.raises(
-        ConfigError, match=r"sim_tests_plain has no expert, which record needs.*PlainConfig lacks act"
-    ):
+    with pytest.raises(ConfigError, match=r"sim_tests_plain has no expert, which record needs.*PlainConfig lacks act"):
         check_expert(PlainConfig(), "record")
-    with pytest.raises(
-        ConfigError, match=r"reads or writes observation\.image\.top \(3, 8, 8\), --env.type=sim_tests"
-    ):
+    with pytest.raises(ConfigError, match=r"reads or writes observation\.image\.top \(3, 8, 8\), --env.type=sim_tests"):
         joined((Adder("observation.image.top"), None, None), PlainConfig())
     with pytest.raises(SimulationError, match=r"does not say in info\['is_success'\]"):
         rollout((Adder(), None, None), [1], PlainConfig(silent=True))
-    with pytest.raises(
-        SimulationError, match=r"lacks privileged_state\(\) and scatter\(\), which grounding needs"
-    ):
+    with pytest.raises(SimulationError, match=r"lacks privileged_state\(\) and scatter\(\), which grounding needs"):
         Environment(PlainConfig()).needs("grounding", "privileged_state", "scatter")
     with pytest.raises(
         SimulationError,

@@ -165,9 +165,7 @@ def test_evaluation_from_options_to_files(checkpoint: Path, tmp_path: Path) -> N
     for row in rows.values():
         assert row["episodes"] == 2
         assert set(row["per_task"]) == {"push_cube", "stack_cubes"}
-        assert (
-            set(row["latency_ms"]) == set(row["decode_ms"]) == set(row["prefill_ms"]) == {"p50", "p95", "p99"}
-        )
+        assert set(row["latency_ms"]) == set(row["decode_ms"]) == set(row["prefill_ms"]) == {"p50", "p95", "p99"}
         assert row["latency_ms"]["p50"] >= row["decode_ms"]["p50"]
         assert row["speedup_vs_ar"] > 0
     assert rows["teacher_ar"]["forwards_mean"] == 27  # n - 1
@@ -186,9 +184,7 @@ def test_same_seeds_give_the_same_outcomes(checkpoint: Path, tmp_path: Path) -> 
     assert counts[0] == counts[1]
 
 
-def test_interrupt_leaves_a_partial_report(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupt_leaves_a_partial_report(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -288,9 +284,7 @@ def test_damaged_episodes_are_not_believed(
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
 
 
-def test_episodes_of_another_checkpoint_are_not_believed(
-    checkpoint: Path, finished: Path, tmp_path: Path
-) -> None:
+def test_episodes_of_another_checkpoint_are_not_believed(checkpoint: Path, finished: Path, tmp_path: Path) -> None:
     other = shutil.copytree(checkpoint, tmp_path / "other")
     file = other / "policy_preprocessor.json"
     file.write_text(file.read_text() + " ")

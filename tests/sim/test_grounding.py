@@ -57,9 +57,7 @@ def test_the_shipped_teacher_sees_the_named_cube(tmp_path: Path) -> None:
         ({"output": "theirs.json"}, "a file that ceed-vla did not make"),
     ],
 )
-def test_refusals(
-    config: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refusals(config: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("theirs.json").write_text("{}")
     with pytest.raises(ConfigError, match=words):

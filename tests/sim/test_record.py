@@ -102,9 +102,7 @@ def test_grounding_frames_have_own_tasks_and_no_action(tmp_path: Path, config: A
 
 
 @pytest.mark.parametrize(("mode", "options"), [("clean", {}), ("grounding", {"scenes_per_episode": 2})])
-def test_resumed_run_equals_uninterrupted_run(
-    tmp_path: Path, mode: str, options: dict[str, Any], config: Any
-) -> None:
+def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, mode: str, options: dict[str, Any], config: Any) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     record(config(whole, episodes=4, mode=mode, **options))
 
@@ -174,9 +172,7 @@ def test_half_done_commit_is_undone(
     writer.commit({"done": 1})
 
     def broken(value: Any, folder: Path) -> None:
-        name = {"write_tasks": "tasks.parquet", "write_stats": "stats.json", "write_info": "info.json"}[
-            victim
-        ]
+        name = {"write_tasks": "tasks.parquet", "write_stats": "stats.json", "write_info": "info.json"}[victim]
         (folder / "meta" / name).write_text("")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -263,9 +259,7 @@ def test_statistics_match_numpy() -> None:
         ({"decoding": "teacher_ar"}, "try 'ar'"),
     ],
 )
-def test_wrong_options_are_refused(
-    tmp_path: Path, options: dict[str, Any], message: str, config: Any
-) -> None:
+def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str, config: Any) -> None:
     with pytest.raises(ConfigError, match=message):
         config(tmp_path / "set", **options)
 
@@ -338,16 +332,13 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["eval", "--env.type=pusht", "--env.split=train"], "unknown flag '--env.split'"),
     ],
 )
-def test_flags_that_moved_say_where(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_flags_that_moved_say_where(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert message in capsys.readouterr().err
 
 
 def test_without_an_expert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["record", f"--root={tmp_path / 'set'}", "--env.type=pusht"]) == 1
-    assert (
-        "--env.type=pusht has no expert, which mode clean needs: its configuration PushtEnv lacks act(env)"
-        in (capsys.readouterr().err)
+    assert "--env.type=pusht has no expert, which mode clean needs: its configuration PushtEnv lacks act(env)" in (
+        capsys.readouterr().err
     )

@@ -35,9 +35,7 @@ class FakePolicy:
         malformed: Calls, from 1 on, whose tokens stand for no chunk.
     """
 
-    def __init__(
-        self, act: Callable[[np.ndarray], np.ndarray] | None = None, malformed: Collection[int] = ()
-    ) -> None:
+    def __init__(self, act: Callable[[np.ndarray], np.ndarray] | None = None, malformed: Collection[int] = ()) -> None:
         self.config = tabletop_config(n_action_steps=4, chunk_size=CHUNK, decoding=DecodingConfig())
         self.act = act
         self.calls: list[SimpleNamespace] = []
@@ -99,9 +97,7 @@ def test_counts_of_failing_episodes() -> None:
         mixed(10),
         decoding="jacobi",
         batch=2,
-        on_chunk=lambda slot, observation, chunk: seen.append(
-            (slot, observation["pixels"]["front"].shape[0])
-        ),
+        on_chunk=lambda slot, observation, chunk: seen.append((slot, observation["pixels"]["front"].shape[0])),
     )
     assert [r.seed for r in results] == [40_000, 40_001, 40_002]
     assert not any(r.success for r in results)
@@ -197,12 +193,8 @@ def test_families_take_turns_or_are_given() -> None:
 
 def test_a_policy_of_other_features_is_refused() -> None:
     policy = FakePolicy()
-    policy.config.input_features["observation.images.top"] = policy.config.image_features[
-        "observation.images.front"
-    ]
-    with pytest.raises(
-        ConfigError, match=r"reads or writes observation\.images\.top .*observation\.images\.wrist"
-    ):
+    policy.config.input_features["observation.images.top"] = policy.config.image_features["observation.images.front"]
+    with pytest.raises(ConfigError, match=r"reads or writes observation\.images\.top .*observation\.images\.wrist"):
         rollout(bundle(policy), [5], push())
 
 

@@ -55,9 +55,7 @@ def write_dataset(
             frame: dict[str, Any] = {
                 name: (base + 40 * phase + 15 * i).astype(np.uint8) for i, name in enumerate(cameras)
             }
-            frame["observation.state"] = (np.sin(phase * np.arange(1, state_dim + 1)) + which).astype(
-                np.float32
-            )
+            frame["observation.state"] = (np.sin(phase * np.arange(1, state_dim + 1)) + which).astype(np.float32)
             frame["observation.environment_state"] = random.normal(0, 0.1, 40).astype(np.float32)
             if action_dim:
                 action = 0.2 * np.cos(phase * 3 + which + np.arange(action_dim))
@@ -83,9 +81,7 @@ def vlm_policy(base: Path, **changes: Any) -> Any:
     from sim.tabletop.policy import tabletop_config
 
     settings = {"chunk_size": 4, "n_action_steps": 2, "auxiliary_scale": []}
-    backbone = {
-        k: changes.pop(k) for k in ("weights", "proprio", "dtype", "cameras", "action_ids") if k in changes
-    }
+    backbone = {k: changes.pop(k) for k in ("weights", "proprio", "dtype", "cameras", "action_ids") if k in changes}
     return tabletop_config(backbone=VLMConfig(path=str(base), **backbone), **{**settings, **changes})
 
 

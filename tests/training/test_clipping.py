@@ -70,9 +70,7 @@ def spoil(root: Path, value: float, rows: int = 1) -> Path:
     return root
 
 
-def test_commands_refuse_what_is_lost(
-    studio: Any, tmp_path: Path, tiny_policy: Any, write_dataset: Any
-) -> None:
+def test_commands_refuse_what_is_lost(studio: Any, tmp_path: Path, tiny_policy: Any, write_dataset: Any) -> None:
     fixed = tiny_policy(action_range="fixed", action_low=[-1.0] * 7, action_high=[1.0] * 7)
     wild = spoil(write_dataset(tmp_path / "wild"), 7.0)  # 1 of 50 frames
     config = studio.train_config(tmp_path / "run", roots=str(wild), policy=fixed, steps=1, grounding_steps=0)

@@ -221,9 +221,7 @@ def test_nothing_that_a_data_set_says_wrongly_is_believed(copy: Path, damage: st
         open_dataset(copy)
 
 
-@pytest.mark.parametrize(
-    "damage", ["fps 0", "other shape", "null action", "huge episode", "text action", "index"]
-)
+@pytest.mark.parametrize("damage", ["fps 0", "other shape", "null action", "huge episode", "text action", "index"])
 def test_chunks_are_read_as_carefully(copy: Path, damage: str) -> None:
     assert read_chunks(copy, CHUNK).shape == (50, CHUNK, 7)
     break_it, message = {**INFO, **ROWS}[damage]
@@ -321,9 +319,7 @@ def test_videos_never_ask_a_hub(video: Path, monkeypatch: pytest.MonkeyPatch, mi
         open_dataset(video)
 
 
-@pytest.mark.parametrize(
-    ("column", "value"), [("chunk_index", -1), ("file_index", 7), ("from_timestamp", 99.0)]
-)
+@pytest.mark.parametrize(("column", "value"), [("chunk_index", -1), ("file_index", 7), ("from_timestamp", 99.0)])
 def test_videos_elsewhere(video: Path, column: str, value: Any) -> None:
     file = next((video / "meta" / "episodes").rglob("*.parquet"))
     table = pq.read_table(file)

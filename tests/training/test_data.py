@@ -180,9 +180,7 @@ def test_statistics(studio: Any, store: FrameStore) -> None:
     assert other.action is not None
     stats = state_statistics([store, other, open_dataset(studio.grounding)])
     actions = np.concatenate([store.action, other.action])
-    np.testing.assert_allclose(
-        stats["action"]["q01"], np.quantile(actions, 0.01, axis=0), rtol=1e-4, atol=1e-6
-    )
+    np.testing.assert_allclose(stats["action"]["q01"], np.quantile(actions, 0.01, axis=0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(stats["action"]["max"], actions.max(0))
     states = np.concatenate([store.state, other.state, open_dataset(studio.grounding).state])
     np.testing.assert_allclose(stats["observation.state"]["mean"], states.mean(0), atol=1e-5)

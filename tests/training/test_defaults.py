@@ -68,9 +68,7 @@ def test_the_environments_target_needs_the_environments_names(store: FrameStore)
         check_target(config, [], [short], None)
 
 
-def test_what_does_not_fit_is_refused_before_images_are_decoded(
-    studio: Any, copy: Path, tmp_path: Path
-) -> None:
+def test_what_does_not_fit_is_refused_before_images_are_decoded(studio: Any, copy: Path, tmp_path: Path) -> None:
     settings = policy()
     settings.action_tokens.action_low, settings.action_tokens.action_high = [-1.0] * 4, [1.0] * 4
     config = studio.train_config(tmp_path / "run", roots=str(copy), grounding_roots="", policy=settings)

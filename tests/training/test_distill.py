@@ -46,9 +46,7 @@ def data(studio: Any, teacher: tuple[Any, Any, Any]) -> StoredData:
 
 
 @pytest.mark.parametrize("loss", ["trust_region", "paper"])
-def test_iterations_fall(
-    studio: Any, tmp_path: Path, loss: str, read_log: Callable[..., dict[int, float]]
-) -> None:
+def test_iterations_fall(studio: Any, tmp_path: Path, loss: str, read_log: Callable[..., dict[int, float]]) -> None:
     config = studio.distill_config(
         tmp_path / "run", loss=loss, steps=60, batch_size=16, eval_frames=32, lr=1e-2, muon_lr=3e-2, warmup=5
     )
@@ -70,9 +68,7 @@ def test_every_combination_trains_only_the_trunk(
     read_log: Callable[..., dict[int, float]],
 ) -> None:  # fmt: skip
     distill(
-        studio.distill_config(
-            tmp_path / "run", loss=loss, states=states, max_iterations=3, confidence=0.4, lr=1e-2
-        )
+        studio.distill_config(tmp_path / "run", loss=loss, states=states, max_iterations=3, confidence=0.4, lr=1e-2)
     )
     student, _, _ = ceed_vla.load(tmp_path / "run" / FINAL)
     before, after = teacher[0].state_dict(), student.state_dict()
@@ -116,9 +112,7 @@ def test_the_replaced_share_is_one_minus_the_quantile(data: StoredData) -> None:
     assert replaced == pytest.approx(0.2, abs=1 / len(data.rows))
 
 
-def test_distances_and_labels_equal_a_loop(
-    studio: Any, teacher: tuple[Any, Any, Any], data: StoredData
-) -> None:
+def test_distances_and_labels_equal_a_loop(studio: Any, teacher: tuple[Any, Any, Any], data: StoredData) -> None:
     policy = teacher[0]
     stores = [open_dataset(studio.demo), open_dataset(studio.other)]
     low, high = policy.tokenizer.low.numpy(), policy.tokenizer.high.numpy()
@@ -127,9 +121,7 @@ def test_distances_and_labels_equal_a_loop(
     np.testing.assert_allclose(data.distance(batch["fixed_point"], batch).numpy(), distances, rtol=1e-5)
     for i, row in enumerate(rows):
         store, frame = stores[data.trajectories.root[row]], data.trajectories.frame[row]
-        fixed = policy.tokenizer.decode(
-            torch.from_numpy(data.trajectories.fixed_point[[row]].astype(np.int64))
-        )[0]
+        fixed = policy.tokenizer.decode(torch.from_numpy(data.trajectories.fixed_point[[row]].astype(np.int64)))[0]
         steps = min(4, store.episode_end[frame] - frame)
         assert store.action is not None
         differences = [
@@ -141,9 +133,7 @@ def test_distances_and_labels_equal_a_loop(
         own = data.trajectories.fixed_point[row]
         recorded = policy.tokenizer.encode(batch["action"][i : i + 1])[0].numpy()
         np.testing.assert_array_equal(batch["labels"][i].numpy(), recorded if replaced else own)
-        assert batch["label_weight"][i].tolist() == [
-            1.0 if k // 7 < steps or not replaced else 0.0 for k in range(28)
-        ]
+        assert batch["label_weight"][i].tolist() == [1.0 if k // 7 < steps or not replaced else 0.0 for k in range(28)]
 
 
 def test_distances_in_ranges_that_are_not_symmetric(data: StoredData) -> None:
@@ -153,9 +143,7 @@ def test_distances_in_ranges_that_are_not_symmetric(data: StoredData) -> None:
     other.policy = SimpleNamespace(config=config, tokenizer=ActionTokenizer(low, high, 4, num_bins=63))  # type: ignore[assignment]
     rows = np.flatnonzero(data.trajectories.frame < 9)[:3]
     actions, _ = data.stores[0].chunks(data.trajectories.frame[rows], 4)
-    fixed = other.policy.tokenizer.decode(
-        torch.from_numpy(data.trajectories.fixed_point[rows].astype(np.int64))
-    )
+    fixed = other.policy.tokenizer.decode(torch.from_numpy(data.trajectories.fixed_point[rows].astype(np.int64)))
     expected = np.abs(fixed.numpy() - actions.numpy().clip(-0.1, 0.3)).mean((1, 2)) / 0.2
     np.testing.assert_allclose(other.distances(rows), expected, rtol=1e-4)
 
@@ -269,9 +257,7 @@ def test_settings_that_cannot_work(
         distill(studio.distill_config(tmp_path / "run", **changes))
 
 
-@pytest.mark.parametrize(
-    "change", [{"num_bins": 65}, {"shift_steps": 4}, {"chunk_size": 7, "action_dim": 4}], ids=str
-)
+@pytest.mark.parametrize("change", [{"num_bins": 65}, {"shift_steps": 4}, {"chunk_size": 7, "action_dim": 4}], ids=str)
 def test_trajectories_of_another_layout_are_refused(
     studio: Any, teacher: tuple[Any, Any, Any], tmp_path: Path, change: dict[str, int]
 ) -> None:

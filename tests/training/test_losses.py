@@ -69,9 +69,7 @@ def case() -> dict[str, Tensor]:
     states[1, N - 1] = (states[1, N - 1] + 1) % V  # only the last token: nothing left to learn
     states[2] = (states[2] + torch.arange(1, N + 1)) % V  # wrong from slot 0 on; slot 8 wraps round
     states[3, 6] = (states[3, 6] + 3) % V
-    logits = {
-        name: torch.randn(B, N, V, generator=generator) * 2 for name in ("teacher", "fixed", "state", "label")
-    }
+    logits = {name: torch.randn(B, N, V, generator=generator) * 2 for name in ("teacher", "fixed", "state", "label")}
     labels = torch.randint(V, (B, N), generator=generator)
     weight = torch.ones(B, N)
     weight[4, 3:] = 0
@@ -96,9 +94,7 @@ def test_trust_region_equals_the_loops(case: dict[str, Tensor]) -> None:
     terms = trust_region_loss(**{key: case[key] for key in keys}, omega=2.5)
     teacher, fixed = numpy64(case["teacher_logits"]), numpy64(case["fixed_logits"])
     anchor = np.mean([reference_kl(teacher[b, i], fixed[b, i]) for b in range(B) for i in range(N)])
-    consistency = reference_consistency(
-        teacher, numpy64(case["state_logits"]), case["states"], case["fixed_point"]
-    )
+    consistency = reference_consistency(teacher, numpy64(case["state_logits"]), case["states"], case["fixed_point"])
     assert terms.consistency.item() == pytest.approx(consistency, rel=1e-5)
     assert terms.anchor.item() == pytest.approx(anchor, rel=1e-5)
     assert terms.total.item() == pytest.approx(consistency + 2.5 * anchor, rel=1e-5)
@@ -180,9 +176,7 @@ def backbone() -> CompactBackbone:
 
 
 @pytest.mark.parametrize("first", range(N))
-def test_changing_token_f_changes_the_logits_from_entry_f_plus_1_on(
-    backbone: CompactBackbone, first: int
-) -> None:
+def test_changing_token_f_changes_the_logits_from_entry_f_plus_1_on(backbone: CompactBackbone, first: int) -> None:
     observation = {
         CAMERA: torch.rand(2, 3, 16, 16),
         STATE_KEY: torch.randn(2, 3),

@@ -20,9 +20,7 @@ def test_orthogonalised_matrix_keeps_its_singular_vectors(shape: tuple[int, int]
     a, b, c = optim.NEWTON_SCHULZ
     for _ in range(5):
         values = a * values + b * values**3 + c * values**5
-    torch.testing.assert_close(
-        orthogonalise(matrix).double(), u @ torch.diag(values) @ vh, rtol=1e-3, atol=1e-3
-    )
+    torch.testing.assert_close(orthogonalise(matrix).double(), u @ torch.diag(values) @ vh, rtol=1e-3, atol=1e-3)
 
 
 def test_muon_in_float32_steps_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,9 +89,7 @@ def together(tmp_path: Path) -> Callable[..., int]:
         accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
         recipe_flags = ["--config_file", str(RECIPES / f"{recipe}.yaml"), "--num_processes", "2"]
         worker = [str(script), str(ROOT), str(settings), str(kill_at)]
-        done = subprocess.run(
-            [*accelerate, *recipe_flags, *worker], capture_output=True, text=True, timeout=280
-        )
+        done = subprocess.run([*accelerate, *recipe_flags, *worker], capture_output=True, text=True, timeout=280)
         if kill_at < 0:
             assert done.returncode == 0, done.stderr[-3000:]
         return done.returncode

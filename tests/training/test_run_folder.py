@@ -71,9 +71,7 @@ def test_descriptions_of_sharded_weights_are_read(tmp_path: Path) -> None:
     check_metadata(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "place", ["STATE", "STATE/optimizer.bin", "log.jsonl", "checkpoints", "tensorboard/x"]
-)
+@pytest.mark.parametrize("place", ["STATE", "STATE/optimizer.bin", "log.jsonl", "checkpoints", "tensorboard/x"])
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_a_resumed_run_stays_in_its_folder(stopped: Any, tmp_path: Path, place: str, kind: str) -> None:
     config, progress, state = stopped
@@ -97,9 +95,7 @@ def test_the_run_folder_may_be_a_link(stopped: Any, tmp_path: Path) -> None:
     [("param_groups", "weight_decay", 0.9), ("param_groups", "betas", (0.5, 0.5)), ("state", "exp_avg_sq", None),
      ("state", "step", torch.tensor(-1.0))],
 )  # fmt: skip
-def test_optimiser_settings_of_another_run_are_refused(
-    stopped: Any, where: str, name: str, value: Any
-) -> None:
+def test_optimiser_settings_of_another_run_are_refused(stopped: Any, where: str, name: str, value: Any) -> None:
     from accelerate.utils.other import load
 
     config, _, state = stopped
@@ -142,9 +138,7 @@ def test_a_damaged_progress_file_is_an_error(stopped: Any, text: str) -> None:
         TeacherRun(config, None, lambda *_: []).load_state()
 
 
-def test_damaged_lines_of_the_log_are_dropped(
-    stopped: Any, read_log: Callable[..., dict[int, float]]
-) -> None:
+def test_damaged_lines_of_the_log_are_dropped(stopped: Any, read_log: Callable[..., dict[int, float]]) -> None:
     config, progress, _ = stopped
     log = progress.parent / "log.jsonl"
     before = read_log(progress.parent)

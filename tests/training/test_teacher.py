@@ -50,14 +50,10 @@ def test_the_final_checkpoint_is_without_the_head_that_only_training_uses(studio
     assert final.backbone.early_auxiliary is None
     assert final.backbone.auxiliary is not None
     state = json.loads((studio.teacher_run / "progress.json").read_text())["state"]
-    assert any(
-        "early_auxiliary" in name for name in load_file(studio.teacher_run / state / "model.safetensors")
-    )
+    assert any("early_auxiliary" in name for name in load_file(studio.teacher_run / state / "model.safetensors"))
 
 
-def test_grounding_frames_come_first_and_then_beside(
-    studio: Any, read_log: Callable[..., dict[int, float]]
-) -> None:
+def test_grounding_frames_come_first_and_then_beside(studio: Any, read_log: Callable[..., dict[int, float]]) -> None:
     assert sorted(read_log(studio.teacher_run, "grounding_loss")) == list(range(1, 64))
     assert sorted(read_log(studio.teacher_run, "ar_loss")) == list(range(4, 64))
 
@@ -312,16 +308,10 @@ def test_values_out_of_range(changes: dict[str, Any]) -> None:
 def test_grounding_data_need_the_target(studio: Any, tmp_path: Path, tiny_policy: Callable[..., Any]) -> None:
     with pytest.raises(DatasetError, match="auxiliary_scale has 0"):
         train(studio.train_config(tmp_path / "run", policy=tiny_policy(auxiliary_scale=[])))
-    train(
-        studio.train_config(
-            tmp_path / "run", policy=tiny_policy(auxiliary_scale=[]), grounding_roots="", steps=1
-        )
-    )
+    train(studio.train_config(tmp_path / "run", policy=tiny_policy(auxiliary_scale=[]), grounding_roots="", steps=1))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
-    studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = ceed_vla.CeedVLAPolicy.forward
 
     def forward(self: Any, batch: Any, reduction: str = "mean") -> Any:

@@ -77,9 +77,7 @@ def test_every_state_is_one_jacobi_update_of_the_one_before(
     batch = observations(studio, teacher, collected, rows)
     for i, row in enumerate(rows):
         states = torch.from_numpy(collected.states[row].astype(np.int64))  # (k + 1, n)
-        one = {
-            k: v[i : i + 1].expand(len(states), *v.shape[1:]) for k, v in batch.items() if torch.is_tensor(v)
-        }
+        one = {k: v[i : i + 1].expand(len(states), *v.shape[1:]) for k, v in batch.items() if torch.is_tensor(v)}
         with torch.no_grad():
             _, (logits,) = backbone.packed_logits(backbone.embed_prefix(one), [states])
         updated = logits.argmax(-1)
@@ -89,9 +87,7 @@ def test_every_state_is_one_jacobi_update_of_the_one_before(
 
 def test_previous_is_the_fixed_point_h_frames_earlier(studio: Any, collected: Trajectories) -> None:
     stores = [open_dataset(studio.demo), open_dataset(studio.other)]
-    where = {
-        key: i for i, key in enumerate(zip(collected.root.tolist(), collected.frame.tolist(), strict=True))
-    }
+    where = {key: i for i, key in enumerate(zip(collected.root.tolist(), collected.frame.tolist(), strict=True))}
     with_previous = 0
     for row, (root, frame) in enumerate(zip(collected.root, collected.frame, strict=True)):
         episode = stores[root].episode
@@ -105,9 +101,7 @@ def test_previous_is_the_fixed_point_h_frames_earlier(studio: Any, collected: Tr
     assert with_previous == 63 - 2 * 6  # the first two frames of six episodes have none
 
 
-def test_guesses_come_in_the_given_shares(
-    studio: Any, teacher: tuple[Any, Any, Any], collected: Trajectories
-) -> None:
+def test_guesses_come_in_the_given_shares(studio: Any, teacher: tuple[Any, Any, Any], collected: Trajectories) -> None:
     table = pq.read_table(studio.trajectories / "data0-00000.parquet").to_pydict()
     mid = teacher[0].tokenizer.zero.numpy()
     kinds = {"previous": 0, "mid": 0, "random": 0}
@@ -254,9 +248,7 @@ def test_other_settings_in_the_same_folder(studio: Any) -> None:
         collect(studio.collect_config(studio.trajectories, seed=5, states=False, resume=True))
 
 
-def test_data_that_the_teacher_cannot_read(
-    studio: Any, tmp_path: Path, write_dataset: Callable[..., Path]
-) -> None:
+def test_data_that_the_teacher_cannot_read(studio: Any, tmp_path: Path, write_dataset: Callable[..., Path]) -> None:
     root = write_dataset(tmp_path / "other", (5,), cameras=["observation.images.top"])
     with pytest.raises(DatasetError, match="does not fit the policy"):
         collect(studio.collect_config(tmp_path / "bad", roots=str(root)))
@@ -410,9 +402,7 @@ def test_collections_before_the_block_length_was_written_go_on(studio: Any, copy
     assert table_of(copy) == table_of(studio.trajectories)
 
 
-def test_a_full_disk_leaves_no_half_shard(
-    studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_no_half_shard(studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_table(table: Any, where: Path, **options: Any) -> None:
         Path(where).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -23,9 +23,7 @@ def run(command: str, **flags: Any) -> None:
 
 
 @pytest.fixture
-def train(
-    write_dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Path]:
+def train(write_dataset: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Fine-tune a tiny base of a family on a tiny data set; the folder of the run's checkpoint."""
     import ceed_vla.cli as cli
 

@@ -83,15 +83,11 @@ class CompactConfig(BackboneConfig):
         prefix = self.max_instruction_words + len(shape.cameras) * self.image_grid**2
         rows = self.words + prefix + 2 * shape.vocabulary_size + shape.block_length
         stem = self.stem_channels[3] * cell**2 * d + 9 * sum(a * b for a, b in pairwise(self.stem_channels))
-        return self.layers, (
-            self.layers * (4 * d * d + 3 * d * self.mlp_width) + rows * d + len(shape.cameras) * stem
-        )
+        return self.layers, (self.layers * (4 * d * d + 3 * d * self.mlp_width) + rows * d + len(shape.cameras) * stem)
 
     def finished(self) -> Self:
         return replace(self, early_readout=0)
 
     def validate_features(self, shape: PolicyShape) -> None:
         if not shape.state_dim:
-            raise ConfigError(
-                "The data have no observation.state; the compact backbone reads one state vector."
-            )
+            raise ConfigError("The data have no observation.state; the compact backbone reads one state vector.")

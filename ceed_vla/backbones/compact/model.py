@@ -136,9 +136,7 @@ class CompactBackbone(TrainableBackbone):
             STATE_KEY: (self.state_dim,),
             LANGUAGE_KEY: (self.max_words,),
         }
-        rows = check_features(
-            batch, wanted, finite=[STATE_KEY], ids={LANGUAGE_KEY: self.words.num_embeddings}
-        )
+        rows = check_features(batch, wanted, finite=[STATE_KEY], ids={LANGUAGE_KEY: self.words.num_embeddings})
         images = {camera: batch[camera] for camera in self.cameras}
         check_images(images)
         for camera, image in images.items():

@@ -70,9 +70,7 @@ class InstructionWordsStep(ObservationProcessorStep):
             )
         known = getattr(backbone, "known_words", 0)
         if known not in (0, len(self.vocabulary)):
-            raise ConfigError(
-                f"vocabulary has {len(self.vocabulary)} words, {known} were trained. Copy it again."
-            )
+            raise ConfigError(f"vocabulary has {len(self.vocabulary)} words, {known} were trained. Copy it again.")
 
     def encode(self, instruction: str) -> list[int]:
         """Ids of one instruction, padded to `max_words`.

@@ -164,9 +164,7 @@ def _checked(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
     types = [part.get(name) for part in (config, text) for name in ("torch_dtype", "dtype")]
     config["torch_dtype"] = str(next(filter(None, types), "float32")).removeprefix("torch.")
     if config["torch_dtype"] not in DTYPES:
-        raise CheckpointError(
-            f"{file}: torch_dtype is {config['torch_dtype']!r}; choose {', '.join(DTYPES)}."
-        )
+        raise CheckpointError(f"{file}: torch_dtype is {config['torch_dtype']!r}; choose {', '.join(DTYPES)}.")
     padding, bins = config["pad_to_multiple_of"], config["n_action_bins"]
     words = text.setdefault("vocab_size", 32000) - padding
     if not (isinstance(padding, int) and padding >= 0 and isinstance(bins, int) and 2 < bins <= words):
@@ -202,9 +200,7 @@ def _check_towers(file: Path | str, config: dict[str, Any]) -> None:
         sides = [size] if isinstance(size, int) else list(size)
         fits = all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in sides)
         if not fits or not 1 <= len(sides) <= 3:
-            raise CheckpointError(
-                f"{file}: image_sizes has {size!r}; sides are whole numbers in [1, {LARGEST_SIDE}]."
-            )
+            raise CheckpointError(f"{file}: image_sizes has {size!r}; sides are whole numbers in [1, {LARGEST_SIDE}].")
 
 
 def describe_model(folder: str | Path) -> dict[str, Any]:
@@ -240,21 +236,15 @@ def action_statistics(folder: str | Path, unnorm_key: str = "") -> tuple[str, di
     first = next(iter(sources))
     known = ", ".join(sorted({key for stats in sources.values() for key in stats}))
     if not known:
-        raise CheckpointError(
-            f"{folder} has neither norm_stats in config.json nor {STATISTICS}; copy it too."
-        )
+        raise CheckpointError(f"{folder} has neither norm_stats in config.json nor {STATISTICS}; copy it too.")
     if not unnorm_key and len(sources[first]) != 1:
-        raise ConfigError(
-            f"{first} has statistics of {len(sources[first])} data sets; choose an unnorm_key: {known}."
-        )
+        raise ConfigError(f"{first} has statistics of {len(sources[first])} data sets; choose an unnorm_key: {known}.")
     key = unnorm_key or next(iter(sources[first]))
     file = next((source for source, stats in sources.items() if key in stats), None)
     if file is None:
         close = get_close_matches(key, known.split(", "), n=1)
         guess = f" (did you mean {close[0]}?)" if close else ""
-        raise ConfigError(
-            f"unnorm_key is {key!r}{guess}; choose one of {known} ({' and '.join(map(str, sources))})."
-        )
+        raise ConfigError(f"unnorm_key is {key!r}{guess}; choose one of {known} ({' and '.join(map(str, sources))}).")
     return key, _quantiles(sources[file][key], f"{file}: the action statistics of {key}")
 
 

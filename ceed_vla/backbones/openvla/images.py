@@ -56,9 +56,7 @@ class OpenVLAImages:
     def __init__(self, settings: dict[str, Any], file: Path | str) -> None:
         strategy = settings.get("image_resize_strategy", "letterbox")
         if strategy not in STRATEGIES:
-            raise CheckpointError(
-                f"{file}: image_resize_strategy is {strategy!r}; it may be {', '.join(STRATEGIES)}."
-            )
+            raise CheckpointError(f"{file}: image_resize_strategy is {strategy!r}; it may be {', '.join(STRATEGIES)}.")
         try:
             sizes = [[int(v) for v in size[-2:]] for size in settings["input_sizes"]]
             parts = [_expanded(settings, strategy, tower, size) for tower, size in enumerate(sizes)]
@@ -80,9 +78,7 @@ class OpenVLAImages:
         self._fill = list(settings.get("tvf_letterbox_fill") or fill)
         bytes_ = [value for value in self._fill if isinstance(value, int) and 0 <= value <= 255]
         if len(bytes_) != 3 or len(self._fill) != 3:
-            raise CheckpointError(
-                f"{file}: the letterbox is filled with {self._fill}; give three numbers in [0, 255]."
-            )
+            raise CheckpointError(f"{file}: the letterbox is filled with {self._fill}; give three numbers in [0, 255].")
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Pixels (3 * towers, S, S) float32 of one picture of any size."""

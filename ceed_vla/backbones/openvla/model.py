@@ -51,9 +51,7 @@ class OpenVLABackbone(TransformersBackbone):
                 model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=False)
             except Exception as error:  # transformers and torch each raise their own kinds
                 reason = " ".join(str(error).split())[:200]
-                raise CheckpointError(
-                    f"text_config in config.json does not describe a model ({reason})."
-                ) from error
+                raise CheckpointError(f"text_config in config.json does not describe a model ({reason}).") from error
             self.language_model = cast("PreTrainedModel", model)
             self.language_model.tie_weights()
             self.vision_backbone = VisionTowers(architecture).to(self.dtype)
@@ -110,8 +108,6 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     read_weights(
         model,
         Path(folder),
-        rename=lambda name: name.replace(
-            ".scale_factor", ".gamma"
-        ),  # the publisher renames timm's LayerScale
+        rename=lambda name: name.replace(".scale_factor", ".gamma"),  # the publisher renames timm's LayerScale
         skip=lambda name: name.endswith("rotary_emb.inv_freq"),  # older transformers saved what is computed
     )

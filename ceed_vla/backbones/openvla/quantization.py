@@ -42,9 +42,7 @@ def _quantized(bitsandbytes: Any, linear: nn.Linear, kind: str) -> nn.Module:
     weight = linear.weight.detach()
     if kind == "8bit":
         layer = layers.Linear8bitLt(linear.in_features, linear.out_features, bias, has_fp16_weights=False)
-        layer.weight = layers.Int8Params(
-            weight.to(torch.float16), requires_grad=False, has_fp16_weights=False
-        )
+        layer.weight = layers.Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False)
     else:
         layer = layers.Linear4bit(
             linear.in_features, linear.out_features, bias, compute_dtype=weight.dtype, quant_type="nf4"

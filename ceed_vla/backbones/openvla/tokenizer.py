@@ -70,9 +70,7 @@ class _Fast:
                 f"{file.name} lacks {missing[0]!r}, which tokenizer_config.json puts around every text; do the two "
                 "belong together?"
             )
-        self._tokenizer.post_processor = TemplateProcessing(
-            single=f"{first} $A {last}".strip(), special_tokens=special
-        )
+        self._tokenizer.post_processor = TemplateProcessing(single=f"{first} $A {last}".strip(), special_tokens=special)
 
     def __call__(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text).ids)

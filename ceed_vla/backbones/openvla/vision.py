@@ -35,9 +35,7 @@ class VisionTowers(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3 * towers, S, S) to patch features (B, patches, width) of the second-to-last layers."""
         parts = pixels.split(3, dim=1)
-        return torch.cat(
-            [_features(tower, part) for tower, part in zip(self._towers, parts, strict=True)], dim=2
-        )
+        return torch.cat([_features(tower, part) for tower, part in zip(self._towers, parts, strict=True)], dim=2)
 
 
 def _features(tower: Any, pixels: Tensor) -> Tensor:

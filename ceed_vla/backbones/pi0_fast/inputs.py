@@ -26,19 +26,13 @@ class PromptTokensStep(FilesStep, TokenizerProcessorStep):
     def __post_init__(self) -> None:
         """The tokenizer comes with `read_folder` or with the state."""
         longest, sides = self.max_length, ("left", "right")
-        if (
-            not isinstance(longest, int)
-            or not 1 <= longest <= LONGEST_PROMPT
-            or self.padding_side not in sides
-        ):
+        if not isinstance(longest, int) or not 1 <= longest <= LONGEST_PROMPT or self.padding_side not in sides:
             raise ConfigError(
                 f"max_length is {longest!r} and padding_side {self.padding_side!r}; they must be a whole number in "
                 f"[1, {LONGEST_PROMPT}] and one of {', '.join(sides)}."
             )
         if self.tokenizer_name is not None or self.tokenizer is not None:
-            raise ConfigError(
-                f"tokenizer_name is {self.tokenizer_name!r}; the tokenizer is the step's state."
-            )
+            raise ConfigError(f"tokenizer_name is {self.tokenizer_name!r}; the tokenizer is the step's state.")
 
     def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
         """Nothing here repeats the policy's configuration."""

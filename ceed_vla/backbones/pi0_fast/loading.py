@@ -54,9 +54,7 @@ def decode_architecture(architecture: str) -> PI0FastConfig:
         config.validate_features()
         for name, (low, high) in _RANGES.items():
             found = getattr(config, name)
-            if not all(
-                low <= value <= high for value in (found if isinstance(found, tuple | list) else [found])
-            ):
+            if not all(low <= value <= high for value in (found if isinstance(found, tuple | list) else [found])):
                 raise ConfigError(f"{name} is {found}; it must lie in [{low}, {high}].")
     except Exception as error:  # draccus raises its own kinds, and passes on those of the configuration
         raise CheckpointError(f"LeRobot's config.json cannot be used ({error}).") from error

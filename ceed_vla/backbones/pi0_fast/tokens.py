@@ -116,9 +116,7 @@ class Pi0FastTokenizer(VariableLengthTokens):
         if not all(0 <= token < self.vocabulary_size for token in tokens):
             raise MalformedChunkError(f"its tokens do not all lie in [0, {self.vocabulary_size - 1}].")
         ids, marker, at = [self._text_id[token] for token in tokens], list(self.text.marker), 0
-        if (
-            self.check_marker and ids[:2] != marker[:2]
-        ):  # LeRobot looks at two tokens, whatever the marker takes
+        if self.check_marker and ids[:2] != marker[:2]:  # LeRobot looks at two tokens, whatever the marker takes
             raise MalformedChunkError(f"it begins with the text ids {ids[:3]}, not with {MARKER!r}.")
         while at <= len(ids) - len(marker):  # LeRobot drops the marker wherever it is
             if ids[at : at + len(marker)] == marker:

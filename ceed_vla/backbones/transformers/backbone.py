@@ -93,9 +93,7 @@ class TransformersBackbone(TrainableBackbone):
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         """Logits (B, k, V) of the successors of `tokens` (B, k); see `Backbone`."""
         if not isinstance(prefix, TransformersPrefix):
-            raise TokenError(
-                f"The prefix is a {type(prefix).__name__}; {type(self).__name__} continues its own only."
-            )
+            raise TokenError(f"The prefix is a {type(prefix).__name__}; {type(self).__name__} continues its own only.")
         return self.score(self._block_hidden(prefix, tokens, check_depth(depth, self.num_layers)))
 
     def _block_hidden(self, prefix: TransformersPrefix, tokens: Tensor, depth: int | None = None) -> Tensor:
@@ -118,9 +116,7 @@ class TransformersBackbone(TrainableBackbone):
     def _run(self, embeds: Tensor, cache: Any, inputs: dict[str, Any]) -> Tensor:
         """Hidden vectors (B, t, d) of embeddings (B, t, d), whose keys and values are appended to the cache."""
         with runs(self.pretrained):
-            output = self.decoder(
-                inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **inputs
-            )
+            output = self.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **inputs)
         return cast("Tensor", output.last_hidden_state)
 
     def _check_positions(self, length: int) -> None:
@@ -136,9 +132,7 @@ class TransformersBackbone(TrainableBackbone):
 
     # ---- training -----------------------------------------------------------------------------------------------
 
-    def packed_logits(
-        self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def packed_logits(self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Teacher-forced logits of several blocks behind one prefix, which runs once; see `TrainableBackbone`."""
         if self.training and self.pretrained.is_gradient_checkpointing:
             return self._packed_without_cache(embeddings, blocks)

@@ -85,8 +85,7 @@ class PrefixEmbeddings:
                 "train without gradient checkpointing."
             )
         marks = {  # of image tokens, such as Qwen3-VL's: none on the block
-            name: F.pad(value, (0, k)) if _one_each(value, length) else value
-            for name, value in self.inputs.items()
+            name: F.pad(value, (0, k)) if _one_each(value, length) else value for name, value in self.inputs.items()
         }
         return {
             **marks,

@@ -44,8 +44,7 @@ def render(template: str, images: int, prompt: str, variables: Mapping[str, Any]
         )
         answer = json.loads(done.stdout) if done.returncode == 0 else {}
         problem = str(
-            answer.get("error")
-            or (done.stderr.strip().splitlines() or ["it took too much time or memory"])[-1]
+            answer.get("error") or (done.stderr.strip().splitlines() or ["it took too much time or memory"])[-1]
         )
     except subprocess.TimeoutExpired:
         answer, problem = {}, f"it took longer than {LIMIT_S:g} s"
@@ -79,9 +78,7 @@ def _main() -> None:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(
-        value, **{"ensure_ascii": False, **options}
-    )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
     environment.globals |= {
         "raise_exception": fail,
         "strftime_now": lambda form: datetime.now().strftime(form),

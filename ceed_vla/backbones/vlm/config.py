@@ -60,9 +60,7 @@ class VLMConfig(TransformersConfig):
         dtype, new, bins = getattr(torch, self.dtype), not self.architecture, shape.vocabulary_size
         if new or self.weights == "reference":
             if not self.path:
-                raise ConfigError(
-                    "backbone.path is empty; give the local folder of an image-text-to-text model."
-                )
+                raise ConfigError("backbone.path is empty; give the local folder of an image-text-to-text model.")
             model = loading.load_model(self.path, dtype, self.attention)
             processor = load_processor(self.path)
             ids = loading.choose_action_ids(model, processor, self.action_ids, bins)

@@ -68,9 +68,7 @@ class VLMInputsStep(FilesStep, ObservationProcessorStep):
         """Raise `ConfigError` unless these are the settings that the backbone's configuration has."""
         wanted = backbone.input_settings(shape)
         if wrong := [name for name, value in wanted.items() if getattr(self, name) != value]:
-            raise ConfigError(
-                f"{wrong[0]} is {getattr(self, wrong[0])!r}; the policy's is {wanted[wrong[0]]!r}."
-            )
+            raise ConfigError(f"{wrong[0]} is {getattr(self, wrong[0])!r}; the policy's is {wanted[wrong[0]]!r}.")
 
     # ---- the processor, kept in the checkpoint ------------------------------------------------------------------
 
@@ -135,9 +133,7 @@ class VLMInputsStep(FilesStep, ObservationProcessorStep):
         if isinstance(template, str) and not template.strip():
             raise CheckpointError("The checkpoint's chat template is empty; copy it again.")
         if template is None:
-            return str(getattr(processor, "image_token", "<image>")) * images + fill_template(
-                self.prompt, task
-            )
+            return str(getattr(processor, "image_token", "<image>")) * images + fill_template(self.prompt, task)
         if images not in self._rendered:
             text = render(template, images, self.prompt, processor.tokenizer.special_tokens_map)
             check_template(text, "The prompt in the checkpoint's chat format")
@@ -163,9 +159,7 @@ class VLMInputsStep(FilesStep, ObservationProcessorStep):
     def transform_features(
         self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
     ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
-        features[PipelineFeatureType.OBSERVATION][ROW_KEY + IDS] = PolicyFeature(
-            type=FeatureType.LANGUAGE, shape=(0,)
-        )
+        features[PipelineFeatureType.OBSERVATION][ROW_KEY + IDS] = PolicyFeature(type=FeatureType.LANGUAGE, shape=(0,))
         return features
 
 

@@ -161,9 +161,7 @@ def check_decoding(backbone: VLMBackbone) -> None:
     model = cast("Any", backbone.model)
     ids = backbone.action_ids[None, :4]
     accepted = inspect.signature(model.forward).parameters
-    extra = (
-        {"token_type_ids": torch.zeros_like(ids)} if "token_type_ids" in accepted else {}
-    )  # PaliGemma warns
+    extra = {"token_type_ids": torch.zeros_like(ids)} if "token_type_ids" in accepted else {}  # PaliGemma warns
     try:
         afresh, continued = _with_and_without_cache(backbone.decoder, model.get_input_embeddings()(ids))
         logits = model(input_ids=ids, use_cache=False, **extra).logits  # (1, t, words)

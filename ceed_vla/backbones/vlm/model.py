@@ -147,9 +147,7 @@ class VLMBackbone(TransformersBackbone):
         arguments[PIXELS] = arguments[PIXELS].to(self.model.dtype)
         if self.state_dim and self.state is None:
             ids = arguments["input_ids"]
-            arguments["input_ids"] = torch.cat(
-                [ids[:, : -self.state_dim], self.state_ids(batch[STATE_KEY])], dim=1
-            )
+            arguments["input_ids"] = torch.cat([ids[:, : -self.state_dim], self.state_ids(batch[STATE_KEY])], dim=1)
         if not hasattr(self.trunk, "get_rope_index"):  # those with several rotary axes make their own
             # PaliGemma counts from 1, and does so by itself only where it is given no positions.
             first = 1 if self.model.config.model_type == "paligemma" else 0
@@ -205,9 +203,7 @@ def language_model(model: PreTrainedModel) -> nn.Module:
 def check_action_ids(action_ids: Sequence[int], vocabulary: int, block_length: int) -> None:
     """Raise `ConfigError` unless the ids are different ones of the vocabulary, and the block holds a token."""
     if block_length < 1 or not action_ids:
-        raise ConfigError(
-            f"block_length is {block_length} with {len(action_ids)} action ids; both must be at least 1."
-        )
+        raise ConfigError(f"block_length is {block_length} with {len(action_ids)} action ids; both must be at least 1.")
     if min(action_ids) < 0 or max(action_ids) >= vocabulary or len(set(action_ids)) < len(action_ids):
         raise ConfigError(
             f"The action ids {min(action_ids)}..{max(action_ids)} must be different ids in [0, {vocabulary - 1}], "
@@ -226,9 +222,7 @@ def _stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     raise _Arrived({**kwargs, **({"input_ids": args[0]} if args else {})})
 
 
-def language_model_arguments(
-    trunk: nn.Module, decoder: nn.Module, inputs: dict[str, Tensor]
-) -> dict[str, Any]:
+def language_model_arguments(trunk: nn.Module, decoder: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """Run `trunk` on `inputs` up to its language model `decoder`; what that would be called with, but for the cache."""
     handle = decoder.register_forward_pre_hook(_stop, with_kwargs=True)
     try:

@@ -68,9 +68,7 @@ def _check_image_settings(what: str, values: dict[str, Any], area: bool = False)
         if least is not None and value is not None:
             numbers = value if isinstance(value, list) else [value]
             if not numbers or not all(isinstance(v, int | float) and least <= v <= 100 for v in numbers):
-                raise CheckpointError(
-                    f"{what}: {name} is {str(value)[:100]}; numbers in [{least:g}, 100] are allowed."
-                )
+                raise CheckpointError(f"{what}: {name} is {str(value)[:100]}; numbers in [{least:g}, 100] are allowed.")
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and name in SIZES and not 0 <= value <= most:
             raise CheckpointError(f"{what}: {name} is {value}; it must lie in [0, {most}].")

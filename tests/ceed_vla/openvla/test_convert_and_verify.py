@@ -145,9 +145,7 @@ def test_a_converted_checkpoint_acts_as_the_model(
             load(checkpoint)
 
 
-def test_a_referring_checkpoint_keeps_what_was_trained(
-    cases: Path, tmp_path: Path, pictures: np.ndarray
-) -> None:
+def test_a_referring_checkpoint_keeps_what_was_trained(cases: Path, tmp_path: Path, pictures: np.ndarray) -> None:
     convert(ConvertConfig(str(cases), str(tmp_path / "base"), weights="reference", unnorm_key="garage"))
     policy, pre, post = load(tmp_path / "base")
     trained = {"backbone.projector.fc2.bias", "backbone.language_model.lm_head.weight"}
@@ -170,9 +168,7 @@ def test_a_referring_checkpoint_keeps_what_was_trained(
 
 def test_bases_are_told_apart_by_their_reference(published: Any, tmp_path: Path) -> None:
     for kind in ("siglip", "fused"):
-        source = ConvertConfig(
-            str(published(kind)), str(tmp_path / kind), weights="reference", unnorm_key="garage"
-        )
+        source = ConvertConfig(str(published(kind)), str(tmp_path / kind), weights="reference", unnorm_key="garage")
         convert(source)
     assert weights_hash(tmp_path / "siglip") != weights_hash(tmp_path / "fused")
 
@@ -180,14 +176,10 @@ def test_bases_are_told_apart_by_their_reference(published: Any, tmp_path: Path)
 def test_the_camera_may_have_another_size_than_the_model_sees(
     published: Any, tmp_path: Path, pictures: np.ndarray
 ) -> None:
-    source = ConvertConfig(
-        str(published("siglip")), str(tmp_path / "x"), unnorm_key="garage", camera_size="40x48"
-    )
+    source = ConvertConfig(str(published("siglip")), str(tmp_path / "x"), unnorm_key="garage", camera_size="40x48")
     convert(source)
     policy, pre, _ = load(tmp_path / "x")
-    assert (
-        policy.config.input_features[FRONT].shape == pictures.shape[3:] + pictures.shape[1:3] == (3, 40, 48)
-    )
+    assert policy.config.input_features[FRONT].shape == pictures.shape[3:] + pictures.shape[1:3] == (3, 40, 48)
     batch = pre({FRONT: torch.from_numpy(pictures[:1]).permute(0, 3, 1, 2), "task": TASKS[0]})
     assert batch["observation.openvla.pixel_values"].shape == (1, 3, 28, 28)
 
@@ -202,9 +194,7 @@ def test_where_a_checkpoint_goes(published: Any, tmp_path: Path) -> None:
         convert(ConvertConfig(**source, output_dir=str(tmp_path / "x"), chunk_size=2, n_action_steps=3))
 
 
-def test_a_chunk_of_another_length_is_said(
-    cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_chunk_of_another_length_is_said(cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     convert(ConvertConfig(str(cases), str(tmp_path / "one"), unnorm_key="garage"))
     assert cli.main(["verify", str(cases), "--policy_path", str(tmp_path / "one")]) == 1
     assert "decodes chunks of 1, the cases hold 2" in capsys.readouterr().err

@@ -76,9 +76,7 @@ def test_training_and_depth(kind: str, models: Any, pictures: np.ndarray, keeps_
 
 
 def test_the_loss_teaches_a_block(published: Any, pictures: np.ndarray) -> None:
-    policy, pre, _ = published_policy(
-        ConvertConfig(str(published("siglip")), unnorm_key="kitchen", chunk_size=3)
-    )
+    policy, pre, _ = published_policy(ConvertConfig(str(published("siglip")), unnorm_key="kitchen", chunk_size=3))
     batch = pre(observation(pictures, 2)) | {"action": torch.rand(2, 3, 3) * 0.4}
     policy.train()
     optimizer, losses = torch.optim.Adam(policy.get_optim_params(), 3e-3), []

@@ -167,16 +167,12 @@ def test_statistics_of_a_fine_tune_count_first(copied: Any) -> None:
     (folder / "dataset_statistics.json").write_text(json.dumps(own))
     assert action_statistics(folder) == ("kitchen", {"q01": [-7.0], "q99": [7.0], "mask": [True]})
     assert action_statistics(folder, "garage")[1]["q01"] == [-100.0, 0.2, -1.0]  # of the base, still there
-    with pytest.raises(
-        ConfigError, match=r"'kitchn' \(did you mean kitchen\?\); choose one of garage, kitchen"
-    ):
+    with pytest.raises(ConfigError, match=r"'kitchn' \(did you mean kitchen\?\); choose one of garage, kitchen"):
         action_statistics(folder, "kitchn")
 
 
 @pytest.mark.parametrize(("most", "refused"), [(20, True), (100, False)])
-def test_positions_that_depend_on_the_length_are_refused(
-    most: int, refused: bool, copied: Any, edit: Any
-) -> None:
+def test_positions_that_depend_on_the_length_are_refused(most: int, refused: bool, copied: Any, edit: Any) -> None:
     folder = copied()
     text = json.loads((folder / CONFIG).read_text())["text_config"]
     scaling = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": most}

@@ -60,9 +60,7 @@ def test_actions_without_tokens(tokenizer: OpenVLATokenizer, actions: torch.Tens
         tokenizer.encode(actions)
 
 
-@pytest.mark.parametrize(
-    "tokens", [torch.full((1, 6), 256), torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 6)]
-)
+@pytest.mark.parametrize("tokens", [torch.full((1, 6), 256), torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 6)])
 def test_tokens_without_actions(tokenizer: OpenVLATokenizer, tokens: torch.Tensor) -> None:
     with pytest.raises(TokenError):
         tokenizer.decode(tokens)

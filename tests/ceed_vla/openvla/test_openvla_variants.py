@@ -84,9 +84,7 @@ def write_variant(folder: Path, name: str, write_folder: Callable[..., Path]) ->
     """Write a variant's folder with its images; returns the actions of a chunk and the data set."""
     settings = {"towers": [SIGLIP], "chunk": 3, "size": (40, 48), "tokenizer": "words", "files": {}, **ONE}
     settings |= VARIANTS[name]
-    chunk, (height, width), kind, files = (
-        settings.pop(key) for key in ("chunk", "size", "tokenizer", "files")
-    )
+    chunk, (height, width), kind, files = (settings.pop(key) for key in ("chunk", "size", "tokenizer", "files"))
     write_folder(folder, **settings)
     if kind != "words":
         write_llama_tokenizer(folder, kind)

@@ -41,9 +41,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Build]:
     chunks = 0.4 * torch.randn(300, STEPS, DIM, generator=torch.Generator().manual_seed(0)).cumsum(1)
     write_fast_tokenizer(tmp_path / "fast", chunks)
 
-    def load_fast(
-        path: str, **_: Any
-    ) -> SimpleNamespace:  # what LeRobot uses of the processor that is remote code
+    def load_fast(path: str, **_: Any) -> SimpleNamespace:  # what LeRobot uses of the processor that is remote code
         numbers = json.loads((Path(path) / "processor_config.json").read_text())
         bpe = PreTrainedTokenizerFast(tokenizer_file=str(Path(path) / "tokenizer.json"))
         return SimpleNamespace(bpe_tokenizer=bpe, min_token=numbers["min_token"], scale=numbers["scale"])
@@ -114,9 +112,7 @@ def overfit(policy: Any, batch: dict[str, Tensor], target: Tensor, steps: int = 
     prompt = (batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK])
     fast = torch.cat([torch.full_like(target[:, :1], 2), target], dim=1)  # behind BOS
     for _ in range(steps):
-        loss = policy.model.forward(images, masks, *prompt, fast, torch.ones_like(fast, dtype=torch.bool))[
-            "loss"
-        ]
+        loss = policy.model.forward(images, masks, *prompt, fast, torch.ones_like(fast, dtype=torch.bool))["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

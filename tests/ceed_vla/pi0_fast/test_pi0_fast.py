@@ -76,9 +76,7 @@ def test_states_hold_only_action_ids_where_greedy_has_not_confirmed_others(lab: 
     assert result.states is not None
     assert len(result.states) > 3
     for state in result.states:
-        greedy = (
-            (state == result.tokens).long().cumprod(1).bool()
-        )  # the proven part may hold any id, as LeRobot's
+        greedy = (state == result.tokens).long().cumprod(1).bool()  # the proven part may hold any id, as LeRobot's
         assert bool((greedy | torch.isin(state, tokenizer.action_ids)).all())
 
 
@@ -121,9 +119,7 @@ def test_malformed_chunks_are_counted_errors_not_zeros(lab: Any) -> None:
         lab.STEPS,
         lab.DIM,
     )  # LeRobot fills it up
-    with pytest.raises(
-        MalformedChunkError, match=r"1 of 3 chunks are malformed, the first in row 1: .* coefficients"
-    ):
+    with pytest.raises(MalformedChunkError, match=r"1 of 3 chunks are malformed, the first in row 1: .* coefficients"):
         tokenizer.decode(short)
     unmarked = good.roll(-2, dims=1)
     with pytest.raises(MalformedChunkError, match="not with 'Action: '"):
@@ -141,9 +137,7 @@ def test_a_cap_or_deadline_says_so(lab: Any) -> None:
     policy, batch = lab.build(), lab.observe(2)
     backbone, tokenizer = lab.wrap(policy)
     goes_on = lab.decode(backbone, tokenizer, batch, DecodingConfig(guess="random", max_iterations=2))
-    assert torch.equal(
-        goes_on.tokens, lab.lerobot_tokens(policy, batch, lab.STOP)
-    )  # two iterations gave no chunk
+    assert torch.equal(goes_on.tokens, lab.lerobot_tokens(policy, batch, lab.STOP))  # two iterations gave no chunk
     ticks = iter(float(t) for t in range(100))
     late = DecodingConfig(guess="random", deadline_s=1.5)
     cut = lab.decode(backbone, tokenizer, batch, late, clock=lambda: next(ticks))

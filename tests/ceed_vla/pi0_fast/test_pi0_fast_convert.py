@@ -130,9 +130,7 @@ def test_a_temperature_is_said_to_be_left_out(lab: Any, published: Any, caplog: 
 
 
 def test_a_distilled_layer_is_saved_and_the_rest_stays_a_reference(lab: Any, published: Any) -> None:
-    output = convert_pi0_fast(
-        published.folder, lab.folder / "ours", weights="reference", vocabulary="actions"
-    )
+    output = convert_pi0_fast(published.folder, lab.folder / "ours", weights="reference", vocabulary="actions")
     policy, pre, post = load(output)
     learning = policy.backbone.distillation_parameters()
     assert learning

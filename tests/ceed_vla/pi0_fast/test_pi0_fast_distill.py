@@ -29,11 +29,7 @@ def test_a_converted_model_is_distilled(recompute: bool, tmp_path: Path) -> None
     with tiny_sizes():
         source = write_pi0_fast(tmp_path / "tiny", chunks, state_dim=14)
         teacher = tmp_path / "teacher"
-        convert(
-            ConvertConfig(
-                str(source), str(teacher), from_="pi0_fast", vocabulary="actions", weights="reference"
-            )
-        )
+        convert(ConvertConfig(str(source), str(teacher), from_="pi0_fast", vocabulary="actions", weights="reference"))
         student = distill(
             DistillConfig(
                 teacher_path=str(teacher),

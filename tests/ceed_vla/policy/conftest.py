@@ -61,9 +61,7 @@ def batch(processors: tuple[Any, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(
-    policy: CeedVLAPolicy, processors: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def checkpoint(policy: CeedVLAPolicy, processors: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("checkpoint") / "policy", policy, *processors)
 
 

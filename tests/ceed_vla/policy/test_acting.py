@@ -59,9 +59,7 @@ def test_predicting_chunks_keeps_the_warm_start(policy: CeedVLAPolicy, batch: di
     assert first.shape == (2, 4, 7)
     cold = policy.decode(batch, "ceed")
     assert torch.equal(first, cold.actions)
-    assert torch.equal(
-        policy.predict_action_chunk(batch), policy.decode(batch, "ceed", previous=cold.tokens).actions
-    )
+    assert torch.equal(policy.predict_action_chunk(batch), policy.decode(batch, "ceed", previous=cold.tokens).actions)
     one = {key: value[:1] for key, value in batch.items() if isinstance(value, Tensor)}
     assert policy.predict_action_chunk(one).shape == (1, 4, 7)  # another number of rows: a new start
     policy.reset()
@@ -126,9 +124,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_observation_is_one_clear_error(
-    policy: CeedVLAPolicy, batch: dict[str, Any], kind: str
-) -> None:
+def test_a_bad_observation_is_one_clear_error(policy: CeedVLAPolicy, batch: dict[str, Any], kind: str) -> None:
     change, message = BAD[kind]
     change(batch)
     with pytest.raises(ObservationError, match=message):

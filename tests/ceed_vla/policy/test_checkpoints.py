@@ -155,18 +155,14 @@ def test_a_checkpoint_of_the_first_format_decodes_as_it_did(raw_observation: Any
     for name, tokens in expected.items():
         result = policy.decode(pre(raw_observation(rows=3, size=32)), name, previous=previous)
         assert result.tokens.tolist() == tokens, name
-    assert (
-        policy.decode(pre(raw_observation(rows=3, size=32)), previous=previous).exit_reason
-        == ["confidence"] * 3
-    )
+    assert policy.decode(pre(raw_observation(rows=3, size=32)), previous=previous).exit_reason == ["confidence"] * 3
     save(tmp_path / "new", policy, pre, post)
     assert json.loads((tmp_path / "new" / "config.json").read_text())["format_version"] == 2
     assert load(tmp_path / "new")[0].config == policy.config
     import lerobot_policy_ceed_vla  # noqa: F401  (LeRobot's tools import their plugins, and read the file themselves)
 
     assert (
-        PreTrainedConfig.from_pretrained(OLD, cli_overrides=["--n_action_steps=1"]).decoding
-        == policy.config.decoding
+        PreTrainedConfig.from_pretrained(OLD, cli_overrides=["--n_action_steps=1"]).decoding == policy.config.decoding
     )
 
 

@@ -28,9 +28,7 @@ def test_action_ranges_come_from_the_data(tiny_config: Any) -> None:
     assert quantile.config.action_tokens.action_low[:2] == pytest.approx(
         [-2.0, -1.5]
     )  # symmetric: zero is a bin centre
-    extremes = CeedVLAPolicy(
-        tiny_config(**features, **ranges, action_range="min_max"), dataset_stats={"action": stats}
-    )
+    extremes = CeedVLAPolicy(tiny_config(**features, **ranges, action_range="min_max"), dataset_stats={"action": stats})
     assert extremes.config.action_tokens.action_high[:2] == pytest.approx([3.0, 2.0])
     with pytest.raises(ConfigError, match="action statistics"):
         CeedVLAPolicy(tiny_config(**features, **ranges, action_range="quantile"))
@@ -67,9 +65,7 @@ def test_settings_that_cannot_work(changes: dict[str, Any], message: str, tiny_c
         ([FRONT, STATE], [], "action"),
     ],
 )
-def test_features_that_cannot_be_served(
-    inputs: list[str], outputs: list[str], message: str, tiny_config: Any
-) -> None:
+def test_features_that_cannot_be_served(inputs: list[str], outputs: list[str], message: str, tiny_config: Any) -> None:
     config = tiny_config()
     config.input_features = {k: v for k, v in (config.input_features or {}).items() if k in inputs}
     config.output_features = {k: v for k, v in (config.output_features or {}).items() if k in outputs}

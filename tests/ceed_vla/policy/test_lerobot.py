@@ -21,9 +21,7 @@ FRONT, WRIST, STATE = "observation.images.front", "observation.images.wrist", "o
 TOKENS = "observation.language.tokens"
 
 
-def test_lerobots_factories_find_the_policy(
-    checkpoint: Path, batch: dict[str, Any], raw_observation: Any
-) -> None:
+def test_lerobots_factories_find_the_policy(checkpoint: Path, batch: dict[str, Any], raw_observation: Any) -> None:
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies.factory import get_policy_class, make_policy_config, make_pre_post_processors
 

@@ -39,9 +39,7 @@ def test_packed_blocks_do_not_see_each_other(policy: CeedVLAPolicy, batch: dict[
         torch.testing.assert_close(state, backbone.prefix_state(embeddings), atol=1e-5, rtol=1e-5)
 
 
-def test_the_loss_of_a_batch_is_the_mean_of_its_rows(
-    policy: CeedVLAPolicy, training_batch: dict[str, Any]
-) -> None:
+def test_the_loss_of_a_batch_is_the_mean_of_its_rows(policy: CeedVLAPolicy, training_batch: dict[str, Any]) -> None:
     rows, _ = policy(training_batch, reduction="none")
     mean, parts = policy(training_batch)
     assert rows.shape == (2,)
@@ -61,9 +59,7 @@ def test_steps_past_the_end_do_not_count(policy: CeedVLAPolicy, training_batch: 
     assert policy(free, reduction="none")[0][1] != before[1]
 
 
-def test_without_the_target_there_is_no_auxiliary_loss(
-    policy: CeedVLAPolicy, training_batch: dict[str, Any]
-) -> None:
+def test_without_the_target_there_is_no_auxiliary_loss(policy: CeedVLAPolicy, training_batch: dict[str, Any]) -> None:
     del training_batch[ENVIRONMENT]
     loss, parts = policy(training_batch)
     assert "auxiliary_loss" not in parts

@@ -49,9 +49,7 @@ Loader = Callable[[Path], Any]
         {},
     ],
 )
-def test_no_step_outside_the_list_is_built(
-    folder: Path, name: str, bad: dict[str, Any], loader: Loader
-) -> None:
+def test_no_step_outside_the_list_is_built(folder: Path, name: str, bad: dict[str, Any], loader: Loader) -> None:
     mark = folder.parent / "ran"
     text = json.dumps(bad).replace("MARK", str(mark))
     edit(folder / name, lambda values: values["steps"].append(json.loads(text)))
@@ -60,9 +58,7 @@ def test_no_step_outside_the_list_is_built(
     assert not mark.exists()
 
 
-def test_steps_of_a_package_that_the_user_named_are_built(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_of_a_package_that_the_user_named_are_built(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("somebodys_package")
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
@@ -91,9 +87,7 @@ def test_steps_of_a_package_that_the_user_named_are_built(
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize(
-    "name", ["../state.safetensors", "/state.safetensors", "a/../../s.safetensors", "", 5, "."]
-)
+@pytest.mark.parametrize("name", ["../state.safetensors", "/state.safetensors", "a/../../s.safetensors", "", 5, "."])
 def test_a_state_file_stays_in_the_folder(folder: Path, name: Any, loader: Loader) -> None:
     shutil.copy(next(folder.glob("*_normalizer_processor.safetensors")), folder.parent / "state.safetensors")
     edit(folder / PRE, lambda v: step(v, "normalizer_processor").update(state_file=name))
@@ -161,9 +155,7 @@ def _statistics(**changes: torch.Tensor | None) -> Callable[[Path], None]:
 
 
 def _settings(**changes: Any) -> Callable[[Path], None]:
-    return lambda folder: edit(
-        folder / PRE, lambda v: step(v, "normalizer_processor")["config"].update(changes)
-    )
+    return lambda folder: edit(folder / PRE, lambda v: step(v, "normalizer_processor")["config"].update(changes))
 
 
 @pytest.mark.parametrize(
@@ -186,18 +178,14 @@ def _settings(**changes: Any) -> Callable[[Path], None]:
         (_settings(eps=1e6), "eps is"),
     ],
 )
-def test_a_normaliser_says_what_it_was_trained_with(
-    folder: Path, change: Callable[[Path], None], message: str
-) -> None:
+def test_a_normaliser_says_what_it_was_trained_with(folder: Path, change: Callable[[Path], None], message: str) -> None:
     change(folder)
     for loader in LOADERS:
         with pytest.raises(CheckpointError, match=message):
             loader(folder)
 
 
-def test_a_state_that_never_moves_gets_a_width(
-    policy: CeedVLAPolicy, tmp_path: Path, raw_observation: Any
-) -> None:
+def test_a_state_that_never_moves_gets_a_width(policy: CeedVLAPolicy, tmp_path: Path, raw_observation: Any) -> None:
     from ceed_vla.checkpoints import save
     from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 

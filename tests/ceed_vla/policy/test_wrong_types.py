@@ -124,9 +124,7 @@ def test_instructions_of_another_kind(processors: Any, raw_observation: Any, tas
         (POST, lambda v: v["steps"].append({"registry_name": "rename_observations_processor"}), "run code"),
         (
             POST,
-            lambda v: v["steps"].append(
-                {"registry_name": "absolute_actions_processor", "config": {"enabled": True}}
-            ),
+            lambda v: v["steps"].append({"registry_name": "absolute_actions_processor", "config": {"enabled": True}}),
             "relative actions",
         ),
         (POST, lambda v: step(v, "unnormalizer_processor").update(state_file=None), "empty state_file"),

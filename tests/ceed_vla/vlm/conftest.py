@@ -96,11 +96,7 @@ def generate() -> Callable[..., Tensor]:
 
     def run(backbone: VLMBackbone, observation: dict[str, Tensor], **settings: Any) -> Tensor:
         inputs = {k.removeprefix(ROW_KEY): v for k, v in observation.items() if k.startswith(ROW_KEY)}
-        inputs |= {
-            k.removeprefix(FLAT_KEY): v.flatten(0, 1)
-            for k, v in observation.items()
-            if k.startswith(FLAT_KEY)
-        }
+        inputs |= {k.removeprefix(FLAT_KEY): v.flatten(0, 1) for k, v in observation.items() if k.startswith(FLAT_KEY)}
         if backbone.state_dim:
             places = inputs["input_ids"][:, -backbone.state_dim :]
             places.copy_(backbone.state_ids(observation["observation.state"]))

@@ -77,9 +77,7 @@ def test_places_for_the_state_are_the_last_tokens(steps: Any) -> None:
         assert torch.equal(placed[IDS_KEY][:, :-5], plain[IDS_KEY])
         assert placed[MASK_KEY][:, -5:].all()
         lengths = {
-            v.shape[1]
-            for k, v in placed.items()
-            if k.endswith(("input_ids", "attention_mask", "token_type_ids"))
+            v.shape[1] for k, v in placed.items() if k.endswith(("input_ids", "attention_mask", "token_type_ids"))
         }
         assert lengths == {plain[IDS_KEY].shape[1] + 5}
 
@@ -111,9 +109,7 @@ def test_observations_that_are_refused(changes: dict[str, Any], message: str, st
 def test_a_missing_camera_is_named(steps: Any) -> None:
     observation = raw()
     del observation[WRIST]
-    with pytest.raises(
-        ObservationError, match=r"lacks 'observation.images.wrist'; it has observation.images.front"
-    ):
+    with pytest.raises(ObservationError, match=r"lacks 'observation.images.wrist'; it has observation.images.front"):
         steps()(observation)
 
 

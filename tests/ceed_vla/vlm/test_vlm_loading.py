@@ -46,18 +46,14 @@ def copy(base: Any, tmp_path: Path) -> Path:
 def test_a_model_is_rebuilt_from_its_architecture(family: str, base: Any) -> None:
     model = load(base(family))
     again = build_model(architecture(model), torch.float32, "sdpa")
-    assert {k: v.shape for k, v in again.state_dict().items()} == {
-        k: v.shape for k, v in model.state_dict().items()
-    }
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
     assert architecture(again) == architecture(model)
 
 
 def test_sharded_weights_are_read(copy: Path) -> None:
     whole = load(copy).state_dict()
     (copy / "model.safetensors").unlink()
-    model = transformers.AutoModelForImageTextToText.from_config(
-        transformers.AutoConfig.from_pretrained(copy)
-    )
+    model = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.from_pretrained(copy))
     model.load_state_dict(whole)
     model.save_pretrained(copy, max_shard_size="100KB")
     assert len(list(copy.glob("model-*.safetensors"))) > 2
@@ -68,9 +64,7 @@ def test_sharded_weights_are_read(copy: Path) -> None:
         load(copy)
 
 
-@pytest.mark.parametrize(
-    ("path", "message"), [("nowhere", "no folder"), (".", r"config\.json cannot be read")]
-)
+@pytest.mark.parametrize(("path", "message"), [("nowhere", "no folder"), (".", r"config\.json cannot be read")])
 def test_folders_that_hold_no_model(path: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path / path)

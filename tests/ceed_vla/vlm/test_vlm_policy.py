@@ -38,8 +38,7 @@ def new_policy(base: Path, chunk_size: int = 2, **settings: Any) -> tuple[CeedVL
 def observation(rows: int = 2) -> dict[str, Any]:
     random = torch.Generator().manual_seed(0)
     cameras = {
-        f"observation.images.{name}": torch.rand(rows, 3, 96, 96, generator=random)
-        for name in ("front", "wrist")
+        f"observation.images.{name}": torch.rand(rows, 3, 96, 96, generator=random) for name in ("front", "wrist")
     }
     state = torch.randn(rows, 14, generator=random)
     return {**cameras, "observation.state": state, "task": ["push the red cube", "lift"][:rows]}
@@ -49,9 +48,7 @@ def observation(rows: int = 2) -> dict[str, Any]:
 @pytest.mark.parametrize("proprio", ["text", "projected"])
 def test_a_checkpoint_needs_no_base_folder(family: str, proprio: str, base: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(base(family), tmp_path / "base")
-    policy, pre, post = new_policy(
-        folder, proprio=proprio, action_ids="added" if proprio == "text" else "last"
-    )
+    policy, pre, post = new_policy(folder, proprio=proprio, action_ids="added" if proprio == "text" else "last")
     save(tmp_path / "policy", policy, pre, post)
     shutil.rmtree(folder)
     loaded, loaded_pre, _ = ceed_vla.load(tmp_path / "policy")

@@ -7,9 +7,11 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# The library core: what decoding rests on, without the families of real VLAs, FAST, conversion and the command line.
+# The library core: what decoding rests on, without the families of real VLAs, FAST, conversion, data sets, the
+# kinematics that simulated and real arms share, and the command line.
 NOT_CORE = re.compile(
-    r"ceed_vla/(backbones/(openvla|vlm|pi0_fast|transformers)/|convert/|tokens/(fast|openvla)|verify|cli|doctor)"
+    r"ceed_vla/(backbones/(openvla|vlm|pi0_fast|transformers)/|convert/|data/|tokens/(fast|openvla)|verify|cli|doctor"
+    r"|kinematics)"
 )
 PARTS = ("ceed_vla", "sim", "training", "ros_nodes", "benchmarks", "examples", "launch", "tests")
 

@@ -117,12 +117,12 @@ def read_values(folder: Path) -> dict[str, Any]:
 def _check_packages(folder: Path, packages: object) -> None:
     """Refuse a checkpoint of packages that nobody has named: it does not get them imported by itself."""
     names = packages if isinstance(packages, list) else [packages]
-    for name in names:
-        if not isinstance(name, str) or name not in sys.modules:
-            raise CheckpointError(
-                f"{folder} needs the package {short(name)}, which is not loaded. If you trust it, name it: "
-                f"--discover_packages_path={str(name)[:60]} (policy_node: discover_packages), or import it first."
-            )
+    missing = [str(name)[:60] for name in names if not isinstance(name, str) or name not in sys.modules]
+    if missing:
+        raise CheckpointError(
+            f"{folder} needs what is not loaded: the package {short(', '.join(missing))}. If you trust it, name it: "
+            f"--discover_packages_path={','.join(missing)} (policy_node: discover_packages), or import it first."
+        )
 
 
 def _from_format_1(folder: Path, values: dict[str, Any]) -> dict[str, Any]:

@@ -132,7 +132,10 @@ def shaped(values: dict[str, Any], config_class: type[Any], prefix: str = "") ->
         if "type" in values:
             kind = values["type"]
             if not isinstance(kind, str) or kind not in kinds:
-                raise UsageError(f"--{prefix}type is {_shown(kind)}; choose one of {', '.join(kinds)}")
+                raise UsageError(
+                    f"--{prefix}type is {_shown(kind)}; choose one of {', '.join(kinds)}; another "
+                    "package's needs --discover_packages_path"
+                )
             owners, result = [kinds[kind]], {"type": kind}
     known = {i.name.removesuffix("_"): (i.name, owner) for owner in owners for i in fields(owner) if i.init}
     for name, value in values.items():

@@ -153,12 +153,9 @@ class CeedVLAConfig(PreTrainedConfig):
             super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        kinds: list[Any] = [
-            type(self.backbone),
-            type(self.action_tokens),
-            find_decoder(self.decoding.method)[0].make,
-        ]
-        kinds += [find_exit(name)[0].make for name in self.decoding.exits]
+        kinds: list[Any] = [type(self.backbone), type(self.action_tokens)]
+        for decoding in (self.decoding, named_config(self.decode_with, self.decoding)):
+            kinds += [find_decoder(decoding.method)[0].make, *(find_exit(name)[0].make for name in decoding.exits)]
         names = {str(kind.__module__).partition(".")[0] for kind in kinds}
         self.packages = sorted(names - {"ceed_vla", "__main__"})
         super()._save_pretrained(save_directory)

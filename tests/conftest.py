@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -22,3 +23,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("realtime"):
                 item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+@pytest.fixture
+def own_precision() -> Iterator[None]:
+    """For tests that train in this process: one precision a process, says accelerate, and theirs is not the others'."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

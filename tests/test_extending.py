@@ -16,7 +16,14 @@ import torch
 
 import ceed_vla
 from ceed_vla.cli import main
-from ceed_vla.decoding import DecodingConfig, decode_block, named_config
+from ceed_vla.decoding import (
+    DecodingConfig,
+    ExitRule,
+    decode_block,
+    named_config,
+    register_decoder,
+    register_exit,
+)
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.tokens.uniform import ActionTokenizer
 
@@ -59,6 +66,9 @@ def test_a_decoder_and_an_exit_rule(plugins: Path, frozen_steps: int) -> None:
     assert sure.exit_reason == ["margin"] * 2
     assert policy.decode(batch, "margin1_cap1_random", frozen=frozen).exit_reason == ["max_iterations"] * 2
     assert named_config("margin0.5_mid", DecodingConfig()).exits == ("margin0.5",)
+    policy.config.decode_with = "verify"
+    policy.config.save_pretrained(plugins / "saved")
+    assert json.loads((plugins / "saved/config.json").read_text())["packages"] == ["my_decoding"]
     with pytest.raises(ConfigError, match=r"verify \(keeps what is right"):
         named_config("nothing", DecodingConfig())
 
@@ -75,6 +85,7 @@ def test_exit_rules_read_what_decode_block_gives(plugins: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_precision")
 def test_tokens_backbone_and_loss_from_data_to_evaluation(plugins: Path, capfd: pytest.CaptureFixture[str]) -> None:
     packages = "--discover_packages_path=my_tokens,my_backbone,my_loss,my_decoding"
     assert main(["record", "--root=demos", "--episodes=2", "--mode=clean", "--env.task=push_cube"]) == 0
@@ -111,8 +122,8 @@ def test_tokens_backbone_and_loss_from_data_to_evaluation(plugins: Path, capfd: 
     command = [sys.executable, "-m", "ceed_vla.cli", *run[:-2], "--decoders=ar"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 1
-    assert "needs the package 'my_backbone'" in found.stderr
-    assert "--discover_packages_path=my_backbone" in found.stderr
+    assert "the package 'my_backbone, my_tokens'" in found.stderr
+    assert "--discover_packages_path=my_backbone,my_tokens " in found.stderr
     assert "Traceback" not in found.stderr
 
 
@@ -126,5 +137,34 @@ def test_a_checkpoint_of_a_missing_package_says_so(tmp_path: Path) -> None:
     assert values["packages"] == []
     for packages in (["nobodys_package"], "nobodys_package", [3]):
         (folder / "config.json").write_text(json.dumps({**values, "packages": packages}))
-        with pytest.raises(CheckpointError, match=r"needs the package .*--discover_packages_path"):
+        with pytest.raises(CheckpointError, match=r"the package .*--discover_packages_path"):
             ceed_vla.load(folder)
+
+
+def test_mistakes_in_a_rule_or_a_decoder_are_named() -> None:
+    class Wrong(ExitRule):
+        reason = "wrong"
+
+        def ends(self, seen: Any, measured: Any) -> Any:
+            return torch.ones(1)
+
+    register_exit("wrong", "wrong", "never right")(Wrong)
+    register_decoder("nothing", "nothing", "no result")(lambda backbone, prefix, request: request.guess)
+    policy, pre, _ = ceed_vla.load("student")
+    observation = {name: torch.rand(1, 3, 96, 96) for name in policy.config.cameras}
+    batch = pre({**observation, "observation.state": torch.rand(1, 14), "task": "push the red cube"})
+    with pytest.raises(ConfigError, match="exit rule Wrong does not work: ends: it gave Tensor"):
+        policy.decode(batch, "wrong_random")
+    Wrong.ends = lambda self, seen, measured: measured.values  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="Wrong does not work: ends: AttributeError"):
+        policy.decode(batch, "wrong_random")
+    Wrong.measure = lambda self, logits, tokens: logits  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="Wrong does not work: measure: it gave Tensor"):
+        policy.decode(batch, "wrong_random")
+    with pytest.raises(ConfigError, match="'nothing' returned a Tensor, not a DecodeResult"):
+        policy.decode(batch, "nothing")
+    for name in ("a_b", "mid", "cap<N>"):
+        with pytest.raises(ConfigError, match="The name"):
+            register_exit("x", name, "taken")(Wrong)
+    with pytest.raises(ConfigError, match="has no reason"):
+        register_exit("x", "x", "no reason")(type("Bare", (ExitRule,), {}))

@@ -88,7 +88,9 @@ class DistillData:
         order = np.random.default_rng(0).permutation(len(self.frame))
         self.held_out, self.rows = self._by_store(order[:eval_frames]), order[eval_frames:]
         if not len(self.rows):
-            raise DatasetError(f"There are {len(order)} frames; more than eval_frames are needed.")
+            raise DatasetError(
+                f"There are {len(order)} frames, --eval_frames {eval_frames} of them held out; record more, or lower it."
+            )
 
     def draw(self, size: int, random: np.random.Generator) -> NDArray[np.int64]:
         """Rows of a batch, grouped by data set: so are those of any part of it."""

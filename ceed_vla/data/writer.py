@@ -291,8 +291,8 @@ class DatasetWriter:
             if self._info.features[field.name]["dtype"] == "image":
                 images = [{"bytes": _png(image), "path": f"frame-{i:06d}.png"} for i, image in enumerate(values)]
                 arrays.append(pa.array(images, type=field.type))
-            elif values.ndim == 1:
-                arrays.append(pa.array(values, type=field.type))
+            elif not pa.types.is_fixed_size_list(field.type):  # LeRobot keeps vectors of one number as numbers
+                arrays.append(pa.array(values.reshape(-1), type=field.type))
             else:
                 flat = pa.array(values.reshape(-1), type=field.type.value_type)
                 arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))

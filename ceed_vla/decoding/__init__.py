@@ -21,6 +21,7 @@ from ceed_vla.decoding.names import named_config
 from ceed_vla.decoding.registry import find_decoder, register_decoder, register_exit
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
+from ceed_vla.errors import ConfigError
 from ceed_vla.tokens.base import ActionTokens
 from ceed_vla.tokens.grammar import GrammarBackbone
 
@@ -99,5 +100,7 @@ def decode_block(
         options=options,
         clock=clock,
     )
-    result: DecodeResult = entry.make(backbone, prefix, request)
+    result = entry.make(backbone, prefix, request)
+    if not isinstance(result, DecodeResult):
+        raise ConfigError(f"The decoder {config.method!r} returned a {type(result).__name__}, not a DecodeResult.")
     return result

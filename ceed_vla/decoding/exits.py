@@ -138,6 +138,41 @@ def exit_rules(config: DecodingConfig, ordered: bool = True) -> list[ExitRule]:
     return rules
 
 
+def measure(rule: ExitRule, logits: Tensor, tokens: Tensor) -> Tensor | None:
+    """What `rule` measures (B, k), or None.
+
+    Raises:
+        ConfigError: It fails, or gives something else.
+    """
+    try:
+        measured = rule.measure(logits, tokens)
+    except Exception as error:  # another's rule may raise anything
+        raise _broken(rule, "measure", error) from error
+    if measured is not None and getattr(measured, "shape", None) != tokens.shape:
+        raise _broken(rule, "measure", f"it gave {type(measured).__name__}, not a tensor {tuple(tokens.shape)}")
+    return measured
+
+
+def ended(rule: ExitRule, seen: Seen, measured: np.ndarray | None) -> np.ndarray | bool:
+    """Which rows `rule` ends: (B,) bool, or one answer.
+
+    Raises:
+        ConfigError: It fails, or gives something else.
+    """
+    try:
+        rows = rule.ends(seen, measured)
+    except Exception as error:  # another's rule may raise anything
+        raise _broken(rule, "ends", error) from error
+    if not isinstance(rows, bool) and not (isinstance(rows, np.ndarray) and rows.shape == seen.exact.shape):
+        raise _broken(rule, "ends", f"it gave {type(rows).__name__}, not a bool or a numpy array {seen.exact.shape}")
+    return rows
+
+
+def _broken(rule: ExitRule, method: str, reason: object) -> ConfigError:
+    kind = f"{type(reason).__name__}: " if isinstance(reason, Exception) else ""
+    return ConfigError(f"The exit rule {type(rule).__name__} does not work: {method}: {kind}{reason}.")
+
+
 def mass_near(logits: Tensor, tokens: Tensor) -> Tensor:
     """Probability mass (B, k) within `NEAR` bins of `tokens` (B, k), under `logits` (B, k, V)."""
     padded = F.pad(logits.float(), (NEAR, NEAR), value=-torch.inf)  # (B, k, V + 4): no mass past the ends

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
-from ceed_vla.decoding.exits import ExitRule, Seen, exit_rules
+from ceed_vla.decoding.exits import ExitRule, Seen, ended, exit_rules, measure
 from ceed_vla.decoding.finite import check_rows, with_sums
 from ceed_vla.decoding.registry import register_decoder
 from ceed_vla.decoding.request import BlockRequest, after_stop
@@ -69,7 +69,7 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
         first = max(start + 1, given)
         logits, best, new = jacobi_iteration(backbone, prefix, tokens, first, end, rows.running)
         forwards, width = forwards + 1, end - first
-        wanted = [rule.measure(logits[:, : watched - first], new[:, : watched - first]) for rule in rules]
+        wanted = [measure(rule, logits[:, : watched - first], new[:, : watched - first]) for rule in rules]
         found = with_sums(new, best, backbone, *(m for m in wanted if m is not None)).cpu().numpy()
         fresh = found[:, :width].astype(np.int64)  # (B, k); that was the one host synchronisation
         check_rows(found[:, width], rows.running)
@@ -90,7 +90,7 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
         seen = Seen(forwards, rows.exact, watched, now - started, now - last, lambda: _readable(request, tokens))
         last = now
         for rule, mine in zip(rules, measured, strict=True):
-            rows.end(rule.ends(seen, mine), rule.reason, forwards)
+            rows.end(ended(rule, seen, mine), rule.reason, forwards)
 
         if states is not None:
             states.append(tokens.clone())
@@ -170,7 +170,7 @@ def _first_measures(rules: list[ExitRule], logits: Tensor, watched: int, given: 
     """Per rule what it measures in the watched slots behind the given ones (B, M - f); slot 0 from `logits` (B, V)."""
     measured: list[np.ndarray | None] = []
     for rule in rules:
-        slot = rule.measure(logits[:, None], logits.argmax(-1)[:, None])  # (B, 1)
+        slot = measure(rule, logits[:, None], logits.argmax(-1)[:, None])  # (B, 1)
         values = None if slot is None else np.zeros((len(logits), watched - given))
         if slot is not None and values is not None and not given:
             values[:, :1] = slot.cpu().numpy()

@@ -37,7 +37,10 @@ def named_config(decoding: str | DecodingConfig, ceed: DecodingConfig) -> Decodi
     """
     if isinstance(decoding, DecodingConfig):
         return decoding
-    unknown = ConfigError(f"Unknown decoder {str(decoding)[:LONGEST_NAME]!r}; choose from {names_help()}.")
+    unknown = ConfigError(
+        f"Unknown decoder {str(decoding)[:LONGEST_NAME]!r}; choose from {names_help()}. One of another package needs "
+        "--discover_packages_path."
+    )
     if not isinstance(decoding, str) or len(decoding) > LONGEST_NAME:
         raise unknown
     head, *parts = decoding.split("_")

@@ -10,6 +10,7 @@ from typing import Any
 from ceed_vla.errors import ConfigError
 
 LONGEST_NAME = 60
+_RESERVED = ("ceed", "h", "mid", "random", "previous")
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,29 @@ def register_decoder[F: Callable[..., Any]](pattern: str, shown: str, meaning: s
 
 def register_exit[F: Callable[..., Any]](pattern: str, shown: str, meaning: str) -> Callable[[F], F]:
     """Register an `ExitRule`, which is made with the named groups of `pattern`, texts, as keyword arguments."""
-    return _register(_EXITS, pattern, shown, meaning)
+    add = _register(_EXITS, pattern, shown, meaning)
+
+    def checked(rule: F) -> F:
+        if not isinstance(getattr(rule, "reason", None), str):
+            raise ConfigError(f"The exit rule {rule.__name__} has no reason, the text that results give; set one.")
+        return add(rule)
+
+    return checked
 
 
 def _register[F: Callable[..., Any]](
     registry: dict[str, Entry], pattern: str, shown: str, meaning: str
 ) -> Callable[[F], F]:
-    if "_" in shown:
-        raise ConfigError(f"The name {shown!r} has an underscore, which joins the parts of a decoding's name.")
+    if "_" in shown or shown in _RESERVED:
+        raise ConfigError(
+            f"The name {shown!r} cannot be registered: underscores join the parts of a decoding's name, and "
+            f"{', '.join(_RESERVED)} are taken."
+        )
 
     def add(made: F) -> F:
+        for entry in (*_DECODERS.values(), *_EXITS.values()):
+            if shown.partition("<")[0] == entry.shown.partition("<")[0] and entry.make.__module__ != made.__module__:
+                raise ConfigError(f"The name {shown!r} is {entry.make.__module__}'s; choose another.")
         registry[pattern] = Entry(pattern, shown, meaning, made)
         return made
 

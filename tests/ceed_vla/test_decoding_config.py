@@ -46,8 +46,8 @@ def test_bad_values_are_named(field_name: str, value: object) -> None:
 def test_exit_rules_of_ar_are_refused_and_not_ignored(rule: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(rule))):
         DecodingConfig(method="ar", **rule)
-    with pytest.raises(ConfigError, match=r"'margin3'; known: .*--discover_packages_path"):
-        DecodingConfig(exits=("margin3",))
+    with pytest.raises(ConfigError, match=r"'nobodys3'; known: .*--discover_packages_path"):
+        DecodingConfig(exits=("nobodys3",))
     assert not DecodingConfig(**rule).strict
 
 

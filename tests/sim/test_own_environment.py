@@ -16,6 +16,7 @@ SIZES = {"width": 32, "layers": 1, "heads": 2, "mlp_width": 32, "stem_channels":
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_precision")
 @pytest.mark.timeout(900)
 def test_an_environment_of_ones_own(
     tmp_path: Path,

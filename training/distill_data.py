@@ -89,7 +89,7 @@ class DistillData:
         self.held_out, self.rows = self._by_store(order[:eval_frames]), order[eval_frames:]
         if not len(self.rows):
             raise DatasetError(
-                f"There are {len(order)} frames, --eval_frames {eval_frames} of them held out; record more, or lower it."
+                f"There are {len(order)} frames, --eval_frames {eval_frames} of them held out; record more or lower it."
             )
 
     def draw(self, size: int, random: np.random.Generator) -> NDArray[np.int64]:

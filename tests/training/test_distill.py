@@ -238,7 +238,7 @@ def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
         ({"roots": "DEMO"}, DatasetError, "same order"),
         ({"trajectories": "MISSING"}, DatasetError, "No trajectories"),
         ({"teacher_path": "MISSING"}, CheckpointError, "No checkpoint"),
-        ({"eval_frames": 63}, DatasetError, "more than eval_frames"),
+        ({"eval_frames": 63}, DatasetError, "--eval_frames 63 of them"),
         ({"device": "cuda:99"}, ConfigError, "cuda:99"),
         ({"trajectories": ""}, ConfigError, "No trajectories"),
         ({"output_dir": " "}, ConfigError, "output_dir"),

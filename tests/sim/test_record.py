@@ -16,6 +16,7 @@ import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from ceed_vla.cli import main
+from ceed_vla.data.files import read_info, read_rows
 from ceed_vla.data.statistics import image_statistics, vector_statistics
 from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import ConfigError, DatasetError
@@ -199,6 +200,24 @@ def test_writer_stores_images_without_loss(tmp_path: Path, fake_frames: Any, new
     writer.commit({})
     stored = (read(tmp_path / "set")[2]["observation.images.front"] * 255).round().byte().numpy()
     np.testing.assert_array_equal(stored.transpose(1, 2, 0), frames[2]["observation.images.front"])
+
+
+def test_vectors_of_one_number_are_stored_as_lerobot_does(tmp_path: Path) -> None:
+    features = {
+        "observation.images.top": {"dtype": "image", "shape": (8, 8, 3), "names": ["height", "width", "channels"]},
+        "observation.state": {"dtype": "float32", "shape": (1,), "names": ["x"]},
+        "action": {"dtype": "float32", "shape": (1,), "names": ["dx"]},
+    }
+    writer = DatasetWriter(tmp_path / "set", repo_id="local/test", fps=10, features=features, robot_type="test")
+    image = np.zeros((8, 8, 3), np.uint8)
+    states = [np.array([i], np.float32) for i in range(4)]
+    frames = [{"observation.images.top": image, "observation.state": s, "action": -s, "task": "go"} for s in states]
+    writer.add_episode(frames)
+    writer.commit({})
+    read = LeRobotDataset("local/test", root=tmp_path / "set")
+    assert [float(read[i]["action"]) for i in range(4)] == [0.0, -1.0, -2.0, -3.0]
+    info = read_info(tmp_path / "set")
+    assert read_rows(info, ["observation.state"])["observation.state"].tolist() == [[0.0], [1.0], [2.0], [3.0]]
 
 
 @pytest.mark.parametrize(

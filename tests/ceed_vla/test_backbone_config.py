@@ -55,6 +55,7 @@ STEPS = {
 }
 
 
+@pytest.mark.slow
 def test_names_in_checkpoints_are_frozen() -> None:
     """Whoever has a configuration has the steps, in a process that imported nothing else."""
     script = (

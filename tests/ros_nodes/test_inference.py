@@ -267,7 +267,7 @@ def alive(pid: int | None) -> bool:
 # ---- checkpoints -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["thread", pytest.param("process", marks=pytest.mark.slow)])
 def test_a_missing_checkpoint_is_refused(mode: str, tmp_path: Path) -> None:
     worker = InferenceWorker(tmp_path / "nothing", mode=mode)
     with pytest.raises(CheckpointError, match="No checkpoint folder"):

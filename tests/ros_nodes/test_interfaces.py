@@ -109,6 +109,7 @@ def test_an_interface_of_ones_own_is_one_file(own: Path, arm: CommandedArm) -> N
         load_robot_config(own)
 
 
+@pytest.mark.slow
 def test_the_inference_process_imports_the_packages_first(own: Path) -> None:
     with InferenceWorker("student", discover_packages="own_interface", warmup=1) as worker:
         assert (own.parent / f"imported-{worker.pid}").exists()

@@ -84,6 +84,7 @@ def test_the_package_names_its_parts() -> None:
         _ = ceed_vla.Policy
 
 
+@pytest.mark.slow
 def test_importing_the_policy_registers_what_lerobots_factory_needs(checkpoint: Path) -> None:
     code = (
         "import sys; from ceed_vla import CeedVLAPolicy; "

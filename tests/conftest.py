@@ -27,9 +27,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def own_precision() -> Iterator[None]:
-    """For tests that train in this process: one precision a process, says accelerate, and theirs is not the others'."""
+    """For tests that run commands in this process: their precision and their packages are not the others'."""
     from accelerate.state import AcceleratorState
 
+    from ceed_vla import discovery
+
+    known = set(discovery._discovered)
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    discovery._discovered.intersection_update(known)

@@ -12,6 +12,7 @@ decoder is a handful of kernels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -191,7 +192,7 @@ class CompactBackbone(TrainableBackbone):
 
     def _run(self, x: Tensor, cache: KVCache, mask: Tensor | None = None, depth: int | None = None) -> Tensor:
         """X (B, t, d) through the first `depth` layers, behind what is in the cache."""
-        for index, layer in enumerate(self.trunk[:depth]):
+        for index, layer in enumerate(islice(self.trunk, depth)):  # a slice would be a new module
             q, k, v = layer.project(x)
             keys, values = cache.write(index, k, v)  # (B, H, T, d / H)
             x = layer.finish(x, q, keys, values, mask)

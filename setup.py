@@ -60,7 +60,7 @@ EXTRAS = {
         "mcap-ros2-support>=0.5.5,<1",
     ],
     # Checkpoints of other families (OpenVLA, image-text-to-text models, pi0-FAST) and LoRA.
-    "vlm": ["num2words>=0.5.14,<0.6", "peft>=0.18,<1", "sentencepiece>=0.2", "timm>=1,<2"],
+    "vlm": ["num2words>=0.5.14,<0.6", "peft>=0.18,<1", "scipy>=1.14,<2", "sentencepiece>=0.2", "timm>=1,<2"],
     "test": [
         "hypothesis>=6.130",
         "pytest>=8.4",

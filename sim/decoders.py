@@ -55,7 +55,7 @@ def parse_decoders(text: str, *, has_teacher: bool) -> list[str]:
     if not names:
         raise ConfigError(f"--decoders is empty; name at least one of {DECODERS}.")
     for name in names:
-        named_config(name.removeprefix(TEACHER_PREFIX), DecodingConfig())
+        named_config(name.removeprefix(TEACHER_PREFIX))
         if name.startswith(TEACHER_PREFIX) and not has_teacher:
             raise ConfigError(f"Decoder {name!r} needs the teacher; pass --teacher.path=<checkpoint folder>.")
     if has_teacher:

@@ -78,7 +78,7 @@ def decode_block(
         TokenError: A previous chunk or frozen tokens that do not fit the block or the vocabulary.
         NotFiniteError: The model's scores are NaN or infinite.
     """
-    config = named_config(decoding, ceed=DecodingConfig())
+    config = named_config(decoding)
     if tokens.grammar is not None:
         backbone = GrammarBackbone(backbone, prefix, tokens.grammar)
         prefix = backbone.prefix

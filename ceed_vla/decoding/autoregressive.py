@@ -38,18 +38,18 @@ def decode_autoregressive(backbone: Backbone, prefix: Prefix, request: BlockRequ
 
     # Scores (B, V) of the first slot that is free.
     first = commit_frozen(backbone, prefix, tokens[:, :given]) if given else prefix.logits
-    best, tokens[:, given] = first.max(-1)
-    scores = [best]  # (B,) each: looked at once, at the end
+    best = torch.empty(batch, n, dtype=first.dtype, device=first.device)  # scores, looked at once, at the end
+    torch.max(first, -1, out=(best[:, given], tokens[:, given]))
     states = [tokens.clone()] if request.record_states else None
     slot = given + 1
     while slot < wanted and not _all_stopped(tokens[:, :slot], stop):
-        best, tokens[:, slot] = decode_one_token(backbone, prefix, tokens[:, slot - 1 : slot])
-        scores.append(best)
+        logits = decode_one_token(backbone, prefix, tokens[:, slot - 1 : slot])
+        torch.max(logits, -1, out=(best[:, slot], tokens[:, slot]))
         slot += 1
         if states is not None:
             states.append(tokens.clone())
 
-    check_rows(row_sums(torch.stack(scores, dim=1), backbone)[:, 0].cpu().numpy())
+    check_rows(row_sums(best[:, given:slot], backbone).cpu().numpy())
     ended = torch.zeros(batch, dtype=torch.bool)  # (B,) rows with a stop token
     iterations = torch.full((batch,), slot - max(given, 1))
     if stop is not None:
@@ -76,9 +76,8 @@ def _all_stopped(tokens: Tensor, stop: int | None) -> bool:
     return stop is not None and bool((tokens == stop).any(1).all())
 
 
-def decode_one_token(backbone: Backbone, prefix: Prefix, token: Tensor) -> tuple[Tensor, Tensor]:
-    """Score and id (B,) of the greedy successor of the last decoded `token` (B, 1), which is committed to the cache."""
+def decode_one_token(backbone: Backbone, prefix: Prefix, token: Tensor) -> Tensor:
+    """Scores (B, V) of the successor of the last decoded `token` (B, 1), which is committed to the cache."""
     logits = backbone.block_logits(prefix, token)  # (B, 1, V)
     prefix.cache.commit(1)
-    best, ids = logits[:, 0].max(-1)
-    return best, ids
+    return logits[:, 0]

@@ -5,8 +5,6 @@ The sum of the largest scores of a row tells it, and travels with the tokens in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,19 +14,21 @@ from ceed_vla.errors import NotFiniteError
 
 
 def row_sums(best: Tensor, backbone: Backbone) -> Tensor:
-    """Finite (B, 1) float64 if all the largest scores `best` (B, k) of a row are.
+    """Finite (B, 1) float32 if all the largest scores `best` (B, k) of a row are.
 
     Where a grammar forbids every token of a slot, -inf is legal; so it only looks for NaN and +inf.
     """
     if getattr(backbone, "grammar", None) is not None:
         best = best.clamp(min=0)  # keeps NaN
-    return best.double().sum(1, keepdim=True)
+    return best.float().sum(1, keepdim=True)
 
 
-def check_rows(sums: Iterable[float] | np.ndarray, running: np.ndarray | None = None) -> None:
-    """Raise `NotFiniteError` if a sum of `row_sums` is not finite in a row that is still running."""
-    wrong = ~np.isfinite(np.asarray(sums, dtype=np.float64))
-    wrong = wrong if running is None else wrong & running
+def check_rows(sums: np.ndarray, running: np.ndarray | None = None) -> None:
+    """Raise `NotFiniteError` if one of the `row_sums` (B, 1) is not finite in a row that is still running."""
+    finite = np.isfinite(sums)
+    if finite.all():
+        return
+    wrong = ~finite[:, 0] if running is None else ~finite[:, 0] & running
     if wrong.any():
         raise NotFiniteError(
             f"The scores are NaN or infinite in row {int(wrong.argmax())} ({int(wrong.sum())} of {len(wrong)}); "
@@ -36,6 +36,14 @@ def check_rows(sums: Iterable[float] | np.ndarray, running: np.ndarray | None = 
         )
 
 
-def with_sums(tokens: Tensor, best: Tensor, backbone: Backbone, *more: Tensor) -> Tensor:
-    """Tokens (B, k), then `row_sums`, then `more` (B, ...) as one float64 tensor: token ids are exact in it."""
-    return torch.cat([tokens.double(), row_sums(best, backbone), *(part.double() for part in more)], dim=1)
+def to_host(tokens: Tensor, *more: Tensor) -> list[np.ndarray]:
+    """Tokens (B, k) int64 and `more` (B, ...) float32 as arrays, in one transfer; on the CPU they share memory.
+
+    Token ids travel as float32, which holds those below 2^24.
+    """
+    parts = [part.float() for part in more]
+    if tokens.device.type == "cpu":
+        return [tokens.numpy(), *(part.numpy() for part in parts)]
+    widths = np.cumsum([tokens.shape[1], *(part.shape[1] for part in parts)])
+    first, *rest = np.split(torch.cat([tokens.float(), *parts], dim=1).cpu().numpy(), widths[:-1], axis=1)
+    return [first.astype(np.int64), *rest]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.decoding.exits import ExitRule, Seen, ended, exit_rules, measure
-from ceed_vla.decoding.finite import check_rows, with_sums
+from ceed_vla.decoding.finite import check_rows, row_sums, to_host
 from ceed_vla.decoding.registry import register_decoder
 from ceed_vla.decoding.request import BlockRequest, after_stop
 from ceed_vla.decoding.result import DecodeResult
@@ -52,10 +52,9 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
     best, first_tokens = prefix.logits.max(-1, keepdim=True)  # (B, 1)
     if not given:
         tokens[:, :1] = first_tokens
-    both = with_sums(tokens, best, backbone).cpu().numpy()
-    check_rows(both[:, n])
-    host = both[:, :n].astype(np.int64)  # (B, n), the state that the convergence test compares with
-    measured = _first_measures(rules, prefix.logits, watched, given)
+    sums = row_sums(best, backbone)  # (B, 1), of all scores so far; the first ones travel with those of an iteration
+    host = tokens.cpu().numpy().copy()  # (B, n), the state that the convergence test compares with
+    measured = _first_measures(rules, prefix.logits, first_tokens, watched, given)
     states = [tokens.clone()] if request.record_states else None
     # Without frozen tokens the prefix gives token 0; behind them the first free token takes a forward.
     rows = Rows(batch, n, max(given, 1))
@@ -68,24 +67,26 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
         start = prefix.cache.committed  # slots [0, start] are right in every running row
         first = max(start + 1, given)
         logits, best, new = jacobi_iteration(backbone, prefix, tokens, first, end, rows.running)
-        forwards, width = forwards + 1, end - first
+        forwards += 1
+        sums = sums + row_sums(best, backbone)
         wanted = [measure(rule, logits[:, : watched - first], new[:, : watched - first]) for rule in rules]
-        found = with_sums(new, best, backbone, *(m for m in wanted if m is not None)).cpu().numpy()
-        fresh = found[:, :width].astype(np.int64)  # (B, k); that was the one host synchronisation
-        check_rows(found[:, width], rows.running)
-        at = width + 1
-        for mine, values in zip(measured, wanted, strict=True):
-            if mine is not None and values is not None:
-                mine[:, first - given :] = found[:, at : at + values.shape[1]]
-                at += values.shape[1]
+        # The one host synchronisation. `fresh` is (B, k).
+        fresh, found, *values = to_host(new, sums, *(m for m in wanted if m is not None))
+        check_rows(found, rows.running if forwards > 1 else None)
+        for mine, tensor in zip(measured, wanted, strict=True):
+            value = None if tensor is None else values.pop(0)
+            if mine is not None and value is not None:
+                mine[:, first - given :] = value
 
         rows.accept(host[:, first:end], fresh, first)
         host[:, first:end] = fresh
         if request.stop is not None:
             proven = np.arange(first, end) < rows.exact[:, None]  # (B, k)
             rows.end(((fresh == request.stop) & proven).any(1), "stop", forwards)
-        rows.end(rows.exact >= n, "converged", forwards)
-        rows.end(rows.exact >= watched, "stable", forwards)
+        stable = rows.exact >= watched
+        if stable.any():
+            rows.end(rows.exact >= n, "converged", forwards)
+            rows.end(stable, "stable", forwards)
         now = request.clock()
         seen = Seen(forwards, rows.exact, watched, now - started, now - last, lambda: _readable(request, tokens))
         last = now
@@ -99,6 +100,8 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
             prefix.cache.commit(int(rows.exact[rows.running].min()) - 1 - start)
         end = min(watched, prefix.cache.committed + 1 + window)
 
+    if not forwards:
+        check_rows(sums.cpu().numpy())
     if request.stop is not None:
         tokens, states = after_stop(request.stop, tokens, states)
     return DecodeResult(
@@ -166,14 +169,19 @@ class Rows:
                 self.exact[row] = self.block_length
 
 
-def _first_measures(rules: list[ExitRule], logits: Tensor, watched: int, given: int) -> list[np.ndarray | None]:
-    """Per rule what it measures in the watched slots behind the given ones (B, M - f); slot 0 from `logits` (B, V)."""
+def _first_measures(
+    rules: list[ExitRule], logits: Tensor, tokens: Tensor, watched: int, given: int
+) -> list[np.ndarray | None]:
+    """What each rule measures in the watched slots behind the given ones (B, M - f).
+
+    Slot 0 has the prefix's `logits` (B, V) and `tokens` (B, 1).
+    """
     measured: list[np.ndarray | None] = []
     for rule in rules:
-        slot = measure(rule, logits[:, None], logits.argmax(-1)[:, None])  # (B, 1)
+        slot = measure(rule, logits[:, None], tokens)  # (B, 1)
         values = None if slot is None else np.zeros((len(logits), watched - given))
         if slot is not None and values is not None and not given:
-            values[:, :1] = slot.cpu().numpy()
+            values[:, :1] = slot.float().cpu().numpy()
         measured.append(values)
     return measured
 

@@ -7,6 +7,7 @@ A name is ``ceed`` (the checkpoint's own), a decoder, or exit rules of the Jacob
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from ceed_vla.decoding.config import DecodingConfig
@@ -15,6 +16,7 @@ from ceed_vla.errors import ConfigError
 
 CEED, EXECUTED = "ceed", "h"
 _GUESSES = ("mid", "random")
+_STRICT = DecodingConfig()
 
 
 def names_help() -> str:
@@ -25,24 +27,25 @@ def names_help() -> str:
     )
 
 
-def named_config(decoding: str | DecodingConfig, ceed: DecodingConfig) -> DecodingConfig:
+def named_config(decoding: str | DecodingConfig, ceed: DecodingConfig = _STRICT) -> DecodingConfig:
     """The decoding that a name stands for.
 
     Args:
         decoding: A name, or a configuration, which is returned as it is.
-        ceed: What "ceed" stands for: the decoding of a checkpoint.
+        ceed: What "ceed" stands for: the decoding of a checkpoint; strict without one.
 
     Raises:
         ConfigError: Unknown name, or values outside their range.
     """
     if isinstance(decoding, DecodingConfig):
         return decoding
-    unknown = ConfigError(
-        f"Unknown decoder {str(decoding)[:LONGEST_NAME]!r}; choose from {names_help()}. One of another package needs "
-        "--discover_packages_path."
-    )
     if not isinstance(decoding, str) or len(decoding) > LONGEST_NAME:
-        raise unknown
+        raise _unknown(decoding)
+    return _parse(decoding, ceed)
+
+
+@lru_cache(maxsize=256)  # a robot asks for the same name with every chunk
+def _parse(decoding: str, ceed: DecodingConfig) -> DecodingConfig:
     head, *parts = decoding.split("_")
     changes: dict[str, Any] = {}
     if parts and parts[-1] in _GUESSES and head != "ar":
@@ -59,7 +62,7 @@ def named_config(decoding: str | DecodingConfig, ceed: DecodingConfig) -> Decodi
     for part in parts:
         found = match_exit(part)
         if found is None:
-            raise unknown
+            raise _unknown(decoding)
         entry, options = found
         changes["watch"] = "executed"
         if entry.make.field:
@@ -67,9 +70,16 @@ def named_config(decoding: str | DecodingConfig, ceed: DecodingConfig) -> Decodi
         else:
             changes["exits"] = (*changes.get("exits", ()), part)
     if not changes:
-        raise unknown
+        raise _unknown(decoding)
     try:
         return DecodingConfig(**changes)
     except ConfigError as error:
         reason = str(error).replace("max_iterations", "its cap K").replace("confidence", "its confidence P")
         raise ConfigError(f"Decoder {decoding!r}: {reason}") from error
+
+
+def _unknown(decoding: object) -> ConfigError:
+    return ConfigError(
+        f"Unknown decoder {str(decoding)[:LONGEST_NAME]!r}; choose from {names_help()}. One of another package needs "
+        "--discover_packages_path."
+    )

@@ -24,6 +24,7 @@ from ceed_vla.fields import short
 from ceed_vla.files import saving
 from ceed_vla.lora import merge
 from ceed_vla.processor_steps import PROCESSOR_FILES, check_processors
+from ceed_vla.real_time import continuation
 from ceed_vla.supervision import teacher_loss
 from ceed_vla.weights import WEIGHTS, Header, load_weights, save_weights
 
@@ -247,19 +248,54 @@ class CeedVLAPolicy(PreTrainedPolicy):
         """
         return self.backbone.check_observation(batch)
 
+    def supports_rtc(self) -> bool:
+        """Whether a chunk can continue what is left of the one before: where tokens have a fixed length."""
+        return self.tokenizer.tokens_per_step is not None
+
     @torch.no_grad()
-    def predict_action_chunk(self, batch: dict[str, Tensor], **_: Any) -> Tensor:
-        """Actions (B, m, A) in the environment's units; warm-started from the chunk of the last call."""
+    def predict_action_chunk(  # type: ignore[override]
+        self,
+        batch: dict[str, Tensor],
+        inference_delay: int | None = None,
+        prev_chunk_left_over: Tensor | None = None,
+    ) -> Tensor:
+        """Actions (B, m, A) in the environment's units, of the configured decoding.
+
+        Warm-started from the chunk of the last call, whose ``n_action_steps`` have been executed; or from what is left
+        of the running one, as LeRobot's real-time chunking gives it (`ceed_vla.real_time`): then step 0 is the next
+        that the robot takes, and the steps of the delay stay what they were.
+
+        Args:
+            batch: What the pre-processor returned.
+            inference_delay: Steps that the robot takes while this chunk is decoded; only read with a left-over.
+            prev_chunk_left_over: Actions (T, A) or (B, T, A) of an earlier call that were not executed.
+
+        Raises:
+            ConfigError: A left-over and tokens of variable length, or no number of steps.
+            TokenError: A left-over of another shape, or not finite.
+        """
         rows = self.check_observation(batch)
-        if self._previous is not None and self._previous.shape[0] != rows:
-            self._previous = None
-        result = self.decode(batch, self.config.decode_with, previous=self._previous)
+        delay = 0 if inference_delay is None else inference_delay
+        previous, frozen, shift, executed = self._previous, None, None, None
+        if prev_chunk_left_over is not None:
+            previous, frozen = continuation(self.tokenizer, prev_chunk_left_over, delay, rows)
+            shift, executed = 0, min(max(self.config.n_action_steps, delay), self.config.chunk_size)
+        elif previous is not None and previous.shape[0] != rows:
+            previous = None
+        result = self.decode(
+            batch,
+            self.config.decode_with,
+            previous=previous,
+            shift_steps=shift,
+            executed_steps=executed,
+            frozen=frozen,
+        )
         self._previous = result.tokens
         assert result.actions is not None
         return result.actions
 
     @torch.no_grad()
-    def select_action(self, batch: dict[str, Tensor], **_: Any) -> Tensor:
+    def select_action(self, batch: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
         """The next action (B, A); decodes a new chunk every ``n_action_steps`` calls."""
         if self._action_queue and self._action_queue[0].shape[0] != self.check_observation(batch):
             self.reset()  # another number of environments

@@ -1,0 +1,56 @@
+"""Real-time chunking for policies that write tokens: what is left of the running chunk begins the next one.
+
+Flow policies are guided towards the left-over (arXiv 2506.07339); a causal one continues it exactly. Its first
+steps, which the robot executes while the next chunk is decoded, are frozen tokens; the others are a warm start.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.fields import short
+from ceed_vla.tensors import is_plain
+from ceed_vla.tokens.base import ActionTokens
+
+
+def continuation(tokens: ActionTokens, left_over: Tensor, delay: int, rows: int) -> tuple[Tensor | None, Tensor | None]:
+    """What the left-over of a chunk says about the next one.
+
+    Args:
+        tokens: The action vocabulary.
+        left_over: Actions (T, A) or (B, T, A), as `predict_action_chunk` returned them, that were not executed yet.
+            Rows of zeros at their end are LeRobot's filling, which is neither frozen nor a guess.
+        delay: Steps that the robot executes before the new chunk is ready.
+        rows: Rows ``B`` of the observation.
+
+    Returns:
+        The chunk before, from the next step on, (B, n) with its last step repeated, and frozen tokens (B, k * A); None
+        where nothing is left or nothing must stay.
+
+    Raises:
+        ConfigError: A delay that is no number of steps, or tokens of variable length.
+        TokenError: No actions, of another shape, or not finite.
+    """
+    if type(delay) is not int or delay < 0:
+        raise ConfigError(f"inference_delay is {short(delay)}; it must be a number of steps, 0 or more.")
+    if tokens.tokens_per_step is None:
+        raise ConfigError("Tokens of variable length belong to no step, so no chunk can continue another one's steps.")
+    m, dim = tokens.chunk_steps, tokens.action_dim
+    shape = tuple(left_over.shape) if isinstance(left_over, Tensor) and is_plain(left_over) else None
+    if shape is None or len(shape) not in (2, 3) or shape[-1] != dim or shape[:-2] not in ((), (1,), (rows,)):
+        raise TokenError(
+            f"prev_chunk_left_over is {shape or type(left_over).__name__}; expected actions (T, {dim}) or "
+            f"({rows}, T, {dim})."
+        )
+    actions = left_over if len(shape) == 3 else left_over.unsqueeze(0)
+    actions = actions[:, :m].expand(rows, -1, -1)
+    given = (actions != 0).any(-1).any(0).nonzero()  # steps that are not filling
+    if not len(given):
+        return None, None
+    left = int(given[-1]) + 1
+    last = actions[:, left - 1 : left].expand(-1, m - left, -1)
+    chunk = tokens.encode(torch.cat([actions[:, :left], last], dim=1))  # (B, n)
+    frozen = min(delay, left, m - 1)
+    return chunk, chunk[:, : frozen * tokens.tokens_per_step] if frozen else None

@@ -1,0 +1,95 @@
+"""Real-time chunking as LeRobot asks for it: what is left of the running chunk begins the next one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lerobot.rollout.inference.rtc import supports_rtc_inference
+
+from ceed_vla import CeedVLAPolicy
+from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.real_time import continuation
+
+A, M = 7, 4  # of the tiny policy
+
+
+@pytest.fixture
+def chunk(policy: CeedVLAPolicy, batch: Any) -> torch.Tensor:
+    """Actions (2, 4, 7) that the policy does not choose by itself."""
+    tokens = policy.decode(batch, "ar").tokens
+    return policy.tokenizer.decode((tokens + 5) % policy.tokenizer.vocabulary_size)
+
+
+def test_lerobots_engine_takes_the_policy(policy: CeedVLAPolicy) -> None:
+    assert supports_rtc_inference(policy)
+
+
+@pytest.mark.parametrize("delay", range(4))
+def test_the_left_over_is_continued(policy: CeedVLAPolicy, batch: Any, chunk: torch.Tensor, delay: int) -> None:
+    left = chunk[:, 1:]  # one step was executed
+    actions = policy.predict_action_chunk(batch, inference_delay=delay, prev_chunk_left_over=left)
+    assert torch.equal(actions[:, :delay], left[:, :delay])
+    frozen = policy.tokenizer.encode(chunk)[:, A : A * (1 + delay)] if delay else None
+    expected = policy.decode(batch, "ar", frozen=frozen).actions
+    policy.config.decode_with = "jacobi"
+    exact = policy.predict_action_chunk(batch, inference_delay=delay, prev_chunk_left_over=left)
+    assert expected is not None
+    assert torch.equal(exact, expected)
+
+
+def test_the_left_over_is_the_warm_start(policy: CeedVLAPolicy, chunk: torch.Tensor) -> None:
+    tokens = policy.tokenizer.encode(chunk)
+    previous, frozen = continuation(policy.tokenizer, chunk[:, 1:], 2, 2)
+    assert previous is not None
+    assert frozen is not None
+    assert torch.equal(previous, torch.cat([tokens[:, A:], tokens[:, -A:]], dim=1))
+    assert torch.equal(frozen, tokens[:, A : 3 * A])
+    one_row, _ = continuation(policy.tokenizer, chunk[0, 1:], 0, 2)
+    assert one_row is not None
+    assert torch.equal(one_row, previous[:1].expand(2, -1))
+
+
+def test_lerobots_filling_is_no_action(policy: CeedVLAPolicy, chunk: torch.Tensor) -> None:
+    filled = torch.cat([chunk[:, 2:], torch.zeros(2, 8, A)], dim=1)  # to its execution horizon
+    previous, frozen = continuation(policy.tokenizer, filled, 3, 2)
+    again, same = continuation(policy.tokenizer, chunk[:, 2:], 3, 2)
+    assert previous is not None
+    assert again is not None
+    assert frozen is not None
+    assert same is not None
+    assert torch.equal(previous, again)
+    assert torch.equal(frozen, same)
+    assert frozen.shape == (2, 2 * A)  # two steps are left, whatever the delay
+    assert continuation(policy.tokenizer, torch.zeros(10, A), 3, 2) == (None, None)
+    assert continuation(policy.tokenizer, torch.zeros(0, A), 3, 2) == (None, None)
+
+
+def test_a_whole_chunk_cannot_be_frozen(policy: CeedVLAPolicy, batch: Any, chunk: torch.Tensor) -> None:
+    actions = policy.predict_action_chunk(batch, inference_delay=50, prev_chunk_left_over=chunk)
+    assert torch.equal(actions[:, : M - 1], chunk[:, : M - 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inference_delay": -1}, "inference_delay"),
+        ({"inference_delay": 1.5}, "inference_delay"),
+        ({"prev_chunk_left_over": torch.zeros(3, 6)}, "prev_chunk_left_over"),
+        ({"prev_chunk_left_over": torch.ones(3, 2, A)}, "prev_chunk_left_over"),
+        ({"prev_chunk_left_over": [[0.0] * A]}, "prev_chunk_left_over"),
+        ({"prev_chunk_left_over": torch.full((3, A), torch.nan)}, "NaN|finite"),
+    ],
+)
+def test_a_wrong_left_over_is_named(policy: CeedVLAPolicy, batch: Any, change: Any, message: str) -> None:
+    given = {"inference_delay": 1, "prev_chunk_left_over": torch.ones(3, A), **change}
+    with pytest.raises((ConfigError, TokenError), match=message):
+        policy.predict_action_chunk(batch, **given)
+
+
+def test_unknown_arguments_are_refused(policy: CeedVLAPolicy, batch: Any) -> None:
+    with pytest.raises(TypeError, match="noise"):
+        policy.predict_action_chunk(batch, noise=None)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="noise"):
+        policy.select_action(batch, noise=None)  # type: ignore[call-arg]

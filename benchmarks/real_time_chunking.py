@@ -4,19 +4,22 @@
 
 Time is the simulator's: a chunk is ready a given number of control steps after its observation, whatever this machine
 needs for it. `sync` holds the arm meanwhile, as `--inference.type=sync` does; `rtc` goes on with LeRobot's own
-`ActionQueue` and hands over what `--inference.type=rtc --inference.queue_threshold=<m - h>` does. The seam is the
-largest joint step [rad] of the command where a new chunk takes over, over the largest inside chunks.
+`ActionQueue` and hands over what `--inference.type=rtc --inference.queue_threshold=<left>` does: a new chunk is asked
+for as soon as that many actions are left. The seam is the largest joint step [rad] of the command where a new chunk
+takes over, over the largest inside chunks.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import Any
 
 import numpy as np
 import torch
 from lerobot.policies.rtc import ActionQueue
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
+from lerobot.rollout.inference import RTCInferenceConfig
 from lerobot.rollout.inference.rtc import _normalize_prev_actions_length
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -36,14 +39,13 @@ class Driver:
         bundle: Policy and processors.
         delay: Control steps from an observation to its chunk.
         real_time: Whether the arm goes on meanwhile.
+        threshold: Actions that are left when the next chunk is asked for.
     """
 
-    def __init__(self, bundle: Bundle, delay: int, real_time: bool) -> None:
+    def __init__(self, bundle: Bundle, delay: int, real_time: bool, threshold: int) -> None:
         self.policy, self.pre, self.post = bundle
         self.delay, self.real_time = delay, real_time
-        config = self.policy.config
-        self.horizon = RTCConfig().execution_horizon
-        self.threshold = config.chunk_size - config.n_action_steps if real_time else 0
+        self.horizon, self.threshold = RTCConfig().execution_horizon, threshold if real_time else 0
         self.seams: list[float] = []
         self.inside: list[float] = []
 
@@ -90,7 +92,9 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=40)
     parser.add_argument("--seed", type=int, default=VALIDATION_SEED)
     parser.add_argument("--delays", type=int, nargs="+", default=list(DELAYS))
+    parser.add_argument("--queue_threshold", type=int, default=RTCInferenceConfig().queue_threshold)
     options = parser.parse_args()
+    logging.getLogger(ActionQueue.__module__).setLevel(logging.ERROR)  # it warns when its first chunk came late
     config = mixed_tabletop()
     bundle: Any = joined(load(options.policy_path), config)
     env = Environment(config)
@@ -100,14 +104,16 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for delay in options.delays:
         for real_time in (False, True):
-            driver = Driver(bundle, delay, real_time)
+            driver = Driver(bundle, delay, real_time, options.queue_threshold)
             name = "rtc" if real_time else "sync"
             solved = sum(driver.episode(env, seed) for seed in tqdm(seeds, desc=f"{name} {delay}", leave=False))
             low, high = wilson_interval(solved, len(seeds))
             parts = []
             for level in (100, 95):
-                seam, inside = (float(np.percentile(steps, level)) for steps in (driver.seams, driver.inside))
-                parts.append(f"{seam:.4f} / {inside:.4f} | {seam / inside:.2f}")
+                seam, inside = (
+                    float(np.percentile(steps, level)) if steps else np.nan for steps in (driver.seams, driver.inside)
+                )
+                parts.append(f"{seam:.3f} / {inside:.3f} | {seam / inside:.2f}")
             print(f"| {delay} | {name} | {solved} | {low:.0%}-{high:.0%} | {' | '.join(parts)} |", flush=True)
 
 

@@ -309,6 +309,12 @@ class CeedVLAPolicy(PreTrainedPolicy):
     def get_optim_params(self) -> list[torch.nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
 
+    def _get_default_peft_targets(self) -> dict[str, Any]:
+        """What LeRobot's ``--peft.*`` adapts: the linear layers that distillation trains."""
+        learning = set(self.backbone.distillation_parameters())
+        linear = (name for name, module in self.backbone.named_modules() if isinstance(module, torch.nn.Linear))
+        return {"target_modules": [f"backbone.{name}" for name in linear if f"{name}.weight" in learning]}
+
     def forward(self, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
         """Loss of the teacher and its parts; see `ceed_vla.supervision.teacher_loss`."""
         return teacher_loss(self, batch, reduction)

@@ -1,0 +1,100 @@
+"""The simulated arm as a LeRobot robot, for `lerobot-rollout`: one control step a tick, held where no action comes.
+
+PYTHONPATH=examples lerobot-rollout --discover_packages_path=simulated_robot --robot.type=simulated_arm \
+  --policy.path=ceed_vla/pretrained/student --task="put the red cube in the bin" --inference.type=rtc
+
+A robot plugin is a package: LeRobot imports it, and looks in it for the class that the configuration is named after.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from lerobot.robots import Robot, RobotConfig
+
+from sim.environment import VALIDATION_SEED, Environment
+from sim.tabletop.lerobot_env import CeedTabletopEnv
+
+STATE = [f"state_{i}.pos" for i in range(14)]  # LeRobot takes numbers named .pos or .vel only
+ACTION = [f"{name}.pos" for name in ("x", "y", "z", "roll", "pitch", "yaw", "gripper")]
+
+
+@RobotConfig.register_subclass("simulated_arm")
+@dataclass
+class SimulatedArmConfig(RobotConfig):
+    """The scene.
+
+    Attributes:
+        seed: Of the episode.
+        family: Task family.
+    """
+
+    seed: int = VALIDATION_SEED
+    family: str = "cube_in_bin"
+
+
+class SimulatedArm(Robot):
+    """Says at the end how the episode went, as its own judge."""
+
+    config_class = SimulatedArmConfig
+    name = "simulated_arm"
+
+    def __init__(self, config: SimulatedArmConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        self._env: Environment | None = None
+        self._steps, self._solved, self._idle = 0, 0, False
+
+    @property
+    def observation_features(self) -> dict[str, Any]:
+        return {**dict.fromkeys(STATE, float), "front": (96, 96, 3), "wrist": (96, 96, 3)}
+
+    @property
+    def action_features(self) -> dict[str, Any]:
+        return dict.fromkeys(ACTION, float)
+
+    @property
+    def is_connected(self) -> bool:
+        return self._env is not None
+
+    def connect(self, calibrate: bool = True) -> None:
+        self._env = Environment(CeedTabletopEnv(task=self.config.family))
+        self._env.reset(self.config.seed)
+        print(f"The episode's instruction: {self._env.instruction}")
+
+    @property
+    def is_calibrated(self) -> bool:
+        return True
+
+    def calibrate(self) -> None:
+        """Nothing to do: a simulated arm knows where it is."""
+
+    def configure(self) -> None:
+        """Nothing to do."""
+
+    def get_observation(self) -> dict[str, Any]:
+        assert self._env is not None
+        if self._idle:  # time goes on
+            self._advance(self._env.hold_action())
+        self._idle = True
+        seen = self._env.observe()
+        return {**dict(zip(STATE, seen["agent_pos"].tolist(), strict=True)), **seen["pixels"]}
+
+    def send_action(self, action: dict[str, Any]) -> dict[str, Any]:
+        self._advance(np.array([float(action[name]) for name in ACTION], dtype=np.float32))
+        self._idle = False
+        return action
+
+    def disconnect(self) -> None:
+        if self._env is not None:
+            print(
+                f"Solved after {self._solved} control steps." if self._solved else f"{self._steps} steps, not solved."
+            )
+            self._env.close()
+        self._env = None
+
+    def _advance(self, action: np.ndarray) -> None:
+        assert self._env is not None
+        self._steps += 1
+        if self._env.advance(action) and not self._solved:
+            self._solved = self._steps

@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,16 @@ class ImageReader:
             episode = int(np.searchsorted(self.first, part, side="right")) - 1
             times = (float(starts[episode]) + t for t in self.times[part:after].tolist())
             file = _video_file(self.info, camera, *files[episode].tolist())
-            images = decode_video_frames(file, list(times), VIDEO_TOLERANCE, return_uint8=True)  # (W, 3, H, W)
+            images = decode_video_frames(file, list(times), VIDEO_TOLERANCE, _video_backend(), return_uint8=True)
             yield from images.permute(0, 2, 3, 1).numpy()
+
+
+@cache
+def _video_backend() -> str:
+    """LeRobot's choice, made once: where torchcodec cannot be loaded, every try takes time and logs a traceback."""
+    from lerobot.datasets.video_utils import get_safe_default_video_backend
+
+    return str(get_safe_default_video_backend())
 
 
 def _video_file(info: Info, camera: str, chunk: int, file: int) -> Path:
@@ -144,8 +153,10 @@ def _video_places(info: Info, camera: str) -> tuple[NDArray[np.int64], NDArray[n
                 f"{info.root}/meta/episodes: {camera} has no place {place[0]}/{place[1]} at {place[2]} s."
             )
     places = np.stack([chunk, file], axis=1).astype(np.int64)
-    names = [_video_file(info, camera, *place) for place in np.unique(places, axis=0).tolist()]
-    missing = [name for name in names if not name.is_file()]
+    videos = [_video_file(info, camera, *place) for place in np.unique(places, axis=0).tolist()]
+    missing = [video for video in videos if not video.is_file()]
     if missing:
-        raise DatasetError(f"There is no video {missing[0]} ({len(missing)} of {len(names)} are missing); copy it too.")
+        raise DatasetError(
+            f"There is no video {missing[0]} ({len(missing)} of {len(videos)} are missing); copy it too."
+        )
     return places, start.astype(np.float64)

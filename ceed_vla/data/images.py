@@ -61,6 +61,7 @@ class ImageReader:
                 sizes = [parts.row_group(group).num_rows for group in range(parts.num_row_groups)]
                 start = self.parts[-1][1][-1] if self.parts else 0
                 self.parts.append((file, start + np.cumsum([0, *sizes])))
+        self.ends = np.array([edges[-1] for _, edges in self.parts])
 
     def read(self, camera: str, first: int, end: int) -> Iterator[Image8]:
         """Images (H, W, 3) of the frames [first, end), which are edges of windows.
@@ -94,7 +95,7 @@ class ImageReader:
             return np.asarray(image.convert("RGB"))
 
         with ThreadPoolExecutor(2) as pool:
-            for file, edges in self.parts:
+            for file, edges in self.parts[int(np.searchsorted(self.ends, first, side="right")) :]:
                 groups = np.flatnonzero((edges[:-1] < end) & (edges[1:] > first)).tolist()
                 if not groups:
                     continue

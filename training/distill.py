@@ -137,12 +137,8 @@ class DistillRun(Run):
 
     def _data(self, student: Any, pre: Any) -> DistillData:
         config, chosen = self.config, self.config.trajectories
-        sizes = {
-            "eval_frames": config.eval_frames,
-            "delta_quantile": config.delta_quantile,
-            "streaming": config.streaming,
-            "seed": config.seed,
-        }
+        names = ("eval_frames", "delta_quantile", "streaming", "seed")
+        sizes = {name: getattr(config, name) for name in names}
         stored = config.states == "stored"
         if chosen.online:
             decode = self.objective.decode_teacher

@@ -98,9 +98,9 @@ class DistillData:
 
     def draw(self, size: int, random: np.random.Generator, step: int) -> NDArray[np.int64]:
         """Rows of a step's batch, grouped by data set: so are those of any part of it."""
-        if self.windows is None:
-            return self._by_store(random.choice(self.rows, size=size))
-        return self._by_store(self.windows.draw(random, size, step * size))
+        windows = self.windows
+        rows = windows.draw(random, size, step * size) if windows else random.choice(self.rows, size=size)
+        return self._by_store(rows)
 
     def _by_store(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return rows[np.argsort(self.root[rows], kind="stable")]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ceed_vla.data.frame_stream import open_windows
 from ceed_vla.data.frames import FrameStore
 
 
@@ -53,19 +53,17 @@ class SlidingWindows:
         return found if self.rows is None else self.rows[found]
 
 
-def frame_windows(store: FrameStore, share: float, seed: int) -> SlidingWindows | None:
-    """Windows of a streamed set's frames, which get a `share` of a batch and of the memory; None: all may be drawn."""
-    return _if_needed(store.edges, int(share * open_windows(store.streamed)), seed) if store.streamed else None
+def sliding(
+    edges: NDArray[np.int64], most: float, seed: int, rows: NDArray[np.int64] | None = None
+) -> SlidingWindows | None:
+    """None if `most` windows are all: then it is drawn from all rows at any time, streamed or not."""
+    return SlidingWindows(edges, max(1, int(most)), seed, rows) if most < len(edges) - 1 else None
 
 
 def row_windows(
-    stores: Sequence[FrameStore],
-    root: NDArray[np.int64],
-    frame: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    seed: int,
+    stores: Sequence[FrameStore], root: NDArray[np.int64], frame: NDArray[np.int64], rows: NDArray[np.int64], seed: int
 ) -> SlidingWindows | None:
-    """Windows of `rows` (R,) of a table over several data sets; None: all may be drawn.
+    """Windows of `rows` (R,) of a table over several data sets; None as of `sliding`.
 
     Args:
         stores: The data sets.
@@ -74,8 +72,8 @@ def row_windows(
         rows: Those that may be drawn.
         seed: Seed of the order.
     """
-    memory = [open_windows(store.streamed) for store in stores if store.streamed]
-    if not memory:
+    most = min(store.together for store in stores)
+    if math.isinf(most):
         return None
     rows = rows[np.lexsort((frame[rows], root[rows]))]
     window, seen = np.empty(len(rows), np.int64), 0
@@ -83,12 +81,4 @@ def row_windows(
         own = root[rows] == index
         window[own] = seen + np.searchsorted(store.edges, frame[rows[own]], side="right")
         seen += len(store.edges)
-    edges = np.append(np.flatnonzero(np.diff(window, prepend=-1)), len(rows))
-    return _if_needed(edges, min(memory), seed, rows)
-
-
-def _if_needed(
-    edges: NDArray[np.int64], most: int, seed: int, rows: NDArray[np.int64] | None = None
-) -> SlidingWindows | None:
-    """None if all windows fit: then it is drawn as from a decoded set."""
-    return SlidingWindows(edges, max(1, most), seed, rows) if most < len(edges) - 1 else None
+    return sliding(np.append(np.flatnonzero(np.diff(window, prepend=-1)), len(rows)), most, seed, rows)

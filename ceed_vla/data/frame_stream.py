@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,29 +30,6 @@ class StreamingConfig:
         check_fields(self, "streaming.")
 
 
-class _Windows:
-    """The decoded windows of this process that were used last; one for all data sets, so that their sum is bounded."""
-
-    def __init__(self) -> None:
-        self.held: OrderedDict[tuple[StreamedImages, int], NDArray[np.uint8]] = OrderedDict()
-        self.bytes = 0
-
-    def get(
-        self, key: tuple[StreamedImages, int], decode: Callable[[], NDArray[np.uint8]], most: float
-    ) -> NDArray[np.uint8]:
-        if key in self.held:
-            self.held.move_to_end(key)
-            return self.held[key]
-        images = decode()
-        self.held[key], self.bytes = images, self.bytes + images.nbytes
-        while self.bytes > most and len(self.held) > 1:
-            self.bytes -= self.held.popitem(last=False)[1].nbytes
-        return images
-
-
-_windows = _Windows()
-
-
 class StreamedImages:
     """Images of one camera (N, H, W, 3), read by index as an array is.
 
@@ -64,13 +40,13 @@ class StreamedImages:
 
     Attributes:
         shape: (N, H, W, 3).
-        edges: First frame of every window, and one past the last frame (W + 1,).
+        together: Windows, of all cameras, that fit in half of the memory; the rest is for what is read out of turn.
     """
 
     def __init__(self, reader: ImageReader, camera: str, memory: float) -> None:
         self.reader, self.camera, self.memory = reader, camera, memory
-        self.edges = reader.edges
-        self.shape = (int(self.edges[-1]), *reader.info.cameras[camera])
+        self.shape = (reader.info.frames, *reader.info.cameras[camera])
+        self.together = int(memory / 2 / WINDOW / sum(math.prod(shape) for shape in reader.info.cameras.values()))
 
     def __getitem__(self, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Images (B, H, W, 3) of the frames (B,).
@@ -79,21 +55,22 @@ class StreamedImages:
             DatasetError: Images that cannot be decoded, or have another size.
         """
         found = np.empty((len(frames), *self.shape[1:]), np.uint8)
-        windows = np.searchsorted(self.edges, frames, side="right") - 1
+        windows = np.searchsorted(self.reader.edges, frames, side="right") - 1
         for window in np.unique(windows).tolist():
             own = windows == window
-            found[own] = self._window(window)[frames[own] - self.edges[window]]
+            found[own] = self._window(window)[frames[own] - self.reader.edges[window]]
         return found
 
     def _window(self, window: int) -> NDArray[np.uint8]:
-        first, end = self.edges[window : window + 2].tolist()
-        return _windows.get(
-            (self, window), lambda: np.stack(list(self.reader.read(self.camera, first, end))), self.memory
-        )
+        key = (self, window)
+        if key not in _held:
+            first, end = self.reader.edges[window : window + 2].tolist()
+            _held[key] = np.stack(list(self.reader.read(self.camera, first, end)))
+            while len(_held) > 1 and sum(images.nbytes for images in _held.values()) > self.memory:
+                _held.popitem(last=False)
+        _held.move_to_end(key)
+        return _held[key]
 
 
-def open_windows(cameras: dict[str, StreamedImages]) -> int:
-    """Windows, all cameras of each, that fit in half of the memory: the other half is for what is read out of turn."""
-    frame = sum(math.prod(images.shape[1:]) for images in cameras.values())
-    memory = next(iter(cameras.values())).memory
-    return int(memory / 2 / (WINDOW * frame))
+# The windows of this process that were used last; of all data sets, so that their sum is bounded.
+_held: OrderedDict[tuple[StreamedImages, int], NDArray[np.uint8]] = OrderedDict()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ceed_vla.data.files import ACTION, ENVIRONMENT, STATE, Info, read_info, read_rows, read_tasks
 from ceed_vla.data.frame_cache import read_images
-from ceed_vla.data.frame_stream import StreamedImages, StreamingConfig, open_windows
+from ceed_vla.data.frame_stream import StreamedImages, StreamingConfig
 from ceed_vla.data.images import WINDOW, ImageReader, window_edges
 from ceed_vla.errors import DatasetError
 
@@ -73,9 +73,9 @@ class FrameStore:
         return sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
     @property
-    def streamed(self) -> dict[str, StreamedImages]:
-        """The images of a streamed set; none of one that is decoded into files."""
-        return {name: images for name, images in self.images.items() if isinstance(images, StreamedImages)}
+    def together(self) -> float:
+        """Windows from which a batch may be drawn; infinite unless the set is streamed."""
+        return min(getattr(images, "together", math.inf) for images in self.images.values())
 
     @property
     def edges(self) -> NDArray[np.int64]:
@@ -157,9 +157,9 @@ def _images(info: Info, rows: dict[str, NDArray[Any]], streaming: StreamingConfi
     if size <= streaming.above_gb:
         logger.info("%s, decoded into files; above streaming.above_gb = %g they are streamed", what, streaming.above_gb)
         return dict(read_images(info, rows))
-    reader, memory = ImageReader(info, rows), streaming.memory_gb * 1e9
-    streams = {camera: StreamedImages(reader, camera, memory) for camera in info.cameras}
-    together = open_windows(streams)
+    reader = ImageReader(info, rows)
+    streams = {camera: StreamedImages(reader, camera, streaming.memory_gb * 1e9) for camera in info.cameras}
+    together = next(iter(streams.values())).together
     if not together:
         raise DatasetError(
             f"{info.root}: {WINDOW} of its frames take {size / info.frames * WINDOW:.3g} GB decoded, of which half of "

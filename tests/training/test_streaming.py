@@ -77,9 +77,9 @@ def assert_same_batches(one: FrameStore, other: FrameStore) -> None:
 @pytest.mark.parametrize("memory_gb", [0.5, 0.0016])
 def test_batches_are_those_of_the_decoded_set(mixed: Path, memory_gb: float) -> None:
     streamed = open_dataset(mixed, streaming=StreamingConfig(above_gb=0, memory_gb=memory_gb))
-    assert streamed.streamed.keys() == {FRONT, WRIST}
     decoded = open_dataset(mixed)
-    assert not decoded.streamed
+    assert streamed.together == int(memory_gb * 1e9 / 2 / 32 / (2 * 64 * 64 * 3))
+    assert decoded.together == np.inf
     assert streamed.shapes == decoded.shapes
     assert streamed.digest == decoded.digest
     assert decoded.edges.tolist() == [0, 32, 64, 70, 102, 103, 108]
@@ -98,8 +98,7 @@ def test_memory_is_bounded(studio: Any) -> None:
     stores = [open_dataset(root, streaming=TWO_WINDOWS) for root in (studio.demo, studio.other)]
     for store in stores:
         store.batch(np.arange(len(store)), CHUNK)
-    held = frame_stream._windows
-    assert held.bytes == sum(window.nbytes for window in held.held.values()) <= TWO_WINDOWS.memory_gb * 1e9
+    assert sum(window.nbytes for window in frame_stream._held.values()) <= TWO_WINDOWS.memory_gb * 1e9
 
 
 def test_a_window_is_decoded_once_while_it_is_open(studio: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,17 +119,17 @@ def test_a_window_is_decoded_once_while_it_is_open(studio: Any, monkeypatch: pyt
 def test_the_size_decides(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     size = 50 * 2 * 96 * 96 * 3 / 1e9
     with caplog.at_level(logging.INFO):
-        assert open_dataset(copy, streaming=StreamingConfig(above_gb=0.99 * size)).streamed
+        assert open_dataset(copy, streaming=StreamingConfig(above_gb=0.99 * size)).together < np.inf
     assert "0.00276 GB of images, more than streaming.above_gb" in caplog.text
     assert "streamed; batches are drawn from" in caplog.text
     assert not (copy / ".frames").exists()
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        assert not open_dataset(copy, streaming=StreamingConfig(above_gb=size)).streamed
+        assert open_dataset(copy, streaming=StreamingConfig(above_gb=size)).together == np.inf
     assert "decoded into files" in caplog.text
     later = open_dataset(copy, decode=False)
     later.decode(ALL)
-    assert later.streamed.keys() == {FRONT, WRIST}
+    assert all(isinstance(images, StreamedImages) for images in later.images.values())
 
 
 @pytest.mark.parametrize("settings", [{"above_gb": -1}, {"memory_gb": 0}, {"above_gb": float("nan")}])

@@ -39,7 +39,7 @@ class CeedVLAConfig(PreTrainedConfig):
     `n_action_steps`. `backbone` names the model and its sizes.
 
     Attributes:
-        chunk_size: Steps ``m`` of one action chunk; with "uniform" tokens a block has ``n = m * A`` tokens.
+        chunk_size: Steps ``m`` of a chunk; "uniform" tokens: ``n = m * A``.
         n_action_steps: Steps ``h <= m`` executed before the next replan.
         backbone: The model.
         action_tokens: How actions become tokens.

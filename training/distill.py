@@ -137,7 +137,8 @@ class DistillRun(Run):
 
     def _data(self, student: Any, pre: Any) -> DistillData:
         config, chosen = self.config, self.config.trajectories
-        sizes = {"eval_frames": config.eval_frames, "delta_quantile": config.delta_quantile}
+        names = ("eval_frames", "delta_quantile", "streaming", "seed")
+        sizes = {name: getattr(config, name) for name in names}
         stored = config.states == "stored"
         if chosen.online:
             decode = self.objective.decode_teacher
@@ -151,7 +152,7 @@ class DistillRun(Run):
 
     def train_step(self) -> dict[str, float]:
         config, size = self.config, self.config.batch_size
-        rows = self.data.draw(size, np.random.default_rng([config.seed, self.step]))
+        rows = self.data.draw(size, np.random.default_rng([config.seed, self.step]), self.step)
         # Drawn for the whole batch: a row gets the same state however the batch is split.
         random = np.random.default_rng([config.seed, self.step, 1])
         draw = draw_states(self.policy, size, self.shares, config.max_updates, random)

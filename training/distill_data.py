@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ceed_vla.data.frame_stream import StreamingConfig
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import check_fields
@@ -20,6 +21,7 @@ from training.losses import chunk_distance, mixed_labels
 from training.mixture import check_compatible, check_fits, join_batches
 from training.settings import split_list
 from training.trajectories import are_those, describe, distinct_states, layout_of, read_trajectories
+from training.windows import row_windows
 
 # The teacher: (observation, guesses (B, n) or None) -> the fixed points (B, n) and, from guesses, all states (k, B, n).
 Decode = Callable[[dict[str, Any], Tensor | None], tuple[Tensor, Tensor | None]]
@@ -52,6 +54,7 @@ class DistillData:
         roots: Comma-separated data sets.
         policy: The student; gives vocabulary and chunk.
         pre: Its pre-processor.
+        streaming: Which of the data sets are streamed.
 
     Attributes:
         root: (N,) data set of every row.
@@ -67,9 +70,9 @@ class DistillData:
     root: NDArray[np.int64]
     frame: NDArray[np.int64]
 
-    def __init__(self, roots: str, policy: CeedVLAPolicy, pre: Any) -> None:
+    def __init__(self, roots: str, policy: CeedVLAPolicy, pre: Any, streaming: StreamingConfig | None = None) -> None:
         self.policy, self.pre = policy, pre
-        self.stores = [open_dataset(root) for root in split_list(roots)]
+        self.stores = [open_dataset(root, streaming=streaming) for root in split_list(roots)]
         if not self.stores:
             raise ConfigError("No data: set --roots to one or more recorded folders.")
         for store in self.stores:
@@ -79,7 +82,7 @@ class DistillData:
         check_compatible(self.stores)
         self.delta_max = float("inf")
 
-    def split(self, eval_frames: int) -> None:
+    def split(self, eval_frames: int, seed: int) -> None:
         """Hold out rows for measurements.
 
         Raises:
@@ -91,10 +94,13 @@ class DistillData:
             raise DatasetError(
                 f"There are {len(order)} frames, --eval_frames {eval_frames} of them held out; record more or lower it."
             )
+        self.windows = row_windows(self.stores, self.root, self.frame, self.rows, seed)
 
-    def draw(self, size: int, random: np.random.Generator) -> NDArray[np.int64]:
-        """Rows of a batch, grouped by data set: so are those of any part of it."""
-        return self._by_store(random.choice(self.rows, size=size))
+    def draw(self, size: int, random: np.random.Generator, step: int) -> NDArray[np.int64]:
+        """Rows of a step's batch, grouped by data set: so are those of any part of it."""
+        windows = self.windows
+        rows = windows.draw(random, size, step * size) if windows else random.choice(self.rows, size=size)
+        return self._by_store(rows)
 
     def _by_store(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return rows[np.argsort(self.root[rows], kind="stable")]
@@ -176,8 +182,10 @@ class StoredData(DistillData):
         *,
         eval_frames: int,
         delta_quantile: float,
+        streaming: StreamingConfig | None = None,
+        seed: int = 0,
     ) -> None:
-        super().__init__(roots, policy, pre)
+        super().__init__(roots, policy, pre, streaming)
         if not path:
             raise ConfigError(
                 "No trajectories: set --trajectories.path to their folder, or --trajectories.online=true."
@@ -195,7 +203,7 @@ class StoredData(DistillData):
                 f"{describe(self.stores)}; name the same folders, unchanged, in the same order."
             )
         self.root, self.frame = self.trajectories.root, self.trajectories.frame
-        self.split(eval_frames)
+        self.split(eval_frames, seed)
         self.delta_max = float(np.quantile(self.distances(self.rows), delta_quantile))
 
     def distances(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -246,13 +254,15 @@ class OnlineData(DistillData):
         teacher_states: bool,
         eval_frames: int,
         delta_quantile: float,
+        streaming: StreamingConfig | None = None,
+        seed: int = 0,
     ) -> None:
-        super().__init__(roots, policy, pre)
+        super().__init__(roots, policy, pre, streaming)
         self.decode, self.teacher_states = decode, teacher_states
         self.root = np.concatenate([np.full(len(s), i) for i, s in enumerate(self.stores)])
         self.frame = np.concatenate([np.arange(len(s)) for s in self.stores])
         self.episode = np.concatenate([s.episode for s in self.stores])
-        self.split(eval_frames)
+        self.split(eval_frames, seed)
         distances = []
         sample = self._by_store(self.rows[: 4 * eval_frames])
         for part in np.split(sample, range(eval_frames, len(sample), eval_frames)):

@@ -13,6 +13,7 @@ from torch import Tensor
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.data.frames import ACTION, STATE, FrameStore
 from ceed_vla.errors import DatasetError
+from training.windows import sliding
 
 
 class Mixture:
@@ -39,14 +40,18 @@ class Mixture:
         if len(shares) != len(stores) or not (shares >= 0).all() or not 0 < shares.sum() < np.inf:
             raise DatasetError(f"{len(shares)} weights for {len(stores)} data sets; give one positive number each.")
         self.shares = shares / shares.sum()
+        pairs = zip(stores, self.shares.tolist(), strict=True)
+        self.windows = [sliding(store.edges, share * store.together, seed) for store, share in pairs]
 
     def draw(self, size: int, step: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
         """A raw batch of `size` frames; of `world` processes, each loads its own part of the same draw."""
         random = np.random.default_rng([self.seed, step])
         counts = random.multinomial(size, self.shares)
         parts, seen = [], 0
-        for store, count in zip(self.stores, counts, strict=True):
-            frames = random.integers(len(store), size=count)[(rank - seen) % world :: world]
+        for store, count, share, windows in zip(self.stores, counts, self.shares, self.windows, strict=True):
+            drawn = step * size * share
+            frames = windows.draw(random, count, drawn) if windows else random.integers(len(store), size=count)
+            frames = frames[(rank - seen) % world :: world]
             seen += int(count)
             if len(frames):
                 parts.append(store.batch(frames, self.chunk_size))

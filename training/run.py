@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ceed_vla.checkpoints import save
 from ceed_vla.data.files import is_whole
+from ceed_vla.data.frame_stream import StreamingConfig
 from ceed_vla.devices import check_device
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, chosen, ranged
@@ -65,6 +66,7 @@ class RunConfig:
         seed: Seed of weights, batches and augmentation.
         threads: CPU threads; 0 leaves torch's default.
         max_clipped: Largest share of a dimension's actions far outside the policy's range.
+        streaming: Which data sets are decoded into files, and how much of the others is in memory.
         resume: Continue an interrupted run in `output_dir`.
     """
 
@@ -84,6 +86,7 @@ class RunConfig:
     seed: int = ranged(0, SEEDS)
     threads: int = ranged(0, THREADS)
     max_clipped: float = ranged(MOST_CLIPPED, SHARES)
+    streaming: StreamingConfig = field(default_factory=StreamingConfig)
     resume: bool = False
 
     def __post_init__(self) -> None:

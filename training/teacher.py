@@ -181,7 +181,7 @@ class TeacherRun(Run):
         check_clipping(policy.tokenizer, self.demonstrations, config.max_clipped)
         with self.accelerator.main_process_first():  # the first one decodes the images
             for store in (*self.demonstrations, *self.grounding):
-                store.decode()
+                store.decode(config.streaming)
         if config.lora.rank:
             attach(policy, config.lora)
         self.prepare(TeacherObjective(policy), policy, pre, post, weight_decay=config.weight_decay)
@@ -223,7 +223,7 @@ class TeacherRun(Run):
         roots = [root for of_round in self.takeovers for root in of_round]
         if roots:
             with self.accelerator.main_process_first():
-                takeovers = [open_dataset(root) for root in roots]
+                takeovers = [open_dataset(root, streaming=config.streaming) for root in roots]
             if self.demonstrations[0].environment_state is None:  # nor may it be in one batch with these
                 for store in takeovers:
                     store.environment_state = None

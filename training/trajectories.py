@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ceed_vla.checkpoints import load, weights_hash
+from ceed_vla.data.frame_stream import StreamingConfig
 from ceed_vla.data.frames import FrameStore, open_dataset
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.devices import check_device
@@ -69,6 +70,7 @@ class CollectConfig:
         seed: Seed of episodes and guesses.
         threads: CPU threads; 0 leaves torch's default.
         max_clipped: Largest share of a dimension's actions far outside the policy's range.
+        streaming: Which data sets are decoded into files, and how much of the others is in memory.
         resume: Skip shards that are complete; they are checked.
     """
 
@@ -86,6 +88,7 @@ class CollectConfig:
     seed: int = ranged(0, SEEDS)
     threads: int = ranged(0, THREADS)
     max_clipped: float = ranged(MOST_CLIPPED, SHARES)
+    streaming: StreamingConfig = field(default_factory=StreamingConfig)
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -150,7 +153,7 @@ def collect(config: CollectConfig) -> Path:
         )
     if steps % config.frame_stride:
         raise ConfigError(f"frame_stride {config.frame_stride} does not divide n_action_steps = {steps}.")
-    stores = [open_dataset(root) for root in split_list(config.roots)]
+    stores = [open_dataset(root, streaming=config.streaming) for root in split_list(config.roots)]
     if not stores:
         raise ConfigError("No data: set --roots to one or more recorded folders.")
     for store in stores:

@@ -187,14 +187,15 @@ def read_rows(info: Info, vectors: Sequence[str]) -> dict[str, NDArray[Any]]:
     wanted = {**shapes, **{name: info.vectors[name] for name in vectors}}
     files = data_files(root)
     with readable(f"{root}: a data file", remedy):
-        opened = [open_parquet(file, wanted) for file in files]
-        rows, size = sum(f.metadata.num_rows for f in opened), sum(file.stat().st_size for file in files)
+        # One file open at a time: a system allows a thousand or so.
+        rows = sum(open_parquet(file, wanted).metadata.num_rows for file in files)
+        size = sum(file.stat().st_size for file in files)
         if rows != info.frames or rows > size:  # a row takes more than a byte
             raise DatasetError(
                 f"{root}: the data files hold {rows} frames in {size} bytes, meta/info.json says {info.frames} frames; "
                 f"{remedy}."
             )
-        tables = [file.read(columns=list(wanted)) for file in opened]
+        tables = [pq.ParquetFile(file).read(columns=list(wanted)) for file in files]
         columns = {name: pa.chunked_array([c for t in tables for c in t[name].chunks]) for name in wanted}
     arrays = {name: numbers(columns[name], shape, f"{root}: {name}") for name, shape in wanted.items()}
     for name in ("index", "episode_index", "task_index"):

@@ -1,7 +1,9 @@
-"""LeRobotDatasets as arrays: read and checked once, images as memory maps, then read by index."""
+"""LeRobotDatasets as arrays: read and checked once, images as memory maps or streamed, then read by index."""
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -12,11 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ceed_vla.data.files import ACTION, ENVIRONMENT, STATE, read_info, read_rows, read_tasks
+from ceed_vla.data.files import ACTION, ENVIRONMENT, STATE, Info, read_info, read_rows, read_tasks
 from ceed_vla.data.frame_cache import read_images
+from ceed_vla.data.frame_stream import StreamedImages, StreamingConfig
+from ceed_vla.data.images import WINDOW, ImageReader, window_edges
 from ceed_vla.errors import DatasetError
 
 __all__ = ["ACTION", "ENVIRONMENT", "STATE", "FrameStore", "open_dataset", "read_chunks"]
+
+logger = logging.getLogger(__name__)
+
+Images = NDArray[np.uint8] | StreamedImages
 
 
 @dataclass
@@ -25,7 +33,7 @@ class FrameStore:
 
     Attributes:
         root: The data set's folder.
-        images: Camera feature -> (N, H, W, 3) uint8, memory-mapped.
+        images: Camera feature -> (N, H, W, 3) uint8, memory-mapped or streamed.
         state: (N, D) float32.
         action: (N, A) float32, None for an action-free set.
         environment_state: (N, E) float32 or None.
@@ -38,7 +46,7 @@ class FrameStore:
     """
 
     root: Path
-    images: dict[str, NDArray[np.uint8]]
+    images: dict[str, Images]
     state: NDArray[np.float32]
     action: NDArray[np.float32] | None
     environment_state: NDArray[np.float32] | None
@@ -64,10 +72,20 @@ class FrameStore:
         arrays = [array for array in (self.state, self.action) if array is not None]
         return sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
-    def decode(self) -> None:
+    @property
+    def together(self) -> float:
+        """Windows from which a batch may be drawn; infinite unless the set is streamed."""
+        return min(getattr(images, "together", math.inf) for images in self.images.values())
+
+    @property
+    def edges(self) -> NDArray[np.int64]:
+        """First frame of every window that is decoded together, and one past the last frame (W + 1,)."""
+        return window_edges(self.episode)
+
+    def decode(self, streaming: StreamingConfig | None = None) -> None:
         """Read the images of a set that was opened without them."""
         info = read_info(self.root)
-        self.images = read_images(info, read_rows(info, []))
+        self.images = _images(info, read_rows(info, []), streaming or StreamingConfig())
 
     def batch(self, frames: NDArray[np.int64], chunk_size: int) -> dict[str, Any]:
         """Raw batch (before the pre-processor) of the given frames.
@@ -132,12 +150,38 @@ def read_chunks(root: str | Path, chunk_size: int) -> Tensor:
     return torch.from_numpy(rows[ACTION][np.minimum(steps, last[:, None])])
 
 
-def open_dataset(root: str | Path, *, decode: bool = True) -> FrameStore:
-    """Read a LeRobotDataset v3 from a local folder; images are decoded once into ``<root>/.frames``.
+def _images(info: Info, rows: dict[str, NDArray[Any]], streaming: StreamingConfig) -> dict[str, Images]:
+    """Maps of the decoded images, or streams where these would be larger than allowed."""
+    size = info.frames * sum(math.prod(shape) for shape in info.cameras.values()) / 1e9
+    what = f"{info.root}: {info.frames} frames, {size:.3g} GB of images"
+    if size <= streaming.above_gb:
+        logger.info("%s, decoded into files; above streaming.above_gb = %g they are streamed", what, streaming.above_gb)
+        return dict(read_images(info, rows))
+    reader = ImageReader(info, rows)
+    streams = {camera: StreamedImages(reader, camera, streaming.memory_gb * 1e9) for camera in info.cameras}
+    together = next(iter(streams.values())).together
+    if not together:
+        raise DatasetError(
+            f"{info.root}: {WINDOW} of its frames take {size / info.frames * WINDOW:.3g} GB decoded, of which half of "
+            f"streaming.memory_gb = {streaming.memory_gb:g} holds none; raise it to ten times that or more."
+        )
+    for images in streams.values():
+        images[np.zeros(1, np.int64)]  # what cannot be decoded at all is an error now
+    logger.info(
+        "%s, more than streaming.above_gb = %g: streamed; batches are drawn from %d windows of %d frames "
+        "at a time (streaming.memory_gb = %g)",
+        what, streaming.above_gb, together, WINDOW, streaming.memory_gb,
+    )  # fmt: skip
+    return dict(streams)
+
+
+def open_dataset(root: str | Path, *, decode: bool = True, streaming: StreamingConfig | None = None) -> FrameStore:
+    """Read a LeRobotDataset v3 from a local folder.
 
     Args:
         root: The folder.
         decode: False leaves images black, in their shapes, until `FrameStore.decode`.
+        streaming: Up to which size images are decoded once into ``<root>/.frames``; larger sets are streamed.
 
     Raises:
         DatasetError: The folder holds no readable data set, or one without camera, state or instruction.
@@ -149,11 +193,13 @@ def open_dataset(root: str | Path, *, decode: bool = True) -> FrameStore:
         raise DatasetError(f"{root}: the data set has no camera; it has {info.names}.")
     rows = read_rows(info, list(info.vectors))
     episode, task = rows["episode_index"], rows["task_index"]
-    black = {name: np.broadcast_to(np.uint8(0), (info.frames, *shape)) for name, shape in info.cameras.items()}
+    black: dict[str, Images] = {
+        name: np.broadcast_to(np.uint8(0), (info.frames, *shape)) for name, shape in info.cameras.items()
+    }
     return FrameStore(
         root=info.root,
         tasks=read_tasks(info.root, task),
-        images=read_images(info, rows) if decode else black,
+        images=_images(info, rows, streaming or StreamingConfig()) if decode else black,
         state=rows[STATE],
         action=rows.get(ACTION),
         environment_state=rows.get(ENVIRONMENT),

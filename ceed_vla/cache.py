@@ -8,13 +8,19 @@ internals.
 
 `write` always starts at ``length`` and does not advance it, so tokens that a Jacobi iteration rejects are
 simply overwritten by the next one. What has not passed the last layer cannot be committed.
+
+Eager code reads a cache as far as it is written (`KVCache`, `TransformersCache`). Compiled code needs shapes that never
+change: it reads all of a `StaticCache`, under a mask, and is told the position by a tensor.
 """
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from ceed_vla.errors import ConfigError, TokenError
 
@@ -58,6 +64,10 @@ class BlockCache:
     def roll_back(self) -> None:
         """Forget the block and keep the prefix, ready to decode another block behind it."""
         self.length = self._written = self.prefix_length
+
+    def entries(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (B, H, length, D) of every layer, while nothing is written behind `length`."""
+        raise NotImplementedError
 
 
 class KVCache(BlockCache):
@@ -116,6 +126,22 @@ class KVCache(BlockCache):
         self._written = end if layer == len(self._keys) - 1 else start
         return keys, values
 
+    def rows(self, table: Tensor, k: int) -> Tensor:
+        """Those of `table` (n, d), one a slot, that belong to the next `k` tokens: (k, d)."""
+        return table[self.committed : self.committed + k]
+
+    def mask(self, k: int) -> Tensor | None:
+        """(k, length + k), True where one of the next `k` tokens may attend; None allows all."""
+        if k == 1:
+            return None
+        return torch.ones(k, self.length + k, dtype=torch.bool, device=self._keys[0].device).tril(self.length)
+
+    def entries(self) -> list[tuple[Tensor, Tensor]]:
+        return [
+            (k.narrow(2, 0, self.length), v.narrow(2, 0, self.length))
+            for k, v in zip(self._keys, self._values, strict=True)
+        ]
+
 
 class TransformersCache(BlockCache):
     """The same interface over a transformers ``DynamicCache``, which its models append to by themselves."""
@@ -131,3 +157,113 @@ class TransformersCache(BlockCache):
             self._cache.crop(self.length)
         self._written = self.length if shallow else self.length + t
         return self._cache
+
+    def slots(self, k: int, device: torch.device) -> Tensor:
+        """(k,) block slots of the next `k` tokens."""
+        return torch.arange(self.committed, self.committed + k, device=device)
+
+    def real(self, prefix: Tensor, k: int) -> Tensor:
+        """Attention mask (B, length + k) of the next `k` tokens where `prefix` (B, P) is False on the padding."""
+        return F.pad(prefix.long(), (0, self.committed + k), value=1)
+
+    def entries(self) -> list[tuple[Tensor, Tensor]]:
+        return [(layer.keys, layer.values) for layer in cast("Any", self._cache.layers)]
+
+
+class StaticEntries(Cache):
+    """Keys and values (B, H, T, D) of every layer that stay where they are, and the position to write at.
+
+    The part of a `StaticCache` that compiled code sees; to models of transformers it is their cache. Theirs, of
+    ``StaticLayer``, cannot be cut, and those of sliding layers count on the host.
+
+    Args:
+        like: Keys and values (B, H, t, D) of every layer.
+        capacity: Positions ``T``.
+    """
+
+    is_compileable = True
+
+    def __init__(self, like: list[tuple[Tensor, Tensor]], capacity: int) -> None:
+        super().__init__(layers=[])
+        self.capacity = capacity
+        self.keys, self.values = (
+            [e.new_zeros(*e.shape[:2], capacity, e.shape[3]) for e in part] for part in zip(*like, strict=True)
+        )
+        device = like[0][0].device
+        self.position, self.prefix = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self.owner: StaticCache | None = None
+
+    def positions(self, k: int) -> Tensor:
+        """(k,) positions of the next `k` tokens."""
+        return self.position + torch.arange(k, device=self.position.device)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        where = self.positions(key_states.shape[2])
+        self.keys[layer_idx].index_copy_(2, where, key_states)
+        self.values[layer_idx].index_copy_(2, where, value_states)
+        return self.keys[layer_idx], self.values[layer_idx]
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return self.position
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.capacity, 0
+
+
+class StaticCache(BlockCache):
+    """A prefix in `entries`, which it takes over from the prefix before: one of them can be decoded at a time.
+
+    Compiled code calls what `KVCache` and `TransformersCache` have too, which reads tensors only. The count is kept
+    on the host, outside of it.
+
+    Args:
+        entries: To write to.
+        prefix: Cache with the prefix, which is copied.
+    """
+
+    def __init__(self, entries: StaticEntries, prefix: BlockCache) -> None:
+        super().__init__()
+        self._entries, self.capacity, length = entries, entries.capacity, prefix.length
+        for mine, theirs in zip(zip(entries.keys, entries.values, strict=True), prefix.entries(), strict=True):
+            for kept, new in zip(mine, theirs, strict=True):
+                kept.narrow(2, 0, length).copy_(new)
+                # What is masked is still multiplied by 0, which a NaN survives.
+                kept.narrow(2, length, entries.capacity - length).zero_()
+        entries.prefix.fill_(length)
+        entries.owner, self._written = self, length
+        self.seal_prefix(length)
+
+    def place(self, t: int, shallow: bool) -> None:
+        """Tell compiled code where the next `t` tokens are; it writes them to some layers only if `shallow`.
+
+        Raises:
+            TokenError: Another prefix has been run since.
+        """
+        if self._entries.owner is not self:
+            raise TokenError("Another prefix has taken this one's place in the compiled cache; prefill it again.")
+        self._entries.position.fill_(self.length)
+        self._written = self.length if shallow else self.length + t
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values (B, H, t, D) of one layer; returns all (B, H, T, D), written or not."""
+        return self._entries.update(k, v, layer)  # type: ignore[no-any-return]
+
+    def rows(self, table: Tensor, k: int) -> Tensor:
+        """As `KVCache.rows`; tokens behind the block, which fill a window, have the last slot's."""
+        return table[self.slots(k).clamp(max=len(table) - 1)]
+
+    def mask(self, k: int) -> Tensor:
+        """(k, T), True where one of the next `k` tokens may attend."""
+        positions = self._entries.positions(k)
+        return torch.arange(self._entries.capacity, device=positions.device) <= positions.unsqueeze(1)
+
+    def begin(self, t: int, shallow: bool = False) -> StaticEntries:
+        return self._entries
+
+    def slots(self, k: int, device: torch.device | None = None) -> Tensor:
+        """(k,) block slots of the next `k` tokens."""
+        return self._entries.positions(k) - self._entries.prefix
+
+    def real(self, prefix: Tensor, k: int) -> Tensor:
+        """`prefix` (B, T), as it is: causality masks what is behind the tokens."""
+        return prefix

@@ -1,6 +1,6 @@
 """A backbone whose prefix and block are compiled, for the same tokens in less time.
 
-    backbone = compiled(backbone)    # then as before: prefill, decode_block; or policy.backbone = compiled(policy.backbone)
+    policy.backbone = compiled(policy.backbone)    # then as before
 
 Compiled code is made for one shape. So a block of ``k`` tokens is filled up to one of a few windows, at any position of
 a cache of constant size (`StaticCache`); what is written behind the ``k`` tokens is not committed, and overwritten.
@@ -19,7 +19,7 @@ from ceed_vla.backbones.base import Backbone, Prefix, check_depth
 from ceed_vla.cache import StaticCache, StaticEntries
 from ceed_vla.errors import ConfigError, TokenError
 
-ROUND = 64  # capacities are multiples of it, so that prompts of similar lengths share their compiled code
+ROUND = 32  # capacities are multiples of it, so that prompts of similar lengths share their compiled code
 LIMIT = 64  # versions of compiled code: batch sizes, capacities, windows and depths; torch stops at 8
 
 

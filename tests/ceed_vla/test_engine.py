@@ -1,4 +1,4 @@
-"""The compiled engine: the eager tokens from every decoder, code that is compiled once, and a cache that is rolled back.
+"""The compiled engine: the eager tokens from every decoder, code that is compiled once, a cache that is rolled back.
 
 torch traces and guards as it would, and runs what it traced with its own kernels ("eager" backend): compiling those
 takes minutes, and is left to the slow tests.
@@ -59,13 +59,16 @@ def observe(batch: int, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+SLOW = [pytest.param(batch, marks=pytest.mark.slow) for batch in (2, 4)]
+
+
+@pytest.mark.parametrize("batch", [1, 3, *SLOW])
 def test_compact_tokens_are_the_eager_ones(batch: int) -> None:
     backbone = compact()
     assert_same_tokens(backbone, compiled(backbone, "eager"), observe(batch), TOKENS)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [3, pytest.param(1, marks=pytest.mark.slow), *SLOW])
 def test_llama_tokens_are_the_eager_ones(batch: int, llama: Any) -> None:
     backbone, observation = llama(3, batch, N, BINS)
     assert_same_tokens(backbone, compiled(backbone, "eager"), observation, TOKENS)
@@ -182,6 +185,7 @@ def test_a_policy_uses_it_in_one_line(tmp_path: Any) -> None:
     assert torch.equal(CeedVLAPolicy.from_pretrained(tmp_path).decode(batch, "jacobi").tokens, expected)
 
 
+@pytest.mark.slow
 def test_the_check_of_own_backbones_holds_for_it(llama: Any) -> None:
     assert check_backbone(compiled(llama(3, 2, 4, BINS)[0], "eager"), llama(3, 2, 4, BINS)[1], guesses=2)
 

@@ -137,10 +137,8 @@ class KVCache(BlockCache):
         return torch.ones(k, self.length + k, dtype=torch.bool, device=self._keys[0].device).tril(self.length)
 
     def entries(self) -> list[tuple[Tensor, Tensor]]:
-        return [
-            (k.narrow(2, 0, self.length), v.narrow(2, 0, self.length))
-            for k, v in zip(self._keys, self._values, strict=True)
-        ]
+        both = zip(self._keys, self._values, strict=True)
+        return [(k.narrow(2, 0, self.length), v.narrow(2, 0, self.length)) for k, v in both]
 
 
 class TransformersCache(BlockCache):
@@ -170,67 +168,37 @@ class TransformersCache(BlockCache):
         return [(layer.keys, layer.values) for layer in cast("Any", self._cache.layers)]
 
 
-class StaticEntries(Cache):
-    """Keys and values (B, H, T, D) of every layer that stay where they are, and the position to write at.
+class StaticCache(BlockCache, Cache):
+    """A cache of constant shape, written at the position that a tensor says; to models of transformers it is theirs.
 
-    The part of a `StaticCache` that compiled code sees; to models of transformers it is their cache. Theirs, of
-    ``StaticLayer``, cannot be cut, and those of sliding layers count on the host.
+    What compiled code calls (all but `place`) reads tensors only, and none of the counts, which the host keeps. The
+    ``StaticCache`` of transformers cannot be cut, and its sliding layers count on the host.
 
     Args:
-        like: Keys and values (B, H, t, D) of every layer.
+        prefix: Cache with the prefix, which is copied.
         capacity: Positions ``T``.
+        last: Cache of the same shape that ends here: its tensors are taken over; None makes new ones.
     """
 
     is_compileable = True
 
-    def __init__(self, like: list[tuple[Tensor, Tensor]], capacity: int) -> None:
-        super().__init__(layers=[])
-        self.capacity = capacity
-        self.keys, self.values = (
-            [e.new_zeros(*e.shape[:2], capacity, e.shape[3]) for e in part] for part in zip(*like, strict=True)
-        )
-        device = like[0][0].device
-        self.position, self.prefix = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
-        self.owner: StaticCache | None = None
-
-    def positions(self, k: int) -> Tensor:
-        """(k,) positions of the next `k` tokens."""
-        return self.position + torch.arange(k, device=self.position.device)
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        where = self.positions(key_states.shape[2])
-        self.keys[layer_idx].index_copy_(2, where, key_states)
-        self.values[layer_idx].index_copy_(2, where, value_states)
-        return self.keys[layer_idx], self.values[layer_idx]
-
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
-        return self.position
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.capacity, 0
-
-
-class StaticCache(BlockCache):
-    """A prefix in `entries`, which it takes over from the prefix before: one of them can be decoded at a time.
-
-    Compiled code calls what `KVCache` and `TransformersCache` have too, which reads tensors only. The count is kept
-    on the host, outside of it.
-
-    Args:
-        entries: To write to.
-        prefix: Cache with the prefix, which is copied.
-    """
-
-    def __init__(self, entries: StaticEntries, prefix: BlockCache) -> None:
-        super().__init__()
-        self._entries, self.capacity, length = entries, entries.capacity, prefix.length
-        for mine, theirs in zip(zip(entries.keys, entries.values, strict=True), prefix.entries(), strict=True):
-            for kept, new in zip(mine, theirs, strict=True):
-                kept.narrow(2, 0, length).copy_(new)
-                # What is masked is still multiplied by 0, which a NaN survives.
-                kept.narrow(2, length, entries.capacity - length).zero_()
-        entries.prefix.fill_(length)
-        entries.owner, self._written = self, length
+    def __init__(self, prefix: BlockCache, capacity: int, last: StaticCache | None = None) -> None:
+        BlockCache.__init__(self)
+        Cache.__init__(self, layers=[])
+        found, self.capacity, length = list(zip(*prefix.entries(), strict=True)), capacity, prefix.length
+        if last is None:
+            with torch.inference_mode(False):
+                self.keys, self.values = ([e.new_zeros(*e.shape[:2], capacity, e.shape[3]) for e in p] for p in found)
+                self.position, self.start = (self.keys[0].new_zeros((), dtype=torch.int64) for _ in range(2))
+        else:
+            self.keys, self.values, self.position, self.start = last.keys, last.values, last.position, last.start
+            last.keys = []
+        for kept, new in zip(self.keys + self.values, found[0] + found[1], strict=True):
+            kept.narrow(2, 0, length).copy_(new)
+            # What is masked is still multiplied by 0, which a NaN survives.
+            kept.narrow(2, length, capacity - length).zero_()
+        self.start.fill_(length)
+        self._written = length
         self.seal_prefix(length)
 
     def place(self, t: int, shallow: bool) -> None:
@@ -239,31 +207,49 @@ class StaticCache(BlockCache):
         Raises:
             TokenError: Another prefix has been run since.
         """
-        if self._entries.owner is not self:
+        if not self.keys:
             raise TokenError("Another prefix has taken this one's place in the compiled cache; prefill it again.")
-        self._entries.position.fill_(self.length)
+        self.position.fill_(self.length)
         self._written = self.length if shallow else self.length + t
+
+    def positions(self, k: int) -> Tensor:
+        """(k,) positions of the next `k` tokens."""
+        return self.position + torch.arange(k, device=self.position.device)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys and values (B, H, t, D) of one layer; returns all (B, H, T, D), written or not."""
-        return self._entries.update(k, v, layer)  # type: ignore[no-any-return]
+        where = self.positions(k.shape[2])
+        self.keys[layer].index_copy_(2, where, k)
+        self.values[layer].index_copy_(2, where, v)
+        return self.keys[layer], self.values[layer]
+
+    def slots(self, k: int, device: torch.device | None = None) -> Tensor:
+        """(k,) block slots of the next `k` tokens."""
+        return self.positions(k) - self.start
 
     def rows(self, table: Tensor, k: int) -> Tensor:
-        """As `KVCache.rows`; tokens behind the block, which fill a window, have the last slot's."""
+        """As `KVCache.rows`; tokens behind the block, which only fill a window, share the last slot's."""
         return table[self.slots(k).clamp(max=len(table) - 1)]
 
     def mask(self, k: int) -> Tensor:
         """(k, T), True where one of the next `k` tokens may attend."""
-        positions = self._entries.positions(k)
-        return torch.arange(self._entries.capacity, device=positions.device) <= positions.unsqueeze(1)
-
-    def begin(self, t: int, shallow: bool = False) -> StaticEntries:
-        return self._entries
-
-    def slots(self, k: int, device: torch.device | None = None) -> Tensor:
-        """(k,) block slots of the next `k` tokens."""
-        return self._entries.positions(k) - self._entries.prefix
+        positions = self.positions(k)
+        return torch.arange(self.capacity, device=positions.device) <= positions.unsqueeze(1)
 
     def real(self, prefix: Tensor, k: int) -> Tensor:
-        """`prefix` (B, T), as it is: causality masks what is behind the tokens."""
+        """`prefix` (B, T) as it is: what is behind the tokens is masked as causality has it."""
         return prefix
+
+    # ---- what models of transformers call -----------------------------------------------------------------------
+
+    def begin(self, t: int, shallow: bool = False) -> Cache:
+        return self
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        return self.write(layer_idx, key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return self.position
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.capacity, 0

@@ -1,9 +1,9 @@
-"""A backbone whose prefix and block are compiled, for the same tokens in less time.
+"""A backbone whose block, and where it can its prefill, is compiled: the same tokens in less time.
 
     policy.backbone = compiled(policy.backbone)    # then as before
 
 Compiled code is made for one shape. So a block of ``k`` tokens is filled up to one of a few windows, at any position of
-a cache of constant size (`StaticCache`); what is written behind the ``k`` tokens is not committed, and overwritten.
+a cache of constant shape (`StaticCache`); what is written behind the ``k`` tokens is not committed, and overwritten.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from ceed_vla.backbones.base import Backbone, Prefix, check_depth
-from ceed_vla.cache import StaticCache, StaticEntries
+from ceed_vla.cache import StaticCache
 from ceed_vla.errors import ConfigError, TokenError
 
 ROUND = 32  # capacities are multiples of it, so that prompts of similar lengths share their compiled code
-LIMIT = 64  # versions of compiled code: batch sizes, capacities, windows and depths; torch stops at 8
+VERSIONS = 64  # of compiled code: batch sizes, capacities, windows and depths; torch stops at 8
 
 
 def compiled[B: Backbone](backbone: B, backend: str | Callable[..., Any] = "inductor") -> B:
     """The `backbone` with its block, and where it can its prefill, compiled when they first run.
 
-    It shares the weights, which keep their names, and does all else as before. Every batch size has one cache: only
+    It shares the weights, which keep their names, and does all else as before. There is one cache a batch size: only
     the newest prefix of a batch size can be decoded. Scores differ from the eager ones by rounding.
 
     Args:
-        backbone: `CompactBackbone`, or one of `TransformersBackbone`.
+        backbone: `CompactBackbone`, or a `TransformersBackbone`.
         backend: Of ``torch.compile``.
 
     Raises:
@@ -38,10 +38,10 @@ def compiled[B: Backbone](backbone: B, backend: str | Callable[..., Any] = "indu
     """
     if "block" not in getattr(backbone, "compilable", ()):
         raise ConfigError(
-            f"A {type(backbone).__name__} cannot be compiled: its block_logits knows no StaticCache "
-            "(`compilable` does not name it). CompactBackbone and every TransformersBackbone do."
+            f"A {type(backbone).__name__} cannot be compiled: its `compilable` names no block, which runs on a "
+            "StaticCache. CompactBackbone and every TransformersBackbone can."
         )
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, LIMIT)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VERSIONS)
     return cast("B", CompiledBackbone(cast("nn.Module", backbone), backend))
 
 
@@ -50,20 +50,18 @@ class CompiledBackbone(nn.Module):
 
     def __init__(self, backbone: nn.Module, backend: str | Callable[..., Any]) -> None:
         super().__init__()
-        # The weights are the backbone's, under its names: a policy saves, moves and reads them as ever. As a submodule
-        # it would give them others.
+        # A policy saves, moves and reads the weights as ever; as those of a submodule they would have other names.
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
             self.__dict__[name] = backbone.__dict__[name]
         self.__dict__["backbone"] = backbone
         inner, n = cast("Any", backbone), self.block_length
         self.windows = sorted({1, max(n // 2, 1), max(n - 1, 1), n})
-        # Most positions that a block can reach when it is filled up to a window.
+        # Positions behind the prefix that some block reaches when it is filled up.
         self._reach = max(n - k + self._window(k) for k in range(1, n + 1))
-        self._entries: dict[tuple[Any, ...], StaticEntries] = {}
-        self._padded: dict[tuple[Any, ...], Tensor] = {}
+        self._caches: dict[tuple[Any, ...], StaticCache] = {}
         options: Any = {"fullgraph": True, "dynamic": False, "backend": backend}
         self._block = torch.compile(inner.block_logits, **options)
-        self._prefix = torch.compile(inner.prefill, **options) if "prefill" in inner.compilable else inner.prefill
+        self._prefill = torch.compile(inner.prefill, **options) if "prefill" in inner.compilable else inner.prefill
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["backbone"], name)
@@ -74,15 +72,12 @@ class CompiledBackbone(nn.Module):
 
     @torch.no_grad()
     def prefill(self, observation: dict[str, Tensor]) -> Prefix[StaticCache]:
-        """As the backbone's, with the result moved to the cache of its batch size."""
-        prefix = self._run(self._prefix, {key: v for key, v in observation.items() if isinstance(v, Tensor)})
-        like = prefix.cache.entries()
+        """As the backbone's; the result moves to the cache of its batch size."""
+        prefix = self._run(self._prefill, {key: v for key, v in observation.items() if isinstance(v, Tensor)})
         capacity = -(-(prefix.cache.length + self._reach) // ROUND) * ROUND
-        key = (len(prefix.logits), capacity, like[0][0].device, like[0][0].dtype)
-        if key not in self._entries:
-            with torch.inference_mode(False):
-                self._entries[key] = StaticEntries(like, capacity)
-        return cast("Prefix[StaticCache]", prefix.moved(StaticCache(self._entries[key], prefix.cache)))
+        key = (len(prefix.logits), capacity, prefix.logits.device, prefix.cache.entries()[0][0].dtype)
+        self._caches[key] = cache = StaticCache(prefix.cache, capacity, self._caches.get(key))
+        return cast("Prefix[StaticCache]", prefix.moved(cache))
 
     @torch.no_grad()
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
@@ -96,12 +91,9 @@ class CompiledBackbone(nn.Module):
             )
         depth = check_depth(depth, self.num_layers)
         cache.place(k, shallow=depth < self.num_layers)
-        key = (rows, self._window(k), tokens.device)
-        if key not in self._padded:
-            with torch.inference_mode(False):
-                self._padded[key] = torch.zeros(key[:2], dtype=torch.int64, device=tokens.device)
-        self._padded[key][:, :k] = tokens
-        return cast("Tensor", self._run(self._block, prefix, self._padded[key], depth)[:, :k])
+        filled = torch.zeros(rows, self._window(k), dtype=torch.int64, device=tokens.device)
+        filled[:, :k] = tokens
+        return cast("Tensor", self._run(self._block, prefix, filled, depth)[:, :k])
 
     def _window(self, k: int) -> int:
         return min(window for window in self.windows if window >= k)
@@ -110,8 +102,7 @@ class CompiledBackbone(nn.Module):
         try:
             return function(*arguments)
         except TorchDynamoException as error:
-            reason = " ".join(str(error).split())[:300]
             raise ConfigError(
-                f"A {type(self.backbone).__name__} of these settings does not compile ({type(error).__name__}: "
-                f"{reason}); use it as it is."
+                f"{type(self.backbone).__name__} does not compile with these settings ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:300]}); use it without."
             ) from error

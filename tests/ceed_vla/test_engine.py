@@ -104,7 +104,7 @@ def test_nothing_is_compiled_again(kind: str, llama: Any) -> None:
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("kind", ["compact", "llama"])
+@pytest.mark.parametrize("kind", ["compact", pytest.param("llama", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_every_depth_and_position_scores_as_the_eager_block(kind: str, llama: Any) -> None:
     backbone, observation = (compact(), observe(2)) if kind == "compact" else llama(3, 2, N, BINS)

@@ -8,13 +8,19 @@ internals.
 
 `write` always starts at ``length`` and does not advance it, so tokens that a Jacobi iteration rejects are
 simply overwritten by the next one. What has not passed the last layer cannot be committed.
+
+Eager code reads a cache as far as it is written (`KVCache`, `TransformersCache`). Compiled code needs shapes that never
+change: it reads all of a `StaticCache`, under a mask, and is told the position by a tensor.
 """
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from ceed_vla.errors import ConfigError, TokenError
 
@@ -58,6 +64,10 @@ class BlockCache:
     def roll_back(self) -> None:
         """Forget the block and keep the prefix, ready to decode another block behind it."""
         self.length = self._written = self.prefix_length
+
+    def entries(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (B, H, length, D) of every layer, while nothing is written behind `length`."""
+        raise NotImplementedError
 
 
 class KVCache(BlockCache):
@@ -116,6 +126,20 @@ class KVCache(BlockCache):
         self._written = end if layer == len(self._keys) - 1 else start
         return keys, values
 
+    def rows(self, table: Tensor, k: int) -> Tensor:
+        """Those of `table` (n, d), one a slot, that belong to the next `k` tokens: (k, d)."""
+        return table[self.committed : self.committed + k]
+
+    def mask(self, k: int) -> Tensor | None:
+        """(k, length + k), True where one of the next `k` tokens may attend; None allows all."""
+        if k == 1:
+            return None
+        return torch.ones(k, self.length + k, dtype=torch.bool, device=self._keys[0].device).tril(self.length)
+
+    def entries(self) -> list[tuple[Tensor, Tensor]]:
+        both = zip(self._keys, self._values, strict=True)
+        return [(k.narrow(2, 0, self.length), v.narrow(2, 0, self.length)) for k, v in both]
+
 
 class TransformersCache(BlockCache):
     """The same interface over a transformers ``DynamicCache``, which its models append to by themselves."""
@@ -131,3 +155,101 @@ class TransformersCache(BlockCache):
             self._cache.crop(self.length)
         self._written = self.length if shallow else self.length + t
         return self._cache
+
+    def slots(self, k: int, device: torch.device) -> Tensor:
+        """(k,) block slots of the next `k` tokens."""
+        return torch.arange(self.committed, self.committed + k, device=device)
+
+    def real(self, prefix: Tensor, k: int) -> Tensor:
+        """Attention mask (B, length + k) of the next `k` tokens where `prefix` (B, P) is False on the padding."""
+        return F.pad(prefix.long(), (0, self.committed + k), value=1)
+
+    def entries(self) -> list[tuple[Tensor, Tensor]]:
+        return [(layer.keys, layer.values) for layer in cast("Any", self._cache.layers)]
+
+
+class StaticCache(BlockCache, Cache):
+    """A cache of constant shape, written at the position that a tensor says; to models of transformers it is theirs.
+
+    What compiled code calls (all but `place`) reads tensors only, and none of the counts, which the host keeps. The
+    ``StaticCache`` of transformers cannot be cut, and its sliding layers count on the host.
+
+    Args:
+        prefix: Cache with the prefix, which is copied.
+        capacity: Positions ``T``.
+        last: Cache of the same shape that ends here: its tensors are taken over; None makes new ones.
+    """
+
+    is_compileable = True
+
+    def __init__(self, prefix: BlockCache, capacity: int, last: StaticCache | None = None) -> None:
+        BlockCache.__init__(self)
+        Cache.__init__(self, layers=[])
+        found, self.capacity, length = list(zip(*prefix.entries(), strict=True)), capacity, prefix.length
+        if last is None:
+            with torch.inference_mode(False):
+                self.keys, self.values = ([e.new_zeros(*e.shape[:2], capacity, e.shape[3]) for e in p] for p in found)
+                self.position, self.start = (self.keys[0].new_zeros((), dtype=torch.int64) for _ in range(2))
+        else:
+            self.keys, self.values, self.position, self.start = last.keys, last.values, last.position, last.start
+            last.keys = []
+        for kept, new in zip(self.keys + self.values, found[0] + found[1], strict=True):
+            kept.narrow(2, 0, length).copy_(new)
+            # What is masked is still multiplied by 0, which a NaN survives.
+            kept.narrow(2, length, capacity - length).zero_()
+        self.start.fill_(length)
+        self._written = length
+        self.seal_prefix(length)
+
+    def place(self, t: int, shallow: bool) -> None:
+        """Tell compiled code where the next `t` tokens are; it writes them to some layers only if `shallow`.
+
+        Raises:
+            TokenError: Another prefix has been run since.
+        """
+        if not self.keys:
+            raise TokenError("Another prefix has taken this one's place in the compiled cache; prefill it again.")
+        self.position.fill_(self.length)
+        self._written = self.length if shallow else self.length + t
+
+    def positions(self, k: int) -> Tensor:
+        """(k,) positions of the next `k` tokens."""
+        return self.position + torch.arange(k, device=self.position.device)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values (B, H, t, D) of one layer; returns all (B, H, T, D), written or not."""
+        where = self.positions(k.shape[2])
+        self.keys[layer].index_copy_(2, where, k)
+        self.values[layer].index_copy_(2, where, v)
+        return self.keys[layer], self.values[layer]
+
+    def slots(self, k: int, device: torch.device | None = None) -> Tensor:
+        """(k,) block slots of the next `k` tokens."""
+        return self.positions(k) - self.start
+
+    def rows(self, table: Tensor, k: int) -> Tensor:
+        """As `KVCache.rows`; tokens behind the block, which only fill a window, share the last slot's."""
+        return table[self.slots(k).clamp(max=len(table) - 1)]
+
+    def mask(self, k: int) -> Tensor:
+        """(k, T), True where one of the next `k` tokens may attend."""
+        positions = self.positions(k)
+        return torch.arange(self.capacity, device=positions.device) <= positions.unsqueeze(1)
+
+    def real(self, prefix: Tensor, k: int) -> Tensor:
+        """`prefix` (B, T) as it is: what is behind the tokens is masked as causality has it."""
+        return prefix
+
+    # ---- what models of transformers call -----------------------------------------------------------------------
+
+    def begin(self, t: int, shallow: bool = False) -> Cache:
+        return self
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        return self.write(layer_idx, key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return self.position
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.capacity, 0

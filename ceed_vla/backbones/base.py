@@ -5,13 +5,13 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from ceed_vla.cache import BlockCache
+from ceed_vla.cache import BlockCache, StaticCache
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, ObservationError
 from ceed_vla.tensors import is_plain
 
@@ -27,6 +27,10 @@ class Prefix[C: BlockCache]:
 
     logits: Tensor
     cache: C
+
+    def moved(self, cache: StaticCache) -> Prefix[Any]:
+        """The same in another cache."""
+        return replace(cast("Prefix[Any]", self), cache=cache)
 
 
 class Backbone(Protocol):
@@ -73,11 +77,14 @@ class TrainableBackbone(nn.Module, Backbone):
         auxiliary: Head of the grounding regression on the state of `packed_logits`; None where there is none.
         early_auxiliary: Head of the same regression on what `embed_prefix` returns, which training adds; or None.
         augmented_images: Keys of image tensors (B, 3, H, W) in [0, 1] that training shifts and brightens.
+        compilable: What `ceed_vla.engine` may compile, of "prefill" and "block"; the block of these runs on a
+            `StaticCache` too.
     """
 
     auxiliary: nn.Module | None
     early_auxiliary: nn.Module | None
     augmented_images: tuple[str, ...] = ()
+    compilable: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ceed_vla.cache import KVCache, TransformersCache
+from ceed_vla.cache import KVCache, StaticCache, TransformersCache
 from ceed_vla.errors import CeedVLAError, ConfigError, TokenError
 
 L, B, H, D = 2, 3, 2, 4
@@ -121,3 +121,33 @@ def test_transformers_cache_drops_what_was_not_committed() -> None:
     kv.begin(3, shallow=True)
     with pytest.raises(TokenError):
         kv.commit(1)
+
+
+def test_a_static_cache_is_written_in_place_and_masks_what_is_not_written() -> None:
+    before = prefilled()
+    kv = StaticCache(before, 12)
+    assert (kv.length, kv.prefix_length, kv.committed) == (4, 4, 0)
+    kept, addresses = entries(3), [tensor.data_ptr() for tensor in (*kv.keys, *kv.values, kv.position)]
+    for start, k in ((4, kept), (6, entries(2))):
+        kv.place(k.shape[2], shallow=False)
+        for layer in range(L):
+            keys, values = kv.write(layer, k, -k)
+            seen = kv.mask(k.shape[2])
+            assert seen.sum(1).tolist() == list(range(start + 1, start + 1 + k.shape[2]))
+            past = before.entries()[layer][0]
+            written = torch.cat([past, kept[:, :, : start - 4], k], dim=2)
+            assert torch.equal(keys[:, :, seen[-1]], written)
+            assert torch.equal(values[:, :, seen[-1]][:, :, 4:], -written[:, :, 4:])
+        assert kv.slots(2).tolist() == [start - 4, start - 3]
+        assert kv.rows(torch.arange(4), 3).tolist() == [min(slot, 3) for slot in range(start - 4, start - 1)]
+        kv.commit(2)
+    kv.roll_back()
+    kv.place(1, shallow=True)
+    assert int(kv.position) == 4
+    with pytest.raises(TokenError, match="Cannot commit 1"):
+        kv.commit(1)
+    new = StaticCache(prefilled(3), 12, kv)
+    assert [tensor.data_ptr() for tensor in (*new.keys, *new.values, new.position)] == addresses
+    assert not torch.cat(new.keys + new.values)[:, :, 3:].any()
+    with pytest.raises(TokenError, match="taken this one's place"):
+        kv.place(1, shallow=False)

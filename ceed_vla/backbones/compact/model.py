@@ -71,6 +71,8 @@ class Layer(nn.Module):
 class CompactBackbone(TrainableBackbone):
     """Small VLA trunk behind the `Backbone` protocol; `CompactConfig` says what its sizes are."""
 
+    compilable = ("prefill", "block")
+
     def __init__(
         self,
         shape: PolicyShape,
@@ -203,11 +205,8 @@ class CompactBackbone(TrainableBackbone):
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         """Logits (B, k, V) for the slots after `tokens` (B, k), which follow the committed tokens of the cache."""
         cache, length = prefix.cache, tokens.shape[1]
-        x = self.action_tokens(tokens) + self.slots[cache.committed : cache.committed + length]  # (B, k, d)
-        mask = None  # (k, past + k): everything past, causal among the new tokens
-        if length > 1:
-            past = cache.length
-            mask = torch.ones(length, past + length, dtype=torch.bool, device=x.device).tril(past)
+        x = self.action_tokens(tokens) + cache.rows(self.slots, length)  # (B, k, d)
+        mask = cache.mask(length)
         return self.head(self.final_norm(self._run(x, cache, mask, check_depth(depth, self.num_layers))))
 
     # ---- training -----------------------------------------------------------------------------------------------

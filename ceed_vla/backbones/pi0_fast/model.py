@@ -27,6 +27,7 @@ from ceed_vla.backbones.base import Prefix, check_features
 from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer
 from ceed_vla.backbones.transformers.backbone import TransformersBackbone
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
+from ceed_vla.cache import StaticCache
 from ceed_vla.errors import ConfigError
 from ceed_vla.images import check_images
 
@@ -101,6 +102,11 @@ class Pi0FastBackbone(TransformersBackbone):
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         return super().embed_tokens(tokens).to(self._dtype)
+
+    def _run(self, embeds: Tensor, cache: Any, inputs: dict[str, Any]) -> Tensor:
+        if isinstance(cache, StaticCache):  # LeRobot's model would count on the host
+            inputs = {**inputs, "cache_position": cache.positions(embeds.shape[1])}
+        return super()._run(embeds, cache, inputs)
 
     def distillation_parameters(self) -> list[str]:
         """The language model's layers. The head equals the embeddings, which make the prefix; a checkpoint has one."""

@@ -36,6 +36,7 @@ class TransformersBackbone(TrainableBackbone):
         action_ids: (V,) vocabulary ids of the tokens; None where a token is any id.
     """
 
+    compilable = ("block",)
     action_ids: Tensor | None
 
     def __init__(self, block_length: int, vocabulary_size: int, action_ids: Tensor | None) -> None:
@@ -99,14 +100,14 @@ class TransformersBackbone(TrainableBackbone):
     def _block_hidden(self, prefix: TransformersPrefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         """Hidden vectors (B, k, d) behind the committed tokens, from the first `depth` layers."""
         cache, k = prefix.cache, tokens.shape[1]
-        if cache.committed + k > self.block_length:
+        # The number of committed tokens would be a constant of a compiled forward.
+        if isinstance(cache, TransformersCache) and cache.committed + k > self.block_length:
             raise TokenError(
                 f"{k} tokens after {cache.committed} committed ones exceed the block of {self.block_length}."
             )
-        offsets = torch.arange(cache.committed, cache.committed + k, device=tokens.device)
-        inputs = {"position_ids": prefix.next_position.unsqueeze(1) + offsets}  # (B, k)
+        inputs = {"position_ids": prefix.next_position.unsqueeze(1) + cache.slots(k, tokens.device)}  # (B, k)
         if prefix.real is not None:
-            inputs["attention_mask"] = F.pad(prefix.real.long(), (0, cache.committed + k), value=1)
+            inputs["attention_mask"] = cache.real(prefix.real, k)
         embeds = self.embed_tokens(tokens)
         if depth is None or depth == self.num_layers:
             return self._run(embeds, cache.begin(k), inputs)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ceed_vla.backbones.base import Prefix
-from ceed_vla.cache import TransformersCache
+from ceed_vla.cache import StaticCache, TransformersCache
 from ceed_vla.errors import ConfigError
 
 
@@ -127,3 +127,9 @@ class TransformersPrefix(Prefix[TransformersCache]):
     hidden: Tensor
     real: Tensor | None
     next_position: Tensor
+
+    def moved(self, cache: StaticCache) -> TransformersPrefix:
+        """The same in another cache; compiled code always gets a mask, and the one shape of it."""
+        real = self.logits.new_ones(len(self.logits), cache.length) if self.real is None else self.real
+        real = F.pad(real.long(), (0, cache.capacity - cache.length), value=1)  # (B, T)
+        return replace(self, cache=cast("Any", cache), real=real)

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engines import assert_same_tokens
 
 from ceed_vla import CeedVLAPolicy
 from ceed_vla.convert import ConvertConfig
 from ceed_vla.convert.openvla import published_policy
 from ceed_vla.decoding import DecodingConfig
+from ceed_vla.engine import compiled
 from ceed_vla.verify import VerifyConfig, verify
 
 FRONT, IDS = "observation.images.front", "observation.openvla.input_ids"
@@ -107,3 +109,10 @@ def test_one_action_by_default_and_select_action(published: Any, pictures: np.nd
     low, high = policy.tokenizer.low, policy.tokenizer.high
     assert ((action >= low) & (action <= high)).all()
     assert high[0] == 300
+
+
+@pytest.mark.parametrize("rows", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_compiled_tokens_are_the_eager_ones(rows: int, models: Any, pictures: np.ndarray) -> None:
+    policy, pre = models("siglip")
+    engine, batch = compiled(policy.backbone, "eager"), pre(observation(pictures, rows))
+    assert_same_tokens(policy.backbone, engine, batch, policy.tokenizer)

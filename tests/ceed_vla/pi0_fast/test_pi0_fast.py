@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from engines import assert_same_tokens
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone
 from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer, TextIds
 from ceed_vla.decoding import DecodingConfig
+from ceed_vla.engine import compiled
 from ceed_vla.errors import CheckpointError, ConfigError, MalformedChunkError, ObservationError, TokenError
 from ceed_vla.tokens.fast_codec import FastCodec
 
@@ -184,3 +186,12 @@ def test_bad_input(lab: Any) -> None:
         FastCodec.from_folder(lab.folder / "fast")
     with pytest.raises(TokenError, match="only finite actions"):
         tokenizer.encode(torch.full((1, lab.STEPS, lab.DIM), float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "rows"),
+    [("full", 2), *(pytest.param(v, rows, marks=pytest.mark.slow) for v in ("full", "actions") for rows in (1, 4))],
+)
+def test_compiled_tokens_are_the_eager_ones(lab: Any, vocabulary: str, rows: int) -> None:
+    backbone, tokenizer = lab.wrap(lab.build(), vocabulary)
+    assert_same_tokens(backbone, compiled(backbone, "eager"), lab.observe(rows), tokenizer)

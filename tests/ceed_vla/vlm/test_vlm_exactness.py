@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from decoders import greedy, jacobi
+from engines import assert_same_tokens
 
 from benchmarks.models.vlm import FAMILIES
 from ceed_vla.backbones.vlm.model import MASK_KEY, STATE_KEY, VLMBackbone
+from ceed_vla.engine import compiled
+from ceed_vla.tokens.uniform import ActionTokenizer
 
 SLIDING = ("llava+sliding", "qwen2_5_vl+sliding")
 
@@ -95,3 +98,16 @@ def test_rows_do_not_influence_each_other(family: str, backbone: Any, observe: A
 def test_training_and_depth(family: str, backbone: Any, observe: Any, keeps_the_contract: Any) -> None:
     model, step = backbone(family)
     keeps_the_contract(model, observe(step, 3))
+
+
+@pytest.mark.parametrize(
+    ("family", "rows"),
+    [
+        ("qwen2_5_vl+sliding", 2),
+        *(pytest.param(family, rows, marks=pytest.mark.slow) for family in (*FAMILIES, SLIDING[0]) for rows in (1, 4)),
+    ],
+)
+def test_compiled_tokens_are_the_eager_ones(family: str, rows: int, backbone: Any, observe: Any) -> None:
+    model, step = backbone(family)
+    tokens = ActionTokenizer([-1.0] * 7, [1.0] * 7, 2, num_bins=255)
+    assert_same_tokens(model, compiled(model, "eager"), observe(step, rows), tokens)

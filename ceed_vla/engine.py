@@ -1,0 +1,108 @@
+"""A backbone whose block, and where it can its prefill, is compiled: the same tokens in less time.
+
+    policy.backbone = compiled(policy.backbone)    # then as before
+
+Compiled code is made for one shape. So a block of ``k`` tokens is filled up to one of a few windows, at any position of
+a cache of constant shape (`StaticCache`); what is written behind the ``k`` tokens is not committed, and overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+
+from ceed_vla.backbones.base import Backbone, Prefix, check_depth
+from ceed_vla.cache import StaticCache
+from ceed_vla.errors import ConfigError, TokenError
+
+ROUND = 32  # capacities are multiples of it, so that prompts of similar lengths share their compiled code
+VERSIONS = 64  # of compiled code: batch sizes, capacities, windows and depths; torch stops at 8
+
+
+def compiled[B: Backbone](backbone: B, backend: str | Callable[..., Any] = "inductor") -> B:
+    """The `backbone` with its block, and where it can its prefill, compiled when they first run.
+
+    It shares the weights, which keep their names, and does all else as before. There is one cache a batch size: only
+    the newest prefix of a batch size can be decoded. Scores differ from the eager ones by rounding.
+
+    Args:
+        backbone: `CompactBackbone`, or a `TransformersBackbone`.
+        backend: Of ``torch.compile``.
+
+    Raises:
+        ConfigError: A backbone that knows no static cache.
+    """
+    if "block" not in getattr(backbone, "compilable", ()):
+        raise ConfigError(
+            f"A {type(backbone).__name__} cannot be compiled: its `compilable` names no block, which runs on a "
+            "StaticCache. CompactBackbone and every TransformersBackbone can."
+        )
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VERSIONS)
+    return cast("B", CompiledBackbone(cast("nn.Module", backbone), backend))
+
+
+class CompiledBackbone(nn.Module):
+    """What `compiled` returns."""
+
+    def __init__(self, backbone: nn.Module, backend: str | Callable[..., Any]) -> None:
+        super().__init__()
+        # A policy saves, moves and reads the weights as ever; as those of a submodule they would have other names.
+        for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+            self.__dict__[name] = backbone.__dict__[name]
+        self.__dict__["backbone"] = backbone
+        inner, n = cast("Any", backbone), self.block_length
+        self.windows = sorted({1, max(n // 2, 1), max(n - 1, 1), n})
+        # Positions behind the prefix that some block reaches when it is filled up.
+        self._reach = max(n - k + self._window(k) for k in range(1, n + 1))
+        self._caches: dict[tuple[Any, ...], StaticCache] = {}
+        options: Any = {"fullgraph": True, "dynamic": False, "backend": backend}
+        self._block = torch.compile(inner.block_logits, **options)
+        self._prefill = torch.compile(inner.prefill, **options) if "prefill" in inner.compilable else inner.prefill
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["backbone"], name)
+
+    def train(self, mode: bool = True) -> CompiledBackbone:
+        self.backbone.train(mode)
+        return super().train(mode)
+
+    @torch.no_grad()
+    def prefill(self, observation: dict[str, Tensor]) -> Prefix[StaticCache]:
+        """As the backbone's; the result moves to the cache of its batch size."""
+        prefix = self._run(self._prefill, {key: v for key, v in observation.items() if isinstance(v, Tensor)})
+        capacity = -(-(prefix.cache.length + self._reach) // ROUND) * ROUND
+        key = (len(prefix.logits), capacity, prefix.logits.device, prefix.cache.entries()[0][0].dtype)
+        self._caches[key] = cache = StaticCache(prefix.cache, capacity, self._caches.get(key))
+        return cast("Prefix[StaticCache]", prefix.moved(cache))
+
+    @torch.no_grad()
+    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
+        """As the backbone's."""
+        cache, (rows, k) = prefix.cache, tokens.shape
+        if not isinstance(cache, StaticCache):
+            raise TokenError(f"The prefix is in a {type(cache).__name__}; prefill it with the compiled backbone.")
+        if cache.committed + k > self.block_length:
+            raise TokenError(
+                f"{k} tokens after {cache.committed} committed ones exceed the block of {self.block_length}."
+            )
+        depth = check_depth(depth, self.num_layers)
+        cache.place(k, shallow=depth < self.num_layers)
+        filled = torch.zeros(rows, self._window(k), dtype=torch.int64, device=tokens.device)
+        filled[:, :k] = tokens
+        return cast("Tensor", self._run(self._block, prefix, filled, depth)[:, :k])
+
+    def _window(self, k: int) -> int:
+        return min(window for window in self.windows if window >= k)
+
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except TorchDynamoException as error:
+            raise ConfigError(
+                f"{type(self.backbone).__name__} does not compile with these settings ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:300]}); use it without."
+            ) from error

@@ -26,15 +26,7 @@ from ceed_vla.devices import check_device
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, check_fields, ranged
 from ceed_vla.files import write_text
-from sim.environment import (
-    EVALUATION_SEEDS,
-    Bundle,
-    Environment,
-    Privileged,
-    joined,
-    observation_batch,
-    turns,
-)
+from sim.environment import EVALUATION_SEEDS, Bundle, Environment, Privileged, joined, observation_batch, turns
 from sim.evaluate import CheckpointPath
 from sim.outputs import MADE_BY, claim_file
 from sim.tabletop.lerobot_env import mixed_tabletop
@@ -91,10 +83,8 @@ def grounding(config: GroundingConfig) -> dict[str, Any]:
             "sim/environment.py."
         )
     bundle = joined(load(config.policy.path, device=config.device), config.env)
-    needed, count = (
-        max(stop for _, stop in privileged.positions.values()),
-        len(bundle[0].config.auxiliary_scale),
-    )
+    needed = max(stop for _, stop in privileged.positions.values())
+    count = len(bundle[0].config.auxiliary_scale)
     if not needed <= count <= len(privileged.names):
         raise ConfigError(
             f"{config.policy.path} regresses {count} terms; {needed} to {len(privileged.names)} are needed: "

@@ -114,10 +114,7 @@ class PolicyRunner:
 
     @torch.inference_mode()
     def decode(
-        self,
-        observations: Sequence[dict[str, Any]],
-        instructions: Sequence[str],
-        previous: Sequence[Tensor | None],
+        self, observations: Sequence[dict[str, Any]], instructions: Sequence[str], previous: Sequence[Tensor | None]
     ) -> list[Chunk]:
         """Decode one chunk per observation.
 
@@ -246,13 +243,7 @@ def replan(
 
 
 def drive(
-    runner: PolicyRunner,
-    pool: EnvPool,
-    seed: int,
-    executed_steps: int,
-    task: str = MIXED,
-    *,
-    watch: bool = False,
+    runner: PolicyRunner, pool: EnvPool, seed: int, executed_steps: int, task: str = MIXED, *, watch: bool = False
 ) -> Iterator[Replan]:
     """Run one episode in the first environment of a pool, the same as `rollout` does, and yield every replan."""
     episode = Episode.start(pool.env(0), seed, task, pool.max_episode_steps)

@@ -131,10 +131,7 @@ def console_table(report: Mapping[str, Any], details: Mapping[str, Any]) -> Tabl
         ("observation to command p50 / p99", f"{_ms(latency, 'p50', 'p99')} ms"),
         ("the same without decoding", f"{_ms(details['beyond_decode_ms'], 'p50', 'p99')} ms"),
         ("joint step at seams / inside chunks", f"{report['seam_step_ratio'] or '-'}"),
-        (
-            "ticks held, by reason",
-            ", ".join(f"{k} {v}" for k, v in details["holds_by_reason"].items()) or "0",
-        ),
+        ("ticks held, by reason", ", ".join(f"{k} {v}" for k, v in details["holds_by_reason"].items()) or "0"),
         ("commands clamped", ", ".join(f"{k} {v}" for k, v in details["clamps_by_kind"].items()) or "0"),
         ("scheduling of the command stream", details["scheduling"]),
     ]

@@ -151,13 +151,7 @@ class ChunkRequests:
             return False
         taken = self._observations.image_stamp
         request = Request(
-            plan.id,
-            observation,
-            instruction,
-            plan.previous,
-            plan.shift_steps,
-            plan.frozen_steps,
-            plan.deadline_s,
+            plan.id, observation, instruction, plan.previous, plan.shift_steps, plan.frozen_steps, plan.deadline_s
         )
         if not self._worker.submit(request):
             return False

@@ -241,10 +241,7 @@ class Predictor:
         import torch
 
         assert self._decoding is not None
-        arguments: dict[str, Any] = {
-            "decoding": self._decoding,
-            "executed_steps": self._settings.replan_steps,
-        }
+        arguments: dict[str, Any] = {"decoding": self._decoding, "executed_steps": self._settings.replan_steps}
         if deadline is not None and self._decoding.method == "jacobi":
             # The decoder's own deadline starts after the prefill, which takes about as long as the last one.
             left = deadline - time.monotonic() - self._prefill_s

@@ -68,10 +68,7 @@ def raise_priority(priority: int, *, only_this_thread: bool) -> str:
 
 
 def run(
-    make_node: Callable[[], Node],
-    name: str,
-    arguments: Sequence[str] | None = None,
-    stop: StopSignal | None = None,
+    make_node: Callable[[], Node], name: str, arguments: Sequence[str] | None = None, stop: StopSignal | None = None
 ) -> int:
     """Make a node and spin it in this, the main thread.
 

@@ -325,13 +325,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         quat *= np.copysign(1.0, quat[0])
         yaw, opening = self.command_rpy[2], data.qpos[7] + data.qpos[8]
         gripper = 1.0 if self.gripper_open else -1.0
-        parts = (
-            data.site_xpos[site],
-            quat,
-            [opening],
-            self.command_position,
-            [np.cos(yaw), np.sin(yaw), gripper],
-        )
+        parts = (data.site_xpos[site], quat, [opening], self.command_position, [np.cos(yaw), np.sin(yaw), gripper])
         return np.concatenate(parts).astype(np.float32)
 
     def _info(self) -> dict[str, Any]:

@@ -47,16 +47,8 @@ def build_report(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What ``ros.json`` and ``details.json`` contain.
 
-    Times come from the bag, latencies and interventions from the policy's diagnostics.
-
-    Args:
-        options: Of `RosDemoConfig`.
-        episodes: Finished episodes.
-        windows: When the command stream ran [ns].
-        policy: Last diagnostics of the policy node.
-        bag: What was recorded.
-        topic: Of the commands.
-        killed: When the policy node was killed [ns].
+    Times come from the bag, latencies and interventions from `policy`, the node's last diagnostics. The commands, on
+    `topic`, ran in `windows` [ns]; the policy node was killed at `killed` [ns].
     """
     timing = command_timing(sent_times(bag, topic), windows, 1.0 / COMMAND_RATE)
     solved = sum(episode.success for episode in episodes)
@@ -100,9 +92,7 @@ def build_report(
 def rest_after(states: Iterable[tuple[int, Any]], moment: int) -> float | None:
     """Time from `moment` [ns] to the last joint state in which an arm joint still moves [ms]; None if it never rests.
 
-    Args:
-        states: (time of sending [ns], joint state) in order.
-        moment: [ns].
+    `states` are (time of sending [ns], joint state) in order.
     """
     moving, resting = 0.0, False
     for sent, state in states:

@@ -108,14 +108,9 @@ def error_rows(
 ) -> list[dict[str, Any]]:
     """Median and 90th percentile of the position errors [cm], by distance of the first position, then of all.
 
-    Args:
-        found: Predicted leading terms (N, E) [m].
-        truth: True ones (N, E) [m].
-        edges: Distances that separate the rows [m].
-        positions: First and one past the last term of each, see `Privileged`.
-
-    Returns:
-        One row a band that has frames. ``chance`` is the median error of always answering the mean first position.
+    `found` and `truth` (N, E) are predicted and true leading terms [m], `edges` the distances between the rows [m],
+    `positions` those of `Privileged`. There is one row a band that has frames; ``chance`` is the median error of always
+    answering the mean first position.
     """
     parts = {name: slice(*ends) for name, ends in positions.items()}
     first = truth[:, next(iter(parts.values()))]

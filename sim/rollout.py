@@ -116,13 +116,7 @@ class PolicyRunner:
     def decode(
         self, observations: Sequence[dict[str, Any]], instructions: Sequence[str], previous: Sequence[Tensor | None]
     ) -> list[Chunk]:
-        """Decode one chunk per observation.
-
-        Args:
-            observations: B observations as the environment gives them.
-            instructions: B instructions.
-            previous: Per row the tokens (n,) of the chunk before, None at an episode's start.
-        """
+        """A chunk for each of B observations and instructions; `previous`: tokens (n,) of the one before, if any."""
         batch = observation_batch(observations, instructions)
         if self.preprocessor is not None:
             batch = self.preprocessor(batch)
@@ -267,6 +261,8 @@ def rollout(
 ) -> list[EpisodeResult]:
     """Run one episode per seed; when one ends, the next seed takes over its environment.
 
+    Results are in the order of `seeds`.
+
     Args:
         policy_bundle: Policy, pre-processor, post-processor, as `ceed_vla.load` returns them.
         seeds: Episodes to run.
@@ -280,9 +276,6 @@ def rollout(
         generator: Random source of random guesses.
         on_chunk: Called per decoded chunk with environment index, raw observation and `Chunk`.
         on_episode: Called per finished episode.
-
-    Returns:
-        One `EpisodeResult` per seed, in the order of `seeds`.
 
     Raises:
         ConfigError: Impossible `seeds`, `batch`, `executed_steps` or `tasks`.

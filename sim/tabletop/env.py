@@ -101,11 +101,9 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Draw a scene and an instruction.
+        """Draw a scene and an instruction; `seed` determines everything.
 
-        Args:
-            seed: Determines everything.
-            options: May fix "task", "color", "other" (second colour or side) and "phrase" (index or template).
+        `options` may fix "task", "color", "other" (second colour or side) and "phrase" (index or template).
 
         Raises:
             SimulationError: On a negative seed or unknown options, or when the split has no such combination.

@@ -19,7 +19,7 @@ _OUTSIDE = 0.1  # beyond the position limits [rad]
 
 
 class Plausibility:
-    """Compares each joint state (J,) [rad] with the limits, and with the one before it and what is physical [rad/s]."""
+    """Compares joint states (J,) [rad] with the limits, and each with the one before it by the velocity [rad/s]."""
 
     def __init__(self, names: Sequence[str], low: Array, high: Array, velocity: Array) -> None:
         self._names, self._low, self._high, self._velocity = tuple(names), low, high, velocity

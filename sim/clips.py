@@ -21,13 +21,8 @@ Frame = NDArray[np.uint8]
 # Sides in pixels; width and height are multiples of 16, as the encoder wants.
 VIEW, INSET, HEADER = 384, 192, 48
 WIDTH, HEIGHT = VIEW + INSET, VIEW + HEADER
-_INK, _PAPER, _FAINT, _ACCENT, _GOOD = (
-    (236, 239, 244),
-    (24, 27, 33),
-    (140, 148, 160),
-    (230, 159, 0),
-    (86, 180, 233),
-)
+_INK, _PAPER, _FAINT = (236, 239, 244), (24, 27, 33), (140, 148, 160)
+_ACCENT, _GOOD = (230, 159, 0), (86, 180, 233)
 _MARGIN, _SIDE_MARGIN = 14, 5
 _MOST_SQUARES = 12
 END_FRAMES = 12  # the outcome stays readable
@@ -111,15 +106,7 @@ def write_clip(path: Path, frames: Iterable[Frame], fps: int = 10) -> Path:
 
 
 def record_clip(
-    path: Path,
-    runner: PolicyRunner,
-    pool: EnvPool,
-    *,
-    name: str,
-    unit: str,
-    seed: int,
-    task: str,
-    executed_steps: int,
+    path: Path, runner: PolicyRunner, pool: EnvPool, *, name: str, unit: str, seed: int, task: str, executed_steps: int
 ) -> Path:
     """Run one episode in the first environment of a pool and write its clip, in real time of the robot."""
     replans = drive(runner, pool, seed, executed_steps, task, watch=True)

@@ -37,16 +37,9 @@ class Row:
 
 
 def parse_decoders(text: str, *, has_teacher: bool) -> list[str]:
-    """Split and check a comma-separated list of decoders.
+    """Split and check a comma-separated list of decoders; names without repetition, in the order of the table.
 
     With a teacher, the rows every table must have (`HONEST_RIVALS`) are put in front where they are missing.
-
-    Args:
-        text: For example ``"ar,jacobi,ceed"``.
-        has_teacher: Whether a teacher checkpoint is given.
-
-    Returns:
-        Names without repetition, in the order of the table.
 
     Raises:
         ConfigError: No name, an unknown name, or a teacher row without a teacher.
@@ -64,12 +57,7 @@ def parse_decoders(text: str, *, has_teacher: bool) -> list[str]:
 
 
 def resolve_rows(names: Sequence[str], configs: dict[str, Any]) -> list[Row]:
-    """Rows for checked `names`.
-
-    Args:
-        names: From `parse_decoders`.
-        configs: ``CeedVLAConfig`` of ``"policy"`` and, where there is one, ``"teacher"``.
-    """
+    """Rows for checked `names`; `configs` has the ``CeedVLAConfig`` of "policy" and, if there is one, of "teacher"."""
     rows = []
     for name in names:
         model = "teacher" if name.startswith(TEACHER_PREFIX) else "policy"

@@ -129,9 +129,6 @@ def flags(config: EnvConfig) -> list[str]:
 class Environment:
     """One environment, driven in the same way whatever it offers.
 
-    Args:
-        config: What to make.
-
     Attributes:
         task: Task of the episode; ``info["task"]`` of the reset where it says one.
         success: Whether the episode is solved now.
@@ -258,12 +255,7 @@ class Environment:
 
 
 class EnvPool:
-    """A fixed number of environments, made when first needed and used again.
-
-    Args:
-        size: Number of environments.
-        config: What each is.
-    """
+    """A fixed number of environments, made when first needed and used again."""
 
     def __init__(self, size: int, config: EnvConfig) -> None:
         if size < 1:

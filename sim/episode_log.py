@@ -30,7 +30,6 @@ class EpisodeLog:
     """Appends finished episodes to a file; each is on disk before the next one counts.
 
     Args:
-        folder: Where `EPISODES` lies.
         identity: What decides an episode: checkpoints, decoders, seeds and so on; anything that JSON can hold.
         plan: Task of every seed, "mixed" for any.
         longest: Most steps of an episode.

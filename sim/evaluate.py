@@ -12,14 +12,7 @@ from typing import Any, ClassVar
 import torch
 from lerobot.envs.configs import EnvConfig
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ceed_vla.checkpoints import load, resolve_checkpoint, weights_hash
 from ceed_vla.devices import check_device
@@ -43,12 +36,7 @@ logger = logging.getLogger(__name__)
 EPISODE_COUNTS = "[1, 100000]"
 GROUP_BATCHES = 5  # a decoder runs so many batches of seeds before the next decoder
 REPORT = "report.json"
-MOVED = {
-    "env": "env.type",
-    "task": "env.task",
-    "split": "env.split",
-    "max_episode_steps": "env.episode_length",
-}
+MOVED = {"env": "env.type", "task": "env.task", "split": "env.split", "max_episode_steps": "env.episode_length"}
 
 
 @dataclass
@@ -183,8 +171,7 @@ def check(config: EvalConfig) -> list[str]:
     names = parse_decoders(config.decoders, has_teacher=bool(config.teacher.path))
     if config.seed < EVALUATION_SEEDS:
         logger.warning(
-            "Seeds below %d may have been recorded or tuned on; do not report them as results.",
-            EVALUATION_SEEDS,
+            "Seeds below %d may have been recorded or tuned on; do not report them as results.", EVALUATION_SEEDS
         )
     return names
 

@@ -26,15 +26,7 @@ from ceed_vla.devices import check_device
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, check_fields, ranged
 from ceed_vla.files import write_text
-from sim.environment import (
-    EVALUATION_SEEDS,
-    Bundle,
-    Environment,
-    Privileged,
-    joined,
-    observation_batch,
-    turns,
-)
+from sim.environment import EVALUATION_SEEDS, Bundle, Environment, Privileged, joined, observation_batch, turns
 from sim.evaluate import CheckpointPath
 from sim.outputs import MADE_BY, claim_file
 from sim.tabletop.lerobot_env import mixed_tabletop
@@ -91,10 +83,8 @@ def grounding(config: GroundingConfig) -> dict[str, Any]:
             "sim/environment.py."
         )
     bundle = joined(load(config.policy.path, device=config.device), config.env)
-    needed, count = (
-        max(stop for _, stop in privileged.positions.values()),
-        len(bundle[0].config.auxiliary_scale),
-    )
+    needed = max(stop for _, stop in privileged.positions.values())
+    count = len(bundle[0].config.auxiliary_scale)
     if not needed <= count <= len(privileged.names):
         raise ConfigError(
             f"{config.policy.path} regresses {count} terms; {needed} to {len(privileged.names)} are needed: "
@@ -118,14 +108,9 @@ def error_rows(
 ) -> list[dict[str, Any]]:
     """Median and 90th percentile of the position errors [cm], by distance of the first position, then of all.
 
-    Args:
-        found: Predicted leading terms (N, E) [m].
-        truth: True ones (N, E) [m].
-        edges: Distances that separate the rows [m].
-        positions: First and one past the last term of each, see `Privileged`.
-
-    Returns:
-        One row a band that has frames. ``chance`` is the median error of always answering the mean first position.
+    `found` and `truth` (N, E) are predicted and true leading terms [m], `edges` the distances between the rows [m],
+    `positions` those of `Privileged`. There is one row a band that has frames; ``chance`` is the median error of always
+    answering the mean first position.
     """
     parts = {name: slice(*ends) for name, ends in positions.items()}
     first = truth[:, next(iter(parts.values()))]

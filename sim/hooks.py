@@ -114,11 +114,8 @@ class TakeoverRecorder:
     """Records one takeover (DAgger) round: a `training.teacher.RecordTakeover`.
 
     Args:
-        env: The environment; it needs an expert.
         episodes: Attempts a round.
         seed: Seed of the first attempt of round 0; every attempt has its own.
-        rounds: Rounds to come.
-        decoding: Decoder of the driving policy.
         processes: Processes, each with a data set of its own.
 
     Raises:

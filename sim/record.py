@@ -75,11 +75,7 @@ def record(config: RecordConfig, policy_bundle: Bundle | None = None, on_attempt
     with _recorder(config, policy_bundle) as (run_unit, features), InterruptGuard() as guard:
         try:
             writer = DatasetWriter(
-                config.root,
-                repo_id=config.repo_id,
-                fps=config.env.fps,
-                features=features,
-                robot_type=config.env.type,
+                config.root, repo_id=config.repo_id, fps=config.env.fps, features=features, robot_type=config.env.type
             )
         except OSError as error:
             raise DatasetError(

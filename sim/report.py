@@ -73,10 +73,7 @@ def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
     """The whole of ``report.md``; `figures` are files to show at the end, relative to it."""
     parts = [f"# Evaluation on {report['env']}", ""]
     if not report["complete"]:
-        parts += [
-            "**Partial: the evaluation was interrupted; only the episodes that finished are counted.**",
-            "",
-        ]
+        parts += ["**Partial: the evaluation was interrupted; only the episodes that finished are counted.**", ""]
     parts += [
         _conditions(report),
         "",

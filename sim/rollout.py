@@ -114,18 +114,9 @@ class PolicyRunner:
 
     @torch.inference_mode()
     def decode(
-        self,
-        observations: Sequence[dict[str, Any]],
-        instructions: Sequence[str],
-        previous: Sequence[Tensor | None],
+        self, observations: Sequence[dict[str, Any]], instructions: Sequence[str], previous: Sequence[Tensor | None]
     ) -> list[Chunk]:
-        """Decode one chunk per observation.
-
-        Args:
-            observations: B observations as the environment gives them.
-            instructions: B instructions.
-            previous: Per row the tokens (n,) of the chunk before, None at an episode's start.
-        """
+        """A chunk for each of B observations and instructions; `previous`: tokens (n,) of the one before, if any."""
         batch = observation_batch(observations, instructions)
         if self.preprocessor is not None:
             batch = self.preprocessor(batch)
@@ -246,13 +237,7 @@ def replan(
 
 
 def drive(
-    runner: PolicyRunner,
-    pool: EnvPool,
-    seed: int,
-    executed_steps: int,
-    task: str = MIXED,
-    *,
-    watch: bool = False,
+    runner: PolicyRunner, pool: EnvPool, seed: int, executed_steps: int, task: str = MIXED, *, watch: bool = False
 ) -> Iterator[Replan]:
     """Run one episode in the first environment of a pool, the same as `rollout` does, and yield every replan."""
     episode = Episode.start(pool.env(0), seed, task, pool.max_episode_steps)
@@ -276,6 +261,8 @@ def rollout(
 ) -> list[EpisodeResult]:
     """Run one episode per seed; when one ends, the next seed takes over its environment.
 
+    Results are in the order of `seeds`.
+
     Args:
         policy_bundle: Policy, pre-processor, post-processor, as `ceed_vla.load` returns them.
         seeds: Episodes to run.
@@ -289,9 +276,6 @@ def rollout(
         generator: Random source of random guesses.
         on_chunk: Called per decoded chunk with environment index, raw observation and `Chunk`.
         on_episode: Called per finished episode.
-
-    Returns:
-        One `EpisodeResult` per seed, in the order of `seeds`.
 
     Raises:
         ConfigError: Impossible `seeds`, `batch`, `executed_steps` or `tasks`.

@@ -161,11 +161,8 @@ def _jacobi_panel(title: str, bundle: Bundle, replan: Replan, decoding: Decoding
 def jacobi_status(states: NDArray[np.integer]) -> NDArray[np.int_]:
     """When every token took its final value for good.
 
-    Args:
-        states: (iterations + 1, n) tokens; the last row is the fixed point.
-
-    Returns:
-        As `states`: `SETTLED` where all up to here are final, `AHEAD` behind one that is not, `WRONG` elsewhere.
+    The last row of `states` (iterations + 1, n) is the fixed point. The result has their shape: `SETTLED` where all up
+    to here are final, `AHEAD` behind one that is not, `WRONG` elsewhere.
     """
     equal = states == states[-1]  # (k + 1, n)
     final = np.logical_and.accumulate(equal[::-1], axis=0)[::-1]  # equal from here on

@@ -40,13 +40,8 @@ def collect_observations(
 ) -> list[Observations]:
     """Observations at the replans of closed-loop episodes, one list an episode.
 
-    Args:
-        runner: The policy that drives, with its decoding.
-        pool: Environments, of which the first is used.
-        episodes: (seed, task) of the episodes, used one after the other until there are enough chunks.
-        executed_steps: Steps executed of each chunk.
-        chunks: Chunks wanted in all.
-        largest_share: Part of `chunks` that one episode may give, so that a stuck one cannot dominate.
+    The `runner` drives episodes of (seed, task) in the first environment of the pool until there are enough `chunks`.
+    One episode gives at most `largest_share` of them, so that a stuck one cannot dominate.
     """
     collected: list[Observations] = []
     wanted = chunks

@@ -47,15 +47,7 @@ class BagWriter:
         self._writer.start(profile="ros2", library="ceed_vla")
 
     def write(self, topic: str, kind: str, data: bytes, published: int, received: int) -> None:
-        """Append one message.
-
-        Args:
-            topic: Its topic.
-            kind: Its type, "sensor_msgs/msg/Image".
-            data: CDR with its four-byte header.
-            published: When it was sent [ns since the epoch].
-            received: When it was received [ns since the epoch].
-        """
+        """Append a message of type `kind`, "sensor_msgs/msg/Image": CDR with its header; times in [ns] since 1970."""
         if topic not in self._channels:
             self._channels[topic] = self._writer.register_channel(topic, "cdr", self._schema(kind))
         self._writer.add_message(self._channels[topic], received, data, published)
@@ -81,19 +73,9 @@ class BagWriter:
 
 
 def record(node: Node, bag: BagWriter, topic: str, message_type: Any, qos: Any) -> Any:
-    """Subscribe to a topic and write all its messages.
+    """Write all messages of a topic that `qos` keeps, while the caller spins the node; returns the subscription.
 
     The time of sending is the one that the middleware took in the sender, so a slow recorder does not blur it.
-
-    Args:
-        node: Spun by the caller.
-        bag: Where the messages go.
-        topic: Topic, resolved and remapped like any other.
-        message_type: Its message class.
-        qos: QoS profile; what it does not keep is not written.
-
-    Returns:
-        The subscription.
     """
     name, kind = node.resolve_topic_name(topic), type_name(message_type)
 
@@ -137,10 +119,7 @@ def type_name(message_type: Any) -> str:
 
 
 def message_definition(kind: str) -> str:
-    """The text of a message type and of all types it contains, as a bag stores them.
-
-    Args:
-        kind: "package/msg/Name".
+    """The text of a message type, "package/msg/Name", and of all types it contains, as a bag stores them.
 
     Raises:
         ConfigError: A name of another form, or a type whose ``.msg`` file is not installed.

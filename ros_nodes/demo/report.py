@@ -47,16 +47,8 @@ def build_report(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What ``ros.json`` and ``details.json`` contain.
 
-    Times come from the bag, latencies and interventions from the policy's diagnostics.
-
-    Args:
-        options: Of `RosDemoConfig`.
-        episodes: Finished episodes.
-        windows: When the command stream ran [ns].
-        policy: Last diagnostics of the policy node.
-        bag: What was recorded.
-        topic: Of the commands.
-        killed: When the policy node was killed [ns].
+    Times come from the bag, latencies and interventions from `policy`, the node's last diagnostics. The commands, on
+    `topic`, ran in `windows` [ns]; the policy node was killed at `killed` [ns].
     """
     timing = command_timing(sent_times(bag, topic), windows, 1.0 / COMMAND_RATE)
     solved = sum(episode.success for episode in episodes)
@@ -100,9 +92,7 @@ def build_report(
 def rest_after(states: Iterable[tuple[int, Any]], moment: int) -> float | None:
     """Time from `moment` [ns] to the last joint state in which an arm joint still moves [ms]; None if it never rests.
 
-    Args:
-        states: (time of sending [ns], joint state) in order.
-        moment: [ns].
+    `states` are (time of sending [ns], joint state) in order.
     """
     moving, resting = 0.0, False
     for sent, state in states:
@@ -131,10 +121,7 @@ def console_table(report: Mapping[str, Any], details: Mapping[str, Any]) -> Tabl
         ("observation to command p50 / p99", f"{_ms(latency, 'p50', 'p99')} ms"),
         ("the same without decoding", f"{_ms(details['beyond_decode_ms'], 'p50', 'p99')} ms"),
         ("joint step at seams / inside chunks", f"{report['seam_step_ratio'] or '-'}"),
-        (
-            "ticks held, by reason",
-            ", ".join(f"{k} {v}" for k, v in details["holds_by_reason"].items()) or "0",
-        ),
+        ("ticks held, by reason", ", ".join(f"{k} {v}" for k, v in details["holds_by_reason"].items()) or "0"),
         ("commands clamped", ", ".join(f"{k} {v}" for k, v in details["clamps_by_kind"].items()) or "0"),
         ("scheduling of the command stream", details["scheduling"]),
     ]

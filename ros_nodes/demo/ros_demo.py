@@ -74,14 +74,7 @@ class RosDemoConfig:
 
 
 def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str, Any]:
-    """Run the demonstration.
-
-    Args:
-        config: Options.
-        console: Where progress and the table go; the terminal if None.
-
-    Returns:
-        The content of ``ros.json``.
+    """Run the demonstration; returns the content of ``ros.json``. Without a `console` the terminal is used.
 
     Raises:
         ConfigError: ROS is not installed, or the robot has no such action interface.

@@ -37,12 +37,7 @@ class CommandTiming:
 
 
 def command_timing(sent: Sequence[int] | NDArray[np.int64], windows: Sequence[Window], period: float) -> CommandTiming:
-    """Timing of a command stream inside windows; the pauses between windows do not count.
-
-    Args:
-        sent: Times of sending [ns], in any order.
-        windows: When the stream should have run.
-        period: Between two commands [s].
+    """Timing of commands `sent` [ns], a `period` [s] apart, inside windows [ns]; pauses between windows do not count.
 
     Raises:
         ConfigError: No window has two commands.

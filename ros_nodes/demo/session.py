@@ -40,7 +40,6 @@ class Session:
 
     Args:
         folder: Where their output ("sim.log", "policy.log") and "bag.mcap" go.
-        domain: ROS domain.
         interface: Action interface of the policy node, whose commands are recorded.
         policy_arguments: Further ``--ros-args`` of the policy node.
         sim_arguments: Further ``--ros-args`` of the simulated robot.

@@ -29,14 +29,7 @@ class _Asked:
 
 
 class ChunkRequests:
-    """One request at a time, from the newest observation.
-
-    Args:
-        observations: Inputs.
-        motion: Where the arm is bound for, a part of what the policy sees.
-        stream: Plans the chunks and joins them.
-        worker: A started policy.
-        statistics: Told of answers and latencies.
+    """One request at a time, from the newest observation, to a started worker.
 
     Attributes:
         failure: `Response.code` of the last answer, unless `refusal` says it.
@@ -59,16 +52,10 @@ class ChunkRequests:
         self.try_again()
 
     def ask_if_due(self, instruction: str, now: float, remaining: float, wait: float) -> Plan | None:
-        """Ask for the next chunk unless observations that are still to come will do.
+        """Ask for the next chunk unless observations that are still to come will do; the plan that was sent, if any.
 
-        Args:
-            instruction: What to do.
-            now: Steady time [s].
-            remaining: Time until the next boundary of the step grid [steps].
-            wait: Time until the next images [s].
-
-        Returns:
-            The plan that was sent; None if none was.
+        Times: `now` is steady [s], `remaining` until the next boundary of the step grid [steps], `wait` until the next
+        images [s].
         """
         if not self._worker.idle or now < self._retry_at:
             return None
@@ -151,13 +138,7 @@ class ChunkRequests:
             return False
         taken = self._observations.image_stamp
         request = Request(
-            plan.id,
-            observation,
-            instruction,
-            plan.previous,
-            plan.shift_steps,
-            plan.frozen_steps,
-            plan.deadline_s,
+            plan.id, observation, instruction, plan.previous, plan.shift_steps, plan.frozen_steps, plan.deadline_s
         )
         if not self._worker.submit(request):
             return False

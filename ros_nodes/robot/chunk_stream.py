@@ -239,16 +239,9 @@ class ChunkStream:
         tokens: NDArray[np.int64] | None = None,
         remaining: float = 0.0,
     ) -> bool:
-        """Take an answer; it takes over at the next boundary.
+        """Take an answer to a plan: actions (m, A), tokens (n,), None for policies without; `remaining` as in `plan`.
 
-        Args:
-            plan_id: Plan that it answers.
-            actions: (m, A).
-            tokens: (n,); None for policies without.
-            remaining: As in `plan`.
-
-        Returns:
-            False if nobody waits for it any more.
+        It takes over at the next boundary. Returns False if nobody waits for it any more.
 
         Raises:
             ConfigError: Actions that are no finite (m, A).

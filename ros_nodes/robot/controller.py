@@ -40,13 +40,8 @@ class PolicyController:
     """Streams a policy's actions.
 
     Args:
-        observations: Inputs.
-        motion: Actions to joint targets.
-        safety: Judges every command.
-        stream: Joins chunks.
         worker: A started policy.
         command_rate: Ticks per second [Hz], a multiple of the steps per second.
-        instruction: What to do.
         slew: See `StepGrid`.
 
     Attributes:
@@ -101,8 +96,7 @@ class PolicyController:
     def enable(self, now: float, *, insist: bool = False) -> Hold | None:
         """Allow motion from the measured pose on, with nothing planned; `now` is the clock's time [s].
 
-        Returns:
-            Why not, or None. With `insist` it is tried again at every tick until joint states come.
+        Returns why not, or None. With `insist` it is tried again at every tick until joint states come.
         """
         refused = self._safety.enable(self.ages(now)[JOINT_STATES])
         self._enable_asked = insist and refused is not None and self._safety.stopped is None
@@ -138,15 +132,7 @@ class PolicyController:
     # ---- the loop -----------------------------------------------------------------------------------------------
 
     def tick(self, now: float, clock: float) -> Decision | None:
-        """One command.
-
-        Args:
-            now: Steady time [s].
-            clock: Time of the messages' stamps [s].
-
-        Returns:
-            What to send; None to send nothing.
-        """
+        """The command at steady time `now` [s], which is `clock` in the messages' stamps [s]; None to send nothing."""
         dt = now - self._last_tick if self._last_tick is not None else 1.0 / self._rate
         self._last_tick = now
         self._watch_clock(dt, clock)

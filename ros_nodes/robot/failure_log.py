@@ -18,11 +18,7 @@ _FRAMES = 12  # innermost calls of a traceback that are shown
 class FailureLog:
     """One line for a `CeedVLAError`, a traceback for the first failure of any other kind, then a line now and then.
 
-    A kind is a type of exception at a line of code.
-
-    Args:
-        logger: Where to.
-        clock: Steady time [s].
+    A kind is a type of exception at a line of code; `clock` gives steady time [s].
     """
 
     def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:

@@ -41,8 +41,6 @@ class InferenceWorker:
     """One policy, one request at a time.
 
     Args:
-        checkpoint: LeRobot checkpoint folder, or "teacher" / "student".
-        mode: "process" or "thread".
         notify: Called in the thread that carries the answers when one can be polled.
         settings: The other fields of `PredictorSettings`.
 
@@ -73,11 +71,7 @@ class InferenceWorker:
         self._thread = threading.Thread(target=self._infer, name="inference", daemon=True)
 
     def start(self, timeout_s: float = 120.0, cancelled: Callable[[], bool] = lambda: False) -> PolicySpec:
-        """Load the policy and warm it up; blocks.
-
-        Args:
-            timeout_s: When to give up [s].
-            cancelled: Asked now and then; True gives up too.
+        """Load the policy and warm it up; blocks, and gives up after `timeout_s` [s] or when `cancelled` says so.
 
         Raises:
             CheckpointError: Missing, damaged, of a kind that cannot be served, not ready in time, or given up.
@@ -125,11 +119,7 @@ class InferenceWorker:
         return self._spec is not None and not (self._busy or self._closed or self._failed)
 
     def submit(self, request: Request) -> bool:
-        """Hand a request over.
-
-        Returns:
-            False if the worker is busy, failed or closed; the request is then dropped.
-        """
+        """Hand a request over; False, and it is dropped, if the worker is busy, failed or closed."""
         if not self.idle:
             return False
         self._busy = True

@@ -14,9 +14,6 @@ from ros_nodes.robot.robot_config import Gripper, RobotConfig
 class Motion:
     """Where the arm shall be at the end of the step that runs. Subclasses say what an action does.
 
-    Args:
-        robot: The robot.
-
     Attributes:
         joints: (J,) targets [rad].
         gripper: Opening [m]; None while no action has set it.
@@ -94,13 +91,7 @@ class JointDeltas(Motion):
 
 
 class EndEffectorDeltas(Motion):
-    """Actions move the commanded TCP pose, and inverse kinematics moves the joints after it.
-
-    Args:
-        robot: The robot.
-        model: Of its arm.
-        limits: Of the pose.
-    """
+    """Actions move the commanded TCP pose, and inverse kinematics moves the joints after it."""
 
     def __init__(self, robot: RobotConfig, model: ArmKinematics, limits: PoseLimits) -> None:
         super().__init__(robot)

@@ -41,10 +41,8 @@ class Observations:
     """Takes messages, keeps the newest, and answers with a policy's observation.
 
     Args:
-        robot: The robot.
         cameras: The policy's cameras: feature -> (3, H, W).
         states: The policy's other features -> length.
-        model: Of the arm; None without one.
 
     Raises:
         ConfigError: The policy wants a camera or a state that the robot does not have, or of another length.

@@ -19,14 +19,7 @@ _OUTSIDE = 0.1  # beyond the position limits [rad]
 
 
 class Plausibility:
-    """Compares each joint state with the limits, and with the one before it.
-
-    Args:
-        names: J joints.
-        low: (J,) [rad].
-        high: (J,) [rad].
-        velocity: (J,) that a joint reaches physically [rad/s].
-    """
+    """Compares joint states (J,) [rad] with the limits, and each with the one before it by the velocity [rad/s]."""
 
     def __init__(self, names: Sequence[str], low: Array, high: Array, velocity: Array) -> None:
         self._names, self._low, self._high, self._velocity = tuple(names), low, high, velocity
@@ -42,14 +35,10 @@ class Plausibility:
         return f"{where} [{self._low[joint]:.4g}, {self._high[joint]:.4g}]"
 
     def jump(self, positions: Array, stamp: float | None) -> str:
-        """Which joint moved faster than it can since the last call; "" if none did.
+        """Which joint of a state (J,) [rad] moved faster than it can since the last call; "" if none did.
 
         The order of the stamps does not matter: a late message is a state of a moment ago, and after a jump of the
-        clock the time between two states is long.
-
-        Args:
-            positions: (J,) [rad], inside the limits.
-            stamp: When they were measured [s]; None if that is not known, then nothing is compared.
+        clock the time between two states is long. Without a `stamp` [s] nothing is compared.
         """
         before, self._last = self._last, (positions, stamp)
         if before is None or before[1] is None or stamp is None:

@@ -39,11 +39,7 @@ LONGEST_FAILURE = 500  # characters: what is wrong, what is allowed and what to 
 
 
 class PolicyNode(LifecycleNode):
-    """See the module.
-
-    Args:
-        stop: Ends a configuration under way.
-        node_options: Of `rclpy.node.Node`.
+    """See the module; `stop` ends a configuration under way.
 
     Raises:
         ConfigError: A parameter has a value that is not allowed.
@@ -285,14 +281,7 @@ class PolicyNode(LifecycleNode):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM; the console script ``policy_node``.
-
-    Args:
-        arguments: Command line with the program's name; None takes `sys.argv`.
-
-    Returns:
-        0, or 1 if the node cannot start.
-    """
+    """Run the node until SIGINT or SIGTERM; the console script ``policy_node``. Arguments and result as in `run`."""
     stop = StopSignal()
     return run(lambda: PolicyNode(stop), "policy_node", arguments, stop)
 

@@ -42,13 +42,10 @@ class PolicySetup:
 def make_setup(
     values: Mapping[str, Any], cancelled: Callable[[], bool], notify: Callable[[], None], slew: float
 ) -> PolicySetup:
-    """Load robot and checkpoint, warm the policy up, and build the controller.
+    """Load robot and checkpoint, warm the policy up, and build the controller; `values` are of `POLICY_PARAMETERS`.
 
-    Args:
-        values: Of `POLICY_PARAMETERS`.
-        cancelled: Asked while the checkpoint loads; True gives up.
-        notify: Called, in another thread, when the policy has answered.
-        slew: See `PolicyController`.
+    `cancelled` is asked while the checkpoint loads, True gives up; `notify` is called, in another thread, when the
+    policy has answered.
 
     Raises:
         CheckpointError: A checkpoint that does not load.

@@ -143,11 +143,7 @@ class PredictorSettings:
 
 
 class Predictor:
-    """A loaded and warmed-up policy.
-
-    Args:
-        settings: What to load, and how to decode.
-        wait: Sleeps for ``settings.delay_s``.
+    """A loaded and warmed-up policy; `wait` sleeps for ``settings.delay_s``.
 
     Attributes:
         spec: What the policy wants and gives.
@@ -189,11 +185,9 @@ class Predictor:
         self._failures = FailureLog(logger)
 
     def predict(self, request: Request, deadline: float | None = None) -> Response:
-        """Decode one chunk; never raises, an error is in the response.
+        """Decode one chunk; never raises, an error is in the response. The request's ``deadline_s`` is not read.
 
-        Args:
-            request: What to decode; its ``deadline_s`` is not read.
-            deadline: Time on `time.monotonic`'s clock at which the answer is needed [s].
+        `deadline` is the time on `time.monotonic`'s clock at which the answer is needed [s].
         """
         started = time.monotonic()
         try:
@@ -241,10 +235,7 @@ class Predictor:
         import torch
 
         assert self._decoding is not None
-        arguments: dict[str, Any] = {
-            "decoding": self._decoding,
-            "executed_steps": self._settings.replan_steps,
-        }
+        arguments: dict[str, Any] = {"decoding": self._decoding, "executed_steps": self._settings.replan_steps}
         if deadline is not None and self._decoding.method == "jacobi":
             # The decoder's own deadline starts after the prefill, which takes about as long as the last one.
             left = deadline - time.monotonic() - self._prefill_s

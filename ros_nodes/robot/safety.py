@@ -138,9 +138,6 @@ class SafetyFilter:
 
     `reset` only unlatches: as on a machine, motion starts again by a separate `enable`.
 
-    Args:
-        limits: What the arm may do.
-
     Attributes:
         enabled: Whether motion is allowed (unless stopped).
         stopped: Why the emergency stop is latched; None if it is not.
@@ -176,18 +173,11 @@ class SafetyFilter:
         return None if self._last is None else self._last.copy()
 
     def measure(self, names: Sequence[str], positions: Sequence[float], stamp: float | None = None) -> Hold | None:
-        """Take a joint state, matched by name; joints of other parts of the robot are ignored.
+        """Take positions [rad] of joints, matched by name; others are ignored. Returns why the arm holds, or None.
 
         While motion is enabled a state that cannot be true is latched. Otherwise the arm may be elsewhere all at once,
-        as in a simulation that is reset, and only a position outside the limits counts.
-
-        Args:
-            names: Joints.
-            positions: Of these joints [rad].
-            stamp: When they were measured [s]; None if that is not known: jumps are not found then.
-
-        Returns:
-            Why the arm holds, or None.
+        as in a simulation that is reset, and only a position outside the limits counts. Jumps are not found without
+        `stamp`, the time of measurement [s].
         """
         self._fault = self._joint_fault(names, positions)
         if self._fault is not None:
@@ -206,21 +196,13 @@ class SafetyFilter:
         return self._latched or self._fault
 
     def pose_fault(self, age: float | None) -> Hold | None:
-        """Why nobody knows where the arm is; None if it is known.
-
-        Args:
-            age: Of the newest joint state [s]; None if none came.
-        """
+        """Why nobody knows where the arm is, or None; `age` of the newest joint state [s], None if none came."""
         return self._latched or self._fault or self._age_fault(JOINT_STATES, age)
 
     def enable(self, age: float | None = 0.0) -> Hold | None:
-        """Allow motion, from the measured position on; unlatches implausible joint states.
+        """Allow motion, from the measured position on; unlatches implausible joint states. Returns why not, or None.
 
-        Args:
-            age: Of the newest joint state [s]; None if none came.
-
-        Returns:
-            Why not, or None.
+        `age` is as in `pose_fault`.
         """
         if self.stopped is not None:
             return Hold("estop", f"the emergency stop is latched ({self.stopped}); reset it first")

@@ -44,14 +44,8 @@ class StopSignal:
 def raise_priority(priority: int, *, only_this_thread: bool) -> str:
     """Let this process's threads go before all that run without real-time priority, as ros2_control's manager does.
 
-    Threads and processes that are started later do not inherit it.
-
-    Args:
-        priority: Of SCHED_FIFO, from 1 up; 0 leaves everything as it is.
-        only_this_thread: Leave the other threads as they are.
-
-    Returns:
-        How this thread is scheduled now, and why not better.
+    Threads and processes that are started later do not inherit it. The `priority` is of SCHED_FIFO, from 1 up; 0 leaves
+    everything as it is. Returns how this thread is scheduled now, and why not better.
     """
     if not priority:
         return "normal"
@@ -68,10 +62,7 @@ def raise_priority(priority: int, *, only_this_thread: bool) -> str:
 
 
 def run(
-    make_node: Callable[[], Node],
-    name: str,
-    arguments: Sequence[str] | None = None,
-    stop: StopSignal | None = None,
+    make_node: Callable[[], Node], name: str, arguments: Sequence[str] | None = None, stop: StopSignal | None = None
 ) -> int:
     """Make a node and spin it in this, the main thread.
 

@@ -103,9 +103,7 @@ class StepGrid:
     def align(self, slack: float, until_images: float) -> None:
         """Move the grid so that images come shortly before it is too late for them.
 
-        Args:
-            slack: How much before they came this time [s].
-            until_images: Time between images [s].
+        `slack` is how much before they came this time [s], `until_images` the time between images [s].
         """
         if not self._slew or not 0.0 <= slack < until_images + UNSURE:
             return  # the answer is needed sooner than that

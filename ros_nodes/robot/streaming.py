@@ -19,13 +19,7 @@ GRIPPER_PERIOD = 0.1  # an unchanged gripper command is repeated this often [s]
 
 
 class Streaming:
-    """Sends what the controller decides.
-
-    Args:
-        node: Whose parameters, clock and publishers are used.
-        setup: Controller, safety and interface.
-        steady: Clock of the timers, unless the time is a simulation's.
-    """
+    """Sends what the controller decides; `steady` is the clock of the timers, unless the time is a simulation's."""
 
     def __init__(self, node: Node, setup: PolicySetup, steady: Clock) -> None:
         self._node, self._setup = node, setup

@@ -21,10 +21,7 @@ _TOPIC = re.compile(r"(~/|/)?[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*")
 class Fields:
     """One mapping of a YAML file. Every getter takes its key; `finish` refuses the keys that nobody took.
 
-    Args:
-        source: File, for messages.
-        path: Where in the file, for messages: "action.workspace".
-        values: The mapping.
+    File and place in it, "action.workspace", are for messages.
     """
 
     def __init__(self, source: Path, path: str, values: dict[str, Any]) -> None:

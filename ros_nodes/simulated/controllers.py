@@ -24,12 +24,7 @@ class Controller(Protocol):
 
 
 class ForwardPosition:
-    """Sends positions straight to the joints, like a forward_command_controller, until no more come.
-
-    Args:
-        positions: (J,) [rad].
-        until: When the command expires [s].
-    """
+    """Sends positions (J,) [rad] straight to the joints, like a forward_command_controller, until they expire [s]."""
 
     def __init__(self, positions: Array, until: float) -> None:
         self._positions, self._until = positions, until
@@ -119,10 +114,7 @@ class Trajectory:
 class ServoTwist:
     """Integrates a TCP twist in the base frame and solves for the joints, like MoveIt Servo, until no more twists come.
 
-    Args:
-        arm: Its kinematics.
-        now: Time of the first twist [s].
-        joints: (J,) set-point to start from [rad].
+    The first twist comes at `now` [s]; `joints` (J,) is the set-point to start from [rad].
     """
 
     def __init__(self, arm: ArmKinematics, now: float, joints: Array) -> None:

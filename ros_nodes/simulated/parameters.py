@@ -22,11 +22,6 @@ SIM_PARAMETERS = (
     NodeParameter("publish_instruction", True, "Publish the episode's instruction for the policy node.", LIVE),
     NodeParameter("publish_clock", False, "Publish /clock and stamp with it; other nodes need use_sim_time.", START),
     NodeParameter(
-        "real_time_factor",
-        1.0,
-        "Simulated per real seconds; other values than 1 need publish_clock.",
-        START,
-        0.1,
-        20.0,
+        "real_time_factor", 1.0, "Simulated per real seconds; other values than 1 need publish_clock.", START, 0.1, 20.0
     ),
 )

@@ -54,14 +54,9 @@ class SimRobot:
     # ------------------------------------------------------------------ episodes
 
     def reset(self, seed: int, task: str = "mixed") -> str:
-        """Draw a scene and put the arm at rest in its start pose; commands given before are forgotten.
+        """Draw a scene and put the arm at rest in its start pose; forgets earlier commands. Returns the instruction.
 
-        Args:
-            seed: Determines everything.
-            task: A family of `tasks.TASKS`, or "mixed" to draw one.
-
-        Returns:
-            The instruction.
+        The `seed` determines everything; `task` is a family of `tasks.TASKS`, or "mixed" to draw one.
 
         Raises:
             SimulationError: An unknown task or a negative seed.
@@ -191,11 +186,7 @@ class SimRobot:
     # ------------------------------------------------------------------ time
 
     def advance(self, duration: float) -> None:
-        """Let time pass, in physics steps of `SIM_DT`; the rest is kept for the next call.
-
-        Args:
-            duration: [s], not negative.
-        """
+        """Let a time [s] pass, in physics steps of `SIM_DT`; the rest is kept for the next call."""
         env = self._env
         self._owed += max(duration, 0.0)
         steps = int(self._owed / SIM_DT + 1e-9)

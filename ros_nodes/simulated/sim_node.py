@@ -241,14 +241,7 @@ class SimNode(Node):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM; the console script ``sim_node``.
-
-    Args:
-        arguments: Command line with the program's name; None takes `sys.argv`.
-
-    Returns:
-        0, or 1 if the node cannot start.
-    """
+    """Run the node until SIGINT or SIGTERM; the console script ``sim_node``. Arguments and result as in `run`."""
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")  # nobody else needs this robot
     return run(SimNode, "sim_node", arguments)
 

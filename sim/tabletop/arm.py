@@ -33,13 +33,9 @@ _NEXT, _AFTER = [1, 2, 0], [2, 0, 1]  # cyclic successors of x, y, z, for cross 
 
 
 def forward_kinematics(q: Array) -> tuple[Array, Array]:
-    """TCP pose of joint angles, by the Denavit-Hartenberg table (independent of MuJoCo).
+    """TCP position (3,) [m] and rotation matrix (3, 3) in the base frame, of joint angles (7,) [rad].
 
-    Args:
-        q: Joint angles (7,) [rad].
-
-    Returns:
-        Position (3,) [m] and rotation matrix (3, 3) of the TCP in the base frame.
+    By the Denavit-Hartenberg table, independent of MuJoCo.
     """
     position, frame = np.zeros(3), np.eye(3)
     for (a, d, alpha), angle in zip(DH, q, strict=True):
@@ -50,12 +46,7 @@ def forward_kinematics(q: Array) -> tuple[Array, Array]:
 
 
 class SceneArm(ArmKinematics):
-    """The arm of a compiled scene.
-
-    Args:
-        model: Scene whose first seven joints are the arm's.
-        tcp_site: Id of the TCP site.
-    """
+    """The arm of a compiled scene, whose first seven joints are the arm's."""
 
     def __init__(self, model: mujoco.MjModel, tcp_site: int) -> None:
         super().__init__(JOINT_LOW, JOINT_HIGH, HOME)

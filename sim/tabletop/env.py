@@ -101,11 +101,9 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Draw a scene and an instruction.
+        """Draw a scene and an instruction; `seed` determines everything.
 
-        Args:
-            seed: Determines everything.
-            options: May fix "task", "color", "other" (second colour or side) and "phrase" (index or template).
+        `options` may fix "task", "color", "other" (second colour or side) and "phrase" (index or template).
 
         Raises:
             SimulationError: On a negative seed or unknown options, or when the split has no such combination.
@@ -325,13 +323,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         quat *= np.copysign(1.0, quat[0])
         yaw, opening = self.command_rpy[2], data.qpos[7] + data.qpos[8]
         gripper = 1.0 if self.gripper_open else -1.0
-        parts = (
-            data.site_xpos[site],
-            quat,
-            [opening],
-            self.command_position,
-            [np.cos(yaw), np.sin(yaw), gripper],
-        )
+        parts = (data.site_xpos[site], quat, [opening], self.command_position, [np.cos(yaw), np.sin(yaw), gripper])
         return np.concatenate(parts).astype(np.float32)
 
     def _info(self) -> dict[str, Any]:

@@ -30,11 +30,7 @@ _FUNNEL_FLOOR = 0.014  # horizontal error without extra height [m]
 _APPROACH_HEIGHT = 0.085  # above the grasp [m]: the finger tips clear other cubes
 _TRAVEL_HEIGHT = 0.105  # TCP height from which a carried cube clears everything [m]
 _GRASP_ACROSS, _GRASP_ALONG = 0.011, 0.016  # largest error across and along the opening axis when closing [m]
-_GRASP_LOW, _GRASP_HIGH, _GRASP_YAW = (
-    0.008,
-    0.012,
-    0.2,
-)  # height below and above the grasp [m], yaw error [rad]
+_GRASP_LOW, _GRASP_HIGH, _GRASP_YAW = 0.008, 0.012, 0.2  # height below and above the grasp [m], yaw error [rad]
 _HELD_OPENING = (0.038, 0.055)  # finger opening while a cube is held [m]
 _HELD_DISTANCE = 0.028  # largest distance of a held cube from the TCP [m]
 _PUSH_SPEED = 0.4  # largest push action
@@ -42,10 +38,8 @@ _PUSH_LIMIT_X = 0.555  # beyond it an open finger may land on the bin [m]
 _LANE = 0.06  # half width of the strip that a push needs free [m]
 _GRASP_SHIFTS = (0.0, -0.008, 0.008, -0.016, 0.016, -0.022, 0.022)  # along the opening axis [m]
 _ENOUGH_ROOM = 0.004  # around an open finger [m]
-_FINGER_CENTRE, _FINGER_HALF = (
-    0.056,
-    0.009,
-)  # of an open finger: distance from the TCP, half thickness with margin [m]
+# Of an open finger: distance from the TCP, half thickness with margin [m].
+_FINGER_CENTRE, _FINGER_HALF = 0.056, 0.009
 _PAD_OFFSET = 0.05 - CUBE_HALF  # TCP to centre of a cube that touches an open finger [m]
 
 

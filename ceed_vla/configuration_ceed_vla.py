@@ -212,10 +212,7 @@ class CeedVLAConfig(PreTrainedConfig):
 
     def get_optimizer_preset(self) -> AdamWConfig:
         return AdamWConfig(
-            lr=self.optimizer_lr,
-            betas=(0.9, 0.95),
-            weight_decay=self.optimizer_weight_decay,
-            grad_clip_norm=1.0,
+            lr=self.optimizer_lr, betas=(0.9, 0.95), weight_decay=self.optimizer_weight_decay, grad_clip_norm=1.0
         )
 
     def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig:

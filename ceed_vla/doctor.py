@@ -245,10 +245,7 @@ def _checkpoints() -> Generator[Finding]:
     from safetensors import SafetensorError, safe_open
 
     for name in ("teacher", "student"):
-        file, remedy = (
-            SHIPPED / name / "model.safetensors",
-            "install again from a complete copy of the repository",
-        )
+        file, remedy = SHIPPED / name / "model.safetensors", "install again from a complete copy of the repository"
         try:
             with safe_open(file, "numpy") as content:  # refuses a file that is too short or too long
                 yield Finding(f"checkpoint {name}", f"{len(content.keys())} tensors")

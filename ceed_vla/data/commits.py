@@ -96,10 +96,7 @@ def undo_incomplete_commit(root: Path) -> list[str]:
     incomplete = marker is not None and marker["total_episodes"] == committed["total_episodes"]
     added = set(marker["adding"]) - set(files) if marker is not None and incomplete else set()
     there = {path.relative_to(root).as_posix() for path in _stored(root)} - added
-    for what, names in (
-        ("lacks", set(files) - there),
-        ("holds files that it does not know:", there - set(files)),
-    ):
+    for what, names in (("lacks", set(files) - there), ("holds files that it does not know:", there - set(files))):
         if names:
             raise DatasetError(
                 f"{root} {what} {_listed(sorted(names))}. Bring the folder back to what `ceed-vla record` left there, "

@@ -66,10 +66,7 @@ class GrammarBackbone:
         self.num_layers = backbone.num_layers
         batch, device = prefix.logits.shape[0], prefix.logits.device
         self._lengths = torch.zeros(batch, self.block_length, dtype=torch.int64, device=device)  # of slots so far
-        nothing, first = (
-            torch.zeros(batch, 1, dtype=torch.int64, device=device),
-            torch.zeros(1, device=device),
-        )
+        nothing, first = torch.zeros(batch, 1, dtype=torch.int64, device=device), torch.zeros(1, device=device)
         logits = self._mask(prefix.logits.unsqueeze(1), nothing, first.long()).squeeze(1)
         self.prefix = replace(prefix, logits=logits)
 

@@ -104,11 +104,7 @@ class ActionTokenizer(ActionTokens):
         num_bins: int = 255,
         gripper_dims: Sequence[int] = (),
     ) -> None:
-        low, high, gripper_dims = (
-            numbers(low, "low"),
-            numbers(high, "high"),
-            whole(gripper_dims, "gripper_dims"),
-        )
+        low, high, gripper_dims = numbers(low, "low"), numbers(high, "high"), whole(gripper_dims, "gripper_dims")
         if len(low) != len(high) or len(low) == 0:
             raise ConfigError(f"low has {len(low)} values and high {len(high)}; give one for every dimension.")
         (chunk_steps, num_bins) = whole((chunk_steps, num_bins), "chunk_steps and num_bins")

@@ -172,7 +172,7 @@ class CeedVLAConfig(PreTrainedConfig):
     @property
     def block_length(self) -> int:
         """Tokens ``n`` of one block."""
-        return self.action_tokens.block_length(self.chunk_size, self.action_dim)
+        return self.shape.block_length
 
     @property
     def vocabulary_size(self) -> int:

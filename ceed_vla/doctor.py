@@ -84,14 +84,7 @@ class Finding:
 
 
 def doctor(config: DoctorConfig, console: Console | None = None) -> dict[str, Any]:
-    """Print the table.
-
-    Args:
-        config: No options yet.
-        console: Where it goes; the terminal if None.
-
-    Returns:
-        The findings.
+    """Print the table on `console`, the terminal if None, and return the findings.
 
     Raises:
         ConfigError: Something needed is missing.

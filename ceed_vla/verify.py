@@ -129,10 +129,7 @@ def _check_case(what: str, case: Any) -> None:
 
 
 def verify(config: VerifyConfig) -> str:
-    """Run all cases through autoregressive and strict Jacobi decoding.
-
-    Returns:
-        A summary; the lines of the cases are printed.
+    """Run all cases through autoregressive and strict Jacobi decoding, print a line for each, and return a summary.
 
     Raises:
         VerificationError: A case differs.

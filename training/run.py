@@ -226,11 +226,7 @@ class Run:
     # ---- the loop -----------------------------------------------------------------------------------------------
 
     def run(self) -> Path:
-        """Train to the end.
-
-        Returns:
-            Folder of the final checkpoint.
-        """
+        """Train to the end, and return the folder of the final checkpoint."""
         settings = self.settings
         if settings.resume:
             self.load_state()

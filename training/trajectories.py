@@ -115,10 +115,7 @@ class Trajectories:
 
 
 def collect(config: CollectConfig) -> Path:
-    """Collect trajectories; complete shards survive an interrupt and are skipped with ``resume``.
-
-    Returns:
-        The output folder.
+    """Collect trajectories, and return their folder; complete shards survive an interrupt and ``resume`` skips them.
 
     Raises:
         ConfigError: Bad settings, or a folder that belongs to another teacher, data set or mixture.

@@ -126,9 +126,6 @@ def write_pi0_fast(
         state_dim: Values of a state.
         stats: LeRobot statistics that the processors normalise with; those of standard normals if None.
         seed: Of the weights.
-
-    Returns:
-        The checkpoint folder.
     """
     folder = Path(folder)
     write_text_tokenizer(folder / "text")

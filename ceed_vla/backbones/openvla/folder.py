@@ -106,11 +106,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def check_config(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with the defaults of the format.
-
-    Args:
-        file: What messages call it.
-        config: As found.
+    """`config` as found in `file`, which messages name, with the defaults of the format.
 
     Raises:
         CheckpointError: What cannot be built, or is no OpenVLA's.

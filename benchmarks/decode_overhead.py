@@ -33,12 +33,7 @@ from ceed_vla.decoding.finite import check_rows, row_sums, to_host
 from ceed_vla.tensors import check_tokens
 
 WORDS, BINS = 32000, 256
-LLAMA_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-}
+LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
 
 
 @dataclass

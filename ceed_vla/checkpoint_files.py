@@ -30,10 +30,7 @@ _REMOVED = ("tolerance_bins", "stable_iterations")  # of the decoding, in format
 
 
 def pretrained_path(name: str) -> Path:
-    """Folder of a checkpoint that ships inside the package.
-
-    Args:
-        name: "teacher" (autoregressive) or "student" (consistency-distilled).
+    """Folder of a checkpoint inside the package: "teacher" (autoregressive), "student" (consistency-distilled).
 
     Raises:
         CheckpointError: Unknown name, or the package was installed without its weights.
@@ -49,11 +46,8 @@ def pretrained_path(name: str) -> Path:
 
 
 def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
-    """A checkpoint folder from a path or a shipped name ("teacher", "student").
-
-    Args:
-        path: The folder, one above its ``pretrained_model``, or a name.
-        files: Files that must be in it.
+    """A checkpoint folder that holds `files`, from its path, the one above its ``pretrained_model``, or a shipped name
+    ("teacher", "student").
 
     Raises:
         CheckpointError: No such folder, or files are missing from it.

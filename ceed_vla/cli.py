@@ -157,14 +157,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        arguments: Command line without the program's name; None takes `sys.argv`.
-
-    Returns:
-        The exit code.
-    """
+    """Run one command, of `sys.argv` if `arguments` is None, and return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())

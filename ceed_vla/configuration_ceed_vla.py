@@ -172,7 +172,7 @@ class CeedVLAConfig(PreTrainedConfig):
     @property
     def block_length(self) -> int:
         """Tokens ``n`` of one block."""
-        return self.action_tokens.block_length(self.chunk_size, self.action_dim)
+        return self.shape.block_length
 
     @property
     def vocabulary_size(self) -> int:
@@ -212,10 +212,7 @@ class CeedVLAConfig(PreTrainedConfig):
 
     def get_optimizer_preset(self) -> AdamWConfig:
         return AdamWConfig(
-            lr=self.optimizer_lr,
-            betas=(0.9, 0.95),
-            weight_decay=self.optimizer_weight_decay,
-            grad_clip_norm=1.0,
+            lr=self.optimizer_lr, betas=(0.9, 0.95), weight_decay=self.optimizer_weight_decay, grad_clip_norm=1.0
         )
 
     def get_scheduler_preset(self) -> CosineDecayWithWarmupSchedulerConfig:

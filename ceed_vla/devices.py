@@ -8,10 +8,7 @@ KINDS = ("cpu", "cuda", "mps", "xpu")
 
 
 def check_device(name: object) -> str:
-    """`name`, if this machine has that device.
-
-    Args:
-        name: "cpu", "cuda", "cuda:1", "mps" or "xpu".
+    """`name`, if this machine has that device: "cpu", "cuda", "cuda:1", "mps" or "xpu".
 
     Raises:
         ConfigError: Another name, or a device that is not here; the message lists those that are.

@@ -84,14 +84,7 @@ class Finding:
 
 
 def doctor(config: DoctorConfig, console: Console | None = None) -> dict[str, Any]:
-    """Print the table.
-
-    Args:
-        config: No options yet.
-        console: Where it goes; the terminal if None.
-
-    Returns:
-        The findings.
+    """Print the table on `console`, the terminal if None, and return the findings.
 
     Raises:
         ConfigError: Something needed is missing.
@@ -245,10 +238,7 @@ def _checkpoints() -> Generator[Finding]:
     from safetensors import SafetensorError, safe_open
 
     for name in ("teacher", "student"):
-        file, remedy = (
-            SHIPPED / name / "model.safetensors",
-            "install again from a complete copy of the repository",
-        )
+        file, remedy = SHIPPED / name / "model.safetensors", "install again from a complete copy of the repository"
         try:
             with safe_open(file, "numpy") as content:  # refuses a file that is too short or too long
                 yield Finding(f"checkpoint {name}", f"{len(content.keys())} tensors")

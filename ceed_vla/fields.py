@@ -119,13 +119,7 @@ def _word(hint: Any) -> str:
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin in (list, tuple):
         return f"a list of {_word(inside[0]).removeprefix('a ')}s" if inside else "a list"
-    simple = {
-        int: "a whole number",
-        float: "a finite number",
-        str: "a text",
-        bool: "true or false",
-        Path: "a path",
-    }
+    simple = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", Path: "a path"}
     return simple.get(hint, "a mapping" if origin is dict else getattr(hint, "__name__", str(hint)))
 
 

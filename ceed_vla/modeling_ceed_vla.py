@@ -254,10 +254,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
 
     @torch.no_grad()
     def predict_action_chunk(  # type: ignore[override]
-        self,
-        batch: dict[str, Tensor],
-        inference_delay: int | None = None,
-        prev_chunk_left_over: Tensor | None = None,
+        self, batch: dict[str, Tensor], inference_delay: int | None = None, prev_chunk_left_over: Tensor | None = None
     ) -> Tensor:
         """Actions (B, m, A) in the environment's units, of the configured decoding.
 
@@ -283,12 +280,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         elif previous is not None and previous.shape[0] != rows:
             previous = None
         result = self.decode(
-            batch,
-            self.config.decode_with,
-            previous=previous,
-            shift_steps=shift,
-            executed_steps=executed,
-            frozen=frozen,
+            batch, self.config.decode_with, previous=previous, shift_steps=shift, executed_steps=executed, frozen=frozen
         )
         self._previous = result.tokens
         assert result.actions is not None

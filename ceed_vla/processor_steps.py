@@ -119,11 +119,7 @@ class _Tokenizer(_Settings):
 
 # Of LeRobot's checkpoints, which conversion reads and does not run: the tokenizer is copied, the last one left out.
 REMOTE_CODE = ("action_tokenizer_processor",)
-CONVERTED: dict[str, Maker] = {
-    **_PLAIN,
-    "tokenizer_processor": _Tokenizer,
-    **dict.fromkeys(REMOTE_CODE, dict),
-}
+CONVERTED: dict[str, Maker] = {**_PLAIN, "tokenizer_processor": _Tokenizer, **dict.fromkeys(REMOTE_CODE, dict)}
 
 
 def _own_steps(config: Any) -> dict[str, Maker]:
@@ -249,10 +245,7 @@ def check_processors(folder: Path, config: Any) -> None:
     pre = read_steps(folder, PREPROCESSOR, {n: kind for n, kind in own.items() if n not in _AFTER})
     post = read_steps(folder, POSTPROCESSOR, {n: own[n] for n in (*_AFTER, DEVICE)})
     _check_relative(pre, post)
-    needed = {
-        PREPROCESSOR: (*config.backbone.steps, NORMALIZER, DEVICE),
-        POSTPROCESSOR: (UNNORMALIZER, DEVICE),
-    }
+    needed = {PREPROCESSOR: (*config.backbone.steps, NORMALIZER, DEVICE), POSTPROCESSOR: (UNNORMALIZER, DEVICE)}
     for (name, wanted), steps in zip(needed.items(), (pre, post), strict=True):
         if missing := set(wanted) - {step.name for step in steps}:
             raise CheckpointError(f"{folder / name} lacks the step {min(missing)!r}; copy it again.")

@@ -36,16 +36,13 @@ class Learner(Protocol):
 
 
 def teacher_loss(policy: Learner, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
-    """Autoregressive loss of the teacher, with the auxiliary regression where its target is in the batch.
+    """Autoregressive loss of the teacher, with the auxiliary regression if its target is in the batch, and the parts.
 
     Args:
         policy: The policy; its training mode decides on augmentation.
         batch: Pre-processed observation with ``action`` (B, m, A) and, optionally, ``action_is_pad`` (B, m) and
             ``observation.environment_state``.
         reduction: "mean", or "none" for one loss a row.
-
-    Returns:
-        The loss and its parts as floats.
     """
     if not isinstance(reduction, str) or reduction not in ("mean", "none"):
         raise ConfigError(f"reduction is {short(reduction)}; choose mean or none.")
@@ -224,12 +221,8 @@ def label_table(num_bins: int, sigma: float, device: torch.device) -> Tensor:
 
 
 def random_shift(image: Tensor, pixels: int, noise: Tensor | None = None) -> Tensor:
-    """Shift every image (B, 3, H, W) by up to `pixels` in both directions, repeating the edge.
-
-    Args:
-        image: The images.
-        pixels: Largest shift [px].
-        noise: (B, 2) uniform in [0, 1), which decide; drawn if None.
+    """Shift every image (B, 3, H, W) by up to `pixels` [px] in both directions, repeating the edge; `noise` (B, 2),
+    uniform in [0, 1), decides, and is drawn if None.
     """
     batch, _, height, width = image.shape
     padded = F.pad(image, (pixels,) * 4, mode="replicate")

@@ -91,15 +91,7 @@ def read_cases(folder: str | Path) -> Cases:
             raise ValueError(f"it unpacks to {size / 1e9:.1f} GB")
         with np.load(folder / IMAGES, allow_pickle=False) as arrays:
             images = arrays["images"]
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-    ) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise CheckpointError(f"{folder / IMAGES} has no array 'images' that can be read ({error}).") from error
     cases = values.get("cases")
     if not isinstance(cases, list) or not cases or not isinstance(values.get("chunk"), int):
@@ -137,10 +129,7 @@ def _check_case(what: str, case: Any) -> None:
 
 
 def verify(config: VerifyConfig) -> str:
-    """Run all cases through autoregressive and strict Jacobi decoding.
-
-    Returns:
-        A summary; the lines of the cases are printed.
+    """Run all cases through autoregressive and strict Jacobi decoding, print a line for each, and return a summary.
 
     Raises:
         VerificationError: A case differs.

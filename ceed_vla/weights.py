@@ -276,12 +276,8 @@ def load_weights(policy: PolicyModule, folder: Path, strict: bool = True) -> Non
 
 
 def save_weights(policy: PolicyModule, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
-    """Write a policy's weights, without those that it refers to and has not trained.
-
-    Args:
-        policy: The policy.
-        folder: Existing folder.
-        state_dict: The weights, gathered by whoever sharded them; the policy's own if None.
+    """Write a policy's weights into a folder, without those that it refers to and has not trained; or `state_dict`, its
+    weights gathered by whoever sharded them.
     """
     from safetensors.torch import save_file, save_model
 

@@ -37,13 +37,7 @@ class PointReach(gymnasium.Env):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self.advance(action)
-        return (
-            self.observe(),
-            float(self.is_success()),
-            self.is_success(),
-            False,
-            {"is_success": self.is_success()},
-        )
+        return self.observe(), float(self.is_success()), self.is_success(), False, {"is_success": self.is_success()}
 
     def render(self) -> Any:
         image = np.full((self.size, self.size, 3), 230, np.uint8)

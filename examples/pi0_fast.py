@@ -50,11 +50,7 @@ def movement() -> tuple[list[dict[str, Any]], Tensor]:
     path = torch.stack([time.sin(), time.cos(), (time.sin() > 0).float()], dim=1)  # (N + m, A)
     images = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).expand(FRAMES, -1, -1, -1)
     frames = [
-        {
-            FRONT: images[i : i + 1],
-            "observation.state": path[i : i + 1, :2],
-            "task": ["put the cube in the bin"],
-        }
+        {FRONT: images[i : i + 1], "observation.state": path[i : i + 1, :2], "task": ["put the cube in the bin"]}
         for i in range(FRAMES)
     ]
     return frames, path.unfold(0, STEPS, 1)[:FRAMES].transpose(1, 2)

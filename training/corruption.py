@@ -39,11 +39,7 @@ class StateDraw:
 
 
 def draw_states(
-    policy: CeedVLAPolicy,
-    rows: int,
-    shares: NDArray[np.float64],
-    max_updates: int,
-    random: np.random.Generator,
+    policy: CeedVLAPolicy, rows: int, shares: NDArray[np.float64], max_updates: int, random: np.random.Generator
 ) -> StateDraw:
     """Draw kinds of guesses in the given shares, random guesses, and 0 to `max_updates` updates."""
     kind = random.choice(len(GUESSES), size=rows, p=shares)

@@ -36,10 +36,7 @@ class Privileged(Protocol):
 
 
 def take_from_data(
-    policy: CeedVLAConfig,
-    stores: Sequence[FrameStore],
-    grounding: Sequence[FrameStore],
-    privileged: Privileged | None,
+    policy: CeedVLAConfig, stores: Sequence[FrameStore], grounding: Sequence[FrameStore], privileged: Privileged | None
 ) -> dict[str, dict[str, Tensor]]:
     """Fill a new policy's features, two-valued action dimensions and auxiliary target where they are not set.
 
@@ -91,10 +88,7 @@ def named_terms(policy: CeedVLAConfig, privileged: Privileged | None) -> int:
 
 
 def check_target(
-    policy: CeedVLAConfig,
-    stores: Sequence[FrameStore],
-    grounding: Sequence[FrameStore],
-    privileged: Privileged | None,
+    policy: CeedVLAConfig, stores: Sequence[FrameStore], grounding: Sequence[FrameStore], privileged: Privileged | None
 ) -> None:
     """Keep the auxiliary regression from values that its scale was not made for.
 

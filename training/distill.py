@@ -84,14 +84,7 @@ class DistillConfig(RunConfig):
 
 
 def distill(config: DistillConfig, closed_loop: ClosedLoop | None = None) -> Path:
-    """Distil a student.
-
-    Args:
-        config: Settings.
-        closed_loop: Measures a checkpoint in simulation; skipped if None.
-
-    Returns:
-        Folder of the final checkpoint.
+    """Distil a student, and return the folder of the final checkpoint; `closed_loop` measures one in simulation.
 
     Raises:
         ConfigError: Bad settings.

@@ -143,10 +143,7 @@ class DistillData:
     def distance(self, fixed: Tensor, batch: dict[str, Any]) -> Tensor:
         """Distance (B,) between the teacher's chunk and the demonstration, in normalised units."""
         tokenizer, actions = self.policy.tokenizer, batch["action"]
-        low, high = (
-            tokenizer.low.float().to(actions.device),
-            tokenizer.high.float().to(actions.device),
-        )  # (A,)
+        low, high = tokenizer.low.float().to(actions.device), tokenizer.high.float().to(actions.device)  # (A,)
         valid = (~batch["action_is_pad"]).float()
         distance = torch.full((len(fixed),), torch.inf, device=actions.device)
         read = tokenizer.readable(fixed)  # a malformed chunk is infinitely far away
@@ -220,10 +217,7 @@ class StoredData(DistillData):
     def fixed_points(
         self, rows: NDArray[np.int64], observation: dict[str, Any], draw: StateDraw | None
     ) -> dict[str, Tensor]:
-        found = {
-            "fixed_point": self.trajectories.fixed_point[rows],
-            "previous": self.trajectories.previous[rows],
-        }
+        found = {"fixed_point": self.trajectories.fixed_point[rows], "previous": self.trajectories.previous[rows]}
         if draw is not None and self.trajectories.states:
             picked = zip(rows.tolist(), draw.pick, strict=True)
             found["teacher_states"] = np.stack([_pick(self.trajectories.states[r], u) for r, u in picked])

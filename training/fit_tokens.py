@@ -60,10 +60,8 @@ class FitTokensConfig:
 
 
 def fit_tokens(config: FitTokensConfig) -> dict[str, Any]:
-    """Fit, write and measure FAST tokens.
-
-    Returns:
-        The report that was printed: ids, slots, tokens a chunk, and the error of a decoded action in its own units.
+    """Fit, write and measure FAST tokens, and return the report that was printed: ids, slots, tokens a chunk, and the
+    error of a decoded action in its own units.
 
     Raises:
         DatasetError: Unreadable data sets, or without actions.

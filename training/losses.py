@@ -86,12 +86,8 @@ def after_first_divergence(states: Tensor, fixed_point: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
-    """Mean of (B, n) `values` where `mask` is 1; zero, with a gradient, where nothing is.
-
-    Args:
-        values: (B, n).
-        mask: (B, n).
-        count: Ones in the mask of the whole batch, of which this is a part; those of `mask` if None.
+    """Mean of `values` (B, n) where `mask` (B, n) is 1; zero, with a gradient, where nothing is. `count` is the ones in
+    the mask of the whole batch, of which this is a part; those of `mask` if None.
     """
     return (values * mask).sum() / (mask.sum() if count is None else count).clamp(min=1)
 
@@ -161,13 +157,8 @@ def paper_loss(
 
 
 def chunk_distance(actions: Tensor, demonstration: Tensor, valid: Tensor, half_range: Tensor) -> Tensor:
-    """Mean absolute difference (B,) of two chunks (B, m, A) over valid steps (B, m), in normalised units.
-
-    Args:
-        actions: The teacher's chunk.
-        demonstration: The recorded chunk.
-        valid: 1 on steps before the end of the episode.
-        half_range: (A,) half the bin range of every dimension: a difference of it counts as 1.
+    """Mean absolute difference (B,) of two chunks (B, m, A) over `valid` steps (B, m); `half_range` (A,), half the bin
+    range of every dimension, counts as 1.
     """
     difference = ((actions - demonstration).abs() / half_range).mean(-1)  # (B, m)
     return (difference * valid).sum(1) / valid.sum(1).clamp(min=1)

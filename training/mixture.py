@@ -89,10 +89,7 @@ def check_compatible(stores: Sequence[FrameStore]) -> None:
 
 def check_fits(store: FrameStore, config: CeedVLAConfig) -> None:
     """Raise `DatasetError` unless a policy with `config` can read the store; images of other sizes are resized."""
-    vectors = {
-        STATE: config.robot_state_feature,
-        ACTION: config.action_feature if ACTION in store.shapes else None,
-    }
+    vectors = {STATE: config.robot_state_feature, ACTION: config.action_feature if ACTION in store.shapes else None}
     wanted = {name: tuple(feature.shape) for name, feature in vectors.items() if feature is not None}
     wanted |= {camera: store.shapes.get(camera, (0,)) for camera in config.cameras}
     for name, shape in wanted.items():

@@ -85,12 +85,8 @@ class DistillationObjective(nn.Module):
             return embeddings, online_states(self.student, embeddings, batch["previous"], *own)
 
     def losses(self, embeddings: Any, batch: dict[str, Any], counts: Tensor) -> DistillationTerms:
-        """Loss terms of a part of a batch.
-
-        Args:
-            embeddings: From `prepare`.
-            batch: ``fixed_point``, ``states``, ``labels`` and ``label_weight`` (B, n).
-            counts: (2,) slots that the two terms are means of.
+        """Loss terms of a part of a batch with ``fixed_point``, ``states``, ``labels`` and ``label_weight`` (B, n);
+        `counts` (2,) are the slots that the two terms are means of.
         """
         wanted, backbone = needs(self.loss), self.student.backbone
         blocks = {"fixed_logits": "fixed_point", "state_logits": "states", "label_logits": "labels"}

@@ -110,12 +110,7 @@ class Run:
 
     def __init__(self, config: RunConfig, device: str, closed_loop: ClosedLoop | None) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import (
-            DistributedDataParallelKwargs,
-            DistributedType,
-            InitProcessGroupKwargs,
-            set_seed,
-        )
+        from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, set_seed
 
         self.settings, self.closed_loop = config, closed_loop
         self.output = output_folder(config.output_dir, "checkpoints and logs")
@@ -179,10 +174,7 @@ class Run:
             )
         objective._no_split_modules = layer_classes(policy)  # type: ignore[assignment]  # what FSDP wraps
         optimizers = build_optimizers(
-            policy.named_parameters(),
-            lr=self.settings.lr,
-            muon_lr=self.settings.muon_lr,
-            weight_decay=weight_decay,
+            policy.named_parameters(), lr=self.settings.lr, muon_lr=self.settings.muon_lr, weight_decay=weight_decay
         )
         self.peak_lrs = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
         self.model, *self.optimizers = self.accelerator.prepare(objective, *optimizers)
@@ -234,11 +226,7 @@ class Run:
     # ---- the loop -----------------------------------------------------------------------------------------------
 
     def run(self) -> Path:
-        """Train to the end.
-
-        Returns:
-            Folder of the final checkpoint.
-        """
+        """Train to the end, and return the folder of the final checkpoint."""
         settings = self.settings
         if settings.resume:
             self.load_state()

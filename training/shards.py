@@ -98,10 +98,7 @@ def read_shard(file: Path, meta: dict[str, Any], frames: NDArray[np.int64] | Non
         table = opened.read()
         table.validate(full=True)
         found = {field.name: field.type for field in table.schema}
-        require(
-            found == SCHEMA,
-            f"it has the columns {str(found)[:300]}, not {', '.join(SCHEMA)} of 16-bit blocks",
-        )
+        require(found == SCHEMA, f"it has the columns {str(found)[:300]}, not {', '.join(SCHEMA)} of 16-bit blocks")
         for key, kind in SCHEMA.items():
             nulls = table[key].null_count + (pc.list_flatten(table[key]).null_count if kind == _BLOCK else 0)
             require(not nulls, f"{key} has {nulls} empty values")
@@ -110,10 +107,7 @@ def read_shard(file: Path, meta: dict[str, Any], frames: NDArray[np.int64] | Non
     inside = frame.min() >= 0 and frame.max() < most and len(np.unique(frame)) == len(frame)
     require(inside, f"frame is {frame.min()}..{frame.max()}; the data set has {most} frames, each at most once")
     if frames is not None:
-        require(
-            np.array_equal(np.sort(frame), np.sort(frames)),
-            f"it holds {len(frame)} other frames than it should",
-        )
+        require(np.array_equal(np.sort(frame), np.sort(frames)), f"it holds {len(frame)} other frames than it should")
     kinds = pc.unique(table["guess_kind"]).to_pylist()
     require(set(kinds) <= set(GUESSES), f"guess_kind is {str(kinds)[:100]}, not {', '.join(GUESSES)}")
     for key in ("guess", "previous", "fixed_point"):

@@ -127,7 +127,7 @@ def train(
     record_takeover: RecordTakeover | None = None,
     privileged: Privileged | None = None,
 ) -> Path:
-    """Train a teacher.
+    """Train a teacher, and return the folder of the final checkpoint.
 
     Args:
         config: Settings.
@@ -135,9 +135,6 @@ def train(
         record_takeover: Records one takeover round; needed when ``config.rounds > 0``.
         privileged: What the environment says of ``observation.environment_state``; without it only a set
             ``auxiliary_scale`` is regressed.
-
-    Returns:
-        Folder of the final checkpoint.
 
     Raises:
         ConfigError: Missing or contradicting settings.

@@ -34,17 +34,7 @@ from ceed_vla.files import replacing, write_text
 from training.clipping import MOST_CLIPPED, check_clipping
 from training.mixture import check_fits
 from training.settings import SHARES, full_disk, number_list, output_folder, split_list
-from training.shards import (
-    GUESSES,
-    META,
-    MOST_TOKENS,
-    SCHEMA,
-    blocks,
-    find_shards,
-    lengths_of,
-    read_meta,
-    read_shard,
-)
+from training.shards import GUESSES, META, MOST_TOKENS, SCHEMA, blocks, find_shards, lengths_of, read_meta, read_shard
 
 logger = logging.getLogger(__name__)
 
@@ -125,10 +115,7 @@ class Trajectories:
 
 
 def collect(config: CollectConfig) -> Path:
-    """Collect trajectories; complete shards survive an interrupt and are skipped with ``resume``.
-
-    Returns:
-        The output folder.
+    """Collect trajectories, and return their folder; complete shards survive an interrupt and ``resume`` skips them.
 
     Raises:
         ConfigError: Bad settings, or a folder that belongs to another teacher, data set or mixture.
@@ -280,11 +267,7 @@ class _Collector:
         method = "jacobi" if self.config.states else "ar"
         decoding = DecodingConfig(method=method, guess=GUESSES[kind], seed=int(random.integers(2**31)))
         result = self.policy.decode(
-            part,
-            decoding,
-            previous=torch.from_numpy(previous[rows].astype(np.int64)),
-            record_states=True,
-            read=False,
+            part, decoding, previous=torch.from_numpy(previous[rows].astype(np.int64)), record_states=True, read=False
         )
         self.malformed += int((~self.policy.tokenizer.readable(result.tokens)).sum())
         states = torch.stack([*result.states, result.tokens]).cpu().numpy().astype(np.int16)  # (k, B, n)

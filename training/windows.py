@@ -38,13 +38,7 @@ class SlidingWindows:
         return np.array([self._pass(place // self.count)[place % self.count] for place in places])
 
     def draw(self, random: np.random.Generator, size: int, drawn: float) -> NDArray[np.int64]:
-        """Rows (size,), each of the open windows' rows as likely as any other.
-
-        Args:
-            random: Of this step.
-            size: How many.
-            drawn: Rows that the steps before have drawn, on average.
-        """
+        """Rows (size,), each of the open windows' rows as likely as any other; the steps before drew `drawn`."""
         windows = self.open(drawn)
         ends = np.cumsum(self.edges[windows + 1] - self.edges[windows])
         picks = random.integers(int(ends[-1]), size=size)

@@ -26,12 +26,7 @@ HIGH = (1.0, 1.0, 1.0, 0.25, 0.25, 1.0, 1.0)
 
 
 def write_openvla(
-    folder: str | Path,
-    *,
-    low: Sequence[float] = LOW,
-    high: Sequence[float] = HIGH,
-    width: int = 96,
-    seed: int = 0,
+    folder: str | Path, *, low: Sequence[float] = LOW, high: Sequence[float] = HIGH, width: int = 96, seed: int = 0
 ) -> Path:
     """Write config.json, preprocessor_config.json, tokenizer.json and model.safetensors of a random model.
 

@@ -31,12 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ceed_vla.tokens.fast_codec import cosine_basis
 
-WORDS, SKIP, SIDE, PROMPT = (
-    700,
-    8,
-    28,
-    48,
-)  # text ids, those behind the FAST ids, image side [px], prompt [tokens]
+WORDS, SKIP, SIDE, PROMPT = 700, 8, 28, 48  # text ids, those behind the FAST ids, image side [px], prompt [tokens]
 STOP, LEAST, SCALE = 5, -60, 10  # id of "|"; smallest coefficient and quantisation of the FAST tokenizer
 
 
@@ -61,13 +56,7 @@ def write_fast_tokenizer(folder: Path, chunks: Tensor) -> None:
     texts = ["".join(map(chr, row)) for row in rounded.tolist()]
     bpe.train_from_iterator(texts, vocab_size=300, min_frequency=2, show_progress=False)
     bpe.save(str(folder / "tokenizer.json"))
-    numbers = {
-        "scale": SCALE,
-        "min_token": LEAST,
-        "vocab_size": 300,
-        "action_dim": None,
-        "time_horizon": None,
-    }
+    numbers = {"scale": SCALE, "min_token": LEAST, "vocab_size": 300, "action_dim": None, "time_horizon": None}
     (folder / "processor_config.json").write_text(json.dumps(numbers))
 
 
@@ -137,9 +126,6 @@ def write_pi0_fast(
         state_dim: Values of a state.
         stats: LeRobot statistics that the processors normalise with; those of standard normals if None.
         seed: Of the weights.
-
-    Returns:
-        The checkpoint folder.
     """
     folder = Path(folder)
     write_text_tokenizer(folder / "text")

@@ -92,10 +92,7 @@ class TrainableBackbone(nn.Module, Backbone):
 
     @abc.abstractmethod
     def check_observation(self, batch: Mapping[str, Any]) -> int:
-        """Check a pre-processed batch.
-
-        Returns:
-            Its rows ``B``.
+        """Check a pre-processed batch, and return its rows ``B``.
 
         Raises:
             ObservationError: A feature is missing, has another shape or type, or is not finite.
@@ -103,19 +100,13 @@ class TrainableBackbone(nn.Module, Backbone):
 
     @abc.abstractmethod
     def embed_prefix(self, batch: dict[str, Tensor]) -> Any:
-        """What the block is decoded behind, before the layers that learn in distillation.
-
-        Returns:
-            A tensor (B, ...) or an object that rows can be taken of: ``embeddings[rows]``.
+        """What the block is decoded behind, before the layers that learn in distillation: a tensor (B, ...), or an
+        object that rows can be taken of, ``embeddings[rows]``.
         """
 
     @abc.abstractmethod
     def packed_logits(self, embeddings: Any, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Teacher-forced logits of several blocks behind one prefix; the blocks do not see each other.
-
-        Args:
-            embeddings: From `embed_prefix`.
-            blocks: Token blocks (B, n) each.
+        """Teacher-forced logits of `blocks` (B, n) behind one prefix of `embed_prefix`; they do not see each other.
 
         Returns:
             The hidden vector (B, d) that predicts slot 0, and for every block logits (B, n, V) that predict its
@@ -156,16 +147,13 @@ def check_features(
     finite: Sequence[str] = (),
     ids: Mapping[str, int] | None = None,
 ) -> int:
-    """Check the tensors of a pre-processed batch.
+    """Check the tensors of a pre-processed batch, and return its rows ``B``, which all features share.
 
     Args:
         batch: What the pre-processor returned.
         wanted: Feature -> its shape without the rows; None stands for any size.
         finite: Features of float32 that may not hold NaN or infinity.
         ids: Feature of whole numbers -> one more than the largest.
-
-    Returns:
-        The rows ``B``, which all features share.
 
     Raises:
         ObservationError: A feature is missing, no tensor, of another type, has another shape or other rows, is not

@@ -18,7 +18,7 @@ GREEDY = BlockRequest(DecodingConfig(method="ar"))
 def check_backbone(
     backbone: TrainableBackbone, observation: dict[str, Any], *, action_dim: int = 1, guesses: int = 4
 ) -> int:
-    """Decode one block by all routes, and compare every token.
+    """Decode one block by all routes, compare every token, and return how many were compared.
 
     Greedy decoding with the cache must equal strict Jacobi decoding from random guesses, teacher forcing as in
     training, decoding behind a prefix that was used before (a pass through the first layer only included), and decoding
@@ -30,9 +30,6 @@ def check_backbone(
         observation: A pre-processed batch (B rows).
         action_dim: Tokens of one step.
         guesses: Random guesses.
-
-    Returns:
-        Tokens that were compared.
 
     Raises:
         ConfigError: The routes differ; the message says which, and what that usually means.

@@ -10,10 +10,7 @@ from ceed_vla.errors import ConfigError
 
 
 def convert(config: ConvertConfig) -> str:
-    """Convert a model.
-
-    Returns:
-        A line about what was written.
+    """Convert a model, and return a line about what was written.
 
     Raises:
         CheckpointError: A folder that is no such model, or an incomplete or damaged one.

@@ -73,12 +73,10 @@ def end_commit(root: Path) -> None:
 
 
 def undo_incomplete_commit(root: Path) -> list[str]:
-    """Return to the last commit point; does nothing if it is the newest state. May itself be interrupted.
+    """Return to the last commit point, if that is not the newest state, and give the data set's parquet files.
+    May itself be interrupted.
 
     Only what the incomplete commit has added is deleted. Whatever else is there makes `root` no recording of ours.
-
-    Returns:
-        The parquet files of the data set.
 
     Raises:
         DatasetError: Damaged bookkeeping, links, or parquet files that are missing or unknown.
@@ -96,10 +94,7 @@ def undo_incomplete_commit(root: Path) -> list[str]:
     incomplete = marker is not None and marker["total_episodes"] == committed["total_episodes"]
     added = set(marker["adding"]) - set(files) if marker is not None and incomplete else set()
     there = {path.relative_to(root).as_posix() for path in _stored(root)} - added
-    for what, names in (
-        ("lacks", set(files) - there),
-        ("holds files that it does not know:", there - set(files)),
-    ):
+    for what, names in (("lacks", set(files) - there), ("holds files that it does not know:", there - set(files))):
         if names:
             raise DatasetError(
                 f"{root} {what} {_listed(sorted(names))}. Bring the folder back to what `ceed-vla record` left there, "

@@ -89,13 +89,7 @@ def read_info(root: Path) -> Info:
             f"{root} has LeRobot's format {str(version)[:50]}, this needs v3; convert it with LeRobot's tools."
         )
     _require(is_whole(info.get("total_frames"), 0), file, "total_frames", info.get("total_frames"), "a number")
-    _require(
-        is_whole(info.get("total_episodes"), 0),
-        file,
-        "total_episodes",
-        info.get("total_episodes"),
-        "a number",
-    )
+    _require(is_whole(info.get("total_episodes"), 0), file, "total_episodes", info.get("total_episodes"), "a number")
     if not info["total_frames"]:
         raise DatasetError(f"{root}: the data set has no frame.")
     number = isinstance(fps, int | float) and not isinstance(fps, bool)

@@ -68,12 +68,7 @@ class DatasetWriter:
                 raise DatasetError(f"{root} exists and is no recording; choose a new root")
             root.rmdir()
         LeRobotDatasetMetadata.create(
-            repo_id=repo_id,
-            fps=fps,
-            features=dict(features),
-            robot_type=robot_type,
-            root=root,
-            use_videos=False,
+            repo_id=repo_id, fps=fps, features=dict(features), robot_type=robot_type, root=root, use_videos=False
         )
         commits.write_progress(root, 0, [], {})
         self._load()

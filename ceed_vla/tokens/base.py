@@ -6,7 +6,7 @@ A vocabulary is one file with both: an `ActionTokensConfig` that registers itsel
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 
 ACTIONS = "[-1e6, 1e6]"  # whatever the unit: metres, degrees or ticks of an encoder
 GUESSES = ("previous", "mid", "random")
+
+
+def check_ends(low: Sequence[float], high: Sequence[float], action_dim: int | None = None) -> None:
+    """Refuse `action_low` and `action_high` of two lengths or, where `action_dim` is known, of another than that."""
+    if action_dim is None and len(low) != len(high):
+        raise ConfigError(
+            f"action_low has {len(low)} values and action_high {len(high)}; "
+            "give one of each for every action dimension."
+        )
+    if action_dim is not None and low and len(low) != action_dim:
+        raise ConfigError(f"action_low/action_high have {len(low)} values, the action has {action_dim}.")
 
 
 class ActionTokens(abc.ABC):
@@ -94,7 +105,7 @@ class ActionTokens(abc.ABC):
         shift_steps: int = 0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """First states of Jacobi decoding.
+        """First states (B, n) int64 of Jacobi decoding.
 
         Args:
             kind: "random" (uniform tokens), "mid" (`zero`), or "previous" (the previous chunk without the steps that
@@ -103,9 +114,6 @@ class ActionTokens(abc.ABC):
             previous: Tokens (B, n) of the previous chunk; rows of -1 have none.
             shift_steps: Steps of it that were executed.
             generator: Random source, on the CPU so that a seed means the same tokens on every device; torch's if None.
-
-        Returns:
-            (B, n) int64.
 
         Raises:
             ConfigError: Unknown kind.
@@ -168,11 +176,7 @@ class ActionTokensConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
         return chunk_steps * action_dim
 
     def fit(self, action_dim: int, action_stats: Mapping[str, Any] | None) -> None:
-        """Fill what the data define, once, when a policy is new.
-
-        Args:
-            action_dim: Action dimensions ``A``.
-            action_stats: LeRobot statistics of the action, or None.
+        """Fill what the data define, once, when a policy is new; `action_stats` are LeRobot's of the action, or None.
 
         Raises:
             ConfigError: The statistics are needed and missing or unusable.

@@ -15,7 +15,7 @@ from torch import Tensor
 from ceed_vla.errors import CheckpointError, ConfigError, TokenError
 from ceed_vla.fields import check_fields, ranged
 from ceed_vla.files import read_json, write_text
-from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig
+from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig, check_ends
 from ceed_vla.tokens.fast_codec import FastCodec
 from ceed_vla.tokens.grammar import Grammar
 from ceed_vla.tokens.uniform import ranges_from_stats
@@ -70,11 +70,7 @@ class FastTokensConfig(ActionTokensConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.action_low) != len(self.action_high):
-            raise ConfigError(
-                f"action_low has {len(self.action_low)} values and action_high {len(self.action_high)}; "
-                "give one of each for every action dimension."
-            )
+        check_ends(self.action_low, self.action_high)
         if self.path and not self.fitted:
             self._read(Path(self.path))
         if self.symbols and not (len(self.symbols) == 2 and self.symbols[0] <= self.symbols[1]):
@@ -136,10 +132,7 @@ class FastTokensConfig(ActionTokensConfig):
 
     def validate_features(self, action_dim: int) -> None:
         super().validate_features(action_dim)
-        if self.action_low and len(self.action_low) != action_dim:
-            raise ConfigError(
-                f"action_low/action_high have {len(self.action_low)} values, the action has {action_dim}."
-            )
+        check_ends(self.action_low, self.action_high, action_dim)
 
     def write(self, file: str | Path) -> Path:
         """Write the fitted tokens to a JSON file that `path` reads."""
@@ -251,7 +244,7 @@ def normalise(actions: Tensor, low: Tensor, high: Tensor) -> Tensor:
 def fit_codec(
     chunks: Tensor, low: Sequence[float], high: Sequence[float], vocabulary_size: int, scale: float
 ) -> tuple[FastCodec, int]:
-    """Fit FAST tokens on own data.
+    """Fit FAST tokens on own data: the codec, and the tokens that the longest chunk takes.
 
     Args:
         chunks: (N, m, A) every chunk that training will encode [action units].
@@ -259,9 +252,6 @@ def fit_codec(
         high: Range of every dimension.
         vocabulary_size: Most ids, the stop token not counted.
         scale: Quantisation; the step of a coefficient is ``1 / scale`` of half a range.
-
-    Returns:
-        The codec, and the tokens that the longest chunk takes.
     """
     bounds = [torch.tensor([float(v) for v in values], dtype=torch.float64) for values in (low, high)]
     scaled = normalise(chunks.cpu().double().clamp(*bounds), *bounds)

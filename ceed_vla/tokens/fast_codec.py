@@ -195,11 +195,7 @@ def cosine_basis(steps: int) -> Tensor:
 
 
 def _coefficients(chunks: Tensor, scale: float) -> Tensor:
-    """Rounded coefficients (B, m * A) int64 of chunks (B, m, A), low frequencies first.
-
-    Raises:
-        TokenError: NaN or infinity.
-    """
+    """Rounded coefficients (B, m * A) int64 of finite chunks (B, m, A), low frequencies first."""
     chunks = chunks.detach().cpu().double()
     if not bool(torch.isfinite(chunks).all()):
         raise TokenError("The chunks hold NaN or infinity; only finite actions can become tokens.")

@@ -31,14 +31,8 @@ class Grammar:
         self.fewest = _fewest(sorted({int(v) for v in lengths if v > 0}), total)  # (total + 1,)
 
     def allowed(self, used: Tensor, slots: Tensor) -> Tensor:
-        """Which tokens the slots may hold.
-
-        Args:
-            used: (B, k) coefficients of the tokens before each slot.
-            slots: (k,) the slots.
-
-        Returns:
-            (B, k, V) bool; no token at all where the tokens before cannot be completed.
+        """Which tokens (B, k, V) the `slots` (k,) may hold behind `used` (B, k) coefficients of the tokens before each;
+        no token at all where these cannot be completed.
         """
         lengths, fewest = self.lengths.to(used.device), self.fewest.to(used.device)
         left = (self.total - used).unsqueeze(-1) - lengths  # (B, k, V) behind the token
@@ -66,10 +60,7 @@ class GrammarBackbone:
         self.num_layers = backbone.num_layers
         batch, device = prefix.logits.shape[0], prefix.logits.device
         self._lengths = torch.zeros(batch, self.block_length, dtype=torch.int64, device=device)  # of slots so far
-        nothing, first = (
-            torch.zeros(batch, 1, dtype=torch.int64, device=device),
-            torch.zeros(1, device=device),
-        )
+        nothing, first = torch.zeros(batch, 1, dtype=torch.int64, device=device), torch.zeros(1, device=device)
         logits = self._mask(prefix.logits.unsqueeze(1), nothing, first.long()).squeeze(1)
         self.prefix = replace(prefix, logits=logits)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import chosen, ranged, short
 from ceed_vla.tensors import check_actions, check_tokens, numbers, whole
-from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig
+from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig, check_ends
 
 ACTION_RANGES = ("quantile", "min_max", "fixed")
 RANGE_MODES = ACTION_RANGES[:2]
@@ -43,11 +43,7 @@ class UniformTokensConfig(ActionTokensConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.action_low) != len(self.action_high):
-            raise ConfigError(
-                f"action_low has {len(self.action_low)} values and action_high {len(self.action_high)}; "
-                "give one of each for every action dimension."
-            )
+        check_ends(self.action_low, self.action_high)
         if self.action_range == "fixed" and not self.action_low:
             raise ConfigError('action_range "fixed" needs action_low and action_high, one value a dimension.')
 
@@ -72,10 +68,7 @@ class UniformTokensConfig(ActionTokensConfig):
 
     def validate_features(self, action_dim: int) -> None:
         super().validate_features(action_dim)
-        if self.action_low and len(self.action_low) != action_dim:
-            raise ConfigError(
-                f"action_low/action_high have {len(self.action_low)} values, the action has {action_dim}."
-            )
+        check_ends(self.action_low, self.action_high, action_dim)
 
 
 class ActionTokenizer(ActionTokens):
@@ -104,11 +97,7 @@ class ActionTokenizer(ActionTokens):
         num_bins: int = 255,
         gripper_dims: Sequence[int] = (),
     ) -> None:
-        low, high, gripper_dims = (
-            numbers(low, "low"),
-            numbers(high, "high"),
-            whole(gripper_dims, "gripper_dims"),
-        )
+        low, high, gripper_dims = numbers(low, "low"), numbers(high, "high"), whole(gripper_dims, "gripper_dims")
         if len(low) != len(high) or len(low) == 0:
             raise ConfigError(f"low has {len(low)} values and high {len(high)}; give one for every dimension.")
         (chunk_steps, num_bins) = whole((chunk_steps, num_bins), "chunk_steps and num_bins")

@@ -62,13 +62,7 @@ class CameraStem(nn.Module):
     """
 
     def __init__(
-        self,
-        channels: Sequence[int],
-        grid: int,
-        keypoints: int,
-        image_size: int,
-        width: int,
-        instruction_width: int,
+        self, channels: Sequence[int], grid: int, keypoints: int, image_size: int, width: int, instruction_width: int
     ) -> None:
         super().__init__()
         c1, c2, c3, c4 = channels

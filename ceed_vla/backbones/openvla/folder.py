@@ -17,20 +17,8 @@ from ceed_vla.files import read_json
 
 STATISTICS = "dataset_statistics.json"  # of a fine-tune; wins over norm_stats in config.json
 # What of config.json describes the model; norm_stats belong to the action tokens.
-_MODEL = (
-    "arch_specifier",
-    "llm_backbone_id",
-    "n_action_bins",
-    "pad_to_multiple_of",
-    "text_config",
-    "torch_dtype",
-)
-_LISTS = (
-    "timm_model_ids",
-    "image_sizes",
-    "timm_override_act_layers",
-    "timm_model_kwargs",
-)  # an entry a tower
+_MODEL = ("arch_specifier", "llm_backbone_id", "n_action_bins", "pad_to_multiple_of", "text_config", "torch_dtype")
+_LISTS = ("timm_model_ids", "image_sizes", "timm_override_act_layers", "timm_model_kwargs")  # an entry a tower
 DESCRIBING = (*_MODEL, *_LISTS, "use_fused_vision_backbone")
 LANGUAGE_MODELS = ("llama", "mistral")
 # timm reads files and hubs by some names and settings, so only these are passed on: towers of Prismatic VLMs.
@@ -118,11 +106,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def check_config(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with the defaults of the format.
-
-    Args:
-        file: What messages call it.
-        config: As found.
+    """`config` as found in `file`, which messages name, with the defaults of the format.
 
     Raises:
         CheckpointError: What cannot be built, or is no OpenVLA's.

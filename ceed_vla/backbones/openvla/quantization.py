@@ -11,12 +11,8 @@ from ceed_vla.errors import ConfigError
 
 
 def quantize(module: nn.Module, kind: str, device: str) -> None:
-    """Replace every linear layer inside `module`, in place.
-
-    Args:
-        module: The layers of a language model, without its head, with their weights.
-        kind: "8bit" (LLM.int8) or "4bit" (NF4).
-        device: Where the policy will run.
+    """Replace every linear layer inside `module`, in place: the layers of a language model, without its head, with
+    their weights. `kind` is "8bit" (LLM.int8) or "4bit" (NF4), `device` where the policy will run.
 
     Raises:
         ConfigError: No GPU, or no bitsandbytes.

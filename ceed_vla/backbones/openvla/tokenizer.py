@@ -26,11 +26,7 @@ class TextTokenizer(Protocol):
 
 
 def read_tokenizer(folder: Path, source: str) -> TextTokenizer:
-    """The tokenizer of a folder: tokenizer.json, or the older tokenizer.model.
-
-    Args:
-        folder: Where its files are.
-        source: What messages call it.
+    """The tokenizer of a folder: tokenizer.json, or the older tokenizer.model; messages call it `source`.
 
     Raises:
         CheckpointError: None of the files, or one that cannot be read.

@@ -12,11 +12,7 @@ from ceed_vla.errors import CheckpointError, ConfigError
 
 
 class VisionTowers(nn.Module):
-    """One timm tower, or two whose patch features are concatenated; their names are those of published weights.
-
-    Args:
-        architecture: The folder's configuration.
-    """
+    """One timm tower, or two whose patch features are concatenated; their names are those of published weights."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -44,12 +40,7 @@ def _features(tower: Any, pixels: Tensor) -> Tensor:
 
 
 def _tower(architecture: Architecture, index: int) -> nn.Module:
-    """A timm model without its classifier.
-
-    Raises:
-        ConfigError: timm is not installed.
-        CheckpointError: timm does not know the model, or not its arguments.
-    """
+    """A timm model without its classifier."""
     try:
         import timm
     except ImportError as error:

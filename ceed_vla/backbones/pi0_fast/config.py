@@ -77,14 +77,7 @@ class Pi0FastTokensConfig(ActionTokensConfig):
         codec = FastCodec.from_json(self.bpe, self.scale, self.least)
         text = TextIds(self.words, self.bos, self.stop, tuple(self.marker))
         return Pi0FastTokenizer(
-            codec,
-            text,
-            chunk_steps,
-            action_dim,
-            self.max_tokens,
-            self.skip_tokens,
-            self.scored,
-            self.check_marker,
+            codec, text, chunk_steps, action_dim, self.max_tokens, self.skip_tokens, self.scored, self.check_marker
         )
 
 
@@ -93,10 +86,7 @@ class Pi0FastTokensConfig(ActionTokensConfig):
 class Pi0FastConfig(TransformersConfig):
     """LeRobot's pi0-FAST with the weights of one of its checkpoints; made by `ceed-vla convert --from pi0_fast`."""
 
-    steps: ClassVar[tuple[str, ...]] = (
-        "pi0_fast_prepare_state_tokenizer_processor_step",
-        "ceed_vla_pi0_fast_prompt",
-    )
+    steps: ClassVar[tuple[str, ...]] = ("pi0_fast_prepare_state_tokenizer_processor_step", "ceed_vla_pi0_fast_prompt")
 
     def build(self, shape: PolicyShape) -> TrainableBackbone:
         from ceed_vla.backbones.pi0_fast import loading

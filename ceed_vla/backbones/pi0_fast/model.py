@@ -88,10 +88,7 @@ class Pi0FastBackbone(TransformersBackbone):
         tokens, mask = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK].bool()
         bos = torch.full_like(tokens[:, :1], self._bos)
         embeds, real, attention, _, _ = self.model.embed_prefix_fast(
-            images,
-            image_masks,
-            torch.cat([tokens, bos], dim=1),
-            torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1),
+            images, image_masks, torch.cat([tokens, bos], dim=1), torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         )
         embeds = embeds.to(self._dtype)
         inputs = {

@@ -102,10 +102,7 @@ class Pi0FastTokenizer(VariableLengthTokens):
         self.vocabulary_size = len(self._text_id)
         self.stop = self._token[text.stop]
         self.speculative = torch.tensor([self._token[i] for i in ids])
-        self.low, self.high = (
-            -torch.ones(action_dim).double(),
-            torch.ones(action_dim).double(),
-        )  # normalised, about
+        self.low, self.high = -torch.ones(action_dim).double(), torch.ones(action_dim).double()  # normalised, about
         self.zero = self.encode(torch.zeros(1, chunk_steps, action_dim))[0]
 
     def _write(self, actions: Tensor) -> list[list[int]]:

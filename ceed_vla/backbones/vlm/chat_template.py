@@ -28,11 +28,7 @@ def render(template: str, images: int, prompt: str, variables: Mapping[str, Any]
     from ceed_vla.errors import CheckpointError  # this file runs without the package, too
 
     content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]
-    job = {
-        "template": template,
-        "messages": [{"role": "user", "content": content}],
-        "variables": dict(variables),
-    }
+    job = {"template": template, "messages": [{"role": "user", "content": content}], "variables": dict(variables)}
     try:
         done = subprocess.run(
             [sys.executable, "-P", str(Path(__file__).resolve())],
@@ -79,17 +75,10 @@ def _main() -> None:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
-    environment.globals |= {
-        "raise_exception": fail,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-    }
+    environment.globals |= {"raise_exception": fail, "strftime_now": lambda form: datetime.now().strftime(form)}
     try:
         text = environment.from_string(job["template"]).render(
-            messages=job["messages"],
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
-            **job["variables"],
+            messages=job["messages"], tools=None, documents=None, add_generation_prompt=True, **job["variables"]
         )
         answer = {"text": text} if len(text) <= _LONGEST else {"error": "its text has no end"}
     except MemoryError:

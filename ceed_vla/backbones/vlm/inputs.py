@@ -84,12 +84,7 @@ class VLMInputsStep(FilesStep, ObservationProcessorStep):
         self._processor = load_processor(folder, source)
 
     def get_config(self) -> dict[str, Any]:
-        return {
-            "sizes": self.sizes,
-            "layout": self.layout,
-            "prompt": self.prompt,
-            "state_places": self.state_places,
-        }
+        return {"sizes": self.sizes, "layout": self.layout, "prompt": self.prompt, "state_places": self.state_places}
 
     # ---- inputs -------------------------------------------------------------------------------------------------
 

@@ -57,12 +57,7 @@ def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTra
     check_floating(weight_files(folder))
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            output_loading_info=True,
-            **LOCAL,
+            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True, **LOCAL
         )
     except Exception as error:  # transformers, safetensors and torch each raise their own kinds
         raise CheckpointError(f"{folder} does not load ({root_cause(error)}).") from error

@@ -6,9 +6,9 @@ The fixed point itself is no rule; `ceed_vla.decoding.jacobi` proves it.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -144,13 +144,11 @@ def measure(rule: ExitRule, logits: Tensor, tokens: Tensor) -> Tensor | None:
     Raises:
         ConfigError: It fails, or gives something else.
     """
-    try:
-        measured = rule.measure(logits, tokens)
-    except Exception as error:  # another's rule may raise anything
-        raise _broken(rule, "measure", error) from error
-    if measured is not None and getattr(measured, "shape", None) != tokens.shape:
-        raise _broken(rule, "measure", f"it gave {type(measured).__name__}, not a tensor {tuple(tokens.shape)}")
-    return measured
+
+    def fits(measured: Any) -> bool:
+        return measured is None or getattr(measured, "shape", None) == tokens.shape
+
+    return _ask(rule, "measure", (logits, tokens), fits, "a tensor", tokens.shape)
 
 
 def ended(rule: ExitRule, seen: Seen, measured: np.ndarray | None) -> np.ndarray | bool:
@@ -159,13 +157,23 @@ def ended(rule: ExitRule, seen: Seen, measured: np.ndarray | None) -> np.ndarray
     Raises:
         ConfigError: It fails, or gives something else.
     """
+
+    def fits(rows: Any) -> bool:
+        return isinstance(rows, bool) or (isinstance(rows, np.ndarray) and rows.shape == seen.exact.shape)
+
+    return _ask(rule, "ends", (seen, measured), fits, "a bool or a numpy array", seen.exact.shape)
+
+
+def _ask(
+    rule: ExitRule, method: str, given: tuple[Any, ...], fits: Callable[[Any], bool], kind: str, shape: Sequence[int]
+) -> Any:
     try:
-        rows = rule.ends(seen, measured)
+        answer = getattr(rule, method)(*given)
     except Exception as error:  # another's rule may raise anything
-        raise _broken(rule, "ends", error) from error
-    if not isinstance(rows, bool) and not (isinstance(rows, np.ndarray) and rows.shape == seen.exact.shape):
-        raise _broken(rule, "ends", f"it gave {type(rows).__name__}, not a bool or a numpy array {seen.exact.shape}")
-    return rows
+        raise _broken(rule, method, error) from error
+    if not fits(answer):
+        raise _broken(rule, method, f"it gave {type(answer).__name__}, not {kind} {tuple(shape)}")
+    return answer
 
 
 def _broken(rule: ExitRule, method: str, reason: object) -> ConfigError:

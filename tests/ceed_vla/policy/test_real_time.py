@@ -93,3 +93,19 @@ def test_unknown_arguments_are_refused(policy: CeedVLAPolicy, batch: Any) -> Non
         policy.predict_action_chunk(batch, noise=None)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="noise"):
         policy.select_action(batch, noise=None)  # type: ignore[call-arg]
+
+
+def test_tokens_of_variable_length_continue_nothing(
+    policy: CeedVLAPolicy, batch: Any, chunk: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy.tokenizer, "tokens_per_step", None)
+    assert not supports_rtc_inference(policy)
+    with pytest.raises(ConfigError, match="variable length"):
+        policy.predict_action_chunk(batch, inference_delay=1, prev_chunk_left_over=chunk)
+
+
+def test_lerobots_adapters_go_where_distillation_learns(policy: CeedVLAPolicy) -> None:
+    targets = policy._get_default_peft_targets()["target_modules"]
+    assert targets
+    learning = {f"backbone.{name}" for name in policy.backbone.distillation_parameters()}
+    assert {f"{name}.weight" for name in targets} <= learning

@@ -24,7 +24,7 @@ from ceed_vla.fields import short
 from ceed_vla.files import saving
 from ceed_vla.lora import merge
 from ceed_vla.processor_steps import PROCESSOR_FILES, check_processors
-from ceed_vla.real_time import continuation
+from ceed_vla.real_time import continuation, decode_behind
 from ceed_vla.supervision import teacher_loss
 from ceed_vla.weights import WEIGHTS, Header, load_weights, save_weights
 
@@ -279,8 +279,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
             shift, executed = 0, min(max(self.config.n_action_steps, delay), self.config.chunk_size)
         elif previous is not None and previous.shape[0] != rows:
             previous = None
-        result = self.decode(
-            batch, self.config.decode_with, previous=previous, shift_steps=shift, executed_steps=executed, frozen=frozen
+        result = decode_behind(
+            self, batch, frozen, executed, decoding=self.config.decode_with, previous=previous, shift_steps=shift
         )
         self._previous = result.tokens
         assert result.actions is not None

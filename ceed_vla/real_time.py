@@ -2,13 +2,20 @@
 
 Flow policies are guided towards the left-over (arXiv 2506.07339); a causal one continues it exactly. Its first
 steps, which the robot executes while the next chunk is decoded, are frozen tokens; the others are a warm start.
+
+A policy of increments plans its correction into the first steps of a chunk: behind frozen ones it would be lost, again
+with every chunk. So its chunk is decoded freely, and what the frozen steps move otherwise is made up behind them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
+from ceed_vla.decoding.result import DecodeResult
 from ceed_vla.errors import ConfigError, TokenError
 from ceed_vla.fields import short
 from ceed_vla.tensors import is_plain
@@ -54,3 +61,50 @@ def continuation(tokens: ActionTokens, left_over: Tensor, delay: int, rows: int)
     chunk = tokens.encode(torch.cat([actions[:, :left], last], dim=1))  # (B, n)
     frozen = min(delay, left, m - 1)
     return chunk, chunk[:, : frozen * tokens.tokens_per_step] if frozen else None
+
+
+class Decodes(Protocol):
+    """A policy, as far as it matters here."""
+
+    config: Any
+    tokenizer: ActionTokens
+
+    def decode(self, batch: dict[str, Tensor], **arguments: Any) -> DecodeResult: ...
+
+
+def decode_behind(
+    policy: Decodes,
+    batch: dict[str, Tensor],
+    frozen: Tensor | None,
+    executed_steps: int | None = None,
+    **arguments: Any,
+) -> DecodeResult:
+    """`CeedVLAPolicy.decode` of a chunk that begins with frozen tokens (B, k * A).
+
+    They are continued greedily, or, where the policy's actions are increments (``config.delta_dims``), made up for.
+    """
+    dims, tokens = policy.config.delta_dims, policy.tokenizer
+    if frozen is None or not dims:
+        return policy.decode(batch, frozen=frozen, executed_steps=executed_steps, **arguments)
+    behind = policy.config.n_action_steps if executed_steps is None else executed_steps
+    executed_steps = min(frozen.shape[1] // tokens.action_dim + behind, tokens.chunk_steps)
+    result = policy.decode(batch, executed_steps=executed_steps, **arguments)
+    result.tokens = made_up(tokens, result.tokens, frozen, dims)
+    result.actions = tokens.decode(result.tokens)
+    return result
+
+
+def made_up(tokens: ActionTokens, chunk: Tensor, frozen: Tensor, dims: Sequence[int]) -> Tensor:
+    """A chunk (B, n) behind frozen tokens (B, k * A): what these move less or more in the dimensions `dims` than the
+    chunk's own first steps, the steps behind them make up for as fast as the ranges of actions allow.
+    """
+    wanted, k = tokens.decode(chunk), frozen.shape[1] // tokens.action_dim  # (B, m, A)
+    chunk = torch.cat([frozen, chunk[:, frozen.shape[1] :]], dim=1)
+    actions, dims = tokens.decode(chunk), list(dims)
+    missing = (wanted - actions)[:, :k, dims].sum(1)
+    for step in range(k, tokens.chunk_steps):
+        asked = wanted[:, step, dims] + missing
+        actions[:, step, dims] = asked
+        actions = tokens.decode(tokens.encode(actions))  # within the ranges
+        missing = asked - actions[:, step, dims]
+    return torch.cat([frozen, tokens.encode(actions)[:, frozen.shape[1] :]], dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 SPARSE = 0.9  # of a dimension's values lie near zero: its quantiles say nothing of the others
 NEAR_ZERO = 0.01  # of the largest value
+INCREMENT = re.compile("(d|delta_)(x|y|z|rx|ry|rz|roll|pitch|yaw)")  # names of actions that add up over steps
 
 
 class Privileged(Protocol):
@@ -38,7 +40,7 @@ class Privileged(Protocol):
 def take_from_data(
     policy: CeedVLAConfig, stores: Sequence[FrameStore], grounding: Sequence[FrameStore], privileged: Privileged | None
 ) -> dict[str, dict[str, Tensor]]:
-    """Fill a new policy's features, two-valued action dimensions and auxiliary target where they are not set.
+    """Fill a new policy's features, two-valued and increment dimensions and auxiliary target where they are not set.
 
     Args:
         policy: Filled in.
@@ -57,6 +59,9 @@ def take_from_data(
     open_ranges = not any(getattr(tokens, name, None) for name in ("action_low", "q01", "fitted"))
     if open_ranges and tokens.gripper_dims == [-1]:  # two values, as a gripper takes
         tokens.gripper_dims = [d for d in np.flatnonzero(~sparse).tolist() if len(np.unique(actions[:, d])) == 2]
+    names = stores[0].labels.get(ACTION, [])
+    increments = [d for d, name in enumerate(names) if INCREMENT.fullmatch(str(name).lower())]
+    policy.delta_dims = policy.delta_dims or increments
     for quantile, extreme in (("q01", "min"), ("q99", "max")):
         stats[ACTION][quantile][sparse] = stats[ACTION][extreme][sparse]
     told = [store for store in (*stores, *grounding) if store.environment_state is not None]
@@ -120,5 +125,5 @@ def describe(policy: CeedVLAConfig, tokens: Any, store: FrameStore, named: int) 
     target = f"{len(policy.auxiliary_scale)} values, {named or 'all'} of them while actions are learnt"
     return (
         f"cameras {cameras}; state {store.state.shape[1]}; {store.fps:g} Hz; action ranges {ranges}; two-valued "
-        f"dimensions {list(tokens.gripper_dims)}; auxiliary target {target if policy.auxiliary_scale else 'none'}"
+        f"dimensions {list(tokens.gripper_dims)}; increments {policy.delta_dims}; auxiliary target {target if policy.auxiliary_scale else 'none'}"
     )

@@ -210,6 +210,8 @@ class Predictor:
     def _predict(self, request: Request, deadline: float | None) -> Response:
         import torch
 
+        from ceed_vla.real_time import decode_behind
+
         started = time.monotonic()
         with torch.inference_mode():
             batch = self._prepare(request)
@@ -219,7 +221,7 @@ class Predictor:
                 chunk = self._policy.predict_action_chunk(batch)  # (1, m, A)
                 actions = self._postprocess(chunk).to("cpu", torch.float32).numpy()[0]
                 return Response(request.id, actions, seconds={**times, "decode": time.monotonic() - prepared})
-            result = self._policy.decode(batch, **self._decode_arguments(request, deadline))
+            result = decode_behind(self._policy, batch, **self._decode_arguments(request, deadline))
             self._prefill_s = result.seconds["prefill"]
             return Response(
                 request.id,
@@ -231,11 +233,12 @@ class Predictor:
             )
 
     def _decode_arguments(self, request: Request, deadline: float | None) -> dict[str, Any]:
-        """What `CeedVLAPolicy.decode` takes besides the batch."""
+        """What `decode_behind` takes besides the batch."""
         import torch
 
         assert self._decoding is not None
-        arguments: dict[str, Any] = {"decoding": self._decoding, "executed_steps": self._settings.replan_steps}
+        steps = self._settings.replan_steps
+        arguments: dict[str, Any] = {"decoding": self._decoding, "executed_steps": steps, "frozen": None}
         if deadline is not None and self._decoding.method == "jacobi":
             # The decoder's own deadline starts after the prefill, which takes about as long as the last one.
             left = deadline - time.monotonic() - self._prefill_s

@@ -21,6 +21,7 @@ import torch
 import ceed_vla
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, NotFiniteError
+from ceed_vla.real_time import decode_behind
 from ros_nodes.robot.inference import MODES, InferenceWorker, Request, Response
 from tests.ros_nodes.conftest import tiny_act
 
@@ -89,7 +90,8 @@ def test_the_answer_is_the_policys(worker: InferenceWorker, policy: tuple[Any, A
     assert set(first.seconds) == {"preprocess", "prefill", "decode", "total"}
     second = ask(worker, Request(2, raw, INSTRUCTION, first.tokens, shift_steps=3, frozen_steps=2))
     frozen = torch.tensor(first.tokens)[None, 3 * A : 5 * A]
-    expected = model.decode(batch, "ceed", torch.tensor(first.tokens)[None], shift_steps=3, frozen=frozen)
+    warm = {"decoding": "ceed", "previous": torch.tensor(first.tokens)[None], "shift_steps": 3}
+    expected = decode_behind(model, batch, frozen, **warm)
     assert second.tokens.tolist() == expected.tokens[0].tolist()
     np.testing.assert_array_equal(second.actions[:2], first.actions[3:5])
 

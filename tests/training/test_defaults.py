@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-from ceed_vla.data.frames import ENVIRONMENT, FrameStore, open_dataset
+from ceed_vla.data.frames import ACTION, ENVIRONMENT, FrameStore, open_dataset
 from ceed_vla.errors import ConfigError, DatasetError
 from training.defaults import check_target, named_terms, take_from_data
 from training.teacher import train
@@ -46,6 +46,16 @@ def test_features_ranges_and_grippers_are_the_datas(store: FrameStore) -> None:
     assert config.action_tokens.action_high[:2] == pytest.approx(quantile[:2].tolist(), rel=1e-4)
     assert config.action_tokens.action_high[3] == 0.5
     assert (config.action_tokens.action_low[2], config.action_tokens.action_high[2]) == (0, 1)
+
+
+def test_increments_are_known_by_their_names(store: FrameStore) -> None:
+    for names, dims in ((["dx", "Delta_Yaw", "x", "gripper"], [0, 1]), (["shoulder.pos"], [])):
+        config = policy()
+        take_from_data(config, [replace(store, labels={ACTION: names})], [], None)
+        assert config.delta_dims == dims
+    config = policy(delta_dims=[2])
+    take_from_data(config, [replace(store, labels={ACTION: ["dx"]})], [], None)
+    assert config.delta_dims == [2]
 
 
 def test_the_environments_target_needs_the_environments_names(store: FrameStore) -> None:

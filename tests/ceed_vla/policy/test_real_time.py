@@ -10,7 +10,8 @@ from lerobot.rollout.inference.rtc import supports_rtc_inference
 
 from ceed_vla import CeedVLAPolicy
 from ceed_vla.errors import ConfigError, TokenError
-from ceed_vla.real_time import continuation
+from ceed_vla.real_time import continuation, made_up
+from ceed_vla.tokens.uniform import ActionTokenizer
 
 A, M = 7, 4  # of the tiny policy
 
@@ -64,6 +65,31 @@ def test_lerobots_filling_is_no_action(policy: CeedVLAPolicy, chunk: torch.Tenso
     assert frozen.shape == (2, 2 * A)  # two steps are left, whatever the delay
     assert continuation(policy.tokenizer, torch.zeros(10, A), 3, 2) == (None, None)
     assert continuation(policy.tokenizer, torch.zeros(0, A), 3, 2) == (None, None)
+
+
+def test_increments_are_made_up_behind_frozen_steps(policy: CeedVLAPolicy, batch: Any, chunk: torch.Tensor) -> None:
+    policy.config.delta_dims, policy.config.decode_with = [0, 2], "ar"
+    free, tokens = policy.decode(batch, "ar").actions, policy.tokenizer
+    assert free is not None
+    left = free[:, :2].clone()
+    left[:, :, 0] -= 0.1  # moved 0.2 too little
+    actions = policy.predict_action_chunk(batch, inference_delay=2, prev_chunk_left_over=left)
+    assert torch.equal(actions[:, :2], tokens.decode(tokens.encode(torch.cat([left, left], dim=1)))[:, :2])
+    assert torch.equal(actions[:, 2:, 1], free[:, 2:, 1])  # no increment
+    high = policy.config.action_tokens.action_high[0]
+    reach = (free[:, :, 0].sum(1)).minimum(left[:, :, 0].sum(1) + 2 * high)
+    assert torch.allclose(actions[:, :, 0].sum(1), reach, atol=0.02)
+    undelayed = policy.predict_action_chunk(batch, inference_delay=0, prev_chunk_left_over=left)
+    assert torch.equal(undelayed, free)
+
+
+def test_what_is_made_up_stays_within_the_ranges() -> None:
+    tokens = ActionTokenizer([-1.0, -1.0], [1.0, 1.0], chunk_steps=4, num_bins=201)
+    plan = torch.tensor([[[0.8, 0.5], [0.6, 0.5], [0.2, 0.5], [0.0, -0.5]]])
+    frozen = tokens.encode(torch.tensor([[[-0.2, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]]))[:, :2]
+    joined = tokens.decode(made_up(tokens, tokens.encode(plan), frozen, [0]))
+    expected = torch.tensor([[[-0.2, 0.0], [1.0, 0.5], [0.8, 0.5], [0.0, -0.5]]])  # 1.0 too little: 0.4, then 0.6
+    assert torch.allclose(joined, expected, atol=1e-6)
 
 
 def test_a_whole_chunk_cannot_be_frozen(policy: CeedVLAPolicy, batch: Any, chunk: torch.Tensor) -> None:

@@ -125,5 +125,6 @@ def describe(policy: CeedVLAConfig, tokens: Any, store: FrameStore, named: int) 
     target = f"{len(policy.auxiliary_scale)} values, {named or 'all'} of them while actions are learnt"
     return (
         f"cameras {cameras}; state {store.state.shape[1]}; {store.fps:g} Hz; action ranges {ranges}; two-valued "
-        f"dimensions {list(tokens.gripper_dims)}; increments {policy.delta_dims}; auxiliary target {target if policy.auxiliary_scale else 'none'}"
+        f"dimensions {list(tokens.gripper_dims)}; increments {policy.delta_dims}; auxiliary target "
+        f"{target if policy.auxiliary_scale else 'none'}"
     )

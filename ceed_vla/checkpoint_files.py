@@ -22,10 +22,11 @@ from ceed_vla.weights import WEIGHTS
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PRETRAINED = ("teacher", "student")
 POLICY_FILES = ("config.json", WEIGHTS)
 FILES = (*POLICY_FILES, *PROCESSOR_FILES)
+_SINCE_3 = {"tail"}  # settings of the decoding that older formats do not have
 _REMOVED = ("tolerance_bins", "stable_iterations")  # of the decoding, in format 1
 
 
@@ -95,17 +96,21 @@ def read_values(folder: Path) -> dict[str, Any]:
     _check_packages(folder, values.get("packages", []))
     found = values.get("decoding")
     decoding: dict[str, Any] = found if isinstance(found, dict) else {}
-    expected = {item.name for item in fields(DecodingConfig)}
+    expected = {item.name for item in fields(DecodingConfig)} - (_SINCE_3 if version < FORMAT_VERSION else set())
     if version == 1:
         expected = expected - {"watch", "exits"} | {"executed_steps", *_REMOVED}
     lost = sorted(expected - decoding.keys())
+    if version == FORMAT_VERSION and "delta_dims" not in values:
+        raise CheckpointError(f"{folder}: config.json lacks 'delta_dims'; copy the checkpoint again.")
     wrong = [name for name, value in decoding.items() if isinstance(value, bool)]
     if lost or wrong:
         raise CheckpointError(
             f"{folder}: decoding in config.json {'lacks' if lost else 'has true or false for'} {(lost or wrong)[0]!r}; "
             "copy the checkpoint again."
         )
-    return _from_format_1(folder, values) if version == 1 else values
+    if version == 1:
+        values = _from_format_1(folder, values)
+    return {**values, "format_version": FORMAT_VERSION}
 
 
 def _check_packages(folder: Path, packages: object) -> None:
@@ -136,7 +141,7 @@ def _from_format_1(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
         part = values.get(setting)
         if isinstance(part, dict) and part.get("type") == kind:
             values[setting] = {after if name == "vocabulary_size" else name: value for name, value in part.items()}
-    return {**values, "decoding": decoding, "format_version": FORMAT_VERSION}
+    return {**values, "decoding": decoding}
 
 
 @contextmanager

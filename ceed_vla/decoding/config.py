@@ -10,6 +10,7 @@ from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
 from ceed_vla.tokens.base import GUESSES
 
 WATCHED = ("block", "executed")
+TAILS = ("kept", "fresh")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class DecodingConfig:
             nearest "do not move"), or "random" (uniform tokens).
         watch: Slots that must be right: the whole "block", or those of the steps that are "executed" before the next
             replan. Exit rules look at these only.
+        tail: Of the slots behind the watched ones, after the first iteration: "kept" as it left them, or "fresh",
+            computed again with every iteration. The tail is the next chunk's warm start.
         max_iterations: Hard cap, the paper's sigma; None for no cap.
         confidence: Stop when the smallest probability mass within +-2 bins of the argmax, over the watched slots,
             exceeds this; 1 never fires.
@@ -39,6 +42,7 @@ class DecodingConfig:
     method: str = "jacobi"
     guess: str = chosen("previous", GUESSES)
     watch: str = chosen("block", WATCHED)
+    tail: str = chosen("kept", TAILS)
     max_iterations: int | None = ranged(None, "[1, 1e6]")
     confidence: float | None = ranged(None, "(0, 1]")
     exits: tuple[str, ...] = ()

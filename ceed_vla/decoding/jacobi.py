@@ -29,8 +29,8 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
     """Decode a block from its guess until every row is at its fixed point or meets an exit rule.
 
     The first iteration computes the whole block, so its tail is a useful warm start; the next ones stop at
-    the slots that are watched. Rows that are done stay as they are while the others go on. The only look at
-    the host is the convergence test, once an iteration. Several blocks may be decoded behind one prefix: the
+    the slots that are watched, unless the tail is to be fresh. Rows that are done stay as they are while the others
+    go on. The only look at the host is the convergence test, once an iteration. Several blocks may be decoded behind one prefix: the
     cache is rolled back at the start. A frozen prefix costs no forward of its own: the first iteration reads it
     together with the guess behind it, keeps it, and proves the first free token.
 
@@ -61,6 +61,7 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
     if request.stop is not None:
         rows.end(host[:, 0] == request.stop, "stop", 0)
 
+    last_slot = n if request.config.tail == "fresh" else watched
     window = request.config.window or n
     end, forwards = min(n, max(given, 1) + window), 0  # slots [0, end) are computed
     while end > max(given, 1) and rows.running.any():
@@ -98,7 +99,7 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
         if rows.running.any():
             # The last right slot is an input of the next iteration; everything before it is final.
             prefix.cache.commit(int(rows.exact[rows.running].min()) - 1 - start)
-        end = min(watched, prefix.cache.committed + 1 + window)
+        end = min(last_slot, prefix.cache.committed + 1 + window)
 
     if not forwards:
         check_rows(sums.cpu().numpy())

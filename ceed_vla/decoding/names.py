@@ -1,7 +1,8 @@
 """One name says a whole decoding, everywhere: ``ar``, ``jacobi``, ``ceed``, ``cap2``, ``conf0.2_cap2_mid``, ``ar_h``.
 
 A name is ``ceed`` (the checkpoint's own), a decoder, or exit rules of the Jacobi decoder, joined by underscores; then
-``h`` if only the executed steps must be right (exit rules imply it), then the guess.
+``h`` if only the executed steps must be right (exit rules imply it), ``fresh`` if the tail behind them is computed with
+every iteration, then the guess.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.registry import LONGEST_NAME, match_decoder, match_exit, meanings
 from ceed_vla.errors import ConfigError
 
-CEED, EXECUTED = "ceed", "h"
+CEED, EXECUTED, FRESH = "ceed", "h", "fresh"
 _GUESSES = ("mid", "random")
 _STRICT = DecodingConfig()
 
@@ -23,7 +24,7 @@ def names_help() -> str:
     """What a decoding's name may be."""
     return (
         f"{CEED} (the checkpoint's), {meanings()}; exit rules can be joined (conf<P>_cap<K>); Jacobi ones also "
-        "with _mid or _random (the guess)"
+        "with _fresh (tail), _mid or _random (guess)"
     )
 
 
@@ -50,6 +51,8 @@ def _parse(decoding: str, ceed: DecodingConfig) -> DecodingConfig:
     changes: dict[str, Any] = {}
     if parts and parts[-1] in _GUESSES and head != "ar":
         changes["guess"] = parts.pop()
+    if parts and parts[-1] == FRESH and head != "ar":
+        changes["tail"] = parts.pop()
     if head == CEED and not parts:
         return replace(ceed, **changes)
     if match_decoder(head):

@@ -10,7 +10,7 @@ from typing import Any
 from ceed_vla.errors import ConfigError
 
 LONGEST_NAME = 60
-_RESERVED = ("ceed", "h", "mid", "random", "previous")
+_RESERVED = ("ceed", "h", "fresh", "mid", "random", "previous")
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ def test_names() -> None:
         "jacobi_random": DecodingConfig(guess="random"),
         "ceed": ceed,
         "ceed_mid": replace(ceed, guess="mid"),
+        "ceed_fresh": replace(ceed, tail="fresh"),
+        "cap3_fresh_mid": DecodingConfig(max_iterations=3, tail="fresh", guess="mid", **some),
         "cap2": DecodingConfig(max_iterations=2, **some),
         "conf0.2_cap3": DecodingConfig(max_iterations=3, confidence=0.2, **some),
         "conf.5_mid": DecodingConfig(confidence=0.5, guess="mid", **some),

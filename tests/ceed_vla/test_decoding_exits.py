@@ -29,7 +29,8 @@ def reference(backbone, observation, guess: Tensor, config: DecodingConfig, exec
         while True:
             logits = backbone.full_logits(one, state[:, : n - 1])
             new = logits.argmax(-1)
-            if iterations:
+            fresh = iterations == 0 or config.tail == "fresh"
+            if not fresh:
                 new[:, must:] = state[:, must:]
             iterations += 1
             probabilities = logits[0, :must].softmax(-1)
@@ -39,7 +40,7 @@ def reference(backbone, observation, guess: Tensor, config: DecodingConfig, exec
             moved = (new != state)[0].nonzero().flatten().tolist()
             # A change of the last slot is the last there can be: what it depends on did not change.
             done_watched = all(s >= must - 1 for s in moved)
-            done_all = all(s >= n - 1 for s in moved) and (iterations == 1 or must == n)
+            done_all = all(s >= n - 1 for s in moved) and (fresh or must == n)
             state = new
             if done_all:
                 reason = "converged"
@@ -79,9 +80,10 @@ def random_guess(seed: int, batch: int, n: int, vocabulary: int) -> Tensor:
     executed=st.sampled_from([None, 1, 2]),
     cap=st.sampled_from([None, 1, 2, 7]),
     confidence=st.sampled_from([None, 0.2, 0.5, 0.9]),
+    tail=st.sampled_from(["kept", "fresh"]),
 )
-def test_equals_the_slow_reference(toy, seed, batch, steps, vocabulary, executed, cap, confidence) -> None:
-    config = DecodingConfig(max_iterations=cap, confidence=confidence)
+def test_equals_the_slow_reference(toy, seed, batch, steps, vocabulary, executed, cap, confidence, tail) -> None:
+    config = DecodingConfig(max_iterations=cap, confidence=confidence, tail=tail)
     executed = None if executed is None else min(executed, steps)
     backbone, observation = toy(seed, batch, steps * A, vocabulary)
     guess = random_guess(seed, batch, steps * A, vocabulary)

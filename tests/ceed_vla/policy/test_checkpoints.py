@@ -157,7 +157,7 @@ def test_a_checkpoint_of_the_first_format_decodes_as_it_did(raw_observation: Any
         assert result.tokens.tolist() == tokens, name
     assert policy.decode(pre(raw_observation(rows=3, size=32)), previous=previous).exit_reason == ["confidence"] * 3
     save(tmp_path / "new", policy, pre, post)
-    assert json.loads((tmp_path / "new" / "config.json").read_text())["format_version"] == 2
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["format_version"] == 3
     assert load(tmp_path / "new")[0].config == policy.config
     import lerobot_policy_ceed_vla  # noqa: F401  (LeRobot's tools import their plugins, and read the file themselves)
 
@@ -169,7 +169,7 @@ def test_a_checkpoint_of_the_first_format_decodes_as_it_did(raw_observation: Any
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 3}, "format_version 3, this version reads 1 to 2"),
+        ({"format_version": 4}, "format_version 4, this version reads 1 to 3"),
         ({"format_version": "1"}, "format_version '1'"),
         ({"decoding": {"tolerance_bins": 2}}, r"tolerance_bins .* is 2; that rule is gone"),
     ],

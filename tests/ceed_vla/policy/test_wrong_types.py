@@ -116,6 +116,7 @@ def test_instructions_of_another_kind(processors: Any, raw_observation: Any, tas
         ("config.json", lambda v: v.update(input_features=3), "config.json cannot be used"),
         ("config.json", lambda v: v.update(use_peft=True), "use_peft"),
         ("config.json", lambda v: v["decoding"].pop("max_iterations"), "lacks 'max_iterations'"),
+        ("config.json", lambda v: v.pop("delta_dims"), "lacks 'delta_dims'"),
         ("config.json", lambda v: v["decoding"].update(window=True), "true or false for 'window'"),
         (PRE, lambda v: v["steps"].append({"registry_name": "ceed_vla_vlm_inputs"}), "could run code"),
         (PRE, lambda v: v["steps"].append({"registry_name": "absolute_actions_processor"}), "could run code"),

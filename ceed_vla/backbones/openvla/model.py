@@ -30,9 +30,13 @@ from ceed_vla.errors import CheckpointError
 
 
 class OpenVLABackbone(TransformersBackbone):
-    """An OpenVLA model of a published `architecture` with random weights of the type `dtype`.
+    """An OpenVLA model with random weights.
 
-    A block has `block_length` tokens of `bins` values; published models write one action, fine-tuned ones several.
+    Args:
+        architecture: The published configuration.
+        block_length: Tokens ``n`` of a block; published models write one action, fine-tuned ones several.
+        bins: Action ids ``V``.
+        dtype: Name of the weights' type.
     """
 
     def __init__(self, architecture: Architecture, block_length: int, bins: int, dtype: str) -> None:
@@ -96,7 +100,11 @@ class OpenVLABackbone(TransformersBackbone):
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Read a folder's weights into a model, converted to the model's types."""
+    """Read a folder's weights into a model, converted to the model's types.
+
+    Raises:
+        CheckpointError: Weights that are missing, unknown, damaged or of other sizes.
+    """
     read_weights(
         model,
         Path(folder),

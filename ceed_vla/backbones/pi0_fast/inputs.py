@@ -51,7 +51,11 @@ class PromptTokensStep(FilesStep, TokenizerProcessorStep):
 
 
 def load_text_tokenizer(folder: str | Path, source: str = "") -> Any:
-    """The tokenizer in a local folder, as LeRobot's policy configures it; messages call it `source`."""
+    """The tokenizer in a local folder, as LeRobot's policy configures it.
+
+    Raises:
+        CheckpointError: It cannot be loaded; the message calls it `source`.
+    """
     from transformers import AutoTokenizer
 
     try:

@@ -29,7 +29,11 @@ EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_to
 
 
 def describe_model(folder: str | Path) -> str:
-    """LeRobot's configuration (JSON) in a checkpoint folder, for the CPU and without compilation."""
+    """LeRobot's configuration (JSON) in a checkpoint folder, for the CPU and without compilation.
+
+    Raises:
+        CheckpointError: Missing, unreadable, or of another policy.
+    """
     values = read_json(Path(folder) / "config.json")
     kind = values.get("type")
     if kind != "pi0_fast":
@@ -38,7 +42,11 @@ def describe_model(folder: str | Path) -> str:
 
 
 def decode_architecture(architecture: str) -> PI0FastConfig:
-    """LeRobot's configuration from its JSON; `CheckpointError` for values that LeRobot refuses, or without features."""
+    """LeRobot's configuration from its JSON.
+
+    Raises:
+        CheckpointError: Values that LeRobot refuses, or no features.
+    """
     values = read_architecture(architecture)
     values.pop("type", None)
     try:
@@ -59,7 +67,11 @@ def build_model(architecture: str) -> modeling_pi0_fast.PI0FastPytorch:
 
 
 def load_weights(holder: nn.Module, folder: str | Path) -> None:
-    """Read the weights of LeRobot's checkpoint into ``holder.model``; LeRobot's loader keeps random ones on failure."""
+    """Read the weights of LeRobot's checkpoint into ``holder.model``; LeRobot's loader keeps random ones on failure.
+
+    Raises:
+        CheckpointError: Missing, unreadable, incomplete or foreign weights.
+    """
     read_weights(
         holder,
         Path(folder),

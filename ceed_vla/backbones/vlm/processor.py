@@ -23,7 +23,11 @@ SIZES = (*_SIDES, *_PATCHES, *_TOKENS)
 
 
 def load_processor(folder: str | Path, source: str = "") -> ProcessorMixin:
-    """The processor (tokenizer and image processor) of a folder, padding on the left; messages call it `source`."""
+    """The processor (tokenizer and image processor) of a folder, padding on the left; messages call it `source`.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or needs code of its own.
+    """
     from transformers import AutoProcessor
 
     name = source or str(folder)

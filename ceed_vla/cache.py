@@ -101,7 +101,7 @@ class KVCache(BlockCache):
         shape = (num_layers, batch, num_kv_heads, capacity, head_dim)
         if min(shape) < 1:
             raise ConfigError(f"A cache of shape (L, B, H, T, D) = {shape} is empty; every size must be at least 1.")
-        self.capacity = capacity
+        self.capacity, self.causal = capacity, True
         self._keys = [torch.empty(shape[1:], device=device, dtype=dtype) for _ in range(num_layers)]
         self._values = [torch.empty(shape[1:], device=device, dtype=dtype) for _ in range(num_layers)]
 
@@ -132,7 +132,7 @@ class KVCache(BlockCache):
 
     def mask(self, k: int) -> Tensor | None:
         """(k, length + k), True where one of the next `k` tokens may attend; None allows all."""
-        if k == 1:
+        if k == 1 or not self.causal:
             return None
         return torch.ones(k, self.length + k, dtype=torch.bool, device=self._keys[0].device).tril(self.length)
 

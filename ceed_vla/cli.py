@@ -112,6 +112,19 @@ COMMANDS = {
         may="teacher.path decoders episodes seed env.type env.task env.split output_dir device threads resume",
         kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
     ),
+    "bench": _row(
+        "time a policy and its rivals over the floor, with their success, in one run",
+        "sim.bench BenchConfig bench",
+        must="policy.path",
+        may="teacher.path decoders episodes seed engine env.type output_dir threads resume",
+        kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
+    ),
+    "calibrate": _row(
+        "choose exit thresholds that keep a promised risk, and write them into the checkpoint",
+        "sim.calibrate CalibrateConfig calibrate",
+        must="policy.path output_dir",
+        may="epsilons alpha signals decoders episodes seed env.type executed_steps threads",
+    ),
     "show": _row(
         "draw how one observation's tokens settle over the iterations",
         "sim.show ShowConfig show",

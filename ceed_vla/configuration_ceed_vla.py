@@ -18,7 +18,7 @@ from ceed_vla.backbones.config import BackboneConfig
 from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.checkpoint_files import FORMAT_VERSION, in_current_format, read_values, resolve_checkpoint
 from ceed_vla.decoding.config import DecodingConfig
-from ceed_vla.decoding.names import CEED, named_config
+from ceed_vla.decoding.names import CEED, OWN, named_config
 from ceed_vla.decoding.registry import find_decoder, find_exit
 from ceed_vla.devices import check_device, check_device_name
 from ceed_vla.errors import CheckpointError, ConfigError, root_cause
@@ -53,6 +53,7 @@ class CeedVLAConfig(PreTrainedConfig):
         augment_brightness: Largest relative change of brightness during training.
         augment_state: Standard deviation of the noise on the normalised state during training.
         decoding: What the decoding "ceed" stands for; strict unless distillation wrote an early exit here.
+        decodings: Names that only this checkpoint has, and what they stand for: "risk0.05" (of `ceed-vla calibrate`).
         decode_with: Name of the decoding that LeRobot's tools use (`ceed_vla.decoding.names`).
         packages: Packages of others that backbone, tokens or decoding come from; filled when a checkpoint is written.
         format_version: Of the checkpoint's files.
@@ -72,6 +73,7 @@ class CeedVLAConfig(PreTrainedConfig):
     augment_state: float = ranged(0.02, "[0, 10]")
 
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    decodings: dict[str, str] = field(default_factory=dict)
     decode_with: str = CEED
     packages: list[str] = field(default_factory=list)
     format_version: int = ranged(FORMAT_VERSION, f"[1, {FORMAT_VERSION}]")
@@ -108,7 +110,14 @@ class CeedVLAConfig(PreTrainedConfig):
             )
         if not self.action_tokens.ordered:
             self.label_sigma = 0.0  # no token is near another
-        named_config(self.decode_with, self.decoding)
+        for name, meant in self.decodings.items():
+            if not OWN.fullmatch(name) or OWN.fullmatch(meant):
+                raise ConfigError(
+                    f"decodings has {short(name)}: {short(meant)}; a checkpoint's own names are risk<E> and plan, and "
+                    "stand for others."
+                )
+            self.named(name)
+        self.named(self.decode_with)
 
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | Path, **options: Any) -> CeedVLAConfig:
@@ -157,11 +166,19 @@ class CeedVLAConfig(PreTrainedConfig):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         kinds: list[Any] = [type(self.backbone), type(self.action_tokens)]
-        for decoding in (self.decoding, named_config(self.decode_with, self.decoding)):
+        for decoding in (self.decoding, *map(self.named, (self.decode_with, *self.decodings))):
             kinds += [find_decoder(decoding.method)[0].make, *(find_exit(name)[0].make for name in decoding.exits)]
         names = {str(kind.__module__).partition(".")[0] for kind in kinds}
         self.packages = sorted(names - {"ceed_vla", "__main__"})
         super()._save_pretrained(save_directory)
+
+    def named(self, decoding: str | DecodingConfig) -> DecodingConfig:
+        """The decoding that a name stands for, of this checkpoint.
+
+        Raises:
+            ConfigError: Unknown name, or values outside their range.
+        """
+        return named_config(decoding, self.decoding, self.decodings)
 
     @property
     def action_dim(self) -> int:

@@ -59,9 +59,11 @@ class CompiledBackbone(nn.Module):
         # Positions behind the prefix that some block reaches when it is filled up.
         self._reach = max(n - k + self._window(k) for k in range(1, n + 1))
         self._caches: dict[tuple[Any, ...], StaticCache] = {}
-        options: Any = {"fullgraph": True, "dynamic": False, "backend": backend}
-        self._block = torch.compile(inner.block_logits, **options)
-        self._prefill = torch.compile(inner.prefill, **options) if "prefill" in inner.compilable else inner.prefill
+        self._block, self._prefill = inner.block_logits, inner.prefill
+        for part in ("block", "prefill"):
+            if part in inner.compilable:
+                options = {"fullgraph": True, "dynamic": False, "backend": backend}
+                setattr(self, f"_{part}", self._run(torch.compile, getattr(self, f"_{part}"), **options))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["backbone"], name)
@@ -98,9 +100,9 @@ class CompiledBackbone(nn.Module):
     def _window(self, k: int) -> int:
         return min(window for window in self.windows if window >= k)
 
-    def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def _run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         try:
-            return function(*arguments)
+            return function(*arguments, **options)
         except TorchDynamoException as error:
             raise ConfigError(
                 f"{type(self.backbone).__name__} does not compile with these settings ({type(error).__name__}: "

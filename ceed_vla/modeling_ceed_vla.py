@@ -18,7 +18,7 @@ import ceed_vla.processor_ceed_vla  # noqa: F401  (these register the steps that
 from ceed_vla.backbones.base import runs
 from ceed_vla.checkpoint_files import POLICY_FILES, resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_block, named_config
+from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_block
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import short
 from ceed_vla.files import saving
@@ -140,7 +140,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         """
         try:
             return super().to(*arguments, **options)
-        except (RuntimeError, TypeError, AssertionError) as error:
+        except (RuntimeError, TypeError, ValueError, OverflowError, AssertionError) as error:
             raise ConfigError(f"It cannot move to {short(arguments or options)} ({short(error)}).") from error
 
     def train(self, mode: bool = True) -> CeedVLAPolicy:
@@ -238,7 +238,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
 
     def decoding_config(self, decoding: str | DecodingConfig) -> DecodingConfig:
         """Resolve a decoder's name for this checkpoint."""
-        return named_config(decoding, ceed=self.config.decoding)
+        return self.config.named(decoding)
 
     def check_observation(self, batch: dict[str, Tensor]) -> int:
         """The rows ``B`` of a pre-processed batch.

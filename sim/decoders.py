@@ -61,7 +61,7 @@ def resolve_rows(names: Sequence[str], configs: dict[str, Any]) -> list[Row]:
     rows = []
     for name in names:
         model = "teacher" if name.startswith(TEACHER_PREFIX) else "policy"
-        rows.append(Row(name, model, named_config(name.removeprefix(TEACHER_PREFIX), configs[model].decoding)))
+        rows.append(Row(name, model, configs[model].named(name.removeprefix(TEACHER_PREFIX))))
     return rows
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lerobot.envs.configs import EnvConfig
 from rich.console import Console
@@ -17,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ceed_vla.checkpoints import load, resolve_checkpoint, weights_hash
 from ceed_vla.devices import check_device
 from ceed_vla.errors import ConfigError
-from ceed_vla.fields import SEEDS, check_fields, ranged
+from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
 from ceed_vla.files import write_text
 from sim.clips import record_clip
 from sim.decoders import Row, parse_decoders, resolve_rows
@@ -29,7 +30,18 @@ from sim.report import console_table, markdown
 from sim.rollout import EpisodeResult, rollout
 from sim.summary import hardware, paired_entries, row_entry, versions
 from sim.tabletop.lerobot_env import mixed_tabletop
-from sim.timing import Samples, collect_observations, make_runner, measure, summarise
+from sim.timing import (
+    ENGINES,
+    Probe,
+    Samples,
+    bare_parts,
+    collect_observations,
+    in_engine,
+    make_runner,
+    measure,
+    percentiles,
+    summarise,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +49,7 @@ EPISODE_COUNTS = "[1, 100000]"
 GROUP_BATCHES = 5  # a decoder runs so many batches of seeds before the next decoder
 REPORT = "report.json"
 MOVED = {"env": "env.type", "task": "env.task", "split": "env.split", "max_episode_steps": "env.episode_length"}
+MOVED |= {"compile": "engine"}
 
 
 @dataclass
@@ -71,8 +84,8 @@ class EvalConfig:
         executed_steps: Steps executed of each chunk.
         clips: Whether to write one clip a decoder.
         timing_chunks: Chunks on which latency is measured; 0 skips it.
-        compile: Time the block forwards of every row compiled (torch.compile, needs a C++ compiler; about a minute);
-            the episodes stay eager.
+        engine: How latency is measured: eager, compiled (`ceed_vla.engine`; needs a C++ compiler and some minutes), or
+            fastest: every row in both, and in the faster one in the report. The episodes stay eager.
         threads: Threads of torch; None leaves torch's choice.
         device: Overrides the checkpoints' device.
         resume: Keep the finished episodes of an interrupted evaluation with the same options in `output_dir`.
@@ -91,7 +104,7 @@ class EvalConfig:
     executed_steps: int = ranged(4, "[1, 4096]")
     clips: bool = True
     timing_chunks: int = ranged(100, "[0, 100000]")
-    compile: bool = False
+    engine: str = chosen("eager", ENGINES)
     threads: int | None = ranged(None, "[1, 256]")
     device: str | None = None
     resume: bool = False
@@ -109,16 +122,20 @@ class _Run:
     bundles: dict[str, Bundle]
     results: Results
     pool: EnvPool
+    probes: Mapping[str, Probe] = field(default_factory=dict)
     samples: dict[str, Samples] = field(default_factory=dict)
     timing: dict[str, Any] = field(default_factory=dict)
 
 
-def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, Any]:
+def evaluate(
+    config: EvalConfig, console: Console | None = None, probes: Callable[[dict[str, Bundle]], Any] = lambda bundles: {}
+) -> dict[str, Any]:
     """Run every decoder on the same seeds, measure latency, write report, plots and clips; returns ``report.json``.
 
     An interrupt leaves a report of the finished episodes, marked ``"complete": false``, and is raised on. `resume`
     keeps these episodes; the report is then that of an evaluation in one go, but for times. (Episodes with random
     guesses share their source with others of their batches, so of these only whole groups of batches are kept.)
+    `probes` gives what else is timed, a `Probe` by name, for the models that were loaded.
 
     Raises:
         ConfigError: An option that cannot work, e.g. an unknown decoder.
@@ -126,10 +143,10 @@ def evaluate(config: EvalConfig, console: Console | None = None) -> dict[str, An
         SimulationError: An environment that cannot be made.
     """
     with EnvPool(min(config.batch, config.episodes), config.env) as pool:
-        return _evaluate(config, pool, console or default_console())
+        return _evaluate(config, pool, console or default_console(), probes)
 
 
-def _evaluate(config: EvalConfig, pool: EnvPool, console: Console) -> dict[str, Any]:
+def _evaluate(config: EvalConfig, pool: EnvPool, console: Console, probes: Any) -> dict[str, Any]:
     names = check(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -140,7 +157,7 @@ def _evaluate(config: EvalConfig, pool: EnvPool, console: Console) -> dict[str, 
     rows = resolve_rows(names, {model: bundle[0].config for model, bundle in bundles.items()})
     log = EpisodeLog(folder, _identity(config, rows, bundles), dict(_plan(config)), pool.max_episode_steps)
     kept = _whole_groups(config, rows, log.read()) if config.resume else {row.name: [] for row in rows}
-    run = _Run(config, rows, bundles, kept, pool)
+    run = _Run(config, rows, bundles, kept, pool, probes(bundles))
     folder.mkdir(parents=True, exist_ok=True)
     log.start(kept)
     complete = False
@@ -289,19 +306,25 @@ def _run_timing(run: _Run, console: Console) -> None:
     runner = make_runner(driver, run.bundles, config.executed_steps)
     episodes = collect_observations(runner, run.pool, _plan(config), config.executed_steps, config.timing_chunks)
     chunks = sum(len(episode) for episode in episodes)
-    if run.config.compile:
-        for policy, _, _ in run.bundles.values():
-            policy.backbone.block_logits = torch.compile(policy.backbone.block_logits, dynamic=True)
+    engines = ENGINES[:2] if config.engine == "fastest" else (config.engine,)
+    bundles = {e: {model: in_engine(bundle, e) for model, bundle in run.bundles.items()} for e in engines}
+    names = [(row, engine) for row in (*run.rows, *references) for engine in engines]
+    runners = {f"{row.name} {e}": make_runner(row, bundles[e], config.executed_steps) for row, e in names}
+    parts = {f"{model} {e}": bare_parts(bundle) for e in engines for model, bundle in bundles[e].items()}
     with _progress(console) as progress:
         bar = progress.add_task("latency", total=chunks)
-        rows, advance = [*run.rows, *references], lambda: progress.advance(bar)
-        run.samples = measure(rows, run.bundles, episodes, config.executed_steps, advance)
+        samples, probed = measure(runners, {**parts, **run.probes}, episodes, lambda: progress.advance(bar))
+    used = {}
+    for row in (*run.rows, *references):
+        used[row.name] = min(engines, key=lambda e: np.median(samples[f"{row.name} {e}"].total))
+        run.samples[row.name] = samples[f"{row.name} {used[row.name]}"]
     run.timing = {
         "chunks": chunks,
         "episodes": len(episodes),
         "driver": driver.name,
         "batch": 1,
-        "compiled": run.config.compile,
+        "engines": used,
+        "parts": {name: {part: percentiles(s) for part, s in found.items()} for name, found in probed.items()},
     }
 
 
@@ -312,9 +335,8 @@ def _build_report(run: _Run, *, complete: bool) -> dict[str, Any]:
     for row in run.rows:
         entry = row_entry(run.results[row.name])
         if row.name in run.samples:
-            executed_tokens = config.executed_steps * policy.config.action_dim
             reference = run.samples[row.reference]
-            entry |= summarise(run.samples[row.name], reference, executed_tokens, config.executed_steps)
+            entry |= summarise(run.samples[row.name], reference, policy.tokenizer, config.executed_steps)
         entry["paired"] = paired_entries(row.name, run.results, ("ar", "teacher_ar"))
         entry["decoding"] = {**asdict(row.decoding), "exits": list(row.decoding.exits)}
         entries[row.name] = entry

@@ -43,7 +43,8 @@ def per_task_rows(report: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tupl
     decoders = report["decoders"]
     families = sorted({family for entry in decoders.values() for family in entry.get("per_task", {})})
     rows = [
-        (name, *(_success(entry["per_task"].get(family)) for family in families)) for name, entry in decoders.items()
+        (name, *(success_cell(entry["per_task"].get(family)) for family in families))
+        for name, entry in decoders.items()
     ]
     return ("decoder", *families), rows
 
@@ -77,7 +78,7 @@ def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
     parts += [
         _conditions(report),
         "",
-        _markdown_table(
+        markdown_table(
             tuple(column.replace("\n", " ").replace(" -up", "-up") for column in COLUMNS), table_rows(report)
         ),
         "",
@@ -85,7 +86,7 @@ def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
     parts += [f"- {note}" for note in NOTES]
     header, rows = per_task_rows(report)
     if len(header) > 1:
-        parts += ["", "## Success by task", "", _markdown_table(header, rows)]
+        parts += ["", "## Success by task", "", markdown_table(header, rows)]
     pairs = paired_rows(report)
     if pairs:
         parts += [
@@ -95,9 +96,9 @@ def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
             "Difference of the success rates in percentage points (Newcombe's paired interval); "
             "episodes that only one of the two solved.",
             "",
-            _markdown_table(PAIRED_COLUMNS, pairs),
+            markdown_table(PAIRED_COLUMNS, pairs),
         ]
-    parts += ["", "## How the chunks ended", "", _markdown_table(*_exit_table(report)), ""]
+    parts += ["", "## How the chunks ended", "", markdown_table(*_exit_table(report)), ""]
     parts += [f"![{Path(figure).stem}]({figure})\n" for figure in figures]
     parts.append(f"*{report.get('program', MADE_BY)}*\n")
     return "\n".join(parts)
@@ -136,7 +137,7 @@ def _cells(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
     forwards = entry.get("forwards_mean")
     return (
         name,
-        _success(entry),
+        success_cell(entry),
         _MISSING if forwards is None else f"{forwards:.2f} / {entry['forwards_p95']:.0f}",
         _MISSING if latency is None else f"{latency['p50']:.1f} / {latency['p95']:.1f} / {latency['p99']:.1f}",
         number("control_rate_hz", "{:.0f}"),
@@ -160,7 +161,7 @@ def _rate(entry: Mapping[str, Any]) -> str:
     return f"{100 * entry['success_rate']:.1f} % [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-def _success(entry: Mapping[str, Any] | None) -> str:
+def success_cell(entry: Mapping[str, Any] | None) -> str:
     return _MISSING if entry is None else f"{entry['success']}/{entry['episodes']} = {_rate(entry)}"
 
 
@@ -203,7 +204,7 @@ def _seed_range(report: Mapping[str, Any]) -> str:
     return f"seeds {first} to {first + count - 1}"
 
 
-def _markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ceed_vla.engine import compiled
+from ceed_vla.tokens.base import ActionTokens
 from sim.decoders import Row
-from sim.environment import Bundle, EnvPool
+from sim.environment import Bundle, EnvPool, observation_batch
 from sim.rollout import Chunk, PolicyRunner, drive
 
 WARM_UP = 3
+ENGINES = ("eager", "compiled", "fastest")
+PARTS = ("prefill", "block", "token")
+Probe = Callable[[dict[str, Any], str], dict[str, float]]  # observation, instruction -> seconds by part
 Observations = list[tuple[dict[str, Any], str]]  # consecutive replans of one episode: observation, instruction
 
 
@@ -57,34 +64,69 @@ def collect_observations(
 
 
 def measure(
-    rows: Sequence[Row],
-    bundles: Mapping[str, Bundle],
+    runners: Mapping[str, PolicyRunner],
+    probes: Mapping[str, Probe],
     episodes: Sequence[Observations],
-    executed_steps: int,
     on_chunk: Callable[[], None] = lambda: None,
-) -> dict[str, Samples]:
-    """Time every row on every observation; samples by row name.
+) -> tuple[dict[str, Samples], dict[str, dict[str, list[float]]]]:
+    """Time every runner and probe on every observation; samples of the runners, and seconds by what the probes name.
 
-    Each row's warm start is its own chunk for the observation before, as in its own closed loop. The rows
-    take turns on each observation, in rotating order, so that slow phases of the machine hit all of them.
+    A runner's warm start is its own chunk for the observation before, as in its own closed loop. All take turns on each
+    observation, in rotating order, so that slow phases of the machine hit all of them.
     """
-    samples = {row.name: Samples() for row in rows}
-    runners = {row.name: make_runner(row, bundles, executed_steps) for row in rows}
-    for runner in runners.values():
-        for observation, instruction in [episodes[0][0]] * WARM_UP:
+    samples = {name: Samples() for name in runners}
+    probed: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in probes}
+    for observation, instruction in [episodes[0][0]] * WARM_UP:
+        for runner in runners.values():
             runner.decode([observation], [instruction], [None])
-    turn = 0
+        for probe in probes.values():
+            probe(observation, instruction)
+    names, turn = [*runners, *probes], 0
     for episode in episodes:
         previous: dict[str, Tensor | None] = {}
         for observation, instruction in episode:
-            turn += 1
-            for row in (*rows[turn % len(rows) :], *rows[: turn % len(rows)]):
+            turn = (turn + 1) % len(names)
+            for name in (*names[turn:], *names[:turn]):
+                if name in probes:
+                    for part, seconds in probes[name](observation, instruction).items():
+                        probed[name][part].append(seconds)
+                    continue
                 started = time.perf_counter()
-                chunk = runners[row.name].decode([observation], [instruction], [previous.get(row.name)])[0]
-                _append(samples[row.name], chunk, time.perf_counter() - started)
-                previous[row.name] = chunk.warm_start
+                chunk = runners[name].decode([observation], [instruction], [previous.get(name)])[0]
+                _append(samples[name], chunk, time.perf_counter() - started)
+                previous[name] = chunk.warm_start
             on_chunk()
-    return samples
+    return samples, probed
+
+
+def bare_parts(bundle: Bundle) -> Probe:
+    """Times the model alone: the prefill ("prefill"), one forward of the block ("block"), of one token ("token")."""
+    policy, preprocess, _ = bundle
+
+    @torch.inference_mode()
+    def probe(observation: dict[str, Any], instruction: str) -> dict[str, float]:
+        batch = observation_batch([observation], [instruction])
+        batch, n = preprocess(batch) if preprocess else batch, policy.config.block_length
+        block = torch.zeros(1, n - 1, dtype=torch.int64, device=policy.config.device)
+        times = [time.perf_counter()]
+        prefix = policy.backbone.prefill(batch)
+        times.append(time.perf_counter())
+        for tokens in (block, block[:, :1]):
+            policy.backbone.block_logits(prefix, tokens)
+            times.append(time.perf_counter())
+        return {name: after - before for name, (before, after) in zip(PARTS, pairwise(times), strict=True)}
+
+    return probe
+
+
+def in_engine(bundle: Bundle, engine: str) -> Bundle:
+    """The bundle, or one that shares its weights and runs compiled."""
+    if engine == "eager":
+        return bundle
+    policy = copy(bundle[0])
+    policy._modules = dict(policy._modules)
+    policy.backbone = compiled(policy.backbone)
+    return policy, *bundle[1:]
 
 
 def make_runner(row: Row, bundles: Mapping[str, Bundle], executed_steps: int) -> PolicyRunner:
@@ -93,13 +135,16 @@ def make_runner(row: Row, bundles: Mapping[str, Bundle], executed_steps: int) ->
     return PolicyRunner(bundles[row.model], row.decoding, generator, executed_steps)
 
 
-def summarise(samples: Samples, reference: Samples, executed_tokens: int, executed_steps: int) -> dict[str, Any]:
+def summarise(samples: Samples, reference: Samples, tokens: ActionTokens, executed_steps: int) -> dict[str, Any]:
     """Entries of ``report.json`` that come from timing: latencies [ms], control rate [Hz], speed-ups and agreement.
 
-    The `reference` is the same model's full autoregressive decoder on the same observations; the leading
-    `executed_tokens` are compared.
+    The `reference` is the same model's full autoregressive decoder on the same observations; the actions
+    that are executed are compared, as tokens and, by their mean difference, in the units of the policy.
     """
-    own, other = (torch.stack(s.tokens)[:, :executed_tokens] for s in (samples, reference))  # (chunks, h * A)
+    blocks = [torch.stack(s.tokens) for s in (samples, reference)]  # (chunks, n)
+    own, other = (block[:, : executed_steps * tokens.action_dim] for block in blocks)
+    both = tokens.readable(blocks[0]) & tokens.readable(blocks[1])
+    actions, exact = (tokens.decode(block[both])[:, :executed_steps] for block in blocks)
     latency = percentiles(samples.total)
     return {
         "latency_ms": latency,
@@ -108,6 +153,7 @@ def summarise(samples: Samples, reference: Samples, executed_tokens: int, execut
         "control_rate_hz": round(1000 * executed_steps / latency["p50"], 1),
         "speedup_vs_ar": round(float(np.median(reference.total) / np.median(samples.total)), 3),
         "decode_speedup_vs_ar": round(float(np.median(reference.decode) / np.median(samples.decode)), 3),
+        "action_error": round(float((actions - exact).abs().mean()), 5),
         "ar_agreement": float((own == other).double().mean()),
     }
 

@@ -18,6 +18,7 @@ from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.exits import ExitRule, Seen
 from ceed_vla.decoding.jacobi import decode_jacobi
 from ceed_vla.decoding.names import named_config
+from ceed_vla.decoding.ngram import decode_ngram
 from ceed_vla.decoding.registry import find_decoder, register_decoder, register_exit
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
@@ -34,6 +35,7 @@ __all__ = [
     "decode_autoregressive",
     "decode_block",
     "decode_jacobi",
+    "decode_ngram",
     "named_config",
     "register_decoder",
     "register_exit",

@@ -56,7 +56,8 @@ class DecodingConfig:
         check_fields(self)
         find_decoder(self.method)
         for name in self.exits:
-            find_exit(name)
+            if field := find_exit(name)[0].make.field:
+                raise ConfigError(f"exits has {name!r}, whose place is {field}; set that.")
         if self.window is not None and (self.confidence is not None or self.exits):
             raise ConfigError(
                 f"window = {self.window} computes a part of the block a forward, but confidence {self.confidence} and "

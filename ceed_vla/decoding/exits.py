@@ -32,6 +32,7 @@ class Seen:
         iteration: Iterations done, from 1.
         exact: (B,) leading tokens proven equal to greedy AR.
         watched: End ``M`` of the slots that must be right.
+        moved: (B, M) by how many bins the last iteration moved the watched tokens; 0 where it did not compute.
         elapsed_s: Since decoding began [s].
         iteration_s: Of the last iteration [s].
         readable: Gives (B,) bool, the rows whose tokens stand for a chunk.
@@ -40,6 +41,7 @@ class Seen:
     iteration: int
     exact: np.ndarray
     watched: int
+    moved: np.ndarray
     elapsed_s: float
     iteration_s: float
     readable: Callable[[], np.ndarray]
@@ -50,13 +52,13 @@ class ExitRule(abc.ABC):
 
     Attributes:
         reason: What `DecodeResult.exit_reason` says of rows that it ended.
-        field: Setting of `DecodingConfig` that holds its option, of type `kind`; rules without are in `exits`.
+        field: Setting of `DecodingConfig` that holds its option, made by `kind`; rules without are in `exits`.
         ordered: Whether it compares neighbouring tokens, which must then stand for neighbouring actions.
     """
 
     reason: ClassVar[str]
     field: ClassVar[str] = ""
-    kind: ClassVar[type] = float
+    kind: ClassVar[Callable[..., Any]] = float
     ordered: ClassVar[bool] = False
 
     def measure(self, logits: Tensor, tokens: Tensor) -> Tensor | None:
@@ -88,6 +90,51 @@ class Confidence(ExitRule):
         return measured.min(1) > self.least
 
 
+@register_exit(r"margin(?P<margin>\d*\.?\d+)", "margin<P>", "or until the best token leads by P everywhere")
+class Margin(ExitRule):
+    """In every watched slot the best token's probability exceeds the next one's by more than this (DSSD's signal)."""
+
+    reason = "margin"
+
+    def __init__(self, margin: float | str) -> None:
+        self.least = float(margin)
+
+    def measure(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        best, second = logits.float().topk(2, dim=-1).values.unbind(-1)  # (B, k)
+        total = logits.float().logsumexp(-1)
+        return (best - total).exp() - (second - total).exp()
+
+    def ends(self, seen: Seen, measured: np.ndarray | None) -> np.ndarray:
+        assert measured is not None
+        return measured.min(1) > self.least
+
+
+@register_exit(r"agree(?P<bins>\d+)", "agree<D>", "or until two states differ by D bins at most")
+class Agreement(ExitRule):
+    """The last two states are nowhere further apart in the watched slots than so many bins (DeeR's criterion)."""
+
+    reason, ordered = "agreement", True
+
+    def __init__(self, bins: int | str) -> None:
+        self.most = int(bins)
+
+    def ends(self, seen: Seen, measured: np.ndarray | None) -> np.ndarray:
+        return seen.moved.max(1) <= self.most
+
+
+@register_exit(r"changed(?P<tokens>\d+)", "changed<K>", "or until K tokens at most change")
+class Changed(ExitRule):
+    """The last iteration changed no more than so many watched tokens."""
+
+    reason = "few_changes"
+
+    def __init__(self, tokens: int | str) -> None:
+        self.most = int(tokens)
+
+    def ends(self, seen: Seen, measured: np.ndarray | None) -> np.ndarray:
+        return (seen.moved > 0).sum(1) <= self.most
+
+
 @register_exit(r"cap(?P<max_iterations>\d+)", "cap<K>", "at most K forwards")
 class Cap(ExitRule):
     """So many iterations are done. Half a chunk serves nobody: rows that cannot be read go on to their fixed point."""
@@ -101,10 +148,15 @@ class Cap(ExitRule):
         return seen.readable() if seen.iteration == self.most else False
 
 
+def _seconds(milliseconds: float | str) -> float:
+    return float(milliseconds) / 1000
+
+
+@register_exit(r"deadline(?P<deadline_s>\d*\.?\d+)", "deadline<MS>", "or so many ms are over")
 class Deadline(ExitRule):
     """Another iteration as long as the last one would end too late."""
 
-    reason = "deadline"
+    reason, field, kind = "deadline", "deadline_s", _seconds
 
     def __init__(self, deadline_s: float) -> None:
         self.deadline_s = deadline_s

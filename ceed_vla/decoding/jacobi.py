@@ -30,9 +30,9 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
 
     The first iteration computes the whole block, so its tail is a useful warm start; the next ones stop at
     the slots that are watched, unless the tail is to be fresh. Rows that are done stay as they are while the others
-    go on. The only look at the host is the convergence test, once an iteration. Several blocks may be decoded behind one prefix: the
-    cache is rolled back at the start. A frozen prefix costs no forward of its own: the first iteration reads it
-    together with the guess behind it, keeps it, and proves the first free token.
+    go on. The only look at the host is the convergence test, once an iteration. Several blocks may be decoded behind
+    one prefix: the cache is rolled back at the start. A frozen prefix costs no forward of its own: the first iteration
+    reads it together with the guess behind it, keeps it, and proves the first free token.
 
     Raises:
         TokenError: No guess, or a guess or frozen tokens of another shape or with tokens outside the vocabulary.
@@ -80,6 +80,8 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
                 mine[:, first - given :] = value
 
         rows.accept(host[:, first:end], fresh, first)
+        moved = np.zeros((batch, watched), dtype=np.int64)
+        moved[:, first:end] = np.abs(fresh - host[:, first:end])[:, : watched - first]
         host[:, first:end] = fresh
         if request.stop is not None:
             proven = np.arange(first, end) < rows.exact[:, None]  # (B, k)
@@ -89,7 +91,8 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
             rows.end(rows.exact >= n, "converged", forwards)
             rows.end(stable, "stable", forwards)
         now = request.clock()
-        seen = Seen(forwards, rows.exact, watched, now - started, now - last, lambda: _readable(request, tokens))
+        times = now - started, now - last
+        seen = Seen(forwards, rows.exact, watched, moved, *times, lambda: _readable(request, tokens))
         last = now
         for rule, mine in zip(rules, measured, strict=True):
             rows.end(ended(rule, seen, mine), rule.reason, forwards)

@@ -2,11 +2,13 @@
 
 A name is ``ceed`` (the checkpoint's own), a decoder, or exit rules of the Jacobi decoder, joined by underscores; then
 ``h`` if only the executed steps must be right (exit rules imply it), ``fresh`` if the tail behind them is computed with
-every iteration, then the guess.
+every iteration, then the guess. A checkpoint may have names of its own, for what was measured on it: ``risk0.05``.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -14,26 +16,31 @@ from typing import Any
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.registry import LONGEST_NAME, match_decoder, match_exit, meanings
 from ceed_vla.errors import ConfigError
+from ceed_vla.fields import short
 
 CEED, EXECUTED, FRESH = "ceed", "h", "fresh"
 _GUESSES = ("mid", "random")
 _STRICT = DecodingConfig()
+OWN = re.compile(r"risk\d*\.?\d+|plan", re.ASCII)  # names that `calibrate` and `tune` give a checkpoint
 
 
 def names_help() -> str:
     """What a decoding's name may be."""
     return (
-        f"{CEED} (the checkpoint's), {meanings()}; exit rules can be joined (conf<P>_cap<K>); Jacobi ones also "
-        "with _fresh (tail), _mid or _random (guess)"
+        f"{CEED}, risk<E>, plan (the checkpoint's), {meanings()}; exit rules can be joined (conf<P>_cap<K>); Jacobi "
+        "ones also with _fresh (tail), _mid or _random (guess)"
     )
 
 
-def named_config(decoding: str | DecodingConfig, ceed: DecodingConfig = _STRICT) -> DecodingConfig:
+def named_config(
+    decoding: str | DecodingConfig, ceed: DecodingConfig = _STRICT, own: Mapping[str, str] | None = None
+) -> DecodingConfig:
     """The decoding that a name stands for.
 
     Args:
         decoding: A name, or a configuration, which is returned as it is.
         ceed: What "ceed" stands for: the decoding of a checkpoint; strict without one.
+        own: What the checkpoint's own names stand for; None where no checkpoint is known, and they are only checked.
 
     Raises:
         ConfigError: Unknown name, or values outside their range.
@@ -42,6 +49,13 @@ def named_config(decoding: str | DecodingConfig, ceed: DecodingConfig = _STRICT)
         return decoding
     if not isinstance(decoding, str) or len(decoding) > LONGEST_NAME:
         raise _unknown(decoding)
+    if OWN.fullmatch(decoding):
+        if own is not None and decoding not in own:
+            raise ConfigError(
+                f"The checkpoint has no decoding {decoding!r}; it has {', '.join(sorted(own)) or 'none of its own'}. "
+                "`ceed-vla calibrate` measures risk<E>."
+            )
+        return ceed if own is None else _parse(own[decoding], ceed)
     return _parse(decoding, ceed)
 
 
@@ -64,7 +78,7 @@ def _parse(decoding: str, ceed: DecodingConfig) -> DecodingConfig:
         changes["watch"] = "executed"
     for part in parts:
         found = match_exit(part)
-        if found is None:
+        if found is None or found[0].make.field in changes:
             raise _unknown(decoding)
         entry, options = found
         changes["watch"] = "executed"
@@ -82,7 +96,7 @@ def _parse(decoding: str, ceed: DecodingConfig) -> DecodingConfig:
 
 
 def _unknown(decoding: object) -> ConfigError:
+    shown = repr(decoding[:LONGEST_NAME]) if isinstance(decoding, str) else short(decoding)
     return ConfigError(
-        f"Unknown decoder {str(decoding)[:LONGEST_NAME]!r}; choose from {names_help()}. One of another package needs "
-        "--discover_packages_path."
+        f"Unknown decoder {shown}; choose from {names_help()}. One of another package needs --discover_packages_path."
     )

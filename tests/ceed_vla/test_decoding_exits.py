@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ceed_vla.decoding import DecodingConfig
-from ceed_vla.decoding.exits import mass_near
+from ceed_vla.decoding import DecodingConfig, named_config
+from ceed_vla.decoding.exits import Margin, mass_near
 
 A = 7
 
@@ -222,3 +222,36 @@ def test_a_distant_deadline_changes_nothing(toy) -> None:
     late = jacobi(backbone, prefix, guess, DecodingConfig(deadline_s=1e6), tokens_per_step=A)
     assert torch.equal(strict.tokens, late.tokens)
     assert late.exit_reason == ["converged"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"), [("agree3", lambda d: d.max() <= 3), ("changed5", lambda d: (d > 0).sum() <= 5)]
+)
+def test_rules_that_compare_states_end_where_the_trajectory_says(toy, name: str, ends) -> None:
+    early = 0
+    for seed in range(12):
+        backbone, observation = toy(seed, 1, 28, 9)
+        guess, prefix = random_guess(seed, 1, 28, 9), backbone.prefill(observation)
+        strict = jacobi(backbone, prefix, guess, DecodingConfig(), record_states=True)
+        states = torch.cat(strict.states)  # (k + 1, n)
+        moved = (states[1:] - states[:-1]).abs()
+        expected = next((j for j, d in enumerate(moved, 1) if ends(d)), strict.forwards)
+        result = jacobi(backbone, prefix, guess, DecodingConfig(exits=(name,)))
+        assert result.forwards == min(expected, strict.forwards)
+        early += result.exit_reason[0] in ("agreement", "few_changes")
+    assert early > 3
+
+
+def test_margin_is_what_the_best_token_leads_by() -> None:
+    logits = torch.randn(2, 5, 31, generator=torch.Generator().manual_seed(0))
+    probabilities = logits.softmax(-1).sort(descending=True).values
+    margin = Margin("0.1")
+    measured = margin.measure(logits, logits.argmax(-1))
+    assert torch.allclose(measured, probabilities[..., 0] - probabilities[..., 1], atol=1e-6)
+    lead = measured.min(1).values
+    assert margin.ends(None, measured.numpy()).tolist() == (lead > 0.1).tolist()  # type: ignore[arg-type]
+
+
+def test_a_deadline_has_a_name() -> None:
+    config = named_config("conf0.2_deadline12.5")
+    assert (config.deadline_s, config.confidence) == (0.0125, 0.2)

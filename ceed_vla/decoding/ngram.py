@@ -1,0 +1,93 @@
+"""Drafts without a model: what followed the last two tokens before is tried again, and verified in one forward.
+
+Prompt lookup (an n-gram draft, as in lookahead decoding, arXiv 2402.02057) for action blocks: the text that is searched
+is the guess, which holds the shifted chunk before, and the tokens of this block that are proven. Tokens only follow one
+another where the same dimension of an action follows. The result is exact: every token is the greedy one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ceed_vla.backbones.base import Backbone, Prefix
+from ceed_vla.decoding.finite import check_rows, row_sums, to_host
+from ceed_vla.decoding.jacobi import Rows, jacobi_iteration
+from ceed_vla.decoding.registry import register_decoder
+from ceed_vla.decoding.request import BlockRequest
+from ceed_vla.decoding.result import DecodeResult
+from ceed_vla.errors import ConfigError, TokenError
+
+DRAFT = 8  # tokens, where the name says no number
+
+
+@register_decoder(r"ngram(?P<length>\d*)", "ngram<L>", "drafts of L tokens from the chunk before, verified")
+@torch.no_grad()
+def decode_ngram(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
+    """Decode a block by drafting up to ``L`` tokens behind the proven ones and verifying them in one forward.
+
+    Raises:
+        TokenError: No guess, or a guess or frozen tokens that do not fit.
+        ConfigError: Tokens of variable length, or a draft of no tokens.
+        NotFiniteError: Scores of a running row are NaN or infinite.
+    """
+    started, batch, n = request.clock(), len(prefix.logits), backbone.block_length
+    length, period = int(request.options["length"] or DRAFT), request.tokens_per_step
+    if request.stop is not None or period is None or length < 1:
+        raise ConfigError(f"ngram drafts {length} tokens of a block of fixed length; variable lengths need jacobi.")
+    if request.guess is None:
+        raise TokenError(f"Drafts are looked up in a guess ({batch}, {n}); pass one.")
+    given = request.frozen_tokens(backbone, batch)
+    watched = request.watched_tokens(n, given)
+    prefix.cache.roll_back()
+    tokens = request.first_state(backbone, prefix, given)  # (B, n)
+    best, first_tokens = prefix.logits.max(-1, keepdim=True)
+    check_rows(row_sums(best, backbone).cpu().numpy())
+    if not given:
+        tokens[:, :1] = first_tokens
+    text = tokens.cpu().numpy().copy()  # (B, n): the guess, and what is proven over it
+    guess, rows, forwards = text.copy(), Rows(batch, n, max(given, 1)), 0
+    states = [tokens.clone()] if request.record_states else None
+    while rows.running.any() and watched > 1:
+        start = prefix.cache.committed
+        first, end = max(start + 1, given), min(watched, int(rows.exact[rows.running].min()) + length)
+        for row in np.flatnonzero(rows.running):
+            exact = int(rows.exact[row])
+            text[row, exact:end] = draft(guess[row], text[row, :exact], end - exact, period)
+        tokens[:, first:end] = torch.from_numpy(text[:, first:end]).to(tokens.device)
+        _, best, new = jacobi_iteration(backbone, prefix, tokens, first, end, rows.running)
+        forwards += 1
+        fresh, sums = to_host(new, row_sums(best, backbone))
+        check_rows(sums, rows.running)
+        rows.accept(text[:, first:end], fresh, first)
+        text[:, first:end] = fresh
+        rows.end(rows.exact >= n, "converged", forwards)
+        rows.end(rows.exact >= watched, "stable", forwards)
+        if states is not None:
+            states.append(tokens.clone())
+        if rows.running.any():
+            prefix.cache.commit(int(rows.exact[rows.running].min()) - 1 - start)
+    return DecodeResult(
+        tokens=tokens,
+        forwards=forwards,
+        iterations=torch.from_numpy(rows.iterations),
+        exit_reason=[reason or "converged" for reason in rows.reasons],
+        exact_tokens=torch.from_numpy(rows.exact),
+        exact=torch.from_numpy(rows.exact >= n),
+        states=states,
+        seconds={"decode": request.clock() - started},
+    )
+
+
+def draft(guess: np.ndarray, proven: np.ndarray, count: int, period: int) -> np.ndarray:
+    """The next `count` tokens behind the `proven` ones (k,), from where their last two stood before.
+
+    The newest place in the proven tokens comes first, then one in the `guess` (n,), then the guess as it stands.
+    """
+    k = len(proven)
+    for text in (proven, guess):
+        for end in range(k - period, 1, -period) if text is proven else range(k % period or period, len(text), period):
+            if end >= 2 and (text[end - 2 : end] == proven[-2:]).all() and len(text) - end >= 1 and k >= 2:
+                found = text[end : end + count]
+                return np.concatenate([found, guess[k + len(found) : k + count]])
+    return guess[k : k + count]

@@ -1,0 +1,177 @@
+"""``ceed-vla bench``: a policy against its rivals in one run: success, forwards, and milliseconds over the floor.
+
+The floor of a chunk is what no decoder of this model can save: the prefill and one forward of the block, timed alone,
+in the same run and engine. Every row is timed in both engines and shown in its faster one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+
+import sim.rivals
+from ceed_vla.fields import chosen
+from ceed_vla.files import write_text
+from sim.environment import Bundle
+from sim.evaluate import EvalConfig, evaluate
+from sim.plots import INK, row_color, save_figure
+from sim.report import markdown_table, success_cell
+from sim.timing import ENGINES
+
+BENCH, TABLE, PARETO = "bench.json", "bench.md", "pareto.png"
+ROWS = (
+    "ar,ar_h,jacobi,jacobi_h,jacobi_mid,jacobi_random,ngram8_h,pdvla,cap1,cap2,cap3,cap2_fresh,cap3_fresh,ceed,"
+    "conf0.2_cap2_fresh"
+)
+TEACHER_ROWS = (
+    "teacher_ar_h,teacher_jacobi_h,teacher_cap1,teacher_cap2,teacher_cap3,teacher_cap2_fresh,teacher_cap3_fresh"
+)
+
+
+@dataclass
+class BenchConfig(EvalConfig):
+    """Options of ``ceed-vla bench``; they are those of ``ceed-vla eval``, with other defaults.
+
+    Attributes:
+        decoders: As for `ceed-vla eval`; empty for the usual rivals, the teacher's and the checkpoint's own names.
+        output_dir: Folder for bench.json, bench.md, pareto.png and what `ceed-vla eval` writes.
+        engine: As for `ceed-vla eval`.
+    """
+
+    decoders: str = ""
+    episodes: int = 400
+    output_dir: str = "outputs/bench"
+    clips: bool = False
+    engine: str = chosen("fastest", ENGINES)
+
+
+def bench(config: BenchConfig, console: Console | None = None) -> dict[str, Any]:
+    """Run all rows as `evaluate` does and write what they are over the floor; returns ``bench.json``.
+
+    Raises:
+        ConfigError: An option that cannot work, e.g. an unknown decoder.
+        CheckpointError: A checkpoint that cannot be loaded.
+    """
+    if not config.decoders:
+        config.decoders = f"{ROWS},{TEACHER_ROWS}" if config.teacher.path else ROWS
+    report = evaluate(config, console, probes)
+    result = {key: report[key] for key in KEPT} | {"decoders": rows_of(report)}
+    folder = Path(config.output_dir)
+    if config.timing_chunks:
+        result["floor_ms"], result["ar_over_parts"] = floor(report, "policy"), ar_over_parts(report)
+        save_figure(pareto(result), folder / PARETO)
+    write_text(folder / BENCH, json.dumps(result, indent=2))
+    write_text(folder / TABLE, markdown(result))
+    return result
+
+
+KEPT = (
+    "program", "complete", "env", "task", "seeds", "executed_steps", "chunk_size", "block_length", "policy", "teacher",
+    "timing", "versions", "hardware",
+)  # fmt: skip
+
+
+def probes(bundles: dict[str, Bundle]) -> dict[str, Any]:
+    """What is timed beside the decoders."""
+    return {"act": sim.rivals.act(bundles["policy"])}
+
+
+def floor(report: Mapping[str, Any], model: str) -> float:
+    """Prefill and one block forward, p50 in the faster engine [ms]."""
+    parts = report["timing"]["parts"]
+    return min(
+        found["prefill"]["p50"] + found["block"]["p50"] for name, found in parts.items() if name.startswith(f"{model} ")
+    )
+
+
+def ar_over_parts(report: Mapping[str, Any]) -> float:
+    """The time of AR over that of the prefill and its single-token forwards alone (p50, in AR's engine)."""
+    entry, timing = report["decoders"]["ar"], report["timing"]
+    found = timing["parts"][f"policy {timing['engines']['ar']}"]
+    alone = found["prefill"]["p50"] + (report["block_length"] - 1) * found["token"]["p50"]
+    return round(entry["latency_ms"]["p50"] / alone, 3)
+
+
+def rows_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of ``bench.json``; ratios are of p50 of whole chunks, against the same model's AR and floor."""
+    rows = {}
+    for name, entry in report["decoders"].items():
+        keys = ("forwards_mean", "forwards_p95", "success", "episodes", "success_rate", "success_ci95", "paired")
+        row = {key: entry.get(key) for key in keys}
+        if "latency_ms" in entry:
+            model, prefix = ("teacher", "teacher_") if name.startswith("teacher_") else ("policy", "")
+            p50, others = entry["latency_ms"]["p50"], report["decoders"]
+            row |= {
+                "tokens_per_forward": round(report["block_length"] / entry["forwards_mean"], 2),
+                "engine": report["timing"]["engines"][name],
+                **{f"{part}_ms": entry[f"{part}_ms"] for part in ("prefill", "decode")},
+                "total_ms": entry["latency_ms"],
+                "ratio_to_floor": round(p50 / floor(report, model), 3),
+                "action_error": entry["action_error"],
+                "equal_to_ar": entry["ar_agreement"],
+            }
+            for rival in ("ar", "ar_h"):
+                if prefix + rival in others:
+                    row[f"ratio_to_{rival}_compiled"] = round(others[prefix + rival]["latency_ms"]["p50"] / p50, 3)
+        rows[name] = row
+    return rows
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """``bench.md``."""
+    head = ("decoder", "solved [95 %]", "forwards mean / p95", "total p50 / p95 / p99 [ms]", "prefill", "decode")
+    head += ("engine", "x AR", "x AR_h", "over floor", "action error", "= AR")
+    lines = []
+    for name, row in result["decoders"].items():
+        cells = [name, success_cell(row), f"{row['forwards_mean'] or 0:.2f} / {row['forwards_p95'] or 0:.0f}"]
+        if "total_ms" in row:
+            total = row["total_ms"]
+            cells += [
+                f"{total['p50']:.1f} / {total['p95']:.1f} / {total['p99']:.1f}",
+                *(f"{row[f'{part}_ms']['p50']:.1f}" for part in ("prefill", "decode")),
+                row["engine"],
+                *(f"{row.get(f'ratio_to_{rival}_compiled', 0):.1f}" for rival in ("ar", "ar_h")),
+                f"{row['ratio_to_floor']:.2f}",
+                f"{row['action_error']:.4f}",
+                f"{100 * row['equal_to_ar']:.1f} %",
+            ]
+        lines.append((*cells, *["-"] * (len(head) - len(cells))))
+    parts = [f"# {result['env']}, {result['task']}", "", markdown_table(head, lines), ""]
+    if "floor_ms" in result:
+        parts += [
+            f"Floor (prefill and one block forward, alone): {result['floor_ms']:.1f} ms. AR over the sum of its parts: "
+            f"{result['ar_over_parts']:.2f}. LeRobot's ACT, default size: "
+            f"{result['timing']['parts']['act']['total']['p50']:.1f} ms.",
+            "",
+            f"![success against latency]({PARETO})",
+            "",
+        ]
+    return "\n".join([*parts, f"*{result['program']}*", ""])
+
+
+def pareto(result: Mapping[str, Any]) -> Figure:
+    """Success against latency: p50 as dots, a line to p99; rows that no other beats in both are in colour."""
+    rows = {name: row for name, row in result["decoders"].items() if row.get("total_ms") and row["episodes"]}
+    points = {name: (row["total_ms"]["p50"], 100 * row["success_rate"]) for name, row in rows.items()}
+    figure = Figure(figsize=(8.2, 5.2))
+    axes = figure.subplots()
+    for name, (x, y) in points.items():
+        beaten = any((a < x and b >= y) or (a <= x and b > y) for a, b in points.values())
+        color = "#B9BEC6" if beaten else row_color(name)
+        axes.plot([x, rows[name]["total_ms"]["p99"]], [y, y], color=color, lw=1, zorder=2)
+        axes.plot(x, y, "o", color=color, ms=5 if beaten else 7, zorder=3)
+        axes.annotate(name, (x, y), (3, 5), textcoords="offset points", fontsize=7, color="#8A8F98" if beaten else INK)
+    axes.axvline(result["floor_ms"], color=INK, lw=1, ls=(0, (3, 2)))
+    axes.set(
+        xscale="log",
+        xlabel="time from observation to chunk [ms]\ndot: p50   line: to p99   dashed: the floor",
+        ylabel="episodes solved [%]",
+        title="Success against latency",
+    )
+    return figure

@@ -1,0 +1,267 @@
+"""``ceed-vla calibrate``: exit thresholds that keep a promise about how far early actions are from exact ones.
+
+A chunk is *off* if an action that is executed differs from the fixed point's by more than 5 % of its range in some
+dimension, or at all in a two-valued one. The risk of an exit is the expected share of off chunks of an episode that the
+exit itself drives. Thresholds are tested from the strictest on, each on the same number of episodes, until one cannot
+be shown to keep the risk below epsilon: "learn then test" with a fixed sequence (arXiv 2110.01052), whose level alpha
+the signals share. So with probability 1 - alpha all that is chosen keeps its promise, whatever the policy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.envs.configs import EnvConfig
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+
+from ceed_vla.checkpoints import load, resolve_checkpoint, save, weights_hash
+from ceed_vla.decoding import decode_block, named_config
+from ceed_vla.errors import ConfigError
+from ceed_vla.fields import COUNTS, SEEDS, check_fields, ranged
+from ceed_vla.files import write_text
+from sim.environment import VALIDATION_SEED, Bundle, EnvPool, joined, observation_batch, turns
+from sim.evaluate import CheckpointPath, default_console
+from sim.outputs import MADE_BY, claim_folder
+from sim.rollout import Chunk, Episode, PolicyRunner, replan, stack_previous, wilson_interval
+from sim.tabletop.lerobot_env import mixed_tabletop
+
+OFF = 0.05  # of an action's range
+REPORT = "calibration.json"
+CHECKPOINT = "checkpoint"
+# From strict to loose; a threshold is tested only if all before it passed.
+LADDERS = {
+    "conf": ("0.9", "0.7", "0.55", "0.4", "0.3", "0.2", "0.1"),
+    "margin": ("0.5", "0.3", "0.2", "0.1", "0.05", "0.02"),
+    "agree": ("0", "1", "2", "4", "8", "16", "32"),
+    "changed": ("0", "1", "2", "4", "8", "14"),
+}
+CAPS = ("cap4", "cap3", "cap2", "cap1")
+
+
+@dataclass
+class CalibrateConfig:
+    """Options of ``ceed-vla calibrate``.
+
+    Attributes:
+        policy: The policy whose exits are calibrated.
+        env: The environment that it drives in.
+        output_dir: Folder for calibration.json and, in `checkpoint`, the policy with the names risk<E>.
+        epsilons: Risks to be kept, each in (0, 1).
+        alpha: Probability of a promise that is not kept.
+        signals: What exits are judged by: conf (mass within 2 bins), margin (best over next token), agree (bins between
+            two states), changed (tokens that changed).
+        decoders: Instead, only measure the risk of these comma-separated decoders.
+        episodes: Episodes of every threshold.
+        seed: First seed. Seeds from 40000 to 49999 are for choices.
+        batch: Episodes that run in lock-step.
+        executed_steps: Steps executed of each chunk.
+        threads: Threads of torch; None leaves torch's choice.
+    """
+
+    policy: CheckpointPath = field(default_factory=CheckpointPath)
+    env: EnvConfig = field(default_factory=mixed_tabletop)
+    output_dir: str = "outputs/calibrate"
+    epsilons: list[float] = ranged([0.02, 0.05, 0.1], "(0, 1)")
+    alpha: float = ranged(0.1, "(0, 1)")
+    signals: list[str] = field(default_factory=lambda: list(LADDERS))
+    decoders: str = ""
+    episodes: int = ranged(200, COUNTS)
+    seed: int = ranged(VALIDATION_SEED + 1000, SEEDS)
+    batch: int = ranged(20, "[1, 1000]")
+    executed_steps: int = ranged(4, "[1, 4096]")
+    threads: int | None = ranged(None, "[1, 256]")
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--")
+        unknown = [signal for signal in self.signals if signal not in LADDERS]
+        if unknown or not (self.signals or self.decoders) or not self.epsilons:
+            raise ConfigError(f"--signals is {self.signals}; choose some of {', '.join(LADDERS)}, and --epsilons.")
+        for name in filter(None, self.decoders.split(",")):
+            named_config(name)
+
+
+class AuditedRunner(PolicyRunner):
+    """Decodes as asked, and beside it the fixed point: chunks say in ``seconds["off"]`` whether they are off."""
+
+    @torch.inference_mode()
+    def decode(
+        self, observations: Sequence[dict[str, Any]], instructions: Sequence[str], previous: Sequence[Tensor | None]
+    ) -> list[Chunk]:
+        policy, steps = self.policy, self.executed_steps
+        batch = self.preprocessor(observation_batch(observations, instructions))
+        policy.check_observation(batch)
+        prefix = policy.backbone.prefill(batch)
+        common: dict[str, Any] = {"executed_steps": steps, "generator": self.generator}
+        own = decode_block(
+            policy.backbone, prefix, policy.tokenizer, policy.decoding_config(self.decoding),
+            previous=stack_previous(previous), shift_steps=steps, **common,
+        )  # fmt: skip
+        exact = decode_block(policy.backbone, prefix, policy.tokenizer, "jacobi_h", previous=own.tokens, **common)
+        off = is_off(policy.tokenizer, own.tokens, exact.tokens, steps)
+        return [
+            Chunk(own.tokens[row], actions, int(own.iterations[row]), own.exit_reason[row], {"off": float(off[row])})
+            for row, actions in enumerate(self._actions(own.tokens))
+        ]
+
+
+def is_off(tokenizer: Any, tokens: Tensor, exact: Tensor, steps: int) -> Tensor:
+    """Which rows (B,) of `tokens` (B, n) have one of the first `steps` actions off the one of `exact` (B, n)."""
+    moved = (tokenizer.decode(tokens) - tokenizer.decode(exact)).abs()[:, :steps]  # (B, h, A)
+    allowed = OFF * (tokenizer.high - tokenizer.low).to(moved)  # (A,)
+    allowed[list(tokenizer.gripper_dims)] = 0
+    return (moved > allowed + 1e-6).flatten(1).any(1)
+
+
+@dataclass
+class Measured:
+    """What a decoder did.
+
+    Attributes:
+        risks: (E,) share of off chunks of every episode.
+        forwards: Forwards of every chunk.
+        success: Episodes that were solved.
+    """
+
+    name: str
+    risks: NDArray[np.float64]
+    forwards: NDArray[np.float64]
+    success: int
+
+    def entry(self, epsilons: Sequence[float]) -> dict[str, Any]:
+        """For the report."""
+        low, high = wilson_interval(self.success, len(self.risks))
+        return {
+            "risk": round(float(self.risks.mean()), 5),
+            "risk_ci95": [round(v, 5) for v in bootstrap(self.risks)],
+            "p_values": {str(e): round(p_value(self.risks, e), 6) for e in epsilons},
+            "forwards_mean": round(float(self.forwards.mean()), 4),
+            "forwards_p95": float(np.percentile(self.forwards, 95)),
+            "success": self.success,
+            "episodes": len(self.risks),
+            "success_ci95": [round(low, 4), round(high, 4)],
+        }
+
+
+def p_value(risks: NDArray[np.float64], epsilon: float) -> float:
+    """Of the hypothesis that the expectation of risks in [0, 1] exceeds epsilon: Hoeffding and Bentkus."""
+    n, mean = len(risks), float(risks.mean())
+    if mean >= epsilon:
+        return 1.0
+    left = mean * np.log(mean / epsilon) if mean else 0.0
+    relative = left + (1 - mean) * np.log((1 - mean) / (1 - epsilon))
+    tail = sum(math.comb(n, k) * epsilon**k * (1 - epsilon) ** (n - k) for k in range(math.ceil(n * mean) + 1))
+    return float(min(np.exp(-n * relative), np.e * tail, 1.0))
+
+
+def bootstrap(risks: NDArray[np.float64], draws: int = 10_000) -> tuple[float, float]:
+    """95 % interval of the mean, over episodes."""
+    picks = np.random.default_rng(0).integers(len(risks), size=(draws, len(risks)))
+    low, high = np.percentile(risks[picks].mean(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[str, Any]:
+    """Choose a threshold for every epsilon, write them into a copy of the policy, and return calibration.json.
+
+    Raises:
+        ConfigError: An option that cannot work.
+        CheckpointError: A checkpoint that cannot be loaded.
+    """
+    if not config.policy.path:
+        raise ConfigError("--policy.path is missing; give a checkpoint folder, or student for the shipped one.")
+    folder = claim_folder("output_dir", config.output_dir, (REPORT,), (REPORT,))
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    policy, pre, post = load(config.policy.path)
+    if policy.tokenizer.tokens_per_step is None or not hasattr(policy.tokenizer, "low"):
+        raise ConfigError("These tokens are no bins of actions: how far one is from another is unknown.")
+    bundle = joined((policy, pre, post), config.env)
+    with EnvPool(min(config.batch, config.episodes), config.env) as pool:
+        rows, chosen = _choose(config, bundle, pool)
+    report = {
+        "program": MADE_BY,
+        "policy": {"path": str(resolve_checkpoint(config.policy.path)), "sha256": weights_hash(config.policy.path)},
+        "alpha": config.alpha,
+        "off": OFF,
+        "seeds": {"first": config.seed, "count": config.episodes},
+        "executed_steps": config.executed_steps,
+        "chosen": chosen,
+        "decoders": {row.name: row.entry(config.epsilons) for row in rows},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / REPORT, json.dumps(report, indent=2))
+    if not config.decoders:
+        policy.config.decodings = {**policy.config.decodings, **chosen}
+        save(folder / CHECKPOINT, policy, pre, post)
+    _print(report, console or default_console(), folder)
+    return report
+
+
+def _choose(config: CalibrateConfig, bundle: Bundle, pool: EnvPool) -> tuple[list[Measured], dict[str, str]]:
+    """Everything that was measured, and the decoder of every epsilon: that of fewest forwards among the proven."""
+    if config.decoders:
+        return [measured(config, bundle, pool, name) for name in config.decoders.split(",")], {}
+    rows: list[Measured] = []
+    level = config.alpha / len(config.signals)
+    proven: dict[float, list[Measured]] = {epsilon: [] for epsilon in config.epsilons}
+    for signal in config.signals:
+        open_ = set(config.epsilons)
+        for threshold in LADDERS[signal]:
+            rows.append(measured(config, bundle, pool, signal + threshold))
+            open_ = {epsilon for epsilon in open_ if p_value(rows[-1].risks, epsilon) <= level}
+            for epsilon in open_:
+                proven[epsilon].append(rows[-1])
+            if not open_:
+                break
+    chosen = {
+        f"risk{epsilon:g}": min(rows, key=lambda row: row.forwards.mean()).name if rows else "jacobi_h"
+        for epsilon, rows in proven.items()
+    }
+    # For the report: what a deadline costs that allows so many forwards.
+    return rows + [measured(config, bundle, pool, cap) for cap in CAPS], chosen
+
+
+def measured(config: CalibrateConfig, bundle: Bundle, pool: EnvPool, name: str) -> Measured:
+    """Episodes that the decoder `name` drives."""
+    runner = AuditedRunner(bundle, name, torch.Generator().manual_seed(0), config.executed_steps)
+    tasks, risks, forwards, success = turns(config.env), [], [], 0
+    seeds = range(config.seed, config.seed + config.episodes)
+    with tqdm(total=len(seeds), desc=name, unit="episode", dynamic_ncols=True) as bar:
+        for first in range(0, len(seeds), pool.size):
+            episodes = [
+                Episode.start(pool.env(slot), seed, tasks[(first + slot) % len(tasks)], pool.max_episode_steps)
+                for slot, seed in enumerate(seeds[first : first + pool.size])
+            ]
+            while active := [episode for episode in episodes if not episode.over]:
+                replan(runner, active, config.executed_steps)
+            for episode in episodes:
+                risks.append(np.mean([seconds["off"] for seconds in episode.result.seconds]))
+                forwards += episode.result.forwards
+                success += episode.result.success
+            bar.update(len(episodes))
+    return Measured(name, np.array(risks), np.array(forwards, dtype=float), success)
+
+
+def _print(report: dict[str, Any], console: Console, folder: Path) -> None:
+    table = Table(title=f"Risk, {report['seeds']['count']} episodes from seed {report['seeds']['first']}")
+    for column in ("decoder", "risk [95 %]", "forwards mean / p95", "solved"):
+        table.add_column(column, justify="left" if column == "decoder" else "right")
+    for name, row in report["decoders"].items():
+        low, high = row["risk_ci95"]
+        risk, forwards = f"{row['risk']:.4f} [{low:.4f}, {high:.4f}]", f"{row['forwards_mean']:.2f}"
+        table.add_row(name, risk, f"{forwards} / {row['forwards_p95']:.0f}", f"{row['success']}/{row['episodes']}")
+    console.print(table)
+    for name, decoder in report["chosen"].items():
+        console.print(f"{name} is {decoder}")
+    console.print(f"Written: {folder / REPORT}" + (f", {folder / CHECKPOINT}" if report["chosen"] else ""))

@@ -1,0 +1,68 @@
+"""Other ways to a chunk, for the comparison of `ceed-vla bench` only: no policy of ours decodes like this."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lerobot.policies.act.configuration_act import ACTConfig
+from lerobot.policies.act.modeling_act import ACTPolicy
+
+from ceed_vla.backbones.base import Backbone, Prefix
+from ceed_vla.cache import KVCache
+from ceed_vla.decoding import BlockRequest, DecodeResult, register_decoder
+from ceed_vla.errors import ConfigError, TokenError
+from sim.environment import Bundle, observation_batch
+from sim.timing import Probe
+
+
+@register_decoder("pdvla", "pdvla", "PD-VLA: every token of the block sees every other, as published; untrained")
+@torch.no_grad()
+def decode_pdvla(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
+    """Jacobi iteration with bidirectional attention in the block (arXiv 2503.02310), until it repeats, n times at most.
+
+    It does not decode the model's distribution: nothing is proven, and nothing is committed.
+    """
+    started, batch, n = request.clock(), len(prefix.logits), backbone.block_length
+    if not isinstance(prefix.cache, KVCache) or request.frozen is not None or request.stop is not None:
+        raise ConfigError("pdvla needs the compact backbone, tokens of fixed length, and freezes nothing.")
+    if request.guess is None:
+        raise TokenError(f"pdvla starts from a guess ({batch}, {n}); pass one.")
+    prefix.cache.roll_back()
+    prefix.cache.causal = False
+    tokens = request.first_state(backbone, prefix, 0)
+    tokens[:, 0] = prefix.logits.argmax(-1)
+    forwards, moved = 0, True
+    while moved and forwards < (request.config.max_iterations or n):
+        new = backbone.block_logits(prefix, tokens[:, :-1]).argmax(-1)  # (B, n - 1)
+        moved = bool((new != tokens[:, 1:]).any())
+        tokens[:, 1:] = new
+        forwards += 1
+    prefix.cache.causal = True
+    return DecodeResult(
+        tokens=tokens,
+        forwards=forwards,
+        iterations=torch.full((batch,), forwards),
+        exit_reason=["max_iterations" if moved else "converged"] * batch,
+        exact_tokens=torch.ones(batch, dtype=torch.int64),
+        exact=torch.zeros(batch, dtype=torch.bool),
+        seconds={"decode": request.clock() - started},
+    )
+
+
+def act(bundle: Bundle) -> Probe:
+    """Times LeRobot's ACT at its default size, with random weights, on the policy's cameras and state: one forward."""
+    config = bundle[0].config
+    features = {"input_features": config.input_features, "output_features": config.output_features}
+    policy: Any = ACTPolicy(ACTConfig(**features, device=config.device, pretrained_backbone_weights=None)).eval()
+
+    @torch.inference_mode()
+    def probe(observation: dict[str, Any], instruction: str) -> dict[str, float]:
+        batch = observation_batch([observation], [instruction])
+        batch = {name: value.to(config.device) for name, value in batch.items() if name in config.input_features}
+        started = time.perf_counter()
+        policy.predict_action_chunk(batch)
+        return {"total": time.perf_counter() - started}
+
+    return probe

@@ -1,0 +1,78 @@
+"""Drafts from n-grams: exact whatever is drafted, and what is drafted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from decoders import greedy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ceed_vla.decoding import BlockRequest, DecodingConfig, decode_ngram
+from ceed_vla.decoding.ngram import draft
+from ceed_vla.errors import ConfigError, TokenError
+
+
+def request(guess: torch.Tensor | None, length: int = 4, **more: object) -> BlockRequest:
+    return BlockRequest(guess=guess, options={"length": str(length)}, **more)  # type: ignore[arg-type]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**16),
+    batch=st.integers(1, 3),
+    steps=st.integers(1, 5),
+    dim=st.integers(1, 4),
+    length=st.integers(1, 12),
+    frozen=st.integers(0, 2),
+    vocabulary=st.sampled_from([3, 31]),
+)
+def test_every_token_is_the_greedy_one(toy, seed, batch, steps, dim, length, frozen, vocabulary) -> None:
+    backbone, observation = toy(seed, batch, steps * dim, vocabulary)
+    guess = torch.randint(vocabulary, (batch, steps * dim), generator=torch.Generator().manual_seed(seed))
+    prefix = backbone.prefill(observation)
+    given_tokens = guess[:, : min(frozen, steps - 1) * dim] if min(frozen, steps - 1) else None
+    expected = greedy(backbone, prefix, tokens_per_step=dim, frozen=given_tokens)
+    result = decode_ngram(backbone, prefix, request(guess, length, tokens_per_step=dim, frozen=given_tokens))
+    assert torch.equal(result.tokens, expected.tokens)
+    assert result.exact.all()
+    assert result.forwards <= steps * dim
+
+
+def test_only_the_executed_steps_are_decoded(toy) -> None:
+    backbone, observation = toy(3, 2, 12, 31)
+    prefix, guess = backbone.prefill(observation), torch.zeros(2, 12, dtype=torch.int64)
+    config = DecodingConfig(method="ngram", watch="executed")
+    result = decode_ngram(backbone, prefix, request(guess, config=config, tokens_per_step=3, executed_steps=2))
+    assert torch.equal(result.tokens[:, :6], greedy(backbone, prefix).tokens[:, :6])
+    assert result.exit_reason == ["stable"] * 2
+    assert (result.exact_tokens >= 6).all()
+
+
+def test_a_right_guess_takes_a_forward_a_draft(toy) -> None:
+    backbone, observation = toy(1, 1, 21, 255)
+    prefix = backbone.prefill(observation)
+    result = decode_ngram(backbone, prefix, request(greedy(backbone, prefix).tokens, 5, tokens_per_step=21))
+    assert result.forwards == 4  # 20 tokens, 5 a forward
+
+
+def test_drafts_follow_the_last_two_tokens_at_the_same_dimension() -> None:
+    guess, empty = np.arange(100, 112), 0
+    proven = np.array([1, 2, 3, 4, 9, 9, 9, 9, 1, 2])  # 1, 2 stood at slot 0: 3, 4 followed
+    assert draft(guess, proven, 2, 4).tolist() == [3, 4]
+    assert draft(guess, proven, 2, 3).tolist() == [110, 111]  # another dimension: the guess as it stands
+    guess[4:8] = (1, 2, 7, 8)
+    assert draft(guess, np.array([5, 5, 5, 5, 5, 5, 5, 5, 1, 2]), 2, 4).tolist() == [7, 8]
+    assert draft(guess, np.array([5]), 3, 4).tolist() == guess[1:4].tolist()
+    assert len(draft(guess, proven, empty, 4)) == 0
+
+
+def test_what_it_cannot_decode(toy) -> None:
+    backbone, observation = toy(0, 1, 6, 31)
+    prefix, guess = backbone.prefill(observation), torch.zeros(1, 6, dtype=torch.int64)
+    with pytest.raises(TokenError, match="guess"):
+        decode_ngram(backbone, prefix, request(None))
+    for wrong in (request(guess, 0), request(guess, stop=3), request(guess, tokens_per_step=None)):
+        with pytest.raises(ConfigError, match="ngram"):
+            decode_ngram(backbone, prefix, wrong)

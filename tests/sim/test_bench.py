@@ -1,0 +1,90 @@
+"""`ceed-vla bench`: the numbers of a report over its floor, and the run from options to files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ceed_vla import load
+from ceed_vla.decoding.names import named_config
+from ceed_vla.engine import CompiledBackbone
+from sim.bench import BENCH, PARETO, ROWS, TABLE, TEACHER_ROWS, BenchConfig, bench, markdown, pareto, rows_of
+from sim.evaluate import CheckpointPath
+from sim.timing import in_engine
+
+
+def ms(value: float) -> dict[str, float]:
+    return {"p50": value, "p95": value + 1, "p99": value + 2}
+
+
+def entry(total: float, success: int, **more: Any) -> dict[str, Any]:
+    rates = {"success": success, "episodes": 10, "success_rate": success / 10, "success_ci95": [0.1, 0.9]}
+    times = {"latency_ms": ms(total), "prefill_ms": ms(4), "decode_ms": ms(total - 4)}
+    return {**rates, **times, "forwards_mean": 2.0, "forwards_p95": 3.0, "action_error": 0.0, "ar_agreement": 1, **more}
+
+
+REPORT: dict[str, Any] = {
+    "block_length": 56,
+    "decoders": {"ar": entry(60, 9), "ar_h": entry(30, 9), "cap1": entry(12, 8), "cap3": entry(20, 8)},
+    "timing": {
+        "engines": {"ar": "eager", "ar_h": "eager", "cap1": "compiled", "cap3": "eager"},
+        "parts": {
+            "policy eager": {"prefill": ms(5), "block": ms(6), "token": ms(1)},
+            "policy compiled": {"prefill": ms(4), "block": ms(6), "token": ms(2)},
+            "act": {"total": ms(40)},
+        },
+    },
+}
+
+
+def test_rows_are_compared_with_the_floor_of_the_faster_engine() -> None:
+    rows = rows_of(REPORT)
+    assert rows["cap1"]["ratio_to_floor"] == 1.2
+    assert (rows["cap1"]["ratio_to_ar_compiled"], rows["cap1"]["ratio_to_ar_h_compiled"]) == (5, 2.5)
+    assert rows["cap1"]["total_ms"] == ms(12)
+    assert rows["cap1"]["tokens_per_forward"] == 28
+    assert rows["ar"]["engine"] == "eager"
+
+
+def test_the_figure_greys_what_another_row_beats() -> None:
+    result = {"decoders": rows_of(REPORT), "floor_ms": 10.0}
+    dots = [line for line in pareto(result).axes[0].lines if line.get_marker() == "o"]
+    assert len(dots) == 4
+    assert [dot.get_color() == "#B9BEC6" for dot in dots] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("name", f"{ROWS},{TEACHER_ROWS}".split(","))
+def test_the_usual_rows_are_known(name: str) -> None:
+    named_config(name.removeprefix("teacher_"))
+
+
+@pytest.mark.slow
+def test_from_the_options_to_the_files(tmp_path: Path) -> None:
+    config = BenchConfig(
+        policy=CheckpointPath("student"), decoders="ar,ar_h,cap1,pdvla", episodes=1, seed=40_000, timing_chunks=2,
+        engine="eager", output_dir=str(tmp_path / "bench"), threads=1,
+    )  # fmt: skip
+    result = bench(config)
+    stored = json.loads((tmp_path / "bench" / BENCH).read_text())
+    assert stored == json.loads(json.dumps(result))
+    assert (tmp_path / "bench" / PARETO).stat().st_size > 1000
+    assert (tmp_path / "bench" / TABLE).read_text() == markdown(stored)
+    for row in stored["decoders"].values():
+        assert {"total_ms", "prefill_ms", "decode_ms", "ratio_to_ar_compiled", "ratio_to_floor"} <= row.keys()
+    assert stored["decoders"]["ar"]["equal_to_ar"] == stored["decoders"]["ar_h"]["equal_to_ar"] == 1
+    assert stored["decoders"]["pdvla"]["equal_to_ar"] < 1
+    assert stored["timing"]["parts"]["act"]["total"]["p50"] > 0
+
+
+def test_the_compiled_bundle_shares_its_weights_and_leaves_the_other_alone() -> None:
+    bundle = load("student")
+    faster = in_engine(bundle, "compiled")
+    assert faster[0].backbone is not bundle[0].backbone
+    mine, theirs = dict(faster[0].named_parameters()), dict(bundle[0].named_parameters())
+    assert mine.keys() == theirs.keys()
+    assert all(mine[name] is theirs[name] for name in mine)
+    assert in_engine(bundle, "eager") is bundle
+    assert not isinstance(bundle[0].backbone, CompiledBackbone)

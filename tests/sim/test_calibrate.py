@@ -1,0 +1,97 @@
+"""`ceed-vla calibrate`: what is off, what is proven, and the names that a checkpoint gets."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sim.calibrate
+from ceed_vla import load
+from ceed_vla.cli import main
+from ceed_vla.errors import ConfigError
+from ceed_vla.tokens.uniform import ActionTokenizer
+from sim.calibrate import CalibrateConfig, Measured, calibrate, is_off, p_value
+from sim.evaluate import CheckpointPath
+
+
+def test_an_action_is_off_by_more_than_a_twentieth_of_its_range_or_another_grip() -> None:
+    tokens = ActionTokenizer([-1.0, -1.0], [1.0, 1.0], chunk_steps=2, num_bins=201, gripper_dims=[1])
+    exact = tokens.encode(torch.tensor([[[0.0, 1.0], [0.5, -1.0]]]))
+    changes = {(0, 0): 0.1, (0, 1): -0.01, (1, 0): 0.3}
+    assert not is_off(tokens, exact, exact, 2).any()
+    for (step, dim), change in changes.items():
+        actions = tokens.decode(exact).clone()
+        actions[0, step, dim] += change
+        off = is_off(tokens, tokens.encode(actions), exact, 1)
+        assert off.tolist() == [(step, dim) == (0, 1)]  # 0.1 is 5 %, not more; step 1 is not executed
+    actions[0, 0, 0] += 0.11
+    assert is_off(tokens, tokens.encode(actions), exact, 1).all()
+
+
+def test_the_p_value_is_valid_and_falls_with_the_risk() -> None:
+    rng = np.random.default_rng(0)
+    epsilon, alpha = 0.1, 0.1
+    wrong = np.mean([p_value((rng.random(60) < epsilon).astype(float), epsilon) <= alpha for _ in range(2000)])
+    assert wrong <= alpha  # a policy whose risk is epsilon is believed to be below no more often than that
+    values = [p_value(np.r_[np.ones(k), np.zeros(200 - k)], epsilon) for k in range(30)]
+    assert values == sorted(values)
+    assert values[0] == pytest.approx((1 - epsilon) ** 200, rel=1e-6)
+    assert values[20] == values[29] == 1
+    exact = sum(math.comb(200, i) * epsilon**i * (1 - epsilon) ** (200 - i) for i in range(9))
+    assert exact <= values[8] <= math.e * exact
+
+
+def test_thresholds_are_tested_from_the_strictest_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first that fails ends its signal, though a looser one would pass; the fewest forwards win."""
+    risks = {"conf0.9": 0.0, "conf0.7": 0.01, "conf0.55": 0.2, "agree0": 0.0, "agree1": 0.0, "agree2": 0.03}
+    asked: list[str] = []
+
+    def measured(config: Any, bundle: Any, pool: Any, name: str) -> Measured:
+        asked.append(name)
+        risk, forwards = risks.get(name, 0.5), 5.0 - 0.1 * len(asked)
+        return Measured(name, np.full(400, risk), np.full(9, forwards), 7)
+
+    monkeypatch.setattr(sim.calibrate, "measured", measured)
+    config = CalibrateConfig(signals=["conf", "agree"], epsilons=[0.02, 0.1, 0.001], episodes=400)
+    rows, chosen = sim.calibrate._choose(config, None, None)  # type: ignore[arg-type]
+    assert asked == ["conf0.9", "conf0.7", "conf0.55", "agree0", "agree1", "agree2", "agree4", *sim.calibrate.CAPS]
+    assert chosen == {"risk0.02": "agree1", "risk0.1": "agree2", "risk0.001": "jacobi_h"}
+    assert len(rows) == len(asked)
+
+
+@pytest.mark.parametrize("change", [{"signals": ["trust"]}, {"epsilons": []}, {"epsilons": [1.0]}, {"signals": []}])
+def test_options_that_cannot_work(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        CalibrateConfig(**change)
+    with pytest.raises(ConfigError, match=r"policy\.path"):
+        calibrate(CalibrateConfig())
+
+
+@pytest.mark.slow
+def test_from_the_shipped_student_to_a_checkpoint_with_names(tmp_path: Path) -> None:
+    options = {"episodes": 3, "batch": 3, "threads": 1, "signals": ["agree"], "epsilons": [0.99, 0.02]}
+    folder = tmp_path / "calibrated"
+    report = calibrate(CalibrateConfig(policy=CheckpointPath("student"), output_dir=str(folder), **options))
+    assert report == json.loads((folder / "calibration.json").read_text())
+    assert report["decoders"]["agree0"]["risk"] == 0  # nothing moved: the fixed point
+    assert report["chosen"]["risk0.02"] == "jacobi_h"  # three episodes prove nothing
+    policy, _, _ = load(folder / "checkpoint")
+    assert policy.config.decodings == report["chosen"]
+    assert policy.decoding_config("risk0.02") == policy.decoding_config("jacobi_h")
+    with pytest.raises(ConfigError, match=r"has no decoding 'risk0\.5'"):
+        policy.decoding_config("risk0.5")
+    audit = [
+        "calibrate", f"--policy.path={folder / 'checkpoint'}", "--decoders=risk0.02,cap1", "--episodes=2", "--batch=2",
+        f"--output_dir={tmp_path / 'audit'}", "--threads=1",
+    ]  # fmt: skip
+    assert main(audit) == 0
+    found = json.loads((tmp_path / "audit" / "calibration.json").read_text())
+    assert found["decoders"]["risk0.02"]["risk"] == 0
+    assert found["decoders"]["cap1"]["forwards_mean"] == 1
+    assert not (tmp_path / "audit" / "checkpoint").exists()

@@ -18,15 +18,12 @@ __all__ = ["load", "pretrained_path", "resolve_checkpoint", "save", "weights_has
 
 
 def load(path: str | Path, device: str | None = None, merge_adapters: bool = True) -> tuple[CeedVLAPolicy, Any, Any]:
-    """Load a policy with its pre- and post-processor, strictly and offline.
+    """A policy in eval mode with its pre- and post-processor, loaded strictly and offline.
 
     Args:
         path: Checkpoint folder, or "teacher" / "student" for the shipped ones.
         device: Where to run it; the CPU if None.
         merge_adapters: See `CeedVLAPolicy.from_pretrained`.
-
-    Returns:
-        (policy in eval mode, pre-processor, post-processor); the processors raise `ObservationError`.
 
     Raises:
         CheckpointError: Missing, foreign, truncated or corrupt files.
@@ -53,15 +50,8 @@ def save(
 ) -> Path:
     """Write a checkpoint folder; each file of an existing one is replaced in one step.
 
-    Args:
-        path: The folder.
-        policy: Its configuration and, without `weights`, its weights are written.
-        preprocessor: The policy's.
-        postprocessor: The policy's.
-        weights: Written instead, for instance gathered from several processes.
-
-    Raises:
-        CheckpointError: It cannot be written, for instance on a full disk; what was there before stays.
+    `weights`, for instance gathered from several processes, are written instead of the policy's. `CheckpointError` if
+    it cannot be written, for instance on a full disk; what was there before stays.
     """
     from safetensors import SafetensorError
 

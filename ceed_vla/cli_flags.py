@@ -40,16 +40,15 @@ def parse_flags[T](config_class: type[T], flags: Sequence[str], positional: str 
     """Build a configuration from `--key value`, `--key=value` and `--config_path FILE` (YAML or JSON).
 
     Args:
-        config_class: A dataclass; nested dataclasses give flags such as `--policy.path`. Setting one of these
-            leaves the others at the defaults that the outer class gives them.
-        flags: The words after the command's name. A switch without a value means true, and the path may be given to
-            a group that has one (`--trajectories FOLDER` is `--trajectories.path FOLDER`). Where Python reserves a
-            flag's name, the field has an underscore behind it.
+        config_class: A dataclass; nested dataclasses give flags such as `--policy.path`. Setting one of these leaves
+            the others at the defaults that the outer class gives them.
+        flags: The words after the command's name. A switch without a value means true, and the path may be given to a
+            group that has one (`--trajectories FOLDER` is `--trajectories.path FOLDER`). Where Python reserves a flag's
+            name, the field has an underscore behind it.
         positional: The flag that one word without ``--`` stands for; none if empty.
 
     Raises:
-        UsageError: Unknown flag, missing or repeated flag, or a value of another type.
-        CeedVLAError: A value that the configuration itself refuses.
+        UsageError: Unknown, missing or repeated flag, or a value of another type. The configuration raises its own.
     """
     import draccus
     from draccus.utils import DraccusException
@@ -73,11 +72,7 @@ def parse_flags[T](config_class: type[T], flags: Sequence[str], positional: str 
 
 
 def take_packages(flags: Sequence[str]) -> tuple[str, list[str]]:
-    """LeRobot's flag `--discover_packages_path`: its value (empty without it), and the other words.
-
-    Raises:
-        UsageError: The flag has no value.
-    """
+    """LeRobot's flag `--discover_packages_path`: its value (empty without it), and the other words."""
     names, others, words = [], [], list(flags)
     while words:
         word = words.pop(0)
@@ -104,13 +99,8 @@ def format_help(
 ) -> str:
     """Text of `--help`: what the command does, then its flags in groups, with type, meaning, range and default.
 
-    Args:
-        program: The command as typed.
-        config_class: Its configuration.
-        positional: See `parse_flags`.
-        must: Flags without which the command does nothing; besides those without a default.
-        may: Flags that many runs set; with neither group given, all that have a meaning.
-        everything: Explain the other flags too, instead of naming them.
+    `positional`, `must` and `may` are those of `Command`; `everything` explains the other flags too, instead of naming
+    them.
     """
     width = max(60, min(shutil.get_terminal_size((110, 24)).columns, 120))
     introduction, _ = _split_docstring(config_class)

@@ -45,10 +45,8 @@ def check_moved(name: str, config_class: type[Any]) -> None:
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """YAML by the rules of version 1.2, where 010 is ten and "no" is a text; neither aliases nor repeated names.
-
-    Raises:
-        UsageError: Something else; the message begins with `source`.
+    """YAML by the rules of version 1.2, where 010 is ten and "no" is a text; neither aliases nor repeated names. The
+    message of a `UsageError` begins with `source`.
     """
     import yaml
 
@@ -88,11 +86,7 @@ def read_yaml(text: str, source: str) -> Any:
 
 
 def read_config(config_class: type[Any], file: str | None) -> dict[str, Any]:
-    """What a file of flags says, as `shaped` gives it; nothing without a file.
-
-    Raises:
-        UsageError: No such file, or something else in it.
-    """
+    """What a file of flags says, as `shaped` gives it; nothing without a file."""
     if file is None:
         return {}
     source, path = f"--config_path {file}", Path(file)
@@ -113,16 +107,11 @@ def read_config(config_class: type[Any], file: str | None) -> dict[str, Any]:
 
 
 def shaped(values: dict[str, Any], config_class: type[Any], prefix: str = "") -> dict[str, Any]:
-    """`values` under the names of the fields, each of the type that its field has.
+    """`values`, named as in flags, under the names of the fields, each of the type that its field has; else a
+    `UsageError`.
 
-    Args:
-        values: Names as in flags, nested.
-        config_class: The dataclass, or the family of which the entry ``type`` names one. Without that entry any kind
-            may have a name; which one it is, the default decides later.
-        prefix: Of the names in messages, such as "policy.".
-
-    Raises:
-        UsageError: An unknown name, or a value of another type.
+    `config_class` is the dataclass, or the family of which the entry ``type`` names one. Without that entry any kind
+    may have a name; which one it is, the default decides later. `prefix` is put before names in messages.
     """
     owners: list[Any] = [config_class]
     result: dict[str, Any] = {}

@@ -112,14 +112,9 @@ class CeedVLAConfig(PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | Path, **options: Any) -> CeedVLAConfig:
-        """Read the configuration of a local checkpoint; never asks a hub.
+        """Read the configuration of a local checkpoint, or of "teacher" / "student"; never asks a hub.
 
-        Args:
-            pretrained_name_or_path: A checkpoint folder, or "teacher" / "student" for the shipped ones.
-            options: What LeRobot's own reader takes.
-
-        Raises:
-            CheckpointError: No such checkpoint, or a configuration that cannot be used.
+        `options` are what LeRobot's own reader takes. `CheckpointError` if there is none, or it cannot be used.
         """
         folder = resolve_checkpoint(pretrained_name_or_path, ("config.json",))
         if not options.get("cli_overrides"):
@@ -129,12 +124,7 @@ class CeedVLAConfig(PreTrainedConfig):
 
     @classmethod
     def read(cls, folder: Path, device: str | None = None) -> CeedVLAConfig:
-        """The configuration in a checkpoint folder, for `device` if given.
-
-        Raises:
-            CheckpointError: Not JSON, another policy's, or with values that this version refuses.
-            ConfigError: A device that this machine lacks.
-        """
+        """The configuration in a checkpoint folder, for `device` if given (`ConfigError` if this machine lacks it)."""
         values = {name: value for name, value in read_values(folder).items() if name != "type"}
         if device is not None:
             values["device"] = check_device(device)
@@ -146,12 +136,7 @@ class CeedVLAConfig(PreTrainedConfig):
         return config
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write config.json into a folder.
-
-        Raises:
-            ConfigError: No folder's name, or a hub is asked for.
-            CheckpointError: It cannot be written.
-        """
+        """Write config.json into a folder; see `saving`."""
         with saving(save_directory, options):
             super().save_pretrained(save_directory, **options)
 
@@ -227,11 +212,7 @@ class CeedVLAConfig(PreTrainedConfig):
         )
 
     def validate_features(self) -> None:
-        """Check that the features can be served.
-
-        Raises:
-            ConfigError: No camera, no action, or what the backbone or the action tokens miss.
-        """
+        """Check that the features can be served: `ConfigError` if not."""
         check_fields(self)
         for name, feature in {**(self.input_features or {}), **(self.output_features or {})}.items():
             plain_name(name, "The name of a feature", ConfigError)

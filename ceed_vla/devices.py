@@ -8,11 +8,7 @@ KINDS = ("cpu", "cuda", "mps", "xpu")
 
 
 def check_device(name: object) -> str:
-    """`name`, if this machine has that device: "cpu", "cuda", "cuda:1", "mps" or "xpu".
-
-    Raises:
-        ConfigError: Another name, or a device that is not here; the message lists those that are.
-    """
+    """`name`, if this machine has that device: "cpu", "cuda", "cuda:1", "mps" or "xpu"; else a `ConfigError`."""
     kind, index = _parsed(name)
     if not 0 <= index < _count(kind):
         here = [kind for kind in KINDS if _count(kind)]

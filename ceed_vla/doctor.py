@@ -84,10 +84,8 @@ class Finding:
 
 
 def doctor(config: DoctorConfig, console: Console | None = None) -> dict[str, Any]:
-    """Print the table on `console`, the terminal if None, and return the findings.
-
-    Raises:
-        ConfigError: Something needed is missing.
+    """Print the table on `console`, the terminal if None, and return the findings; `ConfigError` if a needed one is
+    missing.
     """
     console = console or Console()
     if not console.is_terminal:

@@ -28,11 +28,7 @@ THREADS = "[0, 256]"
 
 @dataclass(frozen=True)
 class Interval:
-    """A range of numbers in the notation of mathematics: ``[1, 10]``, ``(0, 1]``, ``[0, inf)``; infinity is outside.
-
-    Attributes:
-        text: As written.
-    """
+    """A range of numbers in the notation of mathematics: ``[1, 10]``, ``(0, 1]``, ``[0, inf)``; infinity is outside."""
 
     text: str
 
@@ -90,12 +86,7 @@ def allowed_of(item: Any) -> Interval | Choices | None:
 def check_fields(config: Any, prefix: str = "") -> None:
     """Check every field of a dataclass: its type against the annotation, its value against what it declares.
 
-    Args:
-        config: The dataclass; `check_fields` belongs first in its ``__post_init__``.
-        prefix: Put before names in messages, such as "lora.".
-
-    Raises:
-        ConfigError: Names the field, its value and what is allowed.
+    Belongs first in ``__post_init__``. A `ConfigError` names the field, behind `prefix`, its value and what is allowed.
     """
     hints = _hints(type(config))  # type: ignore[arg-type]
     for item in fields(config):

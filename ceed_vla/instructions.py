@@ -9,14 +9,9 @@ from ceed_vla.errors import ObservationError
 
 
 def batch_instructions(complementary: Mapping[str, Any] | None, rows: int | None = None) -> list[str]:
-    """The ``task`` of a batch as one text a row.
+    """The ``task`` of a batch, in LeRobot's complementary data or the batch itself, as one text a row.
 
-    Args:
-        complementary: LeRobot's complementary data, or the batch itself.
-        rows: Rows ``B``; one instruction counts for all of them. Not checked if None.
-
-    Raises:
-        ObservationError: No task, texts that are none or empty, or another number of them.
+    One instruction counts for all `rows`, whose number is not checked if None. `ObservationError` if there are others.
     """
     task = (complementary or {}).get("task")
     tasks = [task] if isinstance(task, str) else list(task) if isinstance(task, list | tuple) else []

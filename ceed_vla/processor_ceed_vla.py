@@ -28,19 +28,10 @@ def make_ceed_vla_pre_post_processors(
     PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
     PolicyProcessorPipeline[PolicyAction, PolicyAction],
 ]:
-    """Pre- and post-processor of a policy that is new.
+    """LeRobot pipelines (pre-processor, post-processor) of a policy that is new.
 
-    Args:
-        config: The policy's configuration.
-        dataset_stats: LeRobot statistics; the state is normalised with its mean and standard deviation.
-        dataset_meta: LeRobot metadata; gives the instructions (the compact backbone takes its vocabulary from them).
-        instructions: The instructions, where there is no `dataset_meta`.
-
-    Returns:
-        LeRobot pipelines (pre-processor, post-processor).
-
-    Raises:
-        ConfigError: Instructions that do not fit the configuration.
+    The state is normalised with its mean and deviation in `dataset_stats`. The backbone's steps get the instructions
+    (the compact one takes its vocabulary from them): `instructions`, or those of LeRobot's metadata.
     """
     if instructions is None:
         meta = dataset_meta or getattr(config, "_runtime_dataset_meta", None)  # where lerobot-train leaves it

@@ -138,14 +138,7 @@ def _own_steps(config: Any) -> dict[str, Maker]:
 
 @dataclass(frozen=True)
 class Step:
-    """One entry of a processor's file, as found.
-
-    Attributes:
-        file: The file.
-        name: Registered name.
-        settings: Of the step.
-        state: File of its tensors; None without.
-    """
+    """One entry of a processor's file, as found; `state` is the file of its tensors."""
 
     file: Path
     name: str
@@ -169,15 +162,10 @@ class Step:
 
 
 def read_steps(folder: Path, name: str, allowed: dict[str, Maker]) -> list[Step]:
-    """The steps that a processor's file names.
+    """The steps that a processor's file names, one of `PROCESSOR_FILES`.
 
-    Args:
-        folder: The checkpoint.
-        name: One of `PROCESSOR_FILES`.
-        allowed: Registered name -> what its settings must make without complaint.
-
-    Raises:
-        CheckpointError: A file that is no processor's, a step that is not allowed, or with other settings or files.
+    `allowed` has for every registered name what its settings must make without complaint. `CheckpointError` for a step
+    that is not allowed, or with other settings or files.
     """
     file = folder / name
     entries = read_json(file).get("steps")
@@ -236,11 +224,7 @@ def _of_named_package(name: str) -> bool:
 
 
 def check_processors(folder: Path, config: Any) -> None:
-    """Check both processors of a checkpoint of this package: its steps, their settings, and its normalisation.
-
-    Raises:
-        CheckpointError: What is wrong, in which file.
-    """
+    """Check both processors of a checkpoint of this package: its steps, their settings, and its normalisation."""
     own = _own_steps(config)
     pre = read_steps(folder, PREPROCESSOR, {n: kind for n, kind in own.items() if n not in _AFTER})
     post = read_steps(folder, POSTPROCESSOR, {n: own[n] for n in (*_AFTER, DEVICE)})
@@ -282,11 +266,7 @@ def _check_relative(pre: list[Step], post: list[Step]) -> None:
 
 
 def check_foreign_processors(folder: Path, config: PreTrainedConfig) -> None:
-    """Check both processors of another LeRobot policy: only harmless steps, and the normalisation it was trained with.
-
-    Raises:
-        CheckpointError: What is wrong, in which file.
-    """
+    """Check both processors of another LeRobot policy: only harmless steps, and the normalisation of its training."""
     pre, post = (read_steps(folder, name, _OF_OTHERS) for name in PROCESSOR_FILES)
     _check_normalisation(pre, post, config)
 

@@ -38,11 +38,9 @@ class Learner(Protocol):
 def teacher_loss(policy: Learner, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
     """Autoregressive loss of the teacher, with the auxiliary regression if its target is in the batch, and the parts.
 
-    Args:
-        policy: The policy; its training mode decides on augmentation.
-        batch: Pre-processed observation with ``action`` (B, m, A) and, optionally, ``action_is_pad`` (B, m) and
-            ``observation.environment_state``.
-        reduction: "mean", or "none" for one loss a row.
+    The `batch` is a pre-processed observation with ``action`` (B, m, A) and, optionally, ``action_is_pad`` (B, m) and
+    ``observation.environment_state``. It is augmented in training mode. `reduction` is "mean", or "none" for one loss a
+    row.
     """
     if not isinstance(reduction, str) or reduction not in ("mean", "none"):
         raise ConfigError(f"reduction is {short(reduction)}; choose mean or none.")
@@ -79,13 +77,10 @@ def finish_training(policy: Learner) -> None:
 
 
 def auxiliary_loss(policy: Learner, embeddings: Any, state: Tensor, environment_state: Tensor) -> Tensor:
-    """Smooth-L1 (B,) between the regressions and the scaled leading `environment_state` terms.
+    """Smooth-L1 (B,) between the regressions and the scaled leading `environment_state` terms (B, E) [m, rad].
 
-    Args:
-        policy: The policy, with its `auxiliary_terms`.
-        embeddings: From the backbone's `embed_prefix`; its early head regresses from these.
-        state: The state token's final hidden vector (B, d); the head after the trunk regresses from it.
-        environment_state: (B, E) [m, rad].
+    The early head regresses from `embeddings` of `embed_prefix`, the head behind the trunk from the `state` token's
+    final hidden vector (B, d).
     """
     backbone = policy.backbone
     assert backbone.auxiliary is not None
@@ -168,16 +163,9 @@ def _check(policy: Learner, batch: Mapping[str, Any], rows: int) -> None:
 def check_targets(batch: Mapping[str, Any], rows: int, steps: int, noise: int, terms: int) -> None:
     """Check what of a training batch is not the observation; all of it may be missing.
 
-    Args:
-        batch: ``action_is_pad`` (B, m) true or false, ``augmentation_noise`` (B, N) in [0, 1),
-            ``observation.environment_state`` (B, at least E) and the rows of ``action``.
-        rows: Rows ``B`` of the observation.
-        steps: Steps ``m`` of a chunk.
-        noise: Random numbers ``N`` of a row.
-        terms: Terms ``E`` that are regressed.
-
-    Raises:
-        ObservationError: Another type or shape, or values outside.
+    That is ``action_is_pad`` (B, m) true or false, ``augmentation_noise`` (B, N) in [0, 1),
+    ``observation.environment_state`` (B, at least E) and the rows B of ``action``, for m `steps`, N numbers of `noise`
+    and E `terms`.
     """
     shapes = {PADDED: (rows, steps), AUGMENTATION_NOISE: (rows, noise)}
     for key in (PADDED, AUGMENTATION_NOISE, ENVIRONMENT_STATE_KEY):

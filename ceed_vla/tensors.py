@@ -24,17 +24,14 @@ def is_plain(value: object) -> bool:
 def check_tokens(
     tokens: object, what: str, shape: tuple[int | None, int], vocabulary: int, *, none: bool = False
 ) -> None:
-    """Check integer tokens.
+    """Check that `tokens`, called `what` in messages, are integers (B, k) in ``[0, V)``, or raise `TokenError`.
 
     Args:
-        tokens: (B, k) integers in ``[0, V)``.
-        what: What the message calls them.
+        tokens: What was passed.
+        what: What the message calls it.
         shape: B and k; None for any number of rows.
         vocabulary: V; 0 leaves the values alone.
         none: A row may hold -1 throughout.
-
-    Raises:
-        TokenError: No tensor, another shape or type, or a token outside.
     """
     rows, length = shape
     if not isinstance(tokens, Tensor) or not is_plain(tokens):
@@ -68,11 +65,7 @@ def check_tokens(
 
 
 def check_actions(actions: object, chunk_steps: int, action_dim: int) -> None:
-    """Check action chunks (B, m, A) of finite numbers.
-
-    Raises:
-        TokenError: No tensor, another shape or type, NaN or infinity.
-    """
+    """Check action chunks (B, m, A) of finite numbers, or raise `TokenError`."""
     if not isinstance(actions, Tensor) or not is_plain(actions):
         raise TokenError(
             f"actions are {type(actions).__name__}; expected a dense tensor (B, {chunk_steps}, {action_dim})."
@@ -91,11 +84,7 @@ def check_actions(actions: object, chunk_steps: int, action_dim: int) -> None:
 
 
 def numbers(values: object, name: str) -> list[float]:
-    """`values` as plain numbers, from any sequence of them, arrays and tensors included.
-
-    Raises:
-        ConfigError: Something else; the message calls it `name`.
-    """
+    """`values`, `name` in messages, as plain numbers, from any sequence of them, arrays and tensors included."""
     try:
         return [float(value) for value in values]  # type: ignore[attr-defined]
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:

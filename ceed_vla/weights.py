@@ -27,11 +27,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """A safetensors file; its header has been compared with the file's size.
-
-    Raises:
-        CheckpointError: It is missing, truncated or damaged.
-    """
+    """A safetensors file; its header has been compared with the file's size. `CheckpointError` if it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -45,11 +41,7 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, one or its shards.
-
-    Raises:
-        CheckpointError: None, or a shard that the index names is missing.
-    """
+    """The safetensors files of a folder, one or its shards; `CheckpointError` if there is none, or one is missing."""
     if not folder.is_dir():
         raise CheckpointError(
             f"The weights of this policy lie in {str(folder)!r}, which is no folder (any more); correct "
@@ -78,23 +70,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Header:
-    """What a weights file holds.
-
-    Attributes:
-        tensors: How many tensors.
-        numbers: How many numbers in all.
-    """
+    """How many tensors a weights file holds, and how many numbers in all."""
 
     tensors: int
     numbers: int
 
     @classmethod
     def read(cls, files: Sequence[Path]) -> Header:
-        """Of one file, or of all shards.
-
-        Raises:
-            CheckpointError: A file is missing or damaged.
-        """
+        """Of one file, or of all shards."""
         shapes = []
         for file in files:
             with opened(file) as tensors:
@@ -102,15 +85,8 @@ class Header:
         return cls(len(shapes), sum(math.prod(shape) for shape in shapes))
 
     def check(self, layers: int, numbers: int, source: Path | str) -> None:
-        """Refuse a configuration of more layers than there are tensors, or of more numbers than there are.
-
-        Args:
-            layers: Layers that the configuration describes.
-            numbers: Numbers that these have at least.
-            source: What the message calls the weights.
-
-        Raises:
-            CheckpointError: It describes more.
+        """Refuse a configuration, of the weights that the message calls `source`, of more layers than there are
+        tensors, or of more numbers than there are.
         """
         if layers > self.tensors or numbers > self.numbers:
             raise CheckpointError(
@@ -126,20 +102,16 @@ def copy_weights(
     rename: Callable[[str], str] = str,
     skip: Callable[[str], bool] = lambda name: False,
 ) -> tuple[list[str], list[str]]:
-    """Copy weights into a module's, one tensor at a time, converted to the module's types.
+    """Copy weights into a module's of the right sizes, one tensor at a time, converted to the module's types.
 
-    Args:
-        module: With weights of the right sizes.
-        files: One safetensors file, or its shards.
-        rename: From the name in a file to the module's.
-        skip: Names in a file that are passed over.
+    `rename` turns the name in a file to the module's; names that `skip` picks are passed over.
 
     Returns:
         The module's weights that no file has (a tied weight has its partner's), and those that the module lacks.
 
     Raises:
-        CheckpointError: A file that cannot be read; or names the file and the first tensor of another shape or class of
-            types, that is not finite, or a head of zeros.
+        CheckpointError: Names the file and the first tensor of another shape or class of types, that is not finite, or
+            a head of zeros.
     """
     own, read, unknown, matrices, zeros = module.state_dict(), set(), [], 0, []
     written: dict[int, str] = {}  # where a tensor was copied to -> its name; tied ones share it
@@ -204,22 +176,14 @@ def check_finite(file: Path | str, name: str, weight: Tensor) -> bool:
 
 
 def check_weights(module: nn.Module, source: Path | str) -> None:
-    """Refuse a module with weights that are not finite; `source` is what the message calls them.
-
-    Raises:
-        CheckpointError: Names the weight.
-    """
+    """Refuse a module with weights that are not finite; `source` is what the message calls them."""
     for name, weight in module.named_parameters():
         if weight.is_floating_point() and weight.numel():
             check_finite(source, name, weight)
 
 
 def check_floating(files: Sequence[Path]) -> None:
-    """Refuse weights of whole numbers, which a loader would convert without a word.
-
-    Raises:
-        CheckpointError: Names the file and the tensor.
-    """
+    """Refuse weights of whole numbers, which a loader would convert without a word."""
     for file in files:
         with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118
@@ -243,16 +207,10 @@ class PolicyModule(nn.Module):
 
 
 def load_weights(policy: PolicyModule, folder: Path, strict: bool = True) -> None:
-    """Read a checkpoint's weights into a policy.
+    """Read a checkpoint's weights into a policy that was built from its configuration.
 
-    Args:
-        policy: Built from the checkpoint's configuration.
-        folder: The checkpoint.
-        strict: Refuse missing and additional weights; otherwise they are only logged. Weights that the policy
-            refers to elsewhere (`PolicyModule.referenced`) are not missing.
-
-    Raises:
-        CheckpointError: Truncated, corrupt or not finite weights, or those of other sizes.
+    Unless `strict`, missing and additional weights are only logged. Weights that the policy refers to elsewhere
+    (`PolicyModule.referenced`) are not missing.
     """
     file = folder / WEIGHTS
     missing, unknown = copy_weights(policy, [file], skip=is_adapter)

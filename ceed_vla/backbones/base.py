@@ -92,10 +92,8 @@ class TrainableBackbone(nn.Module, Backbone):
 
     @abc.abstractmethod
     def check_observation(self, batch: Mapping[str, Any]) -> int:
-        """Check a pre-processed batch, and return its rows ``B``.
-
-        Raises:
-            ObservationError: A feature is missing, has another shape or type, or is not finite.
+        """Check a pre-processed batch and return its rows ``B``; `ObservationError` where a feature is missing or
+        wrong.
         """
 
     @abc.abstractmethod
@@ -114,10 +112,8 @@ class TrainableBackbone(nn.Module, Backbone):
         """
 
     def recompute_activations(self) -> None:
-        """Keep only the layers' inputs for the backward pass and compute the rest again (gradient checkpointing).
-
-        Raises:
-            ConfigError: This family cannot.
+        """Keep only the layers' inputs for the backward pass (gradient checkpointing); `ConfigError` if a family
+        cannot.
         """
         raise ConfigError(f"{type(self).__name__} cannot recompute activations; leave out --gradient_checkpointing.")
 
@@ -149,15 +145,8 @@ def check_features(
 ) -> int:
     """Check the tensors of a pre-processed batch, and return its rows ``B``, which all features share.
 
-    Args:
-        batch: What the pre-processor returned.
-        wanted: Feature -> its shape without the rows; None stands for any size.
-        finite: Features of float32 that may not hold NaN or infinity.
-        ids: Feature of whole numbers -> one more than the largest.
-
-    Raises:
-        ObservationError: A feature is missing, no tensor, of another type, has another shape or other rows, is not
-            finite or outside its range.
+    `wanted` has the shape of every feature without the rows, None for any size. Those in `finite` are float32 without
+    NaN and infinity, those in `ids` whole numbers below the given end. All else is an `ObservationError`.
     """
     if not isinstance(batch, Mapping):
         raise ObservationError(f"The observation is {type(batch).__name__}; pass the pre-processor's.")
@@ -195,10 +184,8 @@ def check_features(
 
 @contextmanager
 def runs(model: nn.Module) -> Iterator[None]:
-    """Say what is wrong with a model that another library built of a checkpoint's settings, and that does not run.
-
-    Raises:
-        CheckpointError: Instead of what torch or the library raised.
+    """Say what is wrong with a model of a checkpoint's settings that does not run: a `CheckpointError` instead of
+    torch's.
     """
     try:
         yield

@@ -23,12 +23,7 @@ EXPECTED = "expected.json"  # reference outputs beside a model, for `ceed-vla ve
 
 
 def openvla_policy(config: ConvertConfig) -> CeedVLAConfig:
-    """The policy configuration of an OpenVLA folder.
-
-    Raises:
-        CheckpointError: Another kind of folder, or one that is incomplete.
-        ConfigError: An unknown ``unnorm_key``, or settings that contradict each other.
-    """
+    """The policy configuration of an OpenVLA folder."""
     published = read_config(config.path)
     key, statistics = action_statistics(config.path, config.unnorm_key)
     height, width = _camera_size(config.camera_size) or _size(published["image_sizes"][0])

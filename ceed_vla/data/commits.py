@@ -30,11 +30,7 @@ def is_recording(root: Path) -> bool:
 
 
 def read_progress(root: Path) -> dict[str, Any]:
-    """The last committed `recording.json`: ``total_episodes``, ``files`` and the caller's ``progress``.
-
-    Raises:
-        DatasetError: Missing or damaged.
-    """
+    """The last committed `recording.json`: ``total_episodes``, ``files`` and the caller's ``progress``."""
     record = read_json(root / PROGRESS_FILE, DatasetError)
     files, count = record.get("files"), record.get("total_episodes")
     named = isinstance(files, list) and all(isinstance(f, str) and _EPISODE_FILE.fullmatch(f) for f in files)
@@ -73,13 +69,11 @@ def end_commit(root: Path) -> None:
 
 
 def undo_incomplete_commit(root: Path) -> list[str]:
-    """Return to the last commit point, if that is not the newest state, and give the data set's parquet files.
-    May itself be interrupted.
+    """Return to the last commit point, if that is not the newest state, and give the data set's parquet files. May
+    itself be interrupted.
 
-    Only what the incomplete commit has added is deleted. Whatever else is there makes `root` no recording of ours.
-
-    Raises:
-        DatasetError: Damaged bookkeeping, links, or parquet files that are missing or unknown.
+    Only what the incomplete commit has added is deleted. Whatever else is there makes `root` no recording of ours, a
+    `DatasetError`; so do damaged bookkeeping, links, and parquet files that are missing.
     """
     links = [str(path.relative_to(root)) for path in strange(root)]
     if links:

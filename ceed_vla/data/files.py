@@ -74,11 +74,7 @@ def is_whole(value: object, low: int, high: int = MOST) -> bool:
 
 
 def read_info(root: Path) -> Info:
-    """Read and check ``meta/info.json``.
-
-    Raises:
-        DatasetError: No such file, or values that describe no data set.
-    """
+    """Read and check ``meta/info.json``."""
     file = root / "meta" / "info.json"
     if not file.is_file():
         raise DatasetError(f"No LeRobotDataset at {root}: no meta/info.json there. `ceed-vla record` makes one.")
@@ -147,12 +143,7 @@ def data_files(root: Path) -> list[Path]:
 def open_parquet(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> pq.ParquetFile:
     """A parquet file of which no column has more values than its rows have: a few bytes can stand for millions.
 
-    Args:
-        file: Where it is.
-        shapes: The columns that will be read, and the (largest) shape of a row of each.
-
-    Raises:
-        DatasetError: No file, or columns that would unpack to more.
+    `shapes` has the columns that will be read, and the (largest) shape of a row of each.
     """
     opened = pq.ParquetFile(regular(file, DatasetError))
     parts, schema = opened.metadata, set(opened.schema_arrow.names)
@@ -171,11 +162,7 @@ def open_parquet(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> pq.Parque
 
 
 def read_rows(info: Info, vectors: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Columns of all frames: (N, D) float32 for `vectors`, (N,) for the indices of episode and task and the timestamp.
-
-    Raises:
-        DatasetError: Files that cannot be read, or that hold something else than ``meta/info.json`` says.
-    """
+    """Columns of all frames: (N, D) float32 for `vectors`, (N,) for indices of episode and task and the timestamp."""
     root, remedy = info.root, "the recording was not finalised, or copy it again"
     shapes = {"index": (), "episode_index": (), "task_index": (), "timestamp": ()}
     wanted = {**shapes, **{name: info.vectors[name] for name in vectors}}
@@ -227,11 +214,7 @@ def _check_times(times: NDArray[np.float64], same: NDArray[np.bool_], info: Info
 
 
 def numbers(column: pa.ChunkedArray, shape: tuple[int, ...], what: str) -> NDArray[Any]:
-    """A column as an array (N,) or (N, D): every row of it holds numbers in the given shape.
-
-    Raises:
-        DatasetError: Nulls, text, or rows of another shape.
-    """
+    """A column as an array (N,) or (N, D): every row of it holds numbers in the given shape, else a `DatasetError`."""
     values, rows = column.combine_chunks(), len(column)
     for length in shape:
         values = getattr(values, "storage", values)  # of an extension type

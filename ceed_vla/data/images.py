@@ -35,17 +35,10 @@ def window_edges(episode: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class ImageReader:
-    """Decodes the images of a data set.
-
-    Args:
-        info: The data set.
-        rows: ``episode_index`` and ``timestamp`` of all frames.
+    """Decodes the images of a data set, by `rows` with ``episode_index`` and ``timestamp`` of all frames.
 
     Attributes:
         edges: See `window_edges`.
-
-    Raises:
-        DatasetError: Files that hold no images, or videos that are not there.
     """
 
     def __init__(self, info: Info, rows: dict[str, NDArray[Any]]) -> None:
@@ -64,11 +57,7 @@ class ImageReader:
         self.ends = np.array([edges[-1] for _, edges in self.parts])
 
     def read(self, camera: str, first: int, end: int) -> Iterator[Image8]:
-        """Images (H, W, 3) of the frames [first, end), which are edges of windows.
-
-        Raises:
-            DatasetError: Images that cannot be decoded, or have another size.
-        """
+        """Images (H, W, 3) of the frames [first, end), which are edges of windows."""
         decode = self._videos if camera in self.places else self._stored
         with readable(f"{self.info.root}: an image cannot be decoded: it"):
             for frame, image in zip(range(first, end), decode(camera, first, end), strict=True):

@@ -43,17 +43,10 @@ Frame = dict[str, Any]
 
 
 class DatasetWriter:
-    """Append episodes to one data set.
+    """Append episodes to one data set, made in `root` or continued from its last commit.
 
-    Args:
-        root: Folder; a new data set is made in it, or an existing one continued from its last commit.
-        repo_id: LeRobot's name of the data set.
-        fps: Frames per second [Hz].
-        features: LeRobot features without the default ones: image, float32 and int64 columns.
-        robot_type: Name stored with a new data set.
-
-    Raises:
-        DatasetError: `root` holds something else, or a data set with other features.
+    `features` are LeRobot's without the default ones: image, float32 and int64 columns. `DatasetError` where `root`
+    holds something else, or a data set with other features.
     """
 
     def __init__(self, root: Path, *, repo_id: str, fps: int, features: Mapping[str, Mapping], robot_type: str) -> None:
@@ -155,9 +148,7 @@ class DatasetWriter:
     def add_episode(self, frames: Sequence[Frame]) -> None:
         """Append one episode to the pending file: every feature and the `task` of each frame.
 
-        Raises:
-            DatasetError: Features are missing, unknown, not finite, or have another shape or type.
-            OSError: The disk is full or fails. `rollback()` then returns to the last commit.
+        `DatasetError` if frames do not fit. After an `OSError` (full disk), `rollback()` returns to the last commit.
         """
         if not frames:
             raise DatasetError("an episode needs at least one frame")
@@ -180,8 +171,7 @@ class DatasetWriter:
     def commit(self, progress: Mapping[str, Any]) -> None:
         """Make the pending episodes part of the data set, together with the caller's `progress` (JSON).
 
-        Raises:
-            OSError: The disk is full or fails. `rollback()` then returns to the last commit.
+        After an `OSError` (full disk), `rollback()` returns to the last commit.
         """
         if self._parquet is not None:
             chunk, file = divmod(self._batches, DEFAULT_CHUNK_SIZE)

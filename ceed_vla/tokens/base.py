@@ -73,17 +73,15 @@ class ActionTokens(abc.ABC):
     def encode(self, actions: Tensor) -> Tensor:
         """Tokens (B, n) int64 of finite `actions` (B, m, A); values out of range are clipped and counted.
 
-        Raises:
-            TokenError: Another shape, NaN or infinity, or a chunk that no block can hold.
+        `TokenError` for another shape, NaN or infinity, or a chunk that no block can hold.
         """
 
     @abc.abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
         """Actions (B, m, A) float32 [action units] of `tokens` (B, n).
 
-        Raises:
-            TokenError: Another shape, not integers, or outside the vocabulary.
-            MalformedChunkError: Rows that stand for no chunk.
+        `TokenError` for another shape or what lies outside the vocabulary, `MalformedChunkError` for rows that stand
+        for no chunk.
         """
 
     def readable(self, tokens: Tensor) -> Tensor:
@@ -114,10 +112,6 @@ class ActionTokens(abc.ABC):
             previous: Tokens (B, n) of the previous chunk; rows of -1 have none.
             shift_steps: Steps of it that were executed.
             generator: Random source, on the CPU so that a seed means the same tokens on every device; torch's if None.
-
-        Raises:
-            ConfigError: Unknown kind.
-            TokenError: Shapes, steps or previous tokens that do not fit.
         """
         if kind not in GUESSES:
             raise ConfigError(f"The guess is {kind!r}; choose one of {', '.join(GUESSES)}.")
@@ -176,10 +170,8 @@ class ActionTokensConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
         return chunk_steps * action_dim
 
     def fit(self, action_dim: int, action_stats: Mapping[str, Any] | None) -> None:
-        """Fill what the data define, once, when a policy is new; `action_stats` are LeRobot's of the action, or None.
-
-        Raises:
-            ConfigError: The statistics are needed and missing or unusable.
+        """Fill what the data define, once, when a policy is new, from LeRobot's statistics of the action, if there are
+        any.
         """
 
     def validate_features(self, action_dim: int) -> None:

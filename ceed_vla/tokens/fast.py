@@ -95,11 +95,7 @@ class FastTokensConfig(ActionTokensConfig):
         self._check_fitted()
 
     def fit_chunks(self, chunks: Tensor) -> None:
-        """Fit the tokens on every chunk (N, m, A) of the training data; does nothing if they are known.
-
-        Raises:
-            ConfigError: Chunks that define no tokens, or ranges of another action.
-        """
+        """Fit the tokens on every chunk (N, m, A) of the training data; does nothing if they are known."""
         if self.fitted:
             return
         dim = int(chunks.shape[-1])
@@ -167,13 +163,8 @@ class FastTokensConfig(ActionTokensConfig):
 class FastTokenizer(VariableLengthTokens):
     """FAST ids of a fitted `FastCodec`, and the stop token behind them.
 
-    Args:
-        low: Smallest value of every dimension [action units]; maps to -1 before the cosine transform.
-        high: Largest value, which maps to 1. Values outside are clipped and counted.
-        chunk_steps: Steps ``m``.
-        codec: Fitted on chunks of this many steps.
-        block_length: Slots ``n``.
-        gripper_dims: Two-valued dimensions; they decode to the nearer range end exactly.
+    The range [low, high] of every dimension [action units] maps to [-1, 1] before the cosine transform; values outside
+    are clipped and counted. `gripper_dims` decode to the nearer range end exactly.
 
     Attributes:
         grammar: Decoding under it always gives a whole chunk.
@@ -244,14 +235,10 @@ def normalise(actions: Tensor, low: Tensor, high: Tensor) -> Tensor:
 def fit_codec(
     chunks: Tensor, low: Sequence[float], high: Sequence[float], vocabulary_size: int, scale: float
 ) -> tuple[FastCodec, int]:
-    """Fit FAST tokens on own data: the codec, and the tokens that the longest chunk takes.
+    """Fit FAST tokens on every chunk (N, m, A) [action units] that training will encode; see `FastTokensConfig`.
 
-    Args:
-        chunks: (N, m, A) every chunk that training will encode [action units].
-        low: Range of every dimension, as for `FastTokenizer`.
-        high: Range of every dimension.
-        vocabulary_size: Most ids, the stop token not counted.
-        scale: Quantisation; the step of a coefficient is ``1 / scale`` of half a range.
+    Returns the codec, of `vocabulary_size` ids at most (the stop token not counted), and the tokens of the longest
+    chunk.
     """
     bounds = [torch.tensor([float(v) for v in values], dtype=torch.float64) for values in (low, high)]
     scaled = normalise(chunks.cpu().double().clamp(*bounds), *bounds)

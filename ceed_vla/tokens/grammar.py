@@ -45,13 +45,7 @@ class Grammar:
 class GrammarBackbone:
     """`backbone` with the scores of tokens that cannot complete a chunk set to -inf.
 
-    Args:
-        backbone: The model.
-        prefix: The one prefix that it will decode behind.
-        grammar: Of the backbone's vocabulary.
-
-    Attributes:
-        prefix: `prefix` under the grammar.
+    `prefix` is the one that it will decode behind; the attribute is the same under the grammar.
     """
 
     def __init__(self, backbone: Backbone, prefix: Prefix, grammar: Grammar) -> None:

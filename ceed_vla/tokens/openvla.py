@@ -64,20 +64,10 @@ class OpenVLATokensConfig(ActionTokensConfig):
 class OpenVLATokenizer(ActionTokens):
     """Writes a chunk of ``m`` actions of ``A`` dimensions as ``n = m * A`` tokens, step-major.
 
-    Masked dimensions are normalised, ``x = 2 (a - q01) / (q99 - q01) - 1``, the others (the gripper) stay. `x` in
-    [-1, 1] falls between two of ``V`` equidistant edges; token ``v`` decodes to the middle of edges ``v`` and
-    ``v + 1``, and the last token, which only ``x = 1`` gets, to the last middle.
-
-    Args:
-        q01: Lower quantile of every dimension [action units].
-        q99: Upper quantile of every dimension [action units].
-        mask: Dimensions that are normalised.
-        chunk_steps: Steps ``m``.
-        num_bins: Edges, and tokens ``V``.
-        gripper_dims: Two-valued dimensions.
-
-    Raises:
-        ConfigError: Sizes or quantiles that fit no action.
+    Dimensions in `mask` are normalised, ``x = 2 (a - q01) / (q99 - q01) - 1``, the others (the gripper) stay. `x` in
+    [-1, 1] falls between two of ``V`` equidistant edges; token ``v`` decodes to the middle of edges ``v`` and ``v +
+    1``, and the last token, which only ``x = 1`` gets, to the last middle. `ConfigError` for quantiles that fit no
+    action.
     """
 
     def __init__(
@@ -131,11 +121,7 @@ class OpenVLATokenizer(ActionTokens):
         return self.values(tokens).float()
 
     def values(self, tokens: Tensor) -> Tensor:
-        """Actions (B, m, A) float64 [action units] of tokens (B, n).
-
-        Raises:
-            TokenError: Another shape, not integers, or a token outside the vocabulary.
-        """
+        """Actions (B, m, A) float64 [action units] of tokens (B, n)."""
         check_tokens(tokens, "tokens", (None, self.block_length), self.vocabulary_size)
         device = tokens.device
         index = tokens.long().clamp(max=self.vocabulary_size - 2).view(-1, self.chunk_steps, self.action_dim)

@@ -74,19 +74,10 @@ class UniformTokensConfig(ActionTokensConfig):
 class ActionTokenizer(ActionTokens):
     """Writes a chunk of ``m`` actions of ``A`` dimensions as ``n = m * A`` tokens, step-major.
 
-    Token ``v`` of dimension ``d`` stands for ``low[d] + v * (high[d] - low[d]) / (num_bins - 1)``: the tokens
-    are bin centres and both ends are exact. With an odd `num_bins` and a range symmetric about zero, zero is
+    Token ``v`` of dimension ``d`` stands for ``low[d] + v * (high[d] - low[d]) / (num_bins - 1)`` [action units]: the
+    tokens are bin centres and both ends are exact. With an odd `num_bins` and a range symmetric about zero, zero is
     exactly the middle bin, so "do not move" costs no error. Values outside a range are clipped and counted.
-
-    Args:
-        low: Smallest value of every dimension [action units].
-        high: Largest value of every dimension [action units].
-        chunk_steps: Steps ``m``.
-        num_bins: Tokens ``V`` of the vocabulary.
-        gripper_dims: Two-valued dimensions, whose two values should be range ends.
-
-    Raises:
-        ConfigError: Sizes or ranges that define no grid.
+    `gripper_dims` have two values, which should be range ends. `ConfigError` for ranges that define no grid.
     """
 
     def __init__(
@@ -163,25 +154,14 @@ class ActionTokenizer(ActionTokens):
 def ranges_from_stats(
     stats: Mapping[str, Any], mode: str, gripper_dims: Sequence[int] = (), num_bins: int = 255
 ) -> tuple[list[float], list[float]]:
-    """Ranges of an `ActionTokenizer` from the statistics of a LeRobot data set.
+    """Lows and highs, ``A`` values each [action units], of an `ActionTokenizer` from the action statistics of a data
+    set.
 
-    With an odd `num_bins` every range is made symmetric about zero, so zero is a bin centre. Gripper
-    dimensions keep their minimum and maximum, which decode exactly. Dimensions that never move get a small
-    range around their value.
+    With an odd `num_bins` every range is made symmetric about zero, so zero is a bin centre. Gripper dimensions keep
+    their minimum and maximum, which decode exactly. Dimensions that never move get a small range around their value.
 
-    Args:
-        stats: ``dataset.meta.stats["action"]``: "min" and "max", and "q01" and "q99" for quantiles, (A,)
-            each.
-        mode: "quantile" (1 % to 99 %; robust, but wrong for dimensions that are nearly always zero) or
-            "min_max".
-        gripper_dims: Two-valued dimensions.
-        num_bins: Tokens of the vocabulary.
-
-    Returns:
-        Lows and highs, ``A`` values each [action units].
-
-    Raises:
-        ConfigError: Unknown mode, statistics that are missing or not finite, or gripper dimensions outside.
+    `stats` is ``dataset.meta.stats["action"]``, (A,) each: "min" and "max", and for `mode` "quantile" (1 % to 99 %;
+    robust, but wrong for dimensions that are nearly always zero) "q01" and "q99"; the other mode is "min_max".
     """
     if not isinstance(stats, Mapping):
         raise ConfigError(f"The action statistics are {short(stats)}; pass those of a LeRobot data set.")

@@ -38,11 +38,7 @@ class VariableLengthTokens(ActionTokens):
         """The chunk (m, A) float64 that `tokens` before the stop token stand for, or `MalformedChunkError`."""
 
     def encode(self, actions: Tensor) -> Tensor:
-        """Tokens (B, n) int64 of `actions` (B, m, A).
-
-        Raises:
-            TokenError: Another shape, NaN or infinity, or a chunk that takes more tokens than a block has.
-        """
+        """Tokens (B, n) int64 of `actions` (B, m, A); `TokenError` for a chunk of more tokens than a block has."""
         check_actions(actions, self.chunk_steps, self.action_dim)
         rows = self._write(actions)
         longest = max(map(len, rows), default=0)
@@ -55,11 +51,8 @@ class VariableLengthTokens(ActionTokens):
         return torch.tensor(padded, dtype=torch.int64, device=actions.device).view(-1, self.block_length)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Actions (B, m, A) float32 of `tokens` (B, n); what is behind a stop token is not read.
-
-        Raises:
-            MalformedChunkError: Rows that stand for no chunk; they are counted in `malformed`.
-            TokenError: Another shape, or not integers.
+        """Actions (B, m, A) float32 of `tokens` (B, n); what is behind a stop token is not read. `MalformedChunkError`
+        for rows that stand for no chunk, which are counted in `malformed`.
         """
         check_tokens(tokens, "tokens", (None, self.block_length), 0)
         chunks, errors = [], {}

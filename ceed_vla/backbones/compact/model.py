@@ -172,11 +172,7 @@ class CompactBackbone(TrainableBackbone):
         return F.interpolate(image, size=(self.image_size, self.image_size), mode="bilinear", antialias=True)
 
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:
-        """Run the prefix once: logits (B, V) of action token 0, and the cache with the prefix in it.
-
-        Args:
-            observation: Cameras (B, 3, S, S) in [0, 1], state (B, D), instruction ids (B, L).
-        """
+        """Run the prefix once: logits (B, V) of action token 0, and the cache with the prefix in it."""
         return self.prefill_embeddings(self.embed_prefix(observation))
 
     def prefill_embeddings(self, embeddings: Tensor) -> Prefix:

@@ -73,11 +73,7 @@ class InstructionWordsStep(ObservationProcessorStep):
             raise ConfigError(f"vocabulary has {len(self.vocabulary)} words, {known} were trained. Copy it again.")
 
     def encode(self, instruction: str) -> list[int]:
-        """Ids of one instruction, padded to `max_words`.
-
-        Raises:
-            ObservationError: The instruction is empty or longer than `max_words`.
-        """
+        """Ids of one instruction, padded to `max_words`; `ObservationError` if it is empty or longer."""
         words = split_words(instruction)
         if not words:
             raise ObservationError(
@@ -121,11 +117,7 @@ class InstructionWordsStep(ObservationProcessorStep):
 
 
 def make_instruction_step(instructions: Iterable[str], max_words: int, rows: int) -> InstructionWordsStep:
-    """The step for a data set's instructions, of `max_words` at most, and an embedding of so many `rows`.
-
-    Raises:
-        ConfigError: No instruction, one that is too long, or words that do not fit the embedding.
-    """
+    """The step for a data set's instructions, of `max_words` at most and words for an embedding of so many `rows`."""
     instructions = list(instructions)
     vocabulary = build_vocabulary(instructions)
     if not vocabulary:

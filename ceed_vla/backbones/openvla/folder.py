@@ -42,11 +42,7 @@ VICUNA_PROMPT = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """The describing part of an OpenVLA configuration.
-
-    Attributes:
-        values: Entries of config.json.
-    """
+    """The describing part of an OpenVLA configuration: entries of config.json."""
 
     values: dict[str, Any]
 
@@ -85,10 +81,8 @@ class Architecture:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of an OpenVLA folder.
-
-    Raises:
-        CheckpointError: No such folder, another kind of model, or entries that are missing or contradict each other.
+    """config.json of an OpenVLA folder, checked; `CheckpointError` for another kind of model, or entries that
+    contradict.
     """
     if not str(folder) or not Path(folder).is_dir():
         raise CheckpointError(
@@ -106,11 +100,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def check_config(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
-    """`config` as found in `file`, which messages name, with the defaults of the format.
-
-    Raises:
-        CheckpointError: What cannot be built, or is no OpenVLA's.
-    """
+    """`config` as found in `file`, with the defaults of the format; `CheckpointError` for what cannot be built."""
     try:
         return _checked(file, config)
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, OverflowError) as error:
@@ -194,17 +184,11 @@ def describe_model(folder: str | Path) -> dict[str, Any]:
 
 
 def action_statistics(folder: str | Path, unnorm_key: str = "") -> tuple[str, dict[str, Any]]:
-    """Statistics by which actions are un-normalised.
+    """The data set by whose statistics actions are un-normalised, and its ``q01``, ``q99`` and ``mask``, ``A`` values
+    each.
 
     They lie in ``norm_stats`` of config.json; a fine-tuned model may have its own in dataset_statistics.json, which
-    then count first.
-
-    Args:
-        folder: The published folder.
-        unnorm_key: Data set whose statistics are meant; not needed where there is one.
-
-    Returns:
-        The data set's name, and its ``q01``, ``q99`` and ``mask``, ``A`` values each.
+    then count first. Where there are several, `unnorm_key` names the data set.
 
     Raises:
         ConfigError: The name is unknown, or missing where there are several; the message lists them.

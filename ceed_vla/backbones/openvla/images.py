@@ -37,14 +37,10 @@ class _Transform:
 
 
 class OpenVLAImages:
-    """The image processor of an OpenVLA folder.
+    """The image processor of an OpenVLA folder, from its preprocessor_config.json.
 
     Published files hold a short form (``input_sizes``, ``interpolations``, ``means``, ``stds``, a strategy) and what it
     was expanded to (``tvf_...``). The expanded form counts where both are there, as in the reference.
-
-    Args:
-        settings: preprocessor_config.json.
-        file: Where they come from, for messages.
 
     Attributes:
         sizes: ``[S, S]`` of every tower's pixels.

@@ -59,11 +59,7 @@ class OpenVLAInputsStep(FilesStep, ObservationProcessorStep):
     # ---- the folder's files, kept in the checkpoint --------------------------------------------------------------
 
     def read_folder(self, path: str) -> OpenVLAInputsStep:
-        """Take tokenizer and image settings from an OpenVLA folder; returns self.
-
-        Raises:
-            CheckpointError: Files that are missing or damaged, or a tokenizer of another model.
-        """
+        """Take tokenizer and image settings from an OpenVLA folder; returns self."""
         config = read_config(path)
         self.use(read_files(Path(path), (IMAGES_FILE, *TOKENIZER_FILES)), path)
         words, largest = int(config["text_config"]["vocab_size"]), self._tokenizer.size - 1

@@ -13,9 +13,6 @@ from ceed_vla.errors import ConfigError
 def quantize(module: nn.Module, kind: str, device: str) -> None:
     """Replace every linear layer inside `module`, in place: the layers of a language model, without its head, with
     their weights. `kind` is "8bit" (LLM.int8) or "4bit" (NF4), `device` where the policy will run.
-
-    Raises:
-        ConfigError: No GPU, or no bitsandbytes.
     """
     if not str(device).startswith("cuda"):
         raise ConfigError(

@@ -26,11 +26,7 @@ class TextTokenizer(Protocol):
 
 
 def read_tokenizer(folder: Path, source: str) -> TextTokenizer:
-    """The tokenizer of a folder: tokenizer.json, or the older tokenizer.model; messages call it `source`.
-
-    Raises:
-        CheckpointError: None of the files, or one that cannot be read.
-    """
+    """The tokenizer of a folder: tokenizer.json, or the older tokenizer.model; messages call it `source`."""
     settings_file = folder / "tokenizer_config.json"
     name = f"{source}: {settings_file.name}"
     settings = read_json(settings_file, source=name) if settings_file.is_file() else {}

@@ -30,10 +30,7 @@ from ceed_vla.weights import copy_weights, weight_files
 class TransformersBackbone(TrainableBackbone):
     """A language model of transformers behind the `Backbone` protocol.
 
-    Args:
-        block_length: Tokens ``n`` of a block.
-        vocabulary_size: Values ``V`` of a token.
-        action_ids: (V,) vocabulary ids of the tokens; None where a token is any id.
+    `action_ids` (V,) are the vocabulary ids of the tokens; None where a token is any id.
     """
 
     compilable = ("block",)
@@ -197,17 +194,14 @@ def read_weights(
     skip: Callable[[str], bool] = lambda name: False,
     copies: Mapping[str, str] | None = None,
 ) -> None:
-    """Read all weights of a published folder into a model.
+    """Read all weights of a published folder into a model of the right sizes; see `copy_weights`.
 
     Args:
-        model: With weights of the right sizes.
+        model: Where they go.
         folder: With one safetensors file, or its shards.
         rename: From the name in a file to the model's.
         skip: Names in a file that are passed over.
         copies: A weight that may be missing -> the one that it then equals.
-
-    Raises:
-        CheckpointError: Weights that are missing, unknown, damaged or of other sizes.
     """
     missing, unknown = copy_weights(model, weight_files(folder), rename=rename, skip=skip)
     own = model.state_dict()

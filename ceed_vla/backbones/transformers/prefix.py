@@ -42,11 +42,7 @@ class PrefixEmbeddings:
         return len(self.embeds)
 
     def __getitem__(self, rows: Any) -> PrefixEmbeddings:
-        """The given rows.
-
-        Raises:
-            ConfigError: The language model reads something that is not arranged by rows.
-        """
+        """The given rows; `ConfigError` where the language model reads something that is not arranged by rows."""
         inputs = {name: self._rows(name, value, rows) for name, value in self.inputs.items()}
         return PrefixEmbeddings(self.embeds[rows], self.real[rows], self.next_position[rows], inputs)
 
@@ -70,11 +66,7 @@ class PrefixEmbeddings:
         )
 
     def joined(self, block: Tensor) -> dict[str, Any]:
-        """What the language model is called with for the prefix and `block` (B, k, d) in one sequence, without cache.
-
-        Raises:
-            ConfigError: Layers with masks of several kinds.
-        """
+        """What the language model is called with for prefix and `block` (B, k, d) in one sequence, without cache."""
         known, length, k = self.inputs["position_ids"], self.embeds.shape[1], block.shape[1]
         offsets = torch.arange(k, device=block.device)
         positions = (self.next_position.unsqueeze(1) + offsets).expand(*known.shape[:-1], -1)

@@ -159,11 +159,7 @@ class VLMInputsStep(FilesStep, ObservationProcessorStep):
 
 
 def keyed(inputs: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """Name the processor's tensors, with `rows` rows first in each.
-
-    Raises:
-        ObservationError: Rows with different numbers of images or patches.
-    """
+    """Name the processor's tensors, with `rows` rows first in each."""
     named: dict[str, Tensor] = {}
     for name, value in inputs.items():
         if len(value) == rows:

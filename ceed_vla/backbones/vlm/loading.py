@@ -24,11 +24,7 @@ from ceed_vla.weights import Header, check_floating, check_weights, weight_files
 
 
 def check_folder(folder: Path) -> None:
-    """Check that a folder holds an image-text-to-text model with all its weights.
-
-    Raises:
-        CheckpointError: No such folder, another kind of model, one that needs code of its own, or missing files.
-    """
+    """Check that a folder holds an image-text-to-text model with all its weights, and needs no code of its own."""
     if not folder.is_dir():
         raise CheckpointError(
             f"backbone.path is {str(folder)!r}, which is no folder; give a local one with config.json and "
@@ -47,11 +43,7 @@ def check_folder(folder: Path) -> None:
 
 
 def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """Read a model with all its weights.
-
-    Raises:
-        CheckpointError: See `check_folder`; or weights that are damaged, incomplete or of other sizes.
-    """
+    """Read a model with all its weights; `CheckpointError` if these are damaged, incomplete or of other sizes."""
     folder = Path(folder)
     check_folder(folder)
     check_floating(weight_files(folder))
@@ -81,11 +73,7 @@ def architecture(model: PreTrainedModel) -> str:
 
 
 def build_model(text: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The model of `architecture`'s text, with weights still to be read.
-
-    Raises:
-        CheckpointError: The text was damaged.
-    """
+    """The model of `architecture`'s text, with weights still to be read."""
     try:
         values = read_architecture(text)
         config = AutoConfig.for_model(values.pop("model_type"), **values)
@@ -103,17 +91,10 @@ def build_model(text: str, dtype: torch.dtype, attention: str) -> PreTrainedMode
 
 
 def choose_action_ids(model: PreTrainedModel, processor: Any, kind: str, count: int) -> list[int]:
-    """Vocabulary ids of `count` action bins.
+    """Vocabulary ids of `count` action bins, by the `kind` that `VLMConfig.action_ids` explains.
 
-    Args:
-        model: Gets more rows in its embedding where "added" ids need them.
-        processor: Its tokenizer.
-        kind: "last": the last ordinary ids of the tokenizer, whose meaning is overwritten; "last_reversed": the same
-            downwards, as OpenVLA and LLaVA-VLA count; "added": new ids behind the tokenizer's.
-        count: Bins ``V``.
-
-    Raises:
-        ConfigError: Tokenizer and model disagree, or the vocabulary is too small.
+    "Added" ids may need more rows in the model's embedding, which it then gets. `ConfigError` where tokenizer and model
+    disagree, or the vocabulary is too small.
     """
     tokenizer, rows = processor.tokenizer, cast("Any", model.get_input_embeddings()).num_embeddings
     words = 1 + max(tokenizer.get_vocab().values())
@@ -148,11 +129,7 @@ def choose_action_ids(model: PreTrainedModel, processor: Any, kind: str, count: 
 
 @torch.no_grad()
 def check_decoding(backbone: VLMBackbone) -> None:
-    """Try on a few tokens what decoding relies on: a cache that can be cut, and a head that is one matrix.
-
-    Raises:
-        ConfigError: The model works otherwise.
-    """
+    """Try on a few tokens what decoding relies on: a cache that can be cut, and a head that is one matrix."""
     model = cast("Any", backbone.model)
     ids = backbone.action_ids[None, :4]
     accepted = inspect.signature(model.forward).parameters

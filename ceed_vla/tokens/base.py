@@ -37,6 +37,14 @@ def check_ends(low: Sequence[float], high: Sequence[float], action_dim: int | No
         raise ConfigError(f"action_low/action_high have {len(low)} values, the action has {action_dim}.")
 
 
+def from_front(gripper_dims: Sequence[int], action_dim: int) -> tuple[int, ...]:
+    """Dimensions of which negative ones count from the end, as sorted non-negative indices."""
+    bad = [d for d in gripper_dims if not -action_dim <= d < action_dim]
+    if bad:
+        raise ConfigError(f"gripper_dims {bad} lie outside the {action_dim} action dimensions.")
+    return tuple(sorted({int(d) % action_dim for d in gripper_dims}))
+
+
 class ActionTokens(abc.ABC):
     """Writes chunks of ``m`` actions of ``A`` dimensions as blocks of ``n`` tokens, and reads them.
 
@@ -170,16 +178,12 @@ class ActionTokensConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
         return chunk_steps * action_dim
 
     def fit(self, action_dim: int, action_stats: Mapping[str, Any] | None) -> None:
-        """Fill what the data define, once, when a policy is new, from LeRobot's statistics of the action, if there are
-        any.
-        """
+        """Fill what the data define, once, when a policy is new; `action_stats` are LeRobot's, or None."""
 
     def validate_features(self, action_dim: int) -> None:
         """Raise `ConfigError` if the settings do not fit the action."""
-        bad = [d for d in self.gripper_dims if not -action_dim <= d < action_dim]
-        if bad:
-            raise ConfigError(f"gripper_dims {bad} lie outside the {action_dim} action dimensions.")
+        self.gripper_indices(action_dim)
 
     def gripper_indices(self, action_dim: int) -> tuple[int, ...]:
         """`gripper_dims` as non-negative indices."""
-        return tuple(sorted({d % action_dim for d in self.gripper_dims}))
+        return from_front(self.gripper_dims, action_dim)

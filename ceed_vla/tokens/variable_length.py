@@ -74,14 +74,13 @@ class VariableLengthTokens(ActionTokens):
     def readable(self, tokens: Tensor) -> Tensor:
         """Which rows (B,) of `tokens` (B, n) stand for a chunk; nothing is counted."""
         check_tokens(tokens, "tokens", (None, self.block_length), 0)
-        rows = []
-        for ids in tokens.tolist():
+        rows = torch.ones(len(tokens), dtype=torch.bool)
+        for row, ids in enumerate(tokens.tolist()):
             try:
                 self._chunk(ids)
-                rows.append(True)
             except MalformedChunkError:
-                rows.append(False)
-        return torch.tensor(rows, dtype=torch.bool, device=tokens.device)
+                rows[row] = False
+        return rows.to(tokens.device)
 
     def _chunk(self, ids: list[int]) -> Tensor:
         """The chunk (m, A) in front of the stop token."""
@@ -98,19 +97,11 @@ class VariableLengthTokens(ActionTokens):
 
     def shifted(self, previous: Tensor, mid: Tensor, steps: int) -> Tensor:
         """`previous` (B, n) shifted in time and encoded again; `mid` (B, n) in rows that cannot be."""
+        order = torch.arange(steps, steps + self.chunk_steps).clamp(max=self.chunk_steps - 1)  # the last one repeated
         for row, tokens in enumerate(previous.cpu()):
-            moved = self._shifted(tokens, steps)
-            if moved is not None:
-                mid[row] = moved
+            try:
+                chunk = self._chunk(tokens.tolist())
+                mid[row] = self.encode(chunk[order].unsqueeze(0))[0] if steps else tokens
+            except TokenError:
+                continue
         return mid
-
-    def _shifted(self, tokens: Tensor, steps: int) -> Tensor | None:
-        """Tokens (n,) of the chunk behind its first `steps` steps, the last one repeated; None if there is none."""
-        try:
-            chunk = self._chunk(tokens.tolist())
-            if not steps:
-                return tokens
-            order = torch.arange(steps, steps + self.chunk_steps).clamp(max=self.chunk_steps - 1)
-            return self.encode(chunk[order].unsqueeze(0))[0]
-        except TokenError:
-            return None

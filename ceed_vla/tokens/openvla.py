@@ -78,7 +78,7 @@ class OpenVLATokenizer(ActionTokens):
         gripper_dims: Sequence[int] = (),
     ) -> None:
         if not len(q01) == len(q99) == len(mask) > 0:
-            raise ConfigError(f"q01 has {len(q01)} values, q99 {len(q99)}, mask {len(mask)}; give one a dimension.")
+            raise ConfigError(f"q01 has {len(q01)} values, q99 {len(q99)}, mask {len(mask)}; give one of each.")
         if chunk_steps < 1 or num_bins < 3:
             raise ConfigError(f"chunk_steps is {chunk_steps} (at least 1) and num_bins {num_bins} (at least 3).")
         self.action_dim, self.chunk_steps, self.vocabulary_size = len(q01), int(chunk_steps), int(num_bins)

@@ -18,8 +18,7 @@ def check_device(name: object) -> str:
 
 def check_device_name(name: object) -> None:
     """Raise `ConfigError` unless `name` names a device, of this machine or another."""
-    kind, index = _parsed(name)
-    if kind not in KINDS or index < 0:
+    if not _parsed(name)[0]:
         raise ConfigError(f"device is {str(name)[:200]!r}; choose one of {', '.join(KINDS)}, or cuda:1.")
 
 

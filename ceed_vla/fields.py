@@ -88,19 +88,19 @@ def check_fields(config: Any, prefix: str = "") -> None:
 
     Belongs first in ``__post_init__``. A `ConfigError` names the field, behind `prefix`, its value and what is allowed.
     """
-    hints = _hints(type(config))  # type: ignore[arg-type]
+    hints = type_hints(type(config))  # type: ignore[arg-type]
     for item in fields(config):
-        value, allowed = getattr(config, item.name, None), allowed_of(item)
-        if not _fits(value, hints.get(item.name, Any), allowed):
-            what = describe(hints.get(item.name, Any), allowed)
-            raise ConfigError(f"{prefix}{item.name.removesuffix('_')} is {short(value)}; it must be {what}.")
+        value, hint, allowed = getattr(config, item.name, None), hints.get(item.name, Any), allowed_of(item)
+        if not _fits(value, hint, allowed):
+            name = f"{prefix}{item.name.removesuffix('_')}"
+            raise ConfigError(f"{name} is {short(value)}; it must be {describe(hint, allowed)}.")
 
 
 def describe(hint: Any, allowed: Interval | Choices | None) -> str:
     """What a field may be, in words."""
     if isinstance(allowed, Choices):
         return str(allowed)
-    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    options = options_of(hint)
     words = [_word(option) for option in options if option is not type(None)]
     text = " or ".join(dict.fromkeys(words)) + (f" {allowed}" if allowed is not None else "")
     return text + (" (or nothing)" if type(None) in options else "")
@@ -117,16 +117,16 @@ def _word(hint: Any) -> str:
 def _fits(value: Any, hint: Any, allowed: Interval | Choices | None) -> bool:
     if hint is Any:
         return True
-    if _is_union(hint):
-        return any(_fits(value, option, allowed) for option in typing.get_args(hint))
+    if (options := options_of(hint)) != (hint,):
+        return any(_fits(value, option, allowed) for option in options)
     if hint is type(None):
         return value is None
     if hint in (int, float):
         number = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
-        return number and abs(value) < _LARGEST and (value in allowed if isinstance(allowed, Interval) else True)
+        return number and abs(value) < _LARGEST and (not isinstance(allowed, Interval) or value in allowed)
     if hint is str:
         fits = isinstance(value, str) and len(value) <= LONGEST_TEXT and "\0" not in value
-        return fits and (value in allowed if isinstance(allowed, Choices) else True)
+        return fits and (not isinstance(allowed, Choices) or value in allowed)
     if hint is bool:
         return isinstance(value, bool)
     if hint is Path:
@@ -140,8 +140,9 @@ def _fits(value: Any, hint: Any, allowed: Interval | Choices | None) -> bool:
     return isinstance(value, hint) if isinstance(hint, type) else True
 
 
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+def options_of(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; `hint` alone if it is none."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def short(value: object) -> str:
@@ -154,7 +155,8 @@ def short(value: object) -> str:
 
 
 @functools.cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
+def type_hints(kind: type[Any]) -> dict[str, Any]:
+    """Types of a dataclass's fields by name, as far as they can be found."""
     try:
         return typing.get_type_hints(kind)
     except (NameError, TypeError):  # a type that is imported for checkers only

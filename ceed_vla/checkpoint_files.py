@@ -35,9 +35,7 @@ def pretrained_path(name: str) -> Path:
         raise CheckpointError(f"No shipped checkpoint is called {name!r}; choose one of {', '.join(PRETRAINED)}.")
     path = Path(__file__).parent / "pretrained" / name
     if not (path / WEIGHTS).is_file():
-        raise CheckpointError(
-            f"The shipped checkpoint {name!r} is missing from this installation ({path.name}/); reinstall."
-        )
+        raise CheckpointError(f"The shipped checkpoint {name!r} is missing from this installation; reinstall.")
     return path
 
 

@@ -35,9 +35,7 @@ def load(path: str | Path, device: str | None = None, merge_adapters: bool = Tru
         overrides = {"device_processor": {"device": config.device}}
         pre, post = make_pre_post_processors(config, str(folder), preprocessor_overrides=overrides)
     except Exception as error:  # LeRobot's pipelines raise many kinds
-        raise CheckpointError(
-            f"The processors of {path} cannot be loaded ({root_cause(error)}); copy it again."
-        ) from error
+        raise CheckpointError(f"The processors of {path} do not load ({root_cause(error)}); copy it again.") from error
     return policy, checked(pre), checked(post)
 
 
@@ -66,7 +64,5 @@ def save(
                 file.replace(folder / file.name)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)[:200]
-        raise CheckpointError(
-            f"The checkpoint {folder} cannot be written ({reason}); make room, then repeat."
-        ) from error
+        raise CheckpointError(f"The checkpoint {folder} cannot be written ({reason}); make room and repeat.") from error
     return folder

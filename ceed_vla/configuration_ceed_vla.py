@@ -152,9 +152,7 @@ class CeedVLAConfig(PreTrainedConfig):
     def action_dim(self) -> int:
         """Action dimensions ``A``."""
         if self.action_feature is None:
-            raise ConfigError(
-                "The configuration names no action feature; set output_features or build it from a data set."
-            )
+            raise ConfigError("There is no action feature; set output_features or build it from a data set.")
         return int(self.action_feature.shape[0])
 
     @property
@@ -220,9 +218,7 @@ class CeedVLAConfig(PreTrainedConfig):
                 raise ConfigError(f"The feature {name} is {short(feature)}; it must have a type and a shape.")
             sides = tuple(feature.shape)
             if not sides or not all(type(n) is int and 1 <= n <= MOST_SIDE for n in sides):
-                raise ConfigError(
-                    f"The feature {name} has the shape {sides}; sides are whole numbers in [1, {MOST_SIDE}]."
-                )
+                raise ConfigError(f"The feature {name} has the shape {sides}; sides are whole, in [1, {MOST_SIDE}].")
             if feature.type is FeatureType.VISUAL and (len(sides) != 3 or sides[0] != 3):
                 raise ConfigError(f"The camera {name} has the shape {sides}; expected (3, height, width).")
             if feature.type in (FeatureType.STATE, FeatureType.ENV) and len(sides) != 1:

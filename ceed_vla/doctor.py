@@ -130,9 +130,6 @@ def _run_probe(script: str) -> dict[str, Any]:
     return {"error": _short(signal + (lines or ["no message"])[-1])}
 
 
-# ---- what is looked at ------------------------------------------------------------------------------------------
-
-
 def _version(package: str) -> str:
     """Empty if it is not installed."""
     try:

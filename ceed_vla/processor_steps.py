@@ -76,15 +76,14 @@ class _Normalise(_Settings):
 
 
 @dataclass
-class _Relative(_Settings):
+class _Absolute(_Settings):
     enabled: bool = False
-    exclude_joints: list[str] | None = None
-    action_names: list[str] | None = None
 
 
 @dataclass
-class _Absolute(_Settings):
-    enabled: bool = False
+class _Relative(_Absolute):
+    exclude_joints: list[str] | None = None
+    action_names: list[str] | None = None
 
 
 Maker = Callable[..., Any]
@@ -252,17 +251,6 @@ def check_processors(folder: Path, config: Any) -> None:
         features = {NORMALIZER: {**inputs, **outputs}, UNNORMALIZER: outputs}.get(step.name)
         if features is not None and _shapes(step) != {n: (f.type.value, tuple(f.shape)) for n, f in features.items()}:
             raise step.error("normalises other features than config.json has; copy both again.")
-
-
-def _check_relative(pre: list[Step], post: list[Step]) -> None:
-    """That actions are made absolute if and only if they were made relative."""
-    on = [
-        any(s.settings.get("enabled") for s in steps if s.name.endswith("_actions_processor")) for steps in (pre, post)
-    ]
-    if on[0] != on[1]:
-        raise CheckpointError(
-            f"{(pre or post)[0].file.parent}: only one of the processors works with relative actions; copy both again."
-        )
 
 
 def check_foreign_processors(folder: Path, config: PreTrainedConfig) -> None:

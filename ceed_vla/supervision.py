@@ -46,9 +46,7 @@ def teacher_loss(policy: Learner, batch: dict[str, Tensor], reduction: str = "me
         raise ConfigError(f"reduction is {short(reduction)}; choose mean or none.")
     rows_count = policy.check_observation(batch)
     if batch.get(ACTION) is None:
-        raise ObservationError(
-            f"The batch has no {ACTION!r} to learn from; it has {', '.join(sorted(map(str, batch)))}."
-        )
+        raise ObservationError(f"The batch has no {ACTION!r}; it has {', '.join(sorted(map(str, batch)))}.")
     _check(policy, batch, rows_count)
     if policy.training:
         batch = _augment(policy, batch)

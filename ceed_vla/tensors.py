@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from ceed_vla.fields import short
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
-def is_plain(value: object) -> bool:
+def is_plain(value: object) -> TypeGuard[Tensor]:
     """Whether a value is a tensor of numbers one after the other: not sparse, nested, quantised, or without data."""
     return (
         isinstance(value, Tensor)
@@ -34,20 +36,10 @@ def check_tokens(
         none: A row may hold -1 throughout.
     """
     rows, length = shape
-    if not isinstance(tokens, Tensor) or not is_plain(tokens):
-        raise TokenError(
-            f"{what}: expected a dense tensor ({rows or 'B'}, {length}) of integers, got {type(tokens).__name__}."
-        )
-    if (
-        tokens.ndim != 2
-        or tokens.shape[1] != length
-        or rows not in (None, tokens.shape[0])
-        or tokens.dtype not in _INTEGERS
-    ):
-        raise TokenError(
-            f"{what}: {tuple(tokens.shape)} {tokens.dtype}, expected ({'B' if rows is None else rows}, {length}) "
-            "integers."
-        )
+    found = f"{tuple(tokens.shape)} {tokens.dtype}" if is_plain(tokens) else f"{type(tokens).__name__}, no dense tensor"
+    fits = is_plain(tokens) and tokens.ndim == 2 and tokens.shape[1] == length and tokens.dtype in _INTEGERS
+    if not is_plain(tokens) or not fits or rows not in (None, len(tokens)):
+        raise TokenError(f"{what}: {found}, expected ({'B' if rows is None else rows}, {length}) integers.")
     if not vocabulary or not tokens.numel():
         return
     least, most = torch.stack(tokens.aminmax()).tolist()

@@ -141,9 +141,7 @@ def copy_weights(
                     zeros += [published] if empty and place.ndim > 1 else []
     scoring = [name for name in zeros if name.split(".")[-2:-1] and name.split(".")[-2] in HEADS]
     if scoring or (zeros and len(zeros) == matrices):
-        raise CheckpointError(
-            f"{files[0]}: {(scoring or zeros)[0]} holds nothing but zeros; no training leaves it so. Copy it again."
-        )
+        raise CheckpointError(f"{files[0]}: {(scoring or zeros)[0]} holds nothing but zeros. Copy it again.")
     pointers = {own[name].data_ptr() for name in read}
     missing = sorted(name for name in own.keys() - read if own[name].data_ptr() not in pointers)
     return missing, sorted(unknown)
@@ -189,9 +187,6 @@ def check_floating(files: Sequence[Path]) -> None:
             for name in tensors.keys():  # noqa: SIM118
                 if name.endswith((".weight", ".bias")) and (kind := tensors.get_slice(name).get_dtype()) not in _FLOATS:
                     raise CheckpointError(f"The weights {file} do not load: {name} is of type {kind}; copy them again.")
-
-
-# ---- a policy's weights -------------------------------------------------------------------------------------------
 
 
 class PolicyModule(nn.Module):

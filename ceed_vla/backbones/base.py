@@ -157,9 +157,7 @@ def check_features(
             have = ", ".join(sorted(str(k) for k in batch if str(k).startswith("observation."))) or "none"
             kind = f"has {key!r} as {type(value).__name__}, not as a dense tensor"
             problem = f"lacks {key!r}" if value is None else kind
-            raise ObservationError(
-                f"The observation {problem}; it has {have}. Pass it through the checkpoint's pre-processor first."
-            )
+            raise ObservationError(f"The observation {problem}; it has {have}. Use the checkpoint's pre-processor.")
         found, *sizes = tuple(value.shape) or (0,)
         rows = found if key == first else rows
         fits = len(sizes) == len(shape) and all(b in (None, a) for a, b in zip(sizes, shape, strict=True))

@@ -53,9 +53,7 @@ def _camera_size(text: str) -> tuple[int, int] | None:
     height, _, width = text.partition("x")
     sides = [int(side) for side in (height, width) if side.isascii() and side.isdecimal() and len(side) < 6]
     if len(sides) < 2 or not all(1 <= side <= LARGEST_SIDE for side in sides):
-        raise ConfigError(
-            f"camera_size is {text[:50]!r}; give HEIGHTxWIDTH, such as 480x640, sides up to {LARGEST_SIDE}."
-        )
+        raise ConfigError(f"camera_size is {text[:50]!r}; give HEIGHTxWIDTH (480x640), sides up to {LARGEST_SIDE}.")
     return sides[0], sides[1]
 
 

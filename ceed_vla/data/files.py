@@ -81,9 +81,7 @@ def read_info(root: Path) -> Info:
     info = read_json(file, DatasetError)
     version, fps, features = (info.get(key) for key in ("codebase_version", "fps", "features"))
     if not (isinstance(version, str) and version.startswith("v3.")):
-        raise DatasetError(
-            f"{root} has LeRobot's format {str(version)[:50]}, this needs v3; convert it with LeRobot's tools."
-        )
+        raise DatasetError(f"{root} has the format {str(version)[:50]}; convert it to v3 with LeRobot's tools.")
     _require(is_whole(info.get("total_frames"), 0), file, "total_frames", info.get("total_frames"), "a number")
     _require(is_whole(info.get("total_episodes"), 0), file, "total_episodes", info.get("total_episodes"), "a number")
     if not info["total_frames"]:

@@ -139,14 +139,10 @@ def _video_places(info: Info, camera: str) -> tuple[NDArray[np.int64], NDArray[n
         raise DatasetError(f"{info.root}/meta/episodes does not list episodes 0..{info.episodes - 1}.")
     for place in zip(chunk.tolist(), file.tolist(), start.tolist(), strict=True):
         if not (is_whole(place[0], 0) and is_whole(place[1], 0) and 0 <= place[2] < math.inf):
-            raise DatasetError(
-                f"{info.root}/meta/episodes: {camera} has no place {place[0]}/{place[1]} at {place[2]} s."
-            )
+            raise DatasetError(f"{info.root}/meta/episodes: {camera} has no place {place[0]}/{place[1]}, {place[2]} s.")
     places = np.stack([chunk, file], axis=1).astype(np.int64)
     videos = [_video_file(info, camera, *place) for place in np.unique(places, axis=0).tolist()]
     missing = [video for video in videos if not video.is_file()]
     if missing:
-        raise DatasetError(
-            f"There is no video {missing[0]} ({len(missing)} of {len(videos)} are missing); copy it too."
-        )
+        raise DatasetError(f"There is no video {missing[0]} ({len(missing)} of {len(videos)} missing); copy it too.")
     return places, start.astype(np.float64)

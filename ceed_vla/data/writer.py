@@ -233,9 +233,7 @@ class DatasetWriter:
         try:
             stored = {name: (ft["dtype"], tuple(ft["shape"])) for name, ft in self._own_features().items()}
         except (TypeError, KeyError, AttributeError) as error:
-            raise DatasetError(
-                f"{self.root}: meta/info.json has features without type and shape ({error!r})"
-            ) from error
+            raise DatasetError(f"{self.root}: meta/info.json has features without type or shape ({error!r})") from error
         wanted = {name: (ft["dtype"], tuple(ft["shape"])) for name, ft in features.items()}
         if stored != wanted:
             raise DatasetError(f"{self.root} stores {stored}; this recording writes {wanted}. Use a new root")

@@ -153,8 +153,6 @@ class CompactBackbone(TrainableBackbone):
     def distillation_parameters(self) -> list[str]:
         return [name for name, _ in self.named_parameters() if name.partition(".")[0] in DISTILLED]
 
-    # ---- prefix -------------------------------------------------------------------------------------------------
-
     def embed_prefix(self, observation: dict[str, Tensor]) -> Tensor:
         """Embeddings (B, P, d) of words, cameras and state (the state token comes last)."""
         words = observation[LANGUAGE_KEY]  # (B, L)
@@ -193,16 +191,12 @@ class CompactBackbone(TrainableBackbone):
             x = layer.finish(x, q, keys, values, mask)
         return x
 
-    # ---- block --------------------------------------------------------------------------------------------------
-
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         """Logits (B, k, V) for the slots after `tokens` (B, k), which follow the committed tokens of the cache."""
         cache, length = prefix.cache, tokens.shape[1]
         x = self.action_tokens(tokens) + cache.rows(self.slots, length)  # (B, k, d)
         mask = cache.mask(length)
         return self.head(self.final_norm(self._run(x, cache, mask, check_depth(depth, self.num_layers))))
-
-    # ---- training -----------------------------------------------------------------------------------------------
 
     def packed_logits(self, embeddings: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Teacher-forced logits of several blocks behind one prefix, in one forward; see `TrainableBackbone`.

@@ -12,7 +12,7 @@ from typing import Any
 
 from ceed_vla.backbones.transformers.architecture import least_sizes, read_architecture
 from ceed_vla.backbones.transformers.config import DTYPES
-from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.errors import CheckpointError, ConfigError, root_cause
 from ceed_vla.files import read_json
 
 STATISTICS = "dataset_statistics.json"  # of a fine-tune; wins over norm_stats in config.json
@@ -75,9 +75,6 @@ class Architecture:
     def prompt(self) -> str:
         """Text around ``{instruction}`` that the model was trained with."""
         return VICUNA_PROMPT if str(self.values.get("llm_backbone_id")).startswith("vicuna") else PROMPT
-
-
-# ---- configuration ----------------------------------------------------------------------------------------------
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -165,10 +162,10 @@ def _check_towers(file: Path | str, config: dict[str, Any]) -> None:
                     f"{file}: timm_model_kwargs sets {name!r} to {str(value)[:200]!r}; it may set numbers of "
                     f"{', '.join(TOWER_SETTINGS)}."
                 )
-    for activation in config.get("timm_override_act_layers") or ():
-        if activation is not None and activation not in ACTIVATIONS:
+    for layer in config.get("timm_override_act_layers") or ():
+        if layer not in (None, *ACTIVATIONS):
             raise CheckpointError(
-                f"{file}: timm_override_act_layers has {activation!r}; it may have {', '.join(ACTIVATIONS)}."
+                f"{file}: timm_override_act_layers has {layer!r}; it may have {', '.join(ACTIVATIONS)}."
             )
     for size in config["image_sizes"]:
         sides = [size] if isinstance(size, int) else list(size)
@@ -223,9 +220,7 @@ def _quantiles(stats: Any, what: str) -> dict[str, Any]:
         low, high = [float(v) for v in action["q01"]], [float(v) for v in action["q99"]]
         mask = [bool(v) for v in action.get("mask") or [True] * len(low)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{what} need q01 and q99, one number a dimension ({type(error).__name__}: {error})."
-        ) from error
+        raise CheckpointError(f"{what} need q01 and q99, one number a dimension ({root_cause(error)}).") from error
     if not all(math.isfinite(v) for v in (*low, *high)):
         raise CheckpointError(f"{what} hold NaN or infinity in q01 or q99; copy them again.")
     if not 0 < len(low) == len(high) == len(mask):

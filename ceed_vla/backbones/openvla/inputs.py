@@ -56,8 +56,6 @@ class OpenVLAInputsStep(FilesStep, ObservationProcessorStep):
                 f"{wanted!r}."
             )
 
-    # ---- the folder's files, kept in the checkpoint --------------------------------------------------------------
-
     def read_folder(self, path: str) -> OpenVLAInputsStep:
         """Take tokenizer and image settings from an OpenVLA folder; returns self."""
         config = read_config(path)
@@ -91,8 +89,6 @@ class OpenVLAInputsStep(FilesStep, ObservationProcessorStep):
         name = f"{source}: {IMAGES_FILE}"
         self._images = OpenVLAImages(read_json(folder / IMAGES_FILE, source=name), name)
         self._tokenizer = read_tokenizer(folder, source)
-
-    # ---- inputs -------------------------------------------------------------------------------------------------
 
     def observation(self, observation: RobotObservation) -> RobotObservation:
         self.check_files()

@@ -15,15 +15,11 @@ def quantize(module: nn.Module, kind: str, device: str) -> None:
     their weights. `kind` is "8bit" (LLM.int8) or "4bit" (NF4), `device` where the policy will run.
     """
     if not str(device).startswith("cuda"):
-        raise ConfigError(
-            f"backbone.quantization is {kind!r} and the policy's device {device!r}; it needs a GPU (device=cuda)."
-        )
+        raise ConfigError(f"backbone.quantization is {kind!r} and the device {device!r}; it needs a GPU (device=cuda).")
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ConfigError(
-            f"backbone.quantization {kind!r} needs bitsandbytes; install it, or set it to none."
-        ) from error
+        raise ConfigError(f"backbone.quantization {kind!r} needs bitsandbytes; install it, or set none.") from error
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):

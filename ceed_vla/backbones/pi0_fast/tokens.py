@@ -37,9 +37,7 @@ class TextIds:
         stop, bos = tokenizer.convert_tokens_to_ids(STOP), tokenizer.bos_token_id
         marker = tokenizer.encode(MARKER, add_special_tokens=False)
         if stop is None or stop == tokenizer.unk_token_id or bos is None or not marker:
-            raise ConfigError(
-                f"The text tokenizer has no token {STOP!r} or no BOS token, which pi0-FAST needs; is it PaliGemma's?"
-            )
+            raise ConfigError(f"The text tokenizer has no {STOP!r} or no BOS token; is it PaliGemma's?")
         return cls(int(tokenizer.vocab_size), int(bos), int(stop), tuple(int(i) for i in marker))
 
 

@@ -73,8 +73,6 @@ class TransformersBackbone(TrainableBackbone):
         bias = None if head.bias is None else head.bias[self.action_ids]
         return F.linear(hidden, head.weight[self.action_ids], bias)
 
-    # ---- decoding -----------------------------------------------------------------------------------------------
-
     def prefill(self, observation: dict[str, Tensor]) -> TransformersPrefix:
         """Run the prefix of every row once; rows may have prompts of different lengths."""
         return self.prefill_embeddings(self.embed_prefix(observation))
@@ -99,9 +97,7 @@ class TransformersBackbone(TrainableBackbone):
         cache, k = prefix.cache, tokens.shape[1]
         # The number of committed tokens would be a constant of a compiled forward.
         if isinstance(cache, TransformersCache) and cache.committed + k > self.block_length:
-            raise TokenError(
-                f"{k} tokens after {cache.committed} committed ones exceed the block of {self.block_length}."
-            )
+            raise TokenError(f"{k} tokens after {cache.committed} committed exceed the block of {self.block_length}.")
         inputs = {"position_ids": prefix.next_position.unsqueeze(1) + cache.slots(k, tokens.device)}  # (B, k)
         if prefix.real is not None:
             inputs["attention_mask"] = cache.real(prefix.real, k)
@@ -127,8 +123,6 @@ class TransformersBackbone(TrainableBackbone):
                 f"{config.max_position_embeddings} (max_position_embeddings) this model's rope_scaling changes all "
                 "positions with every further one, so keys and values cannot be kept. Use another model."
             )
-
-    # ---- training -----------------------------------------------------------------------------------------------
 
     def packed_logits(self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Teacher-forced logits of several blocks behind one prefix, which runs once; see `TrainableBackbone`."""

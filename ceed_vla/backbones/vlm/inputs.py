@@ -70,8 +70,6 @@ class VLMInputsStep(FilesStep, ObservationProcessorStep):
         if wrong := [name for name, value in wanted.items() if getattr(self, name) != value]:
             raise ConfigError(f"{wrong[0]} is {getattr(self, wrong[0])!r}; the policy's is {wanted[wrong[0]]!r}.")
 
-    # ---- the processor, kept in the checkpoint ------------------------------------------------------------------
-
     def set_processor(self, processor: Any) -> VLMInputsStep:
         """Use `processor`; returns self."""
         with tempfile.TemporaryDirectory() as folder:
@@ -85,8 +83,6 @@ class VLMInputsStep(FilesStep, ObservationProcessorStep):
 
     def get_config(self) -> dict[str, Any]:
         return {"sizes": self.sizes, "layout": self.layout, "prompt": self.prompt, "state_places": self.state_places}
-
-    # ---- inputs -------------------------------------------------------------------------------------------------
 
     def observation(self, observation: RobotObservation) -> RobotObservation:
         self.check_files()
@@ -167,7 +163,5 @@ def keyed(inputs: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
         elif len(value) % rows == 0:
             named[FLAT_KEY + name] = value.unflatten(0, (rows, -1))
         else:
-            raise ObservationError(
-                f"The processor made {len(value)} {name} of {rows} rows; every row needs equally many."
-            )
+            raise ObservationError(f"The processor made {len(value)} {name} of {rows} rows; each needs equally many.")
     return named

@@ -20,8 +20,6 @@ from ceed_vla.errors import CheckpointError, ConfigError, root_cause
 from ceed_vla.files import read_json
 from ceed_vla.weights import Header, check_floating, check_weights, weight_files
 
-# ---- folders ----------------------------------------------------------------------------------------------------
-
 
 def check_folder(folder: Path) -> None:
     """Check that a folder holds an image-text-to-text model with all its weights, and needs no code of its own."""
@@ -64,9 +62,6 @@ def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTra
     return cast("PreTrainedModel", model)
 
 
-# ---- architecture: what a checkpoint keeps of the model's configuration ------------------------------------------
-
-
 def architecture(model: PreTrainedModel) -> str:
     """The model's configuration as one line of JSON, from which `build_model` makes it without its folder."""
     return json.dumps(model.config.to_diff_dict(), sort_keys=True)
@@ -85,9 +80,6 @@ def build_model(text: str, dtype: torch.dtype, attention: str) -> PreTrainedMode
             f"backbone.architecture does not describe a model ({root_cause(error)}); copy config.json again."
         ) from error
     return cast("PreTrainedModel", model.eval())
-
-
-# ---- vocabulary -------------------------------------------------------------------------------------------------
 
 
 def choose_action_ids(model: PreTrainedModel, processor: Any, kind: str, count: int) -> list[int]:
@@ -122,9 +114,6 @@ def choose_action_ids(model: PreTrainedModel, processor: Any, kind: str, count: 
             "lower num_bins or set --policy.backbone.action_ids=added."
         )
     return ordinary[::-1] if kind == "last_reversed" else ordinary
-
-
-# ---- does the model work as a backbone? --------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -96,9 +96,7 @@ class VLMBackbone(TransformersBackbone):
         words = int(cast("Any", self.model).get_input_embeddings().num_embeddings)
         rows = check_features(batch, wanted, finite, {IDS_KEY: words})
         if not any(key.endswith(PIXELS) for key in inputs):
-            raise ObservationError(
-                f"The observation lacks {ROW_KEY}{PIXELS}; pass it through the checkpoint's pre-processor first."
-            )
+            raise ObservationError(f"The observation lacks {ROW_KEY}{PIXELS}; use the checkpoint's pre-processor.")
         check_left_padding(batch, IDS_KEY, MASK_KEY)
         return rows
 

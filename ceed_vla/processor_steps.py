@@ -227,7 +227,9 @@ def check_processors(folder: Path, config: Any) -> None:
     own = _own_steps(config)
     pre = read_steps(folder, PREPROCESSOR, {n: kind for n, kind in own.items() if n not in _AFTER})
     post = read_steps(folder, POSTPROCESSOR, {n: own[n] for n in (*_AFTER, DEVICE)})
-    _check_relative(pre, post)
+    relative = [any(s.settings.get("enabled") for s in p if s.name.endswith("_actions_processor")) for p in (pre, post)]
+    if relative[0] != relative[1]:
+        raise CheckpointError(f"{folder}: only one of the processors works with relative actions; copy both again.")
     needed = {PREPROCESSOR: (*config.backbone.steps, NORMALIZER, DEVICE), POSTPROCESSOR: (UNNORMALIZER, DEVICE)}
     for (name, wanted), steps in zip(needed.items(), (pre, post), strict=True):
         if missing := set(wanted) - {step.name for step in steps}:

@@ -183,7 +183,7 @@ def check_targets(batch: Mapping[str, Any], rows: int, steps: int, noise: int, t
         if key == PADDED and (floats or value.is_complex() or not _within(value, 0, 1)):
             raise ObservationError(f"{key} is {value.dtype}; expected true or false.")
     action = batch.get(ACTION)
-    if isinstance(action, Tensor) and is_plain(action) and action.ndim == 3 and len(action) != rows:
+    if is_plain(action) and action.ndim == 3 and len(action) != rows:
         raise ObservationError(f"{ACTION} has {len(action)} rows, the observation {rows}.")
 
 

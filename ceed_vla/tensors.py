@@ -36,10 +36,12 @@ def check_tokens(
         none: A row may hold -1 throughout.
     """
     rows, length = shape
-    found = f"{tuple(tokens.shape)} {tokens.dtype}" if is_plain(tokens) else f"{type(tokens).__name__}, no dense tensor"
-    fits = is_plain(tokens) and tokens.ndim == 2 and tokens.shape[1] == length and tokens.dtype in _INTEGERS
-    if not is_plain(tokens) or not fits or rows not in (None, len(tokens)):
-        raise TokenError(f"{what}: {found}, expected ({'B' if rows is None else rows}, {length}) integers.")
+    expected = f"({'B' if rows is None else rows}, {length}) integers"
+    if not is_plain(tokens):
+        raise TokenError(f"{what}: {type(tokens).__name__}, expected a dense tensor {expected}.")
+    fits = tokens.ndim == 2 and tokens.shape[1] == length and tokens.dtype in _INTEGERS
+    if not fits or rows not in (None, len(tokens)):
+        raise TokenError(f"{what}: {tuple(tokens.shape)} {tokens.dtype}, expected {expected}.")
     if not vocabulary or not tokens.numel():
         return
     least, most = torch.stack(tokens.aminmax()).tolist()
@@ -58,14 +60,11 @@ def check_tokens(
 
 def check_actions(actions: object, chunk_steps: int, action_dim: int) -> None:
     """Check action chunks (B, m, A) of finite numbers, or raise `TokenError`."""
-    if not isinstance(actions, Tensor) or not is_plain(actions):
-        raise TokenError(
-            f"actions are {type(actions).__name__}; expected a dense tensor (B, {chunk_steps}, {action_dim})."
-        )
+    expected = f"expected (B, {chunk_steps}, {action_dim})"
+    if not is_plain(actions):
+        raise TokenError(f"actions are {type(actions).__name__}, {expected} in a dense tensor.")
     if actions.ndim != 3 or tuple(actions.shape[1:]) != (chunk_steps, action_dim) or actions.is_complex():
-        raise TokenError(
-            f"actions have shape {tuple(actions.shape)} {actions.dtype}, expected (B, {chunk_steps}, {action_dim})."
-        )
+        raise TokenError(f"actions have shape {tuple(actions.shape)} {actions.dtype}, {expected}.")
     finite = torch.isfinite(actions)
     if not bool(finite.all()):
         b, step, d = (~finite).nonzero()[0].tolist()

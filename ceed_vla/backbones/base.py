@@ -153,7 +153,7 @@ def check_features(
     first, rows = next(iter(wanted)), 0
     for key, shape in wanted.items():
         value = batch.get(key)
-        if not isinstance(value, Tensor) or not is_plain(value):
+        if not is_plain(value):
             have = ", ".join(sorted(str(k) for k in batch if str(k).startswith("observation."))) or "none"
             kind = f"has {key!r} as {type(value).__name__}, not as a dense tensor"
             problem = f"lacks {key!r}" if value is None else kind

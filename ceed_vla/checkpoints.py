@@ -12,7 +12,7 @@ from ceed_vla.checkpoint_files import pretrained_path, resolve_checkpoint, weigh
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import CheckpointError, root_cause
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
-from ceed_vla.pipelines import checked
+from ceed_vla.processor_ceed_vla import checked
 
 __all__ = ["load", "pretrained_path", "resolve_checkpoint", "save", "weights_hash"]
 

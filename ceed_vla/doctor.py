@@ -84,7 +84,7 @@ class Finding:
 
 
 def doctor(config: DoctorConfig, console: Console | None = None) -> dict[str, Any]:
-    """Print the table on `console`, the terminal if None, and return the findings; `ConfigError` if a needed one is
+    """Print the table on `console` (or the terminal), and return the findings; `ConfigError` if a needed one is
     missing.
     """
     console = console or Console()

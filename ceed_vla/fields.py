@@ -1,8 +1,4 @@
-"""What a setting may be: declared beside its default, checked when a configuration is made, shown by `--help`.
-
-steps: int = ranged(1000, "[1, 1e9]")
-loss: str = chosen("trust_region", LOSSES)
-"""
+"""What a setting may be: declared beside its default, checked when a configuration is made, shown by `--help`."""
 
 from __future__ import annotations
 

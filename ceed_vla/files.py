@@ -67,7 +67,7 @@ def strange(folder: Path) -> Iterator[Path]:
 
 
 def plain_name(name: object, what: str, error: type[CeedVLAError] = CheckpointError) -> str:
-    """`name`, as found in a file, if it stays in whatever folder it is joined to; else raises `error` about `what` it
+    """`name`, as found in a file, if it stays in the folder it is joined to; else raises `error`, about `what` it
     names.
     """
     plain = isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable()
@@ -89,9 +89,7 @@ def read_files(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def write_files(files: Mapping[str, Tensor], folder: Path) -> None:
-    """Write files into an existing folder; `CheckpointError` for a name that is no plain one, or what is no file's
-    bytes.
-    """
+    """Write files into an existing folder; `CheckpointError` for a name that is no plain one, or no file's bytes."""
     for name, data in files.items():
         if str(data.dtype) != "torch.uint8" or data.ndim != 1:
             raise CheckpointError(f"The file {name!r} is {data.dtype}; it must be bytes. Copy it again.")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from lerobot.processor import (
+    DataProcessorPipeline,
     PolicyAction,
     PolicyProcessorPipeline,
     make_default_policy_processor_steps,
@@ -14,7 +16,7 @@ from lerobot.processor import (
 )
 
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-from ceed_vla.pipelines import checked
+from ceed_vla.errors import CeedVLAError, ObservationError, root_cause
 
 LEAST_DEVIATION = 1e-3  # of a state's dimension, in its own units
 
@@ -55,3 +57,23 @@ def _with_width(
         key: {**values, "std": torch.as_tensor(values["std"]).clamp(min=LEAST_DEVIATION)} if "std" in values else values
         for key, values in stats.items()
     }
+
+
+class CheckedPipeline(DataProcessorPipeline[Any, Any]):
+    """A LeRobot pipeline that says what it was given when a step cannot read it."""
+
+    def __call__(self, data: Any) -> Any:
+        try:
+            return super().__call__(data)
+        except CeedVLAError:
+            raise
+        except Exception as error:  # steps of LeRobot raise whatever Python does with a wrong type
+            raise ObservationError(
+                f"The {self.name} cannot read a {type(data).__name__} ({root_cause(error)}); pass what the environment "
+                "gave, batched, or the policy's actions."
+            ) from error
+
+
+def checked(pipeline: DataProcessorPipeline[Any, Any]) -> CheckedPipeline:
+    """`pipeline` as a `CheckedPipeline`."""
+    return CheckedPipeline(**{item.name: getattr(pipeline, item.name) for item in fields(pipeline) if item.init})

@@ -85,8 +85,8 @@ class Header:
         return cls(len(shapes), sum(math.prod(shape) for shape in shapes))
 
     def check(self, layers: int, numbers: int, source: Path | str) -> None:
-        """Refuse a configuration, of the weights that the message calls `source`, of more layers than there are
-        tensors, or of more numbers than there are.
+        """Refuse a configuration of more layers than there are tensors, or of more numbers; messages call the file
+        `source`.
         """
         if layers > self.tensors or numbers > self.numbers:
             raise CheckpointError(
@@ -229,8 +229,8 @@ def load_weights(policy: PolicyModule, folder: Path, strict: bool = True) -> Non
 
 
 def save_weights(policy: PolicyModule, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
-    """Write a policy's weights into a folder, without those that it refers to and has not trained; or `state_dict`, its
-    weights gathered by whoever sharded them.
+    """Write a policy's weights but those that it refers to and has not trained; or `state_dict`, gathered from its
+    shards.
     """
     from safetensors.torch import save_file, save_model
 

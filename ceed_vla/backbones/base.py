@@ -112,9 +112,7 @@ class TrainableBackbone(nn.Module, Backbone):
         """
 
     def recompute_activations(self) -> None:
-        """Keep only the layers' inputs for the backward pass (gradient checkpointing); `ConfigError` if a family
-        cannot.
-        """
+        """Keep only the layers' inputs for the backward pass (gradient checkpointing); `ConfigError` where none can."""
         raise ConfigError(f"{type(self).__name__} cannot recompute activations; leave out --gradient_checkpointing.")
 
     def prefix_state(self, embeddings: Any) -> Tensor:
@@ -182,8 +180,8 @@ def check_features(
 
 @contextmanager
 def runs(model: nn.Module) -> Iterator[None]:
-    """Say what is wrong with a model of a checkpoint's settings that does not run: a `CheckpointError` instead of
-    torch's.
+    """A model of a checkpoint's settings that does not run is a `CheckpointError`, whatever torch or the library
+    raises.
     """
     try:
         yield

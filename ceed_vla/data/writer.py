@@ -1,12 +1,8 @@
 """Write a LeRobotDataset v3 so that whatever is on disk can always be read.
 
-Two choices differ from `LeRobotDataset.add_frame` / `save_episode` (the format is the same, LeRobot's own
-helpers write the metadata):
-
-* Images are encoded in memory. LeRobot's way over temporary PNG files costs more time than rendering them,
-  and an image that cannot be written (full disk) is only logged.
-* Episodes go to a pending parquet file outside `data/`; `commit()` makes them part of the data set
-  (`commits.py`).
+Unlike in `LeRobotDataset.add_frame` and `save_episode`, images are encoded in memory: temporary PNG files cost more
+time than rendering them, and one that cannot be written (full disk) is only logged. Episodes go to a pending parquet
+file outside `data/`; `commit()` makes them part of the data set (`commits.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What an action vocabulary is: a dataclass of settings, chosen by ``--policy.action_tokens.type``, and what it builds.
-
-A vocabulary is one file with both: an `ActionTokensConfig` that registers itself and the `ActionTokens` that it builds.
-"""
+"""What an action vocabulary is: the settings that ``--policy.action_tokens.type`` chooses, and what these build."""
 
 from __future__ import annotations
 

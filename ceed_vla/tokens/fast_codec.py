@@ -151,9 +151,7 @@ class FastCodec:
         return [encoding.ids for encoding in self.bpe.encode_batch(_texts(inside, self.least))]
 
     def decode(self, ids: Sequence[int], steps: int, action_dim: int) -> Tensor:
-        """The chunk (m, A) float64 that `ids` stand for, in normalised units; `MalformedChunkError` if they stand for
-        none.
-        """
+        """The chunk (m, A) float64 that `ids` stand for, in normalised units, or `MalformedChunkError`."""
         unknown = [i for i in ids if not 0 <= i < self.vocabulary_size]
         if unknown:
             raise MalformedChunkError(f"{unknown[0]} is no FAST id; they lie in [0, {self.vocabulary_size - 1}].")

@@ -31,8 +31,8 @@ class Grammar:
         self.fewest = _fewest(sorted({int(v) for v in lengths if v > 0}), total)  # (total + 1,)
 
     def allowed(self, used: Tensor, slots: Tensor) -> Tensor:
-        """Which tokens (B, k, V) the `slots` (k,) may hold behind `used` (B, k) coefficients of the tokens before each;
-        no token at all where these cannot be completed.
+        """Tokens (B, k, V) that `slots` (k,) may hold behind `used` (B, k) coefficients; none where these cannot be
+        completed.
         """
         lengths, fewest = self.lengths.to(used.device), self.fewest.to(used.device)
         left = (self.total - used).unsqueeze(-1) - lengths  # (B, k, V) behind the token

@@ -99,7 +99,6 @@ class OpenVLATokenizer(ActionTokens):
         self.clipped = 0
 
     def encode(self, actions: Tensor) -> Tensor:
-        """Bins (B, n) of `actions` (B, m, A); see `ActionTokens`."""
         check_actions(actions, self.chunk_steps, self.action_dim)
         return self._bins(actions.double()).flatten(1)
 
@@ -112,7 +111,6 @@ class OpenVLATokenizer(ActionTokens):
         return torch.bucketize(normalised.clamp(-1, 1), edges, right=True) - 1
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Actions (B, m, A) float32 of `tokens` (B, n); see `values`."""
         return self.values(tokens).float()
 
     def values(self, tokens: Tensor) -> Tensor:

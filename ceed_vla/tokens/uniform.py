@@ -119,7 +119,6 @@ class ActionTokenizer(ActionTokens):
         self.zero = nearest.repeat(self.chunk_steps)
 
     def encode(self, actions: Tensor) -> Tensor:
-        """Nearest bins (B, n) of `actions` (B, m, A); see `ActionTokens`."""
         check_actions(actions, self.chunk_steps, self.action_dim)
         actions = actions.double()
         _, low, step_size = self._on(actions.device)
@@ -129,7 +128,6 @@ class ActionTokenizer(ActionTokens):
         return bins.round().clamp(0, self.vocabulary_size - 1).long().flatten(1)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Bin centres (B, m, A) of `tokens` (B, n); see `ActionTokens`."""
         check_tokens(tokens, "tokens", (None, self.block_length), self.vocabulary_size)
         centres, _, _ = self._on(tokens.device)
         steps = tokens.long().view(-1, self.chunk_steps, self.action_dim)  # (B, m, A)

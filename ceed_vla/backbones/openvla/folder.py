@@ -78,9 +78,7 @@ class Architecture:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of an OpenVLA folder, checked; `CheckpointError` for another kind of model, or entries that
-    contradict.
-    """
+    """config.json of an OpenVLA folder; `CheckpointError` for another kind of model, or contradictory entries."""
     if not str(folder) or not Path(folder).is_dir():
         raise CheckpointError(
             f"{str(folder)!r} is no folder; give the local folder of an OpenVLA model, with config.json and "

@@ -11,8 +11,8 @@ from ceed_vla.errors import ConfigError
 
 
 def quantize(module: nn.Module, kind: str, device: str) -> None:
-    """Replace every linear layer inside `module`, in place: the layers of a language model, without its head, with
-    their weights. `kind` is "8bit" (LLM.int8) or "4bit" (NF4), `device` where the policy will run.
+    """Replace the linear layers inside `module`, for `device`, by "8bit" (LLM.int8) or "4bit" (NF4) ones with their
+    weights.
     """
     if not str(device).startswith("cuda"):
         raise ConfigError(f"backbone.quantization is {kind!r} and the device {device!r}; it needs a GPU (device=cuda).")

@@ -1,7 +1,4 @@
-"""Tokenizers of OpenVLA folders, read as transformers 4 read them when OpenVLA was trained.
-
-The files themselves are used: later releases of transformers rebuild Llama's tokenizer with rules of their own.
-"""
+"""Tokenizers of OpenVLA folders, read from the files themselves: later transformers rebuild Llama's by other rules."""
 
 from __future__ import annotations
 

@@ -43,9 +43,7 @@ class FilesStep(abc.ABC):
             raise CheckpointError("The pre-processor came without its files; copy the checkpoint again.")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The files as bytes."""
         return dict(self._files)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the files of `state_dict`."""
         self.use(state, "The checkpoint's pre-processor")

@@ -1,9 +1,4 @@
-"""Images and instruction to the inputs of an image-text-to-text model, as a LeRobot step that carries its processor.
-
-The processor's own files (tokenizer, image processor, chat template) are the step's state: they are saved beside the
-checkpoint as ``policy_preprocessor_step_*_ceed_vla_vlm_inputs.safetensors``, so that loading needs neither the base
-model's folder nor a hub.
-"""
+"""Images and instruction to the inputs of an image-text-to-text model, as a LeRobot step that carries its processor."""
 
 from __future__ import annotations
 
@@ -28,8 +23,7 @@ from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
 from ceed_vla.fields import check_fields, chosen, ranged
 from ceed_vla.files import read_files
 from ceed_vla.images import camera_pixels
-from ceed_vla.instructions import batch_instructions
-from ceed_vla.templates import check_template, fill_template
+from ceed_vla.instructions import batch_instructions, check_template, fill_template
 
 CAMERAS = ("separate", "stacked")
 # One row an observation, or several (images, patches) that the model wants in one long list.

@@ -101,9 +101,7 @@ class VLMBackbone(TransformersBackbone):
         return rows
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
-        """Run everything in front of the language model, on ``observation.vlm.*`` of `VLMInputsStep`, whose ids end in
-        places for the state, and the normalised state where it is read.
-        """
+        """Run everything in front of the language model, on the tensors of `VLMInputsStep` and the normalised state."""
         arguments = self._model_inputs(batch)
         real = arguments["attention_mask"].bool()
         try:

@@ -234,10 +234,6 @@ class CeedVLAConfig(PreTrainedConfig):
         if outside := [dim for dim in self.delta_dims if dim >= self.action_dim]:
             raise ConfigError(f"delta_dims {outside} lie outside the {self.action_dim} action dimensions.")
         self.backbone.validate_features(self.shape)
-        if self.auxiliary_scale and self.env_state_feature is not None:
-            available = int(self.env_state_feature.shape[0])
-            if len(self.auxiliary_scale) > available:
-                raise ConfigError(
-                    f"auxiliary_scale has {len(self.auxiliary_scale)} entries, "
-                    f"observation.environment_state only {available}."
-                )
+        terms, state = len(self.auxiliary_scale), self.env_state_feature
+        if state is not None and terms > state.shape[0]:
+            raise ConfigError(f"auxiliary_scale has {terms} entries, observation.environment_state {state.shape[0]}.")

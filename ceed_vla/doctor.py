@@ -84,9 +84,7 @@ class Finding:
 
 
 def doctor(config: DoctorConfig, console: Console | None = None) -> dict[str, Any]:
-    """Print the table on `console` (or the terminal), and return the findings; `ConfigError` if a needed one is
-    missing.
-    """
+    """Print the table on `console`, and return the findings; `ConfigError` if a needed one is missing."""
     console = console or Console()
     if not console.is_terminal:
         console = Console(width=160, file=console.file)

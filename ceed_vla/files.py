@@ -67,9 +67,7 @@ def strange(folder: Path) -> Iterator[Path]:
 
 
 def plain_name(name: object, what: str, error: type[CeedVLAError] = CheckpointError) -> str:
-    """`name`, as found in a file, if it stays in the folder it is joined to; else raises `error`, about `what` it
-    names.
-    """
+    """`name`, as found in a file, if it stays in the folder it is joined to; else `error`, about `what` it names."""
     plain = isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable()
     if not plain or any(mark in str(name) for mark in "/\\:") or str(name).strip(". ") == "":
         raise error(f"{what} is {str(name)[:LONGEST_NAME]!r}; it must be a plain name, without a path.")

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from lerobot.processor import (
     DataProcessorPipeline,
-    PolicyAction,
-    PolicyProcessorPipeline,
     make_default_policy_processor_steps,
     make_policy_processor_pipelines,
 )
@@ -26,10 +24,7 @@ def make_ceed_vla_pre_post_processors(
     dataset_stats: dict[str, dict[str, torch.Tensor]] | None = None,
     dataset_meta: Any | None = None,
     instructions: Iterable[str] | None = None,
-) -> tuple[
-    PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
-    PolicyProcessorPipeline[PolicyAction, PolicyAction],
-]:
+) -> tuple[CheckedPipeline, CheckedPipeline]:
     """LeRobot pipelines (pre-processor, post-processor) of a policy that is new.
 
     The state is normalised with its mean and deviation in `dataset_stats`. The backbone's steps get the instructions
@@ -38,7 +33,8 @@ def make_ceed_vla_pre_post_processors(
     if instructions is None:
         meta = dataset_meta or getattr(config, "_runtime_dataset_meta", None)  # where lerobot-train leaves it
         instructions = [] if meta is None else [str(task) for task in meta.tasks.index]
-    steps = make_default_policy_processor_steps(config, _with_width(dataset_stats))
+    stats = None if dataset_stats is None else {name: _with_width(values) for name, values in dataset_stats.items()}
+    steps = make_default_policy_processor_steps(config, stats)
     inputs = config.backbone.processor_steps(config.shape, list(instructions))
     pre, post = make_policy_processor_pipelines(
         [steps.rename_observations, steps.add_batch_dim, *inputs, steps.to_device, steps.normalize],
@@ -47,16 +43,9 @@ def make_ceed_vla_pre_post_processors(
     return checked(pre), checked(post)
 
 
-def _with_width(
-    stats: dict[str, dict[str, torch.Tensor]] | None,
-) -> dict[str, dict[str, torch.Tensor]] | None:
+def _with_width(stats: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Statistics in which dimensions that never move have a small deviation: nothing is divided by zero."""
-    if stats is None:
-        return None
-    return {
-        key: {**values, "std": torch.as_tensor(values["std"]).clamp(min=LEAST_DEVIATION)} if "std" in values else values
-        for key, values in stats.items()
-    }
+    return {k: torch.as_tensor(v).clamp(min=LEAST_DEVIATION) if k == "std" else v for k, v in stats.items()}
 
 
 class CheckedPipeline(DataProcessorPipeline[Any, Any]):

@@ -197,9 +197,7 @@ def label_table(num_bins: int, sigma: float, device: torch.device) -> Tensor:
 
 
 def random_shift(image: Tensor, pixels: int, noise: Tensor | None = None) -> Tensor:
-    """Shift every image (B, 3, H, W) by up to `pixels` [px] both ways, repeating the edge; `noise` (B, 2) in [0, 1)
-    decides.
-    """
+    """Shift images (B, 3, H, W) by up to `pixels` [px], repeating the edge; `noise` (B, 2) in [0, 1) decides how."""
     batch, _, height, width = image.shape
     padded = F.pad(image, (pixels,) * 4, mode="replicate")
     noise = torch.rand(batch, 2, device=image.device) if noise is None else noise

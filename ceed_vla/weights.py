@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ceed_vla.errors import CheckpointError
+from ceed_vla.errors import CheckpointError, root_cause
 from ceed_vla.files import plain_name, read_json
 from ceed_vla.lora import is_adapter
 
@@ -34,10 +34,7 @@ def opened(file: Path) -> Iterator[Any]:
         with safe_open(file, "pt") as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"The weights {file} do not load ({type(error).__name__}: {str(error)[:200]}); copy them again or "
-            "rebuild them."
-        ) from error
+        raise CheckpointError(f"The weights {file} do not load ({root_cause(error)}); copy them again.") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -51,14 +48,8 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         pickled = ", ".join(sorted(file.name for pattern in PICKLED for file in folder.glob(pattern)))
-        raise CheckpointError(
-            f"{folder} has neither {WEIGHTS} nor {INDEX}"
-            + (
-                f", only {pickled}; pickled files can run code when they are read: save them as safetensors first."
-                if pickled
-                else "."
-            )
-        )
+        only = f", only {pickled}; pickled files can run code when they are read: save them as safetensors first"
+        raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}{only if pickled else ''}.")
     found = read_json(folder / INDEX).get("weight_map")
     named = found.values() if isinstance(found, dict) else ()
     shards = sorted({plain_name(name, f"{folder / INDEX}: a shard") for name in named})
@@ -85,9 +76,7 @@ class Header:
         return cls(len(shapes), sum(math.prod(shape) for shape in shapes))
 
     def check(self, layers: int, numbers: int, source: Path | str) -> None:
-        """Refuse a configuration of more layers than there are tensors, or of more numbers; messages call the file
-        `source`.
-        """
+        """Refuse a configuration of more layers than there are tensors, or of more numbers, for `source`."""
         if layers > self.tensors or numbers > self.numbers:
             raise CheckpointError(
                 f"{source}: the configuration describes {layers:,} layers with at least {numbers:,} weights, the file "
@@ -166,10 +155,7 @@ def check_finite(file: Path | str, name: str, weight: Tensor) -> bool:
     values = weight.detach()
     least, most = (float(end) for end in (values.float() if values.element_size() < 2 else values).aminmax())
     if not (math.isfinite(least) and math.isfinite(most)):
-        raise CheckpointError(
-            f"The weights {file} are damaged: {name} holds NaN or infinity (in {weight.dtype}); copy them again or "
-            "rebuild them."
-        )
+        raise CheckpointError(f"The weights {file} are damaged: {name} ({weight.dtype}) holds NaN or infinity.")
     return least == most == 0.0
 
 
@@ -229,9 +215,7 @@ def load_weights(policy: PolicyModule, folder: Path, strict: bool = True) -> Non
 
 
 def save_weights(policy: PolicyModule, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
-    """Write a policy's weights but those that it refers to and has not trained; or `state_dict`, gathered from its
-    shards.
-    """
+    """Write a policy's weights but those that it refers to and has not trained; or `state_dict`, gathered elsewhere."""
     from safetensors.torch import save_file, save_model
 
     file = folder / WEIGHTS

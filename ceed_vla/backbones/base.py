@@ -180,9 +180,7 @@ def check_features(
 
 @contextmanager
 def runs(model: nn.Module) -> Iterator[None]:
-    """A model of a checkpoint's settings that does not run is a `CheckpointError`, whatever torch or the library
-    raises.
-    """
+    """What torch or a library raises where a model of a checkpoint's settings does not run, as a `CheckpointError`."""
     try:
         yield
     except CeedVLAError:

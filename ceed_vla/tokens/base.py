@@ -26,10 +26,7 @@ GUESSES = ("previous", "mid", "random")
 def check_ends(low: Sequence[float], high: Sequence[float], action_dim: int | None = None) -> None:
     """Refuse `action_low` and `action_high` of two lengths or, where `action_dim` is known, of another than that."""
     if action_dim is None and len(low) != len(high):
-        raise ConfigError(
-            f"action_low has {len(low)} values and action_high {len(high)}; "
-            "give one of each for every action dimension."
-        )
+        raise ConfigError(f"action_low has {len(low)} values, action_high {len(high)}; give one of each a dimension.")
     if action_dim is not None and low and len(low) != action_dim:
         raise ConfigError(f"action_low/action_high have {len(low)} values, the action has {action_dim}.")
 

@@ -90,10 +90,7 @@ class FastCodec:
         texts, total = [chr(i) for i in range(symbols)], symbols
         for i, (left, right) in enumerate(merges):
             if not (0 <= left < len(texts) and 0 <= right < len(texts)):
-                raise ConfigError(
-                    f"Merge {i} joins the ids {left} and {right}; only {len(texts)} ids come before it. "
-                    "Fit the tokens again."
-                )
+                raise ConfigError(f"Merge {i} joins the ids {left} and {right}, of {len(texts)} before; fit again.")
             texts.append(texts[left] + texts[right])
             total += len(texts[-1])
             if total > _MOST_CHARACTERS:

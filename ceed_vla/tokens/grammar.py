@@ -31,9 +31,7 @@ class Grammar:
         self.fewest = _fewest(sorted({int(v) for v in lengths if v > 0}), total)  # (total + 1,)
 
     def allowed(self, used: Tensor, slots: Tensor) -> Tensor:
-        """Tokens (B, k, V) that `slots` (k,) may hold behind `used` (B, k) coefficients; none where these cannot be
-        completed.
-        """
+        """Tokens (B, k, V) that `slots` (k,) may hold behind `used` (B, k) coefficients; none if no chunk begins so."""
         lengths, fewest = self.lengths.to(used.device), self.fewest.to(used.device)
         left = (self.total - used).unsqueeze(-1) - lengths  # (B, k, V) behind the token
         behind = (self.block_length - 1 - slots).unsqueeze(-1)  # (k, 1) slots behind

@@ -222,8 +222,5 @@ def _quantiles(stats: Any, what: str) -> dict[str, Any]:
     if not all(math.isfinite(v) for v in (*low, *high)):
         raise CheckpointError(f"{what} hold NaN or infinity in q01 or q99; copy them again.")
     if not 0 < len(low) == len(high) == len(mask):
-        raise CheckpointError(
-            f"{what} have {len(low)} values in q01, {len(high)} in q99 and {len(mask)} in mask; there must be one a "
-            "dimension."
-        )
+        raise CheckpointError(f"{what} have {len(low)} values in q01, {len(high)} in q99 and {len(mask)} in mask.")
     return {"q01": low, "q99": high, "mask": mask}

@@ -70,12 +70,9 @@ class OpenVLAImages:
                 f"{file} needs input_sizes, interpolations ({', '.join(MODES)}), means and stds, one entry a vision "
                 f"tower ({type(error).__name__}: {error})."
             ) from error
-        if len({tuple(part.crop) for part in self._transforms}) != 1:
-            raise CheckpointError(
-                f"{file}: the vision towers see {[part.crop for part in self._transforms]} pixels; they must all be "
-                "equal."
-            )
         self.sizes = [part.crop for part in self._transforms]
+        if len(set(map(tuple, self.sizes))) != 1:
+            raise CheckpointError(f"{file}: the vision towers see {self.sizes} pixels; they must all be equal.")
         boxed = settings.get("tvf_do_letterbox")
         self._letterbox = strategy == "letterbox" if boxed is None else bool(boxed)
         self._fill = list(settings.get("tvf_letterbox_fill") or fill)

@@ -11,9 +11,7 @@ from ceed_vla.errors import ConfigError
 
 
 def quantize(module: nn.Module, kind: str, device: str) -> None:
-    """Replace the linear layers inside `module`, for `device`, by "8bit" (LLM.int8) or "4bit" (NF4) ones with their
-    weights.
-    """
+    """Replace the linear layers inside `module`, for `device`, by "8bit" (LLM.int8) or "4bit" (NF4) ones."""
     if not str(device).startswith("cuda"):
         raise ConfigError(f"backbone.quantization is {kind!r} and the device {device!r}; it needs a GPU (device=cuda).")
     try:

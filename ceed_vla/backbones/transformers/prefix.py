@@ -60,10 +60,7 @@ class PrefixEmbeddings:
             return value[rows]
         if isinstance(value, Tensor) and value.shape[0] == 1:  # one for all rows
             return value
-        raise ConfigError(
-            f"Rows cannot be taken of {name!r}, which this model's language model reads; distil it with "
-            "--states=stored."
-        )
+        raise ConfigError(f"Rows cannot be taken of {name!r}, which the language model reads; use --states=stored.")
 
     def joined(self, block: Tensor) -> dict[str, Any]:
         """What the language model is called with for prefix and `block` (B, k, d) in one sequence, without cache."""
@@ -72,10 +69,7 @@ class PrefixEmbeddings:
         positions = (self.next_position.unsqueeze(1) + offsets).expand(*known.shape[:-1], -1)
         mask = self.inputs.get("attention_mask")
         if isinstance(mask, dict):
-            raise ConfigError(
-                f"Layers with masks of several kinds ({', '.join(mask)}) cannot be recomputed; "
-                "train without gradient checkpointing."
-            )
+            raise ConfigError(f"Layers with several masks ({', '.join(mask)}) allow no gradient checkpointing.")
         marks = {  # of image tokens, such as Qwen3-VL's: none on the block
             name: F.pad(value, (0, k)) if _one_each(value, length) else value for name, value in self.inputs.items()
         }

@@ -80,22 +80,19 @@ class VLMInputsStep(FilesStep, ObservationProcessorStep):
 
     def observation(self, observation: RobotObservation) -> RobotObservation:
         self.check_files()
+        name = type(self._processor).__name__
         images = self._images(observation)  # (B lists of k images)
         tasks = batch_instructions(self.transition.get(TransitionKey.COMPLEMENTARY_DATA), len(images))
         texts = [self._text(task, len(row)) for task, row in zip(tasks, images, strict=True)]
         try:
             inputs = dict(self._processor(images=images, text=texts, padding=True, return_tensors="pt"))
         except Exception as error:  # every family raises its own kinds
-            raise ObservationError(
-                f"{type(self._processor).__name__} cannot read images of {self.sizes} with the prompt "
-                f"{texts[0]!r} ({error})."
-            ) from error
+            given = f"images of {self.sizes} with the prompt {texts[0]!r}"
+            raise ObservationError(f"{name} cannot read {given} ({error}).") from error
         inputs.pop("labels", None)
         if IDS not in inputs or inputs[IDS].shape[-1] > LONGEST_PROMPT:
-            raise ObservationError(
-                f"{type(self._processor).__name__} made {tuple(inputs[IDS].shape) if IDS in inputs else 'no'} ids of "
-                f"the prompt; at most {LONGEST_PROMPT} are read."
-            )
+            made = tuple(inputs[IDS].shape) if IDS in inputs else "no"
+            raise ObservationError(f"{name} made {made} ids of the prompt; at most {LONGEST_PROMPT} are read.")
         self._add_state_places(inputs)
         return {**observation, **keyed(inputs, len(images))}
 

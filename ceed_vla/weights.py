@@ -155,7 +155,7 @@ def check_finite(file: Path | str, name: str, weight: Tensor) -> bool:
     values = weight.detach()
     least, most = (float(end) for end in (values.float() if values.element_size() < 2 else values).aminmax())
     if not (math.isfinite(least) and math.isfinite(most)):
-        raise CheckpointError(f"The weights {file} are damaged: {name} ({weight.dtype}) holds NaN or infinity.")
+        raise CheckpointError(f"The weights {file} are damaged: {name} holds NaN or infinity ({weight.dtype}).")
     return least == most == 0.0
 
 

@@ -63,9 +63,7 @@ class InstructionWordsStep(ObservationProcessorStep):
         most = getattr(backbone, "max_instruction_words", self.max_words)
         room = getattr(backbone, "words", words + FIRST_WORD_ID) - FIRST_WORD_ID
         if self.max_words != most or words > room:
-            raise ConfigError(
-                f"max_words {self.max_words} and {words} words; the backbone has {most}, room for {room}."
-            )
+            raise ConfigError(f"max_words {self.max_words} and {words} words; the backbone has {most} and {room}.")
         known = getattr(backbone, "known_words", 0)
         if known not in (0, words):
             raise ConfigError(f"vocabulary has {words} words, {known} were trained. Copy it again.")
@@ -115,9 +113,7 @@ def make_instruction_step(instructions: Iterable[str], max_words: int, rows: int
         raise ConfigError("There is no instruction to take the vocabulary from; pass the metadata.")
     longest, text = max((len(split_words(text)), text) for text in instructions)
     if longest > max_words:
-        raise ConfigError(
-            f"An instruction has {longest} words, max_instruction_words is {max_words}; raise it: {text!r}."
-        )
+        raise ConfigError(f"max_instruction_words is {max_words}, an instruction has {longest} words: {text!r}.")
     words, room = len(vocabulary), rows - FIRST_WORD_ID
     if words > room:
         raise ConfigError(f"The instructions use {words} words; backbone.words = {rows} holds {room}. Raise it.")

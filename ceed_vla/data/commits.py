@@ -84,17 +84,18 @@ def undo_incomplete_commit(root: Path) -> list[str]:
     committed = read_progress(root)
     files: list[str] = committed["files"]
     backup = root / WORK_FOLDER / "backup"
-    marker = _read_marker(backup / "marker.json") if (backup / "marker.json").is_file() else None
-    incomplete = marker is not None and marker["total_episodes"] == committed["total_episodes"]
-    added = set(marker["adding"]) - set(files) if marker is not None and incomplete else set()
-    there = {path.relative_to(root).as_posix() for path in _stored(root)} - added
+    marker = _read_marker(backup / "marker.json") if (backup / "marker.json").is_file() else {}
+    incomplete = marker.get("total_episodes") == committed["total_episodes"]
+    added = set(marker["adding"]) - set(files) if incomplete else set()
+    stored = [path for folder in ("data", "meta/episodes") for path in (root / folder).rglob("*") if path.is_file()]
+    there = {path.relative_to(root).as_posix() for path in stored} - added
     for what, names in (("lacks", set(files) - there), ("holds files that it does not know:", there - set(files))):
         if names:
             raise DatasetError(
                 f"{root} {what} {_listed(sorted(names))}. Bring the folder back to what `ceed-vla record` left there, "
                 "or record into a new root; nothing was changed."
             )
-    if marker is not None and incomplete:
+    if incomplete:
         for name in _META_FILES:
             if name not in marker["files"]:
                 (root / "meta" / name).unlink(missing_ok=True)
@@ -104,11 +105,6 @@ def undo_incomplete_commit(root: Path) -> list[str]:
             (root / name).unlink(missing_ok=True)
     end_commit(root)
     return files
-
-
-def _stored(root: Path) -> list[Path]:
-    """What lies where the parquet files are."""
-    return [path for folder in ("data", "meta/episodes") for path in (root / folder).rglob("*") if path.is_file()]
 
 
 def _read_marker(file: Path) -> dict[str, Any]:

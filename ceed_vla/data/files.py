@@ -79,33 +79,35 @@ def read_info(root: Path) -> Info:
     if not file.is_file():
         raise DatasetError(f"No LeRobotDataset at {root}: no meta/info.json there. `ceed-vla record` makes one.")
     info = read_json(file, DatasetError)
-    version, fps, features = (info.get(key) for key in ("codebase_version", "fps", "features"))
+    version: Any = info.get("codebase_version")
+    fps: Any = info.get("fps")
+    features: Any = info.get("features")
     if not (isinstance(version, str) and version.startswith("v3.")):
         raise DatasetError(f"{root} has the format {str(version)[:50]}; convert it to v3 with LeRobot's tools.")
-    _require(is_whole(info.get("total_frames"), 0), file, "total_frames", info.get("total_frames"), "a number")
-    _require(is_whole(info.get("total_episodes"), 0), file, "total_episodes", info.get("total_episodes"), "a number")
+    for name in ("total_frames", "total_episodes"):
+        _require(is_whole(info.get(name), 0), file, name, info.get(name), "a number")
     if not info["total_frames"]:
         raise DatasetError(f"{root}: the data set has no frame.")
     number = isinstance(fps, int | float) and not isinstance(fps, bool)
-    _require(number and 0 < fps <= 10_000, file, "fps", fps, "a number in (0, 10000]")  # type: ignore[operator]
+    _require(number and 0 < fps <= 10_000, file, "fps", fps, "a number in (0, 10000]")
     _require(isinstance(features, dict) and features, file, "features", features, "a mapping of features")
-    for name, feature in features.items():  # type: ignore[union-attr]
+    for name, feature in features.items():
         plain_name(name, f"A feature in {file}", DatasetError)
         fits = isinstance(feature, dict) and isinstance(feature.get("dtype"), str) and _is_shape(feature.get("shape"))
         _require(fits, file, name, feature, "a dtype and a shape of positive numbers")
-    vectors = {name: features[name] for name in (STATE, ACTION, ENVIRONMENT) if name in features}  # type: ignore[index, operator]
+    vectors = {name: features[name] for name in (STATE, ACTION, ENVIRONMENT) if name in features}
     for name, feature in vectors.items():
         _require(feature["dtype"] in NUMBERS, file, f"the dtype of {name}", feature["dtype"], "a type of numbers")
-    cameras = {name: f for name, f in features.items() if f["dtype"] in ("image", "video")}  # type: ignore[union-attr]
+    cameras = {name: f for name, f in features.items() if f["dtype"] in ("image", "video")}
     return Info(
         root=root,
-        fps=float(fps),  # type: ignore[arg-type]
+        fps=float(fps),
         frames=info["total_frames"],
         episodes=info["total_episodes"],
         vectors={name: tuple(feature["shape"]) for name, feature in vectors.items()},
         cameras={name: _image_shape(file, name, feature) for name, feature in cameras.items()},
         videos=tuple(name for name, feature in cameras.items() if feature["dtype"] == "video"),
-        names=", ".join(features)[:500],  # type: ignore[arg-type]
+        names=", ".join(features)[:500],
         labels={name: feature["names"] for name, feature in vectors.items() if isinstance(feature.get("names"), list)},
     )
 

@@ -6,7 +6,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -84,7 +84,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
 
     Belongs first in ``__post_init__``. A `ConfigError` names the field, behind `prefix`, its value and what is allowed.
     """
-    hints = type_hints(type(config))  # type: ignore[arg-type]
+    hints = type_hints(type(config))
     for item in fields(config):
         value, hint, allowed = getattr(config, item.name, None), hints.get(item.name, Any), allowed_of(item)
         if not _fits(value, hint, allowed):
@@ -150,10 +150,12 @@ def short(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
-@functools.cache
-def type_hints(kind: type[Any]) -> dict[str, Any]:
+def _type_hints(kind: Any) -> dict[str, Any]:
     """Types of a dataclass's fields by name, as far as they can be found."""
     try:
         return typing.get_type_hints(kind)
     except (NameError, TypeError):  # a type that is imported for checkers only
         return {}
+
+
+type_hints: Callable[[Any], dict[str, Any]] = functools.cache(_type_hints)  # mypy takes no class for hashable

@@ -31,27 +31,18 @@ _REMOVED = ("tolerance_bins", "stable_iterations")  # of the decoding, in format
 
 
 def pretrained_path(name: str) -> Path:
-    """Folder of a checkpoint inside the package: "teacher" (autoregressive), "student" (consistency-distilled).
-
-    Raises:
-        CheckpointError: Unknown name, or the package was installed without its weights.
-    """
+    """Folder of a checkpoint inside the package: "teacher" (autoregressive), "student" (consistency-distilled)."""
     if not isinstance(name, str) or name not in PRETRAINED:
         raise CheckpointError(f"No shipped checkpoint is called {name!r}; choose one of {', '.join(PRETRAINED)}.")
     path = Path(__file__).parent / "pretrained" / name
     if not (path / WEIGHTS).is_file():
-        raise CheckpointError(
-            f"The shipped checkpoint {name!r} is missing from this installation ({path.name}/); reinstall."
-        )
+        raise CheckpointError(f"The shipped checkpoint {name!r} is missing from this installation; reinstall.")
     return path
 
 
 def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
     """A checkpoint folder that holds `files`, from its path, the one above its ``pretrained_model``, or a shipped name
-    ("teacher", "student").
-
-    Raises:
-        CheckpointError: No such folder, or files are missing from it.
+    ("teacher", "student"); `CheckpointError` if there is none, or files are missing from it.
     """
     if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
         raise CheckpointError(f"The checkpoint is {path!r}; give a folder, or one of {', '.join(PRETRAINED)}.")
@@ -79,8 +70,8 @@ def read_values(folder: Path) -> dict[str, Any]:
     """What config.json says, in the current format.
 
     Raises:
-        CheckpointError: Not JSON, of another policy, of a newer format, or decoding settings that are left out: a
-            default would decode otherwise without a word.
+        CheckpointError: Another policy's, of a newer format, or without a decoding setting: a default would decode
+            otherwise without a word.
     """
     values, file = read_json(folder / "config.json"), folder / "config.json"
     kind, tokens = values.get("type"), values.get("action_tokens")

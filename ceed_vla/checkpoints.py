@@ -12,21 +12,18 @@ from ceed_vla.checkpoint_files import pretrained_path, resolve_checkpoint, weigh
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import CheckpointError, root_cause
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
-from ceed_vla.pipelines import checked
+from ceed_vla.processor_ceed_vla import checked
 
 __all__ = ["load", "pretrained_path", "resolve_checkpoint", "save", "weights_hash"]
 
 
 def load(path: str | Path, device: str | None = None, merge_adapters: bool = True) -> tuple[CeedVLAPolicy, Any, Any]:
-    """Load a policy with its pre- and post-processor, strictly and offline.
+    """A policy in eval mode with its pre- and post-processor, loaded strictly and offline.
 
     Args:
         path: Checkpoint folder, or "teacher" / "student" for the shipped ones.
         device: Where to run it; the CPU if None.
         merge_adapters: See `CeedVLAPolicy.from_pretrained`.
-
-    Returns:
-        (policy in eval mode, pre-processor, post-processor); the processors raise `ObservationError`.
 
     Raises:
         CheckpointError: Missing, foreign, truncated or corrupt files.
@@ -38,9 +35,7 @@ def load(path: str | Path, device: str | None = None, merge_adapters: bool = Tru
         overrides = {"device_processor": {"device": config.device}}
         pre, post = make_pre_post_processors(config, str(folder), preprocessor_overrides=overrides)
     except Exception as error:  # LeRobot's pipelines raise many kinds
-        raise CheckpointError(
-            f"The processors of {path} cannot be loaded ({root_cause(error)}); copy it again."
-        ) from error
+        raise CheckpointError(f"The processors of {path} do not load ({root_cause(error)}); copy it again.") from error
     return policy, checked(pre), checked(post)
 
 
@@ -53,15 +48,8 @@ def save(
 ) -> Path:
     """Write a checkpoint folder; each file of an existing one is replaced in one step.
 
-    Args:
-        path: The folder.
-        policy: Its configuration and, without `weights`, its weights are written.
-        preprocessor: The policy's.
-        postprocessor: The policy's.
-        weights: Written instead, for instance gathered from several processes.
-
-    Raises:
-        CheckpointError: It cannot be written, for instance on a full disk; what was there before stays.
+    `weights`, for instance gathered from several processes, are written instead of the policy's. `CheckpointError` if
+    it cannot be written, for instance on a full disk; what was there before stays.
     """
     from safetensors import SafetensorError
 
@@ -76,7 +64,5 @@ def save(
                 file.replace(folder / file.name)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)[:200]
-        raise CheckpointError(
-            f"The checkpoint {folder} cannot be written ({reason}); make room, then repeat."
-        ) from error
+        raise CheckpointError(f"The checkpoint {folder} cannot be written ({reason}); make room and repeat.") from error
     return folder

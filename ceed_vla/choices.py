@@ -25,11 +25,7 @@ class Choice:
 
     @classmethod
     def get_choice_class(cls, name: str) -> Any:
-        """The dataclass called `name`.
-
-        Raises:
-            ConfigError: Unknown name.
-        """
+        """The dataclass called `name`; `ConfigError` if there is none."""
         if name not in cls._choice_registry:
             known = ", ".join(cls._choice_registry)
             raise ConfigError(f"{cls.setting}.type is {name!r}; choose one of {known}.")

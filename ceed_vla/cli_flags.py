@@ -20,13 +20,12 @@ from ceed_vla.cli_values import (
     read_config,
     read_yaml,
     shaped,
-    type_hints,
     unknown,
 )
 from ceed_vla.devices import check_device
 from ceed_vla.discovery import FLAG as DISCOVER
 from ceed_vla.errors import CeedVLAError
-from ceed_vla.fields import allowed_of
+from ceed_vla.fields import allowed_of, type_hints
 
 _Flag = tuple[str, str, str, str]  # name, type, meaning and default
 _COLUMN = 34  # where a flag's description starts
@@ -40,16 +39,15 @@ def parse_flags[T](config_class: type[T], flags: Sequence[str], positional: str 
     """Build a configuration from `--key value`, `--key=value` and `--config_path FILE` (YAML or JSON).
 
     Args:
-        config_class: A dataclass; nested dataclasses give flags such as `--policy.path`. Setting one of these
-            leaves the others at the defaults that the outer class gives them.
-        flags: The words after the command's name. A switch without a value means true, and the path may be given to
-            a group that has one (`--trajectories FOLDER` is `--trajectories.path FOLDER`). Where Python reserves a
-            flag's name, the field has an underscore behind it.
+        config_class: A dataclass; nested dataclasses give flags such as `--policy.path`. Setting one of these leaves
+            the others at the defaults that the outer class gives them.
+        flags: The words after the command's name. A switch without a value means true, and the path may be given to a
+            group that has one (`--trajectories FOLDER` is `--trajectories.path FOLDER`). Where Python reserves a flag's
+            name, the field has an underscore behind it.
         positional: The flag that one word without ``--`` stands for; none if empty.
 
     Raises:
-        UsageError: Unknown flag, missing or repeated flag, or a value of another type.
-        CeedVLAError: A value that the configuration itself refuses.
+        UsageError: Unknown, missing or repeated flag, or a value of another type. The configuration raises its own.
     """
     import draccus
     from draccus.utils import DraccusException
@@ -73,11 +71,7 @@ def parse_flags[T](config_class: type[T], flags: Sequence[str], positional: str 
 
 
 def take_packages(flags: Sequence[str]) -> tuple[str, list[str]]:
-    """LeRobot's flag `--discover_packages_path`: its value (empty without it), and the other words.
-
-    Raises:
-        UsageError: The flag has no value.
-    """
+    """LeRobot's flag `--discover_packages_path`: its value (empty without it), and the other words."""
     names, others, words = [], [], list(flags)
     while words:
         word = words.pop(0)
@@ -104,24 +98,17 @@ def format_help(
 ) -> str:
     """Text of `--help`: what the command does, then its flags in groups, with type, meaning, range and default.
 
-    Args:
-        program: The command as typed.
-        config_class: Its configuration.
-        positional: See `parse_flags`.
-        must: Flags without which the command does nothing; besides those without a default.
-        may: Flags that many runs set; with neither group given, all that have a meaning.
-        everything: Explain the other flags too, instead of naming them.
+    `positional`, `must` and `may` are those of `Command`; `everything` explains the other flags too, instead of naming
+    them.
     """
     width = max(60, min(shutil.get_terminal_size((110, 24)).columns, 120))
-    introduction, _ = _split_docstring(config_class)
     flags = {flag[0]: flag for flag in _describe(config_class, foreign=False)}
-    required = [name for name, (*_, default) in flags.items() if default == "(required)"]
-    first = list(dict.fromkeys([*must, *required]))
+    first = list(dict.fromkeys([*must, *(name for name, flag in flags.items() if flag[3] == "(required)")]))
     second = list(may) if must or may else [name for name in flags if flags[name][2] and name not in first]
     rest = [name for name in flags if name not in (*first, *second)]
     word = f"{positional.upper()} " if positional else ""
     usage = f"usage: {program} {word}[--flag value | --flag=value ...] [--config_path FILE]"
-    parts = [usage, "", introduction]
+    parts = [usage, "", _split_docstring(config_class)[0]]
 
     def explain(title: str, group: Iterable[_Flag]) -> None:
         parts.extend(["", title, *(line for flag in group for line in _explained(*flag, width))])
@@ -162,10 +149,9 @@ def _describe(
     Those that only other kinds of LeRobot's families have are `foreign`.
     """
     _, meanings = _split_docstring(config_class)
-    hints = type_hints(config_class)
     for item in (item for item in fields(config_class) if item.init):
         value = getattr(defaults, item.name, MISSING) if defaults is not None else _default(item)
-        kind = hints.get(item.name, item.type)
+        kind = type_hints(config_class).get(item.name, item.type)
         meaning, allowed = meanings.get(item.name, ""), allowed_of(item)
         if is_choice(kind):
             yield from _describe_choice(kind, prefix + item.name, meaning, value, foreign)
@@ -173,7 +159,9 @@ def _describe(
         if isinstance(kind, type) and is_dataclass(kind):
             yield from _describe(kind, f"{prefix}{item.name}.", None if value is MISSING else value, foreign=foreign)
             continue
-        shown = "(required)" if value is MISSING else "" if value in (None, "") else f"[{_plain(value)}]"
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        text = f"[{textwrap.shorten(text, 60, placeholder=' ...')}]"
+        shown = "(required)" if value is MISSING else "" if value in (None, "") else text
         if meaning and allowed is not None:
             meaning = f"{meaning.rstrip('.')}; {allowed}."
         yield prefix + item.name.removesuffix("_"), _type_name(kind), meaning, shown
@@ -197,11 +185,6 @@ def _describe_choice(kind: type[Any], name: str, meaning: str, value: Any, forei
 
 def _default(item: Field[Any]) -> Any:
     return item.default_factory() if item.default_factory is not MISSING else item.default
-
-
-def _plain(value: Any) -> str:
-    text = {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)
-    return textwrap.shorten(text, 60, placeholder=" ...")
 
 
 def _type_name(kind: Any) -> str:

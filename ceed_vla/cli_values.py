@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import types
 import typing
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
@@ -12,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ceed_vla.fields import describe
+from ceed_vla.fields import describe, options_of, short, type_hints
 
 MOST_FLAGS = 2**20  # [bytes] of a file of flags
 _WHOLE = re.compile(r"[-+]?[0-9]+")
@@ -35,7 +34,7 @@ def unknown(name: str, known: Iterable[str], word: str = "") -> UsageError:
     """That there is no flag `name` (typed as `word`), and which of the `known` ones may be meant."""
     close = get_close_matches(name[:100], known, n=1)
     hint = f"; did you mean --{close[0]}?" if close else ""
-    return UsageError(f"unknown flag {_shown(word or f'--{name}')}{hint}")
+    return UsageError(f"unknown flag {short(word or f'--{name}')}{hint}")
 
 
 def check_moved(name: str, config_class: type[Any]) -> None:
@@ -45,10 +44,8 @@ def check_moved(name: str, config_class: type[Any]) -> None:
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """YAML by the rules of version 1.2, where 010 is ten and "no" is a text; neither aliases nor repeated names.
-
-    Raises:
-        UsageError: Something else; the message begins with `source`.
+    """YAML by the rules of version 1.2, where 010 is ten and "no" is a text; neither aliases nor repeated names. The
+    message of a `UsageError` begins with `source`.
     """
     import yaml
 
@@ -88,11 +85,7 @@ def read_yaml(text: str, source: str) -> Any:
 
 
 def read_config(config_class: type[Any], file: str | None) -> dict[str, Any]:
-    """What a file of flags says, as `shaped` gives it; nothing without a file.
-
-    Raises:
-        UsageError: No such file, or something else in it.
-    """
+    """What a file of flags says, as `shaped` gives it; nothing without a file."""
     if file is None:
         return {}
     source, path = f"--config_path {file}", Path(file)
@@ -113,16 +106,11 @@ def read_config(config_class: type[Any], file: str | None) -> dict[str, Any]:
 
 
 def shaped(values: dict[str, Any], config_class: type[Any], prefix: str = "") -> dict[str, Any]:
-    """`values` under the names of the fields, each of the type that its field has.
+    """`values`, named as in flags, under the names of the fields, each of the type that its field has; else a
+    `UsageError`.
 
-    Args:
-        values: Names as in flags, nested.
-        config_class: The dataclass, or the family of which the entry ``type`` names one. Without that entry any kind
-            may have a name; which one it is, the default decides later.
-        prefix: Of the names in messages, such as "policy.".
-
-    Raises:
-        UsageError: An unknown name, or a value of another type.
+    `config_class` is the dataclass, or the family of which the entry ``type`` names one. Without that entry any kind
+    may have a name; which one it is, the default decides later. `prefix` is put before names in messages.
     """
     owners: list[Any] = [config_class]
     result: dict[str, Any] = {}
@@ -133,7 +121,7 @@ def shaped(values: dict[str, Any], config_class: type[Any], prefix: str = "") ->
             kind = values["type"]
             if not isinstance(kind, str) or kind not in kinds:
                 raise UsageError(
-                    f"--{prefix}type is {_shown(kind)}; choose one of {', '.join(kinds)}; another "
+                    f"--{prefix}type is {short(kind)}; choose one of {', '.join(kinds)}; another "
                     "package's needs --discover_packages_path"
                 )
             owners, result = [kinds[kind]], {"type": kind}
@@ -152,12 +140,11 @@ def shaped(values: dict[str, Any], config_class: type[Any], prefix: str = "") ->
 
 def _typed(value: Any, hint: Any, name: str) -> Any:
     """`value` as draccus takes it for `hint`, if it is of that type or the text of one; else a UsageError."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    for option in typing.get_args(hint) if union else (hint,):
+    for option in options_of(hint):
         fits, typed = _as(value, option, name)
         if fits:
             return typed
-    raise UsageError(f"--{name} is {_shown(value)}; it must be {describe(hint, None)}")
+    raise UsageError(f"--{name} is {short(value)}; it must be {describe(hint, None)}")
 
 
 def _as(value: Any, hint: Any, name: str) -> tuple[bool, Any]:
@@ -185,11 +172,6 @@ def _as(value: Any, hint: Any, name: str) -> tuple[bool, Any]:
     return type(value) in numbers and (type(value) is int or math.isfinite(value)), value
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]} ..."
-
-
 def is_choice(kind: Any) -> bool:
     """Whether a dataclass of several kinds is meant, which ``type`` chooses."""
     return isinstance(kind, type) and any(base.__name__ == "ChoiceRegistry" for base in kind.__bases__)
@@ -198,11 +180,3 @@ def is_choice(kind: Any) -> bool:
 def is_nested(kind: Any) -> bool:
     """Whether a setting has settings."""
     return is_dataclass(kind) or is_choice(kind)
-
-
-def type_hints(config_class: type[Any]) -> dict[str, Any]:
-    """Types of the fields by name, as far as they can be found."""
-    try:
-        return typing.get_type_hints(config_class)
-    except (NameError, TypeError):  # a type that is imported for checkers only
-        return {}

@@ -121,14 +121,9 @@ class CeedVLAConfig(PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | Path, **options: Any) -> CeedVLAConfig:
-        """Read the configuration of a local checkpoint; never asks a hub.
+        """Read the configuration of a local checkpoint, or of "teacher" / "student"; never asks a hub.
 
-        Args:
-            pretrained_name_or_path: A checkpoint folder, or "teacher" / "student" for the shipped ones.
-            options: What LeRobot's own reader takes.
-
-        Raises:
-            CheckpointError: No such checkpoint, or a configuration that cannot be used.
+        `options` are what LeRobot's own reader takes. `CheckpointError` if there is none, or it cannot be used.
         """
         folder = resolve_checkpoint(pretrained_name_or_path, ("config.json",))
         if not options.get("cli_overrides"):
@@ -138,12 +133,7 @@ class CeedVLAConfig(PreTrainedConfig):
 
     @classmethod
     def read(cls, folder: Path, device: str | None = None) -> CeedVLAConfig:
-        """The configuration in a checkpoint folder, for `device` if given.
-
-        Raises:
-            CheckpointError: Not JSON, another policy's, or with values that this version refuses.
-            ConfigError: A device that this machine lacks.
-        """
+        """The configuration in a checkpoint folder, for `device` if given (`ConfigError` if this machine lacks it)."""
         values = {name: value for name, value in read_values(folder).items() if name != "type"}
         if device is not None:
             values["device"] = check_device(device)
@@ -155,12 +145,7 @@ class CeedVLAConfig(PreTrainedConfig):
         return config
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write config.json into a folder.
-
-        Raises:
-            ConfigError: No folder's name, or a hub is asked for.
-            CheckpointError: It cannot be written.
-        """
+        """Write config.json into a folder; see `saving`."""
         with saving(save_directory, options):
             super().save_pretrained(save_directory, **options)
 
@@ -184,9 +169,7 @@ class CeedVLAConfig(PreTrainedConfig):
     def action_dim(self) -> int:
         """Action dimensions ``A``."""
         if self.action_feature is None:
-            raise ConfigError(
-                "The configuration names no action feature; set output_features or build it from a data set."
-            )
+            raise ConfigError("There is no action feature; set output_features or build it from a data set.")
         return int(self.action_feature.shape[0])
 
     @property
@@ -244,11 +227,7 @@ class CeedVLAConfig(PreTrainedConfig):
         )
 
     def validate_features(self) -> None:
-        """Check that the features can be served.
-
-        Raises:
-            ConfigError: No camera, no action, or what the backbone or the action tokens miss.
-        """
+        """Check that the features can be served: `ConfigError` if not."""
         check_fields(self)
         for name, feature in {**(self.input_features or {}), **(self.output_features or {})}.items():
             plain_name(name, "The name of a feature", ConfigError)
@@ -256,9 +235,7 @@ class CeedVLAConfig(PreTrainedConfig):
                 raise ConfigError(f"The feature {name} is {short(feature)}; it must have a type and a shape.")
             sides = tuple(feature.shape)
             if not sides or not all(type(n) is int and 1 <= n <= MOST_SIDE for n in sides):
-                raise ConfigError(
-                    f"The feature {name} has the shape {sides}; sides are whole numbers in [1, {MOST_SIDE}]."
-                )
+                raise ConfigError(f"The feature {name} has the shape {sides}; sides are whole, in [1, {MOST_SIDE}].")
             if feature.type is FeatureType.VISUAL and (len(sides) != 3 or sides[0] != 3):
                 raise ConfigError(f"The camera {name} has the shape {sides}; expected (3, height, width).")
             if feature.type in (FeatureType.STATE, FeatureType.ENV) and len(sides) != 1:
@@ -274,10 +251,6 @@ class CeedVLAConfig(PreTrainedConfig):
         if outside := [dim for dim in self.delta_dims if dim >= self.action_dim]:
             raise ConfigError(f"delta_dims {outside} lie outside the {self.action_dim} action dimensions.")
         self.backbone.validate_features(self.shape)
-        if self.auxiliary_scale and self.env_state_feature is not None:
-            available = int(self.env_state_feature.shape[0])
-            if len(self.auxiliary_scale) > available:
-                raise ConfigError(
-                    f"auxiliary_scale has {len(self.auxiliary_scale)} entries, "
-                    f"observation.environment_state only {available}."
-                )
+        terms, state = len(self.auxiliary_scale), self.env_state_feature
+        if state is not None and terms > state.shape[0]:
+            raise ConfigError(f"auxiliary_scale has {terms} entries, observation.environment_state {state.shape[0]}.")

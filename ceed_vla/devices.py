@@ -8,11 +8,7 @@ KINDS = ("cpu", "cuda", "mps", "xpu")
 
 
 def check_device(name: object) -> str:
-    """`name`, if this machine has that device: "cpu", "cuda", "cuda:1", "mps" or "xpu".
-
-    Raises:
-        ConfigError: Another name, or a device that is not here; the message lists those that are.
-    """
+    """`name`, if this machine has that device: "cpu", "cuda", "cuda:1", "mps" or "xpu"; else a `ConfigError`."""
     kind, index = _parsed(name)
     if not 0 <= index < _count(kind):
         here = [kind for kind in KINDS if _count(kind)]
@@ -22,8 +18,7 @@ def check_device(name: object) -> str:
 
 def check_device_name(name: object) -> None:
     """Raise `ConfigError` unless `name` names a device, of this machine or another."""
-    kind, index = _parsed(name)
-    if kind not in KINDS or index < 0:
+    if not _parsed(name)[0]:
         raise ConfigError(f"device is {str(name)[:200]!r}; choose one of {', '.join(KINDS)}, or cuda:1.")
 
 

@@ -15,11 +15,7 @@ _discovered: set[str] = set()
 
 
 def discover(text: str, option: str = f"--{FLAG}") -> None:
-    """Import the packages of a comma-separated list, which register what they have; `option` is where it was given.
-
-    Raises:
-        ConfigError: A package that cannot be imported.
-    """
+    """Import the packages of a comma-separated list, which register what they have; `option` is where it was given."""
     for name in filter(None, (part.strip() for part in text.split(","))):
         try:
             importlib.import_module(name)

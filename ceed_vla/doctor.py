@@ -84,11 +84,7 @@ class Finding:
 
 
 def doctor(config: DoctorConfig, console: Console | None = None) -> dict[str, Any]:
-    """Print the table on `console`, the terminal if None, and return the findings.
-
-    Raises:
-        ConfigError: Something needed is missing.
-    """
+    """Print the table on `console`, and return the findings; `ConfigError` if a needed one is missing."""
     console = console or Console()
     if not console.is_terminal:
         console = Console(width=160, file=console.file)
@@ -130,9 +126,6 @@ def _run_probe(script: str) -> dict[str, Any]:
         return dict(json.loads(answers[-1]))
     signal = f"died of signal {-run.returncode}: " if run.returncode < 0 else ""
     return {"error": _short(signal + (lines or ["no message"])[-1])}
-
-
-# ---- what is looked at ------------------------------------------------------------------------------------------
 
 
 def _version(package: str) -> str:

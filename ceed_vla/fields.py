@@ -1,8 +1,4 @@
-"""What a setting may be: declared beside its default, checked when a configuration is made, shown by `--help`.
-
-steps: int = ranged(1000, "[1, 1e9]")
-loss: str = chosen("trust_region", LOSSES)
-"""
+"""What a setting may be: declared beside its default, checked when a configuration is made, shown by `--help`."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -28,11 +24,7 @@ THREADS = "[0, 256]"
 
 @dataclass(frozen=True)
 class Interval:
-    """A range of numbers in the notation of mathematics: ``[1, 10]``, ``(0, 1]``, ``[0, inf)``; infinity is outside.
-
-    Attributes:
-        text: As written.
-    """
+    """A range of numbers in the notation of mathematics: ``[1, 10]``, ``(0, 1]``, ``[0, inf)``; infinity is outside."""
 
     text: str
 
@@ -90,26 +82,21 @@ def allowed_of(item: Any) -> Interval | Choices | None:
 def check_fields(config: Any, prefix: str = "") -> None:
     """Check every field of a dataclass: its type against the annotation, its value against what it declares.
 
-    Args:
-        config: The dataclass; `check_fields` belongs first in its ``__post_init__``.
-        prefix: Put before names in messages, such as "lora.".
-
-    Raises:
-        ConfigError: Names the field, its value and what is allowed.
+    Belongs first in ``__post_init__``. A `ConfigError` names the field, behind `prefix`, its value and what is allowed.
     """
-    hints = _hints(type(config))  # type: ignore[arg-type]
+    hints = type_hints(type(config))
     for item in fields(config):
-        value, allowed = getattr(config, item.name, None), allowed_of(item)
-        if not _fits(value, hints.get(item.name, Any), allowed):
-            what = describe(hints.get(item.name, Any), allowed)
-            raise ConfigError(f"{prefix}{item.name.removesuffix('_')} is {short(value)}; it must be {what}.")
+        value, hint, allowed = getattr(config, item.name, None), hints.get(item.name, Any), allowed_of(item)
+        if not _fits(value, hint, allowed):
+            name = f"{prefix}{item.name.removesuffix('_')}"
+            raise ConfigError(f"{name} is {short(value)}; it must be {describe(hint, allowed)}.")
 
 
 def describe(hint: Any, allowed: Interval | Choices | None) -> str:
     """What a field may be, in words."""
     if isinstance(allowed, Choices):
         return str(allowed)
-    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    options = options_of(hint)
     words = [_word(option) for option in options if option is not type(None)]
     text = " or ".join(dict.fromkeys(words)) + (f" {allowed}" if allowed is not None else "")
     return text + (" (or nothing)" if type(None) in options else "")
@@ -126,16 +113,16 @@ def _word(hint: Any) -> str:
 def _fits(value: Any, hint: Any, allowed: Interval | Choices | None) -> bool:
     if hint is Any:
         return True
-    if _is_union(hint):
-        return any(_fits(value, option, allowed) for option in typing.get_args(hint))
+    if (options := options_of(hint)) != (hint,):
+        return any(_fits(value, option, allowed) for option in options)
     if hint is type(None):
         return value is None
     if hint in (int, float):
         number = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
-        return number and abs(value) < _LARGEST and (value in allowed if isinstance(allowed, Interval) else True)
+        return number and abs(value) < _LARGEST and (not isinstance(allowed, Interval) or value in allowed)
     if hint is str:
         fits = isinstance(value, str) and len(value) <= LONGEST_TEXT and "\0" not in value
-        return fits and (value in allowed if isinstance(allowed, Choices) else True)
+        return fits and (not isinstance(allowed, Choices) or value in allowed)
     if hint is bool:
         return isinstance(value, bool)
     if hint is Path:
@@ -149,8 +136,9 @@ def _fits(value: Any, hint: Any, allowed: Interval | Choices | None) -> bool:
     return isinstance(value, hint) if isinstance(hint, type) else True
 
 
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+def options_of(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; `hint` alone if it is none."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def short(value: object) -> str:
@@ -162,9 +150,12 @@ def short(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
-@functools.cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
+def _type_hints(kind: Any) -> dict[str, Any]:
+    """Types of a dataclass's fields by name, as far as they can be found."""
     try:
         return typing.get_type_hints(kind)
     except (NameError, TypeError):  # a type that is imported for checkers only
         return {}
+
+
+type_hints: Callable[[Any], dict[str, Any]] = functools.cache(_type_hints)  # mypy takes no class for hashable

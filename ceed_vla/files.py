@@ -27,16 +27,7 @@ LONGEST_NAME = 200
 
 
 def read_json(file: Path, error: type[CeedVLAError] = CheckpointError, source: str = "") -> dict[str, Any]:
-    """A JSON object.
-
-    Args:
-        file: Where it is.
-        error: Raised instead of `CheckpointError`, for files of another kind.
-        source: What messages call it; `file` if empty.
-
-    Raises:
-        CheckpointError: No such file, or another content.
-    """
+    """A JSON object; messages call the file `source`. Otherwise raises `error`."""
     name = source or str(file)
     regular(file, error, name)
     try:
@@ -56,13 +47,7 @@ def read_json(file: Path, error: type[CeedVLAError] = CheckpointError, source: s
 def regular(file: Path, error: type[CeedVLAError] = CheckpointError, name: str = "") -> Path:
     """`file`, unless it is there and reading it need not end: a pipe, a socket or a device, also behind a link.
 
-    Args:
-        file: What is about to be read; that it exists, its reader checks.
-        error: Raised instead of `CheckpointError`.
-        name: What messages call it; `file` if empty.
-
-    Raises:
-        CheckpointError: It is something else than a file.
+    That it exists, its reader checks. Messages call it `name`.
     """
     try:
         is_file = stat.S_ISREG(file.stat().st_mode)
@@ -82,16 +67,7 @@ def strange(folder: Path) -> Iterator[Path]:
 
 
 def plain_name(name: object, what: str, error: type[CeedVLAError] = CheckpointError) -> str:
-    """`name`, if it stays in whatever folder it is joined to.
-
-    Args:
-        name: As found in a file.
-        what: What it names, for the message: "the state_file of policy_preprocessor.json".
-        error: Raised instead of `CheckpointError`.
-
-    Raises:
-        CheckpointError: An empty name, one with a separator, or one that leads outside.
-    """
+    """`name`, as found in a file, if it stays in the folder it is joined to; else `error`, about `what` it names."""
     plain = isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable()
     if not plain or any(mark in str(name) for mark in "/\\:") or str(name).strip(". ") == "":
         raise error(f"{what} is {str(name)[:LONGEST_NAME]!r}; it must be a plain name, without a path.")
@@ -99,11 +75,7 @@ def plain_name(name: object, what: str, error: type[CeedVLAError] = CheckpointEr
 
 
 def read_files(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """The given files of `folder` that exist: name -> uint8 (bytes,).
-
-    Raises:
-        CheckpointError: One of them is no file.
-    """
+    """The given files of `folder` that exist: name -> uint8 (bytes,)."""
     import numpy as np
     import torch
 
@@ -115,11 +87,7 @@ def read_files(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def write_files(files: Mapping[str, Tensor], folder: Path) -> None:
-    """Write files into an existing folder.
-
-    Raises:
-        CheckpointError: A name that is no plain file name, or what is no file's bytes.
-    """
+    """Write files into an existing folder; `CheckpointError` for a name that is no plain one, or no file's bytes."""
     for name, data in files.items():
         if str(data.dtype) != "torch.uint8" or data.ndim != 1:
             raise CheckpointError(f"The file {name!r} is {data.dtype}; it must be bytes. Copy it again.")
@@ -154,12 +122,7 @@ def write_text(file: Path, text: str) -> None:
 
 @contextmanager
 def saving(folder: object, options: Mapping[str, Any]) -> Iterator[None]:
-    """Check what LeRobot's ``save_pretrained`` is given, and say why it cannot write.
-
-    Raises:
-        ConfigError: The options ask for a hub.
-        CheckpointError: No folder's name, or it cannot be written.
-    """
+    """Check what LeRobot's ``save_pretrained`` is given (`ConfigError` for a hub), and say why it cannot write."""
     from safetensors import SafetensorError
 
     if not isinstance(folder, str | Path) or not str(folder):

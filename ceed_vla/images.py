@@ -14,11 +14,7 @@ from ceed_vla.errors import ObservationError
 
 
 def check_images(images: Mapping[str, Tensor]) -> None:
-    """Check that images are floats in [0, 1]; one pass over each, and one transfer for all.
-
-    Raises:
-        ObservationError: Another type, NaN, infinity, or values outside.
-    """
+    """Check that images are floats in [0, 1], so not NaN; one pass over each, and one transfer for all."""
     for name, image in images.items():
         if not image.is_floating_point() or not image.numel():
             raise ObservationError(
@@ -31,15 +27,10 @@ def check_images(images: Mapping[str, Tensor]) -> None:
 
 
 def camera_pixels(observation: Mapping[str, Any], camera: str, size: Sequence[int] | None = None) -> NDArray[np.uint8]:
-    """The images (B, H, W, 3) of a camera; it gives bytes or floats in [0, 1].
+    """The images (B, H, W, 3) of a camera (B, 3, H, W), which gives bytes or floats in [0, 1], of `size` (H, W) or of
+    any.
 
-    Args:
-        observation: Feature -> value.
-        camera: Feature (B, 3, H, W).
-        size: Height and width [px]; any if None.
-
-    Raises:
-        ObservationError: The camera is missing, or its images have another size, mode or range.
+    `ObservationError` if the camera is missing, or its images have another size, mode or range.
     """
     if camera not in observation:
         have = ", ".join(sorted(key for key in observation if key.startswith("observation."))) or "none"

@@ -1,22 +1,20 @@
-"""The instructions of a batch, as whoever calls a policy passes them."""
+"""The instructions of a batch, as whoever calls a policy passes them, and the prompts they are put into."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from ceed_vla.errors import ObservationError
+from ceed_vla.errors import ConfigError, ObservationError
+
+PLACE = "{instruction}"
+LONGEST_PROMPT = 100_000
 
 
 def batch_instructions(complementary: Mapping[str, Any] | None, rows: int | None = None) -> list[str]:
-    """The ``task`` of a batch as one text a row.
+    """The ``task`` of a batch, in LeRobot's complementary data or the batch itself, as one text a row.
 
-    Args:
-        complementary: LeRobot's complementary data, or the batch itself.
-        rows: Rows ``B``; one instruction counts for all of them. Not checked if None.
-
-    Raises:
-        ObservationError: No task, texts that are none or empty, or another number of them.
+    One instruction counts for all `rows`, whose number is not checked if None. `ObservationError` if there are others.
     """
     task = (complementary or {}).get("task")
     tasks = [task] if isinstance(task, str) else list(task) if isinstance(task, list | tuple) else []
@@ -30,3 +28,15 @@ def batch_instructions(complementary: Mapping[str, Any] | None, rows: int | None
             "'task' as a non-empty text, or a list with one for every row."
         )
     return tasks
+
+
+def check_template(template: object, name: str) -> None:
+    """Raise `ConfigError` unless `template` is a text with exactly one ``{instruction}`` and no other field."""
+    fits = isinstance(template, str) and len(template) <= LONGEST_PROMPT
+    if not fits or str(template).count(PLACE) != 1 or set("{}") & set(str(template).replace(PLACE, "")):
+        raise ConfigError(f"{name} is {str(template)[:200]!r}; it must hold {PLACE} once, and no other field.")
+
+
+def fill_template(template: str, instruction: str) -> str:
+    """The template with the instruction in its place: without any attribute access, whatever the template says."""
+    return template.replace(PLACE, instruction)

@@ -161,15 +161,10 @@ class ArmKinematics(ABC):
         """Motion of the TCP per joint, linear (3, J) and angular (3, J), at the joints of the last `pose`."""
 
     def solve(self, q: Array, position: Array, matrix: Array) -> Array:
-        """Joints that bring the TCP to a pose, or as near as the limits allow.
+        """Joints (J,) [rad] inside the limits that bring the TCP to a pose, or as near as these allow.
 
-        Args:
-            q: Joints to start from (J,) [rad]; the last commanded ones keep the motion continuous.
-            position: Wanted TCP position (3,) [m].
-            matrix: Wanted orientation (3, 3).
-
-        Returns:
-            (J,) inside the limits [rad].
+        `q` (J,) [rad] are the joints to start from; the last commanded ones keep the motion continuous. `position` (3,)
+        [m] and `matrix` (3, 3) are wanted.
         """
         wanted, error = self._descend(q, position, matrix, 12)
         step = self._max_joint_step

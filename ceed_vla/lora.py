@@ -25,14 +25,9 @@ def is_adapter(name: str) -> bool:
 
 @torch.no_grad()
 def merge(policy: Any, adapters: Mapping[str, Tensor]) -> None:
-    """Add adapters to the weights of their layers, which are the policy's own from then on.
+    """Add adapters, weights by name, to the weights of their layers, which are the policy's own from then on.
 
-    Args:
-        policy: With the weights that the adapters were trained on.
-        adapters: Weights by name, in pairs.
-
-    Raises:
-        CheckpointError: One of a pair is missing, or a layer that the policy lacks or has in another size.
+    `CheckpointError` if one of a pair is missing, or a layer that the policy lacks or has in another size.
     """
     parameters = dict(policy.named_parameters())
     for layer in sorted({name.removesuffix(A).removesuffix(B) for name in adapters}):

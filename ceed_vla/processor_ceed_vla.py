@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from lerobot.processor import (
-    PolicyAction,
-    PolicyProcessorPipeline,
+    DataProcessorPipeline,
     make_default_policy_processor_steps,
     make_policy_processor_pipelines,
 )
 
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-from ceed_vla.pipelines import checked
+from ceed_vla.errors import CeedVLAError, ObservationError, root_cause
 
 LEAST_DEVIATION = 1e-3  # of a state's dimension, in its own units
 
@@ -24,28 +24,17 @@ def make_ceed_vla_pre_post_processors(
     dataset_stats: dict[str, dict[str, torch.Tensor]] | None = None,
     dataset_meta: Any | None = None,
     instructions: Iterable[str] | None = None,
-) -> tuple[
-    PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
-    PolicyProcessorPipeline[PolicyAction, PolicyAction],
-]:
-    """Pre- and post-processor of a policy that is new.
+) -> tuple[CheckedPipeline, CheckedPipeline]:
+    """LeRobot pipelines (pre-processor, post-processor) of a policy that is new.
 
-    Args:
-        config: The policy's configuration.
-        dataset_stats: LeRobot statistics; the state is normalised with its mean and standard deviation.
-        dataset_meta: LeRobot metadata; gives the instructions (the compact backbone takes its vocabulary from them).
-        instructions: The instructions, where there is no `dataset_meta`.
-
-    Returns:
-        LeRobot pipelines (pre-processor, post-processor).
-
-    Raises:
-        ConfigError: Instructions that do not fit the configuration.
+    The state is normalised with its mean and deviation in `dataset_stats`. The backbone's steps get the instructions
+    (the compact one takes its vocabulary from them): `instructions`, or those of LeRobot's metadata.
     """
     if instructions is None:
         meta = dataset_meta or getattr(config, "_runtime_dataset_meta", None)  # where lerobot-train leaves it
         instructions = [] if meta is None else [str(task) for task in meta.tasks.index]
-    steps = make_default_policy_processor_steps(config, _with_width(dataset_stats))
+    stats = None if dataset_stats is None else {name: _with_width(values) for name, values in dataset_stats.items()}
+    steps = make_default_policy_processor_steps(config, stats)
     inputs = config.backbone.processor_steps(config.shape, list(instructions))
     pre, post = make_policy_processor_pipelines(
         [steps.rename_observations, steps.add_batch_dim, *inputs, steps.to_device, steps.normalize],
@@ -54,13 +43,26 @@ def make_ceed_vla_pre_post_processors(
     return checked(pre), checked(post)
 
 
-def _with_width(
-    stats: dict[str, dict[str, torch.Tensor]] | None,
-) -> dict[str, dict[str, torch.Tensor]] | None:
+def _with_width(stats: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Statistics in which dimensions that never move have a small deviation: nothing is divided by zero."""
-    if stats is None:
-        return None
-    return {
-        key: {**values, "std": torch.as_tensor(values["std"]).clamp(min=LEAST_DEVIATION)} if "std" in values else values
-        for key, values in stats.items()
-    }
+    return {k: torch.as_tensor(v).clamp(min=LEAST_DEVIATION) if k == "std" else v for k, v in stats.items()}
+
+
+class CheckedPipeline(DataProcessorPipeline[Any, Any]):
+    """A LeRobot pipeline that says what it was given when a step cannot read it."""
+
+    def __call__(self, data: Any) -> Any:
+        try:
+            return super().__call__(data)
+        except CeedVLAError:
+            raise
+        except Exception as error:  # steps of LeRobot raise whatever Python does with a wrong type
+            raise ObservationError(
+                f"The {self.name} cannot read a {type(data).__name__} ({root_cause(error)}); pass what the environment "
+                "gave, batched, or the policy's actions."
+            ) from error
+
+
+def checked(pipeline: DataProcessorPipeline[Any, Any]) -> CheckedPipeline:
+    """`pipeline` as a `CheckedPipeline`."""
+    return CheckedPipeline(**{item.name: getattr(pipeline, item.name) for item in fields(pipeline) if item.init})

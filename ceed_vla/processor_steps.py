@@ -76,15 +76,14 @@ class _Normalise(_Settings):
 
 
 @dataclass
-class _Relative(_Settings):
+class _Absolute(_Settings):
     enabled: bool = False
-    exclude_joints: list[str] | None = None
-    action_names: list[str] | None = None
 
 
 @dataclass
-class _Absolute(_Settings):
-    enabled: bool = False
+class _Relative(_Absolute):
+    exclude_joints: list[str] | None = None
+    action_names: list[str] | None = None
 
 
 Maker = Callable[..., Any]
@@ -138,14 +137,7 @@ def _own_steps(config: Any) -> dict[str, Maker]:
 
 @dataclass(frozen=True)
 class Step:
-    """One entry of a processor's file, as found.
-
-    Attributes:
-        file: The file.
-        name: Registered name.
-        settings: Of the step.
-        state: File of its tensors; None without.
-    """
+    """One entry of a processor's file, as found; `state` is the file of its tensors."""
 
     file: Path
     name: str
@@ -169,15 +161,10 @@ class Step:
 
 
 def read_steps(folder: Path, name: str, allowed: dict[str, Maker]) -> list[Step]:
-    """The steps that a processor's file names.
+    """The steps that a processor's file names, one of `PROCESSOR_FILES`.
 
-    Args:
-        folder: The checkpoint.
-        name: One of `PROCESSOR_FILES`.
-        allowed: Registered name -> what its settings must make without complaint.
-
-    Raises:
-        CheckpointError: A file that is no processor's, a step that is not allowed, or with other settings or files.
+    `allowed` has for every registered name what its settings must make without complaint. `CheckpointError` for a step
+    that is not allowed, or with other settings or files.
     """
     file = folder / name
     entries = read_json(file).get("steps")
@@ -236,15 +223,13 @@ def _of_named_package(name: str) -> bool:
 
 
 def check_processors(folder: Path, config: Any) -> None:
-    """Check both processors of a checkpoint of this package: its steps, their settings, and its normalisation.
-
-    Raises:
-        CheckpointError: What is wrong, in which file.
-    """
+    """Check both processors of a checkpoint of this package: its steps, their settings, and its normalisation."""
     own = _own_steps(config)
     pre = read_steps(folder, PREPROCESSOR, {n: kind for n, kind in own.items() if n not in _AFTER})
     post = read_steps(folder, POSTPROCESSOR, {n: own[n] for n in (*_AFTER, DEVICE)})
-    _check_relative(pre, post)
+    relative = [any(s.settings.get("enabled") for s in p if s.name.endswith("_actions_processor")) for p in (pre, post)]
+    if relative[0] != relative[1]:
+        raise CheckpointError(f"{folder}: only one of the processors works with relative actions; copy both again.")
     needed = {PREPROCESSOR: (*config.backbone.steps, NORMALIZER, DEVICE), POSTPROCESSOR: (UNNORMALIZER, DEVICE)}
     for (name, wanted), steps in zip(needed.items(), (pre, post), strict=True):
         if missing := set(wanted) - {step.name for step in steps}:
@@ -270,23 +255,8 @@ def check_processors(folder: Path, config: Any) -> None:
             raise step.error("normalises other features than config.json has; copy both again.")
 
 
-def _check_relative(pre: list[Step], post: list[Step]) -> None:
-    """That actions are made absolute if and only if they were made relative."""
-    on = [
-        any(s.settings.get("enabled") for s in steps if s.name.endswith("_actions_processor")) for steps in (pre, post)
-    ]
-    if on[0] != on[1]:
-        raise CheckpointError(
-            f"{(pre or post)[0].file.parent}: only one of the processors works with relative actions; copy both again."
-        )
-
-
 def check_foreign_processors(folder: Path, config: PreTrainedConfig) -> None:
-    """Check both processors of another LeRobot policy: only harmless steps, and the normalisation it was trained with.
-
-    Raises:
-        CheckpointError: What is wrong, in which file.
-    """
+    """Check both processors of another LeRobot policy: only harmless steps, and the normalisation of its training."""
     pre, post = (read_steps(folder, name, _OF_OTHERS) for name in PROCESSOR_FILES)
     _check_normalisation(pre, post, config)
 

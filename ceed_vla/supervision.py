@@ -38,22 +38,13 @@ class Learner(Protocol):
 def teacher_loss(policy: Learner, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
     """Autoregressive loss of the teacher, with the auxiliary regression if its target is in the batch, and the parts.
 
-    Args:
-        policy: The policy; its training mode decides on augmentation.
-        batch: Pre-processed observation with ``action`` (B, m, A) and, optionally, ``action_is_pad`` (B, m) and
-            ``observation.environment_state``.
-        reduction: "mean", or "none" for one loss a row.
+    The `batch` is a pre-processed observation with ``action`` (B, m, A) and, optionally, ``action_is_pad`` (B, m) and
+    ``observation.environment_state``. It is augmented in training mode. `reduction` is "mean", or "none" for one loss a
+    row.
     """
     if not isinstance(reduction, str) or reduction not in ("mean", "none"):
         raise ConfigError(f"reduction is {short(reduction)}; choose mean or none.")
-    rows_count = policy.check_observation(batch)
-    if batch.get(ACTION) is None:
-        raise ObservationError(
-            f"The batch has no {ACTION!r} to learn from; it has {', '.join(sorted(map(str, batch)))}."
-        )
-    _check(policy, batch, rows_count)
-    if policy.training:
-        batch = _augment(policy, batch)
+    batch = _prepared(policy, batch, ACTION)
     tokens = policy.tokenizer.encode(batch[ACTION])  # (B, n)
     with runs(policy.backbone):
         embeddings = policy.backbone.embed_prefix(batch)
@@ -79,13 +70,10 @@ def finish_training(policy: Learner) -> None:
 
 
 def auxiliary_loss(policy: Learner, embeddings: Any, state: Tensor, environment_state: Tensor) -> Tensor:
-    """Smooth-L1 (B,) between the regressions and the scaled leading `environment_state` terms.
+    """Smooth-L1 (B,) between the regressions and the scaled leading `environment_state` terms (B, E) [m, rad].
 
-    Args:
-        policy: The policy, with its `auxiliary_terms`.
-        embeddings: From the backbone's `embed_prefix`; its early head regresses from these.
-        state: The state token's final hidden vector (B, d); the head after the trunk regresses from it.
-        environment_state: (B, E) [m, rad].
+    The early head regresses from `embeddings` of `embed_prefix`, the head behind the trunk from the `state` token's
+    final hidden vector (B, d).
     """
     backbone = policy.backbone
     assert backbone.auxiliary is not None
@@ -107,16 +95,20 @@ def grounding_loss(policy: Learner, batch: dict[str, Tensor]) -> Tensor:
     """The auxiliary loss alone (scalar), for frames that have no action."""
     if policy.backbone.auxiliary is None:
         raise ConfigError("auxiliary_scale is empty: this policy has no grounding target.")
-    rows = policy.check_observation(batch)
-    if batch.get(ENVIRONMENT_STATE_KEY) is None:
-        raise ObservationError(f"The batch has no {ENVIRONMENT_STATE_KEY!r} to learn from.")
-    _check(policy, batch, rows)
-    if policy.training:
-        batch = _augment(policy, batch)
+    batch = _prepared(policy, batch, ENVIRONMENT_STATE_KEY)
     with runs(policy.backbone):
         embeddings = policy.backbone.embed_prefix(batch)
         state = policy.backbone.prefix_state(embeddings)
     return auxiliary_loss(policy, embeddings, state, batch[ENVIRONMENT_STATE_KEY]).mean()
+
+
+def _prepared(policy: Learner, batch: dict[str, Tensor], target: str) -> dict[str, Tensor]:
+    """`batch`, in which there is a `target`, checked and in training augmented."""
+    rows = policy.check_observation(batch)
+    if batch.get(target) is None:
+        raise ObservationError(f"The batch has no {target!r}; it has {', '.join(sorted(map(str, batch)))}.")
+    _check_targets(policy, batch, rows)
+    return _augment(policy, batch) if policy.training else batch
 
 
 def augment(policy: Learner, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -125,7 +117,7 @@ def augment(policy: Learner, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     ``batch["augmentation_noise"]`` (B, `augmentation_size`), uniform in [0, 1), decides where it is given: then
     the augmentation of a frame does not depend on how a batch is split over processes.
     """
-    _check(policy, batch, policy.check_observation(batch))
+    _check_targets(policy, batch, policy.check_observation(batch))
     return _augment(policy, batch)
 
 
@@ -160,26 +152,10 @@ def augmentation_size(policy: Learner) -> int:
     return 3 * len(policy.backbone.augmented_images) + (int(state.shape[0]) if state else 0)
 
 
-def _check(policy: Learner, batch: Mapping[str, Any], rows: int) -> None:
+def _check_targets(policy: Learner, batch: Mapping[str, Any], rows: int) -> None:
+    """Check what of a batch of so many rows is not the observation; all of it may be missing."""
     terms = len(policy.config.auxiliary_scale)
-    check_targets(batch, rows, policy.config.chunk_size, augmentation_size(policy), terms)
-
-
-def check_targets(batch: Mapping[str, Any], rows: int, steps: int, noise: int, terms: int) -> None:
-    """Check what of a training batch is not the observation; all of it may be missing.
-
-    Args:
-        batch: ``action_is_pad`` (B, m) true or false, ``augmentation_noise`` (B, N) in [0, 1),
-            ``observation.environment_state`` (B, at least E) and the rows of ``action``.
-        rows: Rows ``B`` of the observation.
-        steps: Steps ``m`` of a chunk.
-        noise: Random numbers ``N`` of a row.
-        terms: Terms ``E`` that are regressed.
-
-    Raises:
-        ObservationError: Another type or shape, or values outside.
-    """
-    shapes = {PADDED: (rows, steps), AUGMENTATION_NOISE: (rows, noise)}
+    shapes = {PADDED: (rows, policy.config.chunk_size), AUGMENTATION_NOISE: (rows, augmentation_size(policy))}
     for key in (PADDED, AUGMENTATION_NOISE, ENVIRONMENT_STATE_KEY):
         value = batch.get(key)
         if value is None:
@@ -197,7 +173,7 @@ def check_targets(batch: Mapping[str, Any], rows: int, steps: int, noise: int, t
         if key == PADDED and (floats or value.is_complex() or not _within(value, 0, 1)):
             raise ObservationError(f"{key} is {value.dtype}; expected true or false.")
     action = batch.get(ACTION)
-    if isinstance(action, Tensor) and is_plain(action) and action.ndim == 3 and len(action) != rows:
+    if is_plain(action) and action.ndim == 3 and len(action) != rows:
         raise ObservationError(f"{ACTION} has {len(action)} rows, the observation {rows}.")
 
 
@@ -221,9 +197,7 @@ def label_table(num_bins: int, sigma: float, device: torch.device) -> Tensor:
 
 
 def random_shift(image: Tensor, pixels: int, noise: Tensor | None = None) -> Tensor:
-    """Shift every image (B, 3, H, W) by up to `pixels` [px] in both directions, repeating the edge; `noise` (B, 2),
-    uniform in [0, 1), decides, and is drawn if None.
-    """
+    """Shift images (B, 3, H, W) by up to `pixels` [px], repeating the edge; `noise` (B, 2) in [0, 1) decides how."""
     batch, _, height, width = image.shape
     padded = F.pad(image, (pixels,) * 4, mode="replicate")
     noise = torch.rand(batch, 2, device=image.device) if noise is None else noise

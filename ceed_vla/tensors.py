@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from ceed_vla.fields import short
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
-def is_plain(value: object) -> bool:
+def is_plain(value: object) -> TypeGuard[Tensor]:
     """Whether a value is a tensor of numbers one after the other: not sparse, nested, quantised, or without data."""
     return (
         isinstance(value, Tensor)
@@ -24,33 +26,22 @@ def is_plain(value: object) -> bool:
 def check_tokens(
     tokens: object, what: str, shape: tuple[int | None, int], vocabulary: int, *, none: bool = False
 ) -> None:
-    """Check integer tokens.
+    """Check that `tokens`, called `what` in messages, are integers (B, k) in ``[0, V)``, or raise `TokenError`.
 
     Args:
-        tokens: (B, k) integers in ``[0, V)``.
-        what: What the message calls them.
+        tokens: What was passed.
+        what: What the message calls it.
         shape: B and k; None for any number of rows.
         vocabulary: V; 0 leaves the values alone.
         none: A row may hold -1 throughout.
-
-    Raises:
-        TokenError: No tensor, another shape or type, or a token outside.
     """
     rows, length = shape
-    if not isinstance(tokens, Tensor) or not is_plain(tokens):
-        raise TokenError(
-            f"{what}: expected a dense tensor ({rows or 'B'}, {length}) of integers, got {type(tokens).__name__}."
-        )
-    if (
-        tokens.ndim != 2
-        or tokens.shape[1] != length
-        or rows not in (None, tokens.shape[0])
-        or tokens.dtype not in _INTEGERS
-    ):
-        raise TokenError(
-            f"{what}: {tuple(tokens.shape)} {tokens.dtype}, expected ({'B' if rows is None else rows}, {length}) "
-            "integers."
-        )
+    expected = f"({'B' if rows is None else rows}, {length}) integers"
+    if not is_plain(tokens):
+        raise TokenError(f"{what}: {type(tokens).__name__}, expected a dense tensor {expected}.")
+    fits = tokens.ndim == 2 and tokens.shape[1] == length and tokens.dtype in _INTEGERS
+    if not fits or rows not in (None, len(tokens)):
+        raise TokenError(f"{what}: {tuple(tokens.shape)} {tokens.dtype}, expected {expected}.")
     if not vocabulary or not tokens.numel():
         return
     least, most = torch.stack(tokens.aminmax()).tolist()
@@ -68,19 +59,12 @@ def check_tokens(
 
 
 def check_actions(actions: object, chunk_steps: int, action_dim: int) -> None:
-    """Check action chunks (B, m, A) of finite numbers.
-
-    Raises:
-        TokenError: No tensor, another shape or type, NaN or infinity.
-    """
-    if not isinstance(actions, Tensor) or not is_plain(actions):
-        raise TokenError(
-            f"actions are {type(actions).__name__}; expected a dense tensor (B, {chunk_steps}, {action_dim})."
-        )
+    """Check action chunks (B, m, A) of finite numbers, or raise `TokenError`."""
+    expected = f"expected (B, {chunk_steps}, {action_dim})"
+    if not is_plain(actions):
+        raise TokenError(f"actions are {type(actions).__name__}, {expected} in a dense tensor.")
     if actions.ndim != 3 or tuple(actions.shape[1:]) != (chunk_steps, action_dim) or actions.is_complex():
-        raise TokenError(
-            f"actions have shape {tuple(actions.shape)} {actions.dtype}, expected (B, {chunk_steps}, {action_dim})."
-        )
+        raise TokenError(f"actions have shape {tuple(actions.shape)} {actions.dtype}, {expected}.")
     finite = torch.isfinite(actions)
     if not bool(finite.all()):
         b, step, d = (~finite).nonzero()[0].tolist()
@@ -91,11 +75,7 @@ def check_actions(actions: object, chunk_steps: int, action_dim: int) -> None:
 
 
 def numbers(values: object, name: str) -> list[float]:
-    """`values` as plain numbers, from any sequence of them, arrays and tensors included.
-
-    Raises:
-        ConfigError: Something else; the message calls it `name`.
-    """
+    """`values`, `name` in messages, as plain numbers, from any sequence of them, arrays and tensors included."""
     try:
         return [float(value) for value in values]  # type: ignore[attr-defined]
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ceed_vla.errors import CheckpointError
+from ceed_vla.errors import CheckpointError, root_cause
 from ceed_vla.files import plain_name, read_json
 from ceed_vla.lora import is_adapter
 
@@ -27,29 +27,18 @@ _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """A safetensors file; its header has been compared with the file's size.
-
-    Raises:
-        CheckpointError: It is missing, truncated or damaged.
-    """
+    """A safetensors file; its header has been compared with the file's size. `CheckpointError` if it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "pt") as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"The weights {file} do not load ({type(error).__name__}: {str(error)[:200]}); copy them again or "
-            "rebuild them."
-        ) from error
+        raise CheckpointError(f"The weights {file} do not load ({root_cause(error)}); copy them again.") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, one or its shards.
-
-    Raises:
-        CheckpointError: None, or a shard that the index names is missing.
-    """
+    """The safetensors files of a folder, one or its shards; `CheckpointError` if there is none, or one is missing."""
     if not folder.is_dir():
         raise CheckpointError(
             f"The weights of this policy lie in {str(folder)!r}, which is no folder (any more); correct "
@@ -59,14 +48,8 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         pickled = ", ".join(sorted(file.name for pattern in PICKLED for file in folder.glob(pattern)))
-        raise CheckpointError(
-            f"{folder} has neither {WEIGHTS} nor {INDEX}"
-            + (
-                f", only {pickled}; pickled files can run code when they are read: save them as safetensors first."
-                if pickled
-                else "."
-            )
-        )
+        only = f", only {pickled}; pickled files can run code when they are read: save them as safetensors first"
+        raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}{only if pickled else ''}.")
     found = read_json(folder / INDEX).get("weight_map")
     named = found.values() if isinstance(found, dict) else ()
     shards = sorted({plain_name(name, f"{folder / INDEX}: a shard") for name in named})
@@ -78,23 +61,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Header:
-    """What a weights file holds.
-
-    Attributes:
-        tensors: How many tensors.
-        numbers: How many numbers in all.
-    """
+    """How many tensors a weights file holds, and how many numbers in all."""
 
     tensors: int
     numbers: int
 
     @classmethod
     def read(cls, files: Sequence[Path]) -> Header:
-        """Of one file, or of all shards.
-
-        Raises:
-            CheckpointError: A file is missing or damaged.
-        """
+        """Of one file, or of all shards."""
         shapes = []
         for file in files:
             with opened(file) as tensors:
@@ -102,16 +76,7 @@ class Header:
         return cls(len(shapes), sum(math.prod(shape) for shape in shapes))
 
     def check(self, layers: int, numbers: int, source: Path | str) -> None:
-        """Refuse a configuration of more layers than there are tensors, or of more numbers than there are.
-
-        Args:
-            layers: Layers that the configuration describes.
-            numbers: Numbers that these have at least.
-            source: What the message calls the weights.
-
-        Raises:
-            CheckpointError: It describes more.
-        """
+        """Refuse a configuration of more layers than there are tensors, or of more numbers, for `source`."""
         if layers > self.tensors or numbers > self.numbers:
             raise CheckpointError(
                 f"{source}: the configuration describes {layers:,} layers with at least {numbers:,} weights, the file "
@@ -126,20 +91,16 @@ def copy_weights(
     rename: Callable[[str], str] = str,
     skip: Callable[[str], bool] = lambda name: False,
 ) -> tuple[list[str], list[str]]:
-    """Copy weights into a module's, one tensor at a time, converted to the module's types.
+    """Copy weights into a module's of the right sizes, one tensor at a time, converted to the module's types.
 
-    Args:
-        module: With weights of the right sizes.
-        files: One safetensors file, or its shards.
-        rename: From the name in a file to the module's.
-        skip: Names in a file that are passed over.
+    `rename` turns the name in a file to the module's; names that `skip` picks are passed over.
 
     Returns:
         The module's weights that no file has (a tied weight has its partner's), and those that the module lacks.
 
     Raises:
-        CheckpointError: A file that cannot be read; or names the file and the first tensor of another shape or class of
-            types, that is not finite, or a head of zeros.
+        CheckpointError: Names the file and the first tensor of another shape or class of types, that is not finite, or
+            a head of zeros.
     """
     own, read, unknown, matrices, zeros = module.state_dict(), set(), [], 0, []
     written: dict[int, str] = {}  # where a tensor was copied to -> its name; tied ones share it
@@ -169,9 +130,7 @@ def copy_weights(
                     zeros += [published] if empty and place.ndim > 1 else []
     scoring = [name for name in zeros if name.split(".")[-2:-1] and name.split(".")[-2] in HEADS]
     if scoring or (zeros and len(zeros) == matrices):
-        raise CheckpointError(
-            f"{files[0]}: {(scoring or zeros)[0]} holds nothing but zeros; no training leaves it so. Copy it again."
-        )
+        raise CheckpointError(f"{files[0]}: {(scoring or zeros)[0]} holds nothing but zeros. Copy it again.")
     pointers = {own[name].data_ptr() for name in read}
     missing = sorted(name for name in own.keys() - read if own[name].data_ptr() not in pointers)
     return missing, sorted(unknown)
@@ -196,38 +155,24 @@ def check_finite(file: Path | str, name: str, weight: Tensor) -> bool:
     values = weight.detach()
     least, most = (float(end) for end in (values.float() if values.element_size() < 2 else values).aminmax())
     if not (math.isfinite(least) and math.isfinite(most)):
-        raise CheckpointError(
-            f"The weights {file} are damaged: {name} holds NaN or infinity (in {weight.dtype}); copy them again or "
-            "rebuild them."
-        )
+        raise CheckpointError(f"The weights {file} are damaged: {name} holds NaN or infinity ({weight.dtype}).")
     return least == most == 0.0
 
 
 def check_weights(module: nn.Module, source: Path | str) -> None:
-    """Refuse a module with weights that are not finite; `source` is what the message calls them.
-
-    Raises:
-        CheckpointError: Names the weight.
-    """
+    """Refuse a module with weights that are not finite; `source` is what the message calls them."""
     for name, weight in module.named_parameters():
         if weight.is_floating_point() and weight.numel():
             check_finite(source, name, weight)
 
 
 def check_floating(files: Sequence[Path]) -> None:
-    """Refuse weights of whole numbers, which a loader would convert without a word.
-
-    Raises:
-        CheckpointError: Names the file and the tensor.
-    """
+    """Refuse weights of whole numbers, which a loader would convert without a word."""
     for file in files:
         with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 if name.endswith((".weight", ".bias")) and (kind := tensors.get_slice(name).get_dtype()) not in _FLOATS:
                     raise CheckpointError(f"The weights {file} do not load: {name} is of type {kind}; copy them again.")
-
-
-# ---- a policy's weights -------------------------------------------------------------------------------------------
 
 
 class PolicyModule(nn.Module):
@@ -243,16 +188,10 @@ class PolicyModule(nn.Module):
 
 
 def load_weights(policy: PolicyModule, folder: Path, strict: bool = True) -> None:
-    """Read a checkpoint's weights into a policy.
+    """Read a checkpoint's weights into a policy that was built from its configuration.
 
-    Args:
-        policy: Built from the checkpoint's configuration.
-        folder: The checkpoint.
-        strict: Refuse missing and additional weights; otherwise they are only logged. Weights that the policy
-            refers to elsewhere (`PolicyModule.referenced`) are not missing.
-
-    Raises:
-        CheckpointError: Truncated, corrupt or not finite weights, or those of other sizes.
+    Unless `strict`, missing and additional weights are only logged. Weights that the policy refers to elsewhere
+    (`PolicyModule.referenced`) are not missing.
     """
     file = folder / WEIGHTS
     missing, unknown = copy_weights(policy, [file], skip=is_adapter)
@@ -276,9 +215,7 @@ def load_weights(policy: PolicyModule, folder: Path, strict: bool = True) -> Non
 
 
 def save_weights(policy: PolicyModule, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
-    """Write a policy's weights into a folder, without those that it refers to and has not trained; or `state_dict`, its
-    weights gathered by whoever sharded them.
-    """
+    """Write a policy's weights but those that it refers to and has not trained; or `state_dict`, gathered elsewhere."""
     from safetensors.torch import save_file, save_model
 
     file = folder / WEIGHTS

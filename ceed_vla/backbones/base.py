@@ -92,10 +92,8 @@ class TrainableBackbone(nn.Module, Backbone):
 
     @abc.abstractmethod
     def check_observation(self, batch: Mapping[str, Any]) -> int:
-        """Check a pre-processed batch, and return its rows ``B``.
-
-        Raises:
-            ObservationError: A feature is missing, has another shape or type, or is not finite.
+        """Check a pre-processed batch and return its rows ``B``; `ObservationError` where a feature is missing or
+        wrong.
         """
 
     @abc.abstractmethod
@@ -114,11 +112,7 @@ class TrainableBackbone(nn.Module, Backbone):
         """
 
     def recompute_activations(self) -> None:
-        """Keep only the layers' inputs for the backward pass and compute the rest again (gradient checkpointing).
-
-        Raises:
-            ConfigError: This family cannot.
-        """
+        """Keep only the layers' inputs for the backward pass (gradient checkpointing); `ConfigError` where none can."""
         raise ConfigError(f"{type(self).__name__} cannot recompute activations; leave out --gradient_checkpointing.")
 
     def prefix_state(self, embeddings: Any) -> Tensor:
@@ -149,28 +143,19 @@ def check_features(
 ) -> int:
     """Check the tensors of a pre-processed batch, and return its rows ``B``, which all features share.
 
-    Args:
-        batch: What the pre-processor returned.
-        wanted: Feature -> its shape without the rows; None stands for any size.
-        finite: Features of float32 that may not hold NaN or infinity.
-        ids: Feature of whole numbers -> one more than the largest.
-
-    Raises:
-        ObservationError: A feature is missing, no tensor, of another type, has another shape or other rows, is not
-            finite or outside its range.
+    `wanted` has the shape of every feature without the rows, None for any size. Those in `finite` are float32 without
+    NaN and infinity, those in `ids` whole numbers below the given end. All else is an `ObservationError`.
     """
     if not isinstance(batch, Mapping):
         raise ObservationError(f"The observation is {type(batch).__name__}; pass the pre-processor's.")
     first, rows = next(iter(wanted)), 0
     for key, shape in wanted.items():
         value = batch.get(key)
-        if not isinstance(value, Tensor) or not is_plain(value):
+        if not is_plain(value):
             have = ", ".join(sorted(str(k) for k in batch if str(k).startswith("observation."))) or "none"
             kind = f"has {key!r} as {type(value).__name__}, not as a dense tensor"
             problem = f"lacks {key!r}" if value is None else kind
-            raise ObservationError(
-                f"The observation {problem}; it has {have}. Pass it through the checkpoint's pre-processor first."
-            )
+            raise ObservationError(f"The observation {problem}; it has {have}. Use the checkpoint's pre-processor.")
         found, *sizes = tuple(value.shape) or (0,)
         rows = found if key == first else rows
         fits = len(sizes) == len(shape) and all(b in (None, a) for a, b in zip(sizes, shape, strict=True))
@@ -195,11 +180,7 @@ def check_features(
 
 @contextmanager
 def runs(model: nn.Module) -> Iterator[None]:
-    """Say what is wrong with a model that another library built of a checkpoint's settings, and that does not run.
-
-    Raises:
-        CheckpointError: Instead of what torch or the library raised.
-    """
+    """What torch or a library raises where a model of a checkpoint's settings does not run, as a `CheckpointError`."""
     try:
         yield
     except CeedVLAError:

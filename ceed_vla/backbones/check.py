@@ -20,16 +20,10 @@ def check_backbone(
 ) -> int:
     """Decode one block by all routes, compare every token, and return how many were compared.
 
-    Greedy decoding with the cache must equal strict Jacobi decoding from random guesses, teacher forcing as in
-    training, decoding behind a prefix that was used before (a pass through the first layer only included), and decoding
-    of every row alone. In float32: lower precision may flip near-ties.
-
-    Args:
-        backbone: In evaluation mode. Weights of a model that is not trained should be large enough for its tokens to
-            depend on one another, or the check says little.
-        observation: A pre-processed batch (B rows).
-        action_dim: Tokens of one step.
-        guesses: Random guesses.
+    Greedy decoding with the cache must equal strict Jacobi decoding from `guesses` random guesses, teacher forcing as
+    in training, decoding behind a prefix that was used before (a pass through the first layer only included), and
+    decoding of every row alone. In float32: lower precision may flip near-ties. The backbone is in evaluation mode;
+    where it is not trained, its weights should be so large that tokens depend on one another, or the check says little.
 
     Raises:
         ConfigError: The routes differ; the message says which, and what that usually means.

@@ -33,20 +33,11 @@ class BackboneConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
 
     @abc.abstractmethod
     def build(self, shape: PolicyShape) -> TrainableBackbone:
-        """The model.
-
-        Raises:
-            ConfigError: Settings that contradict the policy's.
-            CheckpointError: Weights that cannot be read.
-        """
+        """The model; `ConfigError` if settings contradict the policy's, `CheckpointError` if weights cannot be read."""
 
     @abc.abstractmethod
     def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:
-        """LeRobot processor steps that make the model's inputs; `instructions` are those of the data set.
-
-        Raises:
-            ConfigError: Instructions that do not fit the model.
-        """
+        """LeRobot processor steps that make the model's inputs; `instructions` are those of the data set."""
 
     def finished(self) -> Self:
         """These settings for a model whose training is over: without heads that only training uses."""

@@ -10,12 +10,7 @@ from ceed_vla.errors import ConfigError
 
 
 def convert(config: ConvertConfig) -> str:
-    """Convert a model, and return a line about what was written.
-
-    Raises:
-        CheckpointError: A folder that is no such model, or an incomplete or damaged one.
-        ConfigError: Settings that do not fit the model, or an output folder that is not empty.
-    """
+    """Convert a model, and return a line about what was written."""
     if not config.output_dir:
         raise ConfigError("No --output_dir; name the folder for the checkpoint.")
     output = Path(config.output_dir)

@@ -23,15 +23,11 @@ EXPECTED = "expected.json"  # reference outputs beside a model, for `ceed-vla ve
 
 
 def openvla_policy(config: ConvertConfig) -> CeedVLAConfig:
-    """The policy configuration of an OpenVLA folder.
-
-    Raises:
-        CheckpointError: Another kind of folder, or one that is incomplete.
-        ConfigError: An unknown ``unnorm_key``, or settings that contradict each other.
-    """
+    """The policy configuration of an OpenVLA folder."""
     published = read_config(config.path)
     key, statistics = action_statistics(config.path, config.unnorm_key)
-    height, width = _camera_size(config.camera_size) or _size(published["image_sizes"][0])
+    seen = published["image_sizes"][0]
+    height, width = _camera_size(config.camera_size) or ((seen, seen) if isinstance(seen, int) else seen[-2:])
     return CeedVLAConfig(
         input_features={f"observation.images.{config.camera}": PolicyFeature(FeatureType.VISUAL, (3, height, width))},
         output_features={"action": PolicyFeature(FeatureType.ACTION, (len(statistics["q01"]),))},
@@ -58,14 +54,8 @@ def _camera_size(text: str) -> tuple[int, int] | None:
     height, _, width = text.partition("x")
     sides = [int(side) for side in (height, width) if side.isascii() and side.isdecimal() and len(side) < 6]
     if len(sides) < 2 or not all(1 <= side <= LARGEST_SIDE for side in sides):
-        raise ConfigError(
-            f"camera_size is {text[:50]!r}; give HEIGHTxWIDTH, such as 480x640, sides up to {LARGEST_SIDE}."
-        )
+        raise ConfigError(f"camera_size is {text[:50]!r}; give HEIGHTxWIDTH (480x640), sides up to {LARGEST_SIDE}.")
     return sides[0], sides[1]
-
-
-def _size(size: int | list[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[-2]), int(size[-1]))
 
 
 def published_policy(config: ConvertConfig) -> tuple[CeedVLAPolicy, Any, Any]:

@@ -76,7 +76,7 @@ def find_folder(name: str, setting: str) -> Path:
         return Path(snapshot_download(name, local_files_only=True))
     except Exception as error:  # the library raises many kinds, all for "not here"
         raise CheckpointError(
-            f"{setting} {name!r} is no folder, and was not downloaded before; give --{setting}=DIR."
+            f"{setting} {name!r} is no folder, nor was it downloaded; give --{setting}=DIR."
         ) from error
 
 

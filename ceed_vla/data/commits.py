@@ -30,11 +30,7 @@ def is_recording(root: Path) -> bool:
 
 
 def read_progress(root: Path) -> dict[str, Any]:
-    """The last committed `recording.json`: ``total_episodes``, ``files`` and the caller's ``progress``.
-
-    Raises:
-        DatasetError: Missing or damaged.
-    """
+    """The last committed `recording.json`: ``total_episodes``, ``files`` and the caller's ``progress``."""
     record = read_json(root / PROGRESS_FILE, DatasetError)
     files, count = record.get("files"), record.get("total_episodes")
     named = isinstance(files, list) and all(isinstance(f, str) and _EPISODE_FILE.fullmatch(f) for f in files)
@@ -73,13 +69,11 @@ def end_commit(root: Path) -> None:
 
 
 def undo_incomplete_commit(root: Path) -> list[str]:
-    """Return to the last commit point, if that is not the newest state, and give the data set's parquet files.
-    May itself be interrupted.
+    """Return to the last commit point, if that is not the newest state, and give the data set's parquet files. May
+    itself be interrupted.
 
-    Only what the incomplete commit has added is deleted. Whatever else is there makes `root` no recording of ours.
-
-    Raises:
-        DatasetError: Damaged bookkeeping, links, or parquet files that are missing or unknown.
+    Only what the incomplete commit has added is deleted. Whatever else is there makes `root` no recording of ours, a
+    `DatasetError`; so do damaged bookkeeping, links, and parquet files that are missing.
     """
     links = [str(path.relative_to(root)) for path in strange(root)]
     if links:
@@ -90,17 +84,18 @@ def undo_incomplete_commit(root: Path) -> list[str]:
     committed = read_progress(root)
     files: list[str] = committed["files"]
     backup = root / WORK_FOLDER / "backup"
-    marker = _read_marker(backup / "marker.json") if (backup / "marker.json").is_file() else None
-    incomplete = marker is not None and marker["total_episodes"] == committed["total_episodes"]
-    added = set(marker["adding"]) - set(files) if marker is not None and incomplete else set()
-    there = {path.relative_to(root).as_posix() for path in _stored(root)} - added
+    marker = _read_marker(backup / "marker.json") if (backup / "marker.json").is_file() else {}
+    incomplete = marker.get("total_episodes") == committed["total_episodes"]
+    added = set(marker["adding"]) - set(files) if incomplete else set()
+    stored = [path for folder in ("data", "meta/episodes") for path in (root / folder).rglob("*") if path.is_file()]
+    there = {path.relative_to(root).as_posix() for path in stored} - added
     for what, names in (("lacks", set(files) - there), ("holds files that it does not know:", there - set(files))):
         if names:
             raise DatasetError(
                 f"{root} {what} {_listed(sorted(names))}. Bring the folder back to what `ceed-vla record` left there, "
                 "or record into a new root; nothing was changed."
             )
-    if marker is not None and incomplete:
+    if incomplete:
         for name in _META_FILES:
             if name not in marker["files"]:
                 (root / "meta" / name).unlink(missing_ok=True)
@@ -110,11 +105,6 @@ def undo_incomplete_commit(root: Path) -> list[str]:
             (root / name).unlink(missing_ok=True)
     end_commit(root)
     return files
-
-
-def _stored(root: Path) -> list[Path]:
-    """What lies where the parquet files are."""
-    return [path for folder in ("data", "meta/episodes") for path in (root / folder).rglob("*") if path.is_file()]
 
 
 def _read_marker(file: Path) -> dict[str, Any]:

@@ -74,44 +74,40 @@ def is_whole(value: object, low: int, high: int = MOST) -> bool:
 
 
 def read_info(root: Path) -> Info:
-    """Read and check ``meta/info.json``.
-
-    Raises:
-        DatasetError: No such file, or values that describe no data set.
-    """
+    """Read and check ``meta/info.json``."""
     file = root / "meta" / "info.json"
     if not file.is_file():
         raise DatasetError(f"No LeRobotDataset at {root}: no meta/info.json there. `ceed-vla record` makes one.")
     info = read_json(file, DatasetError)
-    version, fps, features = (info.get(key) for key in ("codebase_version", "fps", "features"))
+    version: Any = info.get("codebase_version")
+    fps: Any = info.get("fps")
+    features: Any = info.get("features")
     if not (isinstance(version, str) and version.startswith("v3.")):
-        raise DatasetError(
-            f"{root} has LeRobot's format {str(version)[:50]}, this needs v3; convert it with LeRobot's tools."
-        )
-    _require(is_whole(info.get("total_frames"), 0), file, "total_frames", info.get("total_frames"), "a number")
-    _require(is_whole(info.get("total_episodes"), 0), file, "total_episodes", info.get("total_episodes"), "a number")
+        raise DatasetError(f"{root} has the format {str(version)[:50]}; convert it to v3 with LeRobot's tools.")
+    for name in ("total_frames", "total_episodes"):
+        _require(is_whole(info.get(name), 0), file, name, info.get(name), "a number")
     if not info["total_frames"]:
         raise DatasetError(f"{root}: the data set has no frame.")
     number = isinstance(fps, int | float) and not isinstance(fps, bool)
-    _require(number and 0 < fps <= 10_000, file, "fps", fps, "a number in (0, 10000]")  # type: ignore[operator]
+    _require(number and 0 < fps <= 10_000, file, "fps", fps, "a number in (0, 10000]")
     _require(isinstance(features, dict) and features, file, "features", features, "a mapping of features")
-    for name, feature in features.items():  # type: ignore[union-attr]
+    for name, feature in features.items():
         plain_name(name, f"A feature in {file}", DatasetError)
         fits = isinstance(feature, dict) and isinstance(feature.get("dtype"), str) and _is_shape(feature.get("shape"))
         _require(fits, file, name, feature, "a dtype and a shape of positive numbers")
-    vectors = {name: features[name] for name in (STATE, ACTION, ENVIRONMENT) if name in features}  # type: ignore[index, operator]
+    vectors = {name: features[name] for name in (STATE, ACTION, ENVIRONMENT) if name in features}
     for name, feature in vectors.items():
         _require(feature["dtype"] in NUMBERS, file, f"the dtype of {name}", feature["dtype"], "a type of numbers")
-    cameras = {name: f for name, f in features.items() if f["dtype"] in ("image", "video")}  # type: ignore[union-attr]
+    cameras = {name: f for name, f in features.items() if f["dtype"] in ("image", "video")}
     return Info(
         root=root,
-        fps=float(fps),  # type: ignore[arg-type]
+        fps=float(fps),
         frames=info["total_frames"],
         episodes=info["total_episodes"],
         vectors={name: tuple(feature["shape"]) for name, feature in vectors.items()},
         cameras={name: _image_shape(file, name, feature) for name, feature in cameras.items()},
         videos=tuple(name for name, feature in cameras.items() if feature["dtype"] == "video"),
-        names=", ".join(features)[:500],  # type: ignore[arg-type]
+        names=", ".join(features)[:500],
         labels={name: feature["names"] for name, feature in vectors.items() if isinstance(feature.get("names"), list)},
     )
 
@@ -147,12 +143,7 @@ def data_files(root: Path) -> list[Path]:
 def open_parquet(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> pq.ParquetFile:
     """A parquet file of which no column has more values than its rows have: a few bytes can stand for millions.
 
-    Args:
-        file: Where it is.
-        shapes: The columns that will be read, and the (largest) shape of a row of each.
-
-    Raises:
-        DatasetError: No file, or columns that would unpack to more.
+    `shapes` has the columns that will be read, and the (largest) shape of a row of each.
     """
     opened = pq.ParquetFile(regular(file, DatasetError))
     parts, schema = opened.metadata, set(opened.schema_arrow.names)
@@ -171,11 +162,7 @@ def open_parquet(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> pq.Parque
 
 
 def read_rows(info: Info, vectors: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Columns of all frames: (N, D) float32 for `vectors`, (N,) for the indices of episode and task and the timestamp.
-
-    Raises:
-        DatasetError: Files that cannot be read, or that hold something else than ``meta/info.json`` says.
-    """
+    """Columns of all frames: (N, D) float32 for `vectors`, (N,) for indices of episode and task and the timestamp."""
     root, remedy = info.root, "the recording was not finalised, or copy it again"
     shapes = {"index": (), "episode_index": (), "task_index": (), "timestamp": ()}
     wanted = {**shapes, **{name: info.vectors[name] for name in vectors}}
@@ -227,11 +214,7 @@ def _check_times(times: NDArray[np.float64], same: NDArray[np.bool_], info: Info
 
 
 def numbers(column: pa.ChunkedArray, shape: tuple[int, ...], what: str) -> NDArray[Any]:
-    """A column as an array (N,) or (N, D): every row of it holds numbers in the given shape.
-
-    Raises:
-        DatasetError: Nulls, text, or rows of another shape.
-    """
+    """A column as an array (N,) or (N, D): every row of it holds numbers in the given shape, else a `DatasetError`."""
     values, rows = column.combine_chunks(), len(column)
     for length in shape:
         values = getattr(values, "storage", values)  # of an extension type

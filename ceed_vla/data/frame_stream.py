@@ -33,14 +33,8 @@ class StreamingConfig:
 class StreamedImages:
     """Images of one camera (N, H, W, 3), read by index as an array is.
 
-    Args:
-        reader: Decodes them.
-        camera: Which.
-        memory: Decoded images that the process may hold [bytes].
-
-    Attributes:
-        shape: (N, H, W, 3).
-        together: Windows, of all cameras, that fit in half of the memory; the rest is for what is read out of turn.
+    A process may hold `memory` bytes of decoded images; so many windows of all cameras fit `together` in half of it,
+    the rest is for what is read out of turn.
     """
 
     def __init__(self, reader: ImageReader, camera: str, memory: float) -> None:
@@ -49,11 +43,7 @@ class StreamedImages:
         self.together = int(memory / 2 / WINDOW / sum(math.prod(shape) for shape in reader.info.cameras.values()))
 
     def __getitem__(self, frames: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Images (B, H, W, 3) of the frames (B,).
-
-        Raises:
-            DatasetError: Images that cannot be decoded, or have another size.
-        """
+        """Images (B, H, W, 3) of the frames (B,)."""
         found = np.empty((len(frames), *self.shape[1:]), np.uint8)
         windows = np.searchsorted(self.reader.edges, frames, side="right") - 1
         for window in np.unique(windows).tolist():

@@ -88,18 +88,13 @@ class FrameStore:
         self.images = _images(info, read_rows(info, []), streaming or StreamingConfig())
 
     def batch(self, frames: NDArray[np.int64], chunk_size: int) -> dict[str, Any]:
-        """Raw batch (before the pre-processor) of the given frames.
+        """Raw batch (before the pre-processor) of the given frames (B,).
 
-        Args:
-            frames: (B,) frame indices.
-            chunk_size: Steps of the action chunk; it is cut at the end of the episode and padded with its last action.
+        Action chunks of `chunk_size` steps are cut at the end of the episode and padded with its last action.
 
         Returns:
-            Cameras (B, 3, H, W) float in [0, 1], state (B, D), ``task`` strings, and where the set has them
-            ``action`` (B, m, A) with ``action_is_pad`` (B, m) and ``observation.environment_state`` (B, E).
-
-        Raises:
-            DatasetError: Indices that are no frames of the set.
+            Cameras (B, 3, H, W) float in [0, 1], state (B, D), ``task`` strings, and where the set has them ``action``
+                (B, m, A) with ``action_is_pad`` (B, m) and ``observation.environment_state`` (B, E).
         """
         frames = self._checked(frames, chunk_size)
         batch: dict[str, Any] = {
@@ -135,11 +130,7 @@ class FrameStore:
 
 
 def read_chunks(root: str | Path, chunk_size: int) -> Tensor:
-    """The action chunk (N, m, A) that starts at every frame of a data set; its images are not decoded.
-
-    Raises:
-        DatasetError: The folder holds no readable data set, or one without actions.
-    """
+    """The action chunk (N, m, A) that starts at every frame of a data set; its images are not decoded."""
     info = read_info(Path(root))
     if ACTION not in info.vectors:
         raise DatasetError(f"{root} holds no actions; it has {info.names}.")
@@ -178,13 +169,8 @@ def _images(info: Info, rows: dict[str, NDArray[Any]], streaming: StreamingConfi
 def open_dataset(root: str | Path, *, decode: bool = True, streaming: StreamingConfig | None = None) -> FrameStore:
     """Read a LeRobotDataset v3 from a local folder.
 
-    Args:
-        root: The folder.
-        decode: False leaves images black, in their shapes, until `FrameStore.decode`.
-        streaming: Up to which size images are decoded once into ``<root>/.frames``; larger sets are streamed.
-
-    Raises:
-        DatasetError: The folder holds no readable data set, or one without camera, state or instruction.
+    Without `decode` images are black, in their shapes, until `FrameStore.decode`. `DatasetError` if the folder holds no
+    readable data set, or one without camera, state or instruction.
     """
     info = read_info(Path(root))
     if STATE not in info.vectors:

@@ -35,17 +35,10 @@ def window_edges(episode: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class ImageReader:
-    """Decodes the images of a data set.
-
-    Args:
-        info: The data set.
-        rows: ``episode_index`` and ``timestamp`` of all frames.
+    """Decodes the images of a data set, by `rows` with ``episode_index`` and ``timestamp`` of all frames.
 
     Attributes:
         edges: See `window_edges`.
-
-    Raises:
-        DatasetError: Files that hold no images, or videos that are not there.
     """
 
     def __init__(self, info: Info, rows: dict[str, NDArray[Any]]) -> None:
@@ -64,11 +57,7 @@ class ImageReader:
         self.ends = np.array([edges[-1] for _, edges in self.parts])
 
     def read(self, camera: str, first: int, end: int) -> Iterator[Image8]:
-        """Images (H, W, 3) of the frames [first, end), which are edges of windows.
-
-        Raises:
-            DatasetError: Images that cannot be decoded, or have another size.
-        """
+        """Images (H, W, 3) of the frames [first, end), which are edges of windows."""
         decode = self._videos if camera in self.places else self._stored
         with readable(f"{self.info.root}: an image cannot be decoded: it"):
             for frame, image in zip(range(first, end), decode(camera, first, end), strict=True):
@@ -150,14 +139,10 @@ def _video_places(info: Info, camera: str) -> tuple[NDArray[np.int64], NDArray[n
         raise DatasetError(f"{info.root}/meta/episodes does not list episodes 0..{info.episodes - 1}.")
     for place in zip(chunk.tolist(), file.tolist(), start.tolist(), strict=True):
         if not (is_whole(place[0], 0) and is_whole(place[1], 0) and 0 <= place[2] < math.inf):
-            raise DatasetError(
-                f"{info.root}/meta/episodes: {camera} has no place {place[0]}/{place[1]} at {place[2]} s."
-            )
+            raise DatasetError(f"{info.root}/meta/episodes: {camera} has no place {place[0]}/{place[1]}, {place[2]} s.")
     places = np.stack([chunk, file], axis=1).astype(np.int64)
     videos = [_video_file(info, camera, *place) for place in np.unique(places, axis=0).tolist()]
     missing = [video for video in videos if not video.is_file()]
     if missing:
-        raise DatasetError(
-            f"There is no video {missing[0]} ({len(missing)} of {len(videos)} are missing); copy it too."
-        )
+        raise DatasetError(f"There is no video {missing[0]} ({len(missing)} of {len(videos)} missing); copy it too.")
     return places, start.astype(np.float64)

@@ -1,12 +1,8 @@
 """Write a LeRobotDataset v3 so that whatever is on disk can always be read.
 
-Two choices differ from `LeRobotDataset.add_frame` / `save_episode` (the format is the same, LeRobot's own
-helpers write the metadata):
-
-* Images are encoded in memory. LeRobot's way over temporary PNG files costs more time than rendering them,
-  and an image that cannot be written (full disk) is only logged.
-* Episodes go to a pending parquet file outside `data/`; `commit()` makes them part of the data set
-  (`commits.py`).
+Unlike in `LeRobotDataset.add_frame` and `save_episode`, images are encoded in memory: temporary PNG files cost more
+time than rendering them, and one that cannot be written (full disk) is only logged. Episodes go to a pending parquet
+file outside `data/`; `commit()` makes them part of the data set (`commits.py`).
 """
 
 from __future__ import annotations
@@ -43,17 +39,10 @@ Frame = dict[str, Any]
 
 
 class DatasetWriter:
-    """Append episodes to one data set.
+    """Append episodes to one data set, made in `root` or continued from its last commit.
 
-    Args:
-        root: Folder; a new data set is made in it, or an existing one continued from its last commit.
-        repo_id: LeRobot's name of the data set.
-        fps: Frames per second [Hz].
-        features: LeRobot features without the default ones: image, float32 and int64 columns.
-        robot_type: Name stored with a new data set.
-
-    Raises:
-        DatasetError: `root` holds something else, or a data set with other features.
+    `features` are LeRobot's without the default ones: image, float32 and int64 columns. `DatasetError` where `root`
+    holds something else, or a data set with other features.
     """
 
     def __init__(self, root: Path, *, repo_id: str, fps: int, features: Mapping[str, Mapping], robot_type: str) -> None:
@@ -155,9 +144,7 @@ class DatasetWriter:
     def add_episode(self, frames: Sequence[Frame]) -> None:
         """Append one episode to the pending file: every feature and the `task` of each frame.
 
-        Raises:
-            DatasetError: Features are missing, unknown, not finite, or have another shape or type.
-            OSError: The disk is full or fails. `rollback()` then returns to the last commit.
+        `DatasetError` if frames do not fit. After an `OSError` (full disk), `rollback()` returns to the last commit.
         """
         if not frames:
             raise DatasetError("an episode needs at least one frame")
@@ -180,8 +167,7 @@ class DatasetWriter:
     def commit(self, progress: Mapping[str, Any]) -> None:
         """Make the pending episodes part of the data set, together with the caller's `progress` (JSON).
 
-        Raises:
-            OSError: The disk is full or fails. `rollback()` then returns to the last commit.
+        After an `OSError` (full disk), `rollback()` returns to the last commit.
         """
         if self._parquet is not None:
             chunk, file = divmod(self._batches, DEFAULT_CHUNK_SIZE)
@@ -243,9 +229,7 @@ class DatasetWriter:
         try:
             stored = {name: (ft["dtype"], tuple(ft["shape"])) for name, ft in self._own_features().items()}
         except (TypeError, KeyError, AttributeError) as error:
-            raise DatasetError(
-                f"{self.root}: meta/info.json has features without type and shape ({error!r})"
-            ) from error
+            raise DatasetError(f"{self.root}: meta/info.json has features without type or shape ({error!r})") from error
         wanted = {name: (ft["dtype"], tuple(ft["shape"])) for name, ft in features.items()}
         if stored != wanted:
             raise DatasetError(f"{self.root} stores {stored}; this recording writes {wanted}. Use a new root")

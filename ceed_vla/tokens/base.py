@@ -1,7 +1,4 @@
-"""What an action vocabulary is: a dataclass of settings, chosen by ``--policy.action_tokens.type``, and what it builds.
-
-A vocabulary is one file with both: an `ActionTokensConfig` that registers itself and the `ActionTokens` that it builds.
-"""
+"""What an action vocabulary is: the settings that ``--policy.action_tokens.type`` chooses, and what these build."""
 
 from __future__ import annotations
 
@@ -29,12 +26,17 @@ GUESSES = ("previous", "mid", "random")
 def check_ends(low: Sequence[float], high: Sequence[float], action_dim: int | None = None) -> None:
     """Refuse `action_low` and `action_high` of two lengths or, where `action_dim` is known, of another than that."""
     if action_dim is None and len(low) != len(high):
-        raise ConfigError(
-            f"action_low has {len(low)} values and action_high {len(high)}; "
-            "give one of each for every action dimension."
-        )
+        raise ConfigError(f"action_low has {len(low)} values, action_high {len(high)}; give one of each a dimension.")
     if action_dim is not None and low and len(low) != action_dim:
         raise ConfigError(f"action_low/action_high have {len(low)} values, the action has {action_dim}.")
+
+
+def from_front(gripper_dims: Sequence[int], action_dim: int) -> tuple[int, ...]:
+    """Dimensions of which negative ones count from the end, as sorted non-negative indices."""
+    bad = [d for d in gripper_dims if not -action_dim <= d < action_dim]
+    if bad:
+        raise ConfigError(f"gripper_dims {bad} lie outside the {action_dim} action dimensions.")
+    return tuple(sorted({int(d) % action_dim for d in gripper_dims}))
 
 
 class ActionTokens(abc.ABC):
@@ -73,17 +75,15 @@ class ActionTokens(abc.ABC):
     def encode(self, actions: Tensor) -> Tensor:
         """Tokens (B, n) int64 of finite `actions` (B, m, A); values out of range are clipped and counted.
 
-        Raises:
-            TokenError: Another shape, NaN or infinity, or a chunk that no block can hold.
+        `TokenError` for another shape, NaN or infinity, or a chunk that no block can hold.
         """
 
     @abc.abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
         """Actions (B, m, A) float32 [action units] of `tokens` (B, n).
 
-        Raises:
-            TokenError: Another shape, not integers, or outside the vocabulary.
-            MalformedChunkError: Rows that stand for no chunk.
+        `TokenError` for another shape or what lies outside the vocabulary, `MalformedChunkError` for rows that stand
+        for no chunk.
         """
 
     def readable(self, tokens: Tensor) -> Tensor:
@@ -114,10 +114,6 @@ class ActionTokens(abc.ABC):
             previous: Tokens (B, n) of the previous chunk; rows of -1 have none.
             shift_steps: Steps of it that were executed.
             generator: Random source, on the CPU so that a seed means the same tokens on every device; torch's if None.
-
-        Raises:
-            ConfigError: Unknown kind.
-            TokenError: Shapes, steps or previous tokens that do not fit.
         """
         if kind not in GUESSES:
             raise ConfigError(f"The guess is {kind!r}; choose one of {', '.join(GUESSES)}.")
@@ -176,18 +172,12 @@ class ActionTokensConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
         return chunk_steps * action_dim
 
     def fit(self, action_dim: int, action_stats: Mapping[str, Any] | None) -> None:
-        """Fill what the data define, once, when a policy is new; `action_stats` are LeRobot's of the action, or None.
-
-        Raises:
-            ConfigError: The statistics are needed and missing or unusable.
-        """
+        """Fill what the data define, once, when a policy is new; `action_stats` are LeRobot's, or None."""
 
     def validate_features(self, action_dim: int) -> None:
         """Raise `ConfigError` if the settings do not fit the action."""
-        bad = [d for d in self.gripper_dims if not -action_dim <= d < action_dim]
-        if bad:
-            raise ConfigError(f"gripper_dims {bad} lie outside the {action_dim} action dimensions.")
+        self.gripper_indices(action_dim)
 
     def gripper_indices(self, action_dim: int) -> tuple[int, ...]:
         """`gripper_dims` as non-negative indices."""
-        return tuple(sorted({d % action_dim for d in self.gripper_dims}))
+        return from_front(self.gripper_dims, action_dim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,12 @@ from torch import Tensor
 from ceed_vla.errors import CheckpointError, ConfigError, TokenError
 from ceed_vla.fields import check_fields, ranged
 from ceed_vla.files import read_json, write_text
-from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig, check_ends
+from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig, check_ends, from_front
 from ceed_vla.tokens.fast_codec import FastCodec
 from ceed_vla.tokens.grammar import Grammar
 from ceed_vla.tokens.uniform import ranges_from_stats
 from ceed_vla.tokens.variable_length import VariableLengthTokens
 
-_FITTED = (
-    "action_low",
-    "action_high",
-    "scale",
-    "gripper_dims",
-    "max_tokens",
-    "chunk_steps",
-    "merges",
-    "symbols",
-    "most_ids",
-)
 _HEADROOM = 1.25  # data recorded later, such as takeovers, may take a little longer
 
 
@@ -95,11 +84,7 @@ class FastTokensConfig(ActionTokensConfig):
         self._check_fitted()
 
     def fit_chunks(self, chunks: Tensor) -> None:
-        """Fit the tokens on every chunk (N, m, A) of the training data; does nothing if they are known.
-
-        Raises:
-            ConfigError: Chunks that define no tokens, or ranges of another action.
-        """
+        """Fit the tokens on every chunk (N, m, A) of the training data; does nothing if they are known."""
         if self.fitted:
             return
         dim = int(chunks.shape[-1])
@@ -108,10 +93,13 @@ class FastTokensConfig(ActionTokensConfig):
             stats = {"min": flat.amin(0), "max": flat.amax(0)}
             self.action_low, self.action_high = ranges_from_stats(stats, "min_max", self.gripper_indices(dim))
         self.validate_features(dim)
-        codec, longest = fit_codec(chunks, self.action_low, self.action_high, self.most_ids, self.scale)
+        low, high = (torch.tensor(ends, dtype=torch.float64) for ends in (self.action_low, self.action_high))
+        scaled = normalise(chunks.cpu().double().clamp(low, high), low, high)
+        codec = FastCodec.fit(scaled, self.most_ids, self.scale)
         assert codec.most is not None
         self.symbols, self.chunk_steps = [codec.least, codec.most], int(chunks.shape[1])
         self.merges = " ".join(f"{left}+{right}" for left, right in codec.merges)
+        longest = max(map(len, codec.encode(scaled)))
         most = self.chunk_steps * dim  # a token stands for one coefficient at least
         self.max_tokens = self.max_tokens or min(math.ceil(_HEADROOM * longest), most)
 
@@ -137,9 +125,12 @@ class FastTokensConfig(ActionTokensConfig):
     def write(self, file: str | Path) -> Path:
         """Write the fitted tokens to a JSON file that `path` reads."""
         self._check_fitted()
-        values = {key: value for key, value in asdict(self).items() if key != "path"}
-        write_text(Path(file), json.dumps(values) + "\n")
+        write_text(Path(file), json.dumps({name: getattr(self, name) for name in self._stored()}) + "\n")
         return Path(file)
+
+    def _stored(self) -> list[str]:
+        """Names of the fields that a file of fitted tokens holds."""
+        return [item.name for item in fields(self) if item.name != "path"]
 
     def _read(self, file: Path) -> None:
         if not file.is_file():
@@ -147,9 +138,9 @@ class FastTokensConfig(ActionTokensConfig):
         values = read_json(file)
         if "most_ids" not in values and "vocabulary_size" in values:  # its name until format 1
             values["most_ids"] = values["vocabulary_size"]
-        if lacking := [name for name in _FITTED if name not in values]:
+        if lacking := [name for name in self._stored() if name not in values]:
             raise CheckpointError(f"{file} holds no fitted tokens: it lacks {', '.join(lacking)}.")
-        for name in _FITTED:
+        for name in self._stored():
             setattr(self, name, values[name])
         try:
             check_fields(self)
@@ -167,13 +158,8 @@ class FastTokensConfig(ActionTokensConfig):
 class FastTokenizer(VariableLengthTokens):
     """FAST ids of a fitted `FastCodec`, and the stop token behind them.
 
-    Args:
-        low: Smallest value of every dimension [action units]; maps to -1 before the cosine transform.
-        high: Largest value, which maps to 1. Values outside are clipped and counted.
-        chunk_steps: Steps ``m``.
-        codec: Fitted on chunks of this many steps.
-        block_length: Slots ``n``.
-        gripper_dims: Two-valued dimensions; they decode to the nearer range end exactly.
+    The range [low, high] of every dimension [action units] maps to [-1, 1] before the cosine transform; values outside
+    are clipped and counted. `gripper_dims` decode to the nearer range end exactly.
 
     Attributes:
         grammar: Decoding under it always gives a whole chunk.
@@ -197,7 +183,7 @@ class FastTokenizer(VariableLengthTokens):
         if len(low) != len(high) or not len(low) or not bool((self.low < self.high).all()):
             raise ConfigError(f"low {list(low)} must be below high {list(high)} in every dimension.")
         self.action_dim, self.chunk_steps, self.block_length = len(low), int(chunk_steps), int(block_length)
-        self.gripper_dims = tuple(sorted({int(d) % self.action_dim for d in gripper_dims}))
+        self.gripper_dims = from_front(gripper_dims, self.action_dim)
         self.codec = codec
         self.stop, self.vocabulary_size = codec.vocabulary_size, codec.vocabulary_size + 1
         self.speculative = torch.arange(self.vocabulary_size)
@@ -239,21 +225,3 @@ class FastTokenizer(VariableLengthTokens):
 def normalise(actions: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """`actions` (..., A) with every dimension mapped from [low, high] to [-1, 1]."""
     return 2 * (actions - low) / (high - low) - 1
-
-
-def fit_codec(
-    chunks: Tensor, low: Sequence[float], high: Sequence[float], vocabulary_size: int, scale: float
-) -> tuple[FastCodec, int]:
-    """Fit FAST tokens on own data: the codec, and the tokens that the longest chunk takes.
-
-    Args:
-        chunks: (N, m, A) every chunk that training will encode [action units].
-        low: Range of every dimension, as for `FastTokenizer`.
-        high: Range of every dimension.
-        vocabulary_size: Most ids, the stop token not counted.
-        scale: Quantisation; the step of a coefficient is ``1 / scale`` of half a range.
-    """
-    bounds = [torch.tensor([float(v) for v in values], dtype=torch.float64) for values in (low, high)]
-    scaled = normalise(chunks.cpu().double().clamp(*bounds), *bounds)
-    codec = FastCodec.fit(scaled, vocabulary_size, scale)
-    return codec, max(map(len, codec.encode(scaled)))

@@ -50,13 +50,10 @@ class FastCodec:
 
     @classmethod
     def fit(cls, chunks: Tensor, vocabulary_size: int, scale: float) -> FastCodec:
-        """Learn the encoding of `chunks` (N, m, A), normalised to about [-1, 1].
+        """Learn the encoding of `chunks` (N, m, A), normalised to about [-1, 1]; `ConfigError` if they need more ids.
 
         Every character is one id and merges join whole characters, so an id always stands for a fixed number of
         coefficients (`id_lengths`).
-
-        Raises:
-            ConfigError: No chunk, or more different coefficients than ids.
         """
         if chunks.ndim != 3 or not chunks.numel():
             raise ConfigError(f"Chunks of shape {tuple(chunks.shape)} cannot be fitted; expected (N, m, A).")
@@ -86,21 +83,14 @@ class FastCodec:
 
     @classmethod
     def from_merges(cls, merges: Sequence[tuple[int, int]], scale: float, least: int, most: int) -> FastCodec:
-        """The codec whose id ``S + i`` joins the two earlier ids ``merges[i]``; ids below ``S`` are coefficients.
-
-        Raises:
-            ConfigError: A merge of ids that do not exist yet, or an empty range.
-        """
+        """The codec whose id ``S + i`` joins the two earlier ids ``merges[i]``; ids below ``S`` are coefficients."""
         symbols = most - least + 1
         if not 1 <= symbols <= _MOST_SYMBOLS:
             raise ConfigError(f"The coefficients {least} to {most} are no range of 1 to {_MOST_SYMBOLS}.")
         texts, total = [chr(i) for i in range(symbols)], symbols
         for i, (left, right) in enumerate(merges):
             if not (0 <= left < len(texts) and 0 <= right < len(texts)):
-                raise ConfigError(
-                    f"Merge {i} joins the ids {left} and {right}; only {len(texts)} ids come before it. "
-                    "Fit the tokens again."
-                )
+                raise ConfigError(f"Merge {i} joins the ids {left} and {right}, of {len(texts)} before; fit again.")
             texts.append(texts[left] + texts[right])
             total += len(texts[-1])
             if total > _MOST_CHARACTERS:
@@ -116,11 +106,7 @@ class FastCodec:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> FastCodec:
-        """Read a FAST tokenizer folder as published; its Python files are not run.
-
-        Raises:
-            CheckpointError: A file is missing or unreadable.
-        """
+        """Read a FAST tokenizer folder as published; its Python files are not run."""
         folder = Path(path)
         settings = read_json(folder / "processor_config.json")
         # transformers 5 saves a processor's second tokenizer in a folder of its own.
@@ -138,11 +124,7 @@ class FastCodec:
 
     @classmethod
     def from_json(cls, bpe: str, scale: float, least: int) -> FastCodec:
-        """The codec of a published tokenizer: the content of its tokenizer.json, and its numbers.
-
-        Raises:
-            ConfigError: The content is no tokenizer.
-        """
+        """The codec of a published tokenizer: the content of its tokenizer.json, and its numbers."""
         try:
             tokenizer = Tokenizer.from_str(bpe)
         except Exception as error:  # the library raises plain exceptions
@@ -166,11 +148,7 @@ class FastCodec:
         return [encoding.ids for encoding in self.bpe.encode_batch(_texts(inside, self.least))]
 
     def decode(self, ids: Sequence[int], steps: int, action_dim: int) -> Tensor:
-        """The chunk (m, A) float64 that `ids` stand for, in normalised units.
-
-        Raises:
-            MalformedChunkError: An unknown id, or another number of coefficients than ``m * A``.
-        """
+        """The chunk (m, A) float64 that `ids` stand for, in normalised units, or `MalformedChunkError`."""
         unknown = [i for i in ids if not 0 <= i < self.vocabulary_size]
         if unknown:
             raise MalformedChunkError(f"{unknown[0]} is no FAST id; they lie in [0, {self.vocabulary_size - 1}].")

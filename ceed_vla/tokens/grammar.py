@@ -31,9 +31,7 @@ class Grammar:
         self.fewest = _fewest(sorted({int(v) for v in lengths if v > 0}), total)  # (total + 1,)
 
     def allowed(self, used: Tensor, slots: Tensor) -> Tensor:
-        """Which tokens (B, k, V) the `slots` (k,) may hold behind `used` (B, k) coefficients of the tokens before each;
-        no token at all where these cannot be completed.
-        """
+        """Tokens (B, k, V) that `slots` (k,) may hold behind `used` (B, k) coefficients; none if no chunk begins so."""
         lengths, fewest = self.lengths.to(used.device), self.fewest.to(used.device)
         left = (self.total - used).unsqueeze(-1) - lengths  # (B, k, V) behind the token
         behind = (self.block_length - 1 - slots).unsqueeze(-1)  # (k, 1) slots behind
@@ -45,13 +43,7 @@ class Grammar:
 class GrammarBackbone:
     """`backbone` with the scores of tokens that cannot complete a chunk set to -inf.
 
-    Args:
-        backbone: The model.
-        prefix: The one prefix that it will decode behind.
-        grammar: Of the backbone's vocabulary.
-
-    Attributes:
-        prefix: `prefix` under the grammar.
+    `prefix` is the one that it will decode behind; the attribute is the same under the grammar.
     """
 
     def __init__(self, backbone: Backbone, prefix: Prefix, grammar: Grammar) -> None:

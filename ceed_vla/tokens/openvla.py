@@ -13,7 +13,7 @@ from torch import Tensor
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import ranged
 from ceed_vla.tensors import check_actions, check_tokens
-from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig
+from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig, from_front
 from ceed_vla.tokens.uniform import ranges_from_stats
 
 
@@ -41,14 +41,12 @@ class OpenVLATokensConfig(ActionTokensConfig):
         return self.n_action_bins
 
     def fit(self, action_dim: int, action_stats: Mapping[str, Any] | None) -> None:
+        grippers = self.gripper_indices(action_dim)
         if not self.q01:
             if action_stats is None:
                 raise ConfigError("q01 and q99 are empty, and there are no action statistics to take them from.")
-            self.q01, self.q99 = ranges_from_stats(
-                action_stats, "quantile", self.gripper_indices(action_dim), self.n_action_bins
-            )
-        if not self.mask:
-            self.mask = [d not in self.gripper_indices(action_dim) for d in range(action_dim)]
+            self.q01, self.q99 = ranges_from_stats(action_stats, "quantile", grippers, self.n_action_bins)
+        self.mask = self.mask or [d not in grippers for d in range(action_dim)]
 
     def build(self, chunk_steps: int, action_dim: int) -> ActionTokens:
         grippers = self.gripper_indices(action_dim)
@@ -64,20 +62,10 @@ class OpenVLATokensConfig(ActionTokensConfig):
 class OpenVLATokenizer(ActionTokens):
     """Writes a chunk of ``m`` actions of ``A`` dimensions as ``n = m * A`` tokens, step-major.
 
-    Masked dimensions are normalised, ``x = 2 (a - q01) / (q99 - q01) - 1``, the others (the gripper) stay. `x` in
-    [-1, 1] falls between two of ``V`` equidistant edges; token ``v`` decodes to the middle of edges ``v`` and
-    ``v + 1``, and the last token, which only ``x = 1`` gets, to the last middle.
-
-    Args:
-        q01: Lower quantile of every dimension [action units].
-        q99: Upper quantile of every dimension [action units].
-        mask: Dimensions that are normalised.
-        chunk_steps: Steps ``m``.
-        num_bins: Edges, and tokens ``V``.
-        gripper_dims: Two-valued dimensions.
-
-    Raises:
-        ConfigError: Sizes or quantiles that fit no action.
+    Dimensions in `mask` are normalised, ``x = 2 (a - q01) / (q99 - q01) - 1``, the others (the gripper) stay. `x` in
+    [-1, 1] falls between two of ``V`` equidistant edges; token ``v`` decodes to the middle of edges ``v`` and ``v +
+    1``, and the last token, which only ``x = 1`` gets, to the last middle. `ConfigError` for quantiles that fit no
+    action.
     """
 
     def __init__(
@@ -90,14 +78,12 @@ class OpenVLATokenizer(ActionTokens):
         gripper_dims: Sequence[int] = (),
     ) -> None:
         if not len(q01) == len(q99) == len(mask) > 0:
-            raise ConfigError(
-                f"q01 has {len(q01)} values, q99 {len(q99)} and mask {len(mask)}; give one of each a dimension."
-            )
+            raise ConfigError(f"q01 has {len(q01)} values, q99 {len(q99)}, mask {len(mask)}; give one of each.")
         if chunk_steps < 1 or num_bins < 3:
             raise ConfigError(f"chunk_steps is {chunk_steps} (at least 1) and num_bins {num_bins} (at least 3).")
         self.action_dim, self.chunk_steps, self.vocabulary_size = len(q01), int(chunk_steps), int(num_bins)
         self.tokens_per_step, self.block_length = self.action_dim, self.chunk_steps * self.action_dim
-        self.gripper_dims = tuple(sorted({int(d) % self.action_dim for d in gripper_dims}))
+        self.gripper_dims = from_front(gripper_dims, self.action_dim)
         self.mask = torch.tensor(list(mask), dtype=torch.bool)  # (A,)
         ones = torch.ones(self.action_dim, dtype=torch.float64)
         self.low = torch.where(self.mask, torch.tensor(q01, dtype=torch.float64), -ones)  # (A,)
@@ -107,14 +93,12 @@ class OpenVLATokenizer(ActionTokens):
             d = int(wrong[0])
             raise ConfigError(f"Dimension {d} has the quantiles [{q01[d]}, {q99[d]}]; both must be finite, in order.")
         # numpy's grid, not torch's: they differ in the last bit, and so would decoded actions.
-        edges = np.linspace(-1.0, 1.0, self.vocabulary_size)
-        self._edges = torch.from_numpy(edges)  # (V,)
-        self._centres = torch.from_numpy((edges[:-1] + edges[1:]) / 2)  # (V - 1,)
+        self._edges = torch.from_numpy(np.linspace(-1.0, 1.0, self.vocabulary_size))  # (V,)
+        self._centres = (self._edges[:-1] + self._edges[1:]) / 2  # (V - 1,)
         self.zero = self._bins(torch.zeros(1, self.chunk_steps, self.action_dim, dtype=torch.float64)).flatten()
         self.clipped = 0
 
     def encode(self, actions: Tensor) -> Tensor:
-        """Bins (B, n) of `actions` (B, m, A); see `ActionTokens`."""
         check_actions(actions, self.chunk_steps, self.action_dim)
         return self._bins(actions.double()).flatten(1)
 
@@ -127,15 +111,10 @@ class OpenVLATokenizer(ActionTokens):
         return torch.bucketize(normalised.clamp(-1, 1), edges, right=True) - 1
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Actions (B, m, A) float32 of `tokens` (B, n); see `values`."""
         return self.values(tokens).float()
 
     def values(self, tokens: Tensor) -> Tensor:
-        """Actions (B, m, A) float64 [action units] of tokens (B, n).
-
-        Raises:
-            TokenError: Another shape, not integers, or a token outside the vocabulary.
-        """
+        """Actions (B, m, A) float64 [action units] of tokens (B, n)."""
         check_tokens(tokens, "tokens", (None, self.block_length), self.vocabulary_size)
         device = tokens.device
         index = tokens.long().clamp(max=self.vocabulary_size - 2).view(-1, self.chunk_steps, self.action_dim)

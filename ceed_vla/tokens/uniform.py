@@ -12,7 +12,7 @@ from torch import Tensor
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import chosen, ranged, short
 from ceed_vla.tensors import check_actions, check_tokens, numbers, whole
-from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig, check_ends
+from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig, check_ends, from_front
 
 ACTION_RANGES = ("quantile", "min_max", "fixed")
 RANGE_MODES = ACTION_RANGES[:2]
@@ -59,8 +59,9 @@ class UniformTokensConfig(ActionTokensConfig):
                 f'action_range "{self.action_range}" needs the data set\'s action statistics, or set '
                 'action_range="fixed" with action_low and action_high.'
             )
-        low, high = ranges_from_stats(action_stats, self.action_range, self.gripper_indices(action_dim), self.num_bins)
-        self.action_low, self.action_high = [float(v) for v in low], [float(v) for v in high]
+        grippers = self.gripper_indices(action_dim)
+        ranges = ranges_from_stats(action_stats, self.action_range, grippers, self.num_bins)
+        self.action_low, self.action_high = ranges
 
     def build(self, chunk_steps: int, action_dim: int) -> ActionTokens:
         grippers = self.gripper_indices(action_dim)
@@ -74,19 +75,10 @@ class UniformTokensConfig(ActionTokensConfig):
 class ActionTokenizer(ActionTokens):
     """Writes a chunk of ``m`` actions of ``A`` dimensions as ``n = m * A`` tokens, step-major.
 
-    Token ``v`` of dimension ``d`` stands for ``low[d] + v * (high[d] - low[d]) / (num_bins - 1)``: the tokens
-    are bin centres and both ends are exact. With an odd `num_bins` and a range symmetric about zero, zero is
+    Token ``v`` of dimension ``d`` stands for ``low[d] + v * (high[d] - low[d]) / (num_bins - 1)`` [action units]: the
+    tokens are bin centres and both ends are exact. With an odd `num_bins` and a range symmetric about zero, zero is
     exactly the middle bin, so "do not move" costs no error. Values outside a range are clipped and counted.
-
-    Args:
-        low: Smallest value of every dimension [action units].
-        high: Largest value of every dimension [action units].
-        chunk_steps: Steps ``m``.
-        num_bins: Tokens ``V`` of the vocabulary.
-        gripper_dims: Two-valued dimensions, whose two values should be range ends.
-
-    Raises:
-        ConfigError: Sizes or ranges that define no grid.
+    `gripper_dims` have two values, which should be range ends. `ConfigError` for ranges that define no grid.
     """
 
     def __init__(
@@ -103,14 +95,10 @@ class ActionTokenizer(ActionTokens):
         (chunk_steps, num_bins) = whole((chunk_steps, num_bins), "chunk_steps and num_bins")
         if chunk_steps < 1 or not 2 <= num_bins <= MOST_BINS:
             raise ConfigError(f"chunk_steps is {chunk_steps} (1 or more), num_bins {num_bins} (2 to {MOST_BINS}).")
-        self.action_dim = len(low)
-        self.chunk_steps = int(chunk_steps)
-        self.block_length = self.chunk_steps * self.action_dim
-        self.tokens_per_step, self.vocabulary_size = self.action_dim, int(num_bins)
-        bad = [d for d in gripper_dims if not -self.action_dim <= d < self.action_dim]
-        if bad:
-            raise ConfigError(f"gripper_dims {bad} lie outside the {self.action_dim} action dimensions.")
-        self.gripper_dims = tuple(sorted({int(d) % self.action_dim for d in gripper_dims}))
+        self.action_dim = self.tokens_per_step = len(low)
+        self.chunk_steps, self.block_length = chunk_steps, chunk_steps * len(low)
+        self.vocabulary_size = num_bins
+        self.gripper_dims = from_front(gripper_dims, self.action_dim)
         # float64: rounding to a bin must not depend on how a float32 grid rounds.
         self.low = torch.tensor(low, dtype=torch.float64)  # (A,)
         self.high = torch.tensor(high, dtype=torch.float64)  # (A,)
@@ -123,35 +111,27 @@ class ActionTokenizer(ActionTokens):
                 f"{LARGEST:g}. Widen it by hand if the dimension never moves."
             )
         self.step = width  # (A,) distance of two bin centres
-        self._centres = self._grid()  # (V, A) float32
+        v, top = torch.arange(num_bins, dtype=torch.float64).unsqueeze(1), num_bins - 1  # (V, 1)
+        # A weighted mean of the ends is symmetric: v and top - v of a symmetric range are exactly opposite.
+        self._centres = (((top - v) * self.low + v * self.high) / top).float()  # (V, A)
         self._by_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         nearest = (-self.low / self.step).round().clamp(0, self.vocabulary_size - 1).long()  # (A,)
         self.zero = nearest.repeat(self.chunk_steps)
 
     def encode(self, actions: Tensor) -> Tensor:
-        """Nearest bins (B, n) of `actions` (B, m, A); see `ActionTokens`."""
         check_actions(actions, self.chunk_steps, self.action_dim)
         actions = actions.double()
         _, low, step_size = self._on(actions.device)
         bins = (actions - low) / step_size  # (B, m, A), in bins
-        # A float32 value at a range end must not count as out of range.
-        slack = 1e-3
+        slack = 1e-3  # a float32 value at a range end must not count as out of range
         self.clipped += int(((bins < -slack) | (bins > self.vocabulary_size - 1 + slack)).sum())
         return bins.round().clamp(0, self.vocabulary_size - 1).long().flatten(1)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Bin centres (B, m, A) of `tokens` (B, n); see `ActionTokens`."""
         check_tokens(tokens, "tokens", (None, self.block_length), self.vocabulary_size)
         centres, _, _ = self._on(tokens.device)
         steps = tokens.long().view(-1, self.chunk_steps, self.action_dim)  # (B, m, A)
         return centres.gather(0, steps.reshape(-1, self.action_dim)).view(steps.shape)
-
-    def _grid(self) -> Tensor:
-        """Bin centres (V, A) float32; both ends, and zero where it is a centre, are exact."""
-        v = torch.arange(self.vocabulary_size, dtype=torch.float64).unsqueeze(1)  # (V, 1)
-        top = self.vocabulary_size - 1
-        # A weighted mean of the ends is symmetric: v and top - v of a symmetric range are exactly opposite.
-        return (((top - v) * self.low + v * self.high) / top).float()
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Centres, lows and bin widths on `device`."""
@@ -163,25 +143,14 @@ class ActionTokenizer(ActionTokens):
 def ranges_from_stats(
     stats: Mapping[str, Any], mode: str, gripper_dims: Sequence[int] = (), num_bins: int = 255
 ) -> tuple[list[float], list[float]]:
-    """Ranges of an `ActionTokenizer` from the statistics of a LeRobot data set.
+    """Lows and highs, ``A`` values each [action units], of an `ActionTokenizer` from the action statistics of a data
+    set.
 
-    With an odd `num_bins` every range is made symmetric about zero, so zero is a bin centre. Gripper
-    dimensions keep their minimum and maximum, which decode exactly. Dimensions that never move get a small
-    range around their value.
+    With an odd `num_bins` every range is made symmetric about zero, so zero is a bin centre. Gripper dimensions keep
+    their minimum and maximum, which decode exactly. Dimensions that never move get a small range around their value.
 
-    Args:
-        stats: ``dataset.meta.stats["action"]``: "min" and "max", and "q01" and "q99" for quantiles, (A,)
-            each.
-        mode: "quantile" (1 % to 99 %; robust, but wrong for dimensions that are nearly always zero) or
-            "min_max".
-        gripper_dims: Two-valued dimensions.
-        num_bins: Tokens of the vocabulary.
-
-    Returns:
-        Lows and highs, ``A`` values each [action units].
-
-    Raises:
-        ConfigError: Unknown mode, statistics that are missing or not finite, or gripper dimensions outside.
+    `stats` is ``dataset.meta.stats["action"]``, (A,) each: "min" and "max", and for `mode` "quantile" (1 % to 99 %;
+    robust, but wrong for dimensions that are nearly always zero) "q01" and "q99"; the other mode is "min_max".
     """
     if not isinstance(stats, Mapping):
         raise ConfigError(f"The action statistics are {short(stats)}; pass those of a LeRobot data set.")
@@ -191,12 +160,8 @@ def ranges_from_stats(
     least, most = _statistic(stats, "min"), _statistic(stats, "max")
     if not len(low) == len(high) == len(least) == len(most):
         raise ConfigError("The action statistics have different lengths; recompute the data set's.")
-    action_dim = len(low)
-    bad = [d for d in gripper_dims if not -action_dim <= d < action_dim]
-    if bad:
-        raise ConfigError(f"gripper_dims {bad} lie outside the {action_dim} action dimensions.")
-    grippers = {d % action_dim for d in gripper_dims}
-    for d in range(action_dim):
+    grippers = from_front(gripper_dims, len(low))
+    for d in range(len(low)):
         if d in grippers:
             low[d], high[d] = least[d], most[d]
         elif num_bins % 2:

@@ -38,11 +38,7 @@ class VariableLengthTokens(ActionTokens):
         """The chunk (m, A) float64 that `tokens` before the stop token stand for, or `MalformedChunkError`."""
 
     def encode(self, actions: Tensor) -> Tensor:
-        """Tokens (B, n) int64 of `actions` (B, m, A).
-
-        Raises:
-            TokenError: Another shape, NaN or infinity, or a chunk that takes more tokens than a block has.
-        """
+        """Tokens (B, n) int64 of `actions` (B, m, A); `TokenError` for a chunk of more tokens than a block has."""
         check_actions(actions, self.chunk_steps, self.action_dim)
         rows = self._write(actions)
         longest = max(map(len, rows), default=0)
@@ -55,11 +51,8 @@ class VariableLengthTokens(ActionTokens):
         return torch.tensor(padded, dtype=torch.int64, device=actions.device).view(-1, self.block_length)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Actions (B, m, A) float32 of `tokens` (B, n); what is behind a stop token is not read.
-
-        Raises:
-            MalformedChunkError: Rows that stand for no chunk; they are counted in `malformed`.
-            TokenError: Another shape, or not integers.
+        """Actions (B, m, A) float32 of `tokens` (B, n); what is behind a stop token is not read. `MalformedChunkError`
+        for rows that stand for no chunk, which are counted in `malformed`.
         """
         check_tokens(tokens, "tokens", (None, self.block_length), 0)
         chunks, errors = [], {}
@@ -81,14 +74,13 @@ class VariableLengthTokens(ActionTokens):
     def readable(self, tokens: Tensor) -> Tensor:
         """Which rows (B,) of `tokens` (B, n) stand for a chunk; nothing is counted."""
         check_tokens(tokens, "tokens", (None, self.block_length), 0)
-        rows = []
-        for ids in tokens.tolist():
+        rows = torch.ones(len(tokens), dtype=torch.bool)
+        for row, ids in enumerate(tokens.tolist()):
             try:
                 self._chunk(ids)
-                rows.append(True)
             except MalformedChunkError:
-                rows.append(False)
-        return torch.tensor(rows, dtype=torch.bool, device=tokens.device)
+                rows[row] = False
+        return rows.to(tokens.device)
 
     def _chunk(self, ids: list[int]) -> Tensor:
         """The chunk (m, A) in front of the stop token."""
@@ -105,19 +97,11 @@ class VariableLengthTokens(ActionTokens):
 
     def shifted(self, previous: Tensor, mid: Tensor, steps: int) -> Tensor:
         """`previous` (B, n) shifted in time and encoded again; `mid` (B, n) in rows that cannot be."""
+        order = torch.arange(steps, steps + self.chunk_steps).clamp(max=self.chunk_steps - 1)  # the last one repeated
         for row, tokens in enumerate(previous.cpu()):
-            moved = self._shifted(tokens, steps)
-            if moved is not None:
-                mid[row] = moved
+            try:
+                chunk = self._chunk(tokens.tolist())
+                mid[row] = self.encode(chunk[order].unsqueeze(0))[0] if steps else tokens
+            except TokenError:
+                continue
         return mid
-
-    def _shifted(self, tokens: Tensor, steps: int) -> Tensor | None:
-        """Tokens (n,) of the chunk behind its first `steps` steps, the last one repeated; None if there is none."""
-        try:
-            chunk = self._chunk(tokens.tolist())
-            if not steps:
-                return tokens
-            order = torch.arange(steps, steps + self.chunk_steps).clamp(max=self.chunk_steps - 1)
-            return self.encode(chunk[order].unsqueeze(0))[0]
-        except TokenError:
-            return None

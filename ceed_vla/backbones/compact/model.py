@@ -153,8 +153,6 @@ class CompactBackbone(TrainableBackbone):
     def distillation_parameters(self) -> list[str]:
         return [name for name, _ in self.named_parameters() if name.partition(".")[0] in DISTILLED]
 
-    # ---- prefix -------------------------------------------------------------------------------------------------
-
     def embed_prefix(self, observation: dict[str, Tensor]) -> Tensor:
         """Embeddings (B, P, d) of words, cameras and state (the state token comes last)."""
         words = observation[LANGUAGE_KEY]  # (B, L)
@@ -172,11 +170,7 @@ class CompactBackbone(TrainableBackbone):
         return F.interpolate(image, size=(self.image_size, self.image_size), mode="bilinear", antialias=True)
 
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:
-        """Run the prefix once: logits (B, V) of action token 0, and the cache with the prefix in it.
-
-        Args:
-            observation: Cameras (B, 3, S, S) in [0, 1], state (B, D), instruction ids (B, L).
-        """
+        """Run the prefix once: logits (B, V) of action token 0, and the cache with the prefix in it."""
         return self.prefill_embeddings(self.embed_prefix(observation))
 
     def prefill_embeddings(self, embeddings: Tensor) -> Prefix:
@@ -197,16 +191,12 @@ class CompactBackbone(TrainableBackbone):
             x = layer.finish(x, q, keys, values, mask)
         return x
 
-    # ---- block --------------------------------------------------------------------------------------------------
-
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         """Logits (B, k, V) for the slots after `tokens` (B, k), which follow the committed tokens of the cache."""
         cache, length = prefix.cache, tokens.shape[1]
         x = self.action_tokens(tokens) + cache.rows(self.slots, length)  # (B, k, d)
         mask = cache.mask(length)
         return self.head(self.final_norm(self._run(x, cache, mask, check_depth(depth, self.num_layers))))
-
-    # ---- training -----------------------------------------------------------------------------------------------
 
     def packed_logits(self, embeddings: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Teacher-forced logits of several blocks behind one prefix, in one forward; see `TrainableBackbone`.

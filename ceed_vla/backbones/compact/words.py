@@ -57,42 +57,27 @@ class InstructionWordsStep(ObservationProcessorStep):
 
     def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
         """Raise `ConfigError` unless these are the settings that the backbone's configuration has."""
-        sizes = (
-            getattr(backbone, "max_instruction_words", self.max_words),
-            getattr(backbone, "words", len(self.vocabulary) + FIRST_WORD_ID),
-        )
-        if not self.vocabulary:
+        words = len(self.vocabulary)
+        if not words:
             raise ConfigError("vocabulary is empty; every word would be an unknown one.")
-        if self.max_words != sizes[0] or len(self.vocabulary) + FIRST_WORD_ID > sizes[1]:
-            raise ConfigError(
-                f"max_words {self.max_words} and {len(self.vocabulary)} words; the backbone has {sizes[0]} and room "
-                f"for {sizes[1] - FIRST_WORD_ID}."
-            )
+        most = getattr(backbone, "max_instruction_words", self.max_words)
+        room = getattr(backbone, "words", words + FIRST_WORD_ID) - FIRST_WORD_ID
+        if self.max_words != most or words > room:
+            raise ConfigError(f"max_words {self.max_words} and {words} words; the backbone has {most} and {room}.")
         known = getattr(backbone, "known_words", 0)
-        if known not in (0, len(self.vocabulary)):
-            raise ConfigError(f"vocabulary has {len(self.vocabulary)} words, {known} were trained. Copy it again.")
+        if known not in (0, words):
+            raise ConfigError(f"vocabulary has {words} words, {known} were trained. Copy it again.")
 
     def encode(self, instruction: str) -> list[int]:
-        """Ids of one instruction, padded to `max_words`.
-
-        Raises:
-            ObservationError: The instruction is empty or longer than `max_words`.
-        """
-        words = split_words(instruction)
+        """Ids of one instruction, padded to `max_words`; `ObservationError` if it is empty or longer."""
+        words, shown = split_words(instruction), repr(instruction[:200])
         if not words:
-            raise ObservationError(
-                f"The instruction {instruction[:200]!r} has no word; say what to do: 'put the red cube in the bin'."
-            )
+            raise ObservationError(f"The instruction {shown} has no word; say what to do: 'put the cube in the bin'.")
         if len(words) > self.max_words:
-            raise ObservationError(
-                f"The instruction has {len(words)} words, this policy reads at most {self.max_words}: "
-                f"{instruction[:200]!r}."
-            )
+            raise ObservationError(f"The instruction has {len(words)} words, more than {self.max_words}: {shown}.")
         if self._ids and not any(word in self._ids for word in words):
-            raise ObservationError(
-                f"The policy knows no word of the instruction {instruction[:200]!r}; it knows "
-                f"{', '.join(self.vocabulary)[:300]}."
-            )
+            known = ", ".join(self.vocabulary)[:300]
+            raise ObservationError(f"The policy knows no word of the instruction {shown}; it knows {known}.")
         for word in words:
             if word not in self._ids and word not in self._warned and len(self._warned) < MOST_WARNINGS:
                 self._warned.add(word)
@@ -121,24 +106,15 @@ class InstructionWordsStep(ObservationProcessorStep):
 
 
 def make_instruction_step(instructions: Iterable[str], max_words: int, rows: int) -> InstructionWordsStep:
-    """The step for a data set's instructions, of `max_words` at most, and an embedding of so many `rows`.
-
-    Raises:
-        ConfigError: No instruction, one that is too long, or words that do not fit the embedding.
-    """
+    """The step for a data set's instructions, of `max_words` at most and words for an embedding of so many `rows`."""
     instructions = list(instructions)
     vocabulary = build_vocabulary(instructions)
     if not vocabulary:
         raise ConfigError("There is no instruction to take the vocabulary from; pass the metadata.")
-    longest = max(instructions, key=lambda text: len(split_words(text)))
-    if len(split_words(longest)) > max_words:
-        raise ConfigError(
-            f"The longest instruction has {len(split_words(longest))} words, max_instruction_words is {max_words}; "
-            f"raise it: {longest!r}."
-        )
-    if len(vocabulary) + FIRST_WORD_ID > rows:
-        raise ConfigError(
-            f"The instructions use {len(vocabulary)} words; backbone.words = {rows} holds {rows - FIRST_WORD_ID}. "
-            "Raise it."
-        )
+    longest, text = max((len(split_words(text)), text) for text in instructions)
+    if longest > max_words:
+        raise ConfigError(f"max_instruction_words is {max_words}, an instruction has {longest} words: {text!r}.")
+    words, room = len(vocabulary), rows - FIRST_WORD_ID
+    if words > room:
+        raise ConfigError(f"The instructions use {words} words; backbone.words = {rows} holds {room}. Raise it.")
     return InstructionWordsStep(vocabulary=vocabulary, max_words=max_words)

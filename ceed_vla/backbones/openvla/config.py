@@ -15,7 +15,7 @@ from ceed_vla.backbones.transformers.architecture import least_sizes, read_archi
 from ceed_vla.backbones.transformers.config import DTYPES, TransformersConfig
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import chosen
-from ceed_vla.templates import check_template
+from ceed_vla.instructions import check_template
 
 if TYPE_CHECKING:
     from ceed_vla.backbones.base import TrainableBackbone

@@ -12,7 +12,7 @@ from typing import Any
 
 from ceed_vla.backbones.transformers.architecture import least_sizes, read_architecture
 from ceed_vla.backbones.transformers.config import DTYPES
-from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.errors import CheckpointError, ConfigError, root_cause
 from ceed_vla.files import read_json
 
 STATISTICS = "dataset_statistics.json"  # of a fine-tune; wins over norm_stats in config.json
@@ -42,11 +42,7 @@ VICUNA_PROMPT = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """The describing part of an OpenVLA configuration.
-
-    Attributes:
-        values: Entries of config.json.
-    """
+    """The describing part of an OpenVLA configuration: entries of config.json."""
 
     values: dict[str, Any]
 
@@ -81,15 +77,8 @@ class Architecture:
         return VICUNA_PROMPT if str(self.values.get("llm_backbone_id")).startswith("vicuna") else PROMPT
 
 
-# ---- configuration ----------------------------------------------------------------------------------------------
-
-
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of an OpenVLA folder.
-
-    Raises:
-        CheckpointError: No such folder, another kind of model, or entries that are missing or contradict each other.
-    """
+    """config.json of an OpenVLA folder; `CheckpointError` for another kind of model, or contradictory entries."""
     if not str(folder) or not Path(folder).is_dir():
         raise CheckpointError(
             f"{str(folder)!r} is no folder; give the local folder of an OpenVLA model, with config.json and "
@@ -106,11 +95,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def check_config(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
-    """`config` as found in `file`, which messages name, with the defaults of the format.
-
-    Raises:
-        CheckpointError: What cannot be built, or is no OpenVLA's.
-    """
+    """`config` as found in `file`, with the defaults of the format; `CheckpointError` for what cannot be built."""
     try:
         return _checked(file, config)
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, OverflowError) as error:
@@ -175,10 +160,10 @@ def _check_towers(file: Path | str, config: dict[str, Any]) -> None:
                     f"{file}: timm_model_kwargs sets {name!r} to {str(value)[:200]!r}; it may set numbers of "
                     f"{', '.join(TOWER_SETTINGS)}."
                 )
-    for activation in config.get("timm_override_act_layers") or ():
-        if activation is not None and activation not in ACTIVATIONS:
+    for layer in config.get("timm_override_act_layers") or ():
+        if layer not in (None, *ACTIVATIONS):
             raise CheckpointError(
-                f"{file}: timm_override_act_layers has {activation!r}; it may have {', '.join(ACTIVATIONS)}."
+                f"{file}: timm_override_act_layers has {layer!r}; it may have {', '.join(ACTIVATIONS)}."
             )
     for size in config["image_sizes"]:
         sides = [size] if isinstance(size, int) else list(size)
@@ -194,17 +179,11 @@ def describe_model(folder: str | Path) -> dict[str, Any]:
 
 
 def action_statistics(folder: str | Path, unnorm_key: str = "") -> tuple[str, dict[str, Any]]:
-    """Statistics by which actions are un-normalised.
+    """The data set by whose statistics actions are un-normalised, and its ``q01``, ``q99`` and ``mask``, ``A`` values
+    each.
 
     They lie in ``norm_stats`` of config.json; a fine-tuned model may have its own in dataset_statistics.json, which
-    then count first.
-
-    Args:
-        folder: The published folder.
-        unnorm_key: Data set whose statistics are meant; not needed where there is one.
-
-    Returns:
-        The data set's name, and its ``q01``, ``q99`` and ``mask``, ``A`` values each.
+    then count first. Where there are several, `unnorm_key` names the data set.
 
     Raises:
         ConfigError: The name is unknown, or missing where there are several; the message lists them.
@@ -239,14 +218,9 @@ def _quantiles(stats: Any, what: str) -> dict[str, Any]:
         low, high = [float(v) for v in action["q01"]], [float(v) for v in action["q99"]]
         mask = [bool(v) for v in action.get("mask") or [True] * len(low)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{what} need q01 and q99, one number a dimension ({type(error).__name__}: {error})."
-        ) from error
+        raise CheckpointError(f"{what} need q01 and q99, one number a dimension ({root_cause(error)}).") from error
     if not all(math.isfinite(v) for v in (*low, *high)):
         raise CheckpointError(f"{what} hold NaN or infinity in q01 or q99; copy them again.")
     if not 0 < len(low) == len(high) == len(mask):
-        raise CheckpointError(
-            f"{what} have {len(low)} values in q01, {len(high)} in q99 and {len(mask)} in mask; there must be one a "
-            "dimension."
-        )
+        raise CheckpointError(f"{what} have {len(low)} values in q01, {len(high)} in q99 and {len(mask)} in mask.")
     return {"q01": low, "q99": high, "mask": mask}

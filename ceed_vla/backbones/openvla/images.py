@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,22 @@ STRATEGIES = ("resize-naive", "letterbox", "resize-crop")
 MODES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of Pillow's numbers
 
 
-@dataclass(frozen=True)
 class _Transform:
     """The transform of one tower; `resize` of one number is the shorter side."""
 
-    resize: list[int]
-    interpolation: InterpolationMode
-    crop: list[int]
-    mean: list[float]
-    std: list[float]
+    def __init__(self, values: dict[str, Any]) -> None:
+        size, crop, mode = values["size"], values["output_size"], values["interpolation"]
+        self.resize = [int(v) for v in ([size] if isinstance(size, int) else size)]
+        self.crop = [int(v) for v in ([crop] * 2 if isinstance(crop, int) else crop)]
+        self.mean, self.std = ([float(v) for v in values[name]] for name in ("mean", "std"))
+        sides = (*self.resize, *self.crop)
+        if not all(1 <= side <= LARGEST_SIDE for side in sides) or len(self.crop) != 2 or len(self.resize) > 2:
+            raise ValueError(f"the sizes {self.resize} and {self.crop}")
+        # Of pixels in [0, 1]; no NaN.
+        plausible = all(abs(v) <= 100 for v in self.mean) and all(1e-3 <= v <= 100 for v in self.std)
+        if len(self.mean) != 3 or len(self.std) != 3 or not plausible:
+            raise ValueError(f"the mean {self.mean} and the deviation {self.std}")
+        self.interpolation = InterpolationMode(MODES[mode] if isinstance(mode, int) else mode)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Pixels (3, S, S) float32."""
@@ -37,14 +43,10 @@ class _Transform:
 
 
 class OpenVLAImages:
-    """The image processor of an OpenVLA folder.
+    """The image processor of an OpenVLA folder, from its preprocessor_config.json.
 
     Published files hold a short form (``input_sizes``, ``interpolations``, ``means``, ``stds``, a strategy) and what it
     was expanded to (``tvf_...``). The expanded form counts where both are there, as in the reference.
-
-    Args:
-        settings: preprocessor_config.json.
-        file: Where they come from, for messages.
 
     Attributes:
         sizes: ``[S, S]`` of every tower's pixels.
@@ -59,20 +61,18 @@ class OpenVLAImages:
             raise CheckpointError(f"{file}: image_resize_strategy is {strategy!r}; it may be {', '.join(STRATEGIES)}.")
         try:
             sizes = [[int(v) for v in size[-2:]] for size in settings["input_sizes"]]
-            parts = [_expanded(settings, strategy, tower, size) for tower, size in enumerate(sizes)]
-            self._transforms = [_transform(part) for part in parts]
+            self._transforms = [
+                _Transform(_expanded(settings, strategy, tower, size)) for tower, size in enumerate(sizes)
+            ]
             fill = [int(255 * value) for value in settings["means"][-1]]  # the last tower's
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             raise CheckpointError(
                 f"{file} needs input_sizes, interpolations ({', '.join(MODES)}), means and stds, one entry a vision "
                 f"tower ({type(error).__name__}: {error})."
             ) from error
-        if len({tuple(part.crop) for part in self._transforms}) != 1:
-            raise CheckpointError(
-                f"{file}: the vision towers see {[part.crop for part in self._transforms]} pixels; they must all be "
-                "equal."
-            )
         self.sizes = [part.crop for part in self._transforms]
+        if len(set(map(tuple, self.sizes))) != 1:
+            raise CheckpointError(f"{file}: the vision towers see {self.sizes} pixels; they must all be equal.")
         boxed = settings.get("tvf_do_letterbox")
         self._letterbox = strategy == "letterbox" if boxed is None else bool(boxed)
         self._fill = list(settings.get("tvf_letterbox_fill") or fill)
@@ -109,18 +109,3 @@ def _expanded(settings: dict[str, Any], strategy: str, tower: int, size: list[in
     for name, values in usual.items():
         found |= values | (settings[name][tower] if settings.get(name) else {})
     return found
-
-
-def _transform(values: dict[str, Any]) -> _Transform:
-    size, crop, mode = values["size"], values["output_size"], values["interpolation"]
-    mean, std = [float(v) for v in values["mean"]], [float(v) for v in values["std"]]
-    sides = [int(v) for v in ([size] if isinstance(size, int) else size)]
-    crop = [int(v) for v in ([crop] * 2 if isinstance(crop, int) else crop)]
-    if not all(1 <= side <= LARGEST_SIDE for side in (*sides, *crop)) or len(crop) != 2 or len(sides) > 2:
-        raise ValueError(f"the sizes {sides} and {crop}")
-    # Of pixels in [0, 1]; no NaN.
-    plausible = all(abs(v) <= 100 for v in mean) and all(1e-3 <= v <= 100 for v in std)
-    if len(mean) != 3 or len(std) != 3 or not plausible:
-        raise ValueError(f"the mean {mean} and the deviation {std}")
-    interpolation = InterpolationMode(MODES[mode] if isinstance(mode, int) else mode)
-    return _Transform(resize=sides, interpolation=interpolation, crop=crop, mean=mean, std=std)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lerobot.configs import FeatureType, PipelineFeatureType, PolicyFeature
@@ -21,8 +21,7 @@ from ceed_vla.backbones.transformers.step_files import TOKENIZER_FILES, FilesSte
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.files import read_files, read_json
 from ceed_vla.images import camera_pixels
-from ceed_vla.instructions import batch_instructions
-from ceed_vla.templates import check_template, fill_template
+from ceed_vla.instructions import batch_instructions, check_template, fill_template
 
 IDS_KEY, MASK_KEY = "observation.openvla.input_ids", "observation.openvla.attention_mask"
 PIXELS_KEY = "observation.openvla.pixel_values"
@@ -56,14 +55,8 @@ class OpenVLAInputsStep(FilesStep, ObservationProcessorStep):
                 f"{wanted!r}."
             )
 
-    # ---- the folder's files, kept in the checkpoint --------------------------------------------------------------
-
-    def read_folder(self, path: str) -> OpenVLAInputsStep:
-        """Take tokenizer and image settings from an OpenVLA folder; returns self.
-
-        Raises:
-            CheckpointError: Files that are missing or damaged, or a tokenizer of another model.
-        """
+    def read_folder(self, path: str) -> Self:
+        """Take tokenizer and image settings from an OpenVLA folder; returns self."""
         config = read_config(path)
         self.use(read_files(Path(path), (IMAGES_FILE, *TOKENIZER_FILES)), path)
         words, largest = int(config["text_config"]["vocab_size"]), self._tokenizer.size - 1
@@ -96,12 +89,10 @@ class OpenVLAInputsStep(FilesStep, ObservationProcessorStep):
         self._images = OpenVLAImages(read_json(folder / IMAGES_FILE, source=name), name)
         self._tokenizer = read_tokenizer(folder, source)
 
-    # ---- inputs -------------------------------------------------------------------------------------------------
-
     def observation(self, observation: RobotObservation) -> RobotObservation:
         self.check_files()
         pictures = map(Image.fromarray, camera_pixels(observation, self.camera))
-        pixels = torch.stack([self._images(picture) for picture in pictures])  # (B, C, S, S)
+        pixels = torch.stack(list(map(self._images, pictures)))  # (B, C, S, S)
         tasks = batch_instructions(self.transition.get(TransitionKey.COMPLEMENTARY_DATA), len(pixels))
         ids, mask = self.encode(tasks)
         return {**observation, PIXELS_KEY: pixels, IDS_KEY: ids, MASK_KEY: mask}

@@ -30,13 +30,9 @@ from ceed_vla.errors import CheckpointError
 
 
 class OpenVLABackbone(TransformersBackbone):
-    """An OpenVLA model with random weights.
+    """An OpenVLA model of a published `architecture` with random weights of the type `dtype`.
 
-    Args:
-        architecture: The published configuration.
-        block_length: Tokens ``n`` of a block; published models write one action, fine-tuned ones several.
-        bins: Action ids ``V``.
-        dtype: Name of the weights' type.
+    A block has `block_length` tokens of `bins` values; published models write one action, fine-tuned ones several.
     """
 
     def __init__(self, architecture: Architecture, block_length: int, bins: int, dtype: str) -> None:
@@ -100,11 +96,7 @@ class OpenVLABackbone(TransformersBackbone):
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Read a folder's weights into a model, converted to the model's types.
-
-    Raises:
-        CheckpointError: Weights that are missing, unknown, damaged or of other sizes.
-    """
+    """Read a folder's weights into a model, converted to the model's types."""
     read_weights(
         model,
         Path(folder),

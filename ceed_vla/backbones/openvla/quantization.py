@@ -11,22 +11,13 @@ from ceed_vla.errors import ConfigError
 
 
 def quantize(module: nn.Module, kind: str, device: str) -> None:
-    """Replace every linear layer inside `module`, in place: the layers of a language model, without its head, with
-    their weights. `kind` is "8bit" (LLM.int8) or "4bit" (NF4), `device` where the policy will run.
-
-    Raises:
-        ConfigError: No GPU, or no bitsandbytes.
-    """
+    """Replace the linear layers inside `module`, for `device`, by "8bit" (LLM.int8) or "4bit" (NF4) ones."""
     if not str(device).startswith("cuda"):
-        raise ConfigError(
-            f"backbone.quantization is {kind!r} and the policy's device {device!r}; it needs a GPU (device=cuda)."
-        )
+        raise ConfigError(f"backbone.quantization is {kind!r} and the device {device!r}; it needs a GPU (device=cuda).")
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ConfigError(
-            f"backbone.quantization {kind!r} needs bitsandbytes; install it, or set it to none."
-        ) from error
+        raise ConfigError(f"backbone.quantization {kind!r} needs bitsandbytes; install it, or set none.") from error
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):

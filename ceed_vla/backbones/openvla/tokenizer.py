@@ -1,7 +1,4 @@
-"""Tokenizers of OpenVLA folders, read as transformers 4 read them when OpenVLA was trained.
-
-The files themselves are used: later releases of transformers rebuild Llama's tokenizer with rules of their own.
-"""
+"""Tokenizers of OpenVLA folders, read from the files themselves: later transformers rebuild Llama's by other rules."""
 
 from __future__ import annotations
 
@@ -26,11 +23,7 @@ class TextTokenizer(Protocol):
 
 
 def read_tokenizer(folder: Path, source: str) -> TextTokenizer:
-    """The tokenizer of a folder: tokenizer.json, or the older tokenizer.model; messages call it `source`.
-
-    Raises:
-        CheckpointError: None of the files, or one that cannot be read.
-    """
+    """The tokenizer of a folder: tokenizer.json, or the older tokenizer.model; messages call it `source`."""
     settings_file = folder / "tokenizer_config.json"
     name = f"{source}: {settings_file.name}"
     settings = read_json(settings_file, source=name) if settings_file.is_file() else {}

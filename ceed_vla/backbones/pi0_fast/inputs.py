@@ -51,11 +51,7 @@ class PromptTokensStep(FilesStep, TokenizerProcessorStep):
 
 
 def load_text_tokenizer(folder: str | Path, source: str = "") -> Any:
-    """The tokenizer in a local folder, as LeRobot's policy configures it.
-
-    Raises:
-        CheckpointError: It cannot be loaded; the message calls it `source`.
-    """
+    """The tokenizer in a local folder, as LeRobot's policy configures it; messages call it `source`."""
     from transformers import AutoTokenizer
 
     try:

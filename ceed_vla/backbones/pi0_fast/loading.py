@@ -29,11 +29,7 @@ EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_to
 
 
 def describe_model(folder: str | Path) -> str:
-    """LeRobot's configuration (JSON) in a checkpoint folder, for the CPU and without compilation.
-
-    Raises:
-        CheckpointError: Missing, unreadable, or of another policy.
-    """
+    """LeRobot's configuration (JSON) in a checkpoint folder, for the CPU and without compilation."""
     values = read_json(Path(folder) / "config.json")
     kind = values.get("type")
     if kind != "pi0_fast":
@@ -42,11 +38,7 @@ def describe_model(folder: str | Path) -> str:
 
 
 def decode_architecture(architecture: str) -> PI0FastConfig:
-    """LeRobot's configuration from its JSON.
-
-    Raises:
-        CheckpointError: Values that LeRobot refuses, or no features.
-    """
+    """LeRobot's configuration from its JSON; `CheckpointError` for values that LeRobot refuses, or without features."""
     values = read_architecture(architecture)
     values.pop("type", None)
     try:
@@ -67,11 +59,7 @@ def build_model(architecture: str) -> modeling_pi0_fast.PI0FastPytorch:
 
 
 def load_weights(holder: nn.Module, folder: str | Path) -> None:
-    """Read the weights of LeRobot's checkpoint into ``holder.model``; LeRobot's loader keeps random ones on failure.
-
-    Raises:
-        CheckpointError: Missing, unreadable, incomplete or foreign weights.
-    """
+    """Read the weights of LeRobot's checkpoint into ``holder.model``; LeRobot's loader keeps random ones on failure."""
     read_weights(
         holder,
         Path(folder),

@@ -33,15 +33,7 @@ from ceed_vla.images import check_images
 
 
 class Pi0FastBackbone(TransformersBackbone):
-    """pi0-FAST as a causal model over one block of text tokens.
-
-    Args:
-        model: LeRobot's model; its tokenizer is not used.
-        tokenizer: What its tokens are.
-
-    Raises:
-        ConfigError: Tokens that the model does not score, or a block of fewer than 2 tokens.
-    """
+    """LeRobot's pi0-FAST, whose own tokenizer is not used, as a causal model over one block of text tokens."""
 
     forbidden: Tensor | None
 

@@ -33,41 +33,22 @@ class TextIds:
 
     @classmethod
     def of(cls, tokenizer: Any) -> TextIds:
-        """Read them off a transformers tokenizer.
-
-        Raises:
-            ConfigError: It has no "|" or no BOS token.
-        """
+        """Read them off a transformers tokenizer; `ConfigError` if it has no "|" or no BOS token."""
         stop, bos = tokenizer.convert_tokens_to_ids(STOP), tokenizer.bos_token_id
         marker = tokenizer.encode(MARKER, add_special_tokens=False)
         if stop is None or stop == tokenizer.unk_token_id or bos is None or not marker:
-            raise ConfigError(
-                f"The text tokenizer has no token {STOP!r} or no BOS token, which pi0-FAST needs; is it PaliGemma's?"
-            )
+            raise ConfigError(f"The text tokenizer has no {STOP!r} or no BOS token; is it PaliGemma's?")
         return cls(int(tokenizer.vocab_size), int(bos), int(stop), tuple(int(i) for i in marker))
 
 
 class Pi0FastTokenizer(VariableLengthTokens):
-    """Chunks of normalised actions as pi0-FAST writes them.
+    """Chunks of normalised actions as pi0-FAST writes them, from the settings of `Pi0FastTokensConfig`.
 
     Unlike LeRobot's detokeniser it neither fills up nor cuts off a chunk of another length, and a malformed one is an
-    error instead of zeros.
-
-    Args:
-        codec: The checkpoint's FAST tokenizer.
-        text: Ids of the checkpoint's text tokenizer.
-        chunk_steps: Steps ``m``.
-        action_dim: Dimensions ``A``.
-        block_length: Slots ``n``; LeRobot's ``max_decoding_steps``.
-        skip_tokens: Text ids at the end of the vocabulary that hold no action; LeRobot's ``fast_skip_tokens``.
-        scored: Text ids that the model scores: a token is any of them. 0 makes a token an index into `action_ids`.
-        check_marker: Refuse chunks that do not begin with "Action:"; LeRobot's ``validate_action_token_prefix``.
+    error instead of zeros. With `scored` ids a token is any of these, otherwise an index into `action_ids`.
 
     Attributes:
         action_ids: (N,) text ids that an action may hold: the marker, the FAST ids and the stop token.
-
-    Raises:
-        ConfigError: A text tokenizer with fewer ids than the actions need.
     """
 
     def __init__(

@@ -16,11 +16,7 @@ _PARTS = ("text_config", "vision_config")
 
 
 def read_architecture(text: str) -> dict[str, Any]:
-    """The mapping in ``backbone.architecture``.
-
-    Raises:
-        CheckpointError: No JSON, no mapping, or one that names code of its own (auto_map) anywhere.
-    """
+    """The mapping in ``backbone.architecture``; `CheckpointError` if it names code of its own (auto_map) anywhere."""
     try:
         values = json.loads(text)
         if not isinstance(values, dict):
@@ -36,11 +32,7 @@ def read_architecture(text: str) -> dict[str, Any]:
 
 
 def least_sizes(values: Mapping[str, Any]) -> tuple[int, int]:
-    """Layers of a transformer's configuration, and the fewest numbers that its weights have; of all its parts.
-
-    Raises:
-        CheckpointError: Sizes that are no positive whole numbers.
-    """
+    """Layers of a transformer's configuration, and the fewest numbers that its weights have; of all its parts."""
     parts = [part for part in map(values.get, _PARTS) if isinstance(part, dict)]
     if parts:
         found = [least_sizes(part) for part in parts]

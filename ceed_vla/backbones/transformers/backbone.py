@@ -30,10 +30,7 @@ from ceed_vla.weights import copy_weights, weight_files
 class TransformersBackbone(TrainableBackbone):
     """A language model of transformers behind the `Backbone` protocol.
 
-    Args:
-        block_length: Tokens ``n`` of a block.
-        vocabulary_size: Values ``V`` of a token.
-        action_ids: (V,) vocabulary ids of the tokens; None where a token is any id.
+    `action_ids` (V,) are the vocabulary ids of the tokens; None where a token is any id.
     """
 
     compilable = ("block",)
@@ -76,8 +73,6 @@ class TransformersBackbone(TrainableBackbone):
         bias = None if head.bias is None else head.bias[self.action_ids]
         return F.linear(hidden, head.weight[self.action_ids], bias)
 
-    # ---- decoding -----------------------------------------------------------------------------------------------
-
     def prefill(self, observation: dict[str, Tensor]) -> TransformersPrefix:
         """Run the prefix of every row once; rows may have prompts of different lengths."""
         return self.prefill_embeddings(self.embed_prefix(observation))
@@ -102,9 +97,7 @@ class TransformersBackbone(TrainableBackbone):
         cache, k = prefix.cache, tokens.shape[1]
         # The number of committed tokens would be a constant of a compiled forward.
         if isinstance(cache, TransformersCache) and cache.committed + k > self.block_length:
-            raise TokenError(
-                f"{k} tokens after {cache.committed} committed ones exceed the block of {self.block_length}."
-            )
+            raise TokenError(f"{k} tokens after {cache.committed} committed exceed the block of {self.block_length}.")
         inputs = {"position_ids": prefix.next_position.unsqueeze(1) + cache.slots(k, tokens.device)}  # (B, k)
         if prefix.real is not None:
             inputs["attention_mask"] = cache.real(prefix.real, k)
@@ -130,8 +123,6 @@ class TransformersBackbone(TrainableBackbone):
                 f"{config.max_position_embeddings} (max_position_embeddings) this model's rope_scaling changes all "
                 "positions with every further one, so keys and values cannot be kept. Use another model."
             )
-
-    # ---- training -----------------------------------------------------------------------------------------------
 
     def packed_logits(self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Teacher-forced logits of several blocks behind one prefix, which runs once; see `TrainableBackbone`."""
@@ -197,17 +188,14 @@ def read_weights(
     skip: Callable[[str], bool] = lambda name: False,
     copies: Mapping[str, str] | None = None,
 ) -> None:
-    """Read all weights of a published folder into a model.
+    """Read all weights of a published folder into a model of the right sizes; see `copy_weights`.
 
     Args:
-        model: With weights of the right sizes.
+        model: Where they go.
         folder: With one safetensors file, or its shards.
         rename: From the name in a file to the model's.
         skip: Names in a file that are passed over.
         copies: A weight that may be missing -> the one that it then equals.
-
-    Raises:
-        CheckpointError: Weights that are missing, unknown, damaged or of other sizes.
     """
     missing, unknown = copy_weights(model, weight_files(folder), rename=rename, skip=skip)
     own = model.state_dict()

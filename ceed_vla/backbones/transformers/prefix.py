@@ -42,11 +42,7 @@ class PrefixEmbeddings:
         return len(self.embeds)
 
     def __getitem__(self, rows: Any) -> PrefixEmbeddings:
-        """The given rows.
-
-        Raises:
-            ConfigError: The language model reads something that is not arranged by rows.
-        """
+        """The given rows; `ConfigError` where the language model reads something that is not arranged by rows."""
         inputs = {name: self._rows(name, value, rows) for name, value in self.inputs.items()}
         return PrefixEmbeddings(self.embeds[rows], self.real[rows], self.next_position[rows], inputs)
 
@@ -64,26 +60,16 @@ class PrefixEmbeddings:
             return value[rows]
         if isinstance(value, Tensor) and value.shape[0] == 1:  # one for all rows
             return value
-        raise ConfigError(
-            f"Rows cannot be taken of {name!r}, which this model's language model reads; distil it with "
-            "--states=stored."
-        )
+        raise ConfigError(f"Rows cannot be taken of {name!r}, which the language model reads; use --states=stored.")
 
     def joined(self, block: Tensor) -> dict[str, Any]:
-        """What the language model is called with for the prefix and `block` (B, k, d) in one sequence, without cache.
-
-        Raises:
-            ConfigError: Layers with masks of several kinds.
-        """
+        """What the language model is called with for prefix and `block` (B, k, d) in one sequence, without cache."""
         known, length, k = self.inputs["position_ids"], self.embeds.shape[1], block.shape[1]
         offsets = torch.arange(k, device=block.device)
         positions = (self.next_position.unsqueeze(1) + offsets).expand(*known.shape[:-1], -1)
         mask = self.inputs.get("attention_mask")
         if isinstance(mask, dict):
-            raise ConfigError(
-                f"Layers with masks of several kinds ({', '.join(mask)}) cannot be recomputed; "
-                "train without gradient checkpointing."
-            )
+            raise ConfigError(f"Layers with several masks ({', '.join(mask)}) allow no gradient checkpointing.")
         marks = {  # of image tokens, such as Qwen3-VL's: none on the block
             name: F.pad(value, (0, k)) if _one_each(value, length) else value for name, value in self.inputs.items()
         }

@@ -31,11 +31,7 @@ class FilesStep(abc.ABC):
         """Read what the step uses of the files in `folder`; messages call it `source`."""
 
     def use(self, files: Mapping[str, Tensor], source: str) -> None:
-        """Take files as bytes: name -> uint8 (bytes,).
-
-        Raises:
-            CheckpointError: Files that are missing or damaged; the message calls them `source`.
-        """
+        """Take files as bytes: name -> uint8 (bytes,); messages call them `source`."""
         with tempfile.TemporaryDirectory() as folder:
             write_files(files, Path(folder))
             self._open(Path(folder), source)
@@ -47,9 +43,7 @@ class FilesStep(abc.ABC):
             raise CheckpointError("The pre-processor came without its files; copy the checkpoint again.")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The files as bytes."""
         return dict(self._files)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the files of `state_dict`."""
         self.use(state, "The checkpoint's pre-processor")

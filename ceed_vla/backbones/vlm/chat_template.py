@@ -20,11 +20,7 @@ _LONGEST = 10_000_000  # characters of a rendered prompt
 
 
 def render(template: str, images: int, prompt: str, variables: Mapping[str, Any]) -> str:
-    """The text of a user's message with `images` and `prompt`, up to where the model answers.
-
-    Raises:
-        CheckpointError: The template is damaged, needs too long, or too much memory.
-    """
+    """The text of a user's message with `images` and `prompt`, up to where the model answers."""
     from ceed_vla.errors import CheckpointError  # this file runs without the package, too
 
     content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]

@@ -14,7 +14,7 @@ from ceed_vla.backbones.vlm.inputs import CAMERAS, VLMInputsStep
 from ceed_vla.backbones.vlm.processor import load_processor
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import chosen, ranged
-from ceed_vla.templates import check_template
+from ceed_vla.instructions import check_template
 
 if TYPE_CHECKING:
     from ceed_vla.backbones.base import TrainableBackbone

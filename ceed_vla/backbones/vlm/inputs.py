@@ -1,9 +1,4 @@
-"""Images and instruction to the inputs of an image-text-to-text model, as a LeRobot step that carries its processor.
-
-The processor's own files (tokenizer, image processor, chat template) are the step's state: they are saved beside the
-checkpoint as ``policy_preprocessor_step_*_ceed_vla_vlm_inputs.safetensors``, so that loading needs neither the base
-model's folder nor a hub.
-"""
+"""Images and instruction to the inputs of an image-text-to-text model, as a LeRobot step that carries its processor."""
 
 from __future__ import annotations
 
@@ -28,8 +23,7 @@ from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
 from ceed_vla.fields import check_fields, chosen, ranged
 from ceed_vla.files import read_files
 from ceed_vla.images import camera_pixels
-from ceed_vla.instructions import batch_instructions
-from ceed_vla.templates import check_template, fill_template
+from ceed_vla.instructions import batch_instructions, check_template, fill_template
 
 CAMERAS = ("separate", "stacked")
 # One row an observation, or several (images, patches) that the model wants in one long list.
@@ -70,8 +64,6 @@ class VLMInputsStep(FilesStep, ObservationProcessorStep):
         if wrong := [name for name, value in wanted.items() if getattr(self, name) != value]:
             raise ConfigError(f"{wrong[0]} is {getattr(self, wrong[0])!r}; the policy's is {wanted[wrong[0]]!r}.")
 
-    # ---- the processor, kept in the checkpoint ------------------------------------------------------------------
-
     def set_processor(self, processor: Any) -> VLMInputsStep:
         """Use `processor`; returns self."""
         with tempfile.TemporaryDirectory() as folder:
@@ -86,26 +78,21 @@ class VLMInputsStep(FilesStep, ObservationProcessorStep):
     def get_config(self) -> dict[str, Any]:
         return {"sizes": self.sizes, "layout": self.layout, "prompt": self.prompt, "state_places": self.state_places}
 
-    # ---- inputs -------------------------------------------------------------------------------------------------
-
     def observation(self, observation: RobotObservation) -> RobotObservation:
         self.check_files()
+        name = type(self._processor).__name__
         images = self._images(observation)  # (B lists of k images)
         tasks = batch_instructions(self.transition.get(TransitionKey.COMPLEMENTARY_DATA), len(images))
         texts = [self._text(task, len(row)) for task, row in zip(tasks, images, strict=True)]
         try:
             inputs = dict(self._processor(images=images, text=texts, padding=True, return_tensors="pt"))
         except Exception as error:  # every family raises its own kinds
-            raise ObservationError(
-                f"{type(self._processor).__name__} cannot read images of {self.sizes} with the prompt "
-                f"{texts[0]!r} ({error})."
-            ) from error
+            given = f"images of {self.sizes} with the prompt {texts[0]!r}"
+            raise ObservationError(f"{name} cannot read {given} ({error}).") from error
         inputs.pop("labels", None)
         if IDS not in inputs or inputs[IDS].shape[-1] > LONGEST_PROMPT:
-            raise ObservationError(
-                f"{type(self._processor).__name__} made {tuple(inputs[IDS].shape) if IDS in inputs else 'no'} ids of "
-                f"the prompt; at most {LONGEST_PROMPT} are read."
-            )
+            made = tuple(inputs[IDS].shape) if IDS in inputs else "no"
+            raise ObservationError(f"{name} made {made} ids of the prompt; at most {LONGEST_PROMPT} are read.")
         self._add_state_places(inputs)
         return {**observation, **keyed(inputs, len(images))}
 
@@ -159,11 +146,7 @@ class VLMInputsStep(FilesStep, ObservationProcessorStep):
 
 
 def keyed(inputs: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """Name the processor's tensors, with `rows` rows first in each.
-
-    Raises:
-        ObservationError: Rows with different numbers of images or patches.
-    """
+    """Name the processor's tensors, with `rows` rows first in each."""
     named: dict[str, Tensor] = {}
     for name, value in inputs.items():
         if len(value) == rows:
@@ -171,7 +154,5 @@ def keyed(inputs: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
         elif len(value) % rows == 0:
             named[FLAT_KEY + name] = value.unflatten(0, (rows, -1))
         else:
-            raise ObservationError(
-                f"The processor made {len(value)} {name} of {rows} rows; every row needs equally many."
-            )
+            raise ObservationError(f"The processor made {len(value)} {name} of {rows} rows; each needs equally many.")
     return named

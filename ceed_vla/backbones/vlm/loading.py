@@ -20,15 +20,9 @@ from ceed_vla.errors import CheckpointError, ConfigError, root_cause
 from ceed_vla.files import read_json
 from ceed_vla.weights import Header, check_floating, check_weights, weight_files
 
-# ---- folders ----------------------------------------------------------------------------------------------------
-
 
 def check_folder(folder: Path) -> None:
-    """Check that a folder holds an image-text-to-text model with all its weights.
-
-    Raises:
-        CheckpointError: No such folder, another kind of model, one that needs code of its own, or missing files.
-    """
+    """Check that a folder holds an image-text-to-text model with all its weights, and needs no code of its own."""
     if not folder.is_dir():
         raise CheckpointError(
             f"backbone.path is {str(folder)!r}, which is no folder; give a local one with config.json and "
@@ -47,11 +41,7 @@ def check_folder(folder: Path) -> None:
 
 
 def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """Read a model with all its weights.
-
-    Raises:
-        CheckpointError: See `check_folder`; or weights that are damaged, incomplete or of other sizes.
-    """
+    """Read a model with all its weights; `CheckpointError` if these are damaged, incomplete or of other sizes."""
     folder = Path(folder)
     check_folder(folder)
     check_floating(weight_files(folder))
@@ -72,20 +62,13 @@ def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTra
     return cast("PreTrainedModel", model)
 
 
-# ---- architecture: what a checkpoint keeps of the model's configuration ------------------------------------------
-
-
 def architecture(model: PreTrainedModel) -> str:
     """The model's configuration as one line of JSON, from which `build_model` makes it without its folder."""
     return json.dumps(model.config.to_diff_dict(), sort_keys=True)
 
 
 def build_model(text: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The model of `architecture`'s text, with weights still to be read.
-
-    Raises:
-        CheckpointError: The text was damaged.
-    """
+    """The model of `architecture`'s text, with weights still to be read."""
     try:
         values = read_architecture(text)
         config = AutoConfig.for_model(values.pop("model_type"), **values)
@@ -99,21 +82,11 @@ def build_model(text: str, dtype: torch.dtype, attention: str) -> PreTrainedMode
     return cast("PreTrainedModel", model.eval())
 
 
-# ---- vocabulary -------------------------------------------------------------------------------------------------
-
-
 def choose_action_ids(model: PreTrainedModel, processor: Any, kind: str, count: int) -> list[int]:
-    """Vocabulary ids of `count` action bins.
+    """Vocabulary ids of `count` action bins, by the `kind` that `VLMConfig.action_ids` explains.
 
-    Args:
-        model: Gets more rows in its embedding where "added" ids need them.
-        processor: Its tokenizer.
-        kind: "last": the last ordinary ids of the tokenizer, whose meaning is overwritten; "last_reversed": the same
-            downwards, as OpenVLA and LLaVA-VLA count; "added": new ids behind the tokenizer's.
-        count: Bins ``V``.
-
-    Raises:
-        ConfigError: Tokenizer and model disagree, or the vocabulary is too small.
+    "Added" ids may need more rows in the model's embedding, which it then gets. `ConfigError` where tokenizer and model
+    disagree, or the vocabulary is too small.
     """
     tokenizer, rows = processor.tokenizer, cast("Any", model.get_input_embeddings()).num_embeddings
     words = 1 + max(tokenizer.get_vocab().values())
@@ -143,16 +116,9 @@ def choose_action_ids(model: PreTrainedModel, processor: Any, kind: str, count: 
     return ordinary[::-1] if kind == "last_reversed" else ordinary
 
 
-# ---- does the model work as a backbone? --------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def check_decoding(backbone: VLMBackbone) -> None:
-    """Try on a few tokens what decoding relies on: a cache that can be cut, and a head that is one matrix.
-
-    Raises:
-        ConfigError: The model works otherwise.
-    """
+    """Try on a few tokens what decoding relies on: a cache that can be cut, and a head that is one matrix."""
     model = cast("Any", backbone.model)
     ids = backbone.action_ids[None, :4]
     accepted = inspect.signature(model.forward).parameters

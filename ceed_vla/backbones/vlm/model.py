@@ -33,18 +33,15 @@ IDS_KEY, MASK_KEY, PIXELS = ROW_KEY + IDS, ROW_KEY + MASK, "pixel_values"
 
 
 class VLMBackbone(TransformersBackbone):
-    """A transformers image-text-to-text model behind the `Backbone` protocol.
+    """A transformers image-text-to-text model (``AutoModelForImageTextToText``) behind the `Backbone` protocol.
 
     Args:
-        model: The model, ``AutoModelForImageTextToText``.
+        model: The model.
         action_ids: (V,) vocabulary ids of the action bins 0..V-1.
         block_length: Tokens ``n`` of a block.
         state_dim: Length of the normalised ``observation.state`` that takes the last places of the prefix; 0 for none.
         project_state: The state is projected to one token instead of written as `state_dim` action tokens.
         auxiliary_dim: Outputs of the auxiliary regression; 0 for none.
-
-    Raises:
-        ConfigError: Action ids that the vocabulary lacks or that repeat, or a model of another build.
     """
 
     action_ids: Tensor
@@ -87,12 +84,7 @@ class VLMBackbone(TransformersBackbone):
         return language_model(self.model)
 
     def check_observation(self, batch: Mapping[str, Any]) -> int:
-        """Rows ``B`` of a pre-processed batch.
-
-        Raises:
-            ObservationError: A tensor of the processor is missing or has other rows, the padding is not on the
-                left, or the state, where it is read, is missing, of another length or not finite.
-        """
+        """Rows ``B`` of a batch with the processor's tensors, padded on the left, and the state where it is read."""
         found = batch.items() if isinstance(batch, Mapping) else ()
         inputs = {k: v for k, v in found if str(k).startswith((ROW_KEY, FLAT_KEY)) and isinstance(v, Tensor)}
         wanted: dict[str, tuple[int | None, ...]] = {IDS_KEY: (None,), MASK_KEY: (None,)}
@@ -104,19 +96,12 @@ class VLMBackbone(TransformersBackbone):
         words = int(cast("Any", self.model).get_input_embeddings().num_embeddings)
         rows = check_features(batch, wanted, finite, {IDS_KEY: words})
         if not any(key.endswith(PIXELS) for key in inputs):
-            raise ObservationError(
-                f"The observation lacks {ROW_KEY}{PIXELS}; pass it through the checkpoint's pre-processor first."
-            )
+            raise ObservationError(f"The observation lacks {ROW_KEY}{PIXELS}; use the checkpoint's pre-processor.")
         check_left_padding(batch, IDS_KEY, MASK_KEY)
         return rows
 
     def embed_prefix(self, batch: dict[str, Tensor]) -> PrefixEmbeddings:
-        """Run everything in front of the language model.
-
-        Args:
-            batch: What `VLMInputsStep` made: ``observation.vlm.*``, and the normalised state where it is read; the
-                ids then end in places for it.
-        """
+        """Run everything in front of the language model, on the tensors of `VLMInputsStep` and the normalised state."""
         arguments = self._model_inputs(batch)
         real = arguments["attention_mask"].bool()
         try:
@@ -185,11 +170,7 @@ def _make_causal(model: PreTrainedModel) -> None:
 
 
 def language_model(model: PreTrainedModel) -> nn.Module:
-    """The language model inside `model`, without its head.
-
-    Raises:
-        ConfigError: The model is built otherwise.
-    """
+    """The language model inside `model`, without its head; `ConfigError` if it is built otherwise."""
     trunk = getattr(model, "model", None)
     decoder = trunk.get_decoder() if isinstance(trunk, PreTrainedModel) else None
     if decoder is None or decoder is trunk or model.get_output_embeddings() is None:

@@ -23,11 +23,7 @@ SIZES = (*_SIDES, *_PATCHES, *_TOKENS)
 
 
 def load_processor(folder: str | Path, source: str = "") -> ProcessorMixin:
-    """The processor (tokenizer and image processor) of a folder, padding on the left; messages call it `source`.
-
-    Raises:
-        CheckpointError: It is missing, damaged, or needs code of its own.
-    """
+    """The processor (tokenizer and image processor) of a folder, padding on the left; messages call it `source`."""
     from transformers import AutoProcessor
 
     name = source or str(folder)

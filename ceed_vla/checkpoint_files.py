@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ceed_vla.decoding.config import DecodingConfig
-from ceed_vla.errors import CheckpointError
+from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import short
 from ceed_vla.files import read_json
 from ceed_vla.processor_steps import PROCESSOR_FILES
@@ -33,7 +33,7 @@ _REMOVED = ("tolerance_bins", "stable_iterations")  # of the decoding, in format
 def pretrained_path(name: str) -> Path:
     """Folder of a checkpoint inside the package: "teacher" (autoregressive), "student" (consistency-distilled)."""
     if not isinstance(name, str) or name not in PRETRAINED:
-        raise CheckpointError(f"No shipped checkpoint is called {name!r}; choose one of {', '.join(PRETRAINED)}.")
+        raise CheckpointError(f"No shipped checkpoint is called {short(name)}; choose one of {', '.join(PRETRAINED)}.")
     path = Path(__file__).parent / "pretrained" / name
     if not (path / WEIGHTS).is_file():
         raise CheckpointError(f"The shipped checkpoint {name!r} is missing from this installation; reinstall.")
@@ -45,7 +45,7 @@ def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
     ("teacher", "student"); `CheckpointError` if there is none, or files are missing from it.
     """
     if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
-        raise CheckpointError(f"The checkpoint is {path!r}; give a folder, or one of {', '.join(PRETRAINED)}.")
+        raise CheckpointError(f"The checkpoint is {short(path)}; give a folder, or one of {', '.join(PRETRAINED)}.")
     folder = Path(path)
     try:
         if not folder.exists() and str(path) in PRETRAINED:
@@ -93,15 +93,23 @@ def read_values(folder: Path) -> dict[str, Any]:
     lost = sorted(expected - decoding.keys())
     if version == FORMAT_VERSION and "delta_dims" not in values:
         raise CheckpointError(f"{folder}: config.json lacks 'delta_dims'; copy the checkpoint again.")
-    wrong = [name for name, value in decoding.items() if isinstance(value, bool)]
-    if lost or wrong:
-        raise CheckpointError(
-            f"{folder}: decoding in config.json {'lacks' if lost else 'has true or false for'} {(lost or wrong)[0]!r}; "
-            "copy the checkpoint again."
-        )
+    if lost:
+        raise CheckpointError(f"{folder}: decoding in config.json lacks {lost[0]!r}; copy the checkpoint again.")
     if version == 1:
         values = _from_format_1(folder, values)
     return {**values, "format_version": FORMAT_VERSION}
+
+
+def check_kinds(values: Any, read: Any, name: str = "it") -> None:
+    """Raise `ConfigError` where JSON `values` were `read` as another kind: true as 1, or a text as a number."""
+    if isinstance(values, dict) and isinstance(read, dict):
+        for key in values.keys() & read.keys():
+            check_kinds(values[key], read[key], key)
+    elif isinstance(values, list) and isinstance(read, list | tuple):
+        for value, own in zip(values, read, strict=False):
+            check_kinds(value, own, name)
+    elif None not in (values, read) and any(isinstance(values, k) != isinstance(read, k) for k in (bool, str)):
+        raise ConfigError(f"{name} is {short(values)}, which is read as {short(read)}")
 
 
 def _check_packages(folder: Path, packages: object) -> None:

@@ -16,7 +16,7 @@ import ceed_vla.tokens.openvla  # noqa: F401
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.config import BackboneConfig
 from ceed_vla.backbones.shape import PolicyShape
-from ceed_vla.checkpoint_files import FORMAT_VERSION, in_current_format, read_values, resolve_checkpoint
+from ceed_vla.checkpoint_files import FORMAT_VERSION, check_kinds, in_current_format, read_values, resolve_checkpoint
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.names import CEED, OWN, named_config
 from ceed_vla.decoding.registry import find_decoder, find_exit
@@ -140,6 +140,7 @@ class CeedVLAConfig(PreTrainedConfig):
         try:
             config = draccus.decode(cls, values)
             config.validate_features()
+            check_kinds(values, draccus.encode(config))
         except Exception as error:  # draccus raises its own kinds, and passes on those of the configuration
             raise CheckpointError(f"{folder}: config.json cannot be used ({root_cause(error)}).") from error
         return config

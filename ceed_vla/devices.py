@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ceed_vla.errors import ConfigError
+from ceed_vla.fields import short
 
 KINDS = ("cpu", "cuda", "mps", "xpu")
 
@@ -12,14 +13,14 @@ def check_device(name: object) -> str:
     kind, index = _parsed(name)
     if not 0 <= index < _count(kind):
         here = [kind for kind in KINDS if _count(kind)]
-        raise ConfigError(f"The device is {name!r}; this machine has {', '.join(here)}.")
+        raise ConfigError(f"The device is {short(name)}; this machine has {', '.join(here)}.")
     return str(name)
 
 
 def check_device_name(name: object) -> None:
     """Raise `ConfigError` unless `name` names a device, of this machine or another."""
     if not _parsed(name)[0]:
-        raise ConfigError(f"device is {str(name)[:200]!r}; choose one of {', '.join(KINDS)}, or cuda:1.")
+        raise ConfigError(f"device is {short(name)}; choose one of {', '.join(KINDS)}, or cuda:1.")
 
 
 def _parsed(name: object) -> tuple[str, int]:

@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
@@ -34,13 +35,20 @@ def read_json(file: Path, error: type[CeedVLAError] = CheckpointError, source: s
         size = file.stat().st_size
         if size > MOST_JSON:
             raise error(f"{name} has {size / 1e6:.0f} MB; settings take less than {MOST_JSON / 1e6:.0f}.")
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except OSError as problem:
         raise error(f"{name} cannot be read ({problem.strerror}); is this the right folder?") from problem
     except (ValueError, RecursionError) as problem:
         raise error(f"{name} is not JSON ({str(problem)[:200]}); copy it again.") from problem
     if not isinstance(values, dict):
         raise error(f"{name} holds a {type(values).__name__} instead of settings; copy it again.")
+    return values
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"a name stands there twice, of {', '.join(list(values)[:5])}")
     return values
 
 
@@ -102,7 +110,8 @@ def replacing(file: Path) -> Iterator[Path]:
     choose a format.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.stem}.{os.getpid()}.tmp{file.suffix}")
+    # Nobody can have put a link there: the name is not known before.
+    temporary = file.with_name(f".{file.stem}.{token_hex(8)}.tmp{file.suffix}")
     try:
         yield temporary
         temporary.replace(file)

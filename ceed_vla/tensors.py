@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from typing import TypeGuard
 
 import torch
@@ -77,7 +78,12 @@ def check_actions(actions: object, chunk_steps: int, action_dim: int) -> None:
 def numbers(values: object, name: str) -> list[float]:
     """`values`, `name` in messages, as plain numbers, from any sequence of them, arrays and tensors included."""
     try:
-        return [float(value) for value in values]  # type: ignore[attr-defined]
+        if isinstance(values, str | bytes | Mapping | Set):
+            raise TypeError
+        listed = list(values)  # type: ignore[call-overload]
+        if any(isinstance(value, str | bytes | bool) for value in listed):
+            raise TypeError
+        return [float(value) for value in listed]
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ConfigError(f"{name} is {short(values)}; it must be a sequence of numbers.") from error
 

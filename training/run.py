@@ -371,7 +371,7 @@ class Run:
             if self.accelerator.process_index < progress["processes"]:
                 states.check_random_state(folder, self.accelerator.process_index)
             if not self.sharded:
-                states.check_optimizers(self.optimizers, settings)
+                states.check_optimizers(self.optimizers, settings, progress["step"])
         except Exception as error:  # torch, safetensors and accelerate each raise their own kinds
             raise CheckpointError(
                 f"{folder} cannot be resumed ({type(error).__name__}: {str(error)[:300]}); "

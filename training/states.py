@@ -110,8 +110,11 @@ def optimizer_settings(optimizers: Iterable[Any]) -> list[dict[str, Any]]:
     return [{name: group[name] for name in group if name not in ("params", "lr")} for group in groups]
 
 
-def check_optimizers(optimizers: Sequence[Any], settings: Sequence[dict[str, Any]]) -> None:
-    """Raise unless optimisers kept their `settings`, and what they remember of every weight can be its own."""
+def check_optimizers(optimizers: Sequence[Any], settings: Sequence[dict[str, Any]], step: int) -> None:
+    """Raise unless optimisers kept their `settings`, and what they remember of every weight can be its own at `step`."""
+    remembered_steps = [int(m["step"]) for o in optimizers for m in o.state.values() if "step" in m]
+    if remembered_steps and max(remembered_steps) != step:
+        raise ValueError(f"it is of step {max(remembered_steps)}, not of {step}")
     for now, own in zip(optimizer_settings(optimizers), settings, strict=True):
         if changed := [name for name, value in own.items() if now.get(name) != value]:
             raise ValueError(f"the optimiser's {changed[0]} is {now.get(changed[0])}, not {own[changed[0]]}")

@@ -19,6 +19,7 @@ from ceed_vla.data.frame_cache import read_images
 from ceed_vla.data.frame_stream import StreamedImages, StreamingConfig
 from ceed_vla.data.images import WINDOW, ImageReader, window_edges
 from ceed_vla.errors import DatasetError
+from ceed_vla.fields import short
 
 __all__ = ["ACTION", "ENVIRONMENT", "STATE", "FrameStore", "open_dataset", "read_chunks"]
 
@@ -120,17 +121,26 @@ class FrameStore:
 
     def _checked(self, frames: object, chunk_size: object) -> NDArray[np.int64]:
         """Frame indices that somebody else wrote down: they never index from behind, or beyond."""
-        found = np.asarray(frames if isinstance(frames, np.ndarray | list) else None)
+        try:
+            found = np.asarray(frames if isinstance(frames, np.ndarray | list) else None)
+        except ValueError:
+            found = np.zeros(0, object)
         whole = found.ndim == 1 and (found.dtype.kind in "iu" or not len(found))
         if not whole or (len(found) and not 0 <= found.min() <= found.max() < len(self)):
             raise DatasetError(f"{self.root} has the frames 0..{len(self) - 1}, not {str(frames)[:100]}.")
-        if not isinstance(chunk_size, int) or not 1 <= chunk_size <= 10**6:
-            raise DatasetError(f"chunk_size is {chunk_size!r}; it must be a whole number in [1, 1e6].")
+        check_chunk_size(chunk_size)
         return found.astype(np.int64)
+
+
+def check_chunk_size(chunk_size: object) -> None:
+    """Raise `DatasetError` unless it is a number of steps."""
+    if type(chunk_size) is not int or not 1 <= chunk_size <= 4096:
+        raise DatasetError(f"chunk_size is {short(chunk_size)}; it must be a whole number in [1, 4096].")
 
 
 def read_chunks(root: str | Path, chunk_size: int) -> Tensor:
     """The action chunk (N, m, A) that starts at every frame of a data set; its images are not decoded."""
+    check_chunk_size(chunk_size)
     info = read_info(Path(root))
     if ACTION not in info.vectors:
         raise DatasetError(f"{root} holds no actions; it has {info.names}.")

@@ -23,6 +23,7 @@ from ceed_vla.decoding.registry import find_decoder, register_decoder, register_
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
 from ceed_vla.errors import ConfigError
+from ceed_vla.tensors import check_tokens
 from ceed_vla.tokens.base import ActionTokens
 from ceed_vla.tokens.grammar import GrammarBackbone
 
@@ -81,6 +82,9 @@ def decode_block(
         NotFiniteError: The model's scores are NaN or infinite.
     """
     config = named_config(decoding)
+    if previous is not None:  # token by token it is not read
+        shape = (len(prefix.logits), tokens.block_length)
+        check_tokens(previous, "The previous chunk", shape, tokens.vocabulary_size, none=True)
     if tokens.grammar is not None:
         backbone = GrammarBackbone(backbone, prefix, tokens.grammar)
         prefix = backbone.prefix

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ceed_vla.tokens.grammar import Grammar
 
 ACTIONS = "[-1e6, 1e6]"  # whatever the unit: metres, degrees or ticks of an encoder
+MOST_ROWS = 65_536
 GUESSES = ("previous", "mid", "random")
 
 
@@ -93,6 +94,9 @@ class ActionTokens(abc.ABC):
 
     def weight(self, tokens: Tensor, padded: Tensor | None = None) -> Tensor:
         """Weights (B, n) float32 of `tokens` (B, n) in a loss: 0 in steps that are `padded` (B, m)."""
+        check_tokens(tokens, "tokens", (None, self.block_length), 0)
+        if padded is not None and getattr(padded, "shape", None) != (len(tokens), self.chunk_steps):
+            raise TokenError(f"padded is {short(padded)}; expected ({len(tokens)}, {self.chunk_steps}) true or false.")
         if padded is None or self.tokens_per_step is None:
             return torch.ones_like(tokens, dtype=torch.float32)
         return (~padded.bool()).repeat_interleave(self.tokens_per_step, dim=1).float()
@@ -115,8 +119,12 @@ class ActionTokens(abc.ABC):
             shift_steps: Steps of it that were executed.
             generator: Random source, on the CPU so that a seed means the same tokens on every device; torch's if None.
         """
-        if kind not in GUESSES:
-            raise ConfigError(f"The guess is {kind!r}; choose one of {', '.join(GUESSES)}.")
+        if not isinstance(kind, str) or kind not in GUESSES:
+            raise ConfigError(f"The guess is {short(kind)}; choose one of {', '.join(GUESSES)}.")
+        if type(rows) is not int or not 0 <= rows <= MOST_ROWS:
+            raise TokenError(f"rows is {short(rows)}; it must be a whole number in [0, {MOST_ROWS}].")
+        if not isinstance(generator, torch.Generator | None):
+            raise ConfigError(f"generator is a {type(generator).__name__}; pass a torch.Generator or None.")
         if previous is not None:
             shape = (rows, self.block_length)
             check_tokens(previous, "The previous chunk", shape, self.vocabulary_size, none=True)

@@ -17,7 +17,7 @@ from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig, chec
 ACTION_RANGES = ("quantile", "min_max", "fixed")
 RANGE_MODES = ACTION_RANGES[:2]
 _RANGE_KEYS = {"quantile": ("q01", "q99"), "min_max": ("min", "max")}
-MOST_BINS = 65_536
+MOST_BINS, MOST_STEPS = 65_536, 4096
 LARGEST = 1e30  # end of a range [action units]
 _LEAST_WIDTH = 1e-3  # a dimension that never moves still needs distinct bins [action units]
 
@@ -93,8 +93,11 @@ class ActionTokenizer(ActionTokens):
         if len(low) != len(high) or len(low) == 0:
             raise ConfigError(f"low has {len(low)} values and high {len(high)}; give one for every dimension.")
         (chunk_steps, num_bins) = whole((chunk_steps, num_bins), "chunk_steps and num_bins")
-        if chunk_steps < 1 or not 2 <= num_bins <= MOST_BINS:
-            raise ConfigError(f"chunk_steps is {chunk_steps} (1 or more), num_bins {num_bins} (2 to {MOST_BINS}).")
+        if not 1 <= chunk_steps <= MOST_STEPS or not 2 <= num_bins <= MOST_BINS or len(low) > MOST_STEPS:
+            raise ConfigError(
+                f"chunk_steps is {chunk_steps} (1 to {MOST_STEPS}), num_bins {num_bins} (2 to {MOST_BINS}), and there "
+                f"are {len(low)} dimensions (1 to {MOST_STEPS})."
+            )
         self.action_dim = self.tokens_per_step = len(low)
         self.chunk_steps, self.block_length = chunk_steps, chunk_steps * len(low)
         self.vocabulary_size = num_bins
@@ -114,6 +117,10 @@ class ActionTokenizer(ActionTokens):
         v, top = torch.arange(num_bins, dtype=torch.float64).unsqueeze(1), num_bins - 1  # (V, 1)
         # A weighted mean of the ends is symmetric: v and top - v of a symmetric range are exactly opposite.
         self._centres = (((top - v) * self.low + v * self.high) / top).float()  # (V, A)
+        if not bool((self._centres[1:] > self._centres[:-1]).all()):
+            raise ConfigError(
+                f"{num_bins} bins in the ranges {short(list(zip(low, high, strict=True)))} are not distinct."
+            )
         self._by_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         nearest = (-self.low / self.step).round().clamp(0, self.vocabulary_size - 1).long()  # (A,)
         self.zero = nearest.repeat(self.chunk_steps)

@@ -50,6 +50,8 @@ def load_robot_config(path: str | Path = "") -> RobotConfig:
     Raises:
         ConfigError: What is wrong, at which key, and what is allowed.
     """
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"The robot's file is {path!r:.100}; give its path.")
     file = Path(path) if str(path) else packaged_config()
     fields = Fields.read(file)
     arm = _arm(fields.child("arm"))

@@ -13,6 +13,7 @@ from torchvision.transforms import functional as transforms
 
 from ceed_vla.backbones.openvla.folder import LARGEST_SIDE
 from ceed_vla.errors import CheckpointError
+from ceed_vla.fields import short
 
 STRATEGIES = ("resize-naive", "letterbox", "resize-crop")
 MODES = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of Pillow's numbers
@@ -73,11 +74,12 @@ class OpenVLAImages:
         self.sizes = [part.crop for part in self._transforms]
         if len(set(map(tuple, self.sizes))) != 1:
             raise CheckpointError(f"{file}: the vision towers see {self.sizes} pixels; they must all be equal.")
-        boxed = settings.get("tvf_do_letterbox")
-        self._letterbox = strategy == "letterbox" if boxed is None else bool(boxed)
-        self._fill = list(settings.get("tvf_letterbox_fill") or fill)
-        bytes_ = [value for value in self._fill if isinstance(value, int) and 0 <= value <= 255]
-        if len(bytes_) != 3 or len(self._fill) != 3:
+        boxed, self._fill = settings.get("tvf_do_letterbox"), settings.get("tvf_letterbox_fill") or fill
+        if not isinstance(boxed, bool | None):
+            raise CheckpointError(f"{file}: tvf_do_letterbox is {short(boxed)}; it must be true or false.")
+        self._letterbox = strategy == "letterbox" if boxed is None else boxed
+        listed = self._fill if isinstance(self._fill, list) else []
+        if len(listed) != 3 or not all(type(value) is int and 0 <= value <= 255 for value in listed):
             raise CheckpointError(f"{file}: the letterbox is filled with {self._fill}; give three numbers in [0, 255].")
 
     def __call__(self, image: Image.Image) -> Tensor:

@@ -29,11 +29,7 @@ class _Asked:
 
 
 class ChunkRequests:
-    """One request at a time, from the newest observation, to a started worker.
-
-    Attributes:
-        failure: `Response.code` of the last answer, unless `refusal` says it.
-    """
+    """One request at a time, from the newest observation, to a started worker."""
 
     def __init__(
         self,
@@ -48,7 +44,6 @@ class ChunkRequests:
         self._asked: dict[int, _Asked] = {}
         self._fresh: _Asked | None = None  # the next command is the first computed from this request
         self._instruction = ""  # of the last request
-        self._refusals: dict[str, str] = {}  # instruction -> why the policy does not take it
         self.try_again()
 
     def ask_if_due(self, instruction: str, now: float, remaining: float, wait: float) -> Plan | None:
@@ -103,8 +98,8 @@ class ChunkRequests:
         if self._fresh is None:
             return
         latency = clock - self._fresh.taken
-        self._statistics.to_command.add(latency)
-        self._statistics.beyond_decode.add(latency - self._fresh.decode_s)
+        self._statistics.to_command.append(latency)
+        self._statistics.beyond_decode.append(latency - self._fresh.decode_s)
         self._fresh = None
 
     def drop(self) -> None:
@@ -114,8 +109,9 @@ class ChunkRequests:
 
     def try_again(self) -> None:
         """Forget what failed: the next request waits for nothing."""
-        self._failures, self._retry_at, self.failure = 0, -math.inf, ""
-        self._refusals.clear()
+        self._failures, self._retry_at = 0, -math.inf
+        self.failure = ""  # `Response.code` of the last answer, unless `refusal` says it
+        self._refusals: dict[str, str] = {}  # instruction -> why the policy does not take it
 
     def refusal(self, instruction: str) -> str | None:
         """Why the policy does not take an instruction; None as far as one knows."""

@@ -45,10 +45,9 @@ class PolicyController:
         slew: See `StepGrid`.
 
     Attributes:
-        statistics: What happened.
+        ages: `Observations.ages`.
         hold: Why the arm holds now; None in motion.
         conflict: Set it to the reason why nothing may be sent now, though motion is enabled (another commander).
-        grid: When ticks come.
 
     Raises:
         ConfigError: A command rate that does not fit the steps.
@@ -68,6 +67,7 @@ class PolicyController:
     ) -> None:
         self._observations, self._motion, self._safety = observations, motion, safety
         self._stream, self._worker = stream, worker
+        self.ages = observations.ages
         self._rate = command_rate
         self.grid = StepGrid(command_rate, ticks_per_step(command_rate, stream.action_dt), slew)
         self.instruction = instruction
@@ -187,10 +187,6 @@ class PolicyController:
             self._begin_step()
         elif self.grid.part <= self._stream.grace * self.grid.ticks_per_step:
             self._redo_step()
-
-    def ages(self, clock: float) -> dict[str, float | None]:
-        """Input -> age [s]."""
-        return self._observations.ages(clock)
 
     def _watch_clock(self, dt: float, clock: float) -> None:
         """After a step back, the stamps of the inputs are of a time that is still to come: wait for new ones."""

@@ -13,7 +13,7 @@ from ros_nodes.robot.chunk_stream import ChunkStream
 from ros_nodes.robot.controller import PolicyController, ticks_per_step
 from ros_nodes.robot.inference import InferenceWorker
 from ros_nodes.robot.interfaces.base import ActionInterface
-from ros_nodes.robot.motion import make_motion
+from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Camera, Observations
 from ros_nodes.robot.plausibility import PHYSICAL_VELOCITY
 from ros_nodes.robot.predictor import PolicySpec
@@ -80,7 +80,7 @@ def make_setup(
         )
         controller = PolicyController(
             observations,
-            make_motion(robot, model),
+            Motion(robot, model),
             safety,
             stream,
             worker,

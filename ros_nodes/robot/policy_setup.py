@@ -53,8 +53,13 @@ def make_setup(
     """
     robot = load_robot_config(values["robot_config"])
     interface = robot.interface(values["action_interface"])
-    ticks_per_step(values["command_rate"], robot.action.dt)
-    model = _model(robot)
+    ticks = ticks_per_step(values["command_rate"], robot.action.dt)
+    model = None
+    if robot.arm.model is not None:
+        from ros_nodes.robot.kinematics import ModelArm
+
+        arm, step = robot.arm, robot.action.max_joint_step
+        model = ModelArm(robot.arm.model, arm.tcp, arm.joints, home=arm.home, max_joint_step=step)
     worker = InferenceWorker(
         values["checkpoint"],
         mode=values["inference_mode"],
@@ -76,7 +81,7 @@ def make_setup(
             values["replan_steps"] or spec.n_action_steps,
             robot.action.dt,
             delay_steps=spec.warmup_s / robot.action.dt,
-            least_lead=1.01 / ticks_per_step(values["command_rate"], robot.action.dt),
+            least_lead=1.01 / ticks,
         )
         controller = PolicyController(
             observations,
@@ -92,15 +97,6 @@ def make_setup(
         worker.close()
         raise
     return PolicySetup(robot, interface, model, worker, observations, safety, stream, controller)
-
-
-def _model(robot: RobotConfig) -> ModelArm | None:
-    arm, step = robot.arm, robot.action.max_joint_step
-    if arm.model is None:
-        return None
-    from ros_nodes.robot.kinematics import ModelArm
-
-    return ModelArm(arm.model, arm.tcp, arm.joints, home=arm.home, max_joint_step=step)
 
 
 def _limits(

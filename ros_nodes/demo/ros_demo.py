@@ -165,11 +165,7 @@ def _stream(session: Session, config: RosDemoConfig, console: Console) -> Window
 
 
 def _kill_in_motion(session: Session, config: RosDemoConfig, console: Console) -> int:
-    """Kill the policy node while the arm moves; when [ns].
-
-    Raises:
-        NodeError: The arm did not move.
-    """
+    """Kill the policy node while the arm moves; when [ns]."""
     _begin(session, config, config.seed)
     if not session.spin(5.0, until=lambda: session.speed > _MOVING):
         raise NodeError("The arm did not move within 5 s, so nothing was killed.")

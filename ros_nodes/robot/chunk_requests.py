@@ -139,6 +139,5 @@ class ChunkRequests:
         if not self._worker.submit(request):
             return False
         self._instruction = instruction
-        taken = math.nan if taken is None else taken
-        self._asked[plan.id] = _Asked(taken, now, plan.frozen_steps, plan.deadline_s)
+        self._asked[plan.id] = _Asked(math.nan if taken is None else taken, now, plan.frozen_steps, plan.deadline_s)
         return True

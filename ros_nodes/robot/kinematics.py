@@ -22,12 +22,10 @@ class ModelArm(ArmKinematics):
     Args:
         tcp: Site or body of the tool centre point.
         joint_names: J joints, in the order of every array here.
-        home: (J,) posture that redundancy is resolved towards [rad]; the model's default if it is empty.
-        max_joint_step: Largest change of a joint per `solve` [rad].
+        home: As in `ArmKinematics`; the model's default if it is empty.
 
     Attributes:
-        low: (J,) [rad], from the model; -inf without a limit.
-        high: (J,) [rad].
+        low, high: (J,) [rad], from the model; infinite without a limit.
         velocity: (J,) [rad/s], of a URDF; NaN where the model has no limit, as every MJCF.
 
     Raises:

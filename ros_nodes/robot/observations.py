@@ -32,11 +32,7 @@ class Joints:
 
 
 class Observations:
-    """Takes messages, keeps the newest, and answers with a policy's observation.
-
-    Args:
-        cameras: The policy's cameras: feature -> (3, H, W).
-        states: The policy's other features -> length.
+    """Takes messages, keeps the newest, and answers with a policy's observation; `PolicySpec` has its features.
 
     Raises:
         ConfigError: The policy wants a camera or a state that the robot does not have, or of another length.

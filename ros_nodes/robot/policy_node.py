@@ -8,7 +8,7 @@ from __future__ import annotations  # noqa: I001 - ros_nodes.robot.messages come
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -95,11 +95,8 @@ class PolicyNode(LifecycleNode):
             setup.controller.estop(self._stopped_early)
         for camera in setup.observations.cameras:
             kind = CompressedImage if camera.source.transport == "compressed" else Image
-            callback = partial(self._on_image, camera)
-            self._inputs.append(self.create_subscription(kind, camera.source.topic, callback, SENSOR))
-        self._inputs.append(
-            self.create_subscription(JointState, setup.robot.joint_states, self._on_joint_states, SENSOR)
-        )
+            self._listen(kind, camera.source.topic, partial(self._on_image, camera))
+        self._listen(JointState, setup.robot.joint_states, self._on_joint_states)
         spec = setup.worker.spec
         self.get_logger().info(
             f"{spec.checkpoint}: {spec.policy_type}, chunks of {spec.chunk_steps} steps, "
@@ -176,6 +173,9 @@ class PolicyNode(LifecycleNode):
         if not self._starting:  # else it is the last thing that is said
             self.get_logger().error(self._failure)
         return TransitionCallbackReturn.FAILURE
+
+    def _listen(self, kind: Any, topic: str, callback: Callable[[Any], None]) -> None:
+        self._inputs.append(self.create_subscription(kind, topic, callback, SENSOR))
 
     def _end_stream(self) -> None:
         if self._active is not None:

@@ -29,11 +29,7 @@ class Fields:
 
     @classmethod
     def read(cls, file: Path) -> Fields:
-        """The top of a file, read as the command line reads values: YAML 1.2 without aliases or repeated keys.
-
-        Raises:
-            ConfigError: The file cannot be read, is no YAML, or no mapping.
-        """
+        """The top of a file, read as the command line reads values: YAML 1.2 without aliases or repeated keys."""
         try:
             if not file.is_file() or file.stat().st_size > _LARGEST_FILE:
                 raise ConfigError(f"it is no file of at most {_LARGEST_FILE} bytes")

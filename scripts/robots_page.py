@@ -44,6 +44,7 @@ def policy_topics() -> list[Row]:
 
 def sim_topics() -> list[Row]:
     """The same for the simulated robot."""
+    mirrored = {IN: OUT, OUT: IN}
     said = {
         "joint_states": "arm and fingers, 100 Hz",
         "front/image_raw": "`camera_rate`",
@@ -52,14 +53,9 @@ def sim_topics() -> list[Row]:
     }
     return [
         *(
-            (
-                name,
-                OUT if of_policy == IN else IN,
-                kind,
-                said.get(name, "obeyed; refused commands are in the diagnostics"),
-            )
-            for name, of_policy, kind, _ in policy_topics()
-            if of_policy != SERVICE and name != "diagnostics"
+            (name, mirrored[way], kind, said.get(name, "obeyed; refused commands are in the diagnostics"))
+            for name, way, kind, _ in policy_topics()
+            if way in mirrored and name != "diagnostics"
         ),
         ("sim/success", OUT, "std_msgs/msg/Bool", "whether the episode is solved; latched"),
         ("clock", OUT, "rosgraph_msgs/msg/Clock", "with `publish_clock`"),

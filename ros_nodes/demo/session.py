@@ -180,12 +180,6 @@ class Session:
             self._node.destroy_node()
             rclpy.try_shutdown(context=self._context)
 
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     # ------------------------------------------------------------------ internals
 
     def _call(self, service: str, kind: Any, request: Any) -> Any:

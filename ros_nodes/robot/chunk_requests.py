@@ -21,10 +21,9 @@ _FIRST_RETRY, _LAST_RETRY = 0.1, 2.0  # between a failure and the next request; 
 class _Asked:
     """A request whose chunk does not move the arm yet."""
 
+    plan: Plan
     taken: float  # when the oldest of its images was taken, on the messages' clock [s]
     sent: float  # steady time [s]
-    frozen_steps: int
-    deadline_s: float | None
     decode_s: float = 0.0
 
 
@@ -81,7 +80,7 @@ class ChunkRequests:
         if asked is None or not accepted:
             return False
         self._statistics.last_error = ""
-        late = asked.deadline_s is not None and now - asked.sent > asked.deadline_s
+        late = asked.plan.deadline_s is not None and now - asked.sent > asked.plan.deadline_s
         self._statistics.deadline_misses += late
         self._asked = {response.id: replace(asked, decode_s=response.seconds.get("total", 0.0))}
         return True
@@ -89,7 +88,7 @@ class ChunkRequests:
     def executed(self, target: Target) -> None:
         """The step that begins executes `target`."""
         asked = self._asked.get(target.chunk_id or 0)
-        if asked is not None and target.index >= asked.frozen_steps:
+        if asked is not None and target.index >= asked.plan.frozen_steps:
             self._fresh = asked
             self._asked.clear()
 
@@ -139,5 +138,5 @@ class ChunkRequests:
         if not self._worker.submit(request):
             return False
         self._instruction = instruction
-        self._asked[plan.id] = _Asked(math.nan if taken is None else taken, now, plan.frozen_steps, plan.deadline_s)
+        self._asked[plan.id] = _Asked(plan, math.nan if taken is None else taken, now)
         return True

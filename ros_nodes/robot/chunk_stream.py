@@ -97,10 +97,6 @@ class ChunkStream:
         ConfigError: More steps than a chunk has, or none.
     """
 
-    _running: _Chunk | None
-    _pending: _Pending | None
-    _arrived: _Chunk | None
-    _seam: bool
     grace, margin, quantile = 0.3, 0.001, 0.5
 
     def __init__(
@@ -156,7 +152,9 @@ class ChunkStream:
     def stop(self) -> None:
         """Forget the running chunk and any answer under way; hold until `start`."""
         self.started = self._replan_now = self._seam = False
-        self._running = self._pending = self._arrived = None
+        self._running: _Chunk | None = None
+        self._pending: _Pending | None = None
+        self._arrived: _Chunk | None = None
         self._consumed = 0  # steps taken from chunks
         self._boundaries = 0  # the same with the steps that were held
 

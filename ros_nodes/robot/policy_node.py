@@ -39,11 +39,7 @@ LONGEST_FAILURE = 500  # characters: what is wrong, what is allowed and what to 
 
 
 class PolicyNode(LifecycleNode):
-    """See the module; `stop` ends a configuration under way.
-
-    Raises:
-        ConfigError: A parameter has a value that is not allowed.
-    """
+    """See the module; `stop` ends a configuration under way. Raises `ConfigError` for a parameter's bad value."""
 
     def __init__(self, stop: StopSignal | None = None, **node_options: Any) -> None:
         super().__init__("policy", **node_options)
@@ -148,11 +144,7 @@ class PolicyNode(LifecycleNode):
         super().destroy_node()
 
     def _start(self) -> None:
-        """Configure and activate, once.
-
-        Raises:
-            NodeError: It fails; a launch file or a service manager sees that the node is gone.
-        """
+        """Configure and activate, once; if that fails, a launch file or a service manager sees the node gone."""
         self._autostart.cancel()
         self._starting = True
         for transition in (self.trigger_configure, self.trigger_activate):

@@ -16,7 +16,6 @@ from ros_nodes.robot.interfaces.base import ActionInterface
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Camera, Observations
 from ros_nodes.robot.plausibility import PHYSICAL_VELOCITY
-from ros_nodes.robot.predictor import PolicySpec
 from ros_nodes.robot.robot_config import RobotConfig
 from ros_nodes.robot.robot_file import load_robot_config
 from ros_nodes.robot.safety import JOINT_STATES, SafetyFilter, SafetyLimits
@@ -73,7 +72,12 @@ def make_setup(
     )
     try:
         spec = worker.start(cancelled=cancelled)
-        _check_actions(robot, spec)
+        if spec.action_dim != robot.action_dim:
+            gripper = robot.gripper.action if robot.gripper else "absent"
+            raise ConfigError(
+                f"The checkpoint {spec.checkpoint} has actions of {spec.action_dim} values; {robot.action.kind} of "
+                f"{robot.source} takes {robot.action_dim} (joints {', '.join(robot.arm.joints)}; gripper {gripper})."
+            )
         observations = Observations(robot, spec.cameras, spec.states, model)
         safety = SafetyFilter(_limits(robot, interface, model, observations.cameras, values))
         stream = ChunkStream(
@@ -129,12 +133,3 @@ def _limits(
         physical_velocity=physical,
         **opening,
     )
-
-
-def _check_actions(robot: RobotConfig, spec: PolicySpec) -> None:
-    if spec.action_dim != robot.action_dim:
-        gripper = robot.gripper.action if robot.gripper else "absent"
-        raise ConfigError(
-            f"The checkpoint {spec.checkpoint} has actions of {spec.action_dim} values; {robot.action.kind} of "
-            f"{robot.source} takes {robot.action_dim} (joints {', '.join(robot.arm.joints)}; gripper {gripper})."
-        )

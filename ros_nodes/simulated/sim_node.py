@@ -47,11 +47,7 @@ MAX_LAG = 0.25  # time that is made up after a stall; more is left out, or the a
 
 
 class SimNode(Node):
-    """A simulated robot.
-
-    Raises:
-        CeedVLAError: Parameters that cannot work together, an unknown task, or no GL context.
-    """
+    """A simulated robot; `CeedVLAError` for parameters that cannot work together, or without a GL context."""
 
     def __init__(self, **node_options: Any) -> None:
         super().__init__("sim", **node_options)

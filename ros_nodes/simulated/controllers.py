@@ -29,11 +29,9 @@ class Trajectory:
     Args:
         start: Time of the way-points' zero [s].
         now: Time of arrival [s]; way-points before it are dropped.
-        joints: (J,) set-point at `now` [rad].
-        velocities: (J,) set-point at `now` [rad/s].
+        joints, velocities: (J,) set-point at `now` [rad], [rad/s].
         times: (P,) of the way-points after `start` [s].
-        points: (P, J) finite [rad].
-        slopes: (P, J) finite [rad/s], or None.
+        points, slopes: (P, J) finite [rad], [rad/s]; no `slopes` for straight lines.
 
     Raises:
         SimulationError: Way-points that such a controller rejects; the message says why.

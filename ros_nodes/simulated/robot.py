@@ -116,14 +116,10 @@ class SimRobot:
         velocities: ArrayLike | None = None,
         delay: float = 0.0,
     ) -> None:
-        """Follow way-points, matched by joint name. No way-points stop the arm.
+        """Follow way-points of the seven arm joints, named in any order. No way-points stop the arm.
 
-        Args:
-            names: The seven arm joints, in any order.
-            times: (P,) after the start [s].
-            positions: (P, 7) [rad].
-            velocities: (P, 7) [rad/s]; None interpolates linearly.
-            delay: Time until the start [s]; negative if it is past.
+        `times` (P,) count from the start [s], which is in `delay` [s], negative if it is past; `positions` are (P, 7)
+        [rad]; `velocities` (P, 7) [rad/s], None interpolates linearly.
         """
         if np.size(times) == 0:
             self.hold()

@@ -15,11 +15,7 @@ CONFIG = PathJoinSubstitution([FindPackageShare("ceed_vla"), "launch", "config",
 PARAMETERS = {
     "checkpoint": ("student", "LeRobot checkpoint folder, or teacher or student for the shipped ones", str),
     "robot_config": ("", "robot's YAML file; empty: the simulated arm's", str),
-    "action_interface": (
-        "forward_position",
-        "forward_position, joint_trajectory, servo_twist, or your own",
-        str,
-    ),
+    "action_interface": ("forward_position", "forward_position, joint_trajectory, servo_twist, or your own", str),
     "decoding": ("ceed", "how CEED-VLA checkpoints decode: ceed, jacobi, ar, cap2, ...", str),
     "discover_packages": ("", "packages of your own, comma-separated", str),
     "instruction": ("", "what to do; ~/instruction changes it", str),
@@ -28,26 +24,20 @@ PARAMETERS = {
     "use_sim_time": ("false", "follow /clock", bool),
 }
 # Argument -> topic that it replaces.
-TOPICS = {
-    "front_topic": "front/image_raw",
-    "wrist_topic": "wrist/image_raw",
-    "joint_states_topic": "joint_states",
-}
+TOPICS = {"front_topic": "front/image_raw", "wrist_topic": "wrist/image_raw", "joint_states_topic": "joint_states"}
 
 
 def generate_launch_description() -> LaunchDescription:
     """One node."""
+    described = {
+        "namespace": ("", "namespace of the node"),
+        "params_file": (CONFIG, "parameters of the node"),
+        **{name: (default, text) for name, (default, text, _) in PARAMETERS.items()},
+        **{name: (topic, f"replaces {topic}") for name, topic in TOPICS.items()},
+    }
     arguments = [
-        DeclareLaunchArgument("namespace", default_value="", description="namespace of the node"),
-        DeclareLaunchArgument("params_file", default_value=CONFIG, description="parameters of the node"),
-        *(
-            DeclareLaunchArgument(name, default_value=default, description=description)
-            for name, (default, description, _) in PARAMETERS.items()
-        ),
-        *(
-            DeclareLaunchArgument(name, default_value=topic, description=f"replaces {topic}")
-            for name, topic in TOPICS.items()
-        ),
+        DeclareLaunchArgument(name, default_value=default, description=text)
+        for name, (default, text) in described.items()
     ]
     overrides = {
         name: ParameterValue(LaunchConfiguration(name), value_type=kind) for name, (_, _, kind) in PARAMETERS.items()

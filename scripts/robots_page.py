@@ -17,10 +17,7 @@ from ros_nodes.simulated.parameters import SIM_PARAMETERS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "robots.md"
 IN, OUT, SERVICE = "in", "out", "service"
-_TYPES = {
-    "raw": "sensor_msgs/msg/Image",
-    "compressed": "sensor_msgs/msg/CompressedImage",
-}
+_TYPES = {"raw": "sensor_msgs/msg/Image", "compressed": "sensor_msgs/msg/CompressedImage"}
 _WHEN = {START: "start only (read-only)", SETUP: "while unconfigured", LIVE: "any time"}
 
 Row = tuple[str, str, str, str]
@@ -29,26 +26,14 @@ Row = tuple[str, str, str, str]
 def policy_topics() -> list[Row]:
     """(default name, direction, type, what it is) of all that the policy node exposes, for the packaged robot."""
     robot = load_robot_config()
-    arms = [
-        (
-            one.topic,
-            OUT,
-            type_name(one.message_type),
-            f"commands at `command_rate`, if `action_interface` is `{name}`",
-        )
-        for name, one in robot.interfaces.items()
-    ]
-    gripper = robot.gripper
+    said = "commands at `command_rate`, if `action_interface` is"
+    assert robot.gripper is not None
     return [
         *((i.topic, IN, _TYPES[i.transport], f"`{i.feature}`; best effort, the newest counts") for i in robot.images),
         (robot.joint_states, IN, "sensor_msgs/msg/JointState", "joints, matched by name"),
         ("policy/instruction", IN, "std_msgs/msg/String", "what to do; latched"),
-        *arms,
-        *(
-            [(gripper.topic, OUT, "std_msgs/msg/Float64MultiArray", "[opening in metres]")]
-            if gripper is not None
-            else []
-        ),
+        *((one.topic, OUT, type_name(one.message_type), f"{said} `{name}`") for name, one in robot.interfaces.items()),
+        (robot.gripper.topic, OUT, "std_msgs/msg/Float64MultiArray", "[opening in metres]"),
         ("diagnostics", OUT, "diagnostic_msgs/msg/DiagnosticArray", "once a second"),
         ("policy/estop", SERVICE, "std_srvs/srv/Trigger", "hold, and stay so until reset"),
         ("policy/reset", SERVICE, "std_srvs/srv/Trigger", "unlatch the stop; motion stays disabled"),
@@ -59,11 +44,7 @@ def policy_topics() -> list[Row]:
 
 def sim_topics() -> list[Row]:
     """The same for the simulated robot."""
-    mirrored = [
-        (name, OUT if direction == IN else IN, kind, what)
-        for name, direction, kind, what in policy_topics()
-        if direction != SERVICE and name != "diagnostics"
-    ]
+    mirrored = {IN: OUT, OUT: IN}
     said = {
         "joint_states": "arm and fingers, 100 Hz",
         "front/image_raw": "`camera_rate`",
@@ -72,8 +53,9 @@ def sim_topics() -> list[Row]:
     }
     return [
         *(
-            (name, direction, kind, said.get(name, "obeyed; refused commands are in the diagnostics"))
-            for name, direction, kind, _ in mirrored
+            (name, mirrored[way], kind, said.get(name, "obeyed; refused commands are in the diagnostics"))
+            for name, way, kind, _ in policy_topics()
+            if way in mirrored and name != "diagnostics"
         ),
         ("sim/success", OUT, "std_msgs/msg/Bool", "whether the episode is solved; latched"),
         ("clock", OUT, "rosgraph_msgs/msg/Clock", "with `publish_clock`"),
@@ -89,10 +71,7 @@ def parameter_rows(table: Table) -> list[Row]:
 
 def tables() -> dict[str, str]:
     """Marker in the page -> table in Markdown."""
-    topic, parameter = (
-        ("name", "direction", "type", "what"),
-        ("parameter", "default", "allowed; when", "what"),
-    )
+    topic, parameter = ("name", "direction", "type", "what"), ("parameter", "default", "allowed; when", "what")
     return {
         "policy topics": _table(topic, policy_topics()),
         "policy parameters": _table(parameter, parameter_rows(POLICY_PARAMETERS)),

@@ -6,7 +6,9 @@ import importlib
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +22,7 @@ _SEPARATOR = "=" * 80
 
 
 class BagWriter:
-    """An MCAP file of serialized ROS 2 messages.
-
-    Args:
-        path: The file; its folder is made, an older file replaced.
-
-    Attributes:
-        counts: Topic -> messages written.
+    """An MCAP file of serialized ROS 2 messages; its folder is made, an older file replaced.
 
     Raises:
         ConfigError: The package `mcap` is not installed.
@@ -39,19 +35,20 @@ class BagWriter:
             raise ConfigError(f"Bags need the package mcap ({error}); install ceed_vla[ros2].") from error
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.counts: dict[str, int] = {}
+        self.counts: Counter[str] = Counter()  # topic -> messages written
         self._channels: dict[str, int] = {}
-        self._schemas: dict[str, int] = {}
         self._file = self.path.open("wb")
         self._writer = Writer(self._file)
         self._writer.start(profile="ros2", library="ceed_vla")
+        self._schema = cache(self._writer.register_schema)  # one a type
 
     def write(self, topic: str, kind: str, data: bytes, published: int, received: int) -> None:
         """Append a message of type `kind`, "sensor_msgs/msg/Image": CDR with its header; times in [ns] since 1970."""
         if topic not in self._channels:
-            self._channels[topic] = self._writer.register_channel(topic, "cdr", self._schema(kind))
+            schema = self._schema(kind, "ros2msg", message_definition(kind).encode())
+            self._channels[topic] = self._writer.register_channel(topic, "cdr", schema)
         self._writer.add_message(self._channels[topic], received, data, published)
-        self.counts[topic] = self.counts.get(topic, 0) + 1
+        self.counts[topic] += 1
 
     def close(self) -> None:
         """Write the index; a bag that was not closed must be repaired before it is read. May be called twice."""
@@ -64,12 +61,6 @@ class BagWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _schema(self, kind: str) -> int:
-        if kind not in self._schemas:
-            text = message_definition(kind).encode()
-            self._schemas[kind] = self._writer.register_schema(kind, "ros2msg", text)
-        return self._schemas[kind]
 
 
 def record(node: Node, bag: BagWriter, topic: str, message_type: Any, qos: Any) -> Any:
@@ -102,14 +93,6 @@ def read_messages(path: str | Path, topics: Sequence[str]) -> Iterator[tuple[str
         reader = make_reader(file, decoder_factories=[DecoderFactory()])
         for found in reader.iter_decoded_messages(topics=list(topics)):
             yield found.channel.topic, found.message.publish_time, found.decoded_message
-
-
-def sent_times(path: str | Path, topic: str) -> list[int]:
-    """When the messages of one topic were sent [ns since the epoch], in the order they came."""
-    from mcap.reader import make_reader
-
-    with Path(path).open("rb") as file:
-        return [message.publish_time for _, _, message in make_reader(file).iter_messages(topics=[topic])]
 
 
 def type_name(message_type: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ros_nodes.demo.bag import read_messages, sent_times
+from ros_nodes.demo.bag import read_messages
 from ros_nodes.demo.run_metrics import Window, command_timing, counts, number
 from sim.rollout import wilson_interval
 
@@ -19,21 +19,13 @@ _RESTING = 0.05  # speed of the fastest joint [rad/s]
 
 @dataclass(frozen=True)
 class Episode:
-    """One episode through ROS.
-
-    Attributes:
-        seed: Its seed.
-        instruction: What the policy was told.
-        success: Solved in time.
-        seconds: From enabling the policy to the end [s].
-        window: When the command stream counts [ns].
-    """
+    """One episode through ROS."""
 
     seed: int
     instruction: str
-    success: bool
-    seconds: float
-    window: Window
+    success: bool  # solved in time
+    seconds: float  # from enabling the policy to the end [s]
+    window: Window  # when the command stream counts [ns]
 
 
 def build_report(
@@ -50,7 +42,8 @@ def build_report(
     Times come from the bag, latencies and interventions from `policy`, the node's last diagnostics. The commands, on
     `topic`, ran in `windows` [ns]; the policy node was killed at `killed` [ns].
     """
-    timing = command_timing(sent_times(bag, topic), windows, 1.0 / COMMAND_RATE)
+    sent = [moment for _, moment, _ in read_messages(bag, [topic])]
+    timing = command_timing(sent, windows, 1.0 / COMMAND_RATE)
     solved = sum(episode.success for episode in episodes)
     seam, inner = number(policy, "seam_step_max"), number(policy, "inner_step_max")
     holds, clamps = counts(policy, "holds"), counts(policy, "clamps")

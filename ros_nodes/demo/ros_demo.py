@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,13 +101,8 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
     domain = config.domain if config.domain >= 0 else 1 + os.getpid() % 99
     reach = os.environ.get("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     console.print(f"Starting simulated robot and policy node (ROS domain {domain}, discovery {reach}).")
-    with Session(
-        folder,
-        domain,
-        interface,
-        policy_arguments=ros_arguments(policy),
-        sim_arguments=ros_arguments({"split": config.split}),
-    ) as session:
+    simulated = {"split": config.split}
+    with closing(Session(folder, domain, interface, ros_arguments(policy), ros_arguments(simulated))) as session:
         session.wait_until_ready()
         episodes = [_run_episode(session, config, config.seed + index, console) for index in range(config.episodes)]
         windows = [episode.window for episode in episodes]
@@ -165,11 +161,7 @@ def _stream(session: Session, config: RosDemoConfig, console: Console) -> Window
 
 
 def _kill_in_motion(session: Session, config: RosDemoConfig, console: Console) -> int:
-    """Kill the policy node while the arm moves; when [ns].
-
-    Raises:
-        NodeError: The arm did not move.
-    """
+    """Kill the policy node while the arm moves; when [ns]."""
     _begin(session, config, config.seed)
     if not session.spin(5.0, until=lambda: session.speed > _MOVING):
         raise NodeError("The arm did not move within 5 s, so nothing was killed.")

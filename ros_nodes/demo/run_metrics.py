@@ -17,23 +17,14 @@ Window = tuple[int, int]  # first and last moment [ns]
 
 @dataclass(frozen=True)
 class CommandTiming:
-    """How steadily commands came.
+    """How steadily commands came."""
 
-    Attributes:
-        commands: Number of commands in the windows.
-        rate: Commands per second [Hz].
-        missed: Intervals longer than 1.5 periods, as a share of all.
-        jitter_p50: Median of |interval - period| [s].
-        jitter_p99: 99th percentile of |interval - period| [s].
-        longest: Longest interval [s].
-    """
-
-    commands: int
-    rate: float
-    missed: float
-    jitter_p50: float
+    commands: int  # in the windows
+    rate: float  # [Hz]
+    missed: float  # intervals longer than `MISSED` periods, as a share of all
+    jitter_p50: float  # percentiles of |interval - period| [s]
     jitter_p99: float
-    longest: float
+    longest: float  # interval [s]
 
 
 def command_timing(sent: Sequence[int] | NDArray[np.int64], windows: Sequence[Window], period: float) -> CommandTiming:

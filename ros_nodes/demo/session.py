@@ -43,12 +43,6 @@ class Session:
         interface: Action interface of the policy node, whose commands are recorded.
         policy_arguments: Further ``--ros-args`` of the policy node.
         sim_arguments: Further ``--ros-args`` of the simulated robot.
-
-    Attributes:
-        bag: What was recorded.
-        policy: Newest diagnostics of the policy node, key -> value.
-        speed: Of the fastest joint [rad/s].
-        heard: Stamp of the newest joint state [ns]; a busy recorder is behind.
     """
 
     def __init__(
@@ -62,11 +56,12 @@ class Session:
         folder.mkdir(parents=True, exist_ok=True)
         # Read by rclpy.init, here and in the children.
         os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-        self.policy: dict[str, str] = {}
-        self.speed, self.heard = 0.0, 0
+        self.policy: dict[str, str] = {}  # newest diagnostics of the policy node
+        self.speed = 0.0  # of the fastest joint [rad/s]
+        self.heard = 0  # stamp of the newest joint state [ns]; a busy recorder is behind
+        self.solved = False  # the simulation has reported success since the last reset
         self._folder, self._domain = folder, domain
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._solved: list[bool] = []
         self._context = Context()
         rclpy.init(args=[], context=self._context, domain_id=domain)
         self._node = rclpy.create_node("demo", context=self._context)
@@ -89,8 +84,8 @@ class Session:
             "/policy/instruction": (String, LATCHED),
             "/sim/success": (Bool, LATCHED),
             "/diagnostics": (DiagnosticArray, command),
+            f"/{interface.topic}": (interface.message_type, command),
         }
-        topics[f"/{interface.topic}"] = (interface.message_type, command)
         for name, (kind, qos) in topics.items():
             record(self._node, self.bag, name, kind, qos)
         self._node.create_subscription(Bool, "/sim/success", self._on_success, LATCHED)
@@ -98,7 +93,7 @@ class Session:
         self._node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, COMMAND)
 
     def _on_success(self, message: Bool) -> None:
-        self._solved.append(message.data)
+        self.solved = self.solved or message.data
 
     def _on_joint_states(self, message: JointState) -> None:
         self.speed = max(map(abs, message.velocity), default=0.0)
@@ -108,75 +103,54 @@ class Session:
         self.policy = status_values(message, "action_interface") or self.policy
 
     def _start(self, name: str, module: str, arguments: list[str]) -> None:
-        environment = os.environ | {"ROS_DOMAIN_ID": str(self._domain)}
         with (self._folder / f"{name}.log").open("wb") as output:
             self._processes[name] = subprocess.Popen(
                 [sys.executable, "-m", module, "--ros-args", *arguments],
-                env=environment,
+                env=os.environ | {"ROS_DOMAIN_ID": str(self._domain)},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches this process only, which ends them in order
             )
 
-    # ------------------------------------------------------------------ what the user of a session calls
+    # ------------------------------------------------------------------ for users; all may raise `NodeError`
 
     def wait_until_ready(self) -> None:
-        """Return when both nodes answer and the policy is loaded.
-
-        Raises:
-            NodeError: A node ended, or is not ready in time.
-        """
+        """Return when both nodes answer and the policy is loaded."""
         self._wait(lambda: self.policy.get("state") not in (None, "configuring"), "policy", START_TIMEOUT)
         if self.policy["state"] in ("unconfigured", "inactive"):
             raise NodeError(f"The policy node does not start: {self.policy.get('hold_reason') or self.policy['state']}")
 
     def enable(self, on: bool) -> None:
-        """Let the policy move the arm, or make it hold.
-
-        Raises:
-            NodeError: It refuses.
-        """
-        end = time.monotonic() + CALL_TIMEOUT
-        response = self._call("/policy/enable", SetBool, SetBool.Request(data=on))
+        """Let the policy move the arm, or make it hold."""
+        end, request = time.monotonic() + CALL_TIMEOUT, SetBool.Request(data=on)
+        response = self._call("/policy/enable", SetBool, request)
         while response.message.startswith("stale") and time.monotonic() < end:  # on a busy machine
             self.spin(0.1)
-            response = self._call("/policy/enable", SetBool, SetBool.Request(data=on))
+            response = self._call("/policy/enable", SetBool, request)
         if not response.success:
             raise NodeError(f"The policy node does not {'enable' if on else 'disable'}: {response.message}")
 
     def reset_episode(self, seed: int, task: str) -> str:
-        """Draw a scene in the simulation; returns the instruction.
-
-        Raises:
-            NodeError: The simulation refuses.
-        """
-        parameters = [
-            Parameter(name, value=value).to_parameter_msg() for name, value in (("seed", seed), ("task", task))
-        ]
-        request = SetParameters.Request(parameters=parameters)
+        """Draw a scene in the simulation; returns the instruction."""
+        parameters = [Parameter("seed", value=seed), Parameter("task", value=task)]
+        request = SetParameters.Request(parameters=[parameter.to_parameter_msg() for parameter in parameters])
         for result in self._call("/sim/set_parameters", SetParameters, request).results:
             if not result.successful:
                 raise NodeError(f"The simulation refuses the episode: {result.reason}")
-        self._solved.clear()
+        self.solved = False
         response = self._call("/sim/reset_episode", Trigger, Trigger.Request())
         if not response.success:
             raise NodeError(f"The simulation does not reset: {response.message}")
         return str(response.message)
 
-    @property
-    def solved(self) -> bool:
-        """Whether the simulation has reported success since the last reset."""
-        return any(self._solved)
-
     def spin(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:
-        """Record for a time [s] or until a condition holds; returns whether it does.
-
-        Raises:
-            NodeError: A node has ended.
-        """
+        """Record for a time [s] or until a condition holds; returns whether it does."""
         end = time.monotonic() + seconds
         while not (reached := until()) and (left := end - time.monotonic()) > 0.0:
-            self._check_processes()
+            for name, process in self._processes.items():
+                if process.poll() is not None:
+                    last = self._last_words(name)
+                    raise NodeError(f"The {name} node ended with code {process.returncode}. {last}")
             self._executor.spin_once(timeout_sec=min(left, 0.2))
         return reached
 
@@ -206,12 +180,6 @@ class Session:
             self._node.destroy_node()
             rclpy.try_shutdown(context=self._context)
 
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     # ------------------------------------------------------------------ internals
 
     def _call(self, service: str, kind: Any, request: Any) -> Any:
@@ -227,11 +195,6 @@ class Session:
     def _wait(self, until: Callable[[], bool], what: str, timeout: float) -> None:
         if not self.spin(timeout, until):
             raise NodeError(f"No {what} after {timeout:.0f} s. {self._last_words('sim', 'policy')}")
-
-    def _check_processes(self) -> None:
-        for name, process in self._processes.items():
-            if process.poll() is not None:
-                raise NodeError(f"The {name} node ended with code {process.returncode}. {self._last_words(name)}")
 
     def _last_words(self, *names: str) -> str:
         """The last line that each node printed, and where the rest is."""

@@ -21,19 +21,14 @@ _FIRST_RETRY, _LAST_RETRY = 0.1, 2.0  # between a failure and the next request; 
 class _Asked:
     """A request whose chunk does not move the arm yet."""
 
+    plan: Plan
     taken: float  # when the oldest of its images was taken, on the messages' clock [s]
     sent: float  # steady time [s]
-    frozen_steps: int
-    deadline_s: float | None
     decode_s: float = 0.0
 
 
 class ChunkRequests:
-    """One request at a time, from the newest observation, to a started worker.
-
-    Attributes:
-        failure: `Response.code` of the last answer, unless `refusal` says it.
-    """
+    """One request at a time, from the newest observation, to a started worker."""
 
     def __init__(
         self,
@@ -48,7 +43,6 @@ class ChunkRequests:
         self._asked: dict[int, _Asked] = {}
         self._fresh: _Asked | None = None  # the next command is the first computed from this request
         self._instruction = ""  # of the last request
-        self._refusals: dict[str, str] = {}  # instruction -> why the policy does not take it
         self.try_again()
 
     def ask_if_due(self, instruction: str, now: float, remaining: float, wait: float) -> Plan | None:
@@ -86,7 +80,7 @@ class ChunkRequests:
         if asked is None or not accepted:
             return False
         self._statistics.last_error = ""
-        late = asked.deadline_s is not None and now - asked.sent > asked.deadline_s
+        late = asked.plan.deadline_s is not None and now - asked.sent > asked.plan.deadline_s
         self._statistics.deadline_misses += late
         self._asked = {response.id: replace(asked, decode_s=response.seconds.get("total", 0.0))}
         return True
@@ -94,7 +88,7 @@ class ChunkRequests:
     def executed(self, target: Target) -> None:
         """The step that begins executes `target`."""
         asked = self._asked.get(target.chunk_id or 0)
-        if asked is not None and target.index >= asked.frozen_steps:
+        if asked is not None and target.index >= asked.plan.frozen_steps:
             self._fresh = asked
             self._asked.clear()
 
@@ -103,8 +97,8 @@ class ChunkRequests:
         if self._fresh is None:
             return
         latency = clock - self._fresh.taken
-        self._statistics.to_command.add(latency)
-        self._statistics.beyond_decode.add(latency - self._fresh.decode_s)
+        self._statistics.to_command.append(latency)
+        self._statistics.beyond_decode.append(latency - self._fresh.decode_s)
         self._fresh = None
 
     def drop(self) -> None:
@@ -114,8 +108,9 @@ class ChunkRequests:
 
     def try_again(self) -> None:
         """Forget what failed: the next request waits for nothing."""
-        self._failures, self._retry_at, self.failure = 0, -math.inf, ""
-        self._refusals.clear()
+        self._failures, self._retry_at = 0, -math.inf
+        self.failure = ""  # `Response.code` of the last answer, unless `refusal` says it
+        self._refusals: dict[str, str] = {}  # instruction -> why the policy does not take it
 
     def refusal(self, instruction: str) -> str | None:
         """Why the policy does not take an instruction; None as far as one knows."""
@@ -143,6 +138,5 @@ class ChunkRequests:
         if not self._worker.submit(request):
             return False
         self._instruction = instruction
-        taken = math.nan if taken is None else taken
-        self._asked[plan.id] = _Asked(taken, now, plan.frozen_steps, plan.deadline_s)
+        self._asked[plan.id] = _Asked(plan, math.nan if taken is None else taken, now)
         return True

@@ -39,80 +39,56 @@ _DELAYS = 32  # answers that the expected delay looks back on
 
 @dataclass(frozen=True)
 class Plan:
-    """A chunk to ask for.
+    """A chunk to ask for."""
 
-    Attributes:
-        id: Names the request; the answer repeats it.
-        previous: Tokens (n,) int64 of the running chunk for the warm start; None without one.
-        shift_steps: Steps of `previous` that are consumed.
-        frozen_steps: Steps that will be consumed before the answer is expected: the first ones of the new chunk, equal
-            to the next ones of `previous`. 0 if nothing runs.
-        deadline_s: Time until the answer is needed, from the request on [s]; None if nothing runs.
-    """
-
-    id: int
-    previous: NDArray[np.int64] | None
-    shift_steps: int
+    id: int  # the answer repeats it
+    previous: NDArray[np.int64] | None  # tokens (n,) of the running chunk for the warm start; None without one
+    shift_steps: int  # steps of `previous` that are consumed
+    # Steps that will be consumed before the answer is expected: the first ones of the new chunk, equal to the next ones
+    # of `previous`. 0 if nothing runs.
     frozen_steps: int
-    deadline_s: float | None
+    deadline_s: float | None  # time until the answer is needed, from the request on [s]; None if nothing runs
 
 
 @dataclass(frozen=True)
 class Target:
-    """What one step of the grid does.
+    """What one step of the grid does."""
 
-    Attributes:
-        source: "chunk", or why there is no action and the arm holds: "stopped" (not started), "waiting" (for the
-            first chunk) or "starved" (the running chunk ended before the next one came).
-        action: (A,) of the step; None unless `source` is "chunk".
-        chunk_id: The plan that the action comes from; None without one.
-        index: Step of that chunk.
-        seam: Whether this is the first step taken from its chunk.
-    """
-
+    # "chunk", or why there is no action and the arm holds: "stopped" (not started), "waiting" (for the first chunk) or
+    # "starved" (the running chunk ended before the next one came).
     source: str
-    action: NDArray[np.float32] | None = None
-    chunk_id: int | None = None
-    index: int = -1
-    seam: bool = False
+    action: NDArray[np.float32] | None = None  # (A,)
+    chunk_id: int | None = None  # the plan that the action comes from
+    index: int = -1  # step of that chunk
+    seam: bool = False  # this is the first step taken from its chunk
 
 
 @dataclass
 class StreamCounters:
-    """What happened since construction.
+    """What happened since construction."""
 
-    Attributes:
-        planned: Chunks asked for.
-        switched: Chunks that took over.
-        late: Chunks that took over after more steps than were frozen: their seam may jump.
-        missed: Chunks that arrived when all their steps were past.
-        stale: Answers that nobody waited for any more.
-        cancelled: Requests without an answer.
-        starved: Steps held because the running chunk had ended.
-        waited: Steps held before the first chunk.
-    """
-
-    planned: int = 0
-    switched: int = 0
-    late: int = 0
-    missed: int = 0
-    stale: int = 0
-    cancelled: int = 0
-    starved: int = 0
-    waited: int = 0
+    planned: int = 0  # chunks asked for
+    switched: int = 0  # chunks that took over
+    late: int = 0  # chunks that took over after more steps than were frozen: their seam may jump
+    missed: int = 0  # chunks that arrived when all their steps were past
+    stale: int = 0  # answers that nobody waited for any more
+    cancelled: int = 0  # requests without an answer
+    starved: int = 0  # steps held because the running chunk had ended
+    waited: int = 0  # steps held before the first chunk
 
 
 class ChunkStream:
     """Which action each step executes, when the next chunk is due, and how many steps it will take.
 
     Args:
-        chunk_steps: Steps ``m`` of a chunk.
+        chunk_steps: ``m``.
         replan_steps: Steps ``h`` after which the next chunk is due, in [1, m].
         action_dt: Duration of a step [s].
         delay_steps: First estimate of the steps consumed between a request and its answer, at least 0.
         least_lead: Steps before a boundary after which no request can be sent for it any more.
 
     Attributes:
+        started: Whether it runs.
         grace: Share of a step that an answer may come too late and still replace it (`redo`), in [0, 1).
         margin: Time between an answer and the boundary that needs it [s].
         quantile: Of the delays of the last answers, which is expected of the next one, in (0, 1].
@@ -121,10 +97,6 @@ class ChunkStream:
         ConfigError: More steps than a chunk has, or none.
     """
 
-    _running: _Chunk | None
-    _pending: _Pending | None
-    _arrived: _Chunk | None
-    _seam: bool
     grace, margin, quantile = 0.3, 0.001, 0.5
 
     def __init__(
@@ -147,13 +119,7 @@ class ChunkStream:
         self._first_delay = delay_steps
         self._delays: deque[float] = deque(maxlen=_DELAYS)
         self._ids = itertools.count(1)
-        self._started = False
-        self._forget()
-
-    @property
-    def started(self) -> bool:
-        """Whether the stream is started."""
-        return self._started
+        self.stop()
 
     @property
     def pending(self) -> int | None:
@@ -180,13 +146,17 @@ class ChunkStream:
 
     def start(self) -> None:
         """Begin without a chunk: hold until the first one arrives, and ask for it at once."""
-        self._forget()
-        self._started = True
+        self.stop()
+        self.started = True
 
     def stop(self) -> None:
         """Forget the running chunk and any answer under way; hold until `start`."""
-        self._forget()
-        self._started = False
+        self.started = self._replan_now = self._seam = False
+        self._running: _Chunk | None = None
+        self._pending: _Pending | None = None
+        self._arrived: _Chunk | None = None
+        self._consumed = 0  # steps taken from chunks
+        self._boundaries = 0  # the same with the steps that were held
 
     def preempt(self) -> None:
         """Ask for a new chunk at once and ignore the answer under way: the instruction changed."""
@@ -196,11 +166,10 @@ class ChunkStream:
     def plan(self, remaining: float = 0.0, wait: float = 0.0) -> Plan | None:
         """The chunk to ask for now, or None if none is due.
 
-        Args:
-            remaining: Steps until the next one is consumed, at most 1 as a rule.
-            wait: Steps until the next chance to ask, with a newer observation.
+        `remaining` are the steps until the next one is consumed, at most 1 as a rule; `wait` those until the next
+        chance to ask, with a newer observation.
         """
-        if not self._started or self._pending is not None:
+        if not self.started or self._pending is not None:
             return None
         index, left = self._position()
         lead = self.lead
@@ -262,7 +231,7 @@ class ChunkStream:
         """What the step that begins now does; consumes it."""
         self._take_over()
         self._boundaries += 1
-        if not self._started:
+        if not self.started:
             return Target("stopped")
         if self._running is None:
             self.counters.waited += 1
@@ -288,12 +257,6 @@ class ChunkStream:
 
     # ---- internals ----------------------------------------------------------------------------------------------
 
-    def _forget(self) -> None:
-        self._running = self._pending = self._arrived = None
-        self._consumed = 0  # steps taken from chunks
-        self._boundaries = 0  # the same with the steps that were held
-        self._replan_now = self._seam = False
-
     def _position(self) -> tuple[int, int]:
         """Next step of the running chunk, and how many it has left."""
         if self._running is None:
@@ -318,29 +281,19 @@ class ChunkStream:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A chunk whose step 0 is the step that was next when it was asked for.
-
-    `start` counts the steps consumed until then: steps that are held move nothing, so they do not count.
-    """
+    """A chunk whose step 0 is the step that was next when it was asked for."""
 
     id: int
     actions: NDArray[np.float32]
     tokens: NDArray[np.int64] | None
-    start: int
+    start: int  # steps consumed until then: steps that are held move nothing, so they do not count
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """A request under way.
-
-    Attributes:
-        plan: What was asked for.
-        consumed: Steps that were consumed before.
-        position: Where on the step grid.
-        frozen_steps: Steps that are consumed until the answer is expected, whether the policy can freeze them or not.
-    """
+    """A request under way."""
 
     plan: Plan
-    consumed: int
-    position: float
-    frozen_steps: int
+    consumed: int  # steps that were consumed before
+    position: float  # where on the step grid
+    frozen_steps: int  # steps that are consumed until the answer is expected, whether the policy can freeze them or not

@@ -37,18 +37,12 @@ _SPEECHLESS = ("act", "diffusion", "multi_task_dit", "tdmpc", "vqbet")  # polici
 
 
 class PolicyController:
-    """Streams a policy's actions.
-
-    Args:
-        worker: A started policy.
-        command_rate: Ticks per second [Hz], a multiple of the steps per second.
-        slew: See `StepGrid`.
+    """Streams the actions of a started `worker` at a `command_rate` [Hz], a multiple of the steps per second.
 
     Attributes:
-        statistics: What happened.
+        ages: `Observations.ages`.
         hold: Why the arm holds now; None in motion.
         conflict: Set it to the reason why nothing may be sent now, though motion is enabled (another commander).
-        grid: When ticks come.
 
     Raises:
         ConfigError: A command rate that does not fit the steps.
@@ -68,6 +62,7 @@ class PolicyController:
     ) -> None:
         self._observations, self._motion, self._safety = observations, motion, safety
         self._stream, self._worker = stream, worker
+        self.ages = observations.ages
         self._rate = command_rate
         self.grid = StepGrid(command_rate, ticks_per_step(command_rate, stream.action_dt), slew)
         self.instruction = instruction
@@ -188,10 +183,6 @@ class PolicyController:
         elif self.grid.part <= self._stream.grace * self.grid.ticks_per_step:
             self._redo_step()
 
-    def ages(self, clock: float) -> dict[str, float | None]:
-        """Input -> age [s]."""
-        return self._observations.ages(clock)
-
     def _watch_clock(self, dt: float, clock: float) -> None:
         """After a step back, the stamps of the inputs are of a time that is still to come: wait for new ones."""
         self._enabled_at = min(self._enabled_at, clock)
@@ -247,11 +238,11 @@ class PolicyController:
     def _fall_silent(self, dt: float, clock: float, hold: Hold | None) -> Decision | None:
         """The last command once more, so that a twist ends too; then nothing."""
         if self._silent:
-            stopped = self._safety.stopped
-            self.hold = Hold("estop", f"emergency stop ({stopped})") if stopped is not None else None
-            if self._safety.enabled and self.conflict is None:
+            if self._safety.stopped is not None:
+                hold = Hold("estop", f"emergency stop ({self._safety.stopped})")
+            elif self._safety.enabled and self.conflict is None:
                 hold = self._pose_fault(clock) or hold
-            self.hold = self.hold or hold or Hold("disabled", "not enabled")
+            self.hold = hold or Hold("disabled", "not enabled")
             return None
         self._silent = True
         self._drop_plans()
@@ -320,7 +311,6 @@ class PolicyController:
         self._requests.executed(target)
 
     def _ask_if_due(self, now: float, wait: float) -> Plan | None:
-        """Ask for the next chunk unless observations that come in `wait` [s] will do; the plan that was sent."""
         return self._requests.ask_if_due(self.instruction, now, self.grid.remaining(now), wait)
 
     def _objection(self) -> Hold | None:
@@ -353,11 +343,7 @@ class PolicyController:
 
 
 def ticks_per_step(command_rate: float, action_dt: float) -> int:
-    """Commands in one step of the policy.
-
-    Raises:
-        ConfigError: Not a whole number of them.
-    """
+    """Commands in one step of the policy; `ConfigError` if that is no whole number."""
     ticks = round(command_rate * action_dt)
     if ticks < 1 or abs(ticks - command_rate * action_dt) > 1e-6:
         near = max(ticks, 1) / action_dt

@@ -10,18 +10,11 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
 from ros_nodes.robot.chunk_stream import ChunkStream
 from ros_nodes.robot.controller import STARVED, WAITING, PolicyController
-from ros_nodes.robot.safety import Hold, SafetyFilter
+from ros_nodes.robot.safety import SafetyFilter
 from ros_nodes.robot.texts import short
 
 # Holds that are no fault of the robot or its inputs.
 HARMLESS = (WAITING, STARVED, "disabled", "no_instruction", "bad_instruction")
-
-
-def state_of(hold: Hold | None) -> str:
-    """One word for what an active node does: active, waiting, disabled, estopped or holding."""
-    if hold is None:
-        return "active"
-    return {WAITING: "waiting", "disabled": "disabled", "estop": "estopped"}.get(hold.code, "holding")
 
 
 def running_status(
@@ -29,14 +22,14 @@ def running_status(
 ) -> tuple[bytes, str, dict[str, Any]]:
     """Level, message and values of an active node; `now` is steady time, `clock` the stamps' [s]."""
     hold = controller.hold
-    if hold is None:
-        level, message = DiagnosticStatus.OK, "active"
-    else:
+    level, state, reason = DiagnosticStatus.OK, "active", ""
+    if hold is not None:
         level = DiagnosticStatus.WARN if hold.code in HARMLESS else DiagnosticStatus.ERROR
-        message = short(f"{hold.code}: {hold.detail}")
+        state = {WAITING: "waiting", "disabled": "disabled", "estop": "estopped"}.get(hold.code, "holding")
+        reason = short(f"{hold.code}: {hold.detail}")
     values: dict[str, Any] = {
-        "state": state_of(hold),
-        "hold_reason": message if hold is not None else "",
+        "state": state,
+        "hold_reason": reason,
         "instruction": controller.instruction,
         **{f"observation_age_s.{name}": age for name, age in controller.ages(clock).items()},
         **_statistics(controller, now),
@@ -49,7 +42,7 @@ def running_status(
         "starved": stream.counters.starved,
         "delay_steps": stream.delay_steps,
     }
-    return level, message, values
+    return level, reason or state, values
 
 
 def status_message(
@@ -73,14 +66,8 @@ def _statistics(controller: PolicyController, now: float) -> dict[str, Any]:
         "slipped_steps": numbers.slips,
         **{f"jitter_p{share}_ms": 1e3 * numbers.jitter.percentile(share) for share in (50, 99)},
         **{f"decode_ms_p{share}": 1e3 * numbers.decode.percentile(share) for share in (50, 95, 99)},
-        **{
-            f"{name}_ms_p{share}": 1e3 * window.percentile(share)
-            for name, window in (
-                ("observation_to_command", numbers.to_command),
-                ("beyond_decode", numbers.beyond_decode),
-            )
-            for share in (50, 99)
-        },
+        **{f"observation_to_command_ms_p{share}": 1e3 * numbers.to_command.percentile(share) for share in (50, 99)},
+        **{f"beyond_decode_ms_p{share}": 1e3 * numbers.beyond_decode.percentile(share) for share in (50, 99)},
         "forwards_mean": numbers.forwards.mean,
         "exit_reasons": " ".join(f"{reason}={count}" for reason, count in numbers.exit_reasons.items()),
         "deadline_misses": numbers.deadline_misses,

@@ -38,11 +38,9 @@ class _PolicyDied(Exception):  # noqa: N818 - an event, not a message for users
 
 
 class InferenceWorker:
-    """One policy, one request at a time.
+    """One policy, one request at a time, with the other fields of `PredictorSettings` as `settings`.
 
-    Args:
-        notify: Called in the thread that carries the answers when one can be polled.
-        settings: The other fields of `PredictorSettings`.
+    `notify` is called in the thread that carries the answers when one can be polled.
 
     Raises:
         ConfigError: An unknown mode, or a number outside its range.
@@ -67,7 +65,7 @@ class InferenceWorker:
         self._loaded = threading.Event()
         self._load_error: CeedVLAError | None = None
         self._closed = self._busy = False
-        self._failed: str | None = None
+        self.failed: str | None = None  # why this worker will never answer again
         self._thread = threading.Thread(target=self._infer, name="inference", daemon=True)
 
     def start(self, timeout_s: float = 120.0, cancelled: Callable[[], bool] = lambda: False) -> PolicySpec:
@@ -94,11 +92,7 @@ class InferenceWorker:
 
     @property
     def spec(self) -> PolicySpec:
-        """What the policy wants and gives.
-
-        Raises:
-            ConfigError: Before `start`.
-        """
+        """What the policy wants and gives; `ConfigError` before `start`."""
         if self._spec is None:
             raise ConfigError("The policy is not loaded; call start() first.")
         return self._spec
@@ -109,14 +103,9 @@ class InferenceWorker:
         return self._policy.pid
 
     @property
-    def failed(self) -> str | None:
-        """Why this worker will never answer again; None while it lives."""
-        return self._failed
-
-    @property
     def idle(self) -> bool:
         """Whether `submit` would take a request: the last answer was polled."""
-        return self._spec is not None and not (self._busy or self._closed or self._failed)
+        return self._spec is not None and not (self._busy or self._closed or self.failed)
 
     def submit(self, request: Request) -> bool:
         """Hand a request over; False, and it is dropped, if the worker is busy, failed or closed."""
@@ -165,15 +154,15 @@ class InferenceWorker:
             except _PolicyDied as error:
                 if self._closed:
                     return
-                self._failed = str(error)
+                self.failed = str(error)
                 logger.error("%s", error)
-                response = Response(request.id, error=str(error))
+                response = Response(request.id, error=self.failed)
             self._outbox.put(response)
             self._notify()
 
 
 class _SameProcess:
-    """Runs the policy in the inference thread, which calls `load` and `predict`."""
+    """Runs the policy in the inference thread, which calls `load` and then `predict`."""
 
     def __init__(self, settings: PredictorSettings) -> None:
         self._settings = settings
@@ -182,10 +171,8 @@ class _SameProcess:
 
     def load(self) -> PolicySpec:
         self._predictor = Predictor(self._settings, wait=self._stopped.wait)
+        self.predict = self._predictor.predict
         return self._predictor.spec
-
-    def predict(self, request: Request, deadline: float | None) -> Response:
-        return self._predictor.predict(request, deadline)
 
     def stop(self, timeout_s: float) -> None:
         self._stopped.set()  # a chunk that is being decoded is finished; `close` waits for it

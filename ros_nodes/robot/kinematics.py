@@ -20,15 +20,12 @@ class ModelArm(ArmKinematics):
     """One arm of an MJCF or URDF model; every joint that is not named stays at its default.
 
     Args:
-        model_path: MJCF or URDF file.
         tcp: Site or body of the tool centre point.
         joint_names: J joints, in the order of every array here.
-        home: (J,) posture that redundancy is resolved towards [rad]; the model's default if it is empty.
-        max_joint_step: Largest change of a joint per `solve` [rad].
+        home: As in `ArmKinematics`; the model's default if it is empty.
 
     Attributes:
-        low: (J,) [rad], from the model; -inf without a limit.
-        high: (J,) [rad].
+        low, high: (J,) [rad], from the model; infinite without a limit.
         velocity: (J,) [rad/s], of a URDF; NaN where the model has no limit, as every MJCF.
 
     Raises:
@@ -59,13 +56,11 @@ class ModelArm(ArmKinematics):
         self.velocity = np.array([limits.get(name, np.nan) for name in joint_names])
 
     def pose(self, q: Array) -> tuple[Array, Array]:
-        """See `ArmKinematics`."""
         self._data.qpos[self._positions] = q
         mujoco.mj_kinematics(self._model, self._data)
         return self._tcp.xpos.copy(), self._tcp.xmat.reshape(3, 3).copy()
 
     def jacobian(self) -> tuple[Array, Array]:
-        """See `ArmKinematics`."""
         both = np.zeros((2, 3, self._model.nv))
         mujoco.mj_comPos(self._model, self._data)
         mujoco.mj_jac(self._model, self._data, *both, self._tcp.xpos, self._body)

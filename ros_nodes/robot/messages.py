@@ -62,11 +62,7 @@ def image_to_array(message: Image) -> NDArray[np.uint8]:
 
 
 def compressed_to_array(message: CompressedImage) -> NDArray[np.uint8]:
-    """Pixels (H, W, 3) of a JPEG or PNG image, red first.
-
-    Raises:
-        ObservationError: Data that are no such image.
-    """
+    """Pixels (H, W, 3) of a JPEG or PNG image, red first; `ObservationError` if the data are none."""
     from PIL import Image as PillowImage
 
     data = io.BytesIO(bytes(message.data))
@@ -86,11 +82,7 @@ def compressed_to_array(message: CompressedImage) -> NDArray[np.uint8]:
 
 
 def array_to_image(pixels: NDArray[np.uint8], stamp: Time, frame_id: str) -> Image:
-    """An rgb8 image message of pixels (H, W, 3) uint8.
-
-    Raises:
-        ObservationError: Another shape or type.
-    """
+    """An rgb8 image message of pixels (H, W, 3) uint8."""
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ObservationError(f"Pixels of shape {pixels.shape} and type {pixels.dtype}; give (H, W, 3) uint8.")
     message = Image(height=pixels.shape[0], width=pixels.shape[1], encoding="rgb8", step=3 * pixels.shape[1])
@@ -107,8 +99,7 @@ def joint_state_by_name(
     Velocities are None if the message has none, or if they are not wanted: some drivers send NaN there.
 
     Raises:
-        ObservationError: A joint is missing or named twice, the arrays have other lengths than the names, or a value
-            is not finite.
+        ObservationError: Joints missing or named twice, arrays of other lengths than the names, values not finite.
     """
     positions = _by_name(message.name, message.position, names, "positions")
     if not velocities or not message.velocity:

@@ -24,25 +24,15 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Joints:
-    """A joint state in the robot's order.
+    """A joint state in the robot's order."""
 
-    Attributes:
-        positions: (J,) of the arm [rad].
-        velocities: (J,) [rad/s]; None unless the policy's state has them.
-        opening: Of the gripper [m]; None without a measured gripper.
-    """
-
-    positions: Array
-    velocities: Array | None
-    opening: float | None
+    positions: Array  # (J,) of the arm [rad]
+    velocities: Array | None  # (J,) [rad/s]; None unless the policy's state has them
+    opening: float | None  # of the gripper [m]; None without a measured gripper
 
 
 class Observations:
-    """Takes messages, keeps the newest, and answers with a policy's observation.
-
-    Args:
-        cameras: The policy's cameras: feature -> (3, H, W).
-        states: The policy's other features -> length.
+    """Takes messages, keeps the newest, and answers with a policy's observation; `PolicySpec` has its features.
 
     Raises:
         ConfigError: The policy wants a camera or a state that the robot does not have, or of another length.
@@ -67,7 +57,7 @@ class Observations:
 
     def renewed(self) -> bool:
         """Whether every camera has a new image since this was last true."""
-        if not self.cameras or any(not camera.renewed for camera in self.cameras):
+        if not self.cameras or not all(camera.renewed for camera in self.cameras):
             return False
         for camera in self.cameras:
             camera.renewed = False
@@ -107,9 +97,8 @@ class Observations:
     @property
     def image_stamp(self) -> float | None:
         """When the oldest of the newest images was taken [s]; None if one is missing or there are no cameras."""
-        stamps = [camera.stamp for camera in self.cameras]
-        known = [stamp for stamp in stamps if stamp is not None]
-        return min(known) if known and len(known) == len(stamps) else None
+        known = [camera.stamp for camera in self.cameras if camera.stamp is not None]
+        return min(known) if known and len(known) == len(self.cameras) else None
 
     def forget(self) -> None:
         """Forget all messages: their stamps are worth nothing after a jump of the clock."""
@@ -125,10 +114,8 @@ class Observations:
         """
         if self.joints is None:
             raise ObservationError("There is no joint state yet.")
-        observation: dict[str, NDArray[np.generic]] = {c.source.feature: c.pixels() for c in self.cameras}
-        for feature in self._features:
-            observation[feature] = self._state(feature, self.joints, motion)
-        return observation
+        images = {camera.source.feature: camera.pixels() for camera in self.cameras}
+        return {**images, **{feature: self._state(feature, self.joints, motion) for feature in self._features}}
 
     def _state(self, feature: str, joints: Joints, motion: Motion) -> NDArray[np.float32]:
         parts = self._robot.states[feature]
@@ -163,15 +150,15 @@ class Camera:
     def take(self, message: Image | CompressedImage) -> None:
         """Keep a message. Reading JPEG takes milliseconds, so it waits for `pixels`, unless it may clear a fault."""
         if self.source.transport == "compressed" and self.fault is None:
-            self._unread, self.stamp, self.renewed = message, seconds(message.header.stamp), True
-            return
-        try:
-            self._pixels = self._read(message)
-        except ObservationError as error:
-            self.fault = str(error)
-            return
-        self.fault, self._unread, self.stamp = None, None, seconds(message.header.stamp)
-        self.renewed = True
+            self._unread = message
+        else:
+            try:
+                self._pixels = self._read(message)
+            except ObservationError as error:
+                self.fault = str(error)
+                return
+            self.fault = self._unread = None
+        self.stamp, self.renewed = seconds(message.header.stamp), True
 
     def pixels(self) -> NDArray[np.uint8]:
         """(H, W, 3) in the policy's size."""
@@ -184,7 +171,13 @@ class Camera:
                 raise
         if self._pixels is None:
             raise ObservationError(f"There is no image of {self.source.name} yet.")
-        return self._fit(self._pixels)
+        pixels = np.ascontiguousarray(self._pixels)
+        if pixels.shape[:2] == (self._height, self._width):
+            return pixels
+        from PIL import Image as PillowImage
+
+        image = PillowImage.fromarray(pixels)
+        return np.asarray(image.resize((self._width, self._height), PillowImage.Resampling.BILINEAR))
 
     def _read(self, message: Image | CompressedImage) -> NDArray[np.uint8]:
         compressed = self.source.transport == "compressed"
@@ -196,15 +189,6 @@ class Camera:
                 "Set the camera to it, or resize: true in the robot's file."
             )
         return pixels
-
-    def _fit(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        if pixels.shape[:2] == (self._height, self._width):
-            return np.ascontiguousarray(pixels)
-        from PIL import Image as PillowImage
-
-        image = PillowImage.fromarray(np.ascontiguousarray(pixels))
-        size = (self._width, self._height)
-        return np.asarray(image.resize(size, PillowImage.Resampling.BILINEAR))
 
 
 def _source(robot: RobotConfig, feature: str) -> ImageSource:

@@ -19,27 +19,16 @@ START, SETUP, LIVE = "start", "setup", "live"
 
 @dataclass(frozen=True)
 class NodeParameter:
-    """One parameter.
-
-    Attributes:
-        name: Its name.
-        default: Its default, whose type it keeps (a whole number is taken for a float).
-        description: What it does, with its unit.
-        when: `START`, `SETUP` or `LIVE`.
-        low: Smallest number.
-        high: Largest number.
-        choices: Allowed texts; any if empty.
-        check: What else is wrong with a text; None if nothing is.
-    """
+    """One parameter."""
 
     name: str
-    default: Any
-    description: str
+    default: Any  # whose type it keeps (a whole number is taken for a float)
+    description: str  # with its unit
     when: str = SETUP
-    low: float = 0.0
+    low: float = 0.0  # smallest and largest number
     high: float = 0.0
-    choices: Collection[str] = ()
-    check: Callable[[str], str | None] = lambda _: None
+    choices: Collection[str] = ()  # allowed texts; any if empty
+    check: Callable[[str], str | None] = lambda _: None  # what else is wrong with a text; None if nothing is
 
     @property
     def is_number(self) -> bool:
@@ -62,18 +51,16 @@ class NodeParameter:
 
         Typing is dynamic because ROS would refuse `command_rate:=100` for a float; `problem` checks types instead.
         """
-        descriptor = ParameterDescriptor(
+        whole = self.is_number and isinstance(self.default, int)
+        real = self.is_number and not whole
+        return ParameterDescriptor(
             description=self.description,
             additional_constraints=self.allowed,
             read_only=self.when == START,
             dynamic_typing=True,
+            integer_range=[IntegerRange(from_value=int(self.low), to_value=int(self.high))] if whole else [],
+            floating_point_range=[FloatingPointRange(from_value=self.low, to_value=self.high)] if real else [],
         )
-        if self.is_number:
-            if isinstance(self.default, int):
-                descriptor.integer_range = [IntegerRange(from_value=int(self.low), to_value=int(self.high))]
-            else:
-                descriptor.floating_point_range = [FloatingPointRange(from_value=self.low, to_value=self.high)]
-        return descriptor
 
     def problem(self, value: Any) -> str | None:
         """Why `value` is refused; None if it is allowed."""

@@ -8,7 +8,7 @@ from __future__ import annotations  # noqa: I001 - ros_nodes.robot.messages come
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,11 +39,7 @@ LONGEST_FAILURE = 500  # characters: what is wrong, what is allowed and what to 
 
 
 class PolicyNode(LifecycleNode):
-    """See the module; `stop` ends a configuration under way.
-
-    Raises:
-        ConfigError: A parameter has a value that is not allowed.
-    """
+    """See the module; `stop` ends a configuration under way. Raises `ConfigError` for a parameter's bad value."""
 
     def __init__(self, stop: StopSignal | None = None, **node_options: Any) -> None:
         super().__init__("policy", **node_options)
@@ -95,11 +91,8 @@ class PolicyNode(LifecycleNode):
             setup.controller.estop(self._stopped_early)
         for camera in setup.observations.cameras:
             kind = CompressedImage if camera.source.transport == "compressed" else Image
-            callback = partial(self._on_image, camera)
-            self._inputs.append(self.create_subscription(kind, camera.source.topic, callback, SENSOR))
-        self._inputs.append(
-            self.create_subscription(JointState, setup.robot.joint_states, self._on_joint_states, SENSOR)
-        )
+            self._listen(kind, camera.source.topic, partial(self._on_image, camera))
+        self._listen(JointState, setup.robot.joint_states, self._on_joint_states)
         spec = setup.worker.spec
         self.get_logger().info(
             f"{spec.checkpoint}: {spec.policy_type}, chunks of {spec.chunk_steps} steps, "
@@ -151,11 +144,7 @@ class PolicyNode(LifecycleNode):
         super().destroy_node()
 
     def _start(self) -> None:
-        """Configure and activate, once.
-
-        Raises:
-            NodeError: It fails; a launch file or a service manager sees that the node is gone.
-        """
+        """Configure and activate, once; if that fails, a launch file or a service manager sees the node gone."""
         self._autostart.cancel()
         self._starting = True
         for transition in (self.trigger_configure, self.trigger_activate):
@@ -176,6 +165,9 @@ class PolicyNode(LifecycleNode):
         if not self._starting:  # else it is the last thing that is said
             self.get_logger().error(self._failure)
         return TransitionCallbackReturn.FAILURE
+
+    def _listen(self, kind: Any, topic: str, callback: Callable[[Any], None]) -> None:
+        self._inputs.append(self.create_subscription(kind, topic, callback, SENSOR))
 
     def _end_stream(self) -> None:
         if self._active is not None:

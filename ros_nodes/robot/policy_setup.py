@@ -13,10 +13,9 @@ from ros_nodes.robot.chunk_stream import ChunkStream
 from ros_nodes.robot.controller import PolicyController, ticks_per_step
 from ros_nodes.robot.inference import InferenceWorker
 from ros_nodes.robot.interfaces.base import ActionInterface
-from ros_nodes.robot.motion import make_motion
+from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Camera, Observations
 from ros_nodes.robot.plausibility import PHYSICAL_VELOCITY
-from ros_nodes.robot.predictor import PolicySpec
 from ros_nodes.robot.robot_config import RobotConfig
 from ros_nodes.robot.robot_file import load_robot_config
 from ros_nodes.robot.safety import JOINT_STATES, SafetyFilter, SafetyLimits
@@ -53,8 +52,13 @@ def make_setup(
     """
     robot = load_robot_config(values["robot_config"])
     interface = robot.interface(values["action_interface"])
-    ticks_per_step(values["command_rate"], robot.action.dt)
-    model = _model(robot)
+    ticks = ticks_per_step(values["command_rate"], robot.action.dt)
+    model = None
+    if robot.arm.model is not None:
+        from ros_nodes.robot.kinematics import ModelArm
+
+        arm, step = robot.arm, robot.action.max_joint_step
+        model = ModelArm(robot.arm.model, arm.tcp, arm.joints, home=arm.home, max_joint_step=step)
     worker = InferenceWorker(
         values["checkpoint"],
         mode=values["inference_mode"],
@@ -68,7 +72,12 @@ def make_setup(
     )
     try:
         spec = worker.start(cancelled=cancelled)
-        _check_actions(robot, spec)
+        if spec.action_dim != robot.action_dim:
+            gripper = robot.gripper.action if robot.gripper else "absent"
+            raise ConfigError(
+                f"The checkpoint {spec.checkpoint} has actions of {spec.action_dim} values; {robot.action.kind} of "
+                f"{robot.source} takes {robot.action_dim} (joints {', '.join(robot.arm.joints)}; gripper {gripper})."
+            )
         observations = Observations(robot, spec.cameras, spec.states, model)
         safety = SafetyFilter(_limits(robot, interface, model, observations.cameras, values))
         stream = ChunkStream(
@@ -76,11 +85,11 @@ def make_setup(
             values["replan_steps"] or spec.n_action_steps,
             robot.action.dt,
             delay_steps=spec.warmup_s / robot.action.dt,
-            least_lead=1.01 / ticks_per_step(values["command_rate"], robot.action.dt),
+            least_lead=1.01 / ticks,
         )
         controller = PolicyController(
             observations,
-            make_motion(robot, model),
+            Motion(robot, model),
             safety,
             stream,
             worker,
@@ -92,15 +101,6 @@ def make_setup(
         worker.close()
         raise
     return PolicySetup(robot, interface, model, worker, observations, safety, stream, controller)
-
-
-def _model(robot: RobotConfig) -> ModelArm | None:
-    arm, step = robot.arm, robot.action.max_joint_step
-    if arm.model is None:
-        return None
-    from ros_nodes.robot.kinematics import ModelArm
-
-    return ModelArm(arm.model, arm.tcp, arm.joints, home=arm.home, max_joint_step=step)
 
 
 def _limits(
@@ -133,12 +133,3 @@ def _limits(
         physical_velocity=physical,
         **opening,
     )
-
-
-def _check_actions(robot: RobotConfig, spec: PolicySpec) -> None:
-    if spec.action_dim != robot.action_dim:
-        gripper = robot.gripper.action if robot.gripper else "absent"
-        raise ConfigError(
-            f"The checkpoint {spec.checkpoint} has actions of {spec.action_dim} values; {robot.action.kind} of "
-            f"{robot.source} takes {robot.action_dim} (joints {', '.join(robot.arm.joints)}; gripper {gripper})."
-        )

@@ -28,77 +28,46 @@ _LEAST_DEADLINE = 1e-4  # [s]: the first iteration runs in any case
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """What a checkpoint wants and gives.
+    """What a checkpoint wants and gives."""
 
-    Attributes:
-        checkpoint: Name or folder, as given.
-        policy_type: LeRobot's name: "ceed_vla", "act", ...
-        cameras: Feature name ("observation.images.front") -> (3, H, W).
-        states: Name of every other observation feature ("observation.state") -> its length.
-        action_dim: ``A``.
-        chunk_steps: ``m``.
-        n_action_steps: Steps that the checkpoint executes before it replans.
-        is_ceed: Whether warm start, deadline and, where its tokens belong to steps, frozen steps are used.
-        warmup_s: Time of the last warm-up call [s].
-    """
-
-    checkpoint: str
-    policy_type: str
-    cameras: dict[str, tuple[int, int, int]]
-    states: dict[str, int]
-    action_dim: int
-    chunk_steps: int
-    n_action_steps: int
-    is_ceed: bool
-    warmup_s: float
+    checkpoint: str  # name or folder, as given
+    policy_type: str  # LeRobot's name: "ceed_vla", "act", ...
+    cameras: dict[str, tuple[int, int, int]]  # feature name ("observation.images.front") -> (3, H, W)
+    states: dict[str, int]  # name of every other observation feature ("observation.state") -> its length
+    action_dim: int  # A
+    chunk_steps: int  # m
+    n_action_steps: int  # steps that the checkpoint executes before it replans
+    is_ceed: bool  # warm start, deadline and, where its tokens belong to steps, frozen steps are used
+    warmup_s: float  # time of the last warm-up call [s]
 
 
 @dataclass(frozen=True)
 class Request:
-    """One chunk to decode.
+    """One chunk to decode."""
 
-    Attributes:
-        id: Repeated in the response.
-        observation: Feature name -> image (H, W, 3) uint8 or vector (D,) of floats.
-        instruction: What to do.
-        previous: Tokens (n,) int64 of the running chunk, for the warm start; None without one.
-        shift_steps: Steps of `previous` that are consumed.
-        frozen_steps: Leading steps of the new chunk that stay as they are in `previous`.
-        deadline_s: Time until the answer is needed, from `InferenceWorker.submit` on [s]; None for no limit.
-    """
-
-    id: int
-    observation: dict[str, NDArray[Any]]
+    id: int  # repeated in the response
+    observation: dict[str, NDArray[Any]]  # feature name -> image (H, W, 3) uint8 or vector (D,) of floats
     instruction: str
-    previous: NDArray[np.int64] | None = None
-    shift_steps: int = 0
-    frozen_steps: int = 0
-    deadline_s: float | None = None
+    previous: NDArray[np.int64] | None = None  # tokens (n,) of the running chunk, for the warm start
+    shift_steps: int = 0  # steps of `previous` that are consumed
+    frozen_steps: int = 0  # leading steps of the new chunk that stay as they are in `previous`
+    deadline_s: float | None = None  # until the answer is needed, from `InferenceWorker.submit` on [s]
 
 
 @dataclass(frozen=True)
 class Response:
-    """One decoded chunk, or why there is none.
+    """One decoded chunk, or why there is none."""
 
-    Attributes:
-        id: Of the request.
-        actions: (m, A) float32 in the environment's units, finite; empty (0, 0) on error.
-        tokens: (n,) int64; None for policies without.
-        forwards: Model calls after the prefill; 0 for policies that do not say.
-        exit_reason: Rule that ended decoding; "" for policies that do not say.
-        seconds: "preprocess", "prefill", "decode", "total" [s]; without stages all is in "decode".
-        error: Why there are no actions; None if all went well.
-        code: `BAD_INSTRUCTION`, `NOT_FINITE`, or "" for any other error.
-    """
-
-    id: int
+    id: int  # of the request
+    # (m, A) in the environment's units, finite; empty (0, 0) on error.
     actions: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    tokens: NDArray[np.int64] | None = None
-    forwards: int = 0
-    exit_reason: str = ""
+    tokens: NDArray[np.int64] | None = None  # (n,); None for policies without
+    forwards: int = 0  # model calls after the prefill; 0 for policies that do not say
+    exit_reason: str = ""  # rule that ended decoding; "" for policies that do not say
+    # "preprocess", "prefill", "decode", "total" [s]; without stages all is in "decode".
     seconds: dict[str, float] = field(default_factory=dict)
-    error: str | None = None
-    code: str = ""
+    error: str | None = None  # why there are no actions; None if all went well
+    code: str = ""  # `BAD_INSTRUCTION`, `NOT_FINITE`, or "" for any other error
 
 
 class _InstructionError(ObservationError):
@@ -107,31 +76,16 @@ class _InstructionError(ObservationError):
 
 @dataclass(frozen=True)
 class PredictorSettings:
-    """How to run a checkpoint.
+    """How to run a checkpoint; `ConfigError` for a number outside its range."""
 
-    Attributes:
-        checkpoint: LeRobot checkpoint folder, or "teacher" / "student".
-        discover_packages: Packages to import before, which register what the checkpoint names; comma-separated.
-        decoding: How CEED-VLA checkpoints decode, a name that `CeedVLAPolicy.decoding_config` knows; other policies
-            have one way.
-        replan_steps: Steps behind the frozen ones that must have converged; None for the checkpoint's own.
-        threads: torch threads of the policy.
-        device: "cpu", "cuda", ...
-        warmup: Calls on a blank observation before the first request.
-        delay_s: Added to every chunk, to see what slow inference does [s].
-
-    Raises:
-        ConfigError: A number outside its range.
-    """
-
-    checkpoint: str
-    discover_packages: str = ""
-    decoding: str = "ceed"
-    replan_steps: int | None = None
-    threads: int = 1
+    checkpoint: str  # LeRobot checkpoint folder, or "teacher" / "student"
+    discover_packages: str = ""  # comma-separated, to import before: they register what the checkpoint names
+    decoding: str = "ceed"  # a name that `CeedVLAPolicy.decoding_config` knows; other policies have one way
+    replan_steps: int | None = None  # steps behind the frozen ones that must have converged; None: the checkpoint's own
+    threads: int = 1  # of torch
     device: str = "cpu"
-    warmup: int = 3
-    delay_s: float = 0.0
+    warmup: int = 3  # calls on a blank observation before the first request
+    delay_s: float = 0.0  # added to every chunk, to see what slow inference does [s]
 
     def __post_init__(self) -> None:
         replan = 1 if self.replan_steps is None else self.replan_steps

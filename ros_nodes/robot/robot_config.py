@@ -25,19 +25,12 @@ COMPONENTS = {
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A camera.
+    """A camera."""
 
-    Attributes:
-        feature: LeRobot feature, "observation.images.front".
-        topic: Where its images come from.
-        transport: "raw" (sensor_msgs/Image) or "compressed" (sensor_msgs/CompressedImage).
-        resize: Scale images to the policy's size; otherwise another size is a fault.
-    """
-
-    feature: str
+    feature: str  # of LeRobot, "observation.images.front"
     topic: str
-    transport: str
-    resize: bool
+    transport: str  # "raw" (sensor_msgs/Image) or "compressed" (sensor_msgs/CompressedImage)
+    resize: bool  # scale images to the policy's size; otherwise another size is a fault
 
     @property
     def name(self) -> str:
@@ -47,21 +40,13 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class Arm:
-    """The arm's model.
+    """The arm's model."""
 
-    Attributes:
-        model: MJCF or URDF file; None if nothing needs kinematics.
-        tcp: Site or body of the tool centre point; "" without a model.
-        joints: Arm joints, in the order of states, actions and commands.
-        home: Posture that inverse kinematics is pulled to [rad]; empty for the model's own.
-        unit: Unit of the policy's joint positions and velocities: "rad" or "deg".
-    """
-
-    model: Path | None
-    tcp: str
-    joints: tuple[str, ...]
-    home: tuple[float, ...]
-    unit: str
+    model: Path | None  # MJCF or URDF file; None if nothing needs kinematics
+    tcp: str  # site or body of the tool centre point; "" without a model
+    joints: tuple[str, ...]  # in the order of states, actions and commands
+    home: tuple[float, ...]  # posture that inverse kinematics is pulled to [rad]; empty for the model's own
+    unit: str  # of the policy's joint positions and velocities: "rad" or "deg"
 
     @property
     def radians(self) -> float:
@@ -71,87 +56,52 @@ class Arm:
 
 @dataclass(frozen=True)
 class Gripper:
-    """The gripper beside the arm.
+    """The gripper beside the arm."""
 
-    Attributes:
-        joints: Its joints in the joint states; their positions add up to the opening.
-        opening_scale: Metres of opening per unit of these joints.
-        closed: Opening that closes it [m].
-        open: Opening that opens it [m].
-        action: What the last action dimension says: "binary" (> 0 opens), "opening" (in metres), "none" (no such one).
-        topic: Where [opening] is sent (std_msgs/Float64MultiArray).
-    """
-
-    joints: tuple[str, ...]
-    opening_scale: float
-    closed: float
-    open: float
-    action: str
-    topic: str
+    joints: tuple[str, ...]  # of the joint states; their positions add up to the opening
+    opening_scale: float  # metres of opening per unit of these joints
+    closed: float  # opening [m]
+    open: float  # opening [m]
+    action: str  # what the last action dimension says: "binary" (> 0 opens), "opening" [m], "none" (no such one)
+    topic: str  # where [opening] is sent (std_msgs/Float64MultiArray)
 
 
 @dataclass(frozen=True)
 class Action:
-    """What a policy's action does to the arm.
+    """What a policy's action does to the arm."""
 
-    Attributes:
-        kind: "ee_delta" (TCP translation and rotation vector in the base frame), "joint_position" or "joint_delta".
-        dt: Duration of a step [s].
-        pose: How "ee_delta" actions move the commanded TCP pose; None for other kinds.
-        max_joint_step: "ee_delta": largest change of a joint in one step [rad].
-    """
-
-    kind: str
-    dt: float
+    kind: str  # "ee_delta" (TCP translation and rotation vector in the base frame), "joint_position" or "joint_delta"
+    dt: float  # duration of a step [s]
+    # Of "ee_delta": how the commanded TCP pose moves, and the largest change of a joint in one step [rad].
     pose: PoseLimits | None = None
     max_joint_step: float = 0.6
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the arm may do; every tuple has a value for each arm joint.
+    """What the arm may do; every tuple has a value for each arm joint."""
 
-    Attributes:
-        low: Lowest positions [rad]; empty for the model's.
-        high: Highest positions [rad]; empty for the model's.
-        velocity: Largest velocities [rad/s].
-        step: Largest distances of a command from the measured position [rad].
-        physical_velocity: Velocities that the joints reach physically [rad/s], to tell joint states that cannot be
-            true; empty for the model's.
-    """
-
-    low: tuple[float, ...]
+    low: tuple[float, ...]  # positions [rad]; empty for the model's
     high: tuple[float, ...]
-    velocity: tuple[float, ...]
-    step: tuple[float, ...]
+    velocity: tuple[float, ...]  # [rad/s]
+    step: tuple[float, ...]  # largest distances of a command from the measured position [rad]
+    # What the joints reach [rad/s], to tell joint states that cannot be true; empty for the model's.
     physical_velocity: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class RobotConfig:
-    """A robot as a policy sees it.
-
-    Attributes:
-        source: The file.
-        images: Cameras.
-        joint_states: Topic of sensor_msgs/JointState.
-        states: Feature ("observation.state") -> its components, one after the other, of `COMPONENTS`.
-        arm: Arm.
-        gripper: Gripper; None without one.
-        action: Action.
-        limits: Limits.
-        interfaces: The interfaces that the robot has, by name.
-    """
+    """A robot as a policy sees it."""
 
     source: Path
     images: tuple[ImageSource, ...]
-    joint_states: str
-    states: dict[str, tuple[str, ...]]
+    joint_states: str  # topic of sensor_msgs/JointState
+    states: dict[str, tuple[str, ...]]  # feature ("observation.state") -> its `COMPONENTS`, one after the other
     arm: Arm
     gripper: Gripper | None
     action: Action
     limits: Limits
-    interfaces: dict[str, ActionInterface]
+    interfaces: dict[str, ActionInterface]  # by name
 
     @property
     def action_dim(self) -> int:

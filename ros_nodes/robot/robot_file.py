@@ -55,11 +55,12 @@ def load_robot_config(path: str | Path = "") -> RobotConfig:
     file = Path(path) if str(path) else packaged_config()
     fields = Fields.read(file)
     arm = _arm(fields.child("arm"))
+    states = fields.child("state", optional=True)
     config = RobotConfig(
         source=file,
         images=_images(fields.child("images", optional=True)),
-        joint_states=_joint_states(fields.child("joint_states")),
-        states=_states(fields.child("state", optional=True)),
+        joint_states=fields.child("joint_states").topic("topic"),
+        states={feature: states.texts(feature, tuple(COMPONENTS)) for feature in states},
         arm=arm,
         gripper=_gripper(fields.child("gripper")) if "gripper" in fields else None,
         action=_action(fields.child("action")),
@@ -81,21 +82,10 @@ def _images(fields: Fields) -> tuple[ImageSource, ...]:
             raise fields.error(feature, "is no feature; it must start with 'observation.'")
         transport = image.text("transport", "raw", TRANSPORTS)
         sources.append(ImageSource(feature, image.topic("topic"), transport, image.flag("resize", False)))
-        image.finish()
     names = [source.name for source in sources]
     if len(set(names)) != len(names) or "joint_states" in names:
         raise ConfigError(f"{fields.source}: the cameras {names} need different last parts, none 'joint_states'.")
     return tuple(sources)
-
-
-def _joint_states(fields: Fields) -> str:
-    topic = fields.topic("topic")
-    fields.finish()
-    return topic
-
-
-def _states(fields: Fields) -> dict[str, tuple[str, ...]]:
-    return {feature: fields.texts(feature, tuple(COMPONENTS)) for feature in fields.keys}
 
 
 def _arm(fields: Fields) -> Arm:
@@ -114,9 +104,7 @@ def _arm(fields: Fields) -> Arm:
             raise fields.error("model", f"is {short(model)!r}, no file; paths start at this file's folder")
     tcp = fields.text("tcp") if model else ""
     home = fields.numbers("home", len(joints)) if "home" in fields else ()
-    arm = Arm(model, tcp, joints, home, fields.text("unit", "rad", JOINT_UNITS))
-    fields.finish()
-    return arm
+    return Arm(model, tcp, joints, home, fields.text("unit", "rad", JOINT_UNITS))
 
 
 def _gripper(fields: Fields) -> Gripper:
@@ -130,7 +118,6 @@ def _gripper(fields: Fields) -> Gripper:
     )
     if not gripper.closed < gripper.open:
         raise fields.error("open", f"is {gripper.open}; it must be more than closed ({gripper.closed})")
-    fields.finish()
     return gripper
 
 
@@ -138,13 +125,11 @@ def _action(fields: Fields) -> Action:
     kind = fields.text("kind", choices=ACTION_KINDS)
     dt = fields.number("dt", 0.01, 2.0)
     if kind != "ee_delta":
-        fields.finish()
         return Action(kind, dt)
     workspace = fields.child("workspace")
     low, high = workspace.numbers("low", 3), workspace.numbers("high", 3)
     if not all(a < b for a, b in zip(low, high, strict=True)):
         raise fields.error("workspace", f"is empty: {low} to {high}")
-    workspace.finish()
     limits = PoseLimits(
         position_scale=fields.number("position_scale", 1e-6, 1.0),
         rotation_scale=fields.number("rotation_scale", 1e-6, math.pi),
@@ -153,9 +138,7 @@ def _action(fields: Fields) -> Action:
         max_tilt=fields.number("max_tilt", 0.0, 1.5),
         max_yaw=fields.number("max_yaw", 0.0, math.pi),
     )
-    action = Action(kind, dt, limits, fields.number("max_joint_step", 1e-3, math.pi, default=0.6))
-    fields.finish()
-    return action
+    return Action(kind, dt, limits, fields.number("max_joint_step", 1e-3, math.pi, default=0.6))
 
 
 def _limits(fields: Fields, joints: int) -> Limits:
@@ -166,17 +149,14 @@ def _limits(fields: Fields, joints: int) -> Limits:
         low, high = position.numbers("low", joints), position.numbers("high", joints)
         if not all(a < b for a, b in zip(low, high, strict=True)):
             raise position.error("low", f"is not below high for every joint: {low}, {high}")
-        position.finish()
     physical = "physical_velocity"
-    limits = Limits(
+    return Limits(
         low,
         high,
         fields.numbers("velocity", joints, 1e-3, 100.0),
         fields.numbers("step", joints, 1e-3, 10.0),
         fields.numbers(physical, joints, 1e-3, 100.0) if physical in fields else (),
     )
-    fields.finish()
-    return limits
 
 
 def _interfaces(fields: Fields) -> dict[str, ActionInterface]:
@@ -185,7 +165,6 @@ def _interfaces(fields: Fields) -> dict[str, ActionInterface]:
         if name not in INTERFACES:
             raise fields.error(name, f"is unknown; the interfaces are {', '.join(INTERFACES)}")
         found[name] = INTERFACES[name](settings)
-        settings.finish()
     if not found:
         raise ConfigError(f"{fields.source}: interfaces is empty; give one of {', '.join(INTERFACES)}.")
     return found

@@ -42,33 +42,23 @@ CLAMPS = ("position", "step", "velocity", "gripper")
 class SafetyLimits:
     """What an arm may do.
 
-    Attributes:
-        joint_names: J joints, in the order of every array here.
-        position_low: (J,) [rad].
-        position_high: (J,) [rad].
-        max_velocity: (J,) [rad/s]: change of the command per second.
-        max_step: (J,) [rad]: distance of a command from the measured position.
-        timeouts: Input name -> largest age [s] at which it still counts; "joint_states" must be one of them.
-        max_dt: Longest time between two commands that counts for `max_velocity` [s]: after a stall of the sender the
-            command catches up at limited speed.
-        gripper_low: Smallest gripper command [m of opening].
-        gripper_high: Largest gripper command [m of opening].
-        physical_velocity: (J,) that the joints reach physically [rad/s], for `Plausibility`; empty: the larger of
-            `max_velocity` and `PHYSICAL_VELOCITY`.
-
     Raises:
         ConfigError: Wrong lengths, limits that are not finite or in the wrong order, a timeout that is not positive.
     """
 
-    joint_names: tuple[str, ...]
-    position_low: Array
-    position_high: Array
-    max_velocity: Array
-    max_step: Array
-    timeouts: Mapping[str, float]
+    joint_names: tuple[str, ...]  # J, in the order of every array here
+    position_low: Array  # (J,) [rad]
+    position_high: Array  # (J,) [rad]
+    max_velocity: Array  # (J,) [rad/s]: change of the command per second
+    max_step: Array  # (J,) [rad]: distance of a command from the measured position
+    timeouts: Mapping[str, float]  # input name -> largest age [s]; "joint_states" must be one of them
+    # Longest time between two commands that counts for `max_velocity` [s]: after a stall of the sender the command
+    # catches up at limited speed.
     max_dt: float = 0.05
-    gripper_low: float = 0.0
-    gripper_high: float = 0.1
+    gripper_low: float = 0.0  # opening [m]
+    gripper_high: float = 0.1  # opening [m]
+    # (J,) that the joints reach physically [rad/s], for `Plausibility`; empty: the larger of `max_velocity` and
+    # `PHYSICAL_VELOCITY`.
     physical_velocity: Array = field(default_factory=lambda: np.empty(0))
 
     def __post_init__(self) -> None:
@@ -104,33 +94,22 @@ class SafetyLimits:
 
 @dataclass(frozen=True)
 class Hold:
-    """Why the arm holds.
+    """Why the arm holds."""
 
-    Attributes:
-        code: One of `HOLD_CODES`, or a caller's own; holds are counted by it.
-        detail: The same for a person, with values and limits.
-    """
-
-    code: str
-    detail: str
+    code: str  # one of `HOLD_CODES`, or a caller's own; holds are counted by it
+    detail: str  # the same for a person, with values and limits
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What to send.
+    """What to send."""
 
-    Attributes:
-        positions: (J,) [rad], always finite and inside the limits; None if there was no command yet and nobody knows
-            where the arm is: send nothing then.
-        gripper: Opening [m]; None if it was never commanded.
-        hold: Why this repeats the last command; None in normal motion.
-        clamped: Which of `CLAMPS` changed what was asked for.
-    """
-
+    # (J,) [rad], always finite and inside the limits; None if there was no command yet and nobody knows where the arm
+    # is: send nothing then.
     positions: Array | None
-    gripper: float | None
-    hold: Hold | None
-    clamped: tuple[str, ...] = ()
+    gripper: float | None  # opening [m]; None if it was never commanded
+    hold: Hold | None  # why this repeats the last command; None in normal motion
+    clamped: tuple[str, ...] = ()  # which of `CLAMPS` changed what was asked for
 
 
 class SafetyFilter:

@@ -26,11 +26,7 @@ _POLL = 0.2  # longest time between a signal and the end of the loop, without an
 
 
 class StopSignal:
-    """Catches SIGINT and SIGTERM from its construction on; later ones cannot disturb the node's end either.
-
-    Attributes:
-        received: Whether one came.
-    """
+    """Catches SIGINT and SIGTERM from its construction on; later ones cannot disturb the node's end either."""
 
     def __init__(self) -> None:
         self.received = False
@@ -69,14 +65,8 @@ def run(
     The executor is the single-threaded one by measurement: the multi-threaded one loses ticks (12 % of 100 Hz on two
     cores), and the events one has no guard conditions.
 
-    Args:
-        make_node: Called once ROS is initialised.
-        name: The program's, for error messages.
-        arguments: Command line with the program's name; None takes `sys.argv`.
-        stop: Ends the loop; its own if None.
-
-    Returns:
-        Exit code: 0, or 1 if the node cannot start; then one line says why.
+    `arguments` are the command line with the program's `name`; None takes `sys.argv`. Returns the exit code: 0, or 1 if
+    the node cannot start; then one line says why.
     """
     stop = stop or StopSignal()
     rclpy.init(args=None if arguments is None else list(arguments), signal_handler_options=SignalHandlerOptions.NO)

@@ -18,22 +18,15 @@ _DEAD_BAND = 0.001  # deviation from `_SLACK` at which the grid stays [s]
 
 
 class StepGrid:
-    """Numbers ticks, and says where in a step they are.
+    """Numbers ticks, of which `rate` come in a second, and says where in a step they are.
 
-    A step begins at the tick that is the last of the step before; its own ticks are 1 to `ticks_per_step`.
-
-    Args:
-        rate: Ticks per second [Hz].
-        ticks_per_step: Ticks of a step.
-        slew: How far a tick may be moved, in periods; 0 where somebody else gives the ticks, such as /clock.
-
-    Attributes:
-        period: Time until the next tick but one; nearly always 1 / `rate` [s].
-        ticks_per_step: Ticks of a step.
+    A step begins at the tick that is the last of the step before; its own ticks are 1 to `ticks_per_step`. A tick may
+    be moved by `slew` periods; 0 where somebody else gives the ticks, such as /clock.
     """
 
     def __init__(self, rate: float, ticks_per_step: int, slew: float = SLEW) -> None:
-        self.ticks_per_step, self.period = ticks_per_step, 1.0 / rate
+        self.ticks_per_step = ticks_per_step
+        self.period = 1.0 / rate  # time until the next tick but one, nearly always this [s]
         self._rate, self._slew = rate, slew
         self._shift = 0.0  # how much earlier the ticks shall come [s]
         self._images: deque[float] = deque(maxlen=9)  # when sets of new images were complete [s]

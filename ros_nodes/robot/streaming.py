@@ -26,8 +26,9 @@ class Streaming:
         self._simulated = node.get_parameter("use_sim_time").value
         self._period = 1.0 / node.get_parameter("command_rate").value
         limits = setup.safety.limits
-        low, high = limits.position_low, limits.position_high
-        self._arm = CommandedArm(limits.joint_names, self._period, low, high, setup.model)
+        self._arm = CommandedArm(
+            limits.joint_names, self._period, limits.position_low, limits.position_high, setup.model
+        )
         interface, gripper = setup.interface, setup.robot.gripper
         self._commands = node.create_publisher(interface.message_type, interface.topic, COMMAND)
         self._publishers = [self._commands]

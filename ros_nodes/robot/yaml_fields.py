@@ -19,23 +19,17 @@ _TOPIC = re.compile(r"(~/|/)?[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*")
 
 
 class Fields:
-    """One mapping of a YAML file. Every getter takes its key; `finish` refuses the keys that nobody took.
-
-    File and place in it, "action.workspace", are for messages.
-    """
+    """One mapping of a YAML file; `source` and `path`, "action.workspace", say in messages which."""
 
     def __init__(self, source: Path, path: str, values: dict[str, Any]) -> None:
         self.source, self.path = source, path
         self._values = values
         self._taken: set[str] = set()
+        self._children: list[Fields] = []
 
     @classmethod
     def read(cls, file: Path) -> Fields:
-        """The top of a file, read as the command line reads values: YAML 1.2 without aliases or repeated keys.
-
-        Raises:
-            ConfigError: The file cannot be read, is no YAML, or no mapping.
-        """
+        """The top of a file, read as the command line reads values: YAML 1.2 without aliases or repeated keys."""
         try:
             if not file.is_file() or file.stat().st_size > _LARGEST_FILE:
                 raise ConfigError(f"it is no file of at most {_LARGEST_FILE} bytes")
@@ -50,10 +44,8 @@ class Fields:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Every key."""
-        return tuple(self._values)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
 
     def error(self, key: str, problem: str) -> ConfigError:
         """An error about `key`; raise it."""
@@ -62,11 +54,12 @@ class Fields:
     def child(self, key: str, *, optional: bool = False) -> Fields:
         """The mapping below `key`; an empty one if it is optional and absent."""
         value = self._get(key, {} if optional else _MISSING)
-        return Fields(self.source, self._name(key), _mapping(self.source, self._name(key), value))
+        self._children.append(Fields(self.source, self._name(key), _mapping(self.source, self._name(key), value)))
+        return self._children[-1]
 
     def children(self) -> Iterator[tuple[str, Fields]]:
         """Every key with the mapping below it."""
-        for key in self.keys:
+        for key in self:
             yield key, self.child(key)
 
     def text(self, key: str, default: str = _MISSING, choices: Sequence[str] = ()) -> str:
@@ -116,7 +109,9 @@ class Fields:
         return tuple(self._number(key, item, low, high) for item in value)
 
     def finish(self) -> None:
-        """Refuse keys that nobody took: a misspelt limit must not be ignored."""
+        """Refuse keys that nobody took, here or further down: a misspelt limit must not be ignored."""
+        for child in self._children:
+            child.finish()
         unknown = [key for key in self._values if key not in self._taken]
         if unknown:
             known = short(", ".join(sorted(self._taken)))

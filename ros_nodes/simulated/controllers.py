@@ -6,21 +6,11 @@ and the arm shall hold where it is. Free of ROS.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ceed_vla.errors import SimulationError
 from ceed_vla.kinematics import ArmKinematics, Array, turn_matrix
-
-
-class Controller(Protocol):
-    """A source of joint set-points."""
-
-    def setpoint(self, now: float) -> Array | None:
-        """Joint positions (J,) [rad] at `now` [s]; None to hold."""
-        ...
 
 
 class ForwardPosition:
@@ -30,7 +20,6 @@ class ForwardPosition:
         self._positions, self._until = positions, until
 
     def setpoint(self, now: float) -> Array | None:
-        """See `Controller`."""
         return self._positions if now < self._until else None
 
 
@@ -40,11 +29,9 @@ class Trajectory:
     Args:
         start: Time of the way-points' zero [s].
         now: Time of arrival [s]; way-points before it are dropped.
-        joints: (J,) set-point at `now` [rad].
-        velocities: (J,) set-point at `now` [rad/s].
+        joints, velocities: (J,) set-point at `now` [rad], [rad/s].
         times: (P,) of the way-points after `start` [s].
-        points: (P, J) [rad].
-        point_velocities: (P, J) [rad/s], or None.
+        points, slopes: (P, J) finite [rad], [rad/s]; no `slopes` for straight lines.
 
     Raises:
         SimulationError: Way-points that such a controller rejects; the message says why.
@@ -57,17 +44,12 @@ class Trajectory:
         joints: Array,
         velocities: Array,
         times: ArrayLike,
-        points: ArrayLike,
-        point_velocities: ArrayLike | None = None,
+        points: Array,
+        slopes: Array | None,
     ) -> None:
         offsets: Array = np.asarray(times, dtype=np.float64)
-        way: Array = finite("way-points", points, (len(offsets), len(joints)))
-        if point_velocities is None:
-            slopes = None
-        else:
-            slopes = finite("way-point velocities", point_velocities, way.shape)
-            if np.abs(slopes[-1]).max() > 1e-6:
-                raise SimulationError(f"The last way-point moves at {slopes[-1].tolist()} rad/s; it must rest (all 0).")
+        if slopes is not None and np.abs(slopes[-1]).max() > 1e-6:
+            raise SimulationError(f"The last way-point moves at {slopes[-1].tolist()} rad/s; it must rest (all 0).")
         if not np.isfinite(offsets).all() or offsets[0] < 0.0 or np.any(np.diff(offsets) <= 0.0):
             raise SimulationError(
                 f"Way-point times {offsets.tolist()} s; they must not be negative and must increase strictly."
@@ -79,19 +61,14 @@ class Trajectory:
                 "stamp 0 starts a trajectory on arrival, with time_from_start > 0."
             )
         self._times = np.concatenate([[now], start + offsets[ahead]])
-        self._points = np.vstack([joints, way[ahead]])
+        self._points = np.vstack([joints, points[ahead]])
         self._slopes = None if slopes is None else np.vstack([velocities, slopes[ahead]])
 
     def setpoint(self, now: float) -> Array | None:
-        """See `Controller`. Past the end, the last way-point."""
-        return self._sample(now)[0]
+        return self.sample(now)[0]
 
-    def velocity(self, now: float) -> Array:
-        """Wanted joint velocities (J,) at `now` [rad/s]."""
-        return self._sample(now)[1]
-
-    def _sample(self, now: float) -> tuple[Array, Array]:
-        """Position and velocity (J,), (J,) at `now`."""
+    def sample(self, now: float) -> tuple[Array, Array]:
+        """Position (J,) [rad] and velocity (J,) [rad/s] at `now`; past the end, the last way-point."""
         if now >= self._times[-1]:
             return self._points[-1], np.zeros_like(self._points[-1])
         index = max(int(np.searchsorted(self._times, now, side="right")) - 1, 0)
@@ -129,7 +106,6 @@ class ServoTwist:
         self._linear, self._angular, self._until = linear, angular, until
 
     def setpoint(self, now: float) -> Array | None:
-        """See `Controller`."""
         if now >= self._until:
             return None
         span, self._time = max(now - self._time, 0.0), max(now, self._time)
@@ -138,6 +114,9 @@ class ServoTwist:
             self._rotation = turn_matrix(span * self._angular) @ self._rotation
             self._joints = self._arm.solve(self._joints, self._position, self._rotation)
         return self._joints
+
+
+Controller = ForwardPosition | Trajectory | ServoTwist
 
 
 def finite(what: str, values: ArrayLike, shape: tuple[int, ...]) -> Array:

@@ -34,9 +34,6 @@ class SimRobot:
     Attributes:
         time: Simulated time since construction [s]; a reset does not set it back.
         holds: Times that the arm stopped because commands had stopped.
-
-    Raises:
-        SimulationError: An unknown split, an impossible size or timeout.
     """
 
     def __init__(self, split: str = "train", image_size: int = 96, command_timeout: float = 0.05) -> None:
@@ -57,9 +54,6 @@ class SimRobot:
         """Draw a scene and put the arm at rest in its start pose; forgets earlier commands. Returns the instruction.
 
         The `seed` determines everything; `task` is a family of `tasks.TASKS`, or "mixed" to draw one.
-
-        Raises:
-            SimulationError: An unknown task or a negative seed.
         """
         tasks.check_choice("task", task, (*tasks.TASKS, "mixed"))
         if seed < 0:
@@ -103,23 +97,14 @@ class SimRobot:
         return self._env.data.qfrc_actuator[: len(JOINTS)].copy()
 
     def images(self) -> dict[str, NDArray[np.uint8]]:
-        """An image (S, S, 3) of every camera, all of this moment.
-
-        Raises:
-            SimulationError: No GL context can be made.
-        """
-        # Poses of the state after the last physics step.
-        mujoco.mj_forward(self._env.scene.model, self._env.data)
+        """An image (S, S, 3) of every camera, all of this moment."""
+        mujoco.mj_forward(self._env.scene.model, self._env.data)  # poses of the state after the last physics step
         return {name: render(self._env.data, name, self.image_size) for name in CAMERAS}
 
-    # ------------------------------------------------------------------ commands
+    # ------------------------------------------------------------------ commands; `SimulationError` for refused ones
 
     def command_positions(self, positions: ArrayLike) -> None:
-        """Go to joint positions (7,) [rad] at once.
-
-        Raises:
-            SimulationError: Not seven finite numbers.
-        """
+        """Go to joint positions (7,) [rad] at once."""
         wanted = finite("joint positions", positions, (len(ARM_JOINTS),))
         self._controller = ForwardPosition(_inside(wanted), self.time + self.command_timeout)
 
@@ -131,19 +116,12 @@ class SimRobot:
         velocities: ArrayLike | None = None,
         delay: float = 0.0,
     ) -> None:
-        """Follow way-points, matched by joint name. No way-points stop the arm.
+        """Follow way-points of the seven arm joints, named in any order. No way-points stop the arm.
 
-        Args:
-            names: The seven arm joints, in any order.
-            times: (P,) after the start [s].
-            positions: (P, 7) [rad].
-            velocities: (P, 7) [rad/s]; None interpolates linearly.
-            delay: Time until the start [s]; negative if it is past.
-
-        Raises:
-            SimulationError: What a joint trajectory controller rejects.
+        `times` (P,) count from the start [s], which is in `delay` [s], negative if it is past; `positions` are (P, 7)
+        [rad]; `velocities` (P, 7) [rad/s], None interpolates linearly.
         """
-        if len(np.atleast_1d(np.asarray(times))) == 0:
+        if np.size(times) == 0:
             self.hold()
             return
         if sorted(names) != sorted(ARM_JOINTS):
@@ -153,26 +131,18 @@ class SimRobot:
         points = finite("way-points", positions, columns)[:, order]
         slopes = None if velocities is None else finite("way-point velocities", velocities, columns)[:, order]
         running = self._controller
-        speed = running.velocity(self.time) if isinstance(running, Trajectory) else np.zeros(len(ARM_JOINTS))
+        speed = running.sample(self.time)[1] if isinstance(running, Trajectory) else np.zeros(len(ARM_JOINTS))
         self._controller = Trajectory(self.time + delay, self.time, self._joints, speed, times, _inside(points), slopes)
 
     def command_twist(self, linear: ArrayLike, angular: ArrayLike) -> None:
-        """Move the TCP with a twist in the base frame, (3,) [m/s] and (3,) [rad/s].
-
-        Raises:
-            SimulationError: Not two times three finite numbers.
-        """
+        """Move the TCP with a twist in the base frame, (3,) [m/s] and (3,) [rad/s]."""
         linear, angular = finite("linear velocity", linear, (3,)), finite("angular velocity", angular, (3,))
         if not isinstance(self._controller, ServoTwist):
             self._controller = ServoTwist(self._arm, self.time, self._joints)
         self._controller.command(linear, angular, self.time + self.command_timeout)
 
     def command_gripper(self, opening: ArrayLike) -> None:
-        """Open the fingers to a distance (1,) [m].
-
-        Raises:
-            SimulationError: Not one finite number.
-        """
+        """Open the fingers to a distance (1,) [m]."""
         (wanted,) = finite("gripper opening", opening, (1,))
         each = float(np.clip(0.5 * wanted, 0.0, FINGER_STROKE))
         self._env.data.ctrl[len(ARM_JOINTS) : len(JOINTS)] = each
@@ -192,13 +162,12 @@ class SimRobot:
         steps = int(self._owed / SIM_DT + 1e-9)
         self._owed -= steps * SIM_DT
         for _ in range(steps):
-            if self._controller is not None:
-                wanted = self._controller.setpoint(self.time)
-                if wanted is None:
-                    self.hold()
-                    self.holds += 1
-                else:
-                    self._joints = wanted
+            wanted = self._joints if self._controller is None else self._controller.setpoint(self.time)
+            if wanted is None:
+                self.hold()
+                self.holds += 1
+            else:
+                self._joints = wanted
             env.data.ctrl[: len(ARM_JOINTS)] = self._joints
             mujoco.mj_step(env.scene.model, env.data)
             self.time += SIM_DT

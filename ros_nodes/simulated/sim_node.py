@@ -29,7 +29,7 @@ from rclpy.parameter import Parameter
 from rclpy.time import Time
 from rosgraph_msgs.msg import Clock as ClockMessage
 from sensor_msgs.msg import Image, JointState
-from std_msgs.msg import Bool, Float64MultiArray, String
+from std_msgs.msg import Bool, Float64MultiArray, Header, String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
@@ -47,11 +47,7 @@ MAX_LAG = 0.25  # time that is made up after a stall; more is left out, or the a
 
 
 class SimNode(Node):
-    """A simulated robot.
-
-    Raises:
-        CeedVLAError: Parameters that cannot work together, an unknown task, or no GL context.
-    """
+    """A simulated robot; `CeedVLAError` for parameters that cannot work together, or without a GL context."""
 
     def __init__(self, **node_options: Any) -> None:
         super().__init__("sim", **node_options)
@@ -133,18 +129,17 @@ class SimNode(Node):
 
     def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         if self.get_parameter("advance_seed").value:
-            seed = self.get_parameter("seed").value + 1
-            self.set_parameters([Parameter("seed", value=seed)])
+            self.set_parameters([Parameter("seed", value=self.get_parameter("seed").value + 1)])
         try:
-            response.message = self._reset_episode()
-            response.success = True
+            response.success, response.message = True, self._reset_episode()
         except SimulationError as error:
             response.success, response.message = False, str(error)
         return response
 
     def _reset_episode(self) -> str:
         """Draw the scene that `task` and `seed` name, and show it at once. Returns the instruction."""
-        self._robot.reset(self.get_parameter("seed").value, self.get_parameter("task").value)
+        seed = self.get_parameter("seed").value
+        self._robot.reset(seed, self.get_parameter("task").value)
         self._solved = False
         self._wall = time.monotonic()
         self._success.publish(Bool(data=False))
@@ -152,9 +147,7 @@ class SimNode(Node):
             self._instruction.publish(String(data=self._robot.instruction))
         self._publish_joint_states()
         self._publish_images()
-        self.get_logger().info(
-            f"Episode of seed {self.get_parameter('seed').value}, {self._robot.family}: {self._robot.instruction}"
-        )
+        self.get_logger().info(f"Episode of seed {seed}, {self._robot.family}: {self._robot.instruction}")
         return self._robot.instruction
 
     def _check_parameters(self, changes: Sequence[Parameter]) -> SetParametersResult:
@@ -195,9 +188,7 @@ class SimNode(Node):
         self._publish_images()
 
     def _publish_joint_states(self) -> None:
-        message = JointState(name=list(JOINTS))
-        message.header.stamp = self._now().to_msg()
-        message.header.frame_id = "base_link"
+        message = JointState(header=Header(stamp=self._now().to_msg(), frame_id="base_link"), name=list(JOINTS))
         message.position = self._robot.positions.tolist()
         message.velocity = self._robot.velocities.tolist()
         message.effort = self._robot.efforts.tolist()
@@ -211,7 +202,9 @@ class SimNode(Node):
     # ------------------------------------------------------------------ what the operator sees
 
     def _publish_diagnostics(self) -> None:
-        commanders = {topic: self.count_publishers(topic) for topic in self._command_topics()}
+        kinds = (Float64MultiArray, JointTrajectory, TwistStamped)
+        topics = [subscription.topic_name for subscription in self.subscriptions if subscription.msg_type in kinds]
+        commanders = {topic: self.count_publishers(topic) for topic in topics}
         crowded = [topic for topic, count in commanders.items() if count > 1]
         level, message = DiagnosticStatus.OK, "running"
         if crowded:
@@ -229,10 +222,6 @@ class SimNode(Node):
         }
         stamp, name = self._now().to_msg(), f"{self.get_name()}: robot"
         self._diagnostics.publish(status_message(name, "tabletop simulation", level, message, values, stamp))
-
-    def _command_topics(self) -> list[str]:
-        kinds = (Float64MultiArray, JointTrajectory, TwistStamped)
-        return [subscription.topic_name for subscription in self.subscriptions if subscription.msg_type in kinds]
 
     def destroy_node(self) -> None:
         """Release the scene too."""

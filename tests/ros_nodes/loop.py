@@ -16,7 +16,7 @@ from sensor_msgs.msg import Image, JointState
 from ros_nodes.robot.chunk_stream import ChunkStream
 from ros_nodes.robot.controller import PolicyController
 from ros_nodes.robot.messages import array_to_image
-from ros_nodes.robot.motion import JointPositions
+from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Observations
 from ros_nodes.robot.predictor import PolicySpec, Request, Response
 from ros_nodes.robot.robot_config import Action, Arm, ImageSource, Limits, RobotConfig
@@ -129,7 +129,7 @@ class Loop:
         self.stream = ChunkStream(M, H, DT, delay_steps=0.2, least_lead=1.01 / (RATE * DT))
         self.controller = PolicyController(
             self.observations,
-            JointPositions(config),
+            Motion(config),
             self.safety,
             self.stream,
             self.policy,  # type: ignore[arg-type]

@@ -21,56 +21,34 @@ INTERFACES: dict[str, type[ActionInterface]] = {}
 
 @dataclass(frozen=True)
 class CommandedArm:
-    """What an interface may want to know of the arm.
+    """What an interface may want to know of the arm."""
 
-    Attributes:
-        joints: Names of J joints, in the order of every array.
-        period: Time between commands [s].
-        low: (J,) lowest positions [rad].
-        high: (J,) highest positions [rad].
-        model: Kinematics; None without arm.model in the robot's file.
-    """
-
-    joints: tuple[str, ...]
-    period: float
-    low: Array
+    joints: tuple[str, ...]  # J names, in the order of every array
+    period: float  # between commands [s]
+    low: Array  # (J,) positions [rad]
     high: Array
-    model: ModelArm | None
+    model: ModelArm | None  # None without arm.model in the robot's file
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command.
+    """One command."""
 
-    Attributes:
-        positions: (J,) [rad].
-        velocities: (J,) from the last command to this one; zero on a hold [rad/s].
-        measured: (J,) [rad].
-        stamp: Now, as the messages' stamps count.
-    """
-
-    positions: Array
-    velocities: Array
-    measured: Array
-    stamp: Time
+    positions: Array  # (J,) [rad]
+    velocities: Array  # (J,) from the last command to this one; zero on a hold [rad/s]
+    measured: Array  # (J,) [rad]
+    stamp: Time  # now
 
 
 class ActionInterface(ABC):
     """How commands reach the arm: settings, message and topic of one kind of controller.
 
-    Args:
-        settings: What the robot's file has below ``interfaces.<name>``; a key that nobody takes is refused.
-
-    Attributes:
-        message_type: Class of the messages.
-        needs_model: Whether it cannot do without `CommandedArm.model`.
-        commands_joints: False if only the TCP is commanded: then the arm's posture may be another.
-        topic: Where to.
+    `settings` are what the robot's file has below ``interfaces.<name>``; a key that nobody takes is refused.
     """
 
     message_type: ClassVar[Any]
-    needs_model: ClassVar[bool] = False
-    commands_joints: ClassVar[bool] = True
+    needs_model: ClassVar[bool] = False  # it cannot do without `CommandedArm.model`
+    commands_joints: ClassVar[bool] = True  # False if only the TCP is commanded: the arm's posture may be another
 
     def __init__(self, settings: Fields) -> None:
         self.topic = settings.topic("topic")

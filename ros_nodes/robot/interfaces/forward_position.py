@@ -14,5 +14,4 @@ class ForwardPosition(ActionInterface):
     message_type = Float64MultiArray
 
     def message(self, command: Command, arm: CommandedArm) -> Float64MultiArray:
-        """See `ActionInterface`."""
         return Float64MultiArray(data=command.positions.tolist())

@@ -25,7 +25,6 @@ class JointTrajectories(ActionInterface):
         self._stop_time = settings.number("stop_time", 0.01, 1.0, default=0.1)  # [s]
 
     def message(self, command: Command, arm: CommandedArm) -> JointTrajectory:
-        """See `ActionInterface`."""
         stop = np.clip(command.positions + 0.5 * self._stop_time * command.velocities, arm.low, arm.high)
         points = [
             _point(arm.period, command.positions, command.velocities),

@@ -29,7 +29,6 @@ class ServoTwists(ActionInterface):
         self._max_angular = settings.number("max_angular", 1e-3, 10.0, default=3.0)  # [rad/s]
 
     def message(self, command: Command, arm: CommandedArm) -> TwistStamped:
-        """See `ActionInterface`."""
         message = TwistStamped()
         message.header.stamp, message.header.frame_id = command.stamp, self._frame
         if command.velocities.any():

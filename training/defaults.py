@@ -42,11 +42,7 @@ def take_from_data(
 ) -> dict[str, dict[str, Tensor]]:
     """Fill a new policy's features, two-valued and increment dimensions and auxiliary target where they are not set.
 
-    Args:
-        policy: Filled in.
-        stores: Demonstrations.
-        grounding: Action-free data sets.
-        privileged: The environment's; it is believed where the data sets name their values as the environment does.
+    `privileged` is believed where the data sets name their values as the environment does.
 
     Returns:
         Statistics for the processors and the ranges of the action tokens. For actions that are nearly always zero in

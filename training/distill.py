@@ -135,8 +135,8 @@ class DistillRun(Run):
         stored = config.states == "stored"
         if chosen.online:
             decode = self.objective.decode_teacher
-            return OnlineData(config.roots, student, pre, decode, teacher_states=stored, **sizes)  # type: ignore[arg-type]
-        data = StoredData(chosen.path, config.roots, config.teacher_path, student, pre, **sizes)  # type: ignore[arg-type]
+            return OnlineData(config.roots, student, pre, decode, teacher_states=stored, **sizes)
+        data = StoredData(chosen.path, config.roots, config.teacher_path, student, pre, **sizes)
         if stored and not data.trajectories.states:
             raise DatasetError(f"{chosen.path} keeps no states; collect them with --states=true.")
         return data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,7 @@ class DistillationObjective(nn.Module):
     Args:
         student: Starts as the teacher; with adapters (`training.adapters.attach_student`) it holds both.
         teacher: A copy that stays, or None where the student's adapters can be switched.
-        loss: See `training.losses`.
-        omega: Weight of the anchoring term.
+        loss: See `training.losses`, also for `omega`.
     """
 
     def __init__(self, student: CeedVLAPolicy, teacher: CeedVLAPolicy | None, loss: Loss, omega: float) -> None:
@@ -38,17 +37,12 @@ class DistillationObjective(nn.Module):
                 parameter.requires_grad_(name in learning)
 
     def forward(self, part: str, *arguments: Any) -> Any:
-        """Run one of the parts below by its name: DDP, FSDP and autocast act on this method only."""
+        """Run one of the methods below by its name: DDP, FSDP and autocast act on this method only."""
         return self.run(part, *arguments)
 
     def run(self, part: str, *arguments: Any) -> Any:
         """`forward` without what a trainer put around it."""
-        parts: dict[str, Callable[..., Any]] = {
-            "prepare": self.prepare,
-            "losses": self.losses,
-            "decode_student": self.decode_student,
-        }
-        return parts[part](*arguments)
+        return getattr(self, part)(*arguments)
 
     @contextmanager
     def teacher(self) -> Iterator[CeedVLAPolicy]:

@@ -55,9 +55,7 @@ def _distinct(found: dict[str, Tensor]) -> dict[str, Tensor]:
 def keep_in_states(accelerator: Accelerator, adapted: bool) -> None:
     """Say what states hold: weights by the names that they have in one process, so that any number can go on.
 
-    Args:
-        accelerator: Saves and loads the states.
-        adapted: Only the weights that learn; beside a large frozen base these are few.
+    With adapters (`adapted`) only those that learn: beside a large frozen base these are few.
     """
 
     def save(models: list[nn.Module], state_dicts: list[dict[str, Tensor]], folder: str) -> None:

@@ -130,7 +130,7 @@ def train(
     """Train a teacher, and return the folder of the final checkpoint.
 
     Args:
-        config: Settings.
+        config: See `TrainConfig`.
         closed_loop: Measures a checkpoint in simulation; skipped if None.
         record_takeover: Records one takeover round; needed when ``config.rounds > 0``.
         privileged: What the environment says of ``observation.environment_state``; without it only a set
@@ -171,9 +171,8 @@ class TeacherRun(Run):
         policy, pre, post = self._policy()
         for store in (*self.demonstrations, *self.grounding):
             check_fits(store, policy.config)
-        self.named = config.named_terms
-        if self.named is None:
-            self.named = named_terms(policy.config, privileged)
+        own = config.named_terms
+        self.named = named_terms(policy.config, privileged) if own is None else own
         logger.info(describe(policy.config, policy.tokenizer, self.demonstrations[0], self.named))
         check_clipping(policy.tokenizer, self.demonstrations, config.max_clipped)
         with self.accelerator.main_process_first():  # the first one decodes the images

@@ -33,7 +33,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from importlib.metadata import distributions
-from types import TracebackType
 from typing import Any
 
 import draccus
@@ -148,11 +147,8 @@ class Environment:
             raise
         except Exception as error:  # whatever an environment of any make raises
             raise SimulationError(f"--env.type={config.type} cannot be made ({root_cause(error)}).") from error
-        self._envs = [
-            (f"{suite}/{number}", vector.envs[0])
-            for suite, vectors in self._suites.items()
-            for number, vector in vectors.items()
-        ]
+        suites = self._suites.items()
+        self._envs = [(f"{suite}/{n}", vector.envs[0]) for suite, vectors in suites for n, vector in vectors.items()]
         self._env = self._envs[0][1]
         self._quick = all(hasattr(self.inner, name) for name in ("observe", "advance", "is_success"))
         self._observation: Observation | None = None
@@ -282,9 +278,7 @@ class EnvPool:
     def __enter__(self) -> EnvPool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -342,7 +336,7 @@ def check_features(policy: Any, config: EnvConfig) -> None:
     wanted |= {ACTION: tuple(policy.action_feature.shape)}
     for name, shape in wanted.items():
         resized = len(shape) == 3 and name in have  # images of other sizes are resized
-        if name not in (OBS_ENV_STATE,) and have.get(name) != shape and not resized:
+        if name != OBS_ENV_STATE and have.get(name) != shape and not resized:
             raise ConfigError(
                 f"The policy reads or writes {name} {shape}, --env.type={config.type} has "
                 f"{', '.join(f'{n} {s}' for n, s in have.items())}."

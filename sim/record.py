@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ceed_vla.checkpoints import load
 from ceed_vla.data.commits import PROGRESS_FILE, is_recording
+from ceed_vla.data.files import is_whole
 from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import ConfigError, DatasetError
 from sim.decoders import checked_name
@@ -159,8 +160,8 @@ class _Session:
         outcomes, attempts = stored.get("outcomes"), stored.get("attempts")
         counts: list[Any] = list(outcomes.values()) if isinstance(outcomes, dict) else [None]
         seeds = [stored.get(name) for name in ("failed_seeds", "episode_seeds")]
-        lists = all(isinstance(s, list) and all(map(_is_count, s)) for s in seeds)
-        fits = isinstance(stored.get("config"), dict) and lists and all(map(_is_count, [attempts, *counts]))
+        lists = all(isinstance(s, list) and all(is_whole(seed, 0) for seed in s) for s in seeds)
+        fits = isinstance(stored.get("config"), dict) and lists and all(is_whole(n, 0) for n in [attempts, *counts])
         if not fits or sum(counts) != attempts or len(stored["episode_seeds"]) != self.writer.episodes:
             raise DatasetError(
                 f"{self.config.root / PROGRESS_FILE} is damaged: its attempts, outcomes and seeds do not fit the "
@@ -246,7 +247,3 @@ class _Session:
         return RecordSummary(
             self.config.root, writer.episodes, writer.frames, self.attempts, dict(self.outcomes), seconds
         )
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -92,14 +93,12 @@ def write_clip(path: Path, frames: Iterable[Frame], fps: int = 10) -> Path:
         )
         writer.send(None)
         try:
-            for frame in frames:
-                writer.send(np.ascontiguousarray(frame))
-            writer.close()
+            with closing(writer):
+                for frame in frames:
+                    writer.send(np.ascontiguousarray(frame))
             whole = b"moov" in file.read_bytes()  # the index, which is written last
         except OSError:  # imageio's says how it called ffmpeg
             whole = False
-        finally:
-            writer.close()
         if not whole:
             raise SimulationError(f"{path} could not be written; is the disk full?")
     return path

@@ -37,9 +37,7 @@ class RecordSummary:
     """What is in the data set now.
 
     Attributes:
-        root: Its folder.
         episodes: Stored LeRobot episodes.
-        frames: Stored frames.
         attempts: Attempts made, earlier runs of a resumed set included.
         outcomes: Attempts by "family/outcome".
         seconds: Wall time of this run.
@@ -87,7 +85,8 @@ def record(config: RecordConfig, policy_bundle: Bundle | None = None, on_attempt
             session.run(run_unit, on_attempt)
         finally:
             session.close()
-    return session.summary(time.perf_counter() - started)
+    seconds, outcomes = time.perf_counter() - started, dict(session.outcomes)
+    return RecordSummary(config.root, writer.episodes, writer.frames, session.attempts, outcomes, seconds)
 
 
 def _check_root(config: RecordConfig, policy_bundle: Bundle | None) -> None:
@@ -240,10 +239,3 @@ class _Session:
             "failed_seeds": self.failed_seeds,
             "episode_seeds": self.episode_seeds,
         }
-
-    def summary(self, seconds: float) -> RecordSummary:
-        """Totals after the last commit."""
-        writer = self.writer
-        return RecordSummary(
-            self.config.root, writer.episodes, writer.frames, self.attempts, dict(self.outcomes), seconds
-        )

@@ -182,17 +182,12 @@ class DistillRun(Run):
 
     def _counts(self, parts: list[dict[str, Any]]) -> Tensor:
         """(2,) slots that the two loss terms are means of in the whole batch, divided by the processes."""
-        labelled = "label_weight" in needs(self.objective.loss)
-        each = [
-            torch.stack(
-                [
-                    after_first_divergence(part["states"], part["fixed_point"]).sum(),
-                    part["label_weight"].sum() if labelled else torch.ones_like(part["label_weight"]).sum(),
-                ]
-            )
-            for part in parts
-        ]
-        return self.accelerator.reduce(torch.stack(each).sum(0), reduction="mean")  # type: ignore[no-any-return]
+        masks = torch.cat([after_first_divergence(part["states"], part["fixed_point"]) for part in parts])
+        weights = torch.cat([part["label_weight"] for part in parts])
+        if "label_weight" not in needs(self.objective.loss):
+            weights = torch.ones_like(weights)
+        counts = torch.stack([masks.sum(), weights.sum()])
+        return self.accelerator.reduce(counts, reduction="mean")  # type: ignore[no-any-return]
 
     # ---- measurements -------------------------------------------------------------------------------------------
 

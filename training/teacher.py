@@ -37,10 +37,6 @@ logger = logging.getLogger(__name__)
 RecordTakeover = Callable[[Path, int, Path], list[Path]]
 
 
-def _usual_policy() -> CeedVLAConfig:
-    return CeedVLAConfig(device="cpu", push_to_hub=False)
-
-
 @dataclass
 class TrainConfig(RunConfig):
     """Settings of `ceed-vla train`.
@@ -67,7 +63,7 @@ class TrainConfig(RunConfig):
     roots: str = ""
     root_weights: str = ""
     grounding_roots: str = ""
-    policy: CeedVLAConfig = field(default_factory=_usual_policy)
+    policy: CeedVLAConfig = field(default_factory=lambda: CeedVLAConfig(device="cpu", push_to_hub=False))
     policy_path: str = ""
     grounding_steps: int = ranged(1000, NONE_OR_COUNTS)
     steps: int = ranged(8000, COUNTS)

@@ -59,10 +59,8 @@ class RecordSummary:
 def record(config: RecordConfig, policy_bundle: Bundle | None = None, on_attempt: Hook | None = None) -> RecordSummary:
     """Record a data set, or the rest of one.
 
-    Args:
-        config: What to record and where.
-        policy_bundle: Policy with processors for mode takeover; None = load `config.policy_path`.
-        on_attempt: Called after every attempt, before it is stored.
+    Mode takeover loads `config.policy_path` if there is no `policy_bundle`; `on_attempt` is called after every attempt,
+    before it is stored.
 
     Raises:
         ConfigError: `root` exists (without `resume`), or was recorded with other options.
@@ -73,9 +71,8 @@ def record(config: RecordConfig, policy_bundle: Bundle | None = None, on_attempt
     started = time.perf_counter()
     with _recorder(config, policy_bundle) as (run_unit, features), InterruptGuard() as guard:
         try:
-            writer = DatasetWriter(
-                config.root, repo_id=config.repo_id, fps=config.env.fps, features=features, robot_type=config.env.type
-            )
+            name, env = f"local/{config.root.resolve().name}", config.env
+            writer = DatasetWriter(config.root, repo_id=name, fps=env.fps, features=features, robot_type=env.type)
         except OSError as error:
             raise DatasetError(
                 f"{config.root} cannot be written ({error}); make room, or choose another root"
@@ -121,7 +118,6 @@ def _recorder(
 
 
 def _driver(config: RecordConfig, policy_bundle: Bundle | None) -> PolicyRunner:
-    """The policy that drives in mode takeover."""
     bundle = joined(policy_bundle or load(config.policy_path or ""), config.env)
     steps = bundle[0].config.chunk_size
     if config.executed_steps > steps:
@@ -175,7 +171,6 @@ class _Session:
         self.episode_seeds: list[int] = list(stored.get("episode_seeds", []))
 
     def run(self, run_unit: Callable[[range], list[Attempt]], on_attempt: Hook | None) -> None:
-        """Record all units that are not done yet."""
         first, last = self.config.first_seed, self.config.first_seed + self.config.episodes
         while (seed := first + self.attempts) < last:
             attempts = run_unit(range(seed, min(seed + self.config.unit_size, last)))

@@ -72,7 +72,6 @@ class Panel:
     """One decoding of the block, as drawn.
 
     Attributes:
-        title: What is decoded how.
         status: (rows, n) codes; row 0 is the state before the first forward.
         exit_row: Forwards after which the decoder stopped.
         exit_note: Why it stopped there; empty for no mark.

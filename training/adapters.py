@@ -135,7 +135,6 @@ def _add(policy: CeedVLAPolicy, name: str, own: list[str], config: LoRAConfig, t
 
 
 def adapted_layers(module: nn.Module) -> list[Any]:
-    """Peft's layers inside a module."""
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:

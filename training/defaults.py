@@ -24,13 +24,7 @@ INCREMENT = re.compile("(d|delta_)(x|y|z|rx|ry|rz|roll|pitch|yaw)")  # names of 
 
 
 class Privileged(Protocol):
-    """What an environment says of its ``observation.environment_state`` (E,).
-
-    Attributes:
-        names: Of its values.
-        scale: Factors of the leading values, for the auxiliary regression.
-        named: Leading values that are regressed while actions are learnt.
-    """
+    """What an environment says of its ``observation.environment_state`` (E,); see `sim.environment.Privileged`."""
 
     names: tuple[str, ...]
     scale: tuple[float, ...]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,6 @@ def distill(config: DistillConfig, closed_loop: ClosedLoop | None = None) -> Pat
 
 
 class DistillRun(Run):
-    """One distillation run: student, frozen teacher and data."""
-
     name = "distil"
 
     def __init__(self, config: DistillConfig, closed_loop: ClosedLoop | None) -> None:
@@ -206,9 +205,9 @@ class DistillRun(Run):
         batch = self.data.batch(self.data.held_out)
         strict = DecodingConfig(method="jacobi", guess="previous")
         # Sharded weights come together in the model's own forward only.
-        measure = self.model if self.sharded else self.objective.run
-        result = measure("decode_student", batch, strict, batch["previous"])
-        once = measure("decode_student", batch, replace(strict, max_iterations=1), batch["previous"])
+        decode = partial(self.model, "decode_student") if self.sharded else self.objective.decode_student
+        result = decode(batch, strict, batch["previous"])
+        once = decode(batch, replace(strict, max_iterations=1), batch["previous"])
         iterations = result.iterations.float()
         return {
             "iterations_mean": iterations.mean().item(),

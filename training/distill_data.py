@@ -133,11 +133,9 @@ class DistillData:
         raise NotImplementedError
 
     def batch(self, rows: NDArray[np.int64], draw: StateDraw | None = None) -> dict[str, Any]:
-        """What a part of a step needs, on the policy's device.
+        """What a part of a step needs, of rows that are grouped by data set, on the policy's device.
 
-        Args:
-            rows: Grouped by data set.
-            draw: The random part of the states; without it every row gets its previous chunk.
+        Without `draw`, the random part of the states, every row gets its previous chunk.
 
         Returns:
             What the pre-processor gives and `fixed_points`, and ``labels``, ``label_weight`` (B, n), ``replaced`` (B,).

@@ -50,8 +50,6 @@ _LOSSES: dict[str, Loss] = {}
 
 
 def register_loss[F: Loss](name: str) -> Callable[[F], F]:
-    """Register a loss for ``--loss``."""
-
     def add(loss: F) -> F:
         _LOSSES[name] = loss
         return loss
@@ -74,7 +72,6 @@ def find_loss(name: str) -> Loss:
 
 
 def needs(loss: Loss) -> list[str]:
-    """Names of the parameters of a loss."""
     return list(inspect.signature(loss).parameters)
 
 

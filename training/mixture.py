@@ -55,7 +55,6 @@ class Mixture:
 
 
 def join_batches(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One raw batch from several."""
     joined: dict[str, Any] = {}
     for key, value in parts[0].items():
         values = [part[key] for part in parts]

@@ -38,10 +38,6 @@ class DistillationObjective(nn.Module):
 
     def forward(self, part: str, *arguments: Any) -> Any:
         """Run one of the methods below by its name: DDP, FSDP and autocast act on this method only."""
-        return self.run(part, *arguments)
-
-    def run(self, part: str, *arguments: Any) -> Any:
-        """`forward` without what a trainer put around it."""
         return getattr(self, part)(*arguments)
 
     @contextmanager
@@ -68,9 +64,8 @@ class DistillationObjective(nn.Module):
     def prepare(self, batch: dict[str, Any], own: tuple[StateDraw, int] | None) -> tuple[Any, Tensor]:
         """Prefix embeddings, once for all forwards of a step, and states ``Y`` (B, n).
 
-        Args:
-            batch: Observation, ``previous`` (B, n), and ``teacher_states`` (B, n) if used.
-            own: Draw and most updates of the student's own states; the teacher's if None.
+        `batch` holds the observation, ``previous`` (B, n), and ``teacher_states`` (B, n), which are taken unless there
+        are the draw and most updates of the student's `own`.
         """
         with self._evaluating():
             embeddings = self.student.backbone.embed_prefix(batch)
@@ -95,7 +90,6 @@ class DistillationObjective(nn.Module):
         return self.loss(**{name: have[name] for name in wanted})
 
     def decode_student(self, batch: dict[str, Any], config: DecodingConfig, previous: Tensor) -> DecodeResult:
-        """The student's block of every row."""
         with self._evaluating():
             return self.student.decode(batch, config, previous=previous, read=False)
 

@@ -265,9 +265,7 @@ class Run:
     def optimize[T](self, parts: Sequence[T], loss: Callable[[T], Tensor]) -> None:
         """One step of all optimisers at this step's learning rate.
 
-        Args:
-            parts: What this process runs, one backward pass each; gradients are exchanged after the last.
-            loss: Runs the model on a part; the losses of the parts add up.
+        Each of this process's `parts` has a backward pass, their losses add up; gradients are exchanged after the last.
 
         Raises:
             CeedVLAError: A loss is not finite.
@@ -326,7 +324,6 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def save_policy(self, name: str) -> Path:
-        """Write the policy as a checkpoint folder."""
         folder = self.output / CHECKPOINTS / name / "pretrained_model"
         weights = states.weights(self.accelerator, self.model, self.policy, self.settings.lora.rank > 0)
         if self.accelerator.is_main_process:

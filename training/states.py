@@ -41,12 +41,7 @@ def weights(
         return None
     if adapted:
         found = plain_weights(found, scale_of(policy), keep_adapters=bool(policy.referenced))
-    return _distinct(found)
-
-
-def _distinct(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without second names of tied weights, which safetensors refuses."""
-    first: dict[tuple[int, int], str] = {}
+    first: dict[tuple[int, int], str] = {}  # of the names of tied weights, whose others safetensors refuses
     for name, weight in found.items():
         first.setdefault((weight.data_ptr(), weight.numel()), name)
     return {name: found[name] for name in first.values()}

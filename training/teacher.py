@@ -27,8 +27,8 @@ from training.clipping import check_clipping
 from training.defaults import Privileged, check_target, describe, named_terms, take_from_data
 from training.fit_tokens import fit_action_tokens
 from training.mixture import Mixture, check_fits
-from training.run import NONE_OR_RATES, RATES, TAKEOVER, ClosedLoop, Run, RunConfig
-from training.settings import BATCHES, NONE_OR_COUNTS, number_list, split_list
+from training.run import NONE_OR_RATES, TAKEOVER, ClosedLoop, Run, RunConfig
+from training.settings import NONE_OR_COUNTS, number_list, split_list
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +67,10 @@ class TrainConfig(RunConfig):
     policy_path: str = ""
     grounding_steps: int = ranged(1000, NONE_OR_COUNTS)
     steps: int = ranged(8000, COUNTS)
-    batch_size: int = ranged(32, BATCHES)
     grounding_batch: int = ranged(12, "[0, 1e6]")
     named_terms: int | None = ranged(None, "[0, 1e6]")
-    lr: float = ranged(1e-3, RATES)
     muon_lr: float = ranged(2e-3, NONE_OR_RATES)
     weight_decay: float = ranged(0.05, "[0, 10]")
-    warmup: int = ranged(50, NONE_OR_COUNTS)
     rounds: int = ranged(2, "[0, 1000]")
     takeover_episodes: int = ranged(600, "[1, 1e6]")
     takeover_seed: int = ranged(30_000, SEEDS)

@@ -224,15 +224,10 @@ FAMILIES: dict[str, Callable[[int, int], tuple[Any, Any]]] = {
 def make_tiny_vlm(
     family: str, folder: str | Path, *, width: int = 64, layers: int = 2, seed: int = 0, scale: float = 1.0
 ) -> Path:
-    """Write a tiny random model and its processor into a folder.
+    """Write a tiny random model of one of `FAMILIES` and its processor into a folder.
 
-    Args:
-        family: One of `FAMILIES`.
-        folder: Made if it is missing.
-        width: Hidden size; a multiple of 24 or of 32.
-        layers: Layers of the language model.
-        seed: Seed of the weights.
-        scale: Factor on the matrices of the language model; above 1 its answers depend more on every token.
+    The `width` of its language model is a multiple of 24 or of 32, and `scale` a factor on the matrices there: above 1
+    answers depend more on every token.
 
     Raises:
         ConfigError: Unknown family.
@@ -253,7 +248,6 @@ def make_tiny_vlm(
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(description="Write a tiny random image-text-to-text model.")
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("folder")

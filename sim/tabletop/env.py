@@ -154,12 +154,10 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     @property
     def family(self) -> str:
-        """Task family of the current instruction."""
         return self.command.family
 
     @property
     def instruction(self) -> str:
-        """The instruction."""
         return self.command.text
 
     task_description = instruction  # the name that LeRobot reads
@@ -239,7 +237,6 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return np.concatenate([*near, cubes.ravel(), fixed.ravel()]).astype(np.float32)
 
     def is_success(self) -> bool:
-        """Whether the instruction is fulfilled now."""
         return tasks.is_success(self.command, self.situation())
 
     def expert_action(self) -> NDArray[np.float32]:

@@ -42,7 +42,6 @@ class Layout:
 
     @property
     def colors(self) -> tuple[str, ...]:
-        """Colours on the table."""
         return tuple(color for color, here in zip(COLORS, self.present, strict=True) if here)
 
 

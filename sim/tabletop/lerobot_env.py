@@ -73,7 +73,6 @@ class CeedTabletopEnv(EnvConfig):
 
     @property
     def package_name(self) -> str:
-        """Namespace of the gymnasium id."""
         return "ceed_vla"
 
     @property

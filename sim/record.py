@@ -103,7 +103,11 @@ def _recorder(
     """The function that records one unit of seeds in the configured mode, and the features of its frames."""
     with EnvPool(config.batch, config.env) as pool:
         if config.mode == "takeover":
-            runner = _driver(config, policy_bundle)
+            bundle = joined(policy_bundle or load(config.policy_path or ""), config.env)
+            steps = bundle[0].config.chunk_size
+            if config.executed_steps > steps:
+                raise ConfigError(f"executed_steps is {config.executed_steps}; the policy's chunks have {steps} steps.")
+            runner = PolicyRunner(bundle, checked_name(config.decoding), executed_steps=config.executed_steps)
             features = frame_features(pool.env(0), config)
             yield lambda seeds: takeover_attempts(runner, pool, seeds, config), features
             return
@@ -115,14 +119,6 @@ def _recorder(
             yield lambda seeds: grounding_scenes(env, seeds, config), frame_features(env, config)
             return
         yield lambda seeds: [expert_attempt(env, seed, config) for seed in seeds], frame_features(env, config)
-
-
-def _driver(config: RecordConfig, policy_bundle: Bundle | None) -> PolicyRunner:
-    bundle = joined(policy_bundle or load(config.policy_path or ""), config.env)
-    steps = bundle[0].config.chunk_size
-    if config.executed_steps > steps:
-        raise ConfigError(f"executed_steps is {config.executed_steps}; the policy's chunks have {steps} steps.")
-    return PolicyRunner(bundle, checked_name(config.decoding), executed_steps=config.executed_steps)
 
 
 class _Session:

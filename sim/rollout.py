@@ -185,7 +185,6 @@ class Replan:
     """A moment at which a new chunk was decoded, and what followed until the next one.
 
     Attributes:
-        observation: As the environment gave it.
         previous: Tokens (n,) of the chunk before; None at the start.
         step: Control steps done before this chunk.
         views: Camera images after each executed step, if they were asked for.

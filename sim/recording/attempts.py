@@ -28,8 +28,6 @@ class Attempt:
     """What one seed yielded.
 
     Attributes:
-        seed: The environment's seed.
-        task: Task family.
         outcome: "recorded"; "failed" (the expert did not finish); "unfinished" (not after the takeover);
             "solved" (the policy finished before the expert took over).
         segments: Frames of each stored episode; empty unless recorded.

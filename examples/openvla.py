@@ -63,13 +63,6 @@ def make_fine_tune(folder: Path, chunk_size: int, seed: int) -> tuple[Path, Path
     return train(config), folder / "data", folder / "held-out"
 
 
-def stored_trajectories(teacher: Path, data: Path, folder: Path) -> TrajectoriesConfig:
-    """The teacher's answers for every frame, which pays where each is seen many times."""
-    return TrajectoriesConfig(
-        str(collect(CollectConfig(str(teacher), str(data), str(folder), states=False, frame_stride=1)))
-    )
-
-
 def replans(store: FrameStore, steps: int, frames: int, rows: int = 16) -> Iterator[NDArray[np.int64]]:
     """The first frames in groups (B,), every one behind the one that lies `steps` before it in its episode."""
     position = np.arange(len(store)) - np.searchsorted(store.episode, store.episode)  # (N,) in the episode
@@ -146,7 +139,9 @@ def main() -> None:
     if tiny:
         torch.set_num_threads(1)  # more of them only get in each other's way on tiny layers
         teacher, data, held_out = make_fine_tune(output, options.chunk_size, options.seed)
-        trajectories = stored_trajectories(teacher, data, output / "trajectories")
+        # The teacher's answers for every frame, which pays where each is seen many times.
+        stored = CollectConfig(str(teacher), str(data), str(output / "trajectories"), states=False, frame_stride=1)
+        trajectories = TrajectoriesConfig(str(collect(stored)))
     else:
         teacher, data, held_out = output / "teacher", options.data, options.held_out or options.data
         settings = {name: getattr(options, name) for name in ("unnorm_key", "camera", "chunk_size", "device")}

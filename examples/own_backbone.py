@@ -157,12 +157,8 @@ def main() -> None:
         config = tabletop_config(backbone=OwnConfig(), auxiliary_scale=[], num_bins=63)
     else:
         config = CeedVLAConfig(backbone=OwnConfig(), push_to_hub=False, device=options.device)
-    common = {
-        "roots": str(data),
-        "batch_size": 16,
-        "lr": 1e-3,
-        "mixed_precision": "no" if options.device == "cpu" else "bf16",
-    }
+    precision = "no" if options.device == "cpu" else "bf16"
+    common = {"roots": str(data), "batch_size": 16, "lr": 1e-3, "mixed_precision": precision}
     teacher = train(
         TrainConfig(
             policy=config, output_dir=str(output / "teacher"), steps=options.steps, muon_lr=5e-3, grounding_steps=0,

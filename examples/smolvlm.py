@@ -102,15 +102,13 @@ def main() -> None:
     )
     # The teacher's answers: stored, as the tiny model sees each frame many times. Large data are better decoded as
     # they are trained on (online=True), see docs/scaling.md.
-    trajectories = TrajectoriesConfig(online=not tiny)
+    stored = output / "trajectories"
     if tiny:
-        folder = output / "trajectories"
-        collect(CollectConfig(str(teacher), str(data), str(folder), states=False, frame_stride=1))
-        trajectories = TrajectoriesConfig(str(folder))
+        collect(CollectConfig(str(teacher), str(data), str(stored), states=False, frame_stride=1))
     student = distill(
         DistillConfig(
             teacher_path=str(teacher),
-            trajectories=trajectories,
+            trajectories=TrajectoriesConfig(str(stored) if tiny else "", online=not tiny),
             output_dir=str(output / "student"),
             steps=options.student_steps,
             omega=0.3 if tiny else 3.0,  # a random model has no skill to protect: speed counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -42,16 +43,8 @@ def compose_frame(
 ) -> Frame:
     """One picture (`HEIGHT`, `WIDTH`, 3) of a clip.
 
-    Args:
-        views: Camera images (H, W, 3) uint8, of which two are shown, enlarged without smoothing: what the policy gets.
-        instruction: The episode's instruction.
-        decoder: Name of the decoder.
-        forwards: Forwards that the current chunk took, in the `unit` "block" or "token".
-        mean_forwards: Mean over the chunks so far.
-        unit: What a forward is.
-        step: Control steps done.
-        status: Shown at the bottom, e.g. "solved".
-        sides: What lies at the left and right border of the first image.
+    Two of the `views` (H, W, 3) uint8 are shown, enlarged without smoothing: what the policy gets; `sides` lie at the
+    left and right border of the first. `forwards` are the current chunk's, of a "block" or a "token" each (`unit`).
     """
     picture = Image.new("RGB", (WIDTH, HEIGHT), _PAPER)
     for view, side, x in zip(views, (VIEW, INSET), (0, VIEW), strict=False):
@@ -65,7 +58,9 @@ def compose_frame(
     left, top = VIEW + _MARGIN, HEADER + INSET + _MARGIN
     draw.text((left, top), decoder, fill=_INK, font=_font(22))
     draw.text((left, top + 36), f"chunk: {forwards} {unit} forward{'s' if forwards != 1 else ''}", _FAINT, _font(13))
-    _draw_forwards(draw, left, top + 58, forwards)
+    squares = [(left + 14 * i, left + 14 * i + 10) for i in range(forwards)]
+    for start, end in squares if forwards <= _MOST_SQUARES else [(left, WIDTH - _MARGIN)]:  # a bar for many
+        draw.rectangle((start, top + 58, end, top + 68), fill=_ACCENT)
     draw.text((left, top + 84), f"mean so far: {mean_forwards:.1f}", fill=_FAINT, font=_font(13))
     draw.text((left, top + 106), f"step {step}", fill=_FAINT, font=_font(13))
     if status:
@@ -92,14 +87,12 @@ def write_clip(path: Path, frames: Iterable[Frame], fps: int = 10) -> Path:
         )
         writer.send(None)
         try:
-            for frame in frames:
-                writer.send(np.ascontiguousarray(frame))
-            writer.close()
+            with closing(writer):
+                for frame in frames:
+                    writer.send(np.ascontiguousarray(frame))
             whole = b"moov" in file.read_bytes()  # the index, which is written last
         except OSError:  # imageio's says how it called ffmpeg
             whole = False
-        finally:
-            writer.close()
         if not whole:
             raise SimulationError(f"{path} could not be written; is the disk full?")
     return path
@@ -134,23 +127,11 @@ def _episode_frames(replans: Iterable[Replan], name: str, unit: str, sides: tupl
             yield from [frame] * (END_FRAMES if last else 1)
 
 
-def _draw_forwards(draw: ImageDraw.ImageDraw, left: int, top: int, forwards: int) -> None:
-    """One square a forward; a full bar stands for more than fit."""
-    if forwards > _MOST_SQUARES:
-        draw.rectangle((left, top, WIDTH - _MARGIN, top + 10), fill=_ACCENT)
-        return
-    for i in range(forwards):
-        draw.rectangle((left + 14 * i, top, left + 14 * i + 10, top + 10), fill=_ACCENT)
-
-
 def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
 def _fitting_font(text: str) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     """The largest font in which `text` fits the width of the picture."""
-    for size in range(22, 10, -1):
-        font = _font(size)
-        if font.getlength(text) <= WIDTH - 2 * _MARGIN:
-            break
-    return font
+    fonts = map(_font, range(22, 11, -1))
+    return next((font for font in fonts if font.getlength(text) <= WIDTH - 2 * _MARGIN), _font(11))

@@ -33,7 +33,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from importlib.metadata import distributions
-from types import TracebackType
 from typing import Any
 
 import draccus
@@ -148,11 +147,8 @@ class Environment:
             raise
         except Exception as error:  # whatever an environment of any make raises
             raise SimulationError(f"--env.type={config.type} cannot be made ({root_cause(error)}).") from error
-        self._envs = [
-            (f"{suite}/{number}", vector.envs[0])
-            for suite, vectors in self._suites.items()
-            for number, vector in vectors.items()
-        ]
+        suites = self._suites.items()
+        self._envs = [(f"{suite}/{n}", vector.envs[0]) for suite, vectors in suites for n, vector in vectors.items()]
         self._env = self._envs[0][1]
         self._quick = all(hasattr(self.inner, name) for name in ("observe", "advance", "is_success"))
         self._observation: Observation | None = None
@@ -165,7 +161,6 @@ class Environment:
 
     @property
     def max_episode_steps(self) -> int:
-        """Step limit of an episode."""
         limit = getattr(self.config, "episode_length", None)
         for place in (self._env, self.inner):
             limit = limit or getattr(place, "_max_episode_steps", None)
@@ -176,11 +171,9 @@ class Environment:
 
     @property
     def instruction(self) -> str:
-        """The instruction of the episode."""
         return str(getattr(self.inner, "task_description", None) or getattr(self.inner, "task", None) or self.task)
 
     def reset(self, seed: int, task: str = MIXED) -> None:
-        """Start the episode of a seed."""
         options: dict[str, Any] = {} if task == MIXED else {"task": task}
         if not _has_tasks(self.config):
             options[NEW_ROLLOUT_OPTION] = True
@@ -191,7 +184,6 @@ class Environment:
         self.success = self.finished = False
 
     def observe(self) -> Observation:
-        """The observation of the present state."""
         if self._observation is None:
             self._observation = self.inner.observe()
         return self._observation
@@ -215,23 +207,19 @@ class Environment:
         return np.asarray(self.config.act(self.inner), dtype=np.float32)  # type: ignore[attr-defined]
 
     def hold_action(self) -> NDArray[np.float32]:
-        """Action (A,) that keeps the robot where it is."""
         zeros = np.zeros(self._env.action_space.shape, dtype=np.float32)
         return self.inner.hold_action() if hasattr(self.inner, "hold_action") else zeros
 
     def disturbance(self, rng: np.random.Generator) -> NDArray[np.float32]:
-        """A random action (A,)."""
         if hasattr(self.inner, "disturbance"):
             return self.inner.disturbance(rng)
         return rng.uniform(*self.action_bounds).astype(np.float32)
 
     def scatter(self, rng: np.random.Generator) -> None:
-        """Put the robot into a random pose."""
         self.inner.scatter(rng)
         self._observation = None
 
     def retarget(self, rng: np.random.Generator) -> None:
-        """Draw another instruction for the same scene."""
         self.inner.retarget(rng)
         self._observation = None
 
@@ -250,7 +238,6 @@ class Environment:
             )
 
     def close(self) -> None:
-        """Release it."""
         close_envs(self._suites)
 
 
@@ -271,20 +258,16 @@ class EnvPool:
 
     @property
     def max_episode_steps(self) -> int:
-        """Step limit of an episode."""
         return getattr(self.config, "episode_length", None) or self.env(0).max_episode_steps
 
     def close(self) -> None:
-        """Release all environments."""
         while self._envs:
             self._envs.pop().close()
 
     def __enter__(self) -> EnvPool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -342,7 +325,7 @@ def check_features(policy: Any, config: EnvConfig) -> None:
     wanted |= {ACTION: tuple(policy.action_feature.shape)}
     for name, shape in wanted.items():
         resized = len(shape) == 3 and name in have  # images of other sizes are resized
-        if name not in (OBS_ENV_STATE,) and have.get(name) != shape and not resized:
+        if name != OBS_ENV_STATE and have.get(name) != shape and not resized:
             raise ConfigError(
                 f"The policy reads or writes {name} {shape}, --env.type={config.type} has "
                 f"{', '.join(f'{n} {s}' for n, s in have.items())}."

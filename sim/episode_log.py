@@ -29,10 +29,8 @@ _LONGEST = 2**28  # [bytes]
 class EpisodeLog:
     """Appends finished episodes to a file; each is on disk before the next one counts.
 
-    Args:
-        identity: What decides an episode: checkpoints, decoders, seeds and so on; anything that JSON can hold.
-        plan: Task of every seed, "mixed" for any.
-        longest: Most steps of an episode.
+    `identity` is what decides an episode: checkpoints, decoders, seeds and so on, as JSON can hold them; `plan` the
+    task of every seed, "mixed" for any; `longest` the most steps of an episode.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], plan: dict[int, str], longest: int) -> None:
@@ -73,7 +71,6 @@ class EpisodeLog:
         self._open = self.file.open("a", encoding="utf-8")
 
     def append(self, name: str, episode: EpisodeResult) -> None:
-        """Keep an episode of decoder `name`."""
         assert self._open is not None
         try:
             self._open.write(_line(name, episode) + "\n")
@@ -84,7 +81,6 @@ class EpisodeLog:
             raise
 
     def close(self) -> None:
-        """Let go of the file."""
         if self._open is not None:
             self._open.close()
 

@@ -117,10 +117,8 @@ def error_rows(
     distance = np.linalg.norm(first, axis=1)  # (N,)
     off = {name: 100 * np.linalg.norm(found[:, part] - truth[:, part], axis=1) for name, part in parts.items()}
     mean = 100 * np.linalg.norm(first.mean(0) - first, axis=1)
-    bounds = [0.0, *edges, np.inf]
-    bands = list(pairwise(bounds))
     rows = []
-    for low, high in [*bands, (0.0, np.inf)]:
+    for low, high in [*pairwise([0.0, *edges, np.inf]), (0.0, np.inf)]:
         inside = (distance >= low) & (distance < high)
         if inside.any():
             quantiles = {

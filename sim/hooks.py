@@ -38,7 +38,6 @@ class NoEnv(EnvConfig):
 
     @property
     def gym_kwargs(self) -> dict[str, Any]:
-        """There is nothing to make."""
         return {}
 
 
@@ -68,7 +67,6 @@ class TeacherSimulation(StudentSimulation):
     """The flags by which `train` uses a simulator."""
 
     def arguments(self: Any) -> dict[str, Any]:
-        """What the command's function takes besides the configuration."""
         if self.env.type == "none":
             self.rounds = 0
         recorder = None

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ceed_vla.checkpoints import load
 from ceed_vla.data.commits import PROGRESS_FILE, is_recording
+from ceed_vla.data.files import is_whole
 from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import ConfigError, DatasetError
 from sim.decoders import checked_name
@@ -36,9 +37,7 @@ class RecordSummary:
     """What is in the data set now.
 
     Attributes:
-        root: Its folder.
         episodes: Stored LeRobot episodes.
-        frames: Stored frames.
         attempts: Attempts made, earlier runs of a resumed set included.
         outcomes: Attempts by "family/outcome".
         seconds: Wall time of this run.
@@ -60,10 +59,8 @@ class RecordSummary:
 def record(config: RecordConfig, policy_bundle: Bundle | None = None, on_attempt: Hook | None = None) -> RecordSummary:
     """Record a data set, or the rest of one.
 
-    Args:
-        config: What to record and where.
-        policy_bundle: Policy with processors for mode takeover; None = load `config.policy_path`.
-        on_attempt: Called after every attempt, before it is stored.
+    Mode takeover loads `config.policy_path` if there is no `policy_bundle`; `on_attempt` is called after every attempt,
+    before it is stored.
 
     Raises:
         ConfigError: `root` exists (without `resume`), or was recorded with other options.
@@ -74,9 +71,8 @@ def record(config: RecordConfig, policy_bundle: Bundle | None = None, on_attempt
     started = time.perf_counter()
     with _recorder(config, policy_bundle) as (run_unit, features), InterruptGuard() as guard:
         try:
-            writer = DatasetWriter(
-                config.root, repo_id=config.repo_id, fps=config.env.fps, features=features, robot_type=config.env.type
-            )
+            name, env = f"local/{config.root.resolve().name}", config.env
+            writer = DatasetWriter(config.root, repo_id=name, fps=env.fps, features=features, robot_type=env.type)
         except OSError as error:
             raise DatasetError(
                 f"{config.root} cannot be written ({error}); make room, or choose another root"
@@ -86,7 +82,8 @@ def record(config: RecordConfig, policy_bundle: Bundle | None = None, on_attempt
             session.run(run_unit, on_attempt)
         finally:
             session.close()
-    return session.summary(time.perf_counter() - started)
+    seconds, outcomes = time.perf_counter() - started, dict(session.outcomes)
+    return RecordSummary(config.root, writer.episodes, writer.frames, session.attempts, outcomes, seconds)
 
 
 def _check_root(config: RecordConfig, policy_bundle: Bundle | None) -> None:
@@ -106,7 +103,11 @@ def _recorder(
     """The function that records one unit of seeds in the configured mode, and the features of its frames."""
     with EnvPool(config.batch, config.env) as pool:
         if config.mode == "takeover":
-            runner = _driver(config, policy_bundle)
+            bundle = joined(policy_bundle or load(config.policy_path or ""), config.env)
+            steps = bundle[0].config.chunk_size
+            if config.executed_steps > steps:
+                raise ConfigError(f"executed_steps is {config.executed_steps}; the policy's chunks have {steps} steps.")
+            runner = PolicyRunner(bundle, checked_name(config.decoding), executed_steps=config.executed_steps)
             features = frame_features(pool.env(0), config)
             yield lambda seeds: takeover_attempts(runner, pool, seeds, config), features
             return
@@ -118,15 +119,6 @@ def _recorder(
             yield lambda seeds: grounding_scenes(env, seeds, config), frame_features(env, config)
             return
         yield lambda seeds: [expert_attempt(env, seed, config) for seed in seeds], frame_features(env, config)
-
-
-def _driver(config: RecordConfig, policy_bundle: Bundle | None) -> PolicyRunner:
-    """The policy that drives in mode takeover."""
-    bundle = joined(policy_bundle or load(config.policy_path or ""), config.env)
-    steps = bundle[0].config.chunk_size
-    if config.executed_steps > steps:
-        raise ConfigError(f"executed_steps is {config.executed_steps}; the policy's chunks have {steps} steps.")
-    return PolicyRunner(bundle, checked_name(config.decoding), executed_steps=config.executed_steps)
 
 
 class _Session:
@@ -159,8 +151,8 @@ class _Session:
         outcomes, attempts = stored.get("outcomes"), stored.get("attempts")
         counts: list[Any] = list(outcomes.values()) if isinstance(outcomes, dict) else [None]
         seeds = [stored.get(name) for name in ("failed_seeds", "episode_seeds")]
-        lists = all(isinstance(s, list) and all(map(_is_count, s)) for s in seeds)
-        fits = isinstance(stored.get("config"), dict) and lists and all(map(_is_count, [attempts, *counts]))
+        lists = all(isinstance(s, list) and all(is_whole(seed, 0) for seed in s) for s in seeds)
+        fits = isinstance(stored.get("config"), dict) and lists and all(is_whole(n, 0) for n in [attempts, *counts])
         if not fits or sum(counts) != attempts or len(stored["episode_seeds"]) != self.writer.episodes:
             raise DatasetError(
                 f"{self.config.root / PROGRESS_FILE} is damaged: its attempts, outcomes and seeds do not fit the "
@@ -175,7 +167,6 @@ class _Session:
         self.episode_seeds: list[int] = list(stored.get("episode_seeds", []))
 
     def run(self, run_unit: Callable[[range], list[Attempt]], on_attempt: Hook | None) -> None:
-        """Record all units that are not done yet."""
         first, last = self.config.first_seed, self.config.first_seed + self.config.episodes
         while (seed := first + self.attempts) < last:
             attempts = run_unit(range(seed, min(seed + self.config.unit_size, last)))
@@ -239,14 +230,3 @@ class _Session:
             "failed_seeds": self.failed_seeds,
             "episode_seeds": self.episode_seeds,
         }
-
-    def summary(self, seconds: float) -> RecordSummary:
-        """Totals after the last commit."""
-        writer = self.writer
-        return RecordSummary(
-            self.config.root, writer.episodes, writer.frames, self.attempts, dict(self.outcomes), seconds
-        )
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,9 +71,7 @@ class EpisodeResult:
     """Outcome of one episode.
 
     Attributes:
-        seed: Seed of the episode.
         task: Task family.
-        instruction: What the policy was told.
         success: Solved within the step limit.
         steps: Control steps done.
         forwards: Per chunk, the forwards after the prefill that its row took.
@@ -162,22 +161,18 @@ class Episode:
         result: What has come of it so far.
         limit: Most control steps.
         previous: Tokens (n,) of the chunk before; None at the start.
-        slot: Number of the environment in its pool.
-        order: Number of the episode among all.
     """
 
     env: Environment
     result: EpisodeResult
     limit: int
     previous: Tensor | None = None
-    slot: int = 0
-    order: int = 0
 
     @classmethod
-    def start(cls, env: Environment, seed: int, task: str, limit: int, slot: int = 0, order: int = 0) -> Episode:
+    def start(cls, env: Environment, seed: int, task: str, limit: int) -> Episode:
         """Reset `env` to the episode of `seed`."""
         env.reset(seed, task)
-        return cls(env, EpisodeResult(seed, env.task, env.instruction), limit, None, slot, order)
+        return cls(env, EpisodeResult(seed, env.task, env.instruction), limit)
 
     @property
     def over(self) -> bool:
@@ -190,7 +185,6 @@ class Replan:
     """A moment at which a new chunk was decoded, and what followed until the next one.
 
     Attributes:
-        observation: As the environment gave it.
         previous: Tokens (n,) of the chunk before; None at the start.
         step: Control steps done before this chunk.
         views: Camera images after each executed step, if they were asked for.
@@ -289,39 +283,33 @@ def rollout(
     bad = [s for s in seeds if not isinstance(s, int | np.integer) or isinstance(s, bool) or s < 0]
     if bad:
         raise ConfigError(f"seed {bad[0]!r}; a seed is a whole number of at least 0")
-    own = pool is None
     if executed_steps is not None and executed_steps < 1:
         raise ConfigError(f"executed_steps={executed_steps} must be at least 1")
-    bundle = joined(policy_bundle, env) if own else policy_bundle
+    bundle = joined(policy_bundle, env) if pool is None else policy_bundle
     runner = PolicyRunner(bundle, decoding, generator, executed_steps)
-    executed_steps = runner.executed_steps
-    pool = pool or EnvPool(min(batch, max(len(seeds), 1)), env)
-    results: dict[int, EpisodeResult] = {}
-    waiting = iter(zip(range(len(seeds)), seeds, tasks, strict=True))
+    results: list[EpisodeResult] = []
+    waiting = zip(seeds, tasks, strict=True)
+    with EnvPool(min(batch, max(len(seeds), 1)), env) if pool is None else nullcontext(pool) as envs:
 
-    def begin(slots: Iterable[int]) -> list[Episode]:
-        """The next waiting episodes in free environments, as far as there are any."""
-        following = zip(slots, waiting, strict=False)
-        limit = pool.max_episode_steps
-        return [Episode.start(pool.env(s), seed, t, limit, slot=s, order=i) for s, (i, seed, t) in following]
+        def begin(slot: int) -> Episode | None:
+            """The next waiting episode, in the environment of a slot; None if all have begun."""
+            for seed, task in waiting:
+                episode = Episode.start(envs.env(slot), seed, task, envs.max_episode_steps)
+                results.append(episode.result)
+                return episode
+            return None
 
-    try:
-        active = begin(range(pool.size))
-        while active:
-            for episode, moment in zip(active, replan(runner, active, executed_steps), strict=True):
+        slots = [begin(slot) for slot in range(envs.size)]
+        while active := {slot: episode for slot, episode in enumerate(slots) if episode is not None}:
+            moments = replan(runner, list(active.values()), runner.executed_steps)
+            for slot, moment in zip(active, moments, strict=True):
                 if on_chunk is not None:
-                    on_chunk(episode.slot, moment.observation, moment.chunk)
-            for episode in active:
-                if episode.over:
-                    results[episode.order] = episode.result
-                    if on_episode is not None:
-                        on_episode(episode.result)
-            freed = {e.slot: e for e in begin([e.slot for e in active if e.over])}
-            active = [freed.get(e.slot, e) for e in active if not e.over or e.slot in freed]
-    finally:
-        if own:
-            pool.close()
-    return [results[order] for order in sorted(results)]
+                    on_chunk(slot, moment.observation, moment.chunk)
+            for episode in active.values():
+                if episode.over and on_episode is not None:
+                    on_episode(episode.result)
+            slots = [begin(i) if episode is not None and episode.over else episode for i, episode in enumerate(slots)]
+    return results
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

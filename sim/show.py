@@ -72,7 +72,6 @@ class Panel:
     """One decoding of the block, as drawn.
 
     Attributes:
-        title: What is decoded how.
         status: (rows, n) codes; row 0 is the state before the first forward.
         exit_row: Forwards after which the decoder stopped.
         exit_note: Why it stopped there; empty for no mark.
@@ -98,7 +97,8 @@ def show(config: ShowConfig) -> Path:
     early_exit = bundles["policy"][0].config.decoding
     with EnvPool(1, config.env) as pool:
         runner = PolicyRunner(bundles["policy"], early_exit, executed_steps=config.executed_steps)
-        replan = _replan(runner, pool, config)
+        moments = drive(runner, pool, config.seed, config.executed_steps, turns(config.env)[0])
+        *_, replan = islice(moments, config.chunk + 1)  # the last one of a shorter episode
     panels = build_panels(bundles, replan, early_exit, config.executed_steps)
     policy_config = bundles["policy"][0].config
     with mpl.rc_context(STYLE):
@@ -114,21 +114,16 @@ def build_panels(
 
     Token by token, the teacher's Jacobi (where there is a teacher), and the policy's Jacobi with its exit.
     """
-    first = "teacher" if "teacher" in bundles else "policy"
-    name = "Teacher" if first == "teacher" else "Policy"
-    block = int(bundles[first][0].config.block_length)
-    title = f"{name}, token by token: {block - 1} forwards"
+    taught, strict = "teacher" in bundles, DecodingConfig(guess=early_exit.guess)
+    block = int(bundles["teacher" if taught else "policy"][0].config.block_length)
+    title = f"{'Teacher' if taught else 'Policy'}, token by token: {block - 1} forwards"
     panels = [Panel(title, autoregressive_status(block), block - 1)]
-    strict, steps = DecodingConfig(guess=early_exit.guess), executed_steps
-    if first == "teacher":
+    if taught:
         title = "Teacher, Jacobi to convergence"
-        panels.append(_jacobi_panel(title, bundles["teacher"], replan, strict, steps))
-        name = "Student"
-    if early_exit.method != "jacobi":
-        early_exit = strict
-    title = f"{name}, Jacobi with early exit"
-    panels.append(_jacobi_panel(title, bundles["policy"], replan, early_exit, steps))
-    return panels
+        panels.append(_jacobi_panel(title, bundles["teacher"], replan, strict, executed_steps))
+    early_exit = early_exit if early_exit.method == "jacobi" else strict
+    title = f"{'Student' if taught else 'Policy'}, Jacobi with early exit"
+    return [*panels, _jacobi_panel(title, bundles["policy"], replan, early_exit, executed_steps)]
 
 
 def _jacobi_panel(title: str, bundle: Bundle, replan: Replan, decoding: DecodingConfig, executed_steps: int) -> Panel:
@@ -272,10 +267,3 @@ def _draw_cameras(figure: Figure, replan: Replan, height: float) -> None:
         handlelength=1.2,
         handleheight=1.1,
     )
-
-
-def _replan(runner: PolicyRunner, pool: EnvPool, config: ShowConfig) -> Replan:
-    """The wanted chunk, or the last one of a shorter episode."""
-    moments = drive(runner, pool, config.seed, config.executed_steps, turns(config.env)[0])
-    *_, replan = islice(moments, config.chunk + 1)
-    return replan

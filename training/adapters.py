@@ -124,9 +124,8 @@ def _add(policy: CeedVLAPolicy, name: str, own: list[str], config: LoRAConfig, t
     )
     inject_adapter_in_model(settings, policy.backbone, adapter_name=name)
     parameters = dict(policy.named_parameters())
-    for parameter_name, parameter in parameters.items():
-        if f".{name}." in parameter_name:
-            parameter.data = parameter.data.float()  # few, and they get small steps
+    for parameter in (p for n, p in parameters.items() if f".{name}." in n):
+        parameter.data = parameter.data.float()  # few, and they get small steps
     with torch.no_grad():
         for weight, value in policy.adapters.items():
             parameters[weight.removesuffix(".weight") + f".{name}.weight"].copy_(value)
@@ -136,7 +135,6 @@ def _add(policy: CeedVLAPolicy, name: str, own: list[str], config: LoRAConfig, t
 
 
 def adapted_layers(module: nn.Module) -> list[Any]:
-    """Peft's layers inside a module."""
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError:
@@ -167,28 +165,20 @@ def teacher_weights(student: nn.Module) -> Iterator[None]:
 
 
 def plain_weights(weights: Mapping[str, Tensor], scale: float, keep_adapters: bool) -> dict[str, Tensor]:
-    """A checkpoint's weights from those of a policy with adapters.
+    """A checkpoint's weights from those of a policy with adapters, `weights` by peft's names.
 
-    Args:
-        weights: All weights by peft's names.
-        scale: Factor of the adapters.
-        keep_adapters: Write the learnt adapters beside the base's weights; otherwise add them to these.
-
-    Returns:
-        Weights under the names of a policy without adapters, and the adapters under the names of `ceed_vla.lora`.
+    They get the names of a policy without adapters. The learnt adapters, times `scale`, come beside them under the
+    names of `ceed_vla.lora` (`keep_adapters`), or are added to them.
     """
     a, b = f".lora_A.{LEARNT}.weight", f".lora_B.{LEARNT}.weight"
     plain = {n.replace(".base_layer.", "."): w for n, w in weights.items() if ".lora_" not in n}
-    for name, weight in weights.items():
-        if not name.endswith(a):
-            continue
-        layer = name.removesuffix(a)
-        up = scale * weights[layer + b].float()
+    for layer in [name.removesuffix(a) for name in weights if name.endswith(a)]:
+        down, up = weights[layer + a], scale * weights[layer + b].float()
         if keep_adapters:
-            plain[layer + A], plain[layer + B] = weight, up
+            plain[layer + A], plain[layer + B] = down, up
         else:
             base = plain[f"{layer}.weight"]
-            plain[f"{layer}.weight"] = (base.float() + up @ weight.float()).to(base.dtype)
+            plain[f"{layer}.weight"] = (base.float() + up @ down.float()).to(base.dtype)
     return plain
 
 

@@ -21,15 +21,11 @@ _REMEDY = "Correct the data, give a range that fits them, or allow it with --max
 
 
 def check_clipping(tokens: Any, stores: Sequence[FrameStore], most: float) -> None:
-    """Report the share of the data sets' actions that a vocabulary clips, and stop where it loses them.
+    """Report the share of the data sets' actions that a vocabulary (`ActionTokens`) clips; stop where it loses them.
 
     Ranges of quantiles clip up to 2 % of every dimension by construction, by little. So `most` limits the share of
-    values that lie *far* outside: beyond an end by more than half the range's width, dimension by dimension.
-
-    Args:
-        tokens: The vocabulary, `ceed_vla.tokens.base.ActionTokens`.
-        stores: Data sets; those without actions are left out.
-        most: Largest share of a dimension's values that may lie far outside; 1 allows all.
+    values that lie *far* outside: beyond an end by more than half the range's width, dimension by dimension; 1 allows
+    all. Data sets without actions are left out.
 
     Raises:
         ConfigError: Names the dimension, the range and the share.

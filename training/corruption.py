@@ -64,14 +64,9 @@ def guess_states(policy: CeedVLAPolicy, previous: Tensor, draw: StateDraw) -> Te
 def online_states(
     policy: CeedVLAPolicy, embeddings: Tensor, previous: Tensor, draw: StateDraw, max_updates: int
 ) -> Tensor:
-    """Guesses (B, n) after the drawn numbers of the student's own Jacobi updates.
+    """Guesses (B, n) after the drawn numbers of the student's own Jacobi updates, behind its prefix `embeddings`.
 
-    Args:
-        policy: The student.
-        embeddings: Prefix embeddings of the rows.
-        previous: Previous chunks (B, n); rows of -1 have none.
-        draw: The random part.
-        max_updates: Most updates; every process runs so many forwards, which sharded weights need.
+    In `previous` (B, n), rows of -1 have none. Every process runs `max_updates` forwards, which sharded weights need.
     """
     states = guess_states(policy, previous, draw)
     updates = torch.from_numpy(draw.updates).to(states.device)

@@ -24,13 +24,7 @@ INCREMENT = re.compile("(d|delta_)(x|y|z|rx|ry|rz|roll|pitch|yaw)")  # names of 
 
 
 class Privileged(Protocol):
-    """What an environment says of its ``observation.environment_state`` (E,).
-
-    Attributes:
-        names: Of its values.
-        scale: Factors of the leading values, for the auxiliary regression.
-        named: Leading values that are regressed while actions are learnt.
-    """
+    """What an environment says of its ``observation.environment_state`` (E,); see `sim.environment.Privileged`."""
 
     names: tuple[str, ...]
     scale: tuple[float, ...]
@@ -42,11 +36,7 @@ def take_from_data(
 ) -> dict[str, dict[str, Tensor]]:
     """Fill a new policy's features, two-valued and increment dimensions and auxiliary target where they are not set.
 
-    Args:
-        policy: Filled in.
-        stores: Demonstrations.
-        grounding: Action-free data sets.
-        privileged: The environment's; it is believed where the data sets name their values as the environment does.
+    `privileged` is believed where the data sets name their values as the environment does.
 
     Returns:
         Statistics for the processors and the ranges of the action tokens. For actions that are nearly always zero in

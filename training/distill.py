@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,6 @@ def distill(config: DistillConfig, closed_loop: ClosedLoop | None = None) -> Pat
 
 
 class DistillRun(Run):
-    """One distillation run: student, frozen teacher and data."""
-
     name = "distil"
 
     def __init__(self, config: DistillConfig, closed_loop: ClosedLoop | None) -> None:
@@ -135,8 +134,8 @@ class DistillRun(Run):
         stored = config.states == "stored"
         if chosen.online:
             decode = self.objective.decode_teacher
-            return OnlineData(config.roots, student, pre, decode, teacher_states=stored, **sizes)  # type: ignore[arg-type]
-        data = StoredData(chosen.path, config.roots, config.teacher_path, student, pre, **sizes)  # type: ignore[arg-type]
+            return OnlineData(config.roots, student, pre, decode, teacher_states=stored, **sizes)
+        data = StoredData(chosen.path, config.roots, config.teacher_path, student, pre, **sizes)
         if stored and not data.trajectories.states:
             raise DatasetError(f"{chosen.path} keeps no states; collect them with --states=true.")
         return data
@@ -182,17 +181,12 @@ class DistillRun(Run):
 
     def _counts(self, parts: list[dict[str, Any]]) -> Tensor:
         """(2,) slots that the two loss terms are means of in the whole batch, divided by the processes."""
-        labelled = "label_weight" in needs(self.objective.loss)
-        each = [
-            torch.stack(
-                [
-                    after_first_divergence(part["states"], part["fixed_point"]).sum(),
-                    part["label_weight"].sum() if labelled else torch.ones_like(part["label_weight"]).sum(),
-                ]
-            )
-            for part in parts
-        ]
-        return self.accelerator.reduce(torch.stack(each).sum(0), reduction="mean")  # type: ignore[no-any-return]
+        masks = torch.cat([after_first_divergence(part["states"], part["fixed_point"]) for part in parts])
+        weights = torch.cat([part["label_weight"] for part in parts])
+        if "label_weight" not in needs(self.objective.loss):
+            weights = torch.ones_like(weights)
+        counts = torch.stack([masks.sum(), weights.sum()])
+        return self.accelerator.reduce(counts, reduction="mean")  # type: ignore[no-any-return]
 
     # ---- measurements -------------------------------------------------------------------------------------------
 
@@ -211,9 +205,9 @@ class DistillRun(Run):
         batch = self.data.batch(self.data.held_out)
         strict = DecodingConfig(method="jacobi", guess="previous")
         # Sharded weights come together in the model's own forward only.
-        measure = self.model if self.sharded else self.objective.run
-        result = measure("decode_student", batch, strict, batch["previous"])
-        once = measure("decode_student", batch, replace(strict, max_iterations=1), batch["previous"])
+        decode = partial(self.model, "decode_student") if self.sharded else self.objective.decode_student
+        result = decode(batch, strict, batch["previous"])
+        once = decode(batch, replace(strict, max_iterations=1), batch["previous"])
         iterations = result.iterations.float()
         return {
             "iterations_mean": iterations.mean().item(),

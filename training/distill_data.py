@@ -54,7 +54,10 @@ class DistillData:
         roots: Comma-separated data sets.
         policy: The student; gives vocabulary and chunk.
         pre: Its pre-processor.
+        eval_frames: Frames held out.
+        delta_quantile: Share of the training frames whose distance between teacher and demonstration is acceptable.
         streaming: Which of the data sets are streamed.
+        seed: Of the order in which streamed data are read.
 
     Attributes:
         root: (N,) data set of every row.
@@ -70,8 +73,19 @@ class DistillData:
     root: NDArray[np.int64]
     frame: NDArray[np.int64]
 
-    def __init__(self, roots: str, policy: CeedVLAPolicy, pre: Any, streaming: StreamingConfig | None = None) -> None:
+    def __init__(
+        self,
+        roots: str,
+        policy: CeedVLAPolicy,
+        pre: Any,
+        *,
+        eval_frames: int = 0,
+        delta_quantile: float = 1.0,
+        streaming: StreamingConfig | None = None,
+        seed: int = 0,
+    ) -> None:
         self.policy, self.pre = policy, pre
+        self.eval_frames, self.delta_quantile, self.seed = eval_frames, delta_quantile, seed
         self.stores = [open_dataset(root, streaming=streaming) for root in split_list(roots)]
         if not self.stores:
             raise ConfigError("No data: set --roots to one or more recorded folders.")
@@ -82,19 +96,19 @@ class DistillData:
         check_compatible(self.stores)
         self.delta_max = float("inf")
 
-    def split(self, eval_frames: int, seed: int) -> None:
+    def split(self) -> None:
         """Hold out rows for measurements.
 
         Raises:
             DatasetError: Too few frames.
         """
-        order = np.random.default_rng(0).permutation(len(self.frame))
-        self.held_out, self.rows = self._by_store(order[:eval_frames]), order[eval_frames:]
+        order, held_out = np.random.default_rng(0).permutation(len(self.frame)), self.eval_frames
+        self.held_out, self.rows = self._by_store(order[:held_out]), order[held_out:]
         if not len(self.rows):
             raise DatasetError(
-                f"There are {len(order)} frames, --eval_frames {eval_frames} of them held out; record more or lower it."
+                f"There are {len(order)} frames, --eval_frames {held_out} of them held out; record more or lower it."
             )
-        self.windows = row_windows(self.stores, self.root, self.frame, self.rows, seed)
+        self.windows = row_windows(self.stores, self.root, self.frame, self.rows, self.seed)
 
     def draw(self, size: int, random: np.random.Generator, step: int) -> NDArray[np.int64]:
         """Rows of a step's batch, grouped by data set: so are those of any part of it."""
@@ -107,11 +121,9 @@ class DistillData:
 
     def observations(self, rows: NDArray[np.int64]) -> dict[str, Any]:
         """Pre-processed observations and actions of rows that are grouped by data set."""
-        parts = []
-        for index, store in enumerate(self.stores):
-            own = rows[self.root[rows] == index]
-            if len(own):
-                parts.append(store.batch(self.frame[own], self.policy.config.chunk_size))
+        of_stores = ((store, rows[self.root[rows] == index]) for index, store in enumerate(self.stores))
+        size = self.policy.config.chunk_size
+        parts = [store.batch(self.frame[own], size) for store, own in of_stores if len(own)]
         return self.pre(join_batches(parts))  # type: ignore[no-any-return]
 
     def fixed_points(
@@ -121,11 +133,9 @@ class DistillData:
         raise NotImplementedError
 
     def batch(self, rows: NDArray[np.int64], draw: StateDraw | None = None) -> dict[str, Any]:
-        """What a part of a step needs, on the policy's device.
+        """What a part of a step needs, of rows that are grouped by data set, on the policy's device.
 
-        Args:
-            rows: Grouped by data set.
-            draw: The random part of the states; without it every row gets its previous chunk.
+        Without `draw`, the random part of the states, every row gets its previous chunk.
 
         Returns:
             What the pre-processor gives and `fixed_points`, and ``labels``, ``label_weight`` (B, n), ``replaced`` (B,).
@@ -159,49 +169,33 @@ class StoredData(DistillData):
         path: Their folder.
         roots: The data sets they were collected on, in the same order.
         teacher: Checkpoint that must have made them.
-        policy: The student.
-        pre: Its pre-processor.
-        eval_frames: Frames held out.
-        delta_quantile: Share of the training frames whose distance between teacher and demonstration is acceptable.
+        settings: See `DistillData`.
 
     Raises:
         DatasetError: Trajectories and data sets that do not fit each other, or too few frames.
         CheckpointError: Trajectories of another teacher.
     """
 
-    def __init__(
-        self,
-        path: str,
-        roots: str,
-        teacher: str,
-        policy: CeedVLAPolicy,
-        pre: Any,
-        *,
-        eval_frames: int,
-        delta_quantile: float,
-        streaming: StreamingConfig | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(roots, policy, pre, streaming)
+    def __init__(self, path: str, roots: str, teacher: str, policy: CeedVLAPolicy, pre: Any, **settings: Any) -> None:
+        super().__init__(roots, policy, pre, **settings)
         if not path:
             raise ConfigError(
                 "No trajectories: set --trajectories.path to their folder, or --trajectories.online=true."
             )
         self.trajectories = read_trajectories(path, teacher)
-        different = [key for key, value in layout_of(policy).items() if self.trajectories.meta[key] != value]
-        if different:
-            values = {key: self.trajectories.meta[key] for key in different}
+        meta = self.trajectories.meta
+        if values := {key: meta[key] for key, value in layout_of(policy).items() if meta[key] != value}:
             raise DatasetError(
                 f"{path}: meta.json says {values}, the policy has {layout_of(policy)}; collect the trajectories again."
             )
-        if not are_those(self.stores, self.trajectories.meta["datasets"]):
+        if not are_those(self.stores, meta["datasets"]):
             raise DatasetError(
-                f"The trajectories were collected on {self.trajectories.meta['datasets']}, --roots gives "
+                f"The trajectories were collected on {meta['datasets']}, --roots gives "
                 f"{describe(self.stores)}; name the same folders, unchanged, in the same order."
             )
         self.root, self.frame = self.trajectories.root, self.trajectories.frame
-        self.split(eval_frames, seed)
-        self.delta_max = float(np.quantile(self.distances(self.rows), delta_quantile))
+        self.split()
+        self.delta_max = float(np.quantile(self.distances(self.rows), self.delta_quantile))
 
     def distances(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """`distance` (N,) of many rows, from their actions alone."""
@@ -229,40 +223,26 @@ class OnlineData(DistillData):
     """The teacher decodes as it is asked, also the chunk before where a row's guess starts from it.
 
     Args:
-        roots: The data sets.
-        policy: The student.
-        pre: Its pre-processor.
         decode: The teacher.
         teacher_states: Give states of the teacher's trajectories, which takes Jacobi decoding.
-        eval_frames: Frames held out.
-        delta_quantile: See `StoredData`; of a sample of four times `eval_frames`.
+        settings: See `DistillData`; `delta_quantile` is that of a sample of four times `eval_frames`.
     """
 
     def __init__(
-        self,
-        roots: str,
-        policy: CeedVLAPolicy,
-        pre: Any,
-        decode: Decode,
-        *,
-        teacher_states: bool,
-        eval_frames: int,
-        delta_quantile: float,
-        streaming: StreamingConfig | None = None,
-        seed: int = 0,
+        self, roots: str, policy: CeedVLAPolicy, pre: Any, decode: Decode, *, teacher_states: bool, **settings: Any
     ) -> None:
-        super().__init__(roots, policy, pre, streaming)
+        super().__init__(roots, policy, pre, **settings)
         self.decode, self.teacher_states = decode, teacher_states
         self.root = np.concatenate([np.full(len(s), i) for i, s in enumerate(self.stores)])
         self.frame = np.concatenate([np.arange(len(s)) for s in self.stores])
         self.episode = np.concatenate([s.episode for s in self.stores])
-        self.split(eval_frames, seed)
+        self.split()
         distances = []
-        sample = self._by_store(self.rows[: 4 * eval_frames])
-        for part in np.split(sample, range(eval_frames, len(sample), eval_frames)):
+        sample = self._by_store(self.rows[: 4 * self.eval_frames])
+        for part in np.split(sample, range(self.eval_frames, len(sample), self.eval_frames)):
             observation = self.observations(part)
             distances.append(self.distance(decode(observation, None)[0], observation).cpu())
-        self.delta_max = float(torch.cat(distances).quantile(delta_quantile))
+        self.delta_max = float(torch.cat(distances).quantile(self.delta_quantile))
 
     def fixed_points(
         self, rows: NDArray[np.int64], observation: dict[str, Any], draw: StateDraw | None

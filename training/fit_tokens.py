@@ -68,15 +68,13 @@ def fit_tokens(config: FitTokensConfig) -> dict[str, Any]:
         ConfigError: Settings that do not fit the data.
     """
     output = Path(config.output)
-    _check_own(output)
-    tokens = FastTokensConfig(
-        most_ids=config.most_ids,
-        scale=config.scale,
-        max_tokens=config.max_tokens,
-        action_low=config.action_low,
-        action_high=config.action_high,
-        gripper_dims=config.gripper_dims,
-    )
+    if output.exists():
+        try:
+            FastTokensConfig(path=str(output))
+        except CeedVLAError as error:
+            raise ConfigError(f"{output} exists and holds no fitted tokens; choose another --output.") from error
+    settings = ("most_ids", "scale", "max_tokens", "action_low", "action_high", "gripper_dims")
+    tokens = FastTokensConfig(**{name: getattr(config, name) for name in settings})
     parts = [read_chunks(root, config.chunk_size) for root in split_list(config.roots)]
     if len({part.shape[2] for part in parts}) > 1:
         raise ConfigError(f"The data sets have actions of {[part.shape[2] for part in parts]} values; fit one robot.")
@@ -88,15 +86,6 @@ def fit_tokens(config: FitTokensConfig) -> dict[str, Any]:
     report = measure_tokens(tokens, chunks)
     print(f"{config.output}: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items()))
     return report
-
-
-def _check_own(output: Path) -> None:
-    """Refuse to overwrite anything but tokens."""
-    if output.exists():
-        try:
-            FastTokensConfig(path=str(output))
-        except CeedVLAError as error:
-            raise ConfigError(f"{output} exists and holds no fitted tokens; choose another --output.") from error
 
 
 def fit_action_tokens(policy: CeedVLAConfig, stores: Sequence[FrameStore]) -> None:

@@ -6,9 +6,14 @@ first slot where they differ. All logits are aligned: entry ``i`` of (B, n, V) p
 consistency terms start at ``f + 1``.
 
 A loss is one function that registers itself; the names of its parameters say what it needs, and only that is computed:
-``fixed_logits``, ``state_logits``, ``label_logits`` (the student's on ``Y*``, ``Y`` and the labels), ``teacher_logits``
-(the frozen teacher's on ``Y*``), ``states``, ``fixed_point``, ``labels``, ``label_weight``, ``omega``, ``sigma`` and
-``counts``.
+
+    fixed_logits, state_logits, label_logits    the student's (B, n, V) on ``Y*``, ``Y`` and the labels
+    teacher_logits      the frozen teacher's (B, n, V) on ``Y*``
+    states, fixed_point, labels    ``Y``, ``Y*`` and mixed labels (B, n)
+    label_weight        (B, n) 0 on tokens past the end of the demonstration
+    omega               weight of the anchor
+    sigma               width of soft labels [bins], as in the teacher's training; 0 is the paper's hard label
+    counts              (2,) slots that consistency and anchor are means of in the whole batch, where this is a part
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ class DistillationTerms:
     Attributes:
         consistency: Divergence on the corrupted block.
         anchor: What keeps the student's policy in place: KL to the teacher, or cross-entropy on mixed labels.
-        total: consistency + omega * anchor.
+        total: Both, weighted.
     """
 
     consistency: Tensor
@@ -45,8 +50,6 @@ _LOSSES: dict[str, Loss] = {}
 
 
 def register_loss[F: Loss](name: str) -> Callable[[F], F]:
-    """Register a loss for ``--loss``."""
-
     def add(loss: F) -> F:
         _LOSSES[name] = loss
         return loss
@@ -69,7 +72,6 @@ def find_loss(name: str) -> Loss:
 
 
 def needs(loss: Loss) -> list[str]:
-    """Names of the parameters of a loss."""
     return list(inspect.signature(loss).parameters)
 
 
@@ -104,21 +106,11 @@ def trust_region_loss(
 ) -> DistillationTerms:
     """Both blocks of the student stay near the frozen teacher; no demonstration is involved.
 
-        L = mean_{i > f} KL(p_T(. | Y*_<i) || q(. | Y_<i)) + omega * mean_i KL(p_T(. | Y*_<i) || q(. | Y*_<i))
-
-    Args:
-        teacher_logits: Frozen teacher on ``Y*`` (B, n, V).
-        fixed_logits: Student on ``Y*`` (B, n, V).
-        state_logits: Student on ``Y`` (B, n, V).
-        states: ``Y`` (B, n).
-        fixed_point: ``Y*`` (B, n).
-        omega: Weight of the anchor.
-        counts: (2,) slots that consistency and anchor are means of in the whole batch, where this is a part.
+    L = mean_{i > f} KL(p_T(. | Y*_<i) || q(. | Y_<i)) + omega * mean_i KL(p_T(. | Y*_<i) || q(. | Y*_<i))
     """
-    mask, whole = after_first_divergence(states, fixed_point), counts if counts is not None else (None, None)
-    consistency = masked_mean(forward_kl(teacher_logits, state_logits), mask, whole[0])
-    anchor = masked_mean(forward_kl(teacher_logits, fixed_logits), torch.ones_like(mask), whole[1])
-    return DistillationTerms(consistency, anchor, consistency + omega * anchor)
+    mask = after_first_divergence(states, fixed_point)
+    divergences = forward_kl(teacher_logits, state_logits), forward_kl(teacher_logits, fixed_logits)
+    return _terms(*divergences, mask, torch.ones_like(mask), omega, counts)
 
 
 @register_loss("paper")
@@ -138,21 +130,18 @@ def paper_loss(
 
         L = mean_{i > f} KL(sg q(. | Y*_<i) || q(. | Y_<i)) - omega * mean_i log q(label_i | label_<i)
 
-    Args:
-        fixed_logits: Student on ``Y*`` (B, n, V), the target (stop-gradient).
-        state_logits: Student on ``Y`` (B, n, V).
-        label_logits: Student on the label itself (B, n, V), so that prefix and target agree.
-        states: ``Y`` (B, n).
-        fixed_point: ``Y*`` (B, n).
-        labels: Mixed labels (B, n).
-        label_weight: (B, n) 0 on tokens past the end of the demonstration.
-        omega: Weight of the autoregressive term.
-        sigma: Width of the soft labels [bins], as in the teacher's training; 0 is the paper's hard label.
-        counts: (2,) slots that consistency and anchor are means of in the whole batch, where this is a part.
+    The student reads the label itself, so that prefix and target agree.
     """
-    mask, whole = after_first_divergence(states, fixed_point), counts if counts is not None else (None, None)
-    consistency = masked_mean(forward_kl(fixed_logits, state_logits), mask, whole[0])
-    anchor = masked_mean(soft_cross_entropy(label_logits, labels, sigma), label_weight, whole[1])
+    divergence, surprise = forward_kl(fixed_logits, state_logits), soft_cross_entropy(label_logits, labels, sigma)
+    return _terms(divergence, surprise, after_first_divergence(states, fixed_point), label_weight, omega, counts)
+
+
+def _terms(
+    consistency: Tensor, anchor: Tensor, mask: Tensor, weight: Tensor, omega: float, counts: Tensor | None
+) -> DistillationTerms:
+    """Means of the two terms (B, n), over `mask` and `weight`, and their sum."""
+    of_mask, of_weight = (None, None) if counts is None else counts
+    consistency, anchor = masked_mean(consistency, mask, of_mask), masked_mean(anchor, weight, of_weight)
     return DistillationTerms(consistency, anchor, consistency + omega * anchor)
 
 

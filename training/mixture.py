@@ -19,11 +19,7 @@ from training.windows import sliding
 class Mixture:
     """Draws batches from several frame stores in fixed proportions; a step always gets the same frames.
 
-    Args:
-        stores: Data sets with the same features.
-        weights: Share of every store; proportional to the frames if None.
-        seed: Seed of the draws.
-        chunk_size: Steps of an action chunk.
+    `weights` are the shares of the stores, proportional to their frames if None.
 
     Raises:
         DatasetError: No data set, data sets that do not go together, or other than one positive weight each.
@@ -59,7 +55,6 @@ class Mixture:
 
 
 def join_batches(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One raw batch from several."""
     joined: dict[str, Any] = {}
     for key, value in parts[0].items():
         values = [part[key] for part in parts]
@@ -107,20 +102,11 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 def state_statistics(stores: Sequence[FrameStore]) -> dict[str, dict[str, Tensor]]:
     """LeRobot-shaped statistics of state and action over all stores."""
     stats: dict[str, dict[str, Tensor]] = {}
-    for key, arrays in (
-        (STATE, [s.state for s in stores]),
-        (ACTION, [s.action for s in stores if s.action is not None]),
-    ):
-        if not arrays:
-            continue
-        values = np.concatenate(arrays).astype(np.float64)
-        columns = {
-            "mean": values.mean(0),
-            "std": values.std(0).clip(1e-3),
-            "min": values.min(0),
-            "max": values.max(0),
-            "q01": np.quantile(values, 0.01, axis=0),
-            "q99": np.quantile(values, 0.99, axis=0),
-        }
-        stats[key] = {name: torch.from_numpy(column).float() for name, column in columns.items()}
+    actions = [store.action for store in stores if store.action is not None]
+    for key, arrays in {STATE: [store.state for store in stores], ACTION: actions}.items():
+        if arrays:
+            values = np.concatenate(arrays).astype(np.float64)
+            ends = zip(("min", "q01", "q99", "max"), np.quantile(values, [0, 0.01, 0.99, 1], axis=0), strict=True)
+            columns = {"mean": values.mean(0), "std": values.std(0).clip(1e-3), **dict(ends)}
+            stats[key] = {name: torch.from_numpy(column).float() for name, column in columns.items()}
     return stats

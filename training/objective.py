@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,7 @@ class DistillationObjective(nn.Module):
     Args:
         student: Starts as the teacher; with adapters (`training.adapters.attach_student`) it holds both.
         teacher: A copy that stays, or None where the student's adapters can be switched.
-        loss: See `training.losses`.
-        omega: Weight of the anchoring term.
+        loss: See `training.losses`, also for `omega`.
     """
 
     def __init__(self, student: CeedVLAPolicy, teacher: CeedVLAPolicy | None, loss: Loss, omega: float) -> None:
@@ -38,17 +37,8 @@ class DistillationObjective(nn.Module):
                 parameter.requires_grad_(name in learning)
 
     def forward(self, part: str, *arguments: Any) -> Any:
-        """Run one of the parts below by its name: DDP, FSDP and autocast act on this method only."""
-        return self.run(part, *arguments)
-
-    def run(self, part: str, *arguments: Any) -> Any:
-        """`forward` without what a trainer put around it."""
-        parts: dict[str, Callable[..., Any]] = {
-            "prepare": self.prepare,
-            "losses": self.losses,
-            "decode_student": self.decode_student,
-        }
-        return parts[part](*arguments)
+        """Run one of the methods below by its name: DDP, FSDP and autocast act on this method only."""
+        return getattr(self, part)(*arguments)
 
     @contextmanager
     def teacher(self) -> Iterator[CeedVLAPolicy]:
@@ -74,9 +64,8 @@ class DistillationObjective(nn.Module):
     def prepare(self, batch: dict[str, Any], own: tuple[StateDraw, int] | None) -> tuple[Any, Tensor]:
         """Prefix embeddings, once for all forwards of a step, and states ``Y`` (B, n).
 
-        Args:
-            batch: Observation, ``previous`` (B, n), and ``teacher_states`` (B, n) if used.
-            own: Draw and most updates of the student's own states; the teacher's if None.
+        `batch` holds the observation, ``previous`` (B, n), and ``teacher_states`` (B, n), which are taken unless there
+        are the draw and most updates of the student's `own`.
         """
         with self._evaluating():
             embeddings = self.student.backbone.embed_prefix(batch)
@@ -101,7 +90,6 @@ class DistillationObjective(nn.Module):
         return self.loss(**{name: have[name] for name in wanted})
 
     def decode_student(self, batch: dict[str, Any], config: DecodingConfig, previous: Tensor) -> DecodeResult:
-        """The student's block of every row."""
         with self._evaluating():
             return self.student.decode(batch, config, previous=previous, read=False)
 

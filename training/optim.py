@@ -24,7 +24,6 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of all matrices that have a gradient."""
         devices = {str(parameter.device) for group in self.param_groups for parameter in group["params"]}
         if closure is not None or all(map(computes_bfloat16, devices)):
             return super().step(closure)

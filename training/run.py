@@ -96,10 +96,7 @@ class RunConfig:
 class Run:
     """One training run. A subclass loads its data, then calls `prepare`.
 
-    Args:
-        config: Settings.
-        device: "cpu", or an accelerator as `accelerate` finds it.
-        closed_loop: Measures a checkpoint in simulation; skipped if None.
+    `device` is "cpu", or an accelerator as `accelerate` finds it; `closed_loop` measures a checkpoint in simulation.
 
     Raises:
         ConfigError: No output folder, or one that holds another run, or files that this one would replace.
@@ -118,11 +115,6 @@ class Run:
         check_device(device)
         if config.threads:
             torch.set_num_threads(config.threads)
-        # Grounding frames use no action head; while one process validates or records, the others wait.
-        handlers = [
-            DistributedDataParallelKwargs(find_unused_parameters=True),
-            InitProcessGroupKwargs(timeout=timedelta(hours=6)),
-        ]
         precision = config.mixed_precision
         if precision == "auto":
             precision = "bf16" if computes_bfloat16(device) else "no"
@@ -131,7 +123,10 @@ class Run:
             log_with="tensorboard",
             project_dir=str(self.output),
             cpu=device == "cpu",
-            kwargs_handlers=handlers,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=True),  # grounding frames use no action head
+                InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # while one validates or records, the others wait
+            ],
         )
         set_seed(config.seed)
         self.step, self.total = 0, config.steps
@@ -270,9 +265,7 @@ class Run:
     def optimize[T](self, parts: Sequence[T], loss: Callable[[T], Tensor]) -> None:
         """One step of all optimisers at this step's learning rate.
 
-        Args:
-            parts: What this process runs, one backward pass each; gradients are exchanged after the last.
-            loss: Runs the model on a part; the losses of the parts add up.
+        Each of this process's `parts` has a backward pass, their losses add up; gradients are exchanged after the last.
 
         Raises:
             CeedVLAError: A loss is not finite.
@@ -331,7 +324,6 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def save_policy(self, name: str) -> Path:
-        """Write the policy as a checkpoint folder."""
         folder = self.output / CHECKPOINTS / name / "pretrained_model"
         weights = states.weights(self.accelerator, self.model, self.policy, self.settings.lora.rank > 0)
         if self.accelerator.is_main_process:
@@ -343,8 +335,8 @@ class Run:
     def save_state(self) -> None:
         """Write all that resuming needs. The state before it stays valid until this one is complete."""
         progress = self.output / PROGRESS
-        current = self._read_progress()["state"] if progress.is_file() else STATES[1]
-        name = STATES[1 - STATES.index(current)]
+        first = not progress.is_file() or self._read_progress()["state"] == STATES[1]
+        name = STATES[0] if first else STATES[1]
         self.accelerator.wait_for_everyone()  # every process has read the name
         with self._writing():
             self.accelerator.save_state(str(self.output / name))

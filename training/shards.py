@@ -71,12 +71,7 @@ def find_shards(folder: Path) -> list[Path]:
 
 
 def read_shard(file: Path, meta: dict[str, Any], frames: NDArray[np.int64] | None = None) -> pa.Table:
-    """A complete shard.
-
-    Args:
-        file: Where it is.
-        meta: From `read_meta` or `collect`: the layout that the shard must have.
-        frames: Frames that it must hold, where that is known.
+    """A complete shard, of the layout in `meta` and with those `frames`, where they are known.
 
     Raises:
         DatasetError: Names the file and what is wrong in it.
@@ -133,7 +128,6 @@ def read_shard(file: Path, meta: dict[str, Any], frames: NDArray[np.int64] | Non
 
 
 def lengths_of(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Length of every list of a column."""
     return pc.list_value_length(column).to_numpy().astype(np.int64)  # type: ignore[no-any-return]
 
 

@@ -41,12 +41,7 @@ def weights(
         return None
     if adapted:
         found = plain_weights(found, scale_of(policy), keep_adapters=bool(policy.referenced))
-    return _distinct(found)
-
-
-def _distinct(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without second names of tied weights, which safetensors refuses."""
-    first: dict[tuple[int, int], str] = {}
+    first: dict[tuple[int, int], str] = {}  # of the names of tied weights, whose others safetensors refuses
     for name, weight in found.items():
         first.setdefault((weight.data_ptr(), weight.numel()), name)
     return {name: found[name] for name in first.values()}
@@ -55,9 +50,7 @@ def _distinct(found: dict[str, Tensor]) -> dict[str, Tensor]:
 def keep_in_states(accelerator: Accelerator, adapted: bool) -> None:
     """Say what states hold: weights by the names that they have in one process, so that any number can go on.
 
-    Args:
-        accelerator: Saves and loads the states.
-        adapted: Only the weights that learn; beside a large frozen base these are few.
+    With adapters (`adapted`) only those that learn: beside a large frozen base these are few.
     """
 
     def save(models: list[nn.Module], state_dicts: list[dict[str, Tensor]], folder: str) -> None:

@@ -27,18 +27,14 @@ from training.clipping import check_clipping
 from training.defaults import Privileged, check_target, describe, named_terms, take_from_data
 from training.fit_tokens import fit_action_tokens
 from training.mixture import Mixture, check_fits
-from training.run import NONE_OR_RATES, RATES, TAKEOVER, ClosedLoop, Run, RunConfig
-from training.settings import BATCHES, NONE_OR_COUNTS, number_list, split_list
+from training.run import NONE_OR_RATES, TAKEOVER, ClosedLoop, Run, RunConfig
+from training.settings import NONE_OR_COUNTS, number_list, split_list
 
 logger = logging.getLogger(__name__)
 
 # What a takeover round needs: (policy folder, round, folder for the new data sets) -> the recorded roots.
 # It is called again when the run is resumed from a state before the end of that round.
 RecordTakeover = Callable[[Path, int, Path], list[Path]]
-
-
-def _usual_policy() -> CeedVLAConfig:
-    return CeedVLAConfig(device="cpu", push_to_hub=False)
 
 
 @dataclass
@@ -67,17 +63,14 @@ class TrainConfig(RunConfig):
     roots: str = ""
     root_weights: str = ""
     grounding_roots: str = ""
-    policy: CeedVLAConfig = field(default_factory=_usual_policy)
+    policy: CeedVLAConfig = field(default_factory=lambda: CeedVLAConfig(device="cpu", push_to_hub=False))
     policy_path: str = ""
     grounding_steps: int = ranged(1000, NONE_OR_COUNTS)
     steps: int = ranged(8000, COUNTS)
-    batch_size: int = ranged(32, BATCHES)
     grounding_batch: int = ranged(12, "[0, 1e6]")
     named_terms: int | None = ranged(None, "[0, 1e6]")
-    lr: float = ranged(1e-3, RATES)
     muon_lr: float = ranged(2e-3, NONE_OR_RATES)
     weight_decay: float = ranged(0.05, "[0, 10]")
-    warmup: int = ranged(50, NONE_OR_COUNTS)
     rounds: int = ranged(2, "[0, 1000]")
     takeover_episodes: int = ranged(600, "[1, 1e6]")
     takeover_seed: int = ranged(30_000, SEEDS)
@@ -130,7 +123,7 @@ def train(
     """Train a teacher, and return the folder of the final checkpoint.
 
     Args:
-        config: Settings.
+        config: See `TrainConfig`.
         closed_loop: Measures a checkpoint in simulation; skipped if None.
         record_takeover: Records one takeover round; needed when ``config.rounds > 0``.
         privileged: What the environment says of ``observation.environment_state``; without it only a set
@@ -171,9 +164,8 @@ class TeacherRun(Run):
         policy, pre, post = self._policy()
         for store in (*self.demonstrations, *self.grounding):
             check_fits(store, policy.config)
-        self.named = config.named_terms
-        if self.named is None:
-            self.named = named_terms(policy.config, privileged)
+        own = config.named_terms
+        self.named = named_terms(policy.config, privileged) if own is None else own
         logger.info(describe(policy.config, policy.tokenizer, self.demonstrations[0], self.named))
         check_clipping(policy.tokenizer, self.demonstrations, config.max_clipped)
         with self.accelerator.main_process_first():  # the first one decodes the images

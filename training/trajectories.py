@@ -151,8 +151,11 @@ def collect(config: CollectConfig) -> Path:
     with full_disk(output, kept):
         meta = _write_meta(config, policy, stores, len(units), output)
     collector = _Collector(config, policy, pre, guess_shares(config.guesses))
-    mine = [unit for i, unit in enumerate(units) if i % config.num_shards == config.shard_index]
-    done = {name for _, name, frames in mine if _is_done(output / name, meta, frames)}
+    mine = units[config.shard_index :: config.num_shards]
+    done = {name for _, name, _ in mine if (output / name).exists()}
+    for _, name, frames in mine:
+        if name in done:
+            read_shard(output / name, meta, frames)  # which checks that it is whole
     with tqdm(total=sum(len(f) for _, _, f in mine), desc="trajectories", unit="frame", dynamic_ncols=True) as bar:
         for root, name, frames in mine:
             if name in done:
@@ -176,13 +179,6 @@ def guess_shares(text: str) -> NDArray[np.float64]:
     if len(shares) != len(GUESSES) or not sum(shares):
         raise ConfigError(f"guesses is {text!r}; give the shares of {', '.join(GUESSES)}, e.g. 0.7,0.2,0.1.")
     return np.array(shares) / sum(shares)
-
-
-def _is_done(file: Path, meta: dict[str, Any], frames: NDArray[np.int64]) -> bool:
-    """Whether a shard is there, which then is whole."""
-    if file.exists():
-        read_shard(file, meta, frames)
-    return file.exists()
 
 
 def _work_units(stores: Sequence[FrameStore], config: CollectConfig) -> Iterator[tuple[int, str, NDArray[np.int64]]]:
@@ -238,21 +234,24 @@ class _Collector:
                 previous[i] = known[before]
         kinds = random.choice(3, size=len(frames), p=self.shares)
         kinds[(kinds == 0) & (previous[:, 0] < 0)] = 2  # nothing to shift: a random guess instead
-        rows: list[dict[str, Any] | None] = [None] * len(frames)
+        states: dict[int, NDArray[np.int16]] = {}
         for kind in np.unique(kinds):
             chosen = np.flatnonzero(kinds == kind)
-            for i, states in zip(chosen, self._states(batch, chosen, previous, int(kind), random), strict=True):
-                known[int(frames[i])] = states[-1]
-                rows[i] = {
-                    "frame": int(frames[i]),
-                    "guess_kind": GUESSES[kind],
-                    "iterations": len(states) - 1,
-                    "guess": states[0],
-                    "previous": previous[i],
-                    "fixed_point": states[-1],
-                    "states": states.reshape(-1) if self.config.states else np.empty(0, np.int16),
-                }
-        return [row for row in rows if row is not None]
+            found = self._states(batch, chosen, previous, int(kind), random)
+            states |= zip(chosen.tolist(), found, strict=True)
+        known |= {frame: states[i][-1] for i, frame in enumerate(frames.tolist())}
+        return [
+            {
+                "frame": frame,
+                "guess_kind": GUESSES[kinds[i]],
+                "iterations": len(states[i]) - 1,
+                "guess": states[i][0],
+                "previous": previous[i],
+                "fixed_point": states[i][-1],
+                "states": states[i].reshape(-1) if self.config.states else np.empty(0, np.int16),
+            }
+            for i, frame in enumerate(frames.tolist())
+        ]
 
     def _states(
         self,
@@ -276,9 +275,7 @@ class _Collector:
 
 def distinct_states(states: NDArray[np.int16]) -> NDArray[np.int16]:
     """Drop repeated states (k, n); a Jacobi trajectory repeats only its fixed point."""
-    keep = np.ones(len(states), dtype=bool)
-    keep[1:] = (states[1:] != states[:-1]).any(1)
-    kept = states[keep]
+    kept = states[np.append(True, (states[1:] != states[:-1]).any(1))]
     return kept if len(kept) > 1 else np.concatenate([kept, kept])
 
 
@@ -325,21 +322,12 @@ def are_those(stores: Sequence[FrameStore], stored: list[dict[str, Any]]) -> boo
 def layout_of(policy: Any) -> dict[str, int]:
     """What trajectories and the policy that uses them must have in common."""
     config = policy.config
-    return {
-        "chunk_size": config.chunk_size,
-        "action_dim": config.action_dim,
-        "block_length": config.block_length,
-        "num_bins": config.vocabulary_size,
-        "shift_steps": config.n_action_steps,
-    }
+    layout = {name: getattr(config, name) for name in ("chunk_size", "action_dim", "block_length")}
+    return {**layout, "num_bins": config.vocabulary_size, "shift_steps": config.n_action_steps}
 
 
 def read_trajectories(folder: str | Path, teacher: str | Path | None = None) -> Trajectories:
-    """Read all complete shards.
-
-    Args:
-        folder: Output folder of `collect`.
-        teacher: Checkpoint that must have made them; not checked if None.
+    """Read all complete shards in the output folder of `collect`; `teacher`, a checkpoint, must have made them.
 
     Raises:
         DatasetError: Nothing to read, or what `collect` does not write.

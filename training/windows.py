@@ -57,14 +57,8 @@ def sliding(
 def row_windows(
     stores: Sequence[FrameStore], root: NDArray[np.int64], frame: NDArray[np.int64], rows: NDArray[np.int64], seed: int
 ) -> SlidingWindows | None:
-    """Windows of `rows` (R,) of a table over several data sets; None as of `sliding`.
-
-    Args:
-        stores: The data sets.
-        root: (N,) data set of every row of the table.
-        frame: (N,) its frame there.
-        rows: Those that may be drawn.
-        seed: Seed of the order.
+    """Windows of `rows` (R,) of a table over data sets: in row i, frame ``frame[i]`` of ``stores[root[i]]``; None as of
+    `sliding`.
     """
     most = min(store.together for store in stores)
     if math.isinf(most):

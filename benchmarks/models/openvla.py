@@ -30,12 +30,8 @@ def write_openvla(
 ) -> Path:
     """Write config.json, preprocessor_config.json, tokenizer.json and model.safetensors of a random model.
 
-    Args:
-        folder: New or empty folder.
-        low: 1 % quantile of every action dimension; the last one is a gripper and is not normalised.
-        high: 99 % quantile of every action dimension.
-        width: Width of the language model, a multiple of 8.
-        seed: Of the weights.
+    `low` and `high` are the 1 % and 99 % quantiles of every action dimension, the last one a gripper's, which is not
+    normalised; the `width` of the language model is a multiple of 8.
 
     Raises:
         ConfigError: The folder is not empty.
@@ -125,7 +121,6 @@ def _tokenizer() -> Tokenizer:
 
 
 def main() -> None:
-    """Write the folder that the command line names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder")
     print(write_openvla(parser.parse_args().folder))

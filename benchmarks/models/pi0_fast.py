@@ -108,31 +108,17 @@ def tiny_config(folder: Path, chunks: Tensor, cameras: tuple[str, ...], state_di
     )
 
 
-def write_pi0_fast(
-    folder: str | Path,
-    chunks: Tensor,
-    *,
-    cameras: tuple[str, ...] = ("observation.images.front",),
-    state_dim: int = 2,
-    stats: dict[str, dict[str, Tensor]] | None = None,
-    seed: int = 0,
-) -> Path:
-    """Write a random model as LeRobot saves one, and its tokenizers beside it.
+def write_pi0_fast(folder: str | Path, chunks: Tensor, *, state_dim: int = 2) -> Path:
+    """Write a random model with one camera as LeRobot saves one into ``folder/lerobot``, and its tokenizers beside it.
 
-    Args:
-        folder: New folder; the checkpoint is in ``folder/lerobot``.
-        chunks: (N, m, A) normalised actions to fit the FAST tokenizer on.
-        cameras: Features of the cameras.
-        state_dim: Values of a state.
-        stats: LeRobot statistics that the processors normalise with; those of standard normals if None.
-        seed: Of the weights.
+    The FAST tokenizer is fitted on normalised `chunks` (N, m, A); the processors' statistics are standard normals.
     """
     folder = Path(folder)
     write_text_tokenizer(folder / "text")
     write_fast_tokenizer(folder / "fast", chunks)
-    config = tiny_config(folder, chunks, cameras, state_dim)
+    config = tiny_config(folder, chunks, ("observation.images.front",), state_dim)
     with tiny_sizes(), torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = lerobot_pi0.PI0FastPytorch(config)
     checkpoint = folder / "lerobot"
     checkpoint.mkdir()
@@ -140,7 +126,7 @@ def write_pi0_fast(
     save_weights(model, checkpoint)
     sizes = {"observation.state": state_dim, "action": chunks.shape[2]}
     normal = {name: {"mean": torch.zeros(n), "std": torch.ones(n)} for name, n in sizes.items()}
-    steps = make_default_policy_processor_steps(config, stats or normal)
+    steps = make_default_policy_processor_steps(config, normal)
     prompt = TokenizerProcessorStep(
         tokenizer_name=str(folder / "text"), max_length=PROMPT, padding_side="right", padding="max_length"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def _llava_onevision(width: int, layers: int) -> tuple[Any, Any]:
     return config, processor
 
 
-def _qwen(kind: str, width: int, layers: int, vision: dict[str, Any], processors: tuple[Any, ...]) -> tuple[Any, Any]:
+def _qwen(kind: str, vision: dict[str, Any], videos: Any, join: Any, width: int, layers: int) -> tuple[Any, Any]:
     """Qwen2.5-VL and Qwen3-VL: patches in one list, three rotary axes."""
     special = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
     names = dict(zip(("vision_bos_token", "image_token", "vision_eos_token", "video_token"), special, strict=True))
@@ -143,16 +144,10 @@ def _qwen(kind: str, width: int, layers: int, vision: dict[str, Any], processors
     half = width // 4 // 2  # rotary frequencies of a head, shared by time, height and width
     sections = [half - 2 * (half // 3), half // 3, half // 3]
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
+    sizes = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
     config = AutoConfig.for_model(
         kind,
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": width,
-            **vision,
-        },
+        vision_config={**sizes, "out_hidden_size": width, **vision},
         text_config={
             **_text(f"{kind}_text", tokenizer, width, layers),
             "head_dim": width // 4,
@@ -165,30 +160,21 @@ def _qwen(kind: str, width: int, layers: int, vision: dict[str, Any], processors
     )
     patch = vision["patch_size"]
     pixels = {"shortest_edge": (4 * patch) ** 2, "longest_edge": (6 * patch) ** 2}
-    make, make_videos, join = processors
     processor = join(
-        make(size=pixels, patch_size=patch),
+        transformers.Qwen2VLImageProcessor(size=pixels, patch_size=patch),
         tokenizer,
-        make_videos(size=pixels, patch_size=patch),
+        videos(size=pixels, patch_size=patch),
         chat_template=CHAT.replace("@", "<|vision_start|><|image_pad|><|vision_end|>"),
     )
     return config, processor
 
 
-def _qwen2_5_vl(width: int, layers: int) -> tuple[Any, Any]:
-    vision = {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}
-    processors = (transformers.Qwen2VLImageProcessor, Qwen2VLVideoProcessor, transformers.Qwen2_5_VLProcessor)
-    return _qwen("qwen2_5_vl", width, layers, vision, processors)
+_QWEN2_5 = {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}
+_QWEN3 = {"patch_size": 16, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
 
 
-def _qwen3_vl(width: int, layers: int) -> tuple[Any, Any]:
-    vision = {"patch_size": 16, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
-    processors = (transformers.Qwen2VLImageProcessor, Qwen3VLVideoProcessor, transformers.Qwen3VLProcessor)
-    return _qwen("qwen3_vl", width, layers, vision, processors)
-
-
-def _smolvlm_parts(kind: str, width: int, layers: int) -> tuple[Any, Any, dict[str, Any], Any]:
-    """Configuration, tokenizer and settings that Idefics3 (SmolVLM) and SmolVLM2 share."""
+def _smolvlm(kind: str, width: int, layers: int) -> tuple[Any, Any]:
+    """Idefics3 (SmolVLM), and SmolVLM2, which also takes videos."""
     special = ["<image>", "<video>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
     tokenizer = make_tokenizer(special, image_token="<image>", video_token="<video>")
     config = AutoConfig.for_model(
@@ -200,20 +186,12 @@ def _smolvlm_parts(kind: str, width: int, layers: int) -> tuple[Any, Any, dict[s
         scale_factor=2,
     )
     joint = {"image_seq_len": (IMAGE // PATCH // 2) ** 2, "chat_template": CHAT.replace("@", "<image>")}
-    return config, tokenizer, joint, {"longest_edge": IMAGE}
-
-
-def _smolvlm(width: int, layers: int) -> tuple[Any, Any]:
-    config, tokenizer, joint, longest = _smolvlm_parts("idefics3", width, layers)
-    images = transformers.Idefics3ImageProcessor(size=longest, max_image_size=longest, do_image_splitting=False)
-    return config, transformers.Idefics3Processor(images, tokenizer, **joint)
-
-
-def _smolvlm2(width: int, layers: int) -> tuple[Any, Any]:
-    config, tokenizer, joint, longest = _smolvlm_parts("smolvlm", width, layers)
-    images = transformers.SmolVLMImageProcessor(size=longest, max_image_size=longest, do_image_splitting=False)
-    videos = SmolVLMVideoProcessor(size=longest, max_image_size=longest)
-    return config, transformers.SmolVLMProcessor(images, tokenizer, videos, **joint)
+    sizes = {"size": {"longest_edge": IMAGE}, "max_image_size": {"longest_edge": IMAGE}}
+    if kind == "idefics3":
+        images = transformers.Idefics3ImageProcessor(**sizes, do_image_splitting=False)
+        return config, transformers.Idefics3Processor(images, tokenizer, **joint)
+    images = transformers.SmolVLMImageProcessor(**sizes, do_image_splitting=False)
+    return config, transformers.SmolVLMProcessor(images, tokenizer, SmolVLMVideoProcessor(**sizes), **joint)
 
 
 def _paligemma(width: int, layers: int) -> tuple[Any, Any]:
@@ -235,10 +213,10 @@ def _paligemma(width: int, layers: int) -> tuple[Any, Any]:
 FAMILIES: dict[str, Callable[[int, int], tuple[Any, Any]]] = {
     "llava": _llava,
     "llava_onevision": _llava_onevision,
-    "qwen2_5_vl": _qwen2_5_vl,
-    "qwen3_vl": _qwen3_vl,
-    "smolvlm": _smolvlm,
-    "smolvlm2": _smolvlm2,
+    "qwen2_5_vl": partial(_qwen, "qwen2_5_vl", _QWEN2_5, Qwen2VLVideoProcessor, transformers.Qwen2_5_VLProcessor),
+    "qwen3_vl": partial(_qwen, "qwen3_vl", _QWEN3, Qwen3VLVideoProcessor, transformers.Qwen3VLProcessor),
+    "smolvlm": partial(_smolvlm, "idefics3"),
+    "smolvlm2": partial(_smolvlm, "smolvlm"),
     "paligemma": _paligemma,
 }
 
@@ -246,15 +224,10 @@ FAMILIES: dict[str, Callable[[int, int], tuple[Any, Any]]] = {
 def make_tiny_vlm(
     family: str, folder: str | Path, *, width: int = 64, layers: int = 2, seed: int = 0, scale: float = 1.0
 ) -> Path:
-    """Write a tiny random model and its processor into a folder.
+    """Write a tiny random model of one of `FAMILIES` and its processor into a folder.
 
-    Args:
-        family: One of `FAMILIES`.
-        folder: Made if it is missing.
-        width: Hidden size; a multiple of 24 or of 32.
-        layers: Layers of the language model.
-        seed: Seed of the weights.
-        scale: Factor on the matrices of the language model; above 1 its answers depend more on every token.
+    The `width` of its language model is a multiple of 24 or of 32, and `scale` a factor on the matrices there: above 1
+    answers depend more on every token.
 
     Raises:
         ConfigError: Unknown family.
@@ -275,7 +248,6 @@ def make_tiny_vlm(
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(description="Write a tiny random image-text-to-text model.")
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("folder")

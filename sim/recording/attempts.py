@@ -28,8 +28,6 @@ class Attempt:
     """What one seed yielded.
 
     Attributes:
-        seed: The environment's seed.
-        task: Task family.
         outcome: "recorded"; "failed" (the expert did not finish); "unfinished" (not after the takeover);
             "solved" (the policy finished before the expert took over).
         segments: Frames of each stored episode; empty unless recorded.
@@ -86,11 +84,6 @@ def attempt_rng(seed: int, mode: str) -> np.random.Generator:
     return np.random.default_rng([seed, sum(mode.encode())])
 
 
-def disturb(env: Environment, rng: np.random.Generator, steps: int) -> bool:
-    """Execute random actions, unrecorded. Returns whether the task is solved now."""
-    return any(not env.finished and env.advance(env.disturbance(rng)) for _ in range(steps))
-
-
 def expert_steps(env: Environment, rng: np.random.Generator, noise: float = 0.0) -> Iterator[tuple[Frame, bool]]:
     """Let the expert act, endlessly; yields every frame and whether the task is solved after its action.
 
@@ -113,7 +106,7 @@ def expert_attempt(env: Environment, seed: int, config: RecordConfig) -> Attempt
         pause = int(rng.integers(EXCURSION_STEPS[0], EXCURSION_STEPS[1] + 1))
         pause = pause if rng.random() < config.excursion_fraction else 0
     while steps < limit and not env.finished:
-        solved = disturb(env, rng, pause)
+        solved = any(not env.finished and env.advance(env.disturbance(rng)) for _ in range(pause))  # unrecorded
         steps += pause
         if not solved:
             until = limit - steps

@@ -114,13 +114,7 @@ class RecordConfig:
 
     @property
     def first_seed(self) -> int:
-        """The first seed, resolved."""
         return int(self.seed or 0)
-
-    @property
-    def repo_id(self) -> str:
-        """LeRobot's name of the data set: "local/" and the folder's name."""
-        return f"local/{self.root.resolve().name}"
 
     @property
     def unit_size(self) -> int:

@@ -16,8 +16,6 @@ HANDBACK_STEPS = (8, 16)  # expert steps before the policy drives again, when an
 
 @dataclass
 class _Drive:
-    """One attempt in progress."""
-
     attempt: Attempt
     episode: Episode
     rng: np.random.Generator

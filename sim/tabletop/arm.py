@@ -1,4 +1,4 @@
-"""Kinematics of the 7-joint arm: Denavit-Hartenberg table, joint limits, forward kinematics.
+"""Kinematics of the 7-joint arm: Denavit-Hartenberg table, joint limits, pose and Jacobian.
 
 The figures are the public ones of the Franka Emika Panda (modified / Craig convention). The tool centre point (TCP)
 frame has x forward, y to the left and z up when the gripper points straight down, so its orientation is the identity
@@ -10,7 +10,7 @@ from __future__ import annotations
 import mujoco
 import numpy as np
 
-from ceed_vla.kinematics import ArmKinematics, Array, rotation
+from ceed_vla.kinematics import ArmKinematics, Array
 
 # a [m], d [m], alpha [rad] of joints 1..7.
 DH = (
@@ -32,19 +32,6 @@ HOME = np.array([0.0, -0.60, 0.0, -2.55, 0.0, 1.95, np.pi / 4])  # gripper down,
 _NEXT, _AFTER = [1, 2, 0], [2, 0, 1]  # cyclic successors of x, y, z, for cross products
 
 
-def forward_kinematics(q: Array) -> tuple[Array, Array]:
-    """TCP position (3,) [m] and rotation matrix (3, 3) in the base frame, of joint angles (7,) [rad].
-
-    By the Denavit-Hartenberg table, independent of MuJoCo.
-    """
-    position, frame = np.zeros(3), np.eye(3)
-    for (a, d, alpha), angle in zip(DH, q, strict=True):
-        position = position + frame @ np.array([a, -d * np.sin(alpha), d * np.cos(alpha)])
-        frame = frame @ rotation(0, alpha) @ rotation(2, angle)
-    position = position + frame @ np.array([0.0, 0.0, FLANGE_OFFSET + TCP_OFFSET])
-    return position, frame @ rotation(2, HAND_YAW) @ rotation(0, np.pi)
-
-
 class SceneArm(ArmKinematics):
     """The arm of a compiled scene, whose first seven joints are the arm's."""
 
@@ -55,13 +42,11 @@ class SceneArm(ArmKinematics):
         self._site = tcp_site
 
     def pose(self, q: Array) -> tuple[Array, Array]:
-        """See `ArmKinematics`."""
         self._data.qpos[:7] = q
         mujoco.mj_kinematics(self._model, self._data)
         return self._data.site_xpos[self._site].copy(), self._data.site_xmat[self._site].reshape(3, 3).copy()
 
     def jacobian(self) -> tuple[Array, Array]:
-        """See `ArmKinematics`."""
         axes, arms = self._data.xaxis[:7], self._data.site_xpos[self._site] - self._data.xanchor[:7]
         linear = axes[:, _NEXT] * arms[:, _AFTER] - axes[:, _AFTER] * arms[:, _NEXT]  # axes x arms
         return linear.T, axes.T

@@ -94,7 +94,11 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self.gripper_open = True
         self._joints: arm.Array = arm.HOME.copy()
         self.action_space = spaces.Box(-1.0, 1.0, (len(ACTION_NAMES),), np.float32)
-        self.observation_space = self._observation_space()
+        self.observation_space = spaces.Dict({"agent_pos": spaces.Box(-2.0, 2.0, (len(STATE_NAMES),), np.float32)})
+        if cameras:
+            shape = (image_size, image_size, 3)
+            pixels = spaces.Dict({name: spaces.Box(0, 255, shape, np.uint8) for name in cameras})
+            self.observation_space["pixels"] = pixels
 
     # ------------------------------------------------------------------ Gymnasium
 
@@ -133,9 +137,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]
         """Front view (render_size, render_size, 3), or None without a render mode."""
-        if self.render_mode is None:
-            return None
-        return render(self.data, "front", self.render_size)
+        return None if self.render_mode is None else render(self.data, "front", self.render_size)
 
     # ------------------------------------------------------------------ for recorders, experts, evaluators
 
@@ -152,18 +154,13 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     @property
     def family(self) -> str:
-        """Task family of the current instruction."""
         return self.command.family
 
     @property
     def instruction(self) -> str:
-        """The instruction."""
         return self.command.text
 
-    @property
-    def task_description(self) -> str:
-        """The instruction, under the name that LeRobot reads."""
-        return self.command.text
+    task_description = instruction  # the name that LeRobot reads
 
     @property
     def colors(self) -> tuple[str, ...]:
@@ -240,7 +237,6 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return np.concatenate([*near, cubes.ravel(), fixed.ravel()]).astype(np.float32)
 
     def is_success(self) -> bool:
-        """Whether the instruction is fulfilled now."""
         return tasks.is_success(self.command, self.situation())
 
     def expert_action(self) -> NDArray[np.float32]:
@@ -271,14 +267,6 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self._command = layout.draw_command(rng, self.task, self.split, self.colors, {})
 
     # ------------------------------------------------------------------ internals
-
-    def _observation_space(self) -> spaces.Dict:
-        parts: dict[str, spaces.Space[Any]] = {}
-        if self.cameras:
-            shape = (self.image_size, self.image_size, 3)
-            parts["pixels"] = spaces.Dict({name: spaces.Box(0, 255, shape, np.uint8) for name in self.cameras})
-        parts["agent_pos"] = spaces.Box(-2.0, 2.0, (len(STATE_NAMES),), np.float32)
-        return spaces.Dict(parts)
 
     def _checked(self, action: NDArray[np.floating]) -> NDArray[np.float64]:
         action = np.asarray(action, dtype=np.float64)

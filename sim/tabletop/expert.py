@@ -14,6 +14,8 @@ it comes down. Moves are proportional and saturate, so the motion is smooth and 
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -36,6 +38,8 @@ _HELD_DISTANCE = 0.028  # largest distance of a held cube from the TCP [m]
 _PUSH_SPEED = 0.4  # largest push action
 _PUSH_LIMIT_X = 0.555  # beyond it an open finger may land on the bin [m]
 _LANE = 0.06  # half width of the strip that a push needs free [m]
+# Height above the rest position and horizontal error at which a cube is let go [m].
+_PLACEMENTS = {"cube_in_bin": (0.025, 0.022), "cube_on_plate": (0.004, 0.015)}
 _GRASP_SHIFTS = (0.0, -0.008, 0.008, -0.016, 0.016, -0.022, 0.022)  # along the opening axis [m]
 _ENOUGH_ROOM = 0.004  # around an open finger [m]
 # Of an open finger: distance from the TCP, half thickness with margin [m].
@@ -62,12 +66,13 @@ def _pick_and_place(command: Command, now: Situation) -> Array:
         return _carry(command, now, cube, goal)
     if tasks.in_place(command, now):
         return _release(now)
-    return _approach(command, now, cube)
+    yaw, point = _grasp(command, now, cube)
+    return _action(now, point, yaw, gripper_open=False) if _may_close(now, point, yaw) else _descend(now, point, yaw)
 
 
 def _carry(command: Command, now: Situation, cube: Array, goal: Array) -> Array:
     """Lift the held cube, bring it over the goal, lower it and open the fingers."""
-    drop, tolerance = _placement(command)
+    drop, tolerance = _PLACEMENTS.get(command.family, (0.003, 0.009))
     offset = goal[:2] - cube[:2]
     far = float(np.hypot(*offset))
     grip = now.tcp[2] - cube[2]  # the cube may sit a little off the TCP
@@ -75,17 +80,9 @@ def _carry(command: Command, now: Situation, cube: Array, goal: Array) -> Array:
     height = place + np.clip(_FUNNEL_SLOPE * (far - tolerance), 0.0, max(_TRAVEL_HEIGHT - place, 0.03))
     if far < tolerance and cube[2] + grip - place < 0.008:
         return _action(now, now.command_position, 0.0, gripper_open=True)
-    target = np.array([*(now.command_position[:2] + offset - _lag(now)), height])
+    lag = now.command_position[:2] - now.tcp[:2]  # way that the arm still has to go to reach its command
+    target = np.array([*(now.command_position[:2] + offset - lag), height])
     return _action(now, _slow_below(now, target), _goal_yaw(command, now), gripper_open=False)
-
-
-def _placement(command: Command) -> tuple[float, float]:
-    """Height above the rest position [m] and horizontal error [m] at which the cube is let go."""
-    if command.family == "cube_in_bin":
-        return 0.025, 0.022
-    if command.family == "cube_on_plate":
-        return 0.004, 0.015
-    return 0.003, 0.009
 
 
 def _goal_yaw(command: Command, now: Situation) -> float:
@@ -101,14 +98,6 @@ def _release(now: Situation) -> Array:
     target = now.command_position.copy()
     target[2] += 0.04 if now.opening > 0.06 else 0.0
     return _action(now, target, now.command_rpy[2], gripper_open=True)
-
-
-def _approach(command: Command, now: Situation, cube: Array) -> Array:
-    """Come down over the cube with open fingers; close them around it."""
-    yaw, point = _grasp(command, now, cube)
-    if _may_close(now, point, yaw):
-        return _action(now, point, yaw, gripper_open=False)
-    return _descend(now, point, yaw)
 
 
 def _may_close(now: Situation, point: Array, yaw: float) -> bool:
@@ -182,11 +171,6 @@ def _slow_below(now: Situation, target: Array) -> Array:
     return np.array([*horizontal, target[2]])
 
 
-def _lag(now: Situation) -> Array:
-    """Horizontal way (2,) that the arm still has to go to reach its command [m]."""
-    return now.command_position[:2] - now.tcp[:2]
-
-
 def _grasp(command: Command, now: Situation, cube: Array) -> tuple[float, Array]:
     """Gripper yaw [rad] and TCP position (3,) [m] of a grasp: centred, yaw near zero, where the fingers have room.
 
@@ -194,15 +178,14 @@ def _grasp(command: Command, now: Situation, cube: Array) -> tuple[float, Array]
     """
     first = _nearest_quarter(now.cube_yaws[command.target], _sticky(now))
     best, choice = -np.inf, (first, cube[:2])
-    for yaw in (first, first - np.copysign(np.pi / 2, first)):
+    for yaw, shift in product((first, first - np.copysign(np.pi / 2, first)), _GRASP_SHIFTS):
         axis = np.array([-np.sin(yaw), np.cos(yaw)])
-        for shift in _GRASP_SHIFTS:
-            centre = cube[:2] + shift * axis
-            room = min(_finger_room(command, now, cube[2], centre + end * _FINGER_CENTRE * axis) for end in (-1, 1))
-            if room > best + 1e-3:
-                best, choice = room, (yaw, centre)
-            if best >= _ENOUGH_ROOM:
-                return yaw, np.array([*centre, max(cube[2], CUBE_HALF - 0.003)])
+        centre = cube[:2] + shift * axis
+        room = min(_finger_room(command, now, cube[2], centre + end * _FINGER_CENTRE * axis) for end in (-1, 1))
+        if room > best + 1e-3:
+            best, choice = room, (yaw, centre)
+        if best >= _ENOUGH_ROOM:
+            break
     yaw, centre = choice
     return yaw, np.array([*centre, max(cube[2], CUBE_HALF - 0.003)])
 

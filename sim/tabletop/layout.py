@@ -42,7 +42,6 @@ class Layout:
 
     @property
     def colors(self) -> tuple[str, ...]:
-        """Colours on the table."""
         return tuple(color for color, here in zip(COLORS, self.present, strict=True) if here)
 
 
@@ -60,12 +59,10 @@ def draw_command(
     check_choice("task", task, (*TASKS, "mixed"))
     family = str(rng.choice(TASKS)) if task == "mixed" else task
     choices = combinations(family, split, colors)
-    if options.get("color") is not None:
-        check_choice("color", options["color"], COLORS)
-        choices = [c for c in choices if c.color == options["color"]]
-    if options.get("other") is not None:
-        check_choice("other", options["other"], SIDES if family == "push_cube" else COLORS)
-        choices = [c for c in choices if c.other == options["other"]]
+    for name, values in (("color", COLORS), ("other", SIDES if family == "push_cube" else COLORS)):
+        if options.get(name) is not None:
+            check_choice(name, options[name], values)
+            choices = [c for c in choices if getattr(c, name) == options[name]]
     if options.get("phrase") is not None:
         phrase = _phrase_index(family, options["phrase"])
         choices = [c for c in choices if c.phrase == phrase]
@@ -105,12 +102,8 @@ def draw_layout(rng: np.random.Generator, command: Command) -> Layout:
 
 def _lane_is_free(command: Command, cubes: NDArray[np.float64], here: NDArray[np.int64]) -> bool:
     """Whether no other cube stands between the target and its edge zone, with room for the open fingers."""
-    own = cubes[command.target]
-    for index in here:
-        ahead = command.side * (cubes[index, 1] - own[1])
-        if index != command.target and ahead > -CUBE_HALF and abs(cubes[index, 0] - own[0]) < LANE:
-            return False
-    return True
+    away = cubes[here[here != command.target]] - cubes[command.target]  # (others, 2)
+    return not np.any((command.side * away[:, 1] > -CUBE_HALF) & (np.abs(away[:, 0]) < LANE))
 
 
 def _phrase_index(family: str, phrase: object) -> int:

@@ -6,8 +6,8 @@ tools; without that distribution, pass `--env.discover_packages_path=sim.tableto
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import gymnasium
@@ -73,7 +73,6 @@ class CeedTabletopEnv(EnvConfig):
 
     @property
     def package_name(self) -> str:
-        """Namespace of the gymnasium id."""
         return "ceed_vla"
 
     @property
@@ -123,9 +122,13 @@ class CeedTabletopEnv(EnvConfig):
         LeRobot reports success per suite, hence one suite per family. Finished sub-environments are frozen:
         they cost nothing while the others go on.
         """
+        vector: Any = SyncVectorEnv
+        if use_async_envs and n_envs > 1:
+            vector = partial(AsyncVectorEnv, context="forkserver")
+        makers = {name: partial(_make, self.gym_id, task=name, **self.gym_kwargs) for name in self.families()}
         return {
-            family: {0: _vector_env(_factory(self.gym_id, family, self.gym_kwargs), n_envs, use_async_envs)}
-            for family in self.families()
+            family: {0: vector([freeze_after_episode_end(make)] * n_envs, autoreset_mode=AutoresetMode.NEXT_STEP)}
+            for family, make in makers.items()
         }
 
 
@@ -137,18 +140,8 @@ class _WithoutLeRobotOption(gymnasium.Wrapper[Any, Any, Any, Any]):
         return self.env.reset(seed=seed, options=options)
 
 
-def _factory(gym_id: str, family: str, kwargs: dict[str, Any]) -> Callable[[], gymnasium.Env[Any, Any]]:
-    def make() -> gymnasium.Env[Any, Any]:
-        return _WithoutLeRobotOption(gymnasium.make(gym_id, task=family, disable_env_checker=True, **kwargs))
-
-    return freeze_after_episode_end(make)
-
-
-def _vector_env(make: Callable[[], gymnasium.Env[Any, Any]], n_envs: int, use_async_envs: bool) -> VectorEnv:
-    makers = [make] * n_envs
-    if use_async_envs and n_envs > 1:
-        return AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP, context="forkserver")
-    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
+def _make(gym_id: str, **keywords: Any) -> gymnasium.Env[Any, Any]:
+    return _WithoutLeRobotOption(gymnasium.make(gym_id, disable_env_checker=True, **keywords))
 
 
 def mixed_tabletop() -> CeedTabletopEnv:

@@ -31,11 +31,10 @@ def render(data: mujoco.MjData, camera: str, size: int) -> NDArray[np.uint8]:
     Raises:
         SimulationError: When no GL context can be made, or the size cannot be rendered.
     """
-    renderer = _renderers.get(size)
-    if renderer is None:
-        renderer = _renderers[size] = _make_renderer(size)
-    renderer.update_scene(data, camera)
-    return renderer.render()
+    if size not in _renderers:
+        _renderers[size] = _make_renderer(size)
+    _renderers[size].update_scene(data, camera)
+    return _renderers[size].render()
 
 
 def close_renderers() -> None:

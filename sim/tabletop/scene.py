@@ -198,18 +198,13 @@ def _arm() -> str:
 
 def _skin(index: int) -> str:
     """Visual geoms of one link: a capsule towards the next joint and a dark cylinder on its own axis."""
-    geoms = ""
+    size, end = 0.04, (0.0, 0.0, arm.FLANGE_OFFSET - 0.03)
     if index < len(arm.DH) - 1:
         a, d, alpha = arm.DH[index + 1]
-        end = (a, -d * np.sin(alpha), d * np.cos(alpha))
-        if np.linalg.norm(end) > 0.05:
-            geoms += f'<geom type="capsule" size="0.05" fromto="0 0 0 {_text(*end)}" rgba="{_RGBA["link"]}" {_VISUAL}/>'
-    else:
-        geoms += (
-            f'<geom type="capsule" size="0.04" fromto="0 0 0 0 0 {arm.FLANGE_OFFSET - 0.03}" '
-            f'rgba="{_RGBA["link"]}" {_VISUAL}/>'
-        )
-    return geoms + f'<geom type="cylinder" size="0.055 0.05" rgba="{_RGBA["joint"]}" {_VISUAL}/>'
+        size, end = 0.05, (a, -d * np.sin(alpha), d * np.cos(alpha))
+    capsule = f'<geom type="capsule" size="{size}" fromto="0 0 0 {_text(*end)}" rgba="{_RGBA["link"]}" {_VISUAL}/>'
+    axis = f'<geom type="cylinder" size="0.055 0.05" rgba="{_RGBA["joint"]}" {_VISUAL}/>'
+    return (capsule if np.linalg.norm(end) > 0.05 else "") + axis
 
 
 def _hand() -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from denavit_hartenberg import forward_kinematics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -72,7 +73,7 @@ def kinematics(scene_file: Path) -> ModelArm:
 def test_forward_is_the_denavit_hartenberg_table(kinematics: ModelArm, share: list[float]) -> None:
     q = arm.JOINT_LOW + np.array(share) * (arm.JOINT_HIGH - arm.JOINT_LOW)
     position, turned = kinematics.pose(q)
-    expected, rotation = arm.forward_kinematics(q)
+    expected, rotation = forward_kinematics(q)
     np.testing.assert_allclose(position, expected, atol=1e-7)
     np.testing.assert_allclose(turned, rotation, atol=1e-7)
     quaternion = kinematics.quaternion(turned)

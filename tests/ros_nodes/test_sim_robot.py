@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from denavit_hartenberg import forward_kinematics
 
 from ceed_vla.errors import SimulationError
 from ceed_vla.kinematics import matrix_rpy
@@ -187,12 +188,12 @@ def test_empty_trajectory_stops_the_arm(robot: SimRobot) -> None:
 
 
 def test_twist_moves_the_tool_straight_and_stops_with_the_commands(robot: SimRobot) -> None:
-    start, rotation = arm.forward_kinematics(robot.positions[:7])
+    start, rotation = forward_kinematics(robot.positions[:7])
     for _ in range(50):
         robot.command_twist([0.0, 0.0, 0.1], [0.0, 0.0, 0.4])
         robot.advance(PERIOD)
     robot.advance(0.3)
-    end, turned = arm.forward_kinematics(robot.positions[:7])
+    end, turned = forward_kinematics(robot.positions[:7])
     assert end - start == pytest.approx([0.0, 0.0, 0.05], abs=0.012)  # less the way it lagged when it was stopped
     yaw = matrix_rpy(turned)[2] - matrix_rpy(rotation)[2]
     assert yaw == pytest.approx(0.2, abs=0.05)

@@ -9,6 +9,7 @@ import gymnasium
 import mujoco
 import numpy as np
 import pytest
+from denavit_hartenberg import forward_kinematics
 from gymnasium.utils.env_checker import check_env
 
 from ceed_vla.errors import SimulationError
@@ -176,9 +177,9 @@ def test_kinematics_of_the_model_match_the_denavit_hartenberg_table():
     solver = arm.SceneArm(scene.model, scene.tcp_site)
     rng = np.random.default_rng(0)
     for q in [arm.HOME, *rng.uniform(arm.JOINT_LOW, arm.JOINT_HIGH, (5, 7))]:
-        for got, want in zip(solver.pose(q), arm.forward_kinematics(q), strict=True):
+        for got, want in zip(solver.pose(q), forward_kinematics(q), strict=True):
             np.testing.assert_allclose(got, want, atol=1e-6)
-    np.testing.assert_allclose(arm.forward_kinematics(arm.HOME)[1], np.eye(3), atol=1e-9)
+    np.testing.assert_allclose(forward_kinematics(arm.HOME)[1], np.eye(3), atol=1e-9)
 
 
 def test_inverse_kinematics_reaches_the_workspace():
@@ -188,7 +189,7 @@ def test_inverse_kinematics_reaches_the_workspace():
     for position in rng.uniform([0.30, -0.28, 0.02], [0.68, 0.28, 0.35], (30, 3)):
         matrix = rpy_matrix(np.array([0.0, 0.0, rng.uniform(-0.6, 0.6)]))
         q = solver.solve(arm.HOME, position, matrix)
-        reached, turned = arm.forward_kinematics(q)
+        reached, turned = forward_kinematics(q)
         assert np.abs(reached - position).max() < 1e-3
         assert np.abs(turned - matrix).max() < 5e-3
 

@@ -104,7 +104,7 @@ def optimizer_settings(optimizers: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def check_optimizers(optimizers: Sequence[Any], settings: Sequence[dict[str, Any]], step: int) -> None:
-    """Raise unless optimisers kept their `settings`, and what they remember of every weight can be its own at `step`."""
+    """Raise unless optimisers kept their `settings`, and what they remember can be of their weights, at `step`."""
     remembered_steps = [int(m["step"]) for o in optimizers for m in o.state.values() if "step" in m]
     if remembered_steps and max(remembered_steps) != step:
         raise ValueError(f"it is of step {max(remembered_steps)}, not of {step}")

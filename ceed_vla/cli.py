@@ -125,6 +125,12 @@ COMMANDS = {
         must="policy.path output_dir",
         may="epsilons alpha signals decoders episodes seed env.type executed_steps threads",
     ),
+    "tune": _row(
+        "search the decoding with the most success within a budget of milliseconds",
+        "sim.tune TuneConfig tune",
+        must="policy.path output_dir",
+        may="budgets_ms save population generations episodes chunks seed engine env.type threads",
+    ),
     "show": _row(
         "draw how one observation's tokens settle over the iterations",
         "sim.show ShowConfig show",

@@ -21,7 +21,7 @@ from ceed_vla.fields import short
 CEED, EXECUTED, FRESH = "ceed", "h", "fresh"
 _GUESSES = ("mid", "random")
 _STRICT = DecodingConfig()
-OWN = re.compile(r"risk\d*\.?\d+|plan", re.ASCII)  # names that `calibrate` and `tune` give a checkpoint
+OWN = re.compile(r"risk\d*\.?\d+|plan(\d*\.?\d+)?", re.ASCII)  # what `calibrate` and `tune` write into a checkpoint
 
 
 def names_help() -> str:
@@ -53,7 +53,7 @@ def named_config(
         if own is not None and decoding not in own:
             raise ConfigError(
                 f"The checkpoint has no decoding {decoding!r}; it has {', '.join(sorted(own)) or 'none of its own'}. "
-                "`ceed-vla calibrate` measures risk<E>."
+                "`ceed-vla calibrate` measures risk<E>, `ceed-vla tune` finds plan<MS>."
             )
         return ceed if own is None else _parse(own[decoding], ceed)
     return _parse(decoding, ceed)

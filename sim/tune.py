@@ -1,0 +1,300 @@
+"""``ceed-vla tune``: the plan with the most success within a budget of milliseconds a chunk.
+
+A plan is a decoding (signal and threshold of the exit, cap, tail, guess) and the steps that are executed of a chunk.
+The search is evolutionary, after EEEA-Net (arXiv 2108.06156): a candidate is timed first, and one over the largest
+budget is rejected before any episode is run. Those that fit run validation episodes by successive halving: the better
+half of a generation gets as many episodes again, and so on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.envs.configs import EnvConfig
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from ceed_vla.checkpoints import load, save, weights_hash
+from ceed_vla.errors import ConfigError
+from ceed_vla.fields import COUNTS, SEEDS, check_fields, chosen, ranged
+from ceed_vla.files import write_text
+from sim.bench import PARETO, pareto
+from sim.calibrate import CHECKPOINT, LADDERS
+from sim.environment import VALIDATION_SEED, Bundle, EnvPool, joined, turns
+from sim.evaluate import CheckpointPath, default_console
+from sim.outputs import MADE_BY, claim_folder
+from sim.plots import save_figure
+from sim.rollout import PolicyRunner, rollout, wilson_interval
+from sim.summary import hardware
+from sim.tabletop.lerobot_env import mixed_tabletop
+from sim.timing import ENGINES, bare_parts, collect_observations, in_engine, measure, percentiles
+
+PLANS = "plans.json"
+OVER_FLOOR = (1.2, 1.5, 2.0, 3.0)  # budgets, where none is given
+NAMED = ("cap1", "cap2", "cap3", "cap4", "ceed", "jacobi_h", "conf0.2_cap2_fresh")  # the first generation has these
+GUESSES = ("", "mid")
+
+
+@dataclass
+class TuneConfig:
+    """Options of ``ceed-vla tune``.
+
+    Attributes:
+        policy: The policy.
+        env: The environment that it drives in.
+        output_dir: Folder for plans.json, pareto.png and, with `save`, the folder `checkpoint`.
+        save: Write a copy of the policy with the names plan<MS> for every budget, and plan for the largest.
+        budgets_ms: Milliseconds a chunk (p50); empty for 1.2, 1.5, 2 and 3 times the floor, measured first.
+        population: Plans a generation.
+        generations: Generations.
+        episodes: Episodes of the plans that are left at the end of a generation; all plans run a quarter of them.
+        chunks: Chunks on which a plan is timed.
+        seed: First seed of the episodes. Seeds from 40000 to 49999 are for choices.
+        search_seed: Seed of the search.
+        engine: Of the timing: eager or compiled.
+        threads: Threads of torch; None leaves torch's choice.
+    """
+
+    policy: CheckpointPath = field(default_factory=CheckpointPath)
+    env: EnvConfig = field(default_factory=mixed_tabletop)
+    output_dir: str = "outputs/tune"
+    save: bool = False
+    budgets_ms: list[float] = ranged([], "(0, 1e6]")
+    population: int = ranged(16, "[4, 1000]")
+    generations: int = ranged(3, "[1, 1000]")
+    episodes: int = ranged(80, COUNTS)
+    chunks: int = ranged(40, "[2, 100000]")
+    seed: int = ranged(VALIDATION_SEED + 2000, SEEDS)
+    search_seed: int = ranged(0, SEEDS)
+    engine: str = chosen("eager", ENGINES[:2])
+    threads: int | None = ranged(None, "[1, 256]")
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One point on all axes.
+
+    Attributes:
+        signal: Exit rule with its threshold, such as "conf0.2"; "" for none.
+        cap: Most forwards; 0 for none.
+        fresh: Whether the tail is computed with every iteration.
+        guess: "mid", or "" for the previous chunk.
+        executed_steps: Steps executed of a chunk.
+        name: A decoding that is none of these.
+    """
+
+    signal: str = ""
+    cap: int = 0
+    fresh: bool = False
+    guess: str = ""
+    executed_steps: int = 4
+    name: str = ""
+
+    @property
+    def decoding(self) -> str:
+        """Its name."""
+        parts = [self.signal, f"cap{self.cap}" if self.cap else ""]
+        parts = [part for part in parts if part] or ["jacobi", "h"]
+        return self.name or "_".join([*parts, *["fresh"] * self.fresh, *filter(None, [self.guess])])
+
+
+@dataclass
+class Trial:
+    """A plan, how long it takes [ms], and the episodes that it solved, by seed."""
+
+    plan: Plan
+    p50: float
+    p99: float
+    solved: dict[int, bool] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        """Share of episodes that were solved, shrunk towards a half by one episode each way."""
+        return (sum(self.solved.values()) + 1) / (len(self.solved) + 2)
+
+    def entry(self) -> dict[str, Any]:
+        """For plans.json."""
+        success, count = sum(self.solved.values()), len(self.solved)
+        return {
+            "decoding": self.plan.decoding,
+            "executed_steps": self.plan.executed_steps,
+            "p50_ms": self.p50,
+            "p99_ms": self.p99,
+            "success": success,
+            "episodes": count,
+            "success_ci95": [round(v, 4) for v in wilson_interval(success, count)],
+        }
+
+
+class Search:
+    """The search of one run; `run` returns all trials that fit the largest budget."""
+
+    def __init__(self, config: TuneConfig, bundle: Bundle, pool: EnvPool) -> None:
+        self.config, self.bundle, self.pool = config, bundle, pool
+        self.random, self.tasks = np.random.default_rng(config.search_seed), turns(config.env)
+        self.steps = bundle[0].config.chunk_size
+        self.usual = min(bundle[0].config.n_action_steps, self.steps)
+        self.timed = in_engine(bundle, config.engine)
+        driver = PolicyRunner(bundle, "jacobi_h", None, self.usual)
+        seeds = ((config.seed + i, self.tasks[i % len(self.tasks)]) for i in range(10**6))
+        self.observations = collect_observations(driver, pool, seeds, self.usual, config.chunks)
+        _, parts = measure({}, {"parts": bare_parts(self.timed)}, self.observations)
+        found = {name: percentiles(seconds)["p50"] for name, seconds in parts["parts"].items()}
+        self.floor = round(found["prefill"] + found["block"], 3)
+        self.budgets = sorted(config.budgets_ms or [round(self.floor * factor, 3) for factor in OVER_FLOOR])
+        self.trials: dict[tuple[str, int], Trial] = {}
+        self.rejected = 0
+
+    def run(self) -> list[Trial]:
+        """All generations."""
+        named = [Plan(name=name, executed_steps=self.usual) for name in NAMED]
+        candidates = [*named, *(self.drawn() for _ in range(self.config.population))]
+        for generation in range(self.config.generations):
+            fitting = self.admit(candidates)
+            self.halve(fitting, f"generation {generation + 1}")
+            parents = self.parents()
+            candidates = [self.child(parents) for _ in range(3 * self.config.population)]
+        return list(self.trials.values())
+
+    def drawn(self) -> Plan:
+        """A random plan."""
+        signal = str(self.random.choice(["", *LADDERS]))
+        threshold = str(self.random.choice(LADDERS[signal])) if signal else ""
+        return Plan(
+            signal + threshold, int(self.random.integers(0, 5)), bool(self.random.random() < 0.5),
+            str(self.random.choice(GUESSES, p=(0.85, 0.15))), int(self.random.integers(2, self.steps + 1)),
+        )  # fmt: skip
+
+    def child(self, parents: Sequence[Plan]) -> Plan:
+        """A plan whose settings come from two parents, one of them drawn anew."""
+        first, second = (parents[self.random.integers(len(parents))] for _ in range(2))
+        new, names = self.drawn(), ("signal", "cap", "fresh", "guess", "executed_steps")
+        changed = self.random.choice(names)
+        genes = {n: getattr(new if n == changed else (first, second)[self.random.integers(2)], n) for n in names}
+        return Plan(**genes)
+
+    def admit(self, candidates: Sequence[Plan]) -> list[Trial]:
+        """Time the candidates that are new, interleaved, and drop those over the largest budget."""
+        new = {(plan.decoding, plan.executed_steps): plan for plan in candidates}
+        new = {key: plan for key, plan in new.items() if key not in self.trials}
+        runners = {
+            f"{name} {steps}": PolicyRunner(self.timed, name, torch.Generator().manual_seed(0), steps)
+            for name, steps in new
+        }
+        samples, _ = measure(runners, {}, self.observations)
+        admitted = []
+        for (name, steps), plan in new.items():
+            times = percentiles(samples[f"{name} {steps}"].total)
+            if times["p50"] > self.budgets[-1]:
+                self.rejected += 1
+            elif len(admitted) < self.config.population + len(NAMED):
+                self.trials[name, steps] = Trial(plan, times["p50"], times["p99"])
+                admitted.append(self.trials[name, steps])
+        return admitted
+
+    def halve(self, trials: list[Trial], title: str) -> None:
+        """Successive halving: a quarter of the episodes for all, then twice as many for the better half."""
+        episodes, left = max(1, self.config.episodes // 4), trials
+        while left and episodes <= self.config.episodes:
+            for trial in tqdm(left, desc=f"{title}, {episodes} episodes", unit="plan", dynamic_ncols=True):
+                self.drive(trial, episodes)
+            kept = {id(trial) for budget in self.budgets for trial in self.best(left, budget, max(1, len(left) // 4))}
+            left, episodes = [trial for trial in left if id(trial) in kept], 2 * episodes
+
+    def best(self, trials: Sequence[Trial], budget: float, count: int) -> list[Trial]:
+        """The `count` best within a budget."""
+        within = [trial for trial in trials if trial.p50 <= budget]
+        return sorted(within, key=lambda trial: (-trial.rate, trial.p50))[:count]
+
+    def parents(self) -> list[Plan]:
+        """The plans that the next generation comes from: the best of every budget."""
+        known = [trial for trial in self.trials.values() if not trial.plan.name]
+        found = [trial.plan for budget in self.budgets for trial in self.best(known, budget, 4)]
+        return found or [self.drawn() for _ in range(4)]
+
+    def drive(self, trial: Trial, episodes: int) -> None:
+        """Run the episodes that are missing of the first `episodes`."""
+        missing = [s for s in range(self.config.seed, self.config.seed + episodes) if s not in trial.solved]
+        results = rollout(
+            self.bundle, missing, tasks=[self.tasks[(s - self.config.seed) % len(self.tasks)] for s in missing],
+            decoding=trial.plan.decoding, executed_steps=trial.plan.executed_steps, pool=self.pool,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        trial.solved |= {result.seed: result.success for result in results}
+
+
+def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
+    """Search, write plans.json and the plot, and return plans.json.
+
+    Raises:
+        ConfigError: An option that cannot work, or budgets that no plan fits.
+        CheckpointError: A checkpoint that cannot be loaded.
+    """
+    if not config.policy.path:
+        raise ConfigError("--policy.path is missing; give a checkpoint folder, or student for the shipped one.")
+    folder = claim_folder("output_dir", config.output_dir, (PLANS, PARETO), (PLANS,))
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    policy, pre, post = load(config.policy.path)
+    with EnvPool(20, config.env) as pool:
+        search = Search(config, joined((policy, pre, post), config.env), pool)
+        trials = search.run()
+    full = max((len(trial.solved) for trial in trials), default=0)
+    finalists = [trial for trial in trials if len(trial.solved) == full]
+    plans = {budget: next(iter(search.best(finalists, budget, 1)), None) for budget in search.budgets}
+    if not any(plans.values()):
+        raise ConfigError(f"No plan fits {search.budgets} ms; the floor is {search.floor} ms. Raise --budgets_ms.")
+    report = {
+        "program": MADE_BY,
+        "policy": {"path": config.policy.path, "sha256": weights_hash(config.policy.path)},
+        "engine": config.engine,
+        "hardware": hardware(str(policy.config.device)),
+        "floor_ms": search.floor,
+        "seeds": {"first": config.seed, "count": full},
+        "tried": len(trials),
+        "rejected": search.rejected,
+        "plans": [{"budget_ms": b, **(t.entry() if t else {"decoding": None})} for b, t in plans.items()],
+        "trials": [trial.entry() for trial in sorted(trials, key=lambda trial: trial.p50)],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_figure(_figure(finalists, search.floor), folder / PARETO)
+    write_text(folder / PLANS, json.dumps(report, indent=2))
+    if config.save:
+        found = {f"plan{b:g}": t.plan.decoding for b, t in plans.items() if t}
+        policy.config.decodings = {**policy.config.decodings, **found, "plan": list(found.values())[-1]}
+        save(folder / CHECKPOINT, policy, pre, post)
+    _print(report, console or default_console())
+    return report
+
+
+def _figure(trials: Sequence[Trial], floor: float) -> Any:
+    rows = {}
+    for trial in trials:
+        entry = trial.entry()
+        row = {"total_ms": {"p50": trial.p50, "p99": trial.p99}, "episodes": entry["episodes"]}
+        rows[f"{trial.plan.decoding} h{trial.plan.executed_steps}"] = {
+            **row, "success_rate": entry["success"] / max(1, entry["episodes"])
+        }  # fmt: skip
+    return pareto({"decoders": rows, "floor_ms": floor})
+
+
+def _print(report: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"floor {report['floor_ms']:.1f} ms, {report['tried']} plans, {report['rejected']} too slow")
+    for column in ("budget [ms]", "decoding", "executed steps", "p50 / p99 [ms]", "solved"):
+        table.add_column(column)
+    for row in report["plans"]:
+        if row["decoding"] is None:
+            table.add_row(f"{row['budget_ms']:.1f}", "none fits", "", "", "")
+            continue
+        times, solved = f"{row['p50_ms']:.1f} / {row['p99_ms']:.1f}", f"{row['success']}/{row['episodes']}"
+        table.add_row(f"{row['budget_ms']:.1f}", row["decoding"], str(row["executed_steps"]), times, solved)
+    console.print(table)

@@ -1,0 +1,101 @@
+"""`ceed-vla tune`: plans have names, slow ones run no episode, the better half runs on, and a run end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sim.tune
+from ceed_vla import load
+from ceed_vla.decoding import named_config
+from ceed_vla.errors import ConfigError
+from sim.evaluate import CheckpointPath
+from sim.tune import NAMED, Plan, Search, Trial, TuneConfig, tune
+
+
+@pytest.fixture
+def search() -> Search:
+    """A search without policy and environment."""
+    found = Search.__new__(Search)
+    found.config = TuneConfig(population=8, episodes=16, generations=2)
+    found.random, found.steps, found.usual = np.random.default_rng(0), 8, 4
+    found.bundle = found.timed = found.observations = found.pool = None  # type: ignore[assignment]
+    found.budgets, found.trials, found.rejected = [10.0, 20.0], {}, 0
+    return found
+
+
+def test_every_plan_has_a_name_that_decodes_so(search: Search) -> None:
+    plans = [search.drawn() for _ in range(200)]
+    for plan in [*plans, *(search.child(plans) for _ in range(200))]:
+        config = named_config(plan.decoding)
+        assert config.max_iterations == (plan.cap or None)
+        assert (config.tail == "fresh") == plan.fresh
+        assert config.guess == (plan.guess or "previous")
+        assert config.watch == "executed"
+        assert 2 <= plan.executed_steps <= 8
+        assert not config.strict
+    assert len({plan.decoding for plan in plans}) > 50
+    for name in NAMED:
+        assert Plan(name=name).decoding == name
+
+
+def test_slow_plans_run_no_episode_and_the_better_half_runs_on(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(runners: dict[str, Any], probes: Any, observations: Any) -> Any:
+        slow = {name: 0.05 if name.startswith("cap4") else 0.008 for name in runners}
+        return {name: SimpleNamespace(total=[slow[name]] * 3) for name in runners}, {}
+
+    driven: list[tuple[str, int]] = []
+
+    def drive(trial: Trial, episodes: int) -> None:
+        driven.append((trial.plan.decoding, episodes))
+        good = trial.plan.decoding == "cap2"
+        trial.solved = dict.fromkeys(range(episodes), good)
+
+    monkeypatch.setattr(sim.tune, "measure", measure)
+    monkeypatch.setattr(sim.tune, "PolicyRunner", lambda *_: None)
+    monkeypatch.setattr(search, "drive", drive)
+    plans = [Plan(name=name) for name in ("cap1", "cap2", "cap3", "cap4")]
+    fitting = search.admit(plans)
+    assert search.rejected == 1
+    search.halve(fitting, "test")
+    assert driven == [("cap1", 4), ("cap2", 4), ("cap3", 4), ("cap2", 8), ("cap2", 16)]
+    assert search.admit(plans[:3]) == []  # they are known
+    assert search.best(fitting, 10, 1)[0].plan.name == "cap2"
+    assert search.best(fitting, 5, 1) == []
+
+
+def test_options_that_cannot_work() -> None:
+    for change in ({"budgets_ms": [0.0]}, {"population": 1}, {"engine": "fastest"}):
+        with pytest.raises(ConfigError):
+            TuneConfig(**change)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"policy\.path"):
+        tune(TuneConfig())
+
+
+@pytest.mark.slow
+def test_from_the_shipped_student_to_a_plan(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"population": 4, "generations": 2, "episodes": 4, "chunks": 3, "threads": 1}
+    config = TuneConfig(policy=CheckpointPath("student"), output_dir=str(tmp_path / "tuned"), save=True, **options)
+    config.budgets_ms = [0.01, 1e5]
+    report = tune(config)
+    assert report == json.loads((tmp_path / "tuned" / "plans.json").read_text())
+    nothing, best = report["plans"]
+    assert nothing["decoding"] is None
+    assert best["episodes"] == 4
+    assert report["tried"] >= 8
+    assert report["floor_ms"] > 0
+    policy, _, _ = load(tmp_path / "tuned" / "checkpoint")
+    assert policy.decoding_config("plan") == policy.decoding_config("plan100000") == named_config(
+        best["decoding"], policy.config.decoding
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="No plan fits"):
+        tune(
+            TuneConfig(
+                policy=CheckpointPath("student"), output_dir=str(tmp_path / "none"), budgets_ms=[0.01], **options
+            )
+        )

@@ -5,11 +5,12 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import draccus
 from lerobot.configs.policies import PreTrainedConfig
 
 import ceed_vla.configuration_ceed_vla
 import ceed_vla.processor_ceed_vla  # noqa: F401  (registers the processor steps that a saved pipeline names)
-from ceed_vla.checkpoint_files import in_current_format
+from ceed_vla.checkpoint_files import check_kinds, in_current_format
 from ceed_vla.errors import CeedVLAError, CheckpointError, root_cause
 from ceed_vla.files import read_json
 
@@ -33,7 +34,9 @@ def _explaining(read: Any) -> Any:
         try:
             if ours:
                 with in_current_format(folder) as current:
-                    return read(cls, current, **options)
+                    config = read(cls, current, **options)
+                    check_kinds(read_json(current / "config.json"), draccus.encode(config))
+                    return config
             return read(cls, pretrained_name_or_path, **options)
         except CeedVLAError:
             raise

@@ -42,7 +42,7 @@ CHECKPOINT = "checkpoint"
 # From strict to loose; a threshold is tested only if all before it passed.
 LADDERS = {
     "conf": ("0.9", "0.7", "0.55", "0.4", "0.3", "0.2", "0.1"),
-    "margin": ("0.5", "0.3", "0.2", "0.1", "0.05", "0.02"),
+    "gap": ("0.5", "0.3", "0.2", "0.1", "0.05", "0.02"),
     "agree": ("0", "1", "2", "4", "8", "16", "32"),
     "changed": ("0", "1", "2", "4", "8", "14"),
 }
@@ -59,7 +59,7 @@ class CalibrateConfig:
         output_dir: Folder for calibration.json and, in `checkpoint`, the policy with the names risk<E>.
         epsilons: Risks to be kept, each in (0, 1).
         alpha: Probability of a promise that is not kept.
-        signals: What exits are judged by: conf (mass within 2 bins), margin (best over next token), agree (bins between
+        signals: What exits are judged by: conf (mass within 2 bins), gap (best over next token), agree (bins between
             two states), changed (tokens that changed).
         decoders: Instead, only measure the risk of these comma-separated decoders.
         episodes: Episodes of every threshold.

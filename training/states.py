@@ -107,7 +107,7 @@ def check_optimizers(optimizers: Sequence[Any], settings: Sequence[dict[str, Any
     """Raise unless optimisers kept their `settings`, and what they remember can be of their weights, at `step`."""
     remembered_steps = [int(m["step"]) for o in optimizers for m in o.state.values() if "step" in m]
     if remembered_steps and max(remembered_steps) != step:
-        raise ValueError(f"it is of step {max(remembered_steps)}, not of {step}")
+        raise ValueError(f"the optimiser's step is {max(remembered_steps)}, not {step}")
     for now, own in zip(optimizer_settings(optimizers), settings, strict=True):
         if changed := [name for name, value in own.items() if now.get(name) != value]:
             raise ValueError(f"the optimiser's {changed[0]} is {now.get(changed[0])}, not {own[changed[0]]}")

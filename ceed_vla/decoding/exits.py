@@ -90,14 +90,14 @@ class Confidence(ExitRule):
         return measured.min(1) > self.least
 
 
-@register_exit(r"margin(?P<margin>\d*\.?\d+)", "margin<P>", "or until the best token leads by P everywhere")
-class Margin(ExitRule):
+@register_exit(r"gap(?P<gap>\d*\.?\d+)", "gap<P>", "or until the best token leads by P everywhere")
+class Gap(ExitRule):
     """In every watched slot the best token's probability exceeds the next one's by more than this (DSSD's signal)."""
 
-    reason = "margin"
+    reason = "gap"
 
-    def __init__(self, margin: float | str) -> None:
-        self.least = float(margin)
+    def __init__(self, gap: float | str) -> None:
+        self.least = float(gap)
 
     def measure(self, logits: Tensor, tokens: Tensor) -> Tensor:
         best, second = logits.float().topk(2, dim=-1).values.unbind(-1)  # (B, k)

@@ -27,8 +27,8 @@ OWN = re.compile(r"risk\d*\.?\d+|plan(\d*\.?\d+)?", re.ASCII)  # what `calibrate
 def names_help() -> str:
     """What a decoding's name may be."""
     return (
-        f"{CEED}, risk<E>, plan (the checkpoint's), {meanings()}; exit rules can be joined (conf<P>_cap<K>); Jacobi "
-        "ones also with _fresh (tail), _mid or _random (guess)"
+        f"{CEED} (the checkpoint's), {meanings()}; exit rules can be joined (conf<P>_cap<K>); Jacobi ones also with "
+        "_fresh (the tail), _mid or _random (the guess); a checkpoint may have risk<E> and plan<MS>"
     )
 
 

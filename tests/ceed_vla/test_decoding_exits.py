@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ceed_vla.decoding import DecodingConfig, named_config
-from ceed_vla.decoding.exits import Margin, mass_near
+from ceed_vla.decoding.exits import Gap, mass_near
 
 A = 7
 
@@ -242,14 +242,14 @@ def test_rules_that_compare_states_end_where_the_trajectory_says(toy, name: str,
     assert early > 3
 
 
-def test_margin_is_what_the_best_token_leads_by() -> None:
+def test_gap_is_what_the_best_token_leads_by() -> None:
     logits = torch.randn(2, 5, 31, generator=torch.Generator().manual_seed(0))
     probabilities = logits.softmax(-1).sort(descending=True).values
-    margin = Margin("0.1")
-    measured = margin.measure(logits, logits.argmax(-1))
+    gap = Gap("0.1")
+    measured = gap.measure(logits, logits.argmax(-1))
     assert torch.allclose(measured, probabilities[..., 0] - probabilities[..., 1], atol=1e-6)
     lead = measured.min(1).values
-    assert margin.ends(None, measured.numpy()).tolist() == (lead > 0.1).tolist()  # type: ignore[arg-type]
+    assert gap.ends(None, measured.numpy()).tolist() == (lead > 0.1).tolist()  # type: ignore[arg-type]
 
 
 def test_a_deadline_has_a_name() -> None:

@@ -125,8 +125,10 @@ def rows_of(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """``bench.md``."""
-    head = ("decoder", "solved [95 %]", "forwards mean / p95", "total p50 / p95 / p99 [ms]", "prefill", "decode")
-    head += ("engine", "x AR", "x AR_h", "over floor", "action error", "= AR")
+    head = (
+        "decoder", "solved [95 %]", "forwards mean / p95", "total p50 / p95 / p99 [ms]", "prefill", "decode", "engine",
+        "x AR", "x AR_h", "over floor", "action error", "= AR",
+    )  # fmt: skip
     lines = []
     for name, row in result["decoders"].items():
         cells = [name, success_cell(row), f"{row['forwards_mean'] or 0:.2f} / {row['forwards_p95'] or 0:.0f}"]

@@ -176,10 +176,10 @@ class Search:
 
     def child(self, parents: Sequence[Plan]) -> Plan:
         """A plan whose settings come from two parents, one of them drawn anew."""
-        first, second = (parents[self.random.integers(len(parents))] for _ in range(2))
+        first, second = (parents[int(self.random.integers(len(parents)))] for _ in range(2))
         new, names = self.drawn(), ("signal", "cap", "fresh", "guess", "executed_steps")
         changed = self.random.choice(names)
-        genes = {n: getattr(new if n == changed else (first, second)[self.random.integers(2)], n) for n in names}
+        genes = {n: getattr(new if n == changed else (first, second)[int(self.random.integers(2))], n) for n in names}
         return Plan(**genes)
 
     def admit(self, candidates: Sequence[Plan]) -> list[Trial]:
@@ -191,7 +191,7 @@ class Search:
             for name, steps in new
         }
         samples, _ = measure(runners, {}, self.observations)
-        admitted = []
+        admitted: list[Trial] = []
         for (name, steps), plan in new.items():
             times = percentiles(samples[f"{name} {steps}"].total)
             if times["p50"] > self.budgets[-1]:

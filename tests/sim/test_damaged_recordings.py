@@ -119,6 +119,19 @@ def test_a_damaged_marker_deletes_nothing(stored: Path, marker: str, new_writer:
     assert contents(stored) == before
 
 
+def test_a_backup_of_another_commit_replaces_nothing(stored: Path, new_writer: Any) -> None:
+    backup, names = stored / ".recording" / "backup", ["info.json", "stats.json", "tasks.parquet"]
+    for name in names:
+        (backup / name).write_bytes((stored / "meta" / name).read_bytes())
+    info = json.loads((backup / "info.json").read_text())
+    (backup / "info.json").write_text(json.dumps({**info, "total_episodes": 1}))
+    (backup / "marker.json").write_text(json.dumps({"total_episodes": 2, "files": names}))
+    before = contents(stored)
+    with pytest.raises(DatasetError, match="another commit"):
+        new_writer(stored)
+    assert contents(stored) == before
+
+
 def test_a_marker_cannot_name_what_is_committed(stored: Path, new_writer: Any) -> None:
     marker = {
         "total_episodes": 2,

@@ -112,6 +112,14 @@ def test_optimiser_settings_of_another_run_are_refused(stopped: Any, where: str,
         train(config)
 
 
+def test_a_state_of_another_step_is_refused(stopped: Any) -> None:
+    config, progress, _ = stopped
+    values = json.loads(progress.read_text())
+    progress.write_text(json.dumps({**values, "step": values["step"] - 1}))
+    with pytest.raises(CheckpointError, match="the optimiser's step is"):
+        train(config)
+
+
 def test_optimiser_states_of_other_weights_are_refused(stopped: Any) -> None:
     from accelerate.utils.other import load
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
 from ceed_vla.errors import ConfigError, TokenError
 from ceed_vla.fields import short
@@ -67,6 +68,7 @@ class Decodes(Protocol):
     """A policy, as far as it matters here."""
 
     config: Any
+    backbone: Any
     tokenizer: ActionTokens
 
     def decode(self, batch: dict[str, Tensor], **arguments: Any) -> DecodeResult: ...
@@ -81,16 +83,19 @@ def decode_behind(
 ) -> DecodeResult:
     """`CeedVLAPolicy.decode` of a chunk that begins with frozen tokens (B, k * A).
 
-    They are continued greedily, or, where the policy's actions are increments (``config.delta_dims``), made up for.
+    They are continued greedily, or, where the policy's actions are increments (``config.delta_dims``), made up for:
+    then no token behind them is the greedy one for certain.
     """
     dims, tokens = policy.config.delta_dims, policy.tokenizer
     if frozen is None or not dims:
         return policy.decode(batch, frozen=frozen, executed_steps=executed_steps, **arguments)
+    given = BlockRequest(frozen=frozen, tokens_per_step=tokens.action_dim).frozen_tokens(policy.backbone, len(frozen))
     behind = policy.config.n_action_steps if executed_steps is None else executed_steps
-    executed_steps = min(frozen.shape[1] // tokens.action_dim + behind, tokens.chunk_steps)
+    executed_steps = min(given // tokens.action_dim + behind, tokens.chunk_steps)
     result = policy.decode(batch, executed_steps=executed_steps, **arguments)
-    result.tokens = made_up(tokens, result.tokens, frozen, dims)
-    result.actions = tokens.decode(result.tokens)
+    result.tokens = made_up(tokens, result.tokens, frozen.to(result.tokens), dims)
+    result.actions, result.states = tokens.decode(result.tokens), None
+    result.exact_tokens, result.exact = torch.full_like(result.exact_tokens, given), torch.zeros_like(result.exact)
     return result
 
 

@@ -16,6 +16,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import sim.rivals
+from ceed_vla.checkpoints import resolve_checkpoint
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.errors import ConfigError
 from ceed_vla.fields import chosen
 from ceed_vla.files import write_text
 from sim.environment import Bundle
@@ -26,7 +29,7 @@ from sim.timing import ENGINES
 
 BENCH, TABLE, PARETO = "bench.json", "bench.md", "pareto.png"
 ROWS = (
-    "ar,ar_h,jacobi,jacobi_h,jacobi_mid,jacobi_random,ngram8_h,pdvla,cap1,cap2,cap3,cap2_fresh,cap3_fresh,ceed,"
+    "jacobi,jacobi_h,jacobi_mid,jacobi_random,ngram8_h,pdvla,cap1,cap2,cap3,cap2_fresh,cap3_fresh,ceed,"
     "conf0.2_cap2_fresh"
 )
 TEACHER_ROWS = (
@@ -39,7 +42,8 @@ class BenchConfig(EvalConfig):
     """Options of ``ceed-vla bench``; they are those of ``ceed-vla eval``, with other defaults.
 
     Attributes:
-        decoders: As for `ceed-vla eval`; empty for the usual rivals, the teacher's and the checkpoint's own names.
+        decoders: As for `ceed-vla eval`, beside ar and ar_h; empty for the usual rivals, the checkpoint's own names
+            and the teacher's.
         output_dir: Folder for bench.json, bench.md, pareto.png and what `ceed-vla eval` writes.
         engine: As for `ceed-vla eval`.
     """
@@ -58,8 +62,12 @@ def bench(config: BenchConfig, console: Console | None = None) -> dict[str, Any]
         ConfigError: An option that cannot work, e.g. an unknown decoder.
         CheckpointError: A checkpoint that cannot be loaded.
     """
+    if not config.policy.path:
+        raise ConfigError("--policy.path is missing; give a checkpoint folder, or student for the shipped one.")
     if not config.decoders:
-        config.decoders = f"{ROWS},{TEACHER_ROWS}" if config.teacher.path else ROWS
+        own = CeedVLAConfig.read(resolve_checkpoint(config.policy.path)).decodings
+        config.decoders = ",".join([ROWS, *own, *[TEACHER_ROWS] * bool(config.teacher.path)])
+    config.decoders = f"ar,ar_h,{config.decoders}"  # everything is compared with them
     report = evaluate(config, console, probes)
     result = {key: report[key] for key in KEPT} | {"decoders": rows_of(report)}
     folder = Path(config.output_dir)
@@ -91,15 +99,17 @@ def floor(report: Mapping[str, Any], model: str) -> float:
 
 
 def ar_over_parts(report: Mapping[str, Any]) -> float:
-    """The time of AR over that of the prefill and its single-token forwards alone (p50, in AR's engine)."""
+    """The time of AR over that of its parts alone: processing, prefill, single-token forwards (p50, in AR's engine)."""
     entry, timing = report["decoders"]["ar"], report["timing"]
     found = timing["parts"][f"policy {timing['engines']['ar']}"]
-    alone = found["prefill"]["p50"] + (report["block_length"] - 1) * found["token"]["p50"]
+    alone = found["process"]["p50"] + found["prefill"]["p50"] + (report["block_length"] - 1) * found["token"]["p50"]
     return round(entry["latency_ms"]["p50"] / alone, 3)
 
 
 def rows_of(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of ``bench.json``; ratios are of p50 of whole chunks, against the same model's AR and floor."""
+    """The entries of ``bench.json``; ratios are of p50 of whole chunks, against the same model's floor, and its AR and
+    AR of the executed steps in their faster engines (``ratio_to_ar_compiled``).
+    """
     rows = {}
     for name, entry in report["decoders"].items():
         keys = ("forwards_mean", "forwards_p95", "success", "episodes", "success_rate", "success_ci95", "paired")
@@ -108,7 +118,7 @@ def rows_of(report: Mapping[str, Any]) -> dict[str, Any]:
             model, prefix = ("teacher", "teacher_") if name.startswith("teacher_") else ("policy", "")
             p50, others = entry["latency_ms"]["p50"], report["decoders"]
             row |= {
-                "tokens_per_forward": round(report["block_length"] / entry["forwards_mean"], 2),
+                "tokens_per_forward": round(_wanted(report, entry) / entry["forwards_mean"], 2),
                 "engine": report["timing"]["engines"][name],
                 **{f"{part}_ms": entry[f"{part}_ms"] for part in ("prefill", "decode")},
                 "total_ms": entry["latency_ms"],
@@ -121,6 +131,12 @@ def rows_of(report: Mapping[str, Any]) -> dict[str, Any]:
                     row[f"ratio_to_{rival}_compiled"] = round(others[prefix + rival]["latency_ms"]["p50"] / p50, 3)
         rows[name] = row
     return rows
+
+
+def _wanted(report: Mapping[str, Any], entry: Mapping[str, Any]) -> float:
+    """Tokens that a row's decoder must get right."""
+    share = report["executed_steps"] / report["chunk_size"] if entry["decoding"]["watch"] == "executed" else 1
+    return float(report["block_length"] * share)
 
 
 def markdown(result: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ A chunk is *off* if an action that is executed differs from the fixed point's by
 dimension, or at all in a two-valued one. The risk of an exit is the expected share of off chunks of an episode that the
 exit itself drives. Thresholds are tested from the strictest on, each on the same number of episodes, until one cannot
 be shown to keep the risk below epsilon: "learn then test" with a fixed sequence (arXiv 2110.01052), whose level alpha
-the signals share. So with probability 1 - alpha all that is chosen keeps its promise, whatever the policy.
+the signals share. So for each epsilon, with probability 1 - alpha the choice keeps its promise, whatever the policy.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,14 @@ from ceed_vla.decoding import decode_block, named_config
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, check_fields, ranged
 from ceed_vla.files import write_text
-from sim.environment import VALIDATION_SEED, Bundle, EnvPool, joined, observation_batch, turns
+from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, observation_batch, turns
 from sim.evaluate import CheckpointPath, default_console
 from sim.outputs import MADE_BY, claim_folder
 from sim.rollout import Chunk, Episode, PolicyRunner, replan, stack_previous, wilson_interval
 from sim.tabletop.lerobot_env import mixed_tabletop
 
 OFF = 0.05  # of an action's range
-REPORT = "calibration.json"
+REPORT, AUDIT = "calibration.json", "audit.json"
 CHECKPOINT = "checkpoint"
 # From strict to loose; a threshold is tested only if all before it passed.
 LADDERS = {
@@ -61,25 +61,25 @@ class CalibrateConfig:
         alpha: Probability of a promise that is not kept.
         signals: What exits are judged by: conf (mass within 2 bins), gap (best over next token), agree (bins between
             two states), changed (tokens that changed).
-        decoders: Instead, only measure the risk of these comma-separated decoders.
+        decoders: Instead, only measure the risk of these comma-separated decoders, into audit.json.
         episodes: Episodes of every threshold.
         seed: First seed. Seeds from 40000 to 49999 are for choices.
         batch: Episodes that run in lock-step.
-        executed_steps: Steps executed of each chunk.
+        executed_steps: Steps executed of each chunk; the policy's n_action_steps if None.
         threads: Threads of torch; None leaves torch's choice.
     """
 
     policy: CheckpointPath = field(default_factory=CheckpointPath)
     env: EnvConfig = field(default_factory=mixed_tabletop)
     output_dir: str = "outputs/calibrate"
-    epsilons: list[float] = ranged([0.02, 0.05, 0.1], "(0, 1)")
+    epsilons: list[float] = ranged([0.02, 0.05, 0.1], "[1e-6, 1)")
     alpha: float = ranged(0.1, "(0, 1)")
     signals: list[str] = field(default_factory=lambda: list(LADDERS))
     decoders: str = ""
     episodes: int = ranged(200, COUNTS)
     seed: int = ranged(VALIDATION_SEED + 1000, SEEDS)
     batch: int = ranged(20, "[1, 1000]")
-    executed_steps: int = ranged(4, "[1, 4096]")
+    executed_steps: int | None = ranged(None, "[1, 4096]")
     threads: int | None = ranged(None, "[1, 256]")
 
     def __post_init__(self) -> None:
@@ -87,8 +87,16 @@ class CalibrateConfig:
         unknown = [signal for signal in self.signals if signal not in LADDERS]
         if unknown or not (self.signals or self.decoders) or not self.epsilons:
             raise ConfigError(f"--signals is {self.signals}; choose some of {', '.join(LADDERS)}, and --epsilons.")
-        for name in filter(None, self.decoders.split(",")):
-            named_config(name)
+        for name in self.names:
+            if named_config(name).deadline_s is not None:
+                raise ConfigError(
+                    f"--decoders has {name}: episodes share batches here, where a deadline means nothing."
+                )
+
+    @property
+    def names(self) -> list[str]:
+        """What `decoders` lists."""
+        return [name.strip() for name in self.decoders.split(",") if name.strip()]
 
 
 class AuditedRunner(PolicyRunner):
@@ -144,6 +152,7 @@ class Measured:
         return {
             "risk": round(float(self.risks.mean()), 5),
             "risk_ci95": [round(v, 5) for v in bootstrap(self.risks)],
+            "risk_upper95": round(upper_bound(self.risks), 5),
             "p_values": {str(e): round(p_value(self.risks, e), 6) for e in epsilons},
             "forwards_mean": round(float(self.forwards.mean()), 4),
             "forwards_p95": float(np.percentile(self.forwards, 95)),
@@ -160,12 +169,23 @@ def p_value(risks: NDArray[np.float64], epsilon: float) -> float:
         return 1.0
     left = mean * np.log(mean / epsilon) if mean else 0.0
     relative = left + (1 - mean) * np.log((1 - mean) / (1 - epsilon))
-    tail = sum(math.comb(n, k) * epsilon**k * (1 - epsilon) ** (n - k) for k in range(math.ceil(n * mean) + 1))
+    k = np.arange(math.ceil(n * mean - 1e-9) + 1)
+    ways = math.lgamma(n + 1) - np.array([math.lgamma(i + 1) + math.lgamma(n - i + 1) for i in k.tolist()])
+    tail = np.exp(ways + k * np.log(epsilon) + (n - k) * np.log1p(-epsilon)).sum()
     return float(min(np.exp(-n * relative), np.e * tail, 1.0))
 
 
+def upper_bound(risks: NDArray[np.float64], alpha: float = 0.05) -> float:
+    """What the expectation exceeds with probability `alpha` at most: `p_value` turned round."""
+    low, high = float(risks.mean()), 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if middle < 1 and p_value(risks, middle) <= alpha else (middle, high)
+    return high
+
+
 def bootstrap(risks: NDArray[np.float64], draws: int = 10_000) -> tuple[float, float]:
-    """95 % interval of the mean, over episodes."""
+    """95 % interval of the mean, over episodes; [0, 0] where nothing was off, which `upper_bound` knows better."""
     picks = np.random.default_rng(0).integers(len(risks), size=(draws, len(risks)))
     low, high = np.percentile(risks[picks].mean(1), (2.5, 97.5))
     return float(low), float(high)
@@ -180,12 +200,14 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
     """
     if not config.policy.path:
         raise ConfigError("--policy.path is missing; give a checkpoint folder, or student for the shipped one.")
-    folder = claim_folder("output_dir", config.output_dir, (REPORT,), (REPORT,))
+    name = AUDIT if config.names else REPORT
+    folder = claim_folder("output_dir", config.output_dir, (name,), (REPORT, AUDIT))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     policy, pre, post = load(config.policy.path)
     if policy.tokenizer.tokens_per_step is None or not hasattr(policy.tokenizer, "low"):
         raise ConfigError("These tokens are no bins of actions: how far one is from another is unknown.")
+    config = replace(config, executed_steps=config.executed_steps or policy.config.n_action_steps)
     bundle = joined((policy, pre, post), config.env)
     with EnvPool(min(config.batch, config.episodes), config.env) as pool:
         rows, chosen = _choose(config, bundle, pool)
@@ -195,23 +217,25 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
         "alpha": config.alpha,
         "off": OFF,
         "seeds": {"first": config.seed, "count": config.episodes},
+        "env": flags(config.env),
         "executed_steps": config.executed_steps,
         "chosen": chosen,
         "decoders": {row.name: row.entry(config.epsilons) for row in rows},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / REPORT, json.dumps(report, indent=2))
-    if not config.decoders:
-        policy.config.decodings = {**policy.config.decodings, **chosen}
+    write_text(folder / name, json.dumps(report, indent=2))
+    if not config.names:
+        others = {name: meant for name, meant in policy.config.decodings.items() if not name.startswith("risk")}
+        policy.config.decodings = {**others, **chosen}
         save(folder / CHECKPOINT, policy, pre, post)
-    _print(report, console or default_console(), folder)
+    _print(report, console or default_console(), folder / name)
     return report
 
 
 def _choose(config: CalibrateConfig, bundle: Bundle, pool: EnvPool) -> tuple[list[Measured], dict[str, str]]:
     """Everything that was measured, and the decoder of every epsilon: that of fewest forwards among the proven."""
-    if config.decoders:
-        return [measured(config, bundle, pool, name) for name in config.decoders.split(",")], {}
+    if config.names:
+        return [measured(config, bundle, pool, name) for name in config.names], {}
     rows: list[Measured] = []
     level = config.alpha / len(config.signals)
     proven: dict[float, list[Measured]] = {epsilon: [] for epsilon in config.epsilons}
@@ -225,16 +249,22 @@ def _choose(config: CalibrateConfig, bundle: Bundle, pool: EnvPool) -> tuple[lis
             if not open_:
                 break
     chosen = {
-        f"risk{epsilon:g}": min(rows, key=lambda row: row.forwards.mean()).name if rows else "jacobi_h"
+        f"risk{plain(epsilon)}": min(rows, key=lambda row: row.forwards.mean()).name if rows else "jacobi_h"
         for epsilon, rows in proven.items()
     }
     # For the report: what a deadline costs that allows so many forwards.
     return rows + [measured(config, bundle, pool, cap) for cap in CAPS], chosen
 
 
+def plain(value: float) -> str:
+    """A positive number as names hold it: without an exponent, at most six places."""
+    return f"{value:.6f}".rstrip("0").rstrip(".")
+
+
 def measured(config: CalibrateConfig, bundle: Bundle, pool: EnvPool, name: str) -> Measured:
     """Episodes that the decoder `name` drives."""
     runner = AuditedRunner(bundle, name, torch.Generator().manual_seed(0), config.executed_steps)
+    steps = runner.executed_steps
     tasks, risks, forwards, success = turns(config.env), [], [], 0
     seeds = range(config.seed, config.seed + config.episodes)
     with tqdm(total=len(seeds), desc=name, unit="episode", dynamic_ncols=True) as bar:
@@ -244,7 +274,7 @@ def measured(config: CalibrateConfig, bundle: Bundle, pool: EnvPool, name: str) 
                 for slot, seed in enumerate(seeds[first : first + pool.size])
             ]
             while active := [episode for episode in episodes if not episode.over]:
-                replan(runner, active, config.executed_steps)
+                replan(runner, active, steps)
             for episode in episodes:
                 risks.append(np.mean([seconds["off"] for seconds in episode.result.seconds]))
                 forwards += episode.result.forwards
@@ -253,15 +283,16 @@ def measured(config: CalibrateConfig, bundle: Bundle, pool: EnvPool, name: str) 
     return Measured(name, np.array(risks), np.array(forwards, dtype=float), success)
 
 
-def _print(report: dict[str, Any], console: Console, folder: Path) -> None:
+def _print(report: dict[str, Any], console: Console, file: Path) -> None:
     table = Table(title=f"Risk, {report['seeds']['count']} episodes from seed {report['seeds']['first']}")
-    for column in ("decoder", "risk [95 %]", "forwards mean / p95", "solved"):
+    for column in ("decoder", "risk [95 %], at most", "forwards mean / p95", "solved"):
         table.add_column(column, justify="left" if column == "decoder" else "right")
     for name, row in report["decoders"].items():
         low, high = row["risk_ci95"]
-        risk, forwards = f"{row['risk']:.4f} [{low:.4f}, {high:.4f}]", f"{row['forwards_mean']:.2f}"
+        risk = f"{row['risk']:.4f} [{low:.4f}, {high:.4f}], {row['risk_upper95']:.4f}"
+        forwards = f"{row['forwards_mean']:.2f}"
         table.add_row(name, risk, f"{forwards} / {row['forwards_p95']:.0f}", f"{row['success']}/{row['episodes']}")
     console.print(table)
     for name, decoder in report["chosen"].items():
         console.print(f"{name} is {decoder}")
-    console.print(f"Written: {folder / REPORT}" + (f", {folder / CHECKPOINT}" if report["chosen"] else ""))
+    console.print(f"Written: {file}" + (f", {file.parent / CHECKPOINT}" if report["chosen"] else ""))

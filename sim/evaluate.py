@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ceed_vla.checkpoints import load, resolve_checkpoint, weights_hash
+from ceed_vla.decoding.registry import find_decoder
 from ceed_vla.devices import check_device
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
@@ -294,7 +295,7 @@ def _run_episodes(run: _Run, console: Console, folder: Path, log: EpisodeLog) ->
 
 
 def _run_timing(run: _Run, console: Console) -> None:
-    """Latency of all rows and their autoregressive references, on observations of the last row's episodes."""
+    """Latency of all rows and their autoregressive references, on observations of the episodes of one row."""
     config = run.config
     if not config.timing_chunks:
         return
@@ -302,21 +303,25 @@ def _run_timing(run: _Run, console: Console) -> None:
         sorted({row.reference for row in run.rows} - {row.name for row in run.rows}),
         {model: bundle[0].config for model, bundle in run.bundles.items()},
     )
-    driver = run.rows[-1]
+    driver = next((row for row in run.rows if row.name == "ceed"), run.rows[-1])
     runner = make_runner(driver, run.bundles, config.executed_steps)
     episodes = collect_observations(runner, run.pool, _plan(config), config.executed_steps, config.timing_chunks)
     chunks = sum(len(episode) for episode in episodes)
     engines = ENGINES[:2] if config.engine == "fastest" else (config.engine,)
     bundles = {e: {model: in_engine(bundle, e) for model, bundle in run.bundles.items()} for e in engines}
-    names = [(row, engine) for row in (*run.rows, *references) for engine in engines]
-    runners = {f"{row.name} {e}": make_runner(row, bundles[e], config.executed_steps) for row, e in names}
+    runners = {
+        f"{row.name} {e}": make_runner(row, bundles[e], config.executed_steps)
+        for row in (*run.rows, *references)
+        for e in engines_of(row, engines)
+    }
     parts = {f"{model} {e}": bare_parts(bundle) for e in engines for model, bundle in bundles[e].items()}
     with _progress(console) as progress:
         bar = progress.add_task("latency", total=chunks)
         samples, probed = measure(runners, {**parts, **run.probes}, episodes, lambda: progress.advance(bar))
     used = {}
     for row in (*run.rows, *references):
-        used[row.name] = min(engines, key=lambda e: np.median(samples[f"{row.name} {e}"].total))
+        mine = engines_of(row, engines)
+        used[row.name] = min(mine, key=lambda e: np.median(samples[f"{row.name} {e}"].total))
         run.samples[row.name] = samples[f"{row.name} {used[row.name]}"]
     run.timing = {
         "chunks": chunks,
@@ -328,6 +333,11 @@ def _run_timing(run: _Run, console: Console) -> None:
     }
 
 
+def engines_of(row: Row, engines: Sequence[str]) -> Sequence[str]:
+    """Those of `engines` that a row's decoder can run in."""
+    return ("eager",) if getattr(find_decoder(row.decoding.method)[0].make, "eager_only", False) else engines
+
+
 def _build_report(run: _Run, *, complete: bool) -> dict[str, Any]:
     config = run.config
     policy = run.bundles["policy"][0]
@@ -336,7 +346,9 @@ def _build_report(run: _Run, *, complete: bool) -> dict[str, Any]:
         entry = row_entry(run.results[row.name])
         if row.name in run.samples:
             reference = run.samples[row.reference]
-            entry |= summarise(run.samples[row.name], reference, policy.tokenizer, config.executed_steps)
+            entry |= summarise(
+                run.samples[row.name], reference, run.bundles[row.model][0].tokenizer, config.executed_steps
+            )
         entry["paired"] = paired_entries(row.name, run.results, ("ar", "teacher_ar"))
         entry["decoding"] = {**asdict(row.decoding), "exits": list(row.decoding.exits)}
         entries[row.name] = entry

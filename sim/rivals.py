@@ -12,6 +12,7 @@ from lerobot.policies.act.modeling_act import ACTPolicy
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.cache import KVCache
 from ceed_vla.decoding import BlockRequest, DecodeResult, register_decoder
+from ceed_vla.decoding.ngram import refuse_jacobi_settings
 from ceed_vla.errors import ConfigError, TokenError
 from sim.environment import Bundle, observation_batch
 from sim.timing import Probe
@@ -29,26 +30,33 @@ def decode_pdvla(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> D
         raise ConfigError("pdvla needs the compact backbone, tokens of fixed length, and freezes nothing.")
     if request.guess is None:
         raise TokenError(f"pdvla starts from a guess ({batch}, {n}); pass one.")
+    refuse_jacobi_settings("pdvla", request.config)
     prefix.cache.roll_back()
-    prefix.cache.causal = False
     tokens = request.first_state(backbone, prefix, 0)
     tokens[:, 0] = prefix.logits.argmax(-1)
-    forwards, moved = 0, True
-    while moved and forwards < (request.config.max_iterations or n):
-        new = backbone.block_logits(prefix, tokens[:, :-1]).argmax(-1)  # (B, n - 1)
-        moved = bool((new != tokens[:, 1:]).any())
-        tokens[:, 1:] = new
-        forwards += 1
-    prefix.cache.causal = True
+    forwards, running = 0, torch.ones(batch, dtype=torch.bool)  # (B,)
+    iterations = torch.zeros(batch, dtype=torch.int64)
+    prefix.cache.causal = False
+    try:
+        while running.any() and forwards < n:
+            new = backbone.block_logits(prefix, tokens[:, :-1]).argmax(-1)  # (B, n - 1)
+            forwards, iterations = forwards + 1, iterations + running
+            running &= (new != tokens[:, 1:]).any(1).cpu()
+            tokens[:, 1:] = new
+    finally:
+        prefix.cache.causal = True
     return DecodeResult(
         tokens=tokens,
         forwards=forwards,
-        iterations=torch.full((batch,), forwards),
-        exit_reason=["max_iterations" if moved else "converged"] * batch,
+        iterations=iterations,
+        exit_reason=["max_iterations" if row else "converged" for row in running.tolist()],
         exact_tokens=torch.ones(batch, dtype=torch.int64),
         exact=torch.zeros(batch, dtype=torch.bool),
         seconds={"decode": request.clock() - started},
     )
+
+
+decode_pdvla.eager_only = True  # type: ignore[attr-defined]  # its mask is not the compiled one's
 
 
 def act(bundle: Bundle) -> Probe:
@@ -56,13 +64,14 @@ def act(bundle: Bundle) -> Probe:
     config = bundle[0].config
     features = {"input_features": config.input_features, "output_features": config.output_features}
     policy: Any = ACTPolicy(ACTConfig(**features, device=config.device, pretrained_backbone_weights=None)).eval()
+    policy.to(config.device)
 
     @torch.inference_mode()
     def probe(observation: dict[str, Any], instruction: str) -> dict[str, float]:
+        started = time.perf_counter()
         batch = observation_batch([observation], [instruction])
         batch = {name: value.to(config.device) for name, value in batch.items() if name in config.input_features}
-        started = time.perf_counter()
-        policy.predict_action_chunk(batch)
+        policy.predict_action_chunk(batch).cpu()
         return {"total": time.perf_counter() - started}
 
     return probe

@@ -22,7 +22,7 @@ from sim.rollout import Chunk, PolicyRunner, drive
 
 WARM_UP = 3
 ENGINES = ("eager", "compiled", "fastest")
-PARTS = ("prefill", "block", "token")
+PARTS = ("process", "prefill", "block", "token")
 Probe = Callable[[dict[str, Any], str], dict[str, float]]  # observation, instruction -> seconds by part
 Observations = list[tuple[dict[str, Any], str]]  # consecutive replans of one episode: observation, instruction
 
@@ -77,11 +77,11 @@ def measure(
     samples = {name: Samples() for name in runners}
     probed: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in probes}
     for observation, instruction in [episodes[0][0]] * WARM_UP:
-        for runner in runners.values():
-            runner.decode([observation], [instruction], [None])
         for probe in probes.values():
             probe(observation, instruction)
-    names, turn = [*runners, *probes], 0
+        for runner in runners.values():
+            runner.decode([observation], [instruction], [None])
+    names, turn = [*probes, *runners], 0
     for episode in episodes:
         previous: dict[str, Tensor | None] = {}
         for observation, instruction in episode:
@@ -100,20 +100,30 @@ def measure(
 
 
 def bare_parts(bundle: Bundle) -> Probe:
-    """Times the model alone: the prefill ("prefill"), one forward of the block ("block"), of one token ("token")."""
+    """Times what a chunk is made of, alone: `PARTS`, of which "block" is a forward of n - 1 tokens, "token" of one."""
     policy, preprocess, _ = bundle
+    n, device, cold = policy.config.block_length, str(policy.config.device), True
+
+    def now() -> float:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
 
     @torch.inference_mode()
     def probe(observation: dict[str, Any], instruction: str) -> dict[str, float]:
+        nonlocal cold
+        times = [now()]
         batch = observation_batch([observation], [instruction])
-        batch, n = preprocess(batch) if preprocess else batch, policy.config.block_length
-        block = torch.zeros(1, n - 1, dtype=torch.int64, device=policy.config.device)
-        times = [time.perf_counter()]
+        batch = preprocess(batch) if preprocess else batch
+        times.append(now())
         prefix = policy.backbone.prefill(batch)
-        times.append(time.perf_counter())
-        for tokens in (block, block[:, :1]):
-            policy.backbone.block_logits(prefix, tokens)
-            times.append(time.perf_counter())
+        times.append(now())
+        for k in (n - 1, 1):
+            policy.backbone.block_logits(prefix, torch.zeros(1, k, dtype=torch.int64, device=device))
+            times.append(now())
+        for k in getattr(policy.backbone, "windows", ()) if cold else ():  # compile them now, not in a chunk
+            policy.backbone.block_logits(prefix, torch.zeros(1, k, dtype=torch.int64, device=device))
+        cold = False
         return {name: after - before for name, (before, after) in zip(PARTS, pairwise(times), strict=True)}
 
     return probe

@@ -2,15 +2,16 @@
 
 A plan is a decoding (signal and threshold of the exit, cap, tail, guess) and the steps that are executed of a chunk.
 The search is evolutionary, after EEEA-Net (arXiv 2108.06156): a candidate is timed first, and one over the largest
-budget is rejected before any episode is run. Those that fit run validation episodes by successive halving: the better
-half of a generation gets as many episodes again, and so on.
+budget is rejected before any episode is run. Those that fit run validation episodes by successive halving: the best
+quarter of every budget gets as many episodes again, and so on. What the search chose is timed again beside what a hand
+would name, and both drive episodes of fresh seeds: the search's own numbers flatter the winner.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,19 +26,18 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, check_fields, chosen, ranged
 from ceed_vla.files import write_text
 from sim.bench import PARETO, pareto
-from sim.calibrate import CHECKPOINT, LADDERS
-from sim.environment import VALIDATION_SEED, Bundle, EnvPool, joined, turns
+from sim.calibrate import CHECKPOINT, LADDERS, plain
+from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, turns
 from sim.evaluate import CheckpointPath, default_console
 from sim.outputs import MADE_BY, claim_folder
 from sim.plots import save_figure
 from sim.rollout import PolicyRunner, rollout, wilson_interval
 from sim.summary import hardware
 from sim.tabletop.lerobot_env import mixed_tabletop
-from sim.timing import ENGINES, bare_parts, collect_observations, in_engine, measure, percentiles
+from sim.timing import ENGINES, Observations, bare_parts, collect_observations, in_engine, measure, percentiles
 
 PLANS = "plans.json"
 OVER_FLOOR = (1.2, 1.5, 2.0, 3.0)  # budgets, where none is given
-NAMED = ("cap1", "cap2", "cap3", "cap4", "ceed", "jacobi_h", "conf0.2_cap2_fresh")  # the first generation has these
 GUESSES = ("", "mid")
 
 
@@ -49,13 +49,16 @@ class TuneConfig:
         policy: The policy.
         env: The environment that it drives in.
         output_dir: Folder for plans.json, pareto.png and, with `save`, the folder `checkpoint`.
-        save: Write a copy of the policy with the names plan<MS> for every budget, and plan for the largest.
+        save: Write a copy of the policy that executes the steps of the largest budget's plan and knows it as plan, and
+            as plan<MS> those of the other budgets that execute as many.
         budgets_ms: Milliseconds a chunk (p50); empty for 1.2, 1.5, 2 and 3 times the floor, measured first.
         population: Plans a generation.
         generations: Generations.
-        episodes: Episodes of the plans that are left at the end of a generation; all plans run a quarter of them.
+        episodes: Episodes of the plans that are left at the end of a generation, and of the final comparison; all plans
+            run a quarter of them.
         chunks: Chunks on which a plan is timed.
-        seed: First seed of the episodes. Seeds from 40000 to 49999 are for choices.
+        seed: First seed of the search's episodes; the final comparison has those that follow. Seeds from 40000 to 49999
+            are for choices.
         search_seed: Seed of the search.
         engine: Of the timing: eager or compiled.
         threads: Threads of torch; None leaves torch's choice.
@@ -89,7 +92,7 @@ class Plan:
         fresh: Whether the tail is computed with every iteration.
         guess: "mid", or "" for the previous chunk.
         executed_steps: Steps executed of a chunk.
-        name: A decoding that is none of these.
+        name: A decoding instead of all but the steps.
     """
 
     signal: str = ""
@@ -105,6 +108,13 @@ class Plan:
         parts = [self.signal, f"cap{self.cap}" if self.cap else ""]
         parts = [part for part in parts if part] or ["jacobi", "h"]
         return self.name or "_".join([*parts, *["fresh"] * self.fresh, *filter(None, [self.guess])])
+
+
+# What a hand would name; the first generation has them.
+NAMED = (
+    Plan(cap=1), Plan(cap=2), Plan(cap=3), Plan(cap=4), Plan(), Plan("conf0.2", 2), Plan("conf0.2", 2, fresh=True),
+    Plan(name="ceed"),
+)  # fmt: skip
 
 
 @dataclass
@@ -144,26 +154,49 @@ class Search:
         self.steps = bundle[0].config.chunk_size
         self.usual = min(bundle[0].config.n_action_steps, self.steps)
         self.timed = in_engine(bundle, config.engine)
-        driver = PolicyRunner(bundle, "jacobi_h", None, self.usual)
-        seeds = ((config.seed + i, self.tasks[i % len(self.tasks)]) for i in range(10**6))
-        self.observations = collect_observations(driver, pool, seeds, self.usual, config.chunks)
-        _, parts = measure({}, {"parts": bare_parts(self.timed)}, self.observations)
+        self.observed: dict[int, list[Observations]] = {}
+        _, parts = measure({}, {"parts": bare_parts(self.timed)}, self.observations(self.usual))
         found = {name: percentiles(seconds)["p50"] for name, seconds in parts["parts"].items()}
         self.floor = round(found["prefill"] + found["block"], 3)
         self.budgets = sorted(config.budgets_ms or [round(self.floor * factor, 3) for factor in OVER_FLOOR])
-        self.trials: dict[tuple[str, int], Trial] = {}
+        self.trials: list[Trial] = []
+        self.seen: set[tuple[str, int]] = set()
         self.rejected = 0
 
     def run(self) -> list[Trial]:
         """All generations."""
-        named = [Plan(name=name, executed_steps=self.usual) for name in NAMED]
-        candidates = [*named, *(self.drawn() for _ in range(self.config.population))]
+        candidates = [*self.named(), *(self.drawn() for _ in range(self.config.population))]
         for generation in range(self.config.generations):
             fitting = self.admit(candidates)
             self.halve(fitting, f"generation {generation + 1}")
             parents = self.parents()
-            candidates = [self.child(parents) for _ in range(3 * self.config.population)]
-        return list(self.trials.values())
+            candidates = [self.child(parents) for _ in range(self.config.population)]
+        return self.trials
+
+    def named(self) -> list[Plan]:
+        """`NAMED`, with the usual steps."""
+        return [replace(plan, executed_steps=self.usual) for plan in NAMED]
+
+    def observations(self, steps: int) -> list[Observations]:
+        """Observations at the replans of episodes that execute so many steps."""
+        if steps not in self.observed:
+            driver = PolicyRunner(self.bundle, "jacobi_h", None, steps)
+            seeds = ((self.config.seed + i, self.tasks[i % len(self.tasks)]) for i in range(10**6))
+            self.observed[steps] = collect_observations(driver, self.pool, seeds, steps, self.config.chunks)
+        return self.observed[steps]
+
+    def timed_plans(self, plans: Sequence[Plan]) -> dict[Plan, dict[str, float]]:
+        """Percentiles [ms] of a chunk of every plan; those that execute equally many steps take turns."""
+        found: dict[Plan, dict[str, float]] = {}
+        for steps in sorted({plan.executed_steps for plan in plans}):
+            runners = {
+                plan.decoding: PolicyRunner(self.timed, plan.decoding, torch.Generator().manual_seed(0), steps)
+                for plan in plans
+                if plan.executed_steps == steps
+            }
+            samples, _ = measure(runners, {}, self.observations(steps))
+            found |= {plan: percentiles(samples[plan.decoding].total) for plan in plans if plan.executed_steps == steps}
+        return found
 
     def drawn(self) -> Plan:
         """A random plan."""
@@ -183,32 +216,26 @@ class Search:
         return Plan(**genes)
 
     def admit(self, candidates: Sequence[Plan]) -> list[Trial]:
-        """Time the candidates that are new, interleaved, and drop those over the largest budget."""
+        """Time the candidates that are new, and drop those over the largest budget."""
         new = {(plan.decoding, plan.executed_steps): plan for plan in candidates}
-        new = {key: plan for key, plan in new.items() if key not in self.trials}
-        runners = {
-            f"{name} {steps}": PolicyRunner(self.timed, name, torch.Generator().manual_seed(0), steps)
-            for name, steps in new
-        }
-        samples, _ = measure(runners, {}, self.observations)
-        admitted: list[Trial] = []
-        for (name, steps), plan in new.items():
-            times = percentiles(samples[f"{name} {steps}"].total)
-            if times["p50"] > self.budgets[-1]:
-                self.rejected += 1
-            elif len(admitted) < self.config.population + len(NAMED):
-                self.trials[name, steps] = Trial(plan, times["p50"], times["p99"])
-                admitted.append(self.trials[name, steps])
+        new = {key: plan for key, plan in new.items() if key not in self.seen}
+        self.seen |= new.keys()
+        times = self.timed_plans(list(new.values()))
+        fitting = {plan: found for plan, found in times.items() if found["p50"] <= self.budgets[-1]}
+        self.rejected += len(times) - len(fitting)
+        admitted = [Trial(plan, found["p50"], found["p99"]) for plan, found in fitting.items()]
+        self.trials += admitted
         return admitted
 
     def halve(self, trials: list[Trial], title: str) -> None:
-        """Successive halving: a quarter of the episodes for all, then twice as many for the better half."""
-        episodes, left = max(1, self.config.episodes // 4), trials
-        while left and episodes <= self.config.episodes:
+        """Successive halving: a quarter of the episodes for all, then twice as many for the best of every budget."""
+        left = trials
+        for share in (4, 2, 1):
+            episodes = -(-self.config.episodes // share)
             for trial in tqdm(left, desc=f"{title}, {episodes} episodes", unit="plan", dynamic_ncols=True):
-                self.drive(trial, episodes)
+                self.drive(trial, range(self.config.seed, self.config.seed + episodes))
             kept = {id(trial) for budget in self.budgets for trial in self.best(left, budget, max(1, len(left) // 4))}
-            left, episodes = [trial for trial in left if id(trial) in kept], 2 * episodes
+            left = [trial for trial in left if id(trial) in kept]
 
     def best(self, trials: Sequence[Trial], budget: float, count: int) -> list[Trial]:
         """The `count` best within a budget."""
@@ -217,13 +244,32 @@ class Search:
 
     def parents(self) -> list[Plan]:
         """The plans that the next generation comes from: the best of every budget."""
-        known = [trial for trial in self.trials.values() if not trial.plan.name]
+        known = [trial for trial in self.trials if not trial.plan.name]
         found = [trial.plan for budget in self.budgets for trial in self.best(known, budget, 4)]
         return found or [self.drawn() for _ in range(4)]
 
-    def drive(self, trial: Trial, episodes: int) -> None:
-        """Run the episodes that are missing of the first `episodes`."""
-        missing = [s for s in range(self.config.seed, self.config.seed + episodes) if s not in trial.solved]
+    def final(self) -> list[tuple[float, Trial | None, Trial | None]]:
+        """For every budget what the search chose and the best of `NAMED`, timed again together, on fresh seeds."""
+        full = max((len(trial.solved) for trial in self.trials), default=0)
+        finalists = [trial for trial in self.trials if len(trial.solved) == full]
+        names = {plan.decoding for plan in NAMED}
+        by_hand = [t for t in self.trials if t.plan.decoding in names and t.plan.executed_steps == self.usual]
+        chosen = [
+            [next(iter(self.best(trials, budget, 1)), None) for trials in (finalists, by_hand)]
+            for budget in self.budgets
+        ]
+        plans = list({trial.plan: None for pair in chosen for trial in pair if trial})
+        times = self.timed_plans(plans)
+        again = {plan: Trial(plan, times[plan]["p50"], times[plan]["p99"]) for plan in plans}
+        first = self.config.seed + self.config.episodes
+        for trial in tqdm(again.values(), desc="fresh seeds", unit="plan", dynamic_ncols=True):
+            self.drive(trial, range(first, first + self.config.episodes))
+        pairs = [[trial and again[trial.plan] for trial in pair] for pair in chosen]
+        return [(budget, found, hand) for budget, (found, hand) in zip(self.budgets, pairs, strict=True)]
+
+    def drive(self, trial: Trial, seeds: range) -> None:
+        """Run the episodes that are missing of `seeds`."""
+        missing = [seed for seed in seeds if seed not in trial.solved]
         results = rollout(
             self.bundle, missing, tasks=[self.tasks[(s - self.config.seed) % len(self.tasks)] for s in missing],
             decoding=trial.plan.decoding, executed_steps=trial.plan.executed_steps, pool=self.pool,
@@ -247,11 +293,8 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
     policy, pre, post = load(config.policy.path)
     with EnvPool(20, config.env) as pool:
         search = Search(config, joined((policy, pre, post), config.env), pool)
-        trials = search.run()
-    full = max((len(trial.solved) for trial in trials), default=0)
-    finalists = [trial for trial in trials if len(trial.solved) == full]
-    plans = {budget: next(iter(search.best(finalists, budget, 1)), None) for budget in search.budgets}
-    if not any(plans.values()):
+        trials, final = search.run(), search.final()
+    if not any(found for _, found, _ in final):
         raise ConfigError(f"No plan fits {search.budgets} ms; the floor is {search.floor} ms. Raise --budgets_ms.")
     report = {
         "program": MADE_BY,
@@ -259,18 +302,26 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         "engine": config.engine,
         "hardware": hardware(str(policy.config.device)),
         "floor_ms": search.floor,
-        "seeds": {"first": config.seed, "count": full},
+        "env": flags(config.env),
+        "seeds": {"first": config.seed, "count": config.episodes, "fresh": config.seed + config.episodes},
         "tried": len(trials),
         "rejected": search.rejected,
-        "plans": [{"budget_ms": b, **(t.entry() if t else {"decoding": None})} for b, t in plans.items()],
+        "plans": [
+            {"budget_ms": budget, **(found.entry() if found else {"decoding": None}), "by_hand": hand and hand.entry()}
+            for budget, found, hand in final
+        ],
         "trials": [trial.entry() for trial in sorted(trials, key=lambda trial: trial.p50)],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_figure(_figure(finalists, search.floor), folder / PARETO)
+    save_figure(_figure([t for t in trials if len(t.solved) == config.episodes], search.floor), folder / PARETO)
     write_text(folder / PLANS, json.dumps(report, indent=2))
     if config.save:
-        found = {f"plan{b:g}": t.plan.decoding for b, t in plans.items() if t}
-        policy.config.decodings = {**policy.config.decodings, **found, "plan": list(found.values())[-1]}
+        found = {f"plan{plain(budget)}": trial.plan for budget, trial, _ in final if trial}
+        found["plan"] = list(found.values())[-1]
+        policy.config.n_action_steps = steps = found["plan"].executed_steps
+        others = {name: meant for name, meant in policy.config.decodings.items() if not name.startswith("plan")}
+        own = {name: plan.decoding for name, plan in found.items() if plan.executed_steps == steps}
+        policy.config.decodings = {**others, **own}
         save(folder / CHECKPOINT, policy, pre, post)
     _print(report, console or default_console())
     return report
@@ -289,12 +340,14 @@ def _figure(trials: Sequence[Trial], floor: float) -> Any:
 
 def _print(report: dict[str, Any], console: Console) -> None:
     table = Table(title=f"floor {report['floor_ms']:.1f} ms, {report['tried']} plans, {report['rejected']} too slow")
-    for column in ("budget [ms]", "decoding", "executed steps", "p50 / p99 [ms]", "solved"):
+    for column in ("budget [ms]", "decoding", "executed steps", "p50 / p99 [ms]", "solved", "best by hand", "solved"):
         table.add_column(column)
     for row in report["plans"]:
         if row["decoding"] is None:
-            table.add_row(f"{row['budget_ms']:.1f}", "none fits", "", "", "")
+            table.add_row(f"{row['budget_ms']:.1f}", "none fits")
             continue
         times, solved = f"{row['p50_ms']:.1f} / {row['p99_ms']:.1f}", f"{row['success']}/{row['episodes']}"
-        table.add_row(f"{row['budget_ms']:.1f}", row["decoding"], str(row["executed_steps"]), times, solved)
+        hand = row["by_hand"] and (row["by_hand"]["decoding"], f"{row['by_hand']['success']}/{row['episodes']}")
+        cells = (row["decoding"], str(row["executed_steps"]), times, solved, *(hand or ()))
+        table.add_row(f"{row['budget_ms']:.1f}", *cells)
     console.print(table)

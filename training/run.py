@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ceed_vla.checkpoints import save
 from ceed_vla.data.files import is_whole
 from ceed_vla.data.frame_stream import StreamingConfig
+from ceed_vla.decoding.names import CEED, OWN
 from ceed_vla.devices import check_device
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, chosen, ranged
@@ -161,6 +162,9 @@ class Run:
             ConfigError: No parameter learns, or a backbone that cannot recompute activations should.
         """
         self.policy, self.pre, self.post = policy.train(), pre, post
+        policy.config.decodings = {}  # what was measured on these weights says nothing of the next ones
+        if OWN.fullmatch(policy.config.decode_with):
+            policy.config.decode_with = CEED
         if self.settings.gradient_checkpointing:
             policy.backbone.recompute_activations()
         if not any(parameter.requires_grad for parameter in policy.parameters()):

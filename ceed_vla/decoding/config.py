@@ -31,7 +31,7 @@ class DecodingConfig:
         max_iterations: Hard cap, the paper's sigma; None for no cap.
         confidence: Stop when the smallest probability mass within +-2 bins of the argmax, over the watched slots,
             exceeds this; 1 never fires.
-        exits: Exit rules of other packages, by their names.
+        exits: Exit rules that have no field here, by their names.
         deadline_s: Time for the block, counted from the start of decoding, after the prefill [s]. No further
             iteration starts when it would end later, judged by the last one. The first is always run.
         seed: Seed of random guesses.

@@ -6,16 +6,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-EXIT_REASONS = (
-    "complete",
-    "stop",
-    "converged",
-    "stable",
-    "confidence",
-    "max_iterations",
-    "deadline",
-)
-
 
 @dataclass
 class DecodeResult:
@@ -37,7 +27,7 @@ class DecodeResult:
             - "confidence": the watched slots are confident enough.
             - "max_iterations": the cap.
             - "deadline": the next iteration would have ended too late.
-            - Exit rules of other packages have reasons of their own.
+            - "gap", "agreement", "few_changes", and what exit rules of other packages say.
         exact_tokens: (B,) int64 on the CPU, leading tokens proven equal to greedy AR (behind a frozen prefix:
             to its greedy continuation), at least 1. Those behind may agree too, nobody checked. "Proven" is
             up to floating-point ties, and for causal backbones.

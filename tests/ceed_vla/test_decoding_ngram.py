@@ -50,11 +50,18 @@ def test_only_the_executed_steps_are_decoded(toy) -> None:
     assert (result.exact_tokens >= 6).all()
 
 
-def test_a_right_guess_takes_a_forward_a_draft(toy) -> None:
-    backbone, observation = toy(1, 1, 21, 255)
+def test_a_right_guess_takes_one_forward(toy) -> None:
+    backbone, observation = toy(1, 1, 21, 5)
     prefix = backbone.prefill(observation)
-    result = decode_ngram(backbone, prefix, request(greedy(backbone, prefix).tokens, 5, tokens_per_step=21))
-    assert result.forwards == 4  # 20 tokens, 5 a forward
+    result = decode_ngram(backbone, prefix, request(greedy(backbone, prefix).tokens, 5, tokens_per_step=3))
+    assert (result.forwards, result.exit_reason) == (1, ["converged"])  # the first computes the whole block
+
+
+def test_the_tail_is_a_warm_start(toy) -> None:
+    backbone, observation = toy(2, 1, 12, 31)
+    guess, config = torch.zeros(1, 12, dtype=torch.int64), DecodingConfig(method="ngram", watch="executed")
+    asked = request(guess, config=config, tokens_per_step=3, executed_steps=2)
+    assert (decode_ngram(backbone, backbone.prefill(observation), asked).tokens[:, 6:] != 0).any()
 
 
 def test_drafts_follow_the_last_two_tokens_at_the_same_dimension() -> None:
@@ -64,6 +71,8 @@ def test_drafts_follow_the_last_two_tokens_at_the_same_dimension() -> None:
     assert draft(guess, proven, 2, 3).tolist() == [110, 111]  # another dimension: the guess as it stands
     guess[4:8] = (1, 2, 7, 8)
     assert draft(guess, np.array([5, 5, 5, 5, 5, 5, 5, 5, 1, 2]), 2, 4).tolist() == [7, 8]
+    guess[8:] = (1, 2, 6, 6)  # it agrees where it stands
+    assert draft(guess, proven, 2, 4).tolist() == [6, 6]
     assert draft(guess, np.array([5]), 3, 4).tolist() == guess[1:4].tolist()
     assert len(draft(guess, proven, empty, 4)) == 0
 
@@ -73,6 +82,12 @@ def test_what_it_cannot_decode(toy) -> None:
     prefix, guess = backbone.prefill(observation), torch.zeros(1, 6, dtype=torch.int64)
     with pytest.raises(TokenError, match="guess"):
         decode_ngram(backbone, prefix, request(None))
-    for wrong in (request(guess, 0), request(guess, stop=3), request(guess, tokens_per_step=None)):
+    capped = DecodingConfig(method="ngram", max_iterations=1)
+    for wrong in (
+        request(guess, config=capped),
+        request(guess, 0),
+        request(guess, stop=3),
+        request(guess, tokens_per_step=None),
+    ):
         with pytest.raises(ConfigError, match="ngram"):
             decode_ngram(backbone, prefix, wrong)

@@ -12,7 +12,8 @@ from ceed_vla import load
 from ceed_vla.decoding.names import named_config
 from ceed_vla.engine import CompiledBackbone
 from sim.bench import BENCH, PARETO, ROWS, TABLE, TEACHER_ROWS, BenchConfig, bench, markdown, pareto, rows_of
-from sim.evaluate import CheckpointPath
+from sim.decoders import Row
+from sim.evaluate import CheckpointPath, engines_of
 from sim.timing import in_engine
 
 
@@ -23,16 +24,27 @@ def ms(value: float) -> dict[str, float]:
 def entry(total: float, success: int, **more: Any) -> dict[str, Any]:
     rates = {"success": success, "episodes": 10, "success_rate": success / 10, "success_ci95": [0.1, 0.9]}
     times = {"latency_ms": ms(total), "prefill_ms": ms(4), "decode_ms": ms(total - 4)}
-    return {**rates, **times, "forwards_mean": 2.0, "forwards_p95": 3.0, "action_error": 0.0, "ar_agreement": 1, **more}
+    return {
+        **rates,
+        **times,
+        "forwards_mean": 2.0,
+        "forwards_p95": 3.0,
+        "action_error": 0.0,
+        "ar_agreement": 1,
+        "decoding": {"watch": "executed"},
+        **more,
+    }
 
 
 REPORT: dict[str, Any] = {
     "block_length": 56,
+    "chunk_size": 8,
+    "executed_steps": 4,
     "decoders": {"ar": entry(60, 9), "ar_h": entry(30, 9), "cap1": entry(12, 8), "cap3": entry(20, 8)},
     "timing": {
         "engines": {"ar": "eager", "ar_h": "eager", "cap1": "compiled", "cap3": "eager"},
         "parts": {
-            "policy eager": {"prefill": ms(5), "block": ms(6), "token": ms(1)},
+            "policy eager": {"process": ms(1), "prefill": ms(5), "block": ms(6), "token": ms(1)},
             "policy compiled": {"prefill": ms(4), "block": ms(6), "token": ms(2)},
             "act": {"total": ms(40)},
         },
@@ -45,7 +57,7 @@ def test_rows_are_compared_with_the_floor_of_the_faster_engine() -> None:
     assert rows["cap1"]["ratio_to_floor"] == 1.2
     assert (rows["cap1"]["ratio_to_ar_compiled"], rows["cap1"]["ratio_to_ar_h_compiled"]) == (5, 2.5)
     assert rows["cap1"]["total_ms"] == ms(12)
-    assert rows["cap1"]["tokens_per_forward"] == 28
+    assert rows["cap1"]["tokens_per_forward"] == 14  # of the 28 that are executed
     assert rows["ar"]["engine"] == "eager"
 
 
@@ -61,10 +73,15 @@ def test_the_usual_rows_are_known(name: str) -> None:
     named_config(name.removeprefix("teacher_"))
 
 
+def test_decoders_run_in_the_engines_that_they_can_run_in() -> None:
+    rows = [Row(name, "policy", named_config(name)) for name in ("cap1", "pdvla")]
+    assert [engines_of(row, ("eager", "compiled")) for row in rows] == [("eager", "compiled"), ("eager",)]
+
+
 @pytest.mark.slow
 def test_from_the_options_to_the_files(tmp_path: Path) -> None:
     config = BenchConfig(
-        policy=CheckpointPath("student"), decoders="ar,ar_h,cap1,pdvla", episodes=1, seed=40_000, timing_chunks=2,
+        policy=CheckpointPath("student"), decoders="cap1,pdvla", episodes=1, seed=40_000, timing_chunks=2,
         engine="eager", output_dir=str(tmp_path / "bench"), threads=1,
     )  # fmt: skip
     result = bench(config)

@@ -16,7 +16,7 @@ from ceed_vla import load
 from ceed_vla.cli import main
 from ceed_vla.errors import ConfigError
 from ceed_vla.tokens.uniform import ActionTokenizer
-from sim.calibrate import CalibrateConfig, Measured, calibrate, is_off, p_value
+from sim.calibrate import CalibrateConfig, Measured, calibrate, is_off, p_value, plain, upper_bound
 from sim.evaluate import CheckpointPath
 
 
@@ -45,11 +45,21 @@ def test_the_p_value_is_valid_and_falls_with_the_risk() -> None:
     assert values[20] == values[29] == 1
     exact = sum(math.comb(200, i) * epsilon**i * (1 - epsilon) ** (200 - i) for i in range(9))
     assert exact <= values[8] <= math.e * exact
+    assert 0 < p_value(np.r_[np.ones(250), np.zeros(2750)], 0.1) < 0.01
+
+
+def test_the_upper_bound_is_the_p_value_turned_round() -> None:
+    nothing, some = np.zeros(200), np.r_[np.ones(10), np.zeros(190)]
+    assert upper_bound(nothing) == pytest.approx(1 - 0.05 ** (1 / 200), rel=1e-3)
+    assert p_value(some, upper_bound(some)) == pytest.approx(0.05, rel=1e-3)
+    assert upper_bound(np.ones(5)) == 1
+    assert [plain(value) for value in (0.02, 1e-6, 100_000.0, 12.5)] == ["0.02", "0.000001", "100000", "12.5"]
 
 
 def test_thresholds_are_tested_from_the_strictest_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first that fails ends its signal, though a looser one would pass; the fewest forwards win."""
-    risks = {"conf0.9": 0.0, "conf0.7": 0.01, "conf0.55": 0.2, "agree0": 0.0, "agree1": 0.0, "agree2": 0.03}
+    # p is 0.064 for conf0.55 and 0.1: below alpha, not below the half of it that each of two signals has.
+    risks = {"conf0.9": 0.0, "conf0.7": 0.01, "conf0.55": 0.07, "agree0": 0.0, "agree1": 0.0, "agree2": 0.03}
     asked: list[str] = []
 
     def measured(config: Any, bundle: Any, pool: Any, name: str) -> Measured:
@@ -65,7 +75,17 @@ def test_thresholds_are_tested_from_the_strictest_on(monkeypatch: pytest.MonkeyP
     assert len(rows) == len(asked)
 
 
-@pytest.mark.parametrize("change", [{"signals": ["trust"]}, {"epsilons": []}, {"epsilons": [1.0]}, {"signals": []}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"signals": ["trust"]},
+        {"epsilons": []},
+        {"epsilons": [1.0]},
+        {"signals": []},
+        {"decoders": "deadline8"},
+        {"decoders": "cap1,nothing"},
+    ],
+)
 def test_options_that_cannot_work(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         CalibrateConfig(**change)
@@ -87,11 +107,12 @@ def test_from_the_shipped_student_to_a_checkpoint_with_names(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"has no decoding 'risk0\.5'"):
         policy.decoding_config("risk0.5")
     audit = [
-        "calibrate", f"--policy.path={folder / 'checkpoint'}", "--decoders=risk0.02,cap1", "--episodes=2", "--batch=2",
-        f"--output_dir={tmp_path / 'audit'}", "--threads=1",
+        "calibrate", f"--policy.path={folder / 'checkpoint'}", "--decoders=risk0.02,cap1_mid", "--episodes=2",
+        "--batch=2", f"--output_dir={tmp_path / 'audit'}", "--threads=1",
     ]  # fmt: skip
     assert main(audit) == 0
-    found = json.loads((tmp_path / "audit" / "calibration.json").read_text())
+    found = json.loads((tmp_path / "audit" / "audit.json").read_text())
     assert found["decoders"]["risk0.02"]["risk"] == 0
-    assert found["decoders"]["cap1"]["forwards_mean"] == 1
+    assert found["decoders"]["cap1_mid"]["forwards_mean"] == 1
+    assert found["decoders"]["cap1_mid"]["risk"] > 0
     assert not (tmp_path / "audit" / "checkpoint").exists()

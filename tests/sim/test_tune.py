@@ -24,8 +24,9 @@ def search() -> Search:
     found = Search.__new__(Search)
     found.config = TuneConfig(population=8, episodes=16, generations=2)
     found.random, found.steps, found.usual = np.random.default_rng(0), 8, 4
-    found.bundle = found.timed = found.observations = found.pool = None  # type: ignore[assignment]
-    found.budgets, found.trials, found.rejected = [10.0, 20.0], {}, 0
+    found.bundle = found.timed = found.pool = None  # type: ignore[assignment]
+    found.budgets, found.trials, found.seen, found.rejected = [10.0, 20.0], [], set(), 0
+    found.observed = {steps: [] for steps in range(1, 9)}
     return found
 
 
@@ -40,8 +41,8 @@ def test_every_plan_has_a_name_that_decodes_so(search: Search) -> None:
         assert 2 <= plan.executed_steps <= 8
         assert not config.strict
     assert len({plan.decoding for plan in plans}) > 50
-    for name in NAMED:
-        assert Plan(name=name).decoding == name
+    names = [plan.decoding for plan in NAMED]
+    assert names == ["cap1", "cap2", "cap3", "cap4", "jacobi_h", "conf0.2_cap2", "conf0.2_cap2_fresh", "ceed"]
 
 
 def test_slow_plans_run_no_episode_and_the_better_half_runs_on(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,22 +52,28 @@ def test_slow_plans_run_no_episode_and_the_better_half_runs_on(search: Search, m
 
     driven: list[tuple[str, int]] = []
 
-    def drive(trial: Trial, episodes: int) -> None:
-        driven.append((trial.plan.decoding, episodes))
-        good = trial.plan.decoding == "cap2"
-        trial.solved = dict.fromkeys(range(episodes), good)
+    def drive(trial: Trial, seeds: range) -> None:
+        driven.append((trial.plan.decoding, len(seeds)))
+        trial.solved |= dict.fromkeys(seeds, trial.plan.cap == 2)
 
     monkeypatch.setattr(sim.tune, "measure", measure)
     monkeypatch.setattr(sim.tune, "PolicyRunner", lambda *_: None)
     monkeypatch.setattr(search, "drive", drive)
-    plans = [Plan(name=name) for name in ("cap1", "cap2", "cap3", "cap4")]
+    plans = [Plan(cap=cap) for cap in (1, 2, 3, 4)]
     fitting = search.admit(plans)
     assert search.rejected == 1
     search.halve(fitting, "test")
     assert driven == [("cap1", 4), ("cap2", 4), ("cap3", 4), ("cap2", 8), ("cap2", 16)]
-    assert search.admit(plans[:3]) == []  # they are known
-    assert search.best(fitting, 10, 1)[0].plan.name == "cap2"
+    assert search.admit(plans) == []  # they are known, the slow one too
+    assert search.rejected == 1
+    assert search.best(fitting, 10, 1)[0].plan.cap == 2
     assert search.best(fitting, 5, 1) == []
+    assert {plan.cap for plan in search.parents()} == {1, 2, 3}
+    driven.clear()
+    (_, found, hand), _ = search.final()
+    assert found is not None
+    assert found.plan == Plan(cap=2) == (hand and hand.plan)
+    assert sorted(found.solved) == list(range(search.config.seed + 16, search.config.seed + 32))  # fresh ones
 
 
 def test_options_that_cannot_work() -> None:
@@ -88,8 +95,10 @@ def test_from_the_shipped_student_to_a_plan(tmp_path: Path) -> None:
     assert nothing["decoding"] is None
     assert best["episodes"] == 4
     assert report["tried"] >= 8
+    assert best["by_hand"]["episodes"] == 4
     assert report["floor_ms"] > 0
     policy, _, _ = load(tmp_path / "tuned" / "checkpoint")
+    assert policy.config.n_action_steps == best["executed_steps"]
     assert policy.decoding_config("plan") == policy.decoding_config("plan100000") == named_config(
         best["decoding"], policy.config.decoding
     )  # fmt: skip

@@ -10,7 +10,7 @@ from lerobot.rollout.inference.rtc import supports_rtc_inference
 
 from ceed_vla import CeedVLAPolicy
 from ceed_vla.errors import ConfigError, TokenError
-from ceed_vla.real_time import continuation, made_up
+from ceed_vla.real_time import continuation, decode_behind, made_up
 from ceed_vla.tokens.uniform import ActionTokenizer
 
 A, M = 7, 4  # of the tiny policy
@@ -81,6 +81,19 @@ def test_increments_are_made_up_behind_frozen_steps(policy: CeedVLAPolicy, batch
     assert torch.allclose(actions[:, :, 0].sum(1), reach, atol=0.02)
     undelayed = policy.predict_action_chunk(batch, inference_delay=0, prev_chunk_left_over=left)
     assert torch.equal(undelayed, free)
+
+
+def test_what_is_made_up_is_not_called_exact_and_what_is_frozen_is_checked(policy: CeedVLAPolicy, batch: Any) -> None:
+    policy.config.delta_dims = [0]
+    frozen = torch.zeros(2, A, dtype=torch.int64)
+    result = decode_behind(policy, batch, frozen, decoding="jacobi", record_states=True)
+    assert torch.equal(result.tokens[:, :A], frozen)
+    assert result.exact_tokens.tolist() == [A, A]
+    assert not result.exact.any()
+    assert result.states is None
+    for wrong in (frozen[:, :3], torch.zeros(2, A * M, dtype=torch.int64), frozen + 999):
+        with pytest.raises(TokenError):
+            decode_behind(policy, batch, wrong, decoding="ar")
 
 
 def test_what_is_made_up_stays_within_the_ranges() -> None:

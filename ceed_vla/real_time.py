@@ -89,6 +89,8 @@ def decode_behind(
     dims, tokens = policy.config.delta_dims, policy.tokenizer
     if frozen is None or not dims:
         return policy.decode(batch, frozen=frozen, executed_steps=executed_steps, **arguments)
+    if not isinstance(dims, list) or not all(type(dim) is int and 0 <= dim < tokens.action_dim for dim in dims):
+        raise ConfigError(f"delta_dims is {short(dims)}; they must be dimensions in [0, {tokens.action_dim - 1}].")
     given = BlockRequest(frozen=frozen, tokens_per_step=tokens.action_dim).frozen_tokens(policy.backbone, len(frozen))
     behind = policy.config.n_action_steps if executed_steps is None else executed_steps
     executed_steps = min(given // tokens.action_dim + behind, tokens.chunk_steps)

@@ -94,6 +94,10 @@ def test_what_is_made_up_is_not_called_exact_and_what_is_frozen_is_checked(polic
     for wrong in (frozen[:, :3], torch.zeros(2, A * M, dtype=torch.int64), frozen + 999):
         with pytest.raises(TokenError):
             decode_behind(policy, batch, wrong, decoding="ar")
+    for dims in ([A], ["0"], (0,), [True]):
+        policy.config.delta_dims = dims  # type: ignore[assignment]
+        with pytest.raises(ConfigError, match="delta_dims"):
+            decode_behind(policy, batch, frozen, decoding="ar")
 
 
 def test_what_is_made_up_stays_within_the_ranges() -> None:

@@ -67,8 +67,11 @@ def test_lerobots_filling_is_no_action(policy: CeedVLAPolicy, chunk: torch.Tenso
     assert continuation(policy.tokenizer, torch.zeros(0, A), 3, 2) == (None, None)
 
 
-def test_increments_are_made_up_behind_frozen_steps(policy: CeedVLAPolicy, batch: Any, chunk: torch.Tensor) -> None:
-    policy.config.delta_dims, policy.config.decode_with = [0, 2], "ar"
+def test_increments_are_made_up_behind_frozen_steps(
+    policy: CeedVLAPolicy, batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy.config, "delta_dims", [0, 2])
+    monkeypatch.setattr(policy.config, "decode_with", "ar")
     free, tokens = policy.decode(batch, "ar").actions, policy.tokenizer
     assert free is not None
     left = free[:, :2].clone()
@@ -83,8 +86,10 @@ def test_increments_are_made_up_behind_frozen_steps(policy: CeedVLAPolicy, batch
     assert torch.equal(undelayed, free)
 
 
-def test_what_is_made_up_is_not_called_exact_and_what_is_frozen_is_checked(policy: CeedVLAPolicy, batch: Any) -> None:
-    policy.config.delta_dims = [0]
+def test_what_is_made_up_is_not_called_exact_and_what_is_frozen_is_checked(
+    policy: CeedVLAPolicy, batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy.config, "delta_dims", [0])
     frozen = torch.zeros(2, A, dtype=torch.int64)
     result = decode_behind(policy, batch, frozen, decoding="jacobi", record_states=True)
     assert torch.equal(result.tokens[:, :A], frozen)
@@ -95,7 +100,7 @@ def test_what_is_made_up_is_not_called_exact_and_what_is_frozen_is_checked(polic
         with pytest.raises(TokenError):
             decode_behind(policy, batch, wrong, decoding="ar")
     for dims in ([A], ["0"], (0,), [True]):
-        policy.config.delta_dims = dims  # type: ignore[assignment]
+        monkeypatch.setattr(policy.config, "delta_dims", dims)
         with pytest.raises(ConfigError, match="delta_dims"):
             decode_behind(policy, batch, frozen, decoding="ar")
 

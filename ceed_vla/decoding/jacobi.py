@@ -108,16 +108,7 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
         check_rows(sums.cpu().numpy())
     if request.stop is not None:
         tokens, states = after_stop(request.stop, tokens, states)
-    return DecodeResult(
-        tokens=tokens,
-        forwards=forwards,
-        iterations=torch.from_numpy(rows.iterations),
-        exit_reason=[reason or "converged" for reason in rows.reasons],
-        exact_tokens=torch.from_numpy(rows.exact),
-        exact=torch.from_numpy(rows.exact >= n),
-        states=states,
-        seconds={"decode": request.clock() - started},
-    )
+    return rows.result(tokens, forwards, states, request.clock() - started)
 
 
 def jacobi_iteration(
@@ -171,6 +162,19 @@ class Rows:
             self.reasons[row], self.iterations[row], self.running[row] = reason, iteration, False
             if reason == "stop":
                 self.exact[row] = self.block_length
+
+    def result(self, tokens: Tensor, forwards: int, states: list[Tensor] | None, seconds: float) -> DecodeResult:
+        """What the decoder returns, once all rows have ended."""
+        return DecodeResult(
+            tokens=tokens,
+            forwards=forwards,
+            iterations=torch.from_numpy(self.iterations),
+            exit_reason=[reason or "converged" for reason in self.reasons],
+            exact_tokens=torch.from_numpy(self.exact),
+            exact=torch.from_numpy(self.exact >= self.block_length),
+            states=states,
+            seconds={"decode": seconds},
+        )
 
 
 def _first_measures(

@@ -72,16 +72,7 @@ def decode_ngram(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> D
             states.append(tokens.clone())
         if rows.running.any():
             prefix.cache.commit(int(rows.exact[rows.running].min()) - 1 - start)
-    return DecodeResult(
-        tokens=tokens,
-        forwards=forwards,
-        iterations=torch.from_numpy(rows.iterations),
-        exit_reason=[reason or "converged" for reason in rows.reasons],
-        exact_tokens=torch.from_numpy(rows.exact),
-        exact=torch.from_numpy(rows.exact >= n),
-        states=states,
-        seconds={"decode": request.clock() - started},
-    )
+    return rows.result(tokens, forwards, states, request.clock() - started)
 
 
 def draft(guess: np.ndarray, proven: np.ndarray, count: int, period: int) -> np.ndarray:

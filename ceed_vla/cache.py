@@ -190,6 +190,8 @@ class StaticCache(BlockCache, Cache):
             with torch.inference_mode(False):
                 self.keys, self.values = ([e.new_zeros(*e.shape[:2], capacity, e.shape[3]) for e in p] for p in found)
                 self.position, self.start = (self.keys[0].new_zeros((), dtype=torch.int64) for _ in range(2))
+            for tensor in (*self.keys, *self.values, self.position, self.start) if self.keys[0].is_cuda else ():
+                torch._dynamo.mark_static_address(tensor)  # CUDA graphs write to them in place
         else:
             self.keys, self.values, self.position, self.start = last.keys, last.values, last.position, last.start
             last.keys = []

@@ -23,7 +23,7 @@ ROUND = 32  # capacities are multiples of it, so that prompts of similar lengths
 VERSIONS = 64  # of compiled code: batch sizes, capacities, windows and depths; torch stops at 8
 
 
-def compiled[B: Backbone](backbone: B, backend: str | Callable[..., Any] = "inductor") -> B:
+def compiled[B: Backbone](backbone: B, backend: str | Callable[..., Any] = "inductor", mode: str | None = None) -> B:
     """The `backbone` with its block, and where it can its prefill, compiled when they first run.
 
     It shares the weights, which keep their names, and does all else as before. There is one cache a batch size: only
@@ -32,6 +32,7 @@ def compiled[B: Backbone](backbone: B, backend: str | Callable[..., Any] = "indu
     Args:
         backbone: `CompactBackbone`, or a `TransformersBackbone`.
         backend: Of ``torch.compile``.
+        mode: Of ``torch.compile``; "reduce-overhead" replays CUDA graphs on a GPU (written for one, never run on one).
 
     Raises:
         ConfigError: A backbone that knows no static cache.
@@ -42,13 +43,13 @@ def compiled[B: Backbone](backbone: B, backend: str | Callable[..., Any] = "indu
             "StaticCache. CompactBackbone and every TransformersBackbone can."
         )
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VERSIONS)
-    return cast("B", CompiledBackbone(cast("nn.Module", backbone), backend))
+    return cast("B", CompiledBackbone(cast("nn.Module", backbone), backend, mode))
 
 
 class CompiledBackbone(nn.Module):
     """What `compiled` returns."""
 
-    def __init__(self, backbone: nn.Module, backend: str | Callable[..., Any]) -> None:
+    def __init__(self, backbone: nn.Module, backend: str | Callable[..., Any], mode: str | None = None) -> None:
         super().__init__()
         # A policy saves, moves and reads the weights as ever; as those of a submodule they would have other names.
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
@@ -62,7 +63,7 @@ class CompiledBackbone(nn.Module):
         self._block, self._prefill = inner.block_logits, inner.prefill
         for part in ("block", "prefill"):
             if part in inner.compilable:
-                options = {"fullgraph": True, "dynamic": False, "backend": backend}
+                options = {"fullgraph": True, "dynamic": False, "backend": backend, "mode": mode}
                 setattr(self, f"_{part}", self._run(torch.compile, getattr(self, f"_{part}"), **options))
 
     def __getattr__(self, name: str) -> Any:

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ceed_vla.checkpoints import load, resolve_checkpoint, save, weights_hash
-from ceed_vla.decoding import decode_block, named_config
+from ceed_vla.decoding import decode_block, exit_ladders, named_config
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, check_fields, ranged
 from ceed_vla.files import write_text
@@ -39,13 +39,6 @@ from sim.tabletop.lerobot_env import mixed_tabletop
 OFF = 0.05  # of an action's range
 REPORT, AUDIT = "calibration.json", "audit.json"
 CHECKPOINT = "checkpoint"
-# From strict to loose; a threshold is tested only if all before it passed.
-LADDERS = {
-    "conf": ("0.9", "0.7", "0.55", "0.4", "0.3", "0.2", "0.1"),
-    "gap": ("0.5", "0.3", "0.2", "0.1", "0.05", "0.02"),
-    "agree": ("0", "1", "2", "4", "8", "16", "32"),
-    "changed": ("0", "1", "2", "4", "8", "14"),
-}
 CAPS = ("cap4", "cap3", "cap2", "cap1")
 
 
@@ -59,8 +52,8 @@ class CalibrateConfig:
         output_dir: Folder for calibration.json and, in `checkpoint`, the policy with the names risk<E>.
         epsilons: Risks to be kept, each in (0, 1).
         alpha: Probability of a promise that is not kept.
-        signals: What exits are judged by: conf (mass within 2 bins), gap (best over next token), agree (bins between
-            two states), changed (tokens that changed).
+        signals: Exit rules whose ladders are tried: conf (mass within 2 bins), gap (best over next token), agree (bins
+            between two states), changed (tokens that changed), and any that is registered with one.
         decoders: Instead, only measure the risk of these comma-separated decoders, into audit.json.
         episodes: Episodes of every threshold.
         seed: First seed. Seeds from 40000 to 49999 are for choices.
@@ -74,7 +67,7 @@ class CalibrateConfig:
     output_dir: str = "outputs/calibrate"
     epsilons: list[float] = ranged([0.02, 0.05, 0.1], "[1e-6, 1)")
     alpha: float = ranged(0.1, "(0, 1)")
-    signals: list[str] = field(default_factory=lambda: list(LADDERS))
+    signals: list[str] = field(default_factory=lambda: list(exit_ladders()))
     decoders: str = ""
     episodes: int = ranged(200, COUNTS)
     seed: int = ranged(VALIDATION_SEED + 1000, SEEDS)
@@ -84,9 +77,10 @@ class CalibrateConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "--")
-        unknown = [signal for signal in self.signals if signal not in LADDERS]
+        known = exit_ladders()
+        unknown = [signal for signal in self.signals if signal not in known]
         if unknown or not (self.signals or self.decoders) or not self.epsilons:
-            raise ConfigError(f"--signals is {self.signals}; choose some of {', '.join(LADDERS)}, and --epsilons.")
+            raise ConfigError(f"--signals is {self.signals}; choose some of {', '.join(known)}, and --epsilons.")
         for name in self.names:
             if named_config(name).deadline_s is not None:
                 raise ConfigError(
@@ -241,8 +235,8 @@ def _choose(config: CalibrateConfig, bundle: Bundle, pool: EnvPool) -> tuple[lis
     proven: dict[float, list[Measured]] = {epsilon: [] for epsilon in config.epsilons}
     for signal in config.signals:
         open_ = set(config.epsilons)
-        for threshold in LADDERS[signal]:
-            rows.append(measured(config, bundle, pool, signal + threshold))
+        for name in exit_ladders()[signal]:
+            rows.append(measured(config, bundle, pool, name))
             open_ = {epsilon for epsilon in open_ if p_value(rows[-1].risks, epsilon) <= level}
             for epsilon in open_:
                 proven[epsilon].append(rows[-1])

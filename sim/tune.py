@@ -22,11 +22,12 @@ from rich.table import Table
 from tqdm import tqdm
 
 from ceed_vla.checkpoints import load, save, weights_hash
+from ceed_vla.decoding import decoder_ladders, exit_ladders
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, check_fields, chosen, ranged
 from ceed_vla.files import write_text
 from sim.bench import PARETO, pareto
-from sim.calibrate import CHECKPOINT, LADDERS, plain
+from sim.calibrate import CHECKPOINT, plain
 from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, turns
 from sim.evaluate import CheckpointPath, default_console
 from sim.outputs import MADE_BY, claim_folder
@@ -39,6 +40,7 @@ from sim.timing import ENGINES, Observations, bare_parts, collect_observations, 
 PLANS = "plans.json"
 OVER_FLOOR = (1.2, 1.5, 2.0, 3.0)  # budgets, where none is given
 GUESSES = ("", "mid")
+OTHER_DECODERS = 0.1  # share of random plans with a decoder that is not Jacobi's
 
 
 @dataclass
@@ -199,18 +201,22 @@ class Search:
         return found
 
     def drawn(self) -> Plan:
-        """A random plan."""
-        signal = str(self.random.choice(["", *LADDERS]))
-        threshold = str(self.random.choice(LADDERS[signal])) if signal else ""
-        return Plan(
-            signal + threshold, int(self.random.integers(0, 5)), bool(self.random.random() < 0.5),
-            str(self.random.choice(GUESSES, p=(0.85, 0.15))), int(self.random.integers(2, self.steps + 1)),
-        )  # fmt: skip
+        """A random plan, on all axes that are registered with a ladder."""
+        ladders, decoders, steps = exit_ladders(), decoder_ladders(), int(self.random.integers(2, self.steps + 1))
+        if decoders and self.random.random() < OTHER_DECODERS:
+            return Plan(name=f"{self.random.choice(decoders)}_h", executed_steps=steps)
+        signal = str(self.random.choice(["", *ladders]))
+        threshold = str(self.random.choice(ladders[signal])) if signal else ""
+        cap, fresh = int(self.random.integers(0, 5)), bool(self.random.random() < 0.5)
+        return Plan(threshold, cap, fresh, str(self.random.choice(GUESSES, p=(0.85, 0.15))), steps)
 
     def child(self, parents: Sequence[Plan]) -> Plan:
         """A plan whose settings come from two parents, one of them drawn anew."""
         first, second = (parents[int(self.random.integers(len(parents)))] for _ in range(2))
-        new, names = self.drawn(), ("signal", "cap", "fresh", "guess", "executed_steps")
+        new = self.drawn()
+        if new.name:
+            return new
+        names = ("signal", "cap", "fresh", "guess", "executed_steps")
         changed = self.random.choice(names)
         genes = {n: getattr(new if n == changed else (first, second)[int(self.random.integers(2))], n) for n in names}
         return Plan(**genes)

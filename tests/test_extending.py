@@ -168,3 +168,5 @@ def test_mistakes_in_a_rule_or_a_decoder_are_named() -> None:
             register_exit("x", name, "taken")(Wrong)
     with pytest.raises(ConfigError, match="has no reason"):
         register_exit("x", "x", "no reason")(type("Bare", (ExitRule,), {}))
+    with pytest.raises(ConfigError, match="ladder of 'y<K>' has 'y'"):
+        register_exit(r"y\d", "y<K>", "another's names", ("y1", "y"))

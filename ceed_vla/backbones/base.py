@@ -29,8 +29,8 @@ class Prefix[C: BlockCache]:
     cache: C
 
     def moved(self, cache: StaticCache) -> Prefix[Any]:
-        """The same in another cache."""
-        return replace(cast("Prefix[Any]", self), cache=cache)
+        """The same in another cache, with logits that no later run of compiled code overwrites."""
+        return replace(cast("Prefix[Any]", self), cache=cache, logits=self.logits.clone())
 
 
 class Backbone(Protocol):

@@ -19,7 +19,7 @@ from ceed_vla.decoding.exits import ExitRule, Seen
 from ceed_vla.decoding.jacobi import decode_jacobi
 from ceed_vla.decoding.names import named_config
 from ceed_vla.decoding.ngram import decode_ngram
-from ceed_vla.decoding.registry import find_decoder, register_decoder, register_exit
+from ceed_vla.decoding.registry import decoder_ladders, exit_ladders, find_decoder, register_decoder, register_exit
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
 from ceed_vla.errors import ConfigError
@@ -37,6 +37,8 @@ __all__ = [
     "decode_block",
     "decode_jacobi",
     "decode_ngram",
+    "decoder_ladders",
+    "exit_ladders",
     "named_config",
     "register_decoder",
     "register_exit",

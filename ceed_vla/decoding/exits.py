@@ -73,7 +73,16 @@ class ExitRule(abc.ABC):
         """Which rows end after this iteration: (B,) bool, or one answer for all; `measured` is (B, M)."""
 
 
-@register_exit(r"conf(?P<confidence>\d*\.?\d+)", "conf<P>", "or until confident")
+def _ladder(name: str, *thresholds: float) -> list[str]:
+    return [f"{name}{threshold:g}" for threshold in thresholds]
+
+
+@register_exit(
+    r"conf(?P<confidence>\d*\.?\d+)",
+    "conf<P>",
+    "or until confident",
+    _ladder("conf", 0.9, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1),
+)
 class Confidence(ExitRule):
     """The least certain watched slot has more than this mass within `NEAR` bins of its argmax."""
 
@@ -90,7 +99,10 @@ class Confidence(ExitRule):
         return measured.min(1) > self.least
 
 
-@register_exit(r"gap(?P<gap>\d*\.?\d+)", "gap<P>", "or until the best token leads by P everywhere")
+@register_exit(
+    r"gap(?P<gap>\d*\.?\d+)", "gap<P>", "or until the best token leads by P everywhere",
+    _ladder("gap", 0.5, 0.3, 0.2, 0.1, 0.05, 0.02),
+)  # fmt: skip
 class Gap(ExitRule):
     """In every watched slot the best token's probability exceeds the next one's by more than this (DSSD's signal)."""
 
@@ -109,7 +121,10 @@ class Gap(ExitRule):
         return measured.min(1) > self.least
 
 
-@register_exit(r"agree(?P<bins>\d+)", "agree<D>", "or until two states differ by D bins at most")
+@register_exit(
+    r"agree(?P<bins>\d+)", "agree<D>", "or until two states differ by D bins at most",
+    _ladder("agree", 0, 1, 2, 4, 8, 16, 32),
+)  # fmt: skip
 class Agreement(ExitRule):
     """The last two states are nowhere further apart in the watched slots than so many bins (DeeR's criterion)."""
 
@@ -122,7 +137,9 @@ class Agreement(ExitRule):
         return seen.moved.max(1) <= self.most
 
 
-@register_exit(r"changed(?P<tokens>\d+)", "changed<K>", "or until K tokens at most change")
+@register_exit(
+    r"changed(?P<tokens>\d+)", "changed<K>", "or until K tokens at most change", _ladder("changed", 0, 1, 2, 4, 8, 14)
+)
 class Changed(ExitRule):
     """The last iteration changed no more than so many watched tokens."""
 

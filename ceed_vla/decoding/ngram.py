@@ -22,7 +22,9 @@ from ceed_vla.errors import ConfigError, TokenError
 DRAFT = 8  # tokens, where the name says no number
 
 
-@register_decoder(r"ngram(?P<length>\d*)", "ngram<L>", "drafts of L tokens from the chunk before, verified")
+@register_decoder(
+    r"ngram(?P<length>\d*)", "ngram<L>", "drafts of L tokens from the chunk before, verified", ("ngram4", "ngram8")
+)
 @torch.no_grad()
 def decode_ngram(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Decode a block by drafting up to ``L`` tokens behind the proven ones and verifying them in one forward.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,26 +22,38 @@ class Entry:
         shown: Its name in messages: "cap<K>".
         meaning: In a few words.
         make: The decoder, or the class of the rule.
+        ladder: Names of it that calibration and search try, from the strictest to the loosest.
     """
 
     pattern: str
     shown: str
     meaning: str
     make: Any
+    ladder: tuple[str, ...] = ()
 
 
 _DECODERS: dict[str, Entry] = {}
 _EXITS: dict[str, Entry] = {}
 
 
-def register_decoder[F: Callable[..., Any]](pattern: str, shown: str, meaning: str) -> Callable[[F], F]:
-    """Register a decoder ``decode(backbone, prefix, request) -> DecodeResult`` for names that match `pattern`."""
-    return _register(_DECODERS, pattern, shown, meaning)
+def register_decoder[F: Callable[..., Any]](
+    pattern: str, shown: str, meaning: str, ladder: Sequence[str] = ()
+) -> Callable[[F], F]:
+    """Register a decoder ``decode(backbone, prefix, request) -> DecodeResult`` for names that match `pattern`.
+
+    `ceed-vla tune` tries the names of its `ladder`.
+    """
+    return _register(_DECODERS, pattern, shown, meaning, ladder)
 
 
-def register_exit[F: Callable[..., Any]](pattern: str, shown: str, meaning: str) -> Callable[[F], F]:
-    """Register an `ExitRule`, which is made with the named groups of `pattern`, texts, as keyword arguments."""
-    add = _register(_EXITS, pattern, shown, meaning)
+def register_exit[F: Callable[..., Any]](
+    pattern: str, shown: str, meaning: str, ladder: Sequence[str] = ()
+) -> Callable[[F], F]:
+    """Register an `ExitRule`, which is made with the named groups of `pattern`, texts, as keyword arguments.
+
+    `ceed-vla calibrate` and `ceed-vla tune` try the names of its `ladder`, from the strictest to the loosest.
+    """
+    add = _register(_EXITS, pattern, shown, meaning, ladder)
 
     def checked(rule: F) -> F:
         if not isinstance(getattr(rule, "reason", None), str):
@@ -52,8 +64,10 @@ def register_exit[F: Callable[..., Any]](pattern: str, shown: str, meaning: str)
 
 
 def _register[F: Callable[..., Any]](
-    registry: dict[str, Entry], pattern: str, shown: str, meaning: str
+    registry: dict[str, Entry], pattern: str, shown: str, meaning: str, ladder: Sequence[str]
 ) -> Callable[[F], F]:
+    if wrong := [name for name in ladder if not re.fullmatch(pattern, name, re.ASCII)]:
+        raise ConfigError(f"The ladder of {shown!r} has {wrong[0]!r}, which its pattern {pattern!r} does not match.")
     if "_" in shown or shown in _RESERVED:
         raise ConfigError(
             f"The name {shown!r} cannot be registered: underscores join the parts of a decoding's name, and "
@@ -64,7 +78,7 @@ def _register[F: Callable[..., Any]](
         for entry in (*_DECODERS.values(), *_EXITS.values()):
             if shown.partition("<")[0] == entry.shown.partition("<")[0] and entry.make.__module__ != made.__module__:
                 raise ConfigError(f"The name {shown!r} is {entry.make.__module__}'s; choose another.")
-        registry[pattern] = Entry(pattern, shown, meaning, made)
+        registry[pattern] = Entry(pattern, shown, meaning, made, tuple(ladder))
         return made
 
     return add
@@ -104,6 +118,16 @@ def find_exit(name: str) -> tuple[Entry, dict[str, str]]:
         ConfigError: Unknown name.
     """
     return match_exit(name) or _unknown("exits", name, _EXITS)
+
+
+def exit_ladders() -> dict[str, tuple[str, ...]]:
+    """What can be tried of every exit rule that has a ladder: "conf" -> ("conf0.9", ..., "conf0.1")."""
+    return {entry.shown.partition("<")[0]: entry.ladder for entry in _EXITS.values() if entry.ladder}
+
+
+def decoder_ladders() -> tuple[str, ...]:
+    """What can be tried of the decoders."""
+    return tuple(name for entry in _DECODERS.values() for name in entry.ladder)
 
 
 def meanings() -> str:

@@ -96,7 +96,7 @@ class PolicyNode(LifecycleNode):
         spec = setup.worker.spec
         self.get_logger().info(
             f"{spec.checkpoint}: {spec.policy_type}, chunks of {spec.chunk_steps} steps, "
-            f"{1e3 * spec.warmup_s:.0f} ms for one"
+            f"{1e3 * spec.warmup_s:.0f} ms for one" + (f" ({spec.decoding})" if spec.decoding else "")
         )
         return TransitionCallbackReturn.SUCCESS
 

@@ -38,7 +38,15 @@ POLICY_PARAMETERS = (
         low=0,
         high=64,
     ),
-    NodeParameter("decoding", "ceed", "How CEED-VLA checkpoints decode: ceed, jacobi, ar, cap2, ..."),
+    NodeParameter("decoding", "ceed", "How CEED-VLA checkpoints decode: ceed, jacobi, ar, cap2, plan, ..."),
+    NodeParameter(
+        "chunk_deadline",
+        0.0,
+        "With decoding plan: the plans of the checkpoint are timed here, and the best that takes no longer decodes; 0: "
+        "one step of the robot [s].",
+        low=0.0,
+        high=10.0,
+    ),
     NodeParameter("device", "cpu", "Where the policy runs: cpu, cuda, cuda:1, mps."),
     NodeParameter("inference_mode", "process", "Where inference runs.", choices=("process", "thread")),
     NodeParameter("inference_threads", 1, "Threads of inference on the CPU.", low=1, high=64),

@@ -67,6 +67,7 @@ def make_setup(
         replan_steps=values["replan_steps"] or None,
         threads=values["inference_threads"],
         device=values["device"],
+        chunk_deadline=values["chunk_deadline"] or robot.action.dt,
         delay_s=values["inference_delay"],
         notify=notify,
     )

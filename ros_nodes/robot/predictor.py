@@ -6,6 +6,7 @@ The module itself imports neither torch nor lerobot, so that a node whose policy
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from ros_nodes.robot.texts import short, shown
 logger = logging.getLogger(__name__)
 
 BAD_INSTRUCTION, NOT_FINITE = "bad_instruction", "not_finite"
+_PLAN_CALLS = 10  # on which a plan is timed
 _LEAST_DEADLINE = 1e-4  # [s]: the first iteration runs in any case
 
 
@@ -39,6 +41,7 @@ class PolicySpec:
     n_action_steps: int  # steps that the checkpoint executes before it replans
     is_ceed: bool  # warm start, deadline and, where its tokens belong to steps, frozen steps are used
     warmup_s: float  # time of the last warm-up call [s]
+    decoding: str = ""  # name of the decoding that is used; "" for policies that have one way
 
 
 @dataclass(frozen=True)
@@ -84,15 +87,16 @@ class PredictorSettings:
     replan_steps: int | None = None  # steps behind the frozen ones that must have converged; None: the checkpoint's own
     threads: int = 1  # of torch
     device: str = "cpu"
+    chunk_deadline: float = 1.0  # by which decoding "plan" chooses among the checkpoint's plan<MS> [s]
     warmup: int = 3  # calls on a blank observation before the first request
     delay_s: float = 0.0  # added to every chunk, to see what slow inference does [s]
 
     def __post_init__(self) -> None:
         replan = 1 if self.replan_steps is None else self.replan_steps
-        if min(self.threads, self.warmup, replan) < 1 or not 0 <= self.delay_s < 60:
+        if min(self.threads, self.warmup, replan) < 1 or not 0 <= self.delay_s < 60 or self.chunk_deadline <= 0:
             raise ConfigError(
                 f"threads {self.threads}, warmup {self.warmup} and replan_steps {self.replan_steps} must be at least "
-                f"1, delay_s {self.delay_s} in [0, 60)."
+                f"1, delay_s {self.delay_s} in [0, 60), chunk_deadline {self.chunk_deadline} above 0."
             )
 
 
@@ -116,7 +120,7 @@ class Predictor:
         self._policy, self._preprocess, self._postprocess = _load(settings)
         config = self._policy.config
         self._is_ceed = config.type == "ceed_vla"
-        self._decoding = self._decoding_config() if self._is_ceed else None
+        self._decoding = self._decoding_config(settings.decoding) if self._is_ceed else None
         # Tokens of variable length belong to no step: they can be neither frozen nor counted in steps.
         self._can_freeze = self._is_ceed and self._policy.tokenizer.tokens_per_step is not None
         self._prefill_s = 0.0
@@ -136,6 +140,8 @@ class Predictor:
             warmup_s=0.0,
         )
         self.spec = self._warm_up()
+        if self._is_ceed:
+            self.spec = self._choose_plan()
         self._failures = FailureLog(logger)
 
     def predict(self, request: Request, deadline: float | None = None) -> Response:
@@ -245,25 +251,30 @@ class Predictor:
             batch[key] = torch.tensor(value, dtype=torch.float32).unsqueeze(0)
         return batch
 
-    def _decoding_config(self) -> Any:
+    def _decoding_config(self, name: str) -> Any:
         """The named configuration, for the steps that are executed before the next replan."""
-        steps, config = self._settings.replan_steps, self._policy.decoding_config(self._settings.decoding)
+        steps, config = self._settings.replan_steps, self._policy.decoding_config(name)
         # Greedy decoding of all steps has no tail of guesses that the next chunk could freeze.
         return config if steps is None or config.method == "ar" else replace(config, watch="executed")
 
-    def _warm_up(self) -> PolicySpec:
-        """Decode a blank observation a few times, and complete the specification with what comes out."""
+    def _warm_up(self, calls: int = 0) -> PolicySpec:
+        """Decode a blank observation a few times, and complete the specification with what comes out.
+
+        ``warmup_s`` is the last call's time, or the slowest of so many `calls`.
+        """
         observation: dict[str, NDArray[Any]] = {
             **{key: np.zeros((h, w, 3), np.uint8) for key, (_, h, w) in self.spec.cameras.items()},
             **{key: np.zeros(length, np.float32) for key, length in self.spec.states.items()},
         }
         response, word = Response(0), min(self._vocabulary, default="move")  # one that it does not warn of
-        for _ in range(self._settings.warmup):
+        times = []
+        for _ in range(calls or self._settings.warmup):
             frozen = 1 if len(response.actions) > 1 else 0
             request = Request(0, observation, word, response.tokens, frozen, frozen)
             response = self.predict(request)
             if response.error is not None:
                 raise CheckpointError(f"The checkpoint {self.spec.checkpoint} cannot act: {response.error}")
+            times.append(response.seconds["total"])
         steps, dim = response.actions.shape
         if dim != self.spec.action_dim:
             raise CheckpointError(
@@ -271,8 +282,26 @@ class Predictor:
                 f"{self.spec.action_dim}."
             )
         executed = min(int(getattr(self._policy.config, "n_action_steps", steps)), steps)
-        seconds = response.seconds["total"]
+        seconds = max(times) if calls else times[-1]
         return replace(self.spec, chunk_steps=steps, n_action_steps=executed, warmup_s=seconds)
+
+    def _choose_plan(self) -> PolicySpec:
+        """Where the decoding is "plan": time the checkpoint's plan<MS> here, and take the most generous that fits.
+
+        Of a search's plans the slower one solves more. If none fits, it is the fastest.
+        """
+        chosen, found = self._settings.decoding, [n for n in self._policy.config.decodings if re.fullmatch("plan.+", n)]
+        if chosen != "plan" or not found:
+            return replace(self.spec, decoding=chosen)
+        for chosen in sorted(found, key=lambda name: float(name.removeprefix("plan")), reverse=True):
+            self._decoding = self._decoding_config(chosen)
+            spec = self._warm_up(_PLAN_CALLS)
+            logger.info(
+                "%s: %.1f ms a chunk, deadline %.1f", chosen, 1e3 * spec.warmup_s, 1e3 * self._settings.chunk_deadline
+            )
+            if spec.warmup_s <= self._settings.chunk_deadline:
+                break
+        return replace(spec, decoding=chosen)
 
 
 def _load(settings: PredictorSettings) -> tuple[Any, Any, Any]:

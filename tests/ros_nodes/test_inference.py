@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import ceed_vla
+from ceed_vla.checkpoints import save
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, NotFiniteError
 from ceed_vla.real_time import decode_behind
@@ -355,6 +356,17 @@ def test_any_lerobot_policy_is_served(act: tuple[Path, Any, Any, Any]) -> None:
 def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         InferenceWorker("student", **changes)
+
+
+@pytest.mark.parametrize(("deadline", "chosen"), [(60.0, "plan90.5"), (1e-6, "plan7")])
+def test_of_a_searchs_plans_the_one_that_fits_here_decodes(tmp_path: Path, deadline: float, chosen: str) -> None:
+    policy, pre, post = ceed_vla.load("student")
+    policy.config.decodings = {"plan7": "cap1", "plan12": "cap2", "plan90.5": "cap4", "plan": "cap4"}
+    save(tmp_path / "policy", policy, pre, post)
+    settings: dict[str, Any] = {"decoding": "plan", "chunk_deadline": deadline, "mode": "thread"}
+    with InferenceWorker(tmp_path / "policy", **settings) as worker:
+        assert worker.spec.decoding == chosen
+        assert (ask(worker, Request(1, observation(), INSTRUCTION)).forwards == 1) == (chosen == "plan7")
 
 
 def test_an_unknown_way_to_decode_is_refused() -> None:

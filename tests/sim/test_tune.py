@@ -12,7 +12,7 @@ import pytest
 
 import sim.tune
 from ceed_vla import load
-from ceed_vla.decoding import named_config
+from ceed_vla.decoding import decoder_ladders, exit_ladders, named_config
 from ceed_vla.errors import ConfigError
 from sim.evaluate import CheckpointPath
 from sim.tune import NAMED, Plan, Search, Trial, TuneConfig, tune
@@ -41,6 +41,10 @@ def test_every_plan_has_a_name_that_decodes_so(search: Search) -> None:
         assert 2 <= plan.executed_steps <= 8
         assert not config.strict
     assert len({plan.decoding for plan in plans}) > 50
+    signals, names = {plan.signal for plan in plans}, {plan.name for plan in plans}
+    for ladder in exit_ladders().values():  # every registered axis is found
+        assert set(ladder) & signals
+    assert names == {"", *(f"{name}_h" for name in decoder_ladders())}
     names = [plan.decoding for plan in NAMED]
     assert names == ["cap1", "cap2", "cap3", "cap4", "jacobi_h", "conf0.2_cap2", "conf0.2_cap2_fresh", "ceed"]
 

@@ -1,0 +1,205 @@
+"""Decoding at sizes that have no checkpoint here, and curves around the shipped one: what a block costs beside AR.
+
+    python -m benchmarks.shapes openvla-0.3b OUT.json     # one shape; or curves, or all curves of one factor
+    benchmarks/gpu.sh openvla-7b                          # the same on a bare machine with a GPU
+
+Weights are random, so a cap of K forwards takes K. Whole decodes are timed behind one prefix, in every engine that the
+device has, in turns: token by token (all, and the executed half), and Jacobi with caps 1 to 4. The last column weighs
+caps 1 and 2 as the shipped student's early exit does. It needs torch, transformers and draccus, and no lerobot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.models.trunk import ACTION_DIM, SHAPES, CompactTrunk, Trunk
+from ceed_vla.decoding import BlockRequest, DecodeResult, decode_autoregressive, decode_jacobi, named_config
+from ceed_vla.engine import compiled
+
+FORWARDS = 1.28  # a chunk, of the shipped student's early exit (recipes/MODEL_CARD.md)
+BLOCK, PREFIX, EXECUTED = 56, {"openvla": 286, "pi0fast": 560}, 0.5
+BLOCK_FORWARDS = (1, 2, 4, 8, 16, 28, 40, 55)
+CURVES: dict[str, tuple[int, ...]] = {
+    "n": (7, 14, 28, 56, 112, 224),
+    "batch": (1, 4, 16, 64),
+    "prefix": (64, 128, 256, 512, 1024),
+    "layers": (4, 8, 16, 32),
+}
+USUAL = {"n": BLOCK, "batch": 1, "prefix": 47, "layers": 4}
+Timed = dict[str, Callable[[], object]]
+
+
+def engines(device: str) -> dict[str, Callable[[Any], Any]]:
+    """How a backbone is run: CUDA graphs only where there is CUDA."""
+    found: dict[str, Callable[[Any], Any]] = {"eager": lambda backbone: backbone, "compiled": compiled}
+    if device.startswith("cuda"):
+        found["graphs"] = lambda backbone: compiled(backbone, mode="reduce-overhead")
+    return found
+
+
+def decodes(backbone: Any, prefix: Any, rows: int) -> Timed:
+    """Whole decodes behind one prefix."""
+    n, device = backbone.block_length, prefix.logits.device
+    step = ACTION_DIM if n % ACTION_DIM == 0 else 1
+    executed = max(1, int(n // step * EXECUTED))
+    generator = torch.Generator().manual_seed(1)
+    guess = torch.randint(min(backbone.vocabulary_size, 255), (rows, n), generator=generator).to(device)
+
+    def run(name: str) -> Callable[[], DecodeResult]:
+        decode = decode_autoregressive if name.startswith("ar") else decode_jacobi
+        request = BlockRequest(named_config(name), guess=guess, tokens_per_step=step, executed_steps=executed)
+        return lambda: decode(backbone, prefix, request)
+
+    return {name: run(name) for name in ("ar", "ar_h", "cap1", "cap2", "cap3", "cap4")}
+
+
+def forwards(backbone: Any, prefix: Any, rows: int) -> Timed:
+    """Single forwards of k tokens behind the prefix."""
+
+    def run(k: int) -> Callable[[], object]:
+        tokens = torch.zeros(rows, k, dtype=torch.int64, device=prefix.logits.device)
+        return lambda: (prefix.cache.roll_back(), backbone.block_logits(prefix, tokens))
+
+    return {f"block_{k}": run(k) for k in BLOCK_FORWARDS if k < backbone.block_length}
+
+
+def measure(timed: Timed, seconds: float, device: str, least: int = 3) -> dict[str, dict[str, float]]:
+    """p50, p95 and p99 [ms] of all, which take turns until the time is over; one warm-up first."""
+
+    def once(function: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        function()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    for function in timed.values():
+        for _ in range(1 if device == "cpu" else 3):
+            once(function)
+    samples: dict[str, list[float]] = {name: [] for name in timed}
+    ends = time.perf_counter() + seconds
+    while time.perf_counter() < ends or len(next(iter(samples.values()))) < least:
+        for name, function in timed.items():
+            samples[name].append(once(function))
+    return {
+        name: {
+            **{f"p{p}": round(float(1000 * np.percentile(times, p)), 3) for p in (50, 95, 99)}, "count": len(times)
+        }
+        for name, times in samples.items()
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def time_backbone(
+    backbone: Any, rows: int, prefix_length: int, seconds: float, device: str, alone: bool
+) -> dict[str, Any]:
+    """All engines of one backbone, engine -> row -> percentiles; single forwards and the prefill if `alone`."""
+    dtype = next(backbone.parameters()).dtype
+    embeds = torch.randn(rows, prefix_length, backbone.width, generator=torch.Generator().manual_seed(2))
+    observation = {"embeds": embeds.to(device, dtype)}
+    built = {name: make(backbone) for name, make in engines(device).items()}
+    prefixes = {name: engine.prefill(observation) for name, engine in built.items()}
+    timed: Timed = {}
+    for name, engine in built.items():
+        parts = decodes(engine, prefixes[name], rows)
+        if alone:
+            parts |= forwards(engine, prefixes[name], rows)
+        timed |= {f"{name} {part}": function for part, function in parts.items()}
+    found = measure(timed, seconds, device)
+    if alone:  # it takes the compiled cache away from the prefixes above
+        found |= measure({"eager prefill": lambda: backbone.prefill(observation)}, seconds / 10, device)
+    result: dict[str, Any] = {}
+    for name, times in found.items():
+        engine, part = name.split()
+        result.setdefault(engine, {})[part] = times
+    return result
+
+
+def ratios(found: dict[str, Any]) -> dict[str, float]:
+    """Decode alone, p50, AR in its fastest engine over the others in theirs; `student` is at `FORWARDS` forwards."""
+
+    def best(part: str) -> float:
+        return min(times[part]["p50"] for times in found.values() if part in times)
+
+    student = best("cap1") + (FORWARDS - 1) * (best("cap2") - best("cap1"))
+    ways = {**{part: best(part) for part in ("ar_h", "cap1", "cap2", "cap3", "cap4")}, "student": student}
+    return {name: round(best("ar") / way, 2) for name, way in ways.items()} | {
+        "student_v_ar_h": round(best("ar_h") / student, 2)
+    }
+
+
+def shape(name: str, device: str, dtype: torch.dtype, seconds: float, batches: tuple[int, ...]) -> dict[str, Any]:
+    """One of `SHAPES`, at every batch size."""
+    backbone = Trunk(SHAPES[name], BLOCK, dtype, device)
+    prefix = PREFIX[name.partition("-")[0]]
+    result: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in backbone.parameters()), "prefix": prefix, "block": BLOCK, "batches": {}
+    }  # fmt: skip
+    for rows in batches:
+        if device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        found = time_backbone(backbone, rows, prefix, seconds / len(batches), device, alone=True)
+        result["batches"][rows] = {"ms": found, "x_ar": ratios(found)}
+        if device.startswith("cuda"):
+            result["batches"][rows]["peak_bytes"] = torch.cuda.max_memory_allocated()
+        torch._dynamo.reset()
+    return result
+
+
+def points(factors: tuple[str, ...]) -> Iterator[tuple[str, int, dict[str, int]]]:
+    """One factor at a time around the shipped shape."""
+    for factor in factors:
+        for value in CURVES[factor]:
+            yield factor, value, {**USUAL, factor: value}
+
+
+def curves(factors: tuple[str, ...], device: str, seconds: float) -> dict[str, Any]:
+    """`CURVES` around the shipped compact trunk: factor -> value -> times and ratios."""
+    todo = list(points(factors))
+    result: dict[str, Any] = {"usual": USUAL, **{factor: {} for factor in factors}}
+    for factor, value, sizes in todo:
+        backbone = CompactTrunk(sizes["n"], sizes["layers"], device=device)
+        found = time_backbone(backbone, sizes["batch"], sizes["prefix"], seconds / len(todo), device, alone=True)
+        result[factor][value] = {"ms": found, "x_ar": ratios(found)}
+        torch._dynamo.reset()
+        print(f"{factor} {value}: {result[factor][value]['x_ar']}", flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("part", choices=(*SHAPES, "curves", *(f"curves-{factor}" for factor in CURVES)))
+    parser.add_argument("output", type=Path, help="JSON file")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="", choices=("", "float32", "bfloat16"), help="bfloat16 on a GPU")
+    parser.add_argument("--minutes", type=float, default=5, help="of timing, beside compilation")
+    parser.add_argument("--batches", default="1,8", help="of the shapes")
+    options = parser.parse_args()
+    dtype = getattr(torch, options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32"))
+    seconds = 60 * options.minutes
+    if options.part.startswith("curves"):
+        _, _, factor = options.part.partition("-")
+        result = curves((factor,) if factor else tuple(CURVES), options.device, seconds)
+    else:
+        result = shape(options.part, options.device, dtype, seconds, tuple(map(int, options.batches.split(","))))
+    name = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor()
+    about = {"part": options.part, "device": name or platform.machine(), "threads": torch.get_num_threads(),
+             "dtype": str(dtype), "torch": torch.__version__}  # fmt: skip
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(about | result, indent=1) + "\n")
+    for rows, found in result.get("batches", {}).items():
+        print(f"{options.part}, batch {rows}: {found['x_ar']}")
+    print(f"Written: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

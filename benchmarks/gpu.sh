@@ -10,11 +10,13 @@ cd "$(dirname "$0")/.."
 part=${1:?give a part; see the head of this file}
 python=${PYTHON:-python3}
 if [[ $part == wheels ]]; then
-    exec "$python" -m pip download --quiet --dest benchmarks/wheels -c constraints.txt draccus
+    # Pure Python, for any version; the rest of draccus's needs come with torch and transformers.
+    exec "$python" -m pip download --quiet --no-deps --dest benchmarks/wheels \
+        draccus mergedeep toml typing_inspect mypy_extensions
 fi
 if ! "$python" -c 'import draccus' 2>/dev/null; then
     [[ -d benchmarks/wheels ]] || { echo "draccus is missing; run 'benchmarks/gpu.sh wheels' and carry the folder" >&2; exit 2; }
-    "$python" -m pip install --quiet --no-index --find-links benchmarks/wheels --target outputs/gpu/site draccus
+    "$python" -m pip install --quiet --no-index --no-deps --target outputs/gpu/site benchmarks/wheels/*.whl
     export PYTHONPATH="outputs/gpu/site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 exec "$python" -m benchmarks.shapes "$part" "outputs/gpu/$part.json" --minutes "${MINUTES:-4}" "${@:2}"

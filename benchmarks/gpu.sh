@@ -14,9 +14,9 @@ if [[ $part == wheels ]]; then
     exec "$python" -m pip download --quiet --no-deps --dest benchmarks/wheels \
         draccus mergedeep toml typing_inspect mypy_extensions
 fi
+export PYTHONPATH="outputs/gpu/site${PYTHONPATH:+:$PYTHONPATH}"
 if ! "$python" -c 'import draccus' 2>/dev/null; then
     [[ -d benchmarks/wheels ]] || { echo "draccus is missing; run 'benchmarks/gpu.sh wheels' and carry the folder" >&2; exit 2; }
     "$python" -m pip install --quiet --no-index --no-deps --target outputs/gpu/site benchmarks/wheels/*.whl
-    export PYTHONPATH="outputs/gpu/site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 exec "$python" -m benchmarks.shapes "$part" "outputs/gpu/$part.json" --minutes "${MINUTES:-4}" "${@:2}"

@@ -38,15 +38,19 @@ class BlockCache:
         """Block tokens whose keys and values are final."""
         return self.length - self.prefix_length
 
-    def seal_prefix(self, t: int) -> None:
-        """Declare the first `t` positions, just written, the prefix.
+    def seal_prefix(self, t: int, shallow: bool = False) -> None:
+        """Declare the first `t` positions, just written, the prefix; in some layers only if `shallow`.
 
         Raises:
             TokenError: Fewer than `t` positions were written.
         """
-        if not 0 < t <= self._written:
+        if not (shallow or 0 < t <= self._written):
             raise TokenError(f"The prefix cannot have {t} positions: {self._written} were written. Prefill first.")
         self.length = self.prefix_length = t
+
+    def unseal(self) -> None:
+        """Forget block and prefix, whose keys and values stay where they are: more layers are written."""
+        self.length = self.prefix_length = self._written = 0
 
     def commit(self, t: int) -> None:
         """Make the next `t` written positions final; they are not recomputed any more.
@@ -81,6 +85,7 @@ class KVCache(BlockCache):
         head_dim: Width ``D`` of a head.
         device: Where the cache lives.
         dtype: Type of keys and values.
+        exits: More layers, of exits, which are written before the last of the others.
 
     Raises:
         ConfigError: A size below 1.
@@ -96,14 +101,15 @@ class KVCache(BlockCache):
         *,
         device: torch.device | str,
         dtype: torch.dtype,
+        exits: int = 0,
     ) -> None:
         super().__init__()
         shape = (num_layers, batch, num_kv_heads, capacity, head_dim)
         if min(shape) < 1:
             raise ConfigError(f"A cache of shape (L, B, H, T, D) = {shape} is empty; every size must be at least 1.")
-        self.capacity, self.causal = capacity, True
-        self._keys = [torch.empty(shape[1:], device=device, dtype=dtype) for _ in range(num_layers)]
-        self._values = [torch.empty(shape[1:], device=device, dtype=dtype) for _ in range(num_layers)]
+        self.capacity, self.causal, self._last = capacity, True, num_layers - 1
+        self._keys = [torch.empty(shape[1:], device=device, dtype=dtype) for _ in range(num_layers + exits)]
+        self._values = [torch.empty(shape[1:], device=device, dtype=dtype) for _ in range(num_layers + exits)]
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys and values (B, H, t, D) of one layer at positions ``[length, length + t)``.
@@ -123,7 +129,7 @@ class KVCache(BlockCache):
         keys, values = self._keys[layer].narrow(2, 0, end), self._values[layer].narrow(2, 0, end)
         keys.narrow(2, start, end - start).copy_(k)
         values.narrow(2, start, end - start).copy_(v)
-        self._written = end if layer == len(self._keys) - 1 else start
+        self._written = end if layer == self._last else start
         return keys, values
 
     def rows(self, table: Tensor, k: int) -> Tensor:

@@ -105,6 +105,12 @@ COMMANDS = {
         kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
         simulator="sim.hooks StudentSimulation",
     ),
+    "exits": _row(
+        "train exits of a frozen policy: forwards that end after a few layers",
+        "training.exits ExitsConfig exits",
+        must="policy_path roots output_dir layers",
+        may="kind steps batch_size lr device seed threads",
+    ),
     "eval": _row(
         "compare decoders in closed loop: success, forwards, latency, clips",
         "sim.evaluate EvalConfig evaluate",

@@ -8,7 +8,7 @@ a cache of constant shape (`StaticCache`); what is written behind the ``k`` toke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -97,6 +97,12 @@ class CompiledBackbone(nn.Module):
         filled = torch.zeros(rows, self._window(k), dtype=torch.int64, device=tokens.device)
         filled[:, :k] = tokens
         return cast("Tensor", self._run(self._block, prefix, filled, depth)[:, :k])
+
+    @torch.no_grad()
+    def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> list[Tensor]:
+        """As the backbone's, eagerly."""
+        prefix.cache.place(tokens.shape[1], shallow=True)
+        return cast("list[Tensor]", self.backbone.depth_logits(prefix, tokens, depths))
 
     def _window(self, k: int) -> int:
         return min(window for window in self.windows if window >= k)

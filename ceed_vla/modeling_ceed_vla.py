@@ -16,9 +16,10 @@ from torch import Tensor
 
 import ceed_vla.processor_ceed_vla  # noqa: F401  (these register the steps that a checkpoint may name)
 from ceed_vla.backbones.base import runs
+from ceed_vla.backbones.exits import load_exits, save_exits
 from ceed_vla.checkpoint_files import POLICY_FILES, resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_block
+from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_block, prefill
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import short
 from ceed_vla.files import saving
@@ -99,6 +100,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         except ConfigError as error:
             raise CheckpointError(f"{folder}: config.json cannot be used ({error}).") from error
         load_weights(policy, folder, strict)
+        load_exits(policy.backbone, folder)
         if merge_adapters and policy.adapters:
             merge(policy, policy.adapters)
             policy.adapters = {}
@@ -131,6 +133,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
             raise CheckpointError(f"state_dict is {short(state_dict)}; it must map names to tensors.")
         self.config._save_pretrained(save_directory)
         save_weights(self, save_directory, state_dict)
+        save_exits(self.backbone, save_directory)
 
     def to(self, *arguments: Any, **options: Any) -> Any:
         """As torch's.
@@ -139,6 +142,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
             ConfigError: No such device or type.
         """
         try:
+            for depth_exit in self.backbone.exits.values():
+                depth_exit.to(*arguments, **options)
             return super().to(*arguments, **options)
         except (RuntimeError, TypeError, ValueError, OverflowError, AssertionError) as error:
             raise ConfigError(f"It cannot move to {short(arguments or options)} ({short(error)}).") from error
@@ -217,7 +222,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
             raise ConfigError(f"generator is a {type(generator).__name__}; pass a torch.Generator or None.")
         started = time.perf_counter()
         with runs(self.backbone):
-            prefix = self.backbone.prefill(batch)
+            prefix = prefill(self.backbone, batch, config)
             prefilled = time.perf_counter()
             result = decode_block(
                 self.backbone,

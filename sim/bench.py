@@ -24,7 +24,7 @@ from ceed_vla.files import write_text
 from sim.environment import Bundle
 from sim.evaluate import EvalConfig, evaluate
 from sim.plots import INK, row_color, save_figure
-from sim.report import markdown_table, success_cell
+from sim.report import layers_cell, markdown_table, success_cell
 from sim.timing import ENGINES
 
 BENCH, TABLE, PARETO = "bench.json", "bench.md", "pareto.png"
@@ -112,7 +112,8 @@ def rows_of(report: Mapping[str, Any]) -> dict[str, Any]:
     """
     rows = {}
     for name, entry in report["decoders"].items():
-        keys = ("forwards_mean", "forwards_p95", "success", "episodes", "success_rate", "success_ci95", "paired")
+        keys = ("forwards_mean", "forwards_p95", "block_layers_mean", "prefix_layers_mean", "success", "episodes")
+        keys += ("success_rate", "success_ci95", "paired")
         row = {key: entry.get(key) for key in keys}
         if "latency_ms" in entry:
             model, prefix = ("teacher", "teacher_") if name.startswith("teacher_") else ("policy", "")
@@ -142,12 +143,13 @@ def _wanted(report: Mapping[str, Any], entry: Mapping[str, Any]) -> float:
 def markdown(result: Mapping[str, Any]) -> str:
     """``bench.md``."""
     head = (
-        "decoder", "solved [95 %]", "forwards mean / p95", "total p50 / p95 / p99 [ms]", "prefill", "decode", "engine",
-        "x AR", "x AR_h", "over floor", "action error", "= AR",
+        "decoder", "solved [95 %]", "forwards mean / p95", "layers block + prefix", "total p50 / p95 / p99 [ms]",
+        "prefill", "decode", "engine", "x AR", "x AR_h", "over floor", "action error", "= AR",
     )  # fmt: skip
     lines = []
     for name, row in result["decoders"].items():
-        cells = [name, success_cell(row), f"{row['forwards_mean'] or 0:.2f} / {row['forwards_p95'] or 0:.0f}"]
+        forwards = f"{row['forwards_mean'] or 0:.2f} / {row['forwards_p95'] or 0:.0f}"
+        cells = [name, success_cell(row), forwards, layers_cell(row)]
         if "total_ms" in row:
             total = row["total_ms"]
             cells += [

@@ -25,8 +25,9 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
+from ceed_vla.backbones.base import CutPrefix
 from ceed_vla.checkpoints import load, resolve_checkpoint, save, weights_hash
-from ceed_vla.decoding import decode_block, exit_ladders, named_config
+from ceed_vla.decoding import decode_block, exit_ladders, named_config, prefill
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, check_fields, ranged
 from ceed_vla.files import write_text
@@ -103,12 +104,14 @@ class AuditedRunner(PolicyRunner):
         policy, steps = self.policy, self.executed_steps
         batch = self.preprocessor(observation_batch(observations, instructions))
         policy.check_observation(batch)
-        prefix = policy.backbone.prefill(batch)
+        decoding = policy.decoding_config(self.decoding)
+        prefix = prefill(policy.backbone, batch, decoding)
         common: dict[str, Any] = {"executed_steps": steps, "generator": self.generator}
         own = decode_block(
-            policy.backbone, prefix, policy.tokenizer, policy.decoding_config(self.decoding),
+            policy.backbone, prefix, policy.tokenizer, decoding,
             previous=stack_previous(previous), shift_steps=steps, **common,
         )  # fmt: skip
+        prefix = policy.backbone.prefill(batch) if isinstance(prefix, CutPrefix) else prefix
         exact = decode_block(policy.backbone, prefix, policy.tokenizer, "jacobi_h", previous=own.tokens, **common)
         off = is_off(policy.tokenizer, own.tokens, exact.tokens, steps)
         return [

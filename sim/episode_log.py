@@ -21,7 +21,8 @@ EPISODES = "episodes.jsonl"
 Results = dict[str, list[EpisodeResult]]  # by the decoder's name
 
 _KINDS = {"decoder": str, "seed": int, "task": str, "instruction": str, "success": bool, "steps": int}
-_KINDS |= {"forwards": list, "exit_reasons": list}
+_KINDS |= {"forwards": list, "exit_reasons": list, "block_layers": list, "prefix_layers": list}
+_LATER: dict[str, Any] = {"block_layers": [], "prefix_layers": []}  # older files lack these
 _ANEW = "start anew in another --output_dir."
 _LONGEST = 2**28  # [bytes]
 
@@ -96,16 +97,18 @@ class EpisodeLog:
 
     def _episode(self, values: Any) -> EpisodeResult | None:
         """The episode of a line's `values`; None if it cannot be one of this evaluation."""
-        if not isinstance(values, dict) or {name: type(value) for name, value in values.items()} != _KINDS:
+        values = {**_LATER, **values} if isinstance(values, dict) else {}
+        if {name: type(value) for name, value in values.items()} != _KINDS:
             return None
         episode = EpisodeResult(**{name: value for name, value in values.items() if name != "decoder"})
-        counts, reasons = episode.forwards, episode.exit_reasons
+        counts, reasons, layers = episode.forwards, episode.exit_reasons, (episode.block_layers, episode.prefix_layers)
         fits = (
             values["decoder"] in self.identity["decoders"]
             and self.plan.get(episode.seed) in ("mixed", episode.task)
             and 0 < episode.steps <= self.longest
             and 0 < len(counts) == len(reasons) <= episode.steps
-            and all(type(count) is int and 0 <= count < 10**6 for count in counts)
+            and {len(found) for found in layers} <= {0, len(counts)}
+            and all(type(count) is int and 0 <= count < 10**6 for found in (counts, *layers) for count in found)
             and all(type(reason) is str and len(reason) < 100 for reason in reasons)
         )
         return episode if fits else None

@@ -15,6 +15,7 @@ COLUMNS = (  # a line break is a space in Markdown
     "decoder",
     "success\n[95 %]",
     "forwards\nmean / p95",
+    "layers\nblock + prefix",
     "latency [ms]\np50 / p95 / p99",
     "rate\n[Hz]",
     "speed\n-up",
@@ -24,6 +25,7 @@ COLUMNS = (  # a line break is a space in Markdown
 NOTES = (
     "success: 95 % Wilson interval; every row ran the same seeds.",
     "forwards: after the prefill, per chunk, in the closed loop; single-token forwards for ar and ar_h.",
+    "layers: layers that ran in these forwards, and that the prefix ran through; means per chunk.",
     "latency: pre-processing, prefill and decoding of one chunk at batch 1; same observations, interleaved.",
     "rate: executed steps per p50 latency, the rate at which the policy can feed a robot without pausing.",
     "speed-up: p50 latency of the same model's full autoregressive decoder in this run / own p50 latency; "
@@ -139,12 +141,19 @@ def _cells(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
         name,
         success_cell(entry),
         _MISSING if forwards is None else f"{forwards:.2f} / {entry['forwards_p95']:.0f}",
+        layers_cell(entry),
         _MISSING if latency is None else f"{latency['p50']:.1f} / {latency['p95']:.1f} / {latency['p99']:.1f}",
         number("control_rate_hz", "{:.0f}"),
         number("speedup_vs_ar", "{:.1f}x"),
         number("decode_speedup_vs_ar", "{:.1f}x"),
         _agreement(entry.get("ar_agreement")),
     )
+
+
+def layers_cell(entry: Mapping[str, Any]) -> str:
+    """Layers of the block's forwards and of the prefix, means."""
+    found = [entry.get(f"{name}_layers_mean") for name in ("block", "prefix")]
+    return _MISSING if None in found else f"{found[0]:.2f} + {found[1]:.2f}"
 
 
 def _agreement(value: float | None) -> str:

@@ -46,6 +46,8 @@ class Chunk:
         tokens: (n,) int64.
         actions: (m, A) float32, in the environment's units; None if the tokens stand for no chunk.
         forwards: Forwards after the prefill that this row took.
+        block_layers: Layers that ran in these.
+        prefix_layers: Layers that the prefix ran through.
         exit_reason: The rule that ended its decoding; "malformed" if the tokens stand for no chunk.
         seconds: Wall time of the whole batch, by stage, and its size ("rows"). A latency only if rows is 1.
     """
@@ -55,6 +57,8 @@ class Chunk:
     forwards: int
     exit_reason: str
     seconds: dict[str, float]
+    block_layers: int = 0
+    prefix_layers: int = 0
 
     @property
     def warm_start(self) -> Tensor | None:
@@ -76,6 +80,8 @@ class EpisodeResult:
         steps: Control steps done.
         forwards: Per chunk, the forwards after the prefill that its row took.
         exit_reasons: Per chunk, the rule that ended its decoding.
+        block_layers: Per chunk, layers that ran in its forwards.
+        prefix_layers: Per chunk, layers that its prefix ran through.
         seconds: Per chunk, `Chunk.seconds`.
     """
 
@@ -86,6 +92,8 @@ class EpisodeResult:
     steps: int = 0
     forwards: list[int] = field(default_factory=list)
     exit_reasons: list[str] = field(default_factory=list)
+    block_layers: list[int] = field(default_factory=list)
+    prefix_layers: list[int] = field(default_factory=list)
     seconds: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -131,8 +139,18 @@ class PolicyRunner:
         actions = self._actions(result.tokens)
         tokens, forwards = result.tokens.cpu(), result.iterations.tolist()
         seconds = {**(result.seconds or {}), "rows": len(observations)}
+        none = torch.zeros_like(result.iterations)
+        block, prefix = (none if found is None else found for found in (result.layer_forwards, result.prefix_layers))
         return [
-            Chunk(tokens[row], chunk, int(forwards[row]), "malformed" if chunk is None else reason, seconds)
+            Chunk(
+                tokens[row],
+                chunk,
+                int(forwards[row]),
+                "malformed" if chunk is None else reason,
+                seconds,
+                int(block[row]),
+                int(prefix[row]),
+            )
             for row, (chunk, reason) in enumerate(zip(actions, result.exit_reason, strict=True))
         ]
 
@@ -217,6 +235,8 @@ def replan(
         episode.previous = chunk.warm_start
         result.forwards.append(chunk.forwards)
         result.exit_reasons.append(chunk.exit_reason)
+        result.block_layers.append(chunk.block_layers)
+        result.prefix_layers.append(chunk.prefix_layers)
         result.seconds.append(chunk.seconds)
         for action in chunk.first_actions(env, min(executed_steps, episode.limit - result.steps)):
             result.success = env.advance(action)

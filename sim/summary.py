@@ -29,6 +29,10 @@ def row_entry(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
             "forwards_p95": float(np.percentile(forwards, 95)),
             "forwards_histogram": {str(k): v for k, v in sorted(Counter(forwards.tolist()).items())},
         }
+    for name in ("block_layers", "prefix_layers"):
+        layers = [count for episode in episodes for count in getattr(episode, name)]
+        if len(layers) == len(forwards) > 0:  # episodes of an older file have none
+            entry[f"{name}_mean"] = round(float(np.mean(layers)), 4)
     solved = [episode.steps for episode in episodes if episode.success]
     entry["steps_mean_of_successes"] = round(float(np.mean(solved)), 2) if solved else None
     entry["exit_reasons"] = dict(sorted(Counter(r for episode in episodes for r in episode.exit_reasons).items()))

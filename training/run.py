@@ -162,7 +162,7 @@ class Run:
             ConfigError: No parameter learns, or a backbone that cannot recompute activations should.
         """
         self.policy, self.pre, self.post = policy.train(), pre, post
-        policy.config.decodings = {}  # what was measured on these weights says nothing of the next ones
+        policy.config.decodings, policy.backbone.exits = {}, {}  # they say nothing of the weights that come
         if OWN.fullmatch(policy.config.decode_with):
             policy.config.decode_with = CEED
         if self.settings.gradient_checkpointing:

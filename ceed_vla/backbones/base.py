@@ -33,6 +33,19 @@ class Prefix[C: BlockCache]:
         return replace(cast("Prefix[Any]", self), cache=cache, logits=self.logits.clone())
 
 
+@dataclass
+class CutPrefix(Prefix[Any]):
+    """A prefix that only the first layers have seen; its logits are their exit's.
+
+    Attributes:
+        depth: So many.
+        hidden: What they made of it, for the layers that follow.
+    """
+
+    depth: int
+    hidden: Tensor
+
+
 class Backbone(Protocol):
     """A causal model over a block of action tokens.
 
@@ -77,6 +90,8 @@ class TrainableBackbone(nn.Module, Backbone):
         auxiliary: Head of the grounding regression on the state of `packed_logits`; None where there is none.
         early_auxiliary: Head of the same regression on what `embed_prefix` returns, which training adds; or None.
         augmented_images: Keys of image tensors (B, 3, H, W) in [0, 1] that training shifts and brightens.
+        cuts: Whether it has `prefill_to`.
+        exits: Depth -> `ceed_vla.backbones.exits.DepthExit`, which reads it; they are no part of the model's weights.
         compilable: What `ceed_vla.engine` may compile, of "prefill" and "block"; the block of these runs on a
             `StaticCache` too.
     """
@@ -85,10 +100,12 @@ class TrainableBackbone(nn.Module, Backbone):
     early_auxiliary: nn.Module | None
     augmented_images: tuple[str, ...] = ()
     compilable: tuple[str, ...] = ()
+    cuts: bool = False
 
     def __init__(self) -> None:
         super().__init__()
         self.auxiliary = self.early_auxiliary = None  # attributes of the class would hide submodules
+        self.exits: dict[int, Any] = {}  # a dictionary, whose modules are not registered
 
     @abc.abstractmethod
     def check_observation(self, batch: Mapping[str, Any]) -> int:
@@ -103,13 +120,36 @@ class TrainableBackbone(nn.Module, Backbone):
         """
 
     @abc.abstractmethod
-    def packed_logits(self, embeddings: Any, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def packed_logits(
+        self, embeddings: Any, blocks: Sequence[Tensor], depth: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Teacher-forced logits of `blocks` (B, n) behind one prefix of `embed_prefix`; they do not see each other.
+
+        With a `depth` they are those of its exit.
 
         Returns:
             The hidden vector (B, d) that predicts slot 0, and for every block logits (B, n, V) that predict its
             own tokens 0..n-1.
         """
+
+    def prefill_to(self, observation: dict[str, Tensor], depth: int) -> CutPrefix:
+        """Run the prefix through the first `depth` layers; `ConfigError` where it is not cut."""
+        raise ConfigError(f"{type(self).__name__} runs a prefix through all layers at once (`prefill_to`).")
+
+    def extend(self, prefix: CutPrefix) -> Prefix:
+        """Run a cut prefix through the other layers; it may not be used any more."""
+        raise NotImplementedError
+
+    def exit_parts(self) -> tuple[Sequence[nn.Module], nn.Module, int]:
+        """The layers, the norm behind the last one, and the width ``d``; `ConfigError` where exits cannot be."""
+        raise ConfigError(f"{type(self).__name__} has no exits (`exit_parts`): every forward runs all of its layers.")
+
+    def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> list[Tensor]:
+        """As `block_logits` at each of the `depths`, in ascending order, from one forward to the last of them.
+
+        Linear exits only.
+        """
+        raise ConfigError(f"{type(self).__name__} reads no forward at several depths (`depth_logits`).")
 
     def recompute_activations(self) -> None:
         """Keep only the layers' inputs for the backward pass (gradient checkpointing); `ConfigError` where none can."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.decoding.autoregressive import decode_autoregressive
 from ceed_vla.decoding.config import DecodingConfig
+from ceed_vla.decoding.depth import decode_deer, decode_depth
+from ceed_vla.decoding.drafts import decode_del, decode_spec
 from ceed_vla.decoding.exits import ExitRule, Seen
 from ceed_vla.decoding.jacobi import decode_jacobi
 from ceed_vla.decoding.names import named_config
@@ -35,14 +38,29 @@ __all__ = [
     "Seen",
     "decode_autoregressive",
     "decode_block",
+    "decode_deer",
+    "decode_del",
+    "decode_depth",
     "decode_jacobi",
     "decode_ngram",
+    "decode_spec",
     "decoder_ladders",
     "exit_ladders",
+    "find_decoder",
     "named_config",
+    "prefill",
     "register_decoder",
     "register_exit",
 ]
+
+
+def prefill(backbone: Backbone, batch: dict[str, Tensor], config: DecodingConfig) -> Prefix:
+    """Run the prefix as far as the decoder wants it."""
+    entry, options = find_decoder(config.method)
+    wanted = getattr(entry.make, "prefix_depth", None)
+    if wanted is None or not getattr(backbone, "cuts", False):
+        return backbone.prefill(batch)
+    return cast("Any", backbone).prefill_to(batch, wanted(options))  # type: ignore[no-any-return]
 
 
 def decode_block(
@@ -111,4 +129,8 @@ def decode_block(
     result = entry.make(backbone, prefix, request)
     if not isinstance(result, DecodeResult):
         raise ConfigError(f"The decoder {config.method!r} returned a {type(result).__name__}, not a DecodeResult.")
+    if result.layer_forwards is None:
+        result.layer_forwards = result.iterations * backbone.num_layers
+    if result.prefix_layers is None:
+        result.prefix_layers = torch.full_like(result.iterations, backbone.num_layers)
     return result

@@ -16,6 +16,8 @@ class DecodeResult:
         forwards: Model calls after the prefill, shared by all rows: block forwards (Jacobi) or single-token
             forwards (AR). The forward that verifies the fixed point is counted.
         iterations: (B,) int64 on the CPU, forwards until this row was done; it no longer changes then.
+        layer_forwards: (B,) int64 on the CPU, layers that ran in these; None of a decoder means all.
+        prefix_layers: (B,) int64 on the CPU, layers that the prefix ran through; None of a decoder means all.
         exit_reason: Why each row stopped.
 
             - "complete": AR decoded every token it was asked for.
@@ -29,8 +31,8 @@ class DecodeResult:
             - "deadline": the next iteration would have ended too late.
             - "gap", "agreement", "few_changes", and what exit rules of other packages say.
         exact_tokens: (B,) int64 on the CPU, leading tokens proven equal to greedy AR (behind a frozen prefix:
-            to its greedy continuation), at least 1. Those behind may agree too, nobody checked. "Proven" is
-            up to floating-point ties, and for causal backbones.
+            to its greedy continuation), at least 1, but where not all layers saw the prefix. Those behind may
+            agree too, nobody checked. "Proven" is up to floating-point ties, and for causal backbones.
         exact: (B,) bool on the CPU, ``exact_tokens == n``.
         states: With ``record_states`` the states y(0), y(1), ..., each (B, n); y(0) is the guess with the
             exact first token in it, the last one is `tokens`. For strict Jacobi this is the trajectory to
@@ -45,6 +47,8 @@ class DecodeResult:
     exit_reason: list[str]
     exact_tokens: Tensor
     exact: Tensor
+    layer_forwards: Tensor | None = None
+    prefix_layers: Tensor | None = None
     states: list[Tensor] | None = None
     actions: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)

@@ -14,9 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 
 from ceed_vla.backbones.base import Prefix
+from ceed_vla.backbones.exits import KINDS, make_exits
 from ceed_vla.backbones.transformers.backbone import TransformersBackbone
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
 from ceed_vla.cache import KVCache
+from ceed_vla.decoding import BlockRequest, DecodingConfig, decode_autoregressive, find_decoder
 from ceed_vla.errors import ConfigError, TokenError
 
 PREFIX_KEY = "prefix_ids"
@@ -27,7 +29,7 @@ class ToyBackbone(nn.Module):
 
     def __init__(self, seed: int, block_length: int, vocabulary_size: int, width: int = 16, heads: int = 2) -> None:
         super().__init__()
-        self.block_length, self.vocabulary_size, self.heads = block_length, vocabulary_size, heads
+        self.block_length, self.vocabulary_size, self.heads, self.num_layers = block_length, vocabulary_size, heads, 2
         self.num_layers = 2
         self.calls: list[int] = []
         generator = torch.Generator().manual_seed(seed)
@@ -241,9 +243,58 @@ def llama() -> Callable[[int, int, int, int], tuple[LlamaBackbone, dict[str, Ten
     return _llama
 
 
+@pytest.fixture(scope="session", name="exits_leave_the_base_alone")
+def _exits_leave_the_base_alone() -> Callable[[Any, dict[str, Tensor]], None]:
+    return exits_leave_the_base_alone
+
+
 @pytest.fixture(scope="session", name="depth_is_a_shorter_model")
 def _depth_is_a_shorter_model() -> Callable[[Any, dict[str, Tensor]], None]:
     return depth_is_a_shorter_model
+
+
+def exits_leave_the_base_alone(backbone: Any, observation: dict[str, Tensor]) -> None:
+    """With exits everywhere all layers score as before, bit for bit; they train as they decode; drafts are exact."""
+    backbone = copy.deepcopy(backbone).eval().requires_grad_(False)
+    n, layers, rows = backbone.block_length, backbone.num_layers, backbone.check_observation(observation)
+    tokens = torch.randint(backbone.vocabulary_size, (rows, n))
+    prefix = backbone.prefill(observation)
+    base, names = backbone.block_logits(prefix, tokens[:, :-1]), set(backbone.state_dict())
+    greedy = decode_autoregressive(backbone, prefix, BlockRequest(DecodingConfig(method="ar")))
+    for kind in KINDS:
+        backbone.exits = make_exits(backbone, range(1, layers), kind)
+        assert set(backbone.state_dict()) == names
+        for own in backbone.exits.values():
+            for parameter in own.parameters():
+                parameter.data += 0.05 * torch.randn_like(parameter)
+        again = backbone.prefill(observation)
+        assert torch.equal(again.logits, prefix.logits)
+        with torch.no_grad():
+            assert torch.equal(backbone.block_logits(again, tokens[:, :-1]), base)
+            for depth in backbone.exits:
+                shallow = backbone.block_logits(again, tokens[:, :-1], depth)
+                with pytest.raises(TokenError, match="Cannot commit 1"):
+                    again.cache.commit(1)
+                _, (packed,) = backbone.packed_logits(backbone.embed_prefix(observation), [tokens], depth)
+                seen = shallow.isfinite()
+                torch.testing.assert_close(packed[:, 1:][seen], shallow[seen], rtol=1e-4, atol=1e-4)
+        _, (packed,) = backbone.packed_logits(backbone.embed_prefix(observation), [tokens], 1)
+        packed[:, 1:].logsumexp(-1).sum().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in backbone.exits[1].parameters())
+        if kind == "linear":
+            with torch.no_grad():
+                several = backbone.depth_logits(again, tokens[:, :-1], list(backbone.exits))
+            for depth, logits in zip(backbone.exits, several, strict=True):
+                alone = backbone.block_logits(again, tokens[:, :-1], depth)
+                seen = alone.isfinite()
+                torch.testing.assert_close(logits[seen], alone[seen], rtol=1e-5, atol=1e-5)
+        for name in ("depth1", *["spec1x3", "del"] * (kind == "linear")):
+            entry, options = find_decoder(name)
+            request = BlockRequest(DecodingConfig(method=name), tokens, options=options)
+            result = entry.make(backbone, again, request)
+            assert torch.equal(result.tokens, greedy.tokens), name
+            assert bool(result.exact.all())
+            assert bool((result.layer_forwards >= result.iterations).all())
 
 
 @pytest.fixture(scope="session")
@@ -254,6 +305,7 @@ def keeps_the_contract() -> Callable[[Any, dict[str, Tensor]], None]:
         torch.manual_seed(0)
         depth_is_a_shorter_model(backbone, observation)
         trains_as_it_decodes(backbone, observation)
+        exits_leave_the_base_alone(backbone, observation)
 
     return check
 

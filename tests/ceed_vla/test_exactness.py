@@ -109,7 +109,9 @@ def test_llama_jacobi_is_cached_ar_uncached_ar_and_generate(llama, generate, see
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_compact_backbone_jacobi_is_ar_and_teacher_forcing(batch: int, depth_is_a_shorter_model) -> None:
+def test_compact_backbone_jacobi_is_ar_and_teacher_forcing(
+    batch: int, depth_is_a_shorter_model, exits_leave_the_base_alone
+) -> None:
     torch.manual_seed(batch)
     sizes = CompactConfig(image_size=32, stem_channels=[8] * 4, width=32, layers=3, heads=2, mlp_width=48)
     shape = PolicyShape({"observation.images.front": (3, 32, 32)}, 5, 7, 3, UniformTokensConfig())
@@ -128,6 +130,7 @@ def test_compact_backbone_jacobi_is_ar_and_teacher_forcing(batch: int, depth_is_
         assert torch.equal(forced.argmax(-1), ar)
         assert_strict(backbone, prefix, ar, 7, 0, 255)
     depth_is_a_shorter_model(backbone, observation)
+    exits_leave_the_base_alone(backbone, observation)
 
 
 def test_a_llama_trains_and_is_cut_short(llama, keeps_the_contract) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ceed_vla import load
 from ceed_vla.decoding.names import named_config
@@ -76,6 +77,22 @@ def test_the_usual_rows_are_known(name: str) -> None:
 def test_decoders_run_in_the_engines_that_they_can_run_in() -> None:
     rows = [Row(name, "policy", named_config(name)) for name in ("cap1", "pdvla")]
     assert [engines_of(row, ("eager", "compiled")) for row in rows] == [("eager", "compiled"), ("eager",)]
+
+
+def test_pdvla_counts_the_forwards_of_every_row() -> None:
+    policy, pre, _ = load("student")
+    random = torch.Generator().manual_seed(0)
+    rows = [
+        pre({**{c: torch.rand(1, 3, 96, 96, generator=random) for c in policy.config.cameras},
+             "observation.state": torch.rand(1, 14, generator=random), "task": "push the red cube"})
+        for _ in range(3)
+    ]  # fmt: skip
+    together = {key: torch.cat([row[key] for row in rows]) for key, value in rows[0].items() if torch.is_tensor(value)}
+    found, alone = policy.decode(together, "pdvla_mid"), [policy.decode(row, "pdvla_mid") for row in rows]
+    assert found.iterations.tolist() == [int(row.iterations) for row in alone]
+    assert torch.equal(found.tokens, torch.cat([row.tokens for row in alone]))
+    assert found.forwards == max(found.iterations.tolist())
+    assert not found.exact.any()
 
 
 @pytest.mark.slow

@@ -95,8 +95,10 @@ class Adder:
         rows = len(batch["task"])
         return SimpleNamespace(
             tokens=torch.zeros(rows, 4, dtype=torch.long),
-            iterations=torch.ones(rows),
+            iterations=torch.ones(rows, dtype=torch.long),
             exit_reason=["complete"] * rows,
+            layer_forwards=None,
+            prefix_layers=None,
             seconds={},
         )
 

@@ -67,6 +67,8 @@ class FakePolicy:
             forwards=3,
             iterations=torch.arange(rows) + 1,
             exit_reason=["converged"] * rows,
+            layer_forwards=None,
+            prefix_layers=None,
             seconds={"prefill": 0.1, "decode": 0.2},
         )
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_depth, check_features
+from ceed_vla.backbones.base import CutPrefix, Prefix, TrainableBackbone, check_depth, check_features
 from ceed_vla.backbones.compact.stem import CameraStem, EarlyReadout
 from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.cache import KVCache
@@ -72,6 +72,7 @@ class CompactBackbone(TrainableBackbone):
     """Small VLA trunk behind the `Backbone` protocol; `CompactConfig` says what its sizes are."""
 
     compilable = ("prefill", "block")
+    cuts = True
 
     def __init__(
         self,
@@ -150,6 +151,9 @@ class CompactBackbone(TrainableBackbone):
     def recompute_activations(self) -> None:
         self._recompute = True
 
+    def exit_parts(self) -> tuple[Sequence[nn.Module], nn.Module, int]:
+        return self.trunk, self.final_norm, self.final_norm.normalized_shape[0]
+
     def distillation_parameters(self) -> list[str]:
         return [name for name, _ in self.named_parameters() if name.partition(".")[0] in DISTILLED]
 
@@ -175,30 +179,79 @@ class CompactBackbone(TrainableBackbone):
 
     def prefill_embeddings(self, embeddings: Tensor) -> Prefix:
         """`prefill` from embeddings (B, P, d) that `embed_prefix` made."""
+        cache = self._cache(embeddings)
+        x = self._run(embeddings, cache)
+        cache.seal_prefix(embeddings.shape[1])
+        return Prefix(logits=self.head(self.final_norm(x[:, -1])), cache=cache)
+
+    def _cache(self, embeddings: Tensor) -> KVCache:
         batch, length, width = embeddings.shape
         heads = self.trunk[0].heads
         sizes = (self.num_layers, batch, heads, length + self.block_length, width // heads)
-        cache = KVCache(*sizes, device=embeddings.device, dtype=embeddings.dtype)
-        x = self._run(embeddings, cache)
+        own = sum(depth_exit.layer is not None for depth_exit in self.exits.values())
+        return KVCache(*sizes, device=embeddings.device, dtype=embeddings.dtype, exits=own)
+
+    def prefill_to(self, observation: dict[str, Tensor], depth: int) -> CutPrefix:
+        embeddings = self.embed_prefix(observation)
+        cache, depth = self._cache(embeddings), check_depth(depth, self.num_layers)
+        x = self._run(embeddings, cache, depth=depth)
+        logits = self.head(self._read(x, depth, cache)[:, -1])
+        cache.seal_prefix(x.shape[1], shallow=True)
+        return CutPrefix(logits, cache, depth, x)
+
+    def extend(self, prefix: CutPrefix) -> Prefix:
+        cache, length = prefix.cache, prefix.hidden.shape[1]
+        cache.unseal()
+        x = self._run(prefix.hidden, cache, done=prefix.depth)
         cache.seal_prefix(length)
         return Prefix(logits=self.head(self.final_norm(x[:, -1])), cache=cache)
 
-    def _run(self, x: Tensor, cache: KVCache, mask: Tensor | None = None, depth: int | None = None) -> Tensor:
-        """X (B, t, d) through the first `depth` layers, behind what is in the cache."""
-        for index, layer in enumerate(islice(self.trunk, depth)):  # a slice would be a new module
+    def _run(
+        self, x: Tensor, cache: KVCache, mask: Tensor | None = None, depth: int | None = None, done: int = 0
+    ) -> Tensor:
+        """X (B, t, d) through the first `depth` layers without those that are `done`, behind what is in the cache."""
+        for index, layer in enumerate(islice(self.trunk, done, depth), done):  # a slice would be a new module
             q, k, v = layer.project(x)
             keys, values = cache.write(index, k, v)  # (B, H, T, d / H)
             x = layer.finish(x, q, keys, values, mask)
+            if index + 1 in self.exits and not cache.prefix_length:
+                own = self.exits[index + 1]  # the prefix, as its layer sees it
+                if own.layer is not None:
+                    cache.write(own.slot, *own.layer.project(x)[1:])
         return x
+
+    def _read(self, x: Tensor, depth: int, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        """Hidden vectors (B, t, d) behind `depth` layers as the head reads them."""
+        own = self.exits.get(depth)
+        if own is None or depth == self.num_layers:
+            return cast("Tensor", self.final_norm(x))
+        if own.layer is not None:
+            own.check(cache.committed if cache is not None else 0)
+            q, k, v = own.layer.project(x)
+            keys, values = cache.write(own.slot, k, v) if cache is not None else (k, v)
+            x = own.layer.finish(x, q, keys, values, mask)
+        return cast("Tensor", own(x))
 
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         """Logits (B, k, V) for the slots after `tokens` (B, k), which follow the committed tokens of the cache."""
         cache, length = prefix.cache, tokens.shape[1]
         x = self.action_tokens(tokens) + cache.rows(self.slots, length)  # (B, k, d)
-        mask = cache.mask(length)
-        return self.head(self.final_norm(self._run(x, cache, mask, check_depth(depth, self.num_layers))))
+        mask, depth = cache.mask(length), check_depth(depth, self.num_layers)
+        return self.head(self._read(self._run(x, cache, mask, depth), depth, cache, mask))
 
-    def packed_logits(self, embeddings: Tensor, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> list[Tensor]:
+        cache, length = prefix.cache, tokens.shape[1]
+        x, mask = self.action_tokens(tokens) + cache.rows(self.slots, length), cache.mask(length)
+        found, done = [], 0
+        for depth in depths:
+            x = self._run(x, cache, mask, depth, done)
+            found.append(self.head(self._read(x, depth)))
+            done = depth
+        return found
+
+    def packed_logits(
+        self, embeddings: Tensor, blocks: Sequence[Tensor], depth: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Teacher-forced logits of several blocks behind one prefix, in one forward; see `TrainableBackbone`.
 
         The blocks do not see each other and share their slots, so each sees exactly what `block_logits` shows it.
@@ -207,10 +260,10 @@ class CompactBackbone(TrainableBackbone):
         inputs = [self.action_tokens(block[:, : n - 1]) + self.slots[: n - 1] for block in blocks]
         x = torch.cat([embeddings, *inputs], dim=1)  # (B, P + b * (n - 1), d)
         mask = self._packed_mask(embeddings.shape[1], n - 1, len(blocks), x.device)
-        recompute = self._recompute and self.training
-        for layer in self.trunk:
+        recompute, depth = self._recompute and self.training, check_depth(depth, self.num_layers)
+        for layer in self.trunk[:depth]:
             x = checkpoint(layer, x, mask, use_reentrant=False) if recompute else layer(x, mask)
-        x = self.final_norm(x)
+        x = self._read(x, depth, mask=mask)
         state = x[:, embeddings.shape[1] - 1]  # (B, d)
         parts = x[:, embeddings.shape[1] :].split(n - 1, dim=1)
         return state, [self.head(torch.cat([state.unsqueeze(1), part], dim=1)) for part in parts]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_depth, runs
+from ceed_vla.backbones.exits import DepthExit
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings, TransformersPrefix
 from ceed_vla.cache import TransformersCache
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, TokenError
@@ -81,7 +82,8 @@ class TransformersBackbone(TrainableBackbone):
         """`prefill` from what `embed_prefix` made."""
         cache, real = TransformersCache(), embeddings.real
         self._check_positions(real.shape[1])
-        hidden = self._run(embeddings.embeds, cache.begin(real.shape[1]), embeddings.inputs)[:, -1]  # (B, d)
+        with _prefix_of_exits(self.decoder, self.exits):
+            hidden = self._run(embeddings.embeds, cache.begin(real.shape[1]), embeddings.inputs)[:, -1]  # (B, d)
         cache.seal_prefix(real.shape[1])
         padding = None if bool(real.all()) else real
         return TransformersPrefix(self.score(hidden), cache, hidden, padding, embeddings.next_position)
@@ -91,6 +93,23 @@ class TransformersBackbone(TrainableBackbone):
         if not isinstance(prefix, TransformersPrefix):
             raise TokenError(f"The prefix is a {type(prefix).__name__}; {type(self).__name__} continues its own only.")
         return self.score(self._block_hidden(prefix, tokens, check_depth(depth, self.num_layers)))
+
+    def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> list[Tensor]:
+        kept: list[Tensor] = []
+
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            kept.append(output[0] if isinstance(output, tuple) else output)
+
+        layers = cast("nn.ModuleList", self.decoder.layers)
+        hooks = [layers[depth - 1].register_forward_hook(keep) for depth in depths]
+        try:
+            self._block_hidden(cast("TransformersPrefix", prefix), tokens, depths[-1])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        norms = (self.exits.get(depth, cast("nn.Module", self.decoder.norm)) for depth in depths)
+        read = [norm(x) for norm, x in zip(norms, kept, strict=True)]
+        return [self.score(x[0] if isinstance(x, tuple) else x) for x in read]
 
     def _block_hidden(self, prefix: TransformersPrefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         """Hidden vectors (B, k, d) behind the committed tokens, from the first `depth` layers."""
@@ -104,7 +123,10 @@ class TransformersBackbone(TrainableBackbone):
         embeds = self.embed_tokens(tokens)
         if depth is None or depth == self.num_layers:
             return self._run(embeds, cache.begin(k), inputs)
-        with _first_layers(self.decoder, depth):
+        own = self.exits.get(depth)
+        if own is not None:
+            own.check(cache.committed)
+        with _first_layers(self.decoder, depth, own):
             return self._run(embeds, cache.begin(k, shallow=True), inputs)
 
     def _run(self, embeds: Tensor, cache: Any, inputs: dict[str, Any]) -> Tensor:
@@ -124,9 +146,11 @@ class TransformersBackbone(TrainableBackbone):
                 "positions with every further one, so keys and values cannot be kept. Use another model."
             )
 
-    def packed_logits(self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def packed_logits(
+        self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor], depth: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Teacher-forced logits of several blocks behind one prefix, which runs once; see `TrainableBackbone`."""
-        if self.training and self.pretrained.is_gradient_checkpointing:
+        if self.training and self.pretrained.is_gradient_checkpointing and depth is None:
             return self._packed_without_cache(embeddings, blocks)
         prefix = self.prefill_embeddings(embeddings)
         logits = []
@@ -134,7 +158,7 @@ class TransformersBackbone(TrainableBackbone):
             prefix.cache.roll_back()
             hidden = [prefix.hidden.unsqueeze(1)]
             if block.shape[1] > 1:
-                hidden.append(self._block_hidden(prefix, block[:, :-1]))
+                hidden.append(self._block_hidden(prefix, block[:, :-1], depth))
             logits.append(self.score(torch.cat(hidden, dim=1)))  # (B, n, V)
         return prefix.hidden, logits
 
@@ -148,6 +172,10 @@ class TransformersBackbone(TrainableBackbone):
             hidden = self._run(inputs.pop("inputs_embeds"), None, inputs)[:, length - 1 :]  # (B, n, d)
             logits.append(self.score(hidden))
         return hidden[:, 0], logits[: len(blocks)]
+
+    def exit_parts(self) -> tuple[Sequence[nn.Module], nn.Module, int]:
+        model = cast("Any", self.decoder)
+        return list(model.layers), model.norm, int(model.config.hidden_size)
 
     def recompute_activations(self) -> None:
         if not self.pretrained.supports_gradient_checkpointing:
@@ -212,11 +240,35 @@ def read_weights(
 
 
 @contextmanager
-def _first_layers(decoder: nn.Module, depth: int) -> Iterator[None]:
-    """Leave out the layers behind the first `depth`; the final norm follows these."""
-    layers = cast("nn.ModuleList", decoder.layers)
+def _first_layers(decoder: nn.Module, depth: int, own: DepthExit | None) -> Iterator[None]:
+    """Leave out the layers behind the first `depth`; the exit of that depth follows these, or else the final norm."""
+    layers, norm = cast("nn.ModuleList", decoder.layers), decoder.norm
     decoder.layers = layers[:depth]
+    if own is not None:
+        decoder.norm = own
+        if own.layer is not None:
+            decoder.layers.append(own.layer)
     try:
         yield
     finally:
-        decoder.layers = layers
+        decoder.layers, decoder.norm = layers, norm
+
+
+@contextmanager
+def _prefix_of_exits(decoder: nn.Module, exits: Mapping[int, DepthExit]) -> Iterator[None]:
+    """Let the exits' own layers see the prefix too, with what the layer before is called with."""
+
+    def also(own: nn.Module) -> Callable[..., None]:
+        def run(_: nn.Module, __: Any, options: dict[str, Any], output: Any) -> None:
+            own(output[0] if isinstance(output, tuple) else output, **options)
+
+        return run
+
+    layers = cast("nn.ModuleList", decoder.layers)
+    found = [(layers[depth - 1], e.layer) for depth, e in exits.items() if e.layer is not None]
+    hooks = [layer.register_forward_hook(also(own), with_kwargs=True) for layer, own in found]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,119 @@
+"""Exits: what reads the hidden vectors behind the first layers, so that a forward may end there (Balcony, LayerSkip).
+
+The head is shared, and the weights of the base stay as they are: exits are modules of their own, in a file of their own
+beside the checkpoint. `ceed-vla exits` trains them. A depth without one is read by the last norm, as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.fields import short
+from ceed_vla.weights import copy_weights, opened
+
+EXITS = "exits.safetensors"
+KINDS = ("linear", "layer")
+
+
+class DepthExit(nn.Module):
+    """Hidden vectors (B, t, d) of some depth, as the head reads them.
+
+    Attributes:
+        layer: A layer of its own, which the backbone runs before this; None for kind "linear".
+        slot: Where its keys and values are, behind those of the base's layers.
+    """
+
+    def __init__(self, norm: nn.Module, width: int, layer: nn.Module | None, slot: int) -> None:
+        super().__init__()
+        self.norm, self.layer, self.slot = deepcopy(norm), deepcopy(layer), slot
+        self.linear = nn.Linear(width, width, bias=False) if layer is None else None
+        if self.linear is not None:
+            nn.init.zeros_(self.linear.weight)  # at first it is the last norm
+            self.linear.to(next(norm.parameters()))
+
+    def check(self, committed: int) -> None:
+        """Raise `ConfigError` where its own layer would attend to committed tokens, whose keys it never made."""
+        if self.layer is not None and committed:
+            raise ConfigError(
+                "An exit of kind layer has not seen the committed tokens; drafts need exits of kind linear."
+            )
+
+    def forward(self, x: Tensor, *more: Any) -> Any:
+        """As the norm in whose place it stands; some take and give more."""
+        found = self.norm(x, *more)
+        x, *rest = found if isinstance(found, tuple) else (found,)
+        x = x if self.linear is None else x + self.linear(x)
+        return (x, *rest) if isinstance(found, tuple) else x
+
+
+def make_exits(backbone: Any, depths: Sequence[int], kind: str) -> dict[int, DepthExit]:
+    """New exits of a `TrainableBackbone`, which start from its last norm and the layer that follows each depth.
+
+    Raises:
+        ConfigError: A kind or depths that there cannot be.
+    """
+    layers, norm, width = backbone.exit_parts()
+    chosen = sorted(set(depths))
+    if kind not in KINDS or not chosen or not 1 <= chosen[0] <= chosen[-1] < len(layers):
+        raise ConfigError(
+            f"Exits of kind {short(kind)} behind layers {short(list(depths))}: the kinds are {' and '.join(KINDS)}, "
+            f"the layers of this model in [1, {len(layers) - 1}]."
+        )
+    kinds = [{getattr(layer, "attention_type", None) for layer in layers[d - 1 : d + 1]} for d in chosen]
+    if kind == "layer" and any(len(found) > 1 for found in kinds):
+        raise ConfigError(
+            "Here layers attend in several ways, and an exit's layer would not see the prefix; use linear."
+        )
+    exits = {}
+    for index, depth in enumerate(chosen):
+        exits[depth] = DepthExit(norm, width, layers[depth] if kind == "layer" else None, len(layers) + index)
+    for depth_exit in exits.values():
+        depth_exit.requires_grad_(True)
+        attention = getattr(depth_exit.layer, "self_attn", None)
+        if attention is not None:  # of transformers: its place in the cache
+            attention.layer_idx = depth_exit.slot
+    return exits
+
+
+def save_exits(backbone: Any, folder: Path) -> None:
+    """Write the exits of a backbone, if there are any."""
+    exits: dict[int, DepthExit] = backbone.exits
+    if exits:
+        kind = "linear" if next(iter(exits.values())).layer is None else "layer"
+        tensors = {name: value.contiguous() for name, value in _modules(exits).state_dict().items()}
+        save_file(tensors, folder / EXITS, metadata={"kind": kind, "depths": ",".join(map(str, exits))})
+
+
+def load_exits(backbone: Any, folder: Path) -> None:
+    """Attach the exits of a checkpoint's folder, if there are any.
+
+    Raises:
+        CheckpointError: Exits of another model, or a damaged file.
+    """
+    file = folder / EXITS
+    if not file.is_file():
+        return
+    with opened(file) as tensors:
+        said = tensors.metadata() or {}
+    depths = said.get("depths", "").split(",")
+    if not all(depth.isascii() and depth.isdecimal() and len(depth) < 6 for depth in depths):
+        raise CheckpointError(f"{file} says depths {short(said.get('depths'))}; copy the checkpoint again.")
+    try:
+        exits = make_exits(backbone, [int(depth) for depth in depths], said.get("kind", ""))
+    except ConfigError as error:
+        raise CheckpointError(f"{file} does not belong to this model: {error}") from error
+    missing, unknown = copy_weights(_modules(exits), [file])
+    if missing or unknown:
+        raise CheckpointError(f"{file} does not belong to this model: {short([*missing, *unknown])}.")
+    backbone.exits = {depth: module.eval().requires_grad_(False) for depth, module in exits.items()}
+
+
+def _modules(exits: dict[int, DepthExit]) -> nn.ModuleDict:
+    return nn.ModuleDict({str(depth): module for depth, module in exits.items()})

@@ -1,0 +1,193 @@
+"""Exits: a file of their own beside bit-equal weights; shallow passes prove nothing; drafts and depths stay exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ceed_vla import load
+from ceed_vla.backbones.exits import EXITS, make_exits
+from ceed_vla.cache import KVCache
+from ceed_vla.checkpoints import save, weights_hash
+from ceed_vla.decoding.drafts import PRIOR, _Online
+from ceed_vla.engine import compiled
+from ceed_vla.errors import CheckpointError, ConfigError
+
+ROWS = 3
+
+
+@pytest.fixture
+def student() -> tuple[Any, Any, Any]:
+    """The shipped one, with linear exits that are nearly its last norm."""
+    policy, pre, post = load("student")
+    policy.backbone.exits = make_exits(policy.backbone, [1, 2, 3], "linear")
+    generator = torch.Generator().manual_seed(0)
+    for own in policy.backbone.exits.values():
+        own.requires_grad_(False).linear.weight.normal_(std=0.01, generator=generator)
+    return policy, pre, post
+
+
+@pytest.fixture
+def batch(student: tuple[Any, Any, Any]) -> dict[str, Any]:
+    policy, pre, _ = student
+    generator = torch.Generator().manual_seed(1)
+    images = {name: torch.rand(ROWS, 3, 96, 96, generator=generator) for name in policy.config.cameras}
+    state = torch.rand(ROWS, 14, generator=generator)
+    return pre({**images, "observation.state": state, "task": ["push the red cube"] * ROWS})  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no forward has written is NaN."""
+    plain = KVCache.__init__
+
+    def poison(self: KVCache, *arguments: Any, **options: Any) -> None:
+        plain(self, *arguments, **options)
+        for tensor in self._keys + self._values:
+            tensor.fill_(torch.nan)
+
+    monkeypatch.setattr(KVCache, "__init__", poison)
+
+
+@pytest.mark.parametrize("name", ["depth1", "depth3", "spec1x4", "spec3x9", "del", "deer3t0", "depth2_h", "del_h"])
+@pytest.mark.parametrize("frozen", [0, 2])
+@pytest.mark.usefixtures("poisoned")
+def test_without_an_exit_rule_tokens_are_greedy(
+    name: str, frozen: int, student: tuple[Any, Any, Any], batch: dict[str, Any]
+) -> None:
+    policy, _, _ = student
+    given = torch.randint(255, (ROWS, 7 * frozen), generator=torch.Generator().manual_seed(2)) if frozen else None
+    expected = policy.decode(batch, "ar", frozen=given).tokens
+    result = policy.decode(batch, name, frozen=given)
+    right = (frozen + 4) * 7 if name.endswith("_h") else 56
+    assert torch.equal(result.tokens[:, :right], expected[:, :right])
+    assert (result.exact_tokens >= right).all()
+    layers, forwards = result.layer_forwards, result.iterations
+    assert (layers < 4 * (forwards + 1) if name.startswith("de") and "del" not in name else layers > 4 * forwards).all()
+
+
+def test_rows_whose_exits_agree_are_done_behind_a_cut_prefix(
+    student: tuple[Any, Any, Any], batch: dict[str, Any]
+) -> None:
+    policy, _, _ = student
+    previous = policy.decode(batch, "jacobi").tokens
+    far = policy.decode(batch, "deer3t255", previous=previous, shift_steps=0)
+    assert far.exit_reason == ["depths_agree"] * ROWS
+    assert far.iterations.tolist() == [1] * ROWS
+    assert far.layer_forwards.tolist() == far.prefix_layers.tolist() == [3] * ROWS
+    assert far.exact_tokens.tolist() == [0] * ROWS
+    # Rows decide for themselves: the distances differ, so some threshold splits them.
+    for bins in range(1, 120):
+        some = policy.decode(batch, f"deer3t{bins / 4}_cap3", previous=previous, shift_steps=0)
+        if 0 < (done := [reason == "depths_agree" for reason in some.exit_reason]).count(True) < ROWS:
+            break
+    else:
+        pytest.fail("no threshold splits the rows")
+    for row, ended in enumerate(done):
+        assert int(some.prefix_layers[row]) == (3 if ended else 4)
+        assert int(some.layer_forwards[row]) == (3 if ended else 3 + 4 * (int(some.iterations[row]) - 1))
+        alone = {name: value[row : row + 1] for name, value in batch.items() if torch.is_tensor(value)}
+        own = policy.decode(alone, f"deer3t{bins / 4}_cap3", previous=previous[row : row + 1], shift_steps=0)
+        assert own.exit_reason == [some.exit_reason[row]]
+        assert torch.equal(own.tokens[0], some.tokens[row])
+
+
+def test_a_cap_counts_the_shallow_forward(student: tuple[Any, Any, Any], batch: dict[str, Any]) -> None:
+    policy, _, _ = student
+    result = policy.decode(batch, "depth2_cap2")
+    assert (result.forwards, result.iterations.tolist(), result.layer_forwards.tolist()) == (2, [2] * ROWS, [6] * ROWS)
+    refused = {
+        "depth2_cap1": "use cap2",
+        "depth4": r"\[1, 3\]",
+        "deer1t1": r"\[1, 3\]",
+        "spec4x2": "some of 4 layers",
+        "spec2x0": "a token or more",
+        "del_cap2": "leave them out",
+    }
+    for name, message in refused.items():
+        with pytest.raises(ConfigError, match=message):
+            policy.decode(batch, name)
+    policy.backbone.exits = {}
+    with pytest.raises(ConfigError, match="ceed-vla exits"):
+        policy.decode(batch, "del")
+    policy.backbone.exits = make_exits(policy.backbone, [1, 2], "layer")
+    for name, message in {"del": "linear exits", "spec1x3": "kind linear"}.items():
+        with pytest.raises(ConfigError, match=message):
+            policy.decode(batch, name)
+
+
+def test_compiled_code_drafts_the_same(student: tuple[Any, Any, Any], batch: dict[str, Any]) -> None:
+    policy, _, _ = student
+    expected = policy.decode(batch, "ar").tokens
+    policy.backbone = compiled(policy.backbone, "eager")
+    for name in ("del", "spec2x3", "depth2"):
+        assert torch.equal(policy.decode(batch, name).tokens, expected)
+
+
+def test_the_online_choice_follows_what_it_saw() -> None:
+    chooser = _Online([1, 2], 4)
+    assert chooser.counts == {1: list(PRIOR), 2: list(PRIOR)}
+    for _ in range(20):
+        chooser.saw(1, 1, 10)
+        chooser.saw(2, 10, 10)
+    depth, length = chooser.choice
+    assert depth == 2
+    assert length > 4  # nearly always right: long drafts pay
+    for _ in range(200):
+        chooser.saw(2, 1, 10)
+    assert chooser.choice[1] == 1  # nearly always wrong
+
+
+@pytest.mark.parametrize("kind", ["linear", "layer"])
+def test_they_are_a_file_beside_bit_equal_weights(
+    kind: str, student: tuple[Any, Any, Any], batch: dict[str, Any], tmp_path: Path
+) -> None:
+    policy, pre, post = student
+    policy.backbone.exits = make_exits(policy.backbone, [1, 3], kind)
+    for own in policy.backbone.exits.values():
+        for parameter in own.parameters():
+            parameter.data += 0.01
+    expected = policy.decode(batch, "depth1_cap2").tokens
+    save(tmp_path, policy, pre, post)
+    assert weights_hash(tmp_path) == weights_hash("student")
+    with safe_open(tmp_path / EXITS, "pt") as file:
+        assert file.metadata() == {"kind": kind, "depths": "1,3"}
+    again, _, _ = load(tmp_path)
+    assert not any(p.requires_grad for own in again.backbone.exits.values() for p in own.parameters())
+    assert torch.equal(again.decode(batch, "depth1_cap2").tokens, expected)
+    (tmp_path / EXITS).unlink()
+    assert load(tmp_path)[0].backbone.exits == {}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"kind": "linear", "depths": "1,x"}, "says depths"),
+        ({"kind": "linear", "depths": "1,9"}, "does not belong"),
+        ({"kind": "wide", "depths": "1,3"}, "does not belong"),
+        ({"kind": "layer", "depths": "1,3"}, "does not belong"),
+        ({"kind": "linear", "depths": "1,2"}, "does not belong"),
+        ({"kind": "linear", "depths": "1,2,3"}, "does not belong"),
+        (None, "says depths"),
+    ],
+)
+def test_a_foreign_file_is_refused(
+    metadata: dict[str, str] | None, message: str, student: tuple[Any, Any, Any], tmp_path: Path
+) -> None:
+    policy, pre, post = student
+    del policy.backbone.exits[2]
+    save(tmp_path, policy, pre, post)
+    save_file(load_file(tmp_path / EXITS), tmp_path / EXITS, metadata=metadata)
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path)
+
+
+def test_exits_that_there_cannot_be(student: tuple[Any, Any, Any]) -> None:
+    for depths in ([], [0], [4]):
+        with pytest.raises(ConfigError, match=r"in \[1, 3\]"):
+            make_exits(student[0].backbone, depths, "linear")

@@ -1,0 +1,158 @@
+"""``ceed-vla exits``: train exits of a frozen policy by self-distillation, into a file beside a copy of its checkpoint.
+
+An exit learns the policy's own full-depth scores (Balcony), on fixed points and on the states that inference meets: its
+guesses, and what its Jacobi updates make of them. The policy's weights stay bit for bit what they were.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from ceed_vla.backbones.exits import EXITS, KINDS, make_exits
+from ceed_vla.checkpoints import load, save
+from ceed_vla.data.frame_stream import StreamingConfig
+from ceed_vla.decoding import DecodingConfig
+from ceed_vla.devices import check_device
+from ceed_vla.errors import CeedVLAError, ConfigError
+from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, chosen, ranged
+from ceed_vla.files import write_text
+from training.corruption import StateDraw, draw_states
+from training.distill_data import OnlineData
+from training.optim import cosine_factor
+from training.run import RATES
+from training.settings import BATCHES, output_folder
+from training.trajectories import guess_shares
+
+REPORT = "exits.json"
+FIRST = 0.5  # share of the states that are guesses, which is where an exit is used
+
+
+@dataclass
+class ExitsConfig:
+    """Settings of `ceed-vla exits`.
+
+    Attributes:
+        policy_path: The policy.
+        roots: Comma-separated data sets, whose observations it sees.
+        output_dir: A new folder for the checkpoint with its exits.
+        layers: Depths that get an exit, in [1, layers - 1].
+        kind: "linear" (a norm and a residual linear layer) or "layer" (a layer of its own and a norm).
+        guesses: Shares of previous, mid and random guesses.
+        device: Where to train.
+        eval_frames: Held-out frames that the report is about.
+    """
+
+    policy_path: str = ""
+    roots: str = ""
+    output_dir: str = ""
+    layers: list[int] = ranged([], "[1, 4096]")
+    kind: str = chosen("linear", KINDS)
+    guesses: str = "0.8,0.1,0.1"
+    device: str = "cpu"
+    steps: int = ranged(300, COUNTS)
+    batch_size: int = ranged(16, BATCHES)
+    lr: float = ranged(2e-3, RATES)
+    eval_frames: int = ranged(64, BATCHES)
+    seed: int = ranged(0, SEEDS)
+    threads: int = ranged(0, THREADS)
+    streaming: StreamingConfig = field(default_factory=StreamingConfig)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        guess_shares(self.guesses)
+
+
+def exits(config: ExitsConfig) -> Path:
+    """Train, write a checkpoint with exits and what they are worth, and return its folder.
+
+    Raises:
+        ConfigError: Bad settings, a folder that is not empty, or a model that can have no exits.
+        DatasetError: Data sets that do not fit.
+        CheckpointError: A checkpoint that cannot be loaded or written.
+    """
+    output = output_folder(config.output_dir, "the checkpoint with exits")
+    if output.is_dir() and any(output.iterdir()):
+        raise ConfigError(f"{config.output_dir} is not empty; give a new folder.")
+    check_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    policy, pre, post = load(config.policy_path, device=config.device)
+    policy.requires_grad_(False)
+    policy.backbone.exits = made = make_exits(policy.backbone, config.layers, config.kind)
+    jacobi = DecodingConfig()
+
+    def decode(batch: dict[str, Any], guess: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if guess is None:
+            return policy.decode(batch, "ar", read=False).tokens, None
+        found = policy.decode(batch, jacobi, previous=guess, shift_steps=0, record_states=True, read=False)
+        return found.tokens, torch.stack([*(found.states or []), found.tokens])
+
+    sizes = {"eval_frames": config.eval_frames, "streaming": config.streaming, "seed": config.seed}
+    data = OnlineData(config.roots, policy, pre, decode, teacher_states=True, **sizes)
+    shares = guess_shares(config.guesses)
+    optimizer = torch.optim.AdamW([p for e in made.values() for p in e.parameters()], lr=config.lr, weight_decay=0.0)
+    with tqdm(total=config.steps, desc="exits", unit="step", dynamic_ncols=True) as bar:
+        for step in range(config.steps):
+            random = np.random.default_rng([config.seed, step])
+            draw = draw_states(policy, config.batch_size, shares, 0, random)
+            draw.pick = np.where(random.random(len(draw)) < FIRST, 0.0, draw.pick)
+            batch = data.batch(data.draw(config.batch_size, random, step), draw)
+            with torch.no_grad():
+                embeddings = policy.backbone.embed_prefix(batch)
+            losses = divergences(policy.backbone, embeddings, [batch["fixed_point"], batch["teacher_states"]])
+            loss = torch.stack(list(losses.values())).sum()
+            if not torch.isfinite(loss):
+                raise CeedVLAError(f"The loss is {loss.item()} at step {step}: training diverged. Lower --lr.")
+            loss.backward()
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * cosine_factor(step, config.steps, config.steps // 20)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.set_postfix({f"KL {depth}": f"{value.item():.3f}" for depth, value in losses.items()})
+            bar.update()
+    worth = held_out(policy, data, shares, config.seed)
+    for module in made.values():
+        module.eval().requires_grad_(False)
+    save(output, policy, pre, post)
+    write_text(output / REPORT, json.dumps({"kind": config.kind, "steps": config.steps, "depths": worth}, indent=2))
+    for depth, found in worth.items():
+        print(f"exit {depth}: {found['same']:.1%} of the full depth's tokens, {found['near']:.1%} within 2 bins")
+    print(f"Written: {output / EXITS}")
+    return output
+
+
+def divergences(backbone: Any, embeddings: Any, blocks: list[Tensor]) -> dict[int, Tensor]:
+    """Depth -> mean KL of an exit's scores from the full depth's, in all slots of all `blocks`."""
+    with torch.no_grad():
+        full = torch.cat(backbone.packed_logits(embeddings, blocks)[1]).float().log_softmax(-1)
+    found = {}
+    for depth in backbone.exits:
+        own = torch.cat(backbone.packed_logits(embeddings, blocks, depth)[1]).float().log_softmax(-1)
+        found[depth] = F.kl_div(own, full, reduction="none", log_target=True).sum(-1).mean()
+    return found
+
+
+@torch.no_grad()
+def held_out(policy: Any, data: OnlineData, shares: Any, seed: int) -> dict[int, dict[str, float]]:
+    """Depth -> what its tokens share with the full depth's, behind a guess, on held-out frames."""
+    draw: StateDraw = draw_states(policy, len(data.held_out), shares, 0, np.random.default_rng(seed))
+    draw.pick[:] = 0
+    batch = data.batch(data.held_out, draw)
+    embeddings, blocks = policy.backbone.embed_prefix(batch), [batch["teacher_states"]]
+    full = policy.backbone.packed_logits(embeddings, blocks)[1][0].argmax(-1)
+    found = {}
+    for depth in policy.backbone.exits:
+        own = policy.backbone.packed_logits(embeddings, blocks, depth)[1][0].argmax(-1)
+        same, near = (((own - full).abs() <= most).float().mean().item() for most in (0, 2))
+        found[depth] = {"same": round(same, 4), "near": round(near, 4)}
+    return found

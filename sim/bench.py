@@ -85,6 +85,12 @@ KEPT = (
 )  # fmt: skip
 
 
+EPISODE_KEYS = (
+    "forwards_mean", "forwards_p95", "block_layers_mean", "prefix_layers_mean", "success", "episodes", "success_rate",
+    "success_ci95", "paired",
+)  # fmt: skip
+
+
 def probes(bundles: dict[str, Bundle]) -> dict[str, Any]:
     """What is timed beside the decoders."""
     return {"act": sim.rivals.act(bundles["policy"])}
@@ -112,9 +118,7 @@ def rows_of(report: Mapping[str, Any]) -> dict[str, Any]:
     """
     rows = {}
     for name, entry in report["decoders"].items():
-        keys = ("forwards_mean", "forwards_p95", "block_layers_mean", "prefix_layers_mean", "success", "episodes")
-        keys += ("success_rate", "success_ci95", "paired")
-        row = {key: entry.get(key) for key in keys}
+        row = {key: entry.get(key) for key in EPISODE_KEYS}
         if "latency_ms" in entry:
             model, prefix = ("teacher", "teacher_") if name.startswith("teacher_") else ("policy", "")
             p50, others = entry["latency_ms"]["p50"], report["decoders"]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ceed_vla.engine import compiled
+from ceed_vla.tensors import check_tokens
 from ceed_vla.tokens.base import ActionTokens
 from sim.decoders import Row
 from sim.environment import Bundle, EnvPool, observation_batch
@@ -22,7 +23,7 @@ from sim.rollout import Chunk, PolicyRunner, drive
 
 WARM_UP = 3
 ENGINES = ("eager", "compiled", "fastest")
-PARTS = ("process", "prefill", "block", "token")
+PARTS = ("process", "checks", "prefill", "block", "token")
 Probe = Callable[[dict[str, Any], str], dict[str, float]]  # observation, instruction -> seconds by part
 Observations = list[tuple[dict[str, Any], str]]  # consecutive replans of one episode: observation, instruction
 
@@ -100,7 +101,10 @@ def measure(
 
 
 def bare_parts(bundle: Bundle) -> Probe:
-    """Times what a chunk is made of, alone: `PARTS`, of which "block" is a forward of n - 1 tokens, "token" of one."""
+    """Times what a chunk is made of, alone: `PARTS`.
+
+    "checks" are those of images, state, words and tokens, "block" is a forward of n - 1 tokens, "token" of one.
+    """
     policy, preprocess, _ = bundle
     n, device, cold = policy.config.block_length, str(policy.config.device), True
 
@@ -115,6 +119,10 @@ def bare_parts(bundle: Bundle) -> Probe:
         times = [now()]
         batch = observation_batch([observation], [instruction])
         batch = preprocess(batch) if preprocess else batch
+        times.append(now())
+        policy.check_observation(batch)
+        for name in ("The previous chunk", "The guess"):
+            check_tokens(torch.zeros(1, n, dtype=torch.int64), name, (1, n), policy.backbone.vocabulary_size)
         times.append(now())
         prefix = policy.backbone.prefill(batch)
         times.append(now())

@@ -200,6 +200,17 @@ class Search:
             found |= {plan: percentiles(samples[plan.decoding].total) for plan in plans if plan.executed_steps == steps}
         return found
 
+    def runs(self, plan: Plan) -> bool:
+        """Whether this policy can decode so: it may have no exits, or fewer layers."""
+        episodes = self.observations(plan.executed_steps)
+        try:
+            for observation, instruction in episodes[0][:1] if episodes else ():
+                runner = PolicyRunner(self.timed, plan.decoding, None, plan.executed_steps)
+                runner.decode([observation], [instruction], [None])
+        except ConfigError:
+            return False
+        return True
+
     def drawn(self) -> Plan:
         """A random plan, on all axes that are registered with a ladder."""
         ladders, decoders, steps = exit_ladders(), decoder_ladders(), int(self.random.integers(2, self.steps + 1))
@@ -226,6 +237,7 @@ class Search:
         new = {(plan.decoding, plan.executed_steps): plan for plan in candidates}
         new = {key: plan for key, plan in new.items() if key not in self.seen}
         self.seen |= new.keys()
+        new = {key: plan for key, plan in new.items() if self.runs(plan)}
         times = self.timed_plans(list(new.values()))
         fitting = {plan: found for plan, found in times.items() if found["p50"] <= self.budgets[-1]}
         self.rejected += len(times) - len(fitting)

@@ -44,7 +44,9 @@ def test_every_plan_has_a_name_that_decodes_so(search: Search) -> None:
     signals, names = {plan.signal for plan in plans}, {plan.name for plan in plans}
     for ladder in exit_ladders().values():  # every registered axis is found
         assert set(ladder) & signals
-    assert names == {"", *(f"{name}_h" for name in decoder_ladders())}
+    assert "" in names
+    assert len(names) > 3
+    assert names <= {"", *(f"{name}_h" for name in decoder_ladders())}
     names = [plan.decoding for plan in NAMED]
     assert names == ["cap1", "cap2", "cap3", "cap4", "jacobi_h", "conf0.2_cap2", "conf0.2_cap2_fresh", "ceed"]
 
@@ -78,6 +80,21 @@ def test_slow_plans_run_no_episode_and_the_better_half_runs_on(search: Search, m
     assert found is not None
     assert found.plan == Plan(cap=2) == (hand and hand.plan)
     assert sorted(found.solved) == list(range(search.config.seed + 16, search.config.seed + 32))  # fresh ones
+
+
+def test_a_plan_that_the_policy_cannot_decode_is_left_out(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Runner:
+        def __init__(self, _: Any, decoding: str, *__: Any) -> None:
+            self.decoding = decoding
+
+        def decode(self, *_: Any) -> None:
+            if self.decoding.startswith("spec"):
+                raise ConfigError("fewer layers")
+
+    monkeypatch.setattr(sim.tune, "PolicyRunner", Runner)
+    search.observed = {4: [[({}, "go")]]}
+    assert search.runs(Plan(name="ngram4_h"))
+    assert not search.runs(Plan(name="spec2x4_h"))
 
 
 def test_options_that_cannot_work() -> None:

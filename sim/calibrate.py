@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ceed_vla.backbones.base import CutPrefix
 from ceed_vla.checkpoints import load, resolve_checkpoint, save, weights_hash
-from ceed_vla.decoding import decode_block, exit_ladders, named_config, prefill
+from ceed_vla.decoding import decode_block, decoder_ladders, exit_ladders, named_config, prefill
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, check_fields, ranged
 from ceed_vla.files import write_text
@@ -54,7 +54,7 @@ class CalibrateConfig:
         epsilons: Risks to be kept, each in (0, 1).
         alpha: Probability of a promise that is not kept.
         signals: Exit rules whose ladders are tried: conf (mass within 2 bins), gap (best over next token), agree (bins
-            between two states), changed (tokens that changed), and any that is registered with one.
+            between two states), changed (tokens that changed), and any that is registered with one; decoders too: deer.
         decoders: Instead, only measure the risk of these comma-separated decoders, into audit.json.
         episodes: Episodes of every threshold.
         seed: First seed. Seeds from 40000 to 49999 are for choices.
@@ -78,7 +78,7 @@ class CalibrateConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "--")
-        known = exit_ladders()
+        known = {**exit_ladders(), **decoder_ladders()}
         unknown = [signal for signal in self.signals if signal not in known]
         if unknown or not (self.signals or self.decoders) or not self.epsilons:
             raise ConfigError(f"--signals is {self.signals}; choose some of {', '.join(known)}, and --epsilons.")
@@ -238,7 +238,7 @@ def _choose(config: CalibrateConfig, bundle: Bundle, pool: EnvPool) -> tuple[lis
     proven: dict[float, list[Measured]] = {epsilon: [] for epsilon in config.epsilons}
     for signal in config.signals:
         open_ = set(config.epsilons)
-        for name in exit_ladders()[signal]:
+        for name in {**exit_ladders(), **decoder_ladders()}[signal]:
             rows.append(measured(config, bundle, pool, name))
             open_ = {epsilon for epsilon in open_ if p_value(rows[-1].risks, epsilon) <= level}
             for epsilon in open_:

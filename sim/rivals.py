@@ -12,7 +12,7 @@ from lerobot.policies.act.modeling_act import ACTPolicy
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.cache import KVCache
 from ceed_vla.decoding import BlockRequest, DecodeResult, register_decoder
-from ceed_vla.decoding.ngram import refuse_jacobi_settings
+from ceed_vla.decoding.drafts import refuse_jacobi_settings
 from ceed_vla.errors import ConfigError, TokenError
 from sim.environment import Bundle, observation_batch
 from sim.timing import Probe

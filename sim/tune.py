@@ -213,7 +213,8 @@ class Search:
 
     def drawn(self) -> Plan:
         """A random plan, on all axes that are registered with a ladder."""
-        ladders, decoders, steps = exit_ladders(), decoder_ladders(), int(self.random.integers(2, self.steps + 1))
+        ladders, steps = exit_ladders(), int(self.random.integers(2, self.steps + 1))
+        decoders = [name for ladder in decoder_ladders().values() for name in ladder]
         if decoders and self.random.random() < OTHER_DECODERS:
             return Plan(name=f"{self.random.choice(decoders)}_h", executed_steps=steps)
         signal = str(self.random.choice(["", *ladders]))

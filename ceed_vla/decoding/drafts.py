@@ -1,23 +1,24 @@
-"""Self-speculation: the first layers draft the next tokens one by one, all layers verify them in one forward.
+"""Drafts: the next tokens are guessed cheaply, and all layers verify them in one forward. The result is exact.
 
     spec2x4   drafts of 4 tokens from the exit behind 2 layers (LayerSkip)
     del       depth and length chosen before every draft, by expected tokens a layer call (DEL, arXiv 2504.05598)
 
-The result is exact: every token is the greedy one. Drafts are not committed, so each reads those before it again.
+Drafts of layers are not committed, so each reads those before it again. `ceed_vla.decoding.ngram` drafts without any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
+from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.finite import check_rows, row_sums, to_host
 from ceed_vla.decoding.jacobi import Rows, jacobi_iteration
-from ceed_vla.decoding.ngram import refuse_jacobi_settings
 from ceed_vla.decoding.registry import register_decoder
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
@@ -27,10 +28,134 @@ LONGEST = 12  # tokens of a draft that `del` considers
 PRIOR = (3.0, 4.0)  # right of all drafted tokens, before any was seen
 
 
+class Drafter:
+    """Guesses the next tokens.
+
+    Attributes:
+        length: Of a draft.
+        whole_first: Whether the first forward computes the whole block, so that its tail is a warm start.
+        depths: Exits whose tokens `saw` wants, in the place of those that a forward verifies.
+    """
+
+    whole_first: ClassVar[bool] = False
+    length: int
+    depths: Sequence[int] = ()
+
+    def draft(self, backbone: Backbone, prefix: Prefix, tokens: Tensor, rows: Rows, exact: int, end: int) -> int:
+        """Write into `tokens` (B, n) what may follow the proven ones of every running row, up to slot ``end - 1``.
+
+        `exact` are the leading tokens that are proven in all of them. Returns layers that ran.
+        """
+        raise NotImplementedError
+
+    def saw(self, depth: int, right: int, total: int) -> None:
+        """Of `total` tokens that an exit would have drafted, so many were `right`."""
+
+
+@torch.no_grad()
+def decode_drafts(backbone: Backbone, prefix: Prefix, request: BlockRequest, drafter: Drafter) -> DecodeResult:
+    """Greedy tokens: drafts, each verified by one forward, which is right up to the first wrong token and one behind.
+
+    Raises:
+        TokenError: No guess, or a guess or frozen tokens that do not fit.
+        ConfigError: Tokens of variable length, or settings that only Jacobi decoding has.
+        NotFiniteError: Scores of a running row are NaN or infinite.
+    """
+    started, batch, n, name = request.clock(), len(prefix.logits), backbone.block_length, request.config.method
+    if request.stop is not None or request.tokens_per_step is None:
+        raise ConfigError("Drafts (ngram, spec, del) are of blocks of fixed length; variable lengths need jacobi.")
+    refuse_jacobi_settings(name, request.config)
+    given = request.frozen_tokens(backbone, batch)
+    watched = request.watched_tokens(n, given)
+    if request.guess is None and (watched < n or drafter.whole_first):
+        raise TokenError(f"{name} starts from a guess ({batch}, {n}); pass one.")
+    prefix.cache.roll_back()
+    tokens = request.first_state(backbone, prefix, given)  # (B, n)
+    best, first_tokens = prefix.logits.max(-1, keepdim=True)
+    check_rows(row_sums(best, backbone).cpu().numpy())
+    if not given:
+        tokens[:, :1] = first_tokens
+    rows, forwards, calls = Rows(batch, n, max(given, 1)), 0, np.zeros(batch, dtype=np.int64)
+    states = [tokens.clone()] if request.record_states else None
+    while rows.running.any() and watched > 1:
+        start, exact = prefix.cache.committed, int(rows.exact[rows.running].min())
+        # Behind L right drafts the next token is known too.
+        first, end = max(start + 1, given), min(watched, exact + drafter.length + 1)
+        if drafter.whole_first and not forwards:
+            end = n
+        calls += rows.running * (drafter.draft(backbone, prefix, tokens, rows, exact, end) + backbone.num_layers)
+        before = tokens[:, first:end].clone()  # (B, k)
+        shallow = _shallow(backbone, prefix, tokens[:, start : end - 1], drafter.depths, first - start - 1)
+        _, best, new = jacobi_iteration(backbone, prefix, tokens, first, end, rows.running)
+        forwards += 1
+        old, fresh, sums, *others = to_host(before, new, row_sums(best, backbone), *shallow)
+        check_rows(sums, rows.running)
+        known, slots = rows.exact.copy(), np.arange(first, end)
+        rows.accept(old, fresh, first)
+        # (B, k): what was read before these was right.
+        fair = rows.running[:, None] & (slots >= known[:, None]) & (slots < rows.exact[:, None])
+        for depth, tried in zip(drafter.depths, others, strict=True):
+            drafter.saw(depth, int(((tried == fresh) & fair).sum()), int(fair.sum()))
+        rows.end(rows.exact >= n, "converged", forwards)
+        rows.end(rows.exact >= watched, "stable", forwards)
+        if states is not None:
+            states.append(tokens.clone())
+        if rows.running.any():
+            prefix.cache.commit(int(rows.exact[rows.running].min()) - 1 - start)
+    result = rows.result(tokens, forwards, states, request.clock() - started)
+    result.layer_forwards = torch.from_numpy(calls)
+    return result
+
+
+def refuse_jacobi_settings(name: str, config: DecodingConfig) -> None:
+    """Raise `ConfigError` where a decoder would drop a setting without a word."""
+    if config.relaxations or config.tail == "fresh" or config.window:
+        raise ConfigError(
+            f"The decoder {name} has no exits, fresh tail or window, which are settings of jacobi; leave them out."
+        )
+
+
+class _Layers(Drafter):
+    """The first `depth` layers and their exit, a token a forward."""
+
+    def __init__(self, depth: int, length: int) -> None:
+        self.depth, self.length = depth, length
+
+    def draft(self, backbone: Backbone, prefix: Prefix, tokens: Tensor, rows: Rows, exact: int, end: int) -> int:
+        depth, start = self.depth, prefix.cache.committed
+        for slot in range(exact, end - 1):
+            drafted = backbone.block_logits(prefix, tokens[:, start:slot], depth)[:, -1].argmax(-1)  # (B,)
+            mine = torch.from_numpy(rows.running & (rows.exact <= slot)).to(drafted.device)
+            tokens[:, slot] = torch.where(mine, drafted, tokens[:, slot])
+        return (end - 1 - exact) * depth
+
+
+class _Online(_Layers):
+    """DEL's choice: with acceptance p, a draft of L tokens gives (1 - p^(L + 1)) / (1 - p) for L * K + all layers."""
+
+    def __init__(self, depths: Sequence[int], layers: int) -> None:
+        self.depths, self.layers = sorted(depths), layers
+        self.counts = {depth: list(PRIOR) for depth in depths}
+        self._choose()
+
+    def saw(self, depth: int, right: int, total: int) -> None:
+        self.counts[depth][0] += right
+        self.counts[depth][1] += total
+        self._choose()
+
+    def _choose(self) -> None:
+        def rate(pair: tuple[int, int]) -> float:
+            depth, length = pair
+            right, total = self.counts[depth]
+            return sum((right / total) ** i for i in range(length + 1)) / (length * depth + self.layers)
+
+        pairs = ((depth, length) for depth in self.depths for length in range(1, LONGEST + 1))
+        self.depth, self.length = max(pairs, key=rate)
+
+
 @register_decoder(
     r"spec(?P<depth>\d+)x(?P<length>\d+)", "spec<K>x<L>", "K layers draft L tokens, verified", ("spec1x4", "spec2x4")
 )
-@torch.no_grad()
 def decode_spec(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Greedy tokens, drafted ``L`` at a time by ``K`` layers and their exit.
 
@@ -39,11 +164,13 @@ def decode_spec(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
         TokenError: No guess where the tail is not decoded, or a guess or frozen tokens that do not fit.
         NotFiniteError: Scores of a running row are NaN or infinite.
     """
-    return _decode(backbone, prefix, request, _Fixed(int(request.options["depth"]), int(request.options["length"])))
+    depth, length = int(request.options["depth"]), int(request.options["length"])
+    if not (1 <= depth < backbone.num_layers and length >= 1):
+        raise ConfigError(f"spec{depth}x{length}: a token or more, by some of {backbone.num_layers} layers.")
+    return decode_drafts(backbone, prefix, request, _Layers(depth, length))
 
 
 @register_decoder("del", "del", "as spec, with K and L chosen online")
-@torch.no_grad()
 def decode_del(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Greedy tokens; depth and length of every draft are those that promise most tokens a layer call.
 
@@ -58,92 +185,7 @@ def decode_del(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> Dec
     depths = [depth for depth, own in exits.items() if own.layer is None]
     if not depths:
         raise ConfigError("del chooses among linear exits, and this policy has none; train them with `ceed-vla exits`.")
-    return _decode(backbone, prefix, request, _Online(depths, backbone.num_layers))
-
-
-class _Fixed:
-    """One depth and length."""
-
-    depths: Sequence[int] = ()  # whose tokens `saw` wants
-
-    def __init__(self, depth: int, length: int) -> None:
-        self.choice = depth, length
-
-    def saw(self, depth: int, right: int, total: int) -> None:
-        """Of `total` tokens that an exit would have drafted, so many were `right`."""
-
-
-class _Online(_Fixed):
-    """DEL's choice: with acceptance p, a draft of L tokens gives (1 - p^(L + 1)) / (1 - p) for L * K + all layers."""
-
-    def __init__(self, depths: Sequence[int], layers: int) -> None:
-        self.depths, self.layers = sorted(depths), layers
-        self.counts = {depth: list(PRIOR) for depth in depths}
-
-    @property
-    def choice(self) -> tuple[int, int]:  # type: ignore[override]
-        def rate(pair: tuple[int, int]) -> float:
-            depth, length = pair
-            right, total = self.counts[depth]
-            return sum((right / total) ** i for i in range(length + 1)) / (length * depth + self.layers)
-
-        return max(((d, length) for d in self.depths for length in range(1, LONGEST + 1)), key=rate)
-
-    def saw(self, depth: int, right: int, total: int) -> None:
-        self.counts[depth][0] += right
-        self.counts[depth][1] += total
-
-
-def _decode(backbone: Backbone, prefix: Prefix, request: BlockRequest, chooser: _Fixed) -> DecodeResult:
-    started, batch, n, layers = request.clock(), len(prefix.logits), backbone.block_length, backbone.num_layers
-    if request.stop is not None or not (1 <= chooser.choice[0] < layers and chooser.choice[1] >= 1):
-        raise ConfigError(
-            f"{request.config.method} drafts a token or more of a block of fixed length, by some of {layers} layers."
-        )
-    refuse_jacobi_settings(request.config.method, request.config)
-    given = request.frozen_tokens(backbone, batch)
-    watched = request.watched_tokens(n, given)
-    if watched < n and request.guess is None:
-        raise TokenError(f"Only {watched} of {n} tokens are decoded; pass a guess (B, {n}) for the others.")
-    prefix.cache.roll_back()
-    tokens = request.first_state(backbone, prefix, given)  # (B, n)
-    best, first_tokens = prefix.logits.max(-1, keepdim=True)
-    check_rows(row_sums(best, backbone).cpu().numpy())
-    if not given:
-        tokens[:, :1] = first_tokens
-    rows, forwards, calls = Rows(batch, n, max(given, 1)), 0, np.zeros(batch, dtype=np.int64)
-    states = [tokens.clone()] if request.record_states else None
-    while rows.running.any() and watched > 1:
-        start, exact = prefix.cache.committed, int(rows.exact[rows.running].min())
-        depth, length = chooser.choice
-        end = min(exact + length, watched - 1)  # slots [exact, end) are drafted; the forward knows slot `end` too
-        calls += rows.running * ((end - exact) * depth + layers)
-        for slot in range(exact, end):
-            drafted = backbone.block_logits(prefix, tokens[:, start:slot], depth)[:, -1].argmax(-1)  # (B,)
-            mine = torch.from_numpy(rows.running & (rows.exact <= slot)).to(drafted.device)
-            tokens[:, slot] = torch.where(mine, drafted, tokens[:, slot])
-        first = max(start + 1, given)
-        before = tokens[:, first : end + 1].clone()  # (B, k)
-        shallow = _shallow(backbone, prefix, tokens[:, start:end], chooser.depths, first - start - 1)
-        _, best, new = jacobi_iteration(backbone, prefix, tokens, first, end + 1, rows.running)
-        forwards += 1
-        old, fresh, sums, *others = to_host(before, new, row_sums(best, backbone), *shallow)
-        check_rows(sums, rows.running)
-        known, running = rows.exact.copy(), rows.running.copy()
-        rows.accept(old, fresh, first)
-        slots = np.arange(first, end + 1)
-        fair = running[:, None] & (slots >= known[:, None]) & (slots < rows.exact[:, None])  # (B, k): inputs were right
-        for exit_depth, tried in zip(chooser.depths, others, strict=True):
-            chooser.saw(exit_depth, int(((tried == fresh) & fair).sum()), int(fair.sum()))
-        rows.end(rows.exact >= n, "converged", forwards)
-        rows.end(rows.exact >= watched, "stable", forwards)
-        if states is not None:
-            states.append(tokens.clone())
-        if rows.running.any():
-            prefix.cache.commit(int(rows.exact[rows.running].min()) - 1 - start)
-    result = rows.result(tokens, forwards, states, request.clock() - started)
-    result.layer_forwards = torch.from_numpy(calls)
-    return result
+    return decode_drafts(backbone, prefix, request, _Online(depths, backbone.num_layers))
 
 
 def _shallow(backbone: Backbone, prefix: Prefix, tokens: Tensor, depths: Sequence[int], skip: int) -> list[Tensor]:

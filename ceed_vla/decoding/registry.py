@@ -122,12 +122,16 @@ def find_exit(name: str) -> tuple[Entry, dict[str, str]]:
 
 def exit_ladders() -> dict[str, tuple[str, ...]]:
     """What can be tried of every exit rule that has a ladder: "conf" -> ("conf0.9", ..., "conf0.1")."""
-    return {entry.shown.partition("<")[0]: entry.ladder for entry in _EXITS.values() if entry.ladder}
+    return _ladders(_EXITS)
 
 
-def decoder_ladders() -> tuple[str, ...]:
-    """What can be tried of the decoders."""
-    return tuple(name for entry in _DECODERS.values() for name in entry.ladder)
+def decoder_ladders() -> dict[str, tuple[str, ...]]:
+    """The same of the decoders: "deer" -> ("deer3t0.5", ...)."""
+    return _ladders(_DECODERS)
+
+
+def _ladders(registry: dict[str, Entry]) -> dict[str, tuple[str, ...]]:
+    return {entry.shown.partition("<")[0]: entry.ladder for entry in registry.values() if entry.ladder}
 
 
 def meanings() -> str:

@@ -135,12 +135,11 @@ def test_the_online_choice_follows_what_it_saw() -> None:
     for _ in range(20):
         chooser.saw(1, 1, 10)
         chooser.saw(2, 10, 10)
-    depth, length = chooser.choice
-    assert depth == 2
-    assert length > 4  # nearly always right: long drafts pay
+    assert chooser.depth == 2
+    assert chooser.length > 4  # nearly always right: long drafts pay
     for _ in range(200):
         chooser.saw(2, 1, 10)
-    assert chooser.choice[1] == 1  # nearly always wrong
+    assert chooser.length == 1  # nearly always wrong
 
 
 @pytest.mark.parametrize("kind", ["linear", "layer"])

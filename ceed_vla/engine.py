@@ -99,10 +99,10 @@ class CompiledBackbone(nn.Module):
         return cast("Tensor", self._run(self._block, prefix, filled, depth)[:, :k])
 
     @torch.no_grad()
-    def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> list[Tensor]:
+    def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         """As the backbone's, eagerly."""
         prefix.cache.place(tokens.shape[1], shallow=True)
-        return cast("list[Tensor]", self.backbone.depth_logits(prefix, tokens, depths))
+        return cast("tuple[list[Tensor], Tensor]", self.backbone.depth_logits(prefix, tokens, depths))
 
     def _window(self, k: int) -> int:
         return min(window for window in self.windows if window >= k)

@@ -90,7 +90,7 @@ class TrainableBackbone(nn.Module, Backbone):
         auxiliary: Head of the grounding regression on the state of `packed_logits`; None where there is none.
         early_auxiliary: Head of the same regression on what `embed_prefix` returns, which training adds; or None.
         augmented_images: Keys of image tensors (B, 3, H, W) in [0, 1] that training shifts and brightens.
-        cuts: Whether it has `prefill_to`.
+        cuts: Whether it has `prefill_to`, `extend` and `continue_block`.
         exits: Depth -> `ceed_vla.backbones.exits.DepthExit`, which reads it; they are no part of the model's weights.
         compilable: What `ceed_vla.engine` may compile, of "prefill" and "block"; the block of these runs on a
             `StaticCache` too.
@@ -140,14 +140,18 @@ class TrainableBackbone(nn.Module, Backbone):
         """Run a cut prefix through the other layers; it may not be used any more."""
         raise NotImplementedError
 
+    def continue_block(self, prefix: Prefix, hidden: Tensor, depth: int) -> Tensor:
+        """What `block_logits` gives for the tokens of a forward that ended at `depth`, behind the extended prefix."""
+        raise NotImplementedError
+
     def exit_parts(self) -> tuple[Sequence[nn.Module], nn.Module, int]:
         """The layers, the norm behind the last one, and the width ``d``; `ConfigError` where exits cannot be."""
         raise ConfigError(f"{type(self).__name__} has no exits (`exit_parts`): every forward runs all of its layers.")
 
-    def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> list[Tensor]:
+    def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         """As `block_logits` at each of the `depths`, in ascending order, from one forward to the last of them.
 
-        Linear exits only.
+        Linear exits only. The second is what `continue_block` goes on with.
         """
         raise ConfigError(f"{type(self).__name__} reads no forward at several depths (`depth_logits`).")
 

@@ -1,7 +1,8 @@
 """Depth: a first forward of a few layers, whose tokens Jacobi decoding starts from, or which are enough.
 
-    depth2_cap2             2 layers, then a full forward (ASE's schedule: the last is full)
-    deer3t0.7_conf0.2_cap3  3 layers; rows where the exits behind 2 and 3 agree are done (DeeR-VLA), others go on
+    depth2_cap2             2 layers, then a full forward from their tokens (ASE's schedule: the last is full)
+    deer3t0.7_conf0.2_cap2  rows whose exits behind 2 and 3 layers agree are done (DeeR-VLA); others run the other
+                            layers too, and go on
 
 A shallow forward proves nothing and commits nothing: whatever it writes, the next one writes again. So `depth` without
 an exit rule stays exact.
@@ -34,9 +35,20 @@ def decode_depth(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> D
         TokenError: As `decode_jacobi`.
         NotFiniteError: As `decode_jacobi`.
     """
-    started, depth = request.clock(), int(request.options["depth"])
-    (guess,) = shallow_states(backbone, prefix, request, (depth,))
-    return _go_on(backbone, prefix, request, guess, depth, started)
+    started, depth, config = request.clock(), int(request.options["depth"]), request.config
+    if config.max_iterations is not None:
+        if config.max_iterations < 2:
+            raise ConfigError(f"{config.method} with a cap of 1 proves nothing: the last forward is full; use cap2.")
+        config = replace(config, max_iterations=config.max_iterations - 1)
+    tokens, given = _first_state(backbone, prefix, request, depth, depth)
+    logits = backbone.block_logits(prefix, tokens[:, :-1], depth)
+    guess = _after(tokens, logits, given)
+    if config.deadline_s is not None:
+        config = replace(config, deadline_s=max(config.deadline_s - (request.clock() - started), 1e-6))
+    result = decode_jacobi(backbone, prefix, replace(request, config=config, guess=guess))
+    result.layer_forwards = depth + result.iterations * backbone.num_layers
+    result.forwards, result.iterations = result.forwards + 1, result.iterations + 1
+    return result
 
 
 def prefix_depth(options: Mapping[str, str]) -> int:
@@ -52,29 +64,33 @@ def prefix_depth(options: Mapping[str, str]) -> int:
 def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """One forward of ``K`` layers; where two exits agree on the watched slots, that is all (arXiv 2411.02359).
 
-    The prefix has only run that far too, where the backbone can cut it. The other rows go on as `decode_depth` does.
+    The prefix has only run that far too, and rows that go on continue prefix and forward, where the backbone can;
+    elsewhere the prefix is whole, and their forward begins again.
 
     Raises:
-        ConfigError: As `decode_depth`.
+        ConfigError: Not that many layers.
         TokenError: As `decode_jacobi`.
         NotFiniteError: As `decode_jacobi`.
     """
     started, depth, most = request.clock(), int(request.options["depth"]), float(request.options["bins"])
-    lower, upper = shallow_states(backbone, prefix, request, (depth - 1, depth))
-    cut, batch, n = isinstance(prefix, CutPrefix), len(upper), backbone.block_length
-    given = request.frozen_tokens(backbone, batch)
-    watched = request.watched_tokens(n, given)
-    done = ((lower - upper).abs()[:, :watched].double().mean(1) <= most).cpu()  # (B,)
+    tokens, given = _first_state(backbone, prefix, request, depth - 1, depth)
+    (lower, upper), hidden = cast("Any", backbone).depth_logits(prefix, tokens[:, :-1], (depth - 1, depth))
+    state, batch, n = _after(tokens, upper, given), len(tokens), backbone.block_length
+    apart = (_after(tokens, lower, given) - state).abs()[:, : request.watched_tokens(n, given)]
+    done = (apart.double().mean(1) <= most).cpu()  # (B,)
+    cut = isinstance(prefix, CutPrefix)
     proven, ran = torch.full((batch,), given if cut else max(given, 1)), depth if cut else backbone.num_layers
     result = DecodeResult(
-        upper, 1, torch.ones(batch, dtype=torch.int64), ["depths_agree"] * batch, proven, torch.zeros_like(done)
-    )
-    result.layer_forwards, result.prefix_layers = torch.full((batch,), depth), torch.full((batch,), ran)
+        state, 1, torch.ones(batch, dtype=torch.int64), ["depths_agree"] * batch, proven, torch.zeros_like(done),
+        torch.full((batch,), depth), torch.full((batch,), ran),
+    )  # fmt: skip
     if not done.all():
         whole = cast("Any", backbone).extend(prefix) if cut else prefix
-        more = _go_on(backbone, whole, request, upper, depth, started)
+        going = _Continued(backbone, tokens[:, :-1], hidden, depth, cut)
+        more = decode_jacobi(cast("Backbone", going), whole, request)
+        more.layer_forwards = more.iterations * backbone.num_layers + depth * going.again
         result.forwards = more.forwards
-        result.tokens = torch.where(done.to(upper.device).unsqueeze(1), upper, more.tokens)
+        result.tokens = torch.where(done.to(state.device).unsqueeze(1), state, more.tokens)
         for row in (~done).nonzero().flatten().tolist():
             result.exit_reason[row] = more.exit_reason[row]
         for name in ("iterations", "exact_tokens", "exact", "layer_forwards"):
@@ -88,28 +104,39 @@ decode_deer.prefix_depth = prefix_depth  # type: ignore[attr-defined]
 decode_deer.eager_only = True  # type: ignore[attr-defined]  # a compiled prefix runs through all layers
 
 
-def _go_on(
-    backbone: Backbone, prefix: Prefix, request: BlockRequest, guess: Tensor, depth: int, started: float
-) -> DecodeResult:
-    """Jacobi decoding from the state of a forward of `depth` layers, which its counts include."""
-    config = request.config
-    if config.max_iterations is not None:
-        if config.max_iterations < 2:
-            raise ConfigError(f"{config.method} with a cap of 1 proves nothing: the last forward is full; use cap2.")
-        config = replace(config, max_iterations=config.max_iterations - 1)
-    if config.deadline_s is not None:
-        config = replace(config, deadline_s=max(config.deadline_s - (request.clock() - started), 1e-6))
-    result = decode_jacobi(backbone, prefix, replace(request, config=config, guess=guess))
-    result.layer_forwards = depth + result.iterations * backbone.num_layers
-    result.forwards, result.iterations = result.forwards + 1, result.iterations + 1
-    return result
+class _Continued:
+    """A backbone whose next forward of the same tokens goes on where a shallow one ended.
+
+    Attributes:
+        again: (B,) 1 for rows whose forward begins again: the exit's first token was not the prefix's.
+    """
+
+    def __init__(self, backbone: Backbone, tokens: Tensor, hidden: Tensor, depth: int, cut: bool) -> None:
+        self._backbone, self._depth, self._cut = backbone, depth, cut
+        self._first: tuple[Tensor, Tensor] | None = (tokens.clone(), hidden)
+        self.again = torch.ones(len(tokens), dtype=torch.int64)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backbone, name)
+
+    def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
+        """As the backbone's."""
+        if self._first is not None:
+            (shown, hidden), self._first = self._first, None
+            same = (shown == tokens).all(1) & self._cut if shown.shape == tokens.shape else self.again.bool() & False
+            self.again = (~same).long().cpu()
+            if same.all():
+                return cast("Tensor", cast("Any", self._backbone).continue_block(prefix, hidden, self._depth))
+        return self._backbone.block_logits(prefix, tokens, depth)
 
 
-def shallow_states(backbone: Backbone, prefix: Prefix, request: BlockRequest, depths: tuple[int, ...]) -> list[Tensor]:
-    """The states (B, n) that one forward makes of the guess, read at each of the `depths`."""
+def _first_state(
+    backbone: Backbone, prefix: Prefix, request: BlockRequest, lowest: int, deepest: int
+) -> tuple[Tensor, int]:
+    """The guess (B, n) as the first forward sees it, and how many of its tokens are given."""
     batch, n, layers = len(prefix.logits), backbone.block_length, backbone.num_layers
-    if not 1 <= depths[0] <= depths[-1] < layers:
-        raise ConfigError(f"{request.config.method} reads layers {depths}; they must lie in [1, {layers - 1}].")
+    if not 1 <= lowest <= deepest < layers:
+        raise ConfigError(f"{request.config.method} reads layers {lowest} to {deepest}; allowed are [1, {layers - 1}].")
     if request.guess is None:
         raise TokenError(f"Jacobi decoding starts from a guess ({batch}, {n}); pass one.")
     given = request.frozen_tokens(backbone, batch)
@@ -117,13 +144,11 @@ def shallow_states(backbone: Backbone, prefix: Prefix, request: BlockRequest, de
     tokens = request.first_state(backbone, prefix, given)
     if not given:
         tokens[:, 0] = prefix.logits.argmax(-1)
-    first, shown = max(given, 1), tokens[:, :-1]
-    if len(depths) == 1:
-        read = [backbone.block_logits(prefix, shown, depths[0])]
-    else:
-        read = cast("Any", backbone).depth_logits(prefix, shown, depths)
-    states = []
-    for logits in read:
-        states.append(tokens.clone())
-        states[-1][:, first:] = logits[:, first - 1 :].argmax(-1)
-    return states
+    return tokens, given
+
+
+def _after(tokens: Tensor, logits: Tensor, given: int) -> Tensor:
+    """The state (B, n) that a forward with `logits` (B, n - 1, V) makes of `tokens` (B, n)."""
+    state, first = tokens.clone(), max(given, 1)
+    state[:, first:] = logits[:, first - 1 :].argmax(-1)
+    return state

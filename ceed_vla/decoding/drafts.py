@@ -9,7 +9,7 @@ Drafts of layers are not committed, so each reads those before it again. `ceed_v
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -196,4 +196,5 @@ def _shallow(backbone: Backbone, prefix: Prefix, tokens: Tensor, depths: Sequenc
     """
     if not depths:
         return []
-    return [logits[:, skip:].argmax(-1) for logits in backbone.depth_logits(prefix, tokens, depths)]  # type: ignore[attr-defined]
+    found, _ = cast("Any", backbone).depth_logits(prefix, tokens, depths)
+    return [logits[:, skip:].argmax(-1) for logits in found]

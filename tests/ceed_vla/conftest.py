@@ -283,7 +283,7 @@ def exits_leave_the_base_alone(backbone: Any, observation: dict[str, Tensor]) ->
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in backbone.exits[1].parameters())
         if kind == "linear":
             with torch.no_grad():
-                several = backbone.depth_logits(again, tokens[:, :-1], list(backbone.exits))
+                several, _ = backbone.depth_logits(again, tokens[:, :-1], list(backbone.exits))
             for depth, logits in zip(backbone.exits, several, strict=True):
                 alone = backbone.block_logits(again, tokens[:, :-1], depth)
                 seen = alone.isfinite()

@@ -89,5 +89,5 @@ def test_what_it_cannot_decode(toy) -> None:
         request(guess, stop=3),
         request(guess, tokens_per_step=None),
     ):
-        with pytest.raises(ConfigError, match="ngram|Drafts"):
+        with pytest.raises(ConfigError, match=r"ngram|Drafts"):
             decode_ngram(backbone, prefix, wrong)

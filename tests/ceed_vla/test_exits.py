@@ -90,11 +90,28 @@ def test_rows_whose_exits_agree_are_done_behind_a_cut_prefix(
         pytest.fail("no threshold splits the rows")
     for row, ended in enumerate(done):
         assert int(some.prefix_layers[row]) == (3 if ended else 4)
-        assert int(some.layer_forwards[row]) == (3 if ended else 3 + 4 * (int(some.iterations[row]) - 1))
+        forwards = 4 * int(some.iterations[row])  # 3 more where the exit's first token was another
+        assert int(some.layer_forwards[row]) in ((3,) if ended else (forwards, forwards + 3))
         alone = {name: value[row : row + 1] for name, value in batch.items() if torch.is_tensor(value)}
         own = policy.decode(alone, f"deer3t{bins / 4}_cap3", previous=previous[row : row + 1], shift_steps=0)
         assert own.exit_reason == [some.exit_reason[row]]
         assert torch.equal(own.tokens[0], some.tokens[row])
+
+
+def test_a_row_that_goes_on_takes_what_the_decoder_takes_without(
+    student: tuple[Any, Any, Any], batch: dict[str, Any]
+) -> None:
+    policy, _, _ = student
+    previous = policy.decode(batch, "jacobi").tokens
+    for name in ("conf0.2_cap2", "cap1", "conf0.5_cap3"):
+        usual = policy.decode(batch, name, previous=previous)
+        going = policy.decode(batch, f"deer3t0_{name}", previous=previous)
+        assert torch.equal(going.tokens, usual.tokens)
+        assert going.iterations.tolist() == usual.iterations.tolist()
+        assert going.exit_reason == usual.exit_reason
+        alone = [{k: v[r : r + 1] for k, v in batch.items() if torch.is_tensor(v)} for r in range(ROWS)]
+        rows = [policy.decode(one, f"deer3t0_{name}", previous=previous[r : r + 1]) for r, one in enumerate(alone)]
+        assert torch.cat([row.layer_forwards for row in rows]).tolist() == going.layer_forwards.tolist()
 
 
 def test_a_cap_counts_the_shallow_forward(student: tuple[Any, Any, Any], batch: dict[str, Any]) -> None:

@@ -239,7 +239,7 @@ class CompactBackbone(TrainableBackbone):
         mask, depth = cache.mask(length), check_depth(depth, self.num_layers)
         return self.head(self._read(self._run(x, cache, mask, depth), depth, cache, mask))
 
-    def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> list[Tensor]:
+    def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         cache, length = prefix.cache, tokens.shape[1]
         x, mask = self.action_tokens(tokens) + cache.rows(self.slots, length), cache.mask(length)
         found, done = [], 0
@@ -247,7 +247,11 @@ class CompactBackbone(TrainableBackbone):
             x = self._run(x, cache, mask, depth, done)
             found.append(self.head(self._read(x, depth)))
             done = depth
-        return found
+        return found, x
+
+    def continue_block(self, prefix: Prefix, hidden: Tensor, depth: int) -> Tensor:
+        x = self._run(hidden, prefix.cache, prefix.cache.mask(hidden.shape[1]), done=depth)
+        return cast("Tensor", self.head(self.final_norm(x)))
 
     def packed_logits(
         self, embeddings: Tensor, blocks: Sequence[Tensor], depth: int | None = None

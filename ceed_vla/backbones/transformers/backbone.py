@@ -94,7 +94,7 @@ class TransformersBackbone(TrainableBackbone):
             raise TokenError(f"The prefix is a {type(prefix).__name__}; {type(self).__name__} continues its own only.")
         return self.score(self._block_hidden(prefix, tokens, check_depth(depth, self.num_layers)))
 
-    def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> list[Tensor]:
+    def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         kept: list[Tensor] = []
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
@@ -109,7 +109,7 @@ class TransformersBackbone(TrainableBackbone):
                 hook.remove()
         norms = (self.exits.get(depth, cast("nn.Module", self.decoder.norm)) for depth in depths)
         read = [norm(x) for norm, x in zip(norms, kept, strict=True)]
-        return [self.score(x[0] if isinstance(x, tuple) else x) for x in read]
+        return [self.score(x[0] if isinstance(x, tuple) else x) for x in read], kept[-1]
 
     def _block_hidden(self, prefix: TransformersPrefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         """Hidden vectors (B, k, d) behind the committed tokens, from the first `depth` layers."""

@@ -34,6 +34,7 @@ from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from sim.record import record
 from sim.recording.config import RecordConfig
 from training.distill import DistillConfig, TrajectoriesConfig, distill
+from training.exits import ExitsConfig, exits
 from training.losses import chunk_distance
 from training.teacher import TrainConfig, train
 from training.trajectories import CollectConfig, collect
@@ -85,8 +86,10 @@ def compare(checkpoint: Path, data: Path, device: str, frames: int = 96) -> dict
         "greedy (AR)": "ar",
         "Jacobi, random start": DecodingConfig(method="jacobi", guess="random"),
         "Jacobi, warm start": DecodingConfig(method="jacobi", guess="previous"),
-        "... and at most 2": DecodingConfig(method="jacobi", guess="previous", max_iterations=2),
+        "... and at most 2": "cap2_fresh",
     }
+    if policy.backbone.exits:
+        decoders["1 layer, then all"] = "depth1_cap2_fresh"
     print(f"{checkpoint}:")
     means: dict[str, float] = {}
     greedy, steps = torch.empty(0), config.n_action_steps
@@ -129,6 +132,7 @@ def main() -> None:
     parser.add_argument("--camera", default="front", help="camera of the data that the model looks through")
     parser.add_argument("--chunk_size", type=int, default=8, help="actions that the model writes at once")
     parser.add_argument("--steps", type=int, default=150, help="steps of the distillation")
+    parser.add_argument("--exit_steps", type=int, default=0, help="first, steps of exits beside the frozen model")
     parser.add_argument("--seed", type=int, default=0, help="of the tiny model, and of both trainings")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="folder for checkpoints; a temporary one without it")
@@ -148,6 +152,13 @@ def main() -> None:
         print(convert(ConvertConfig(str(options.model), str(teacher), **settings)))
         trajectories = TrajectoriesConfig(online=True)
     before = compare(teacher, held_out, options.device)
+    if options.exit_steps:  # for who may not change the weights
+        settings = {"steps": options.exit_steps, "eval_frames": 16, "device": options.device}
+        compare(
+            exits(ExitsConfig(str(teacher), str(data), str(output / "exits"), [1], **settings)),
+            held_out,
+            options.device,
+        )
     student = distill(
         DistillConfig(
             teacher_path=str(teacher),

@@ -1,7 +1,7 @@
 """``ceed-vla exits``: train exits of a frozen policy by self-distillation, into a file beside a copy of its checkpoint.
 
-An exit learns the policy's own full-depth scores (Balcony), on fixed points and on the states that inference meets: its
-guesses, and what its Jacobi updates make of them. The policy's weights stay bit for bit what they were.
+An exit learns the policy's own full-depth scores (Balcony) at the fixed point, which it sees from there and from the
+states that inference meets: guesses, and what Jacobi updates make of them. The policy's weights stay bit for bit.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def exits(config: ExitsConfig) -> Path:
             batch = data.batch(data.draw(config.batch_size, random, step), draw)
             with torch.no_grad():
                 embeddings = policy.backbone.embed_prefix(batch)
-            losses = divergences(policy.backbone, embeddings, [batch["fixed_point"], batch["teacher_states"]])
+            losses = divergences(policy.backbone, embeddings, batch["fixed_point"], batch["teacher_states"])
             loss = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(loss):
                 raise CeedVLAError(f"The loss is {loss.item()} at step {step}: training diverged. Lower --lr.")
@@ -126,33 +126,35 @@ def exits(config: ExitsConfig) -> Path:
     save(output, policy, pre, post)
     write_text(output / REPORT, json.dumps({"kind": config.kind, "steps": config.steps, "depths": worth}, indent=2))
     for depth, found in worth.items():
-        print(f"exit {depth}: {found['same']:.1%} of the full depth's tokens, {found['near']:.1%} within 2 bins")
+        print(f"{depth} layers: {found['same']:.1%} of the fixed point from a guess, {found['near']:.1%} within 2 bins")
     print(f"Written: {output / EXITS}")
     return output
 
 
-def divergences(backbone: Any, embeddings: Any, blocks: list[Tensor]) -> dict[int, Tensor]:
-    """Depth -> mean KL of an exit's scores from the full depth's, in all slots of all `blocks`."""
+def divergences(backbone: Any, embeddings: Any, fixed_point: Tensor, states: Tensor) -> dict[int, Tensor]:
+    """Depth -> mean KL of an exit's scores on fixed points and states from the full depth's on the fixed points (B, n).
+
+    So from a state it learns where that leads, not what one more iteration makes of it.
+    """
     with torch.no_grad():
-        full = torch.cat(backbone.packed_logits(embeddings, blocks)[1]).float().log_softmax(-1)
+        full = backbone.packed_logits(embeddings, [fixed_point])[1][0].float().log_softmax(-1).repeat(2, 1, 1)
     found = {}
     for depth in backbone.exits:
-        own = torch.cat(backbone.packed_logits(embeddings, blocks, depth)[1]).float().log_softmax(-1)
+        _, logits = backbone.packed_logits(embeddings, [fixed_point, states], depth)
+        own = torch.cat(logits).float().log_softmax(-1)
         found[depth] = F.kl_div(own, full, reduction="none", log_target=True).sum(-1).mean()
     return found
 
 
 @torch.no_grad()
 def held_out(policy: Any, data: OnlineData, shares: Any, seed: int) -> dict[int, dict[str, float]]:
-    """Depth -> what its tokens share with the full depth's, behind a guess, on held-out frames."""
+    """Depth -> share of the fixed points' tokens that it finds from a guess, on held-out frames; all layers, too."""
     draw: StateDraw = draw_states(policy, len(data.held_out), shares, 0, np.random.default_rng(seed))
     draw.pick[:] = 0
     batch = data.batch(data.held_out, draw)
-    embeddings, blocks = policy.backbone.embed_prefix(batch), [batch["teacher_states"]]
-    full = policy.backbone.packed_logits(embeddings, blocks)[1][0].argmax(-1)
-    found = {}
-    for depth in policy.backbone.exits:
-        own = policy.backbone.packed_logits(embeddings, blocks, depth)[1][0].argmax(-1)
-        same, near = (((own - full).abs() <= most).float().mean().item() for most in (0, 2))
+    embeddings, found = policy.backbone.embed_prefix(batch), {}
+    for depth in (*policy.backbone.exits, policy.backbone.num_layers):
+        own = policy.backbone.packed_logits(embeddings, [batch["teacher_states"]], depth)[1][0].argmax(-1)
+        same, near = (((own - batch["fixed_point"]).abs() <= most).float().mean().item() for most in (0, 2))
         found[depth] = {"same": round(same, 4), "near": round(near, 4)}
     return found

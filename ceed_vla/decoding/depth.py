@@ -46,9 +46,15 @@ def decode_depth(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> D
     if config.deadline_s is not None:
         config = replace(config, deadline_s=max(config.deadline_s - (request.clock() - started), 1e-6))
     result = decode_jacobi(backbone, prefix, replace(request, config=config, guess=guess))
-    result.layer_forwards = depth + result.iterations * backbone.num_layers
+    result.layer_forwards = layers_of(backbone, depth) + result.iterations * backbone.num_layers
     result.forwards, result.iterations = result.forwards + 1, result.iterations + 1
     return result
+
+
+def layers_of(backbone: Backbone, depth: int) -> int:
+    """Layers of a forward that ends at `depth`, with the exit's own."""
+    own = getattr(backbone, "exits", {}).get(depth)
+    return depth + (own is not None and own.layer is not None)
 
 
 def prefix_depth(options: Mapping[str, str]) -> int:

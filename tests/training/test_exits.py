@@ -33,7 +33,7 @@ def test_exits_learn_and_the_base_does_not(studio: Any, deep: Path, tmp_path: Pa
         return folder, json.loads((folder / REPORT).read_text())["depths"]["1"]
 
     (_, before), (folder, after) = trained(1, 1e-9), trained(40, 1e-2)
-    assert after["same"] > before["same"] + 0.05
+    assert after["same"] + after["near"] > before["same"] + before["near"]
     assert after["near"] >= after["same"]
     assert weights_hash(folder) == weights_hash(deep)
     policy, _, _ = ceed_vla.load(folder)

@@ -25,7 +25,7 @@ from ceed_vla.decoding.result import DecodeResult
 from ceed_vla.errors import ConfigError, TokenError
 
 
-@register_decoder(r"depth(?P<depth>\d+)", "depth<K>", "a first forward of K layers, then Jacobi")
+@register_decoder(r"depth(?P<depth>\d+)", "depth<K>", "K layers first, then Jacobi")
 @torch.no_grad()
 def decode_depth(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Jacobi decoding whose first forward runs ``K`` layers and their exit; a cap counts it.
@@ -63,7 +63,7 @@ def prefix_depth(options: Mapping[str, str]) -> int:
 
 
 @register_decoder(
-    r"deer(?P<depth>\d+)t(?P<bins>\d*\.?\d+)", "deer<K>t<D>", "done if exits K - 1 and K are D bins apart on average",
+    r"deer(?P<depth>\d+)t(?P<bins>\d*\.?\d+)", "deer<K>t<D>", "or until exits K - 1 and K agree to D bins",
     ("deer3t0.3", "deer3t0.5", "deer3t0.7", "deer3t1", "deer3t2"),
 )  # fmt: skip
 @torch.no_grad()

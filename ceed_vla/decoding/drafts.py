@@ -153,9 +153,7 @@ class _Online(_Layers):
         self.depth, self.length = max(pairs, key=rate)
 
 
-@register_decoder(
-    r"spec(?P<depth>\d+)x(?P<length>\d+)", "spec<K>x<L>", "K layers draft L tokens, verified", ("spec1x4", "spec2x4")
-)
+@register_decoder(r"spec(?P<depth>\d+)x(?P<length>\d+)", "spec<K>x<L>", "drafts of K layers", ("spec1x4", "spec2x4"))
 def decode_spec(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Greedy tokens, drafted ``L`` at a time by ``K`` layers and their exit.
 

@@ -116,7 +116,7 @@ def test_row_entry_counts_forwards_by_row_and_success_by_task() -> None:
 def test_markdown_has_one_row_a_decoder_and_the_numbers() -> None:
     report = synthetic_report()
     text = markdown(report, ["success.png"])
-    assert "| ceed | 15/20 = 75.0 % [53, 89] | 1.95 / 3 | 10.0 / 12.0 / 20.0 | 400 | 3.1x | 4.6x | 99.9 % |" in text
+    assert "| ceed | 15/20 = 75.0 % [53, 89] | 1.95 / 3 | - | 10.0 / 12.0 / 20.0 | 400 | 3.1x | 4.6x | 99.9 % |" in text
     assert "| teacher_ar | 16/20 = 80.0 % [58, 92] | 55.00 / 55 | - | - | - | - | - |" in text
     assert "| ceed | teacher_ar | -5.0 [" in text
     assert "![success](success.png)" in text

@@ -180,22 +180,33 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def pareto(result: Mapping[str, Any]) -> Figure:
-    """Success against latency: p50 as dots, a line to p99; rows that no other beats in both are in colour."""
+    """Failures against latency: p50 as dots, a line to p99; rows that no other beats in both are in colour."""
     rows = {name: row for name, row in result["decoders"].items() if row.get("total_ms") and row["episodes"]}
-    points = {name: (row["total_ms"]["p50"], 100 * row["success_rate"]) for name, row in rows.items()}
-    figure = Figure(figsize=(8.2, 5.2))
+    points = {  # none failed: half an episode, for the logarithm
+        name: (row["total_ms"]["p50"], 100 * max(1 - row["success_rate"], 0.5 / row["episodes"]))
+        for name, row in rows.items()
+    }
+    figure = Figure(figsize=(9.5, 6))
     axes = figure.subplots()
-    for name, (x, y) in points.items():
-        beaten = any((a < x and b >= y) or (a <= x and b > y) for a, b in points.values())
+    for index, (name, (x, y)) in enumerate(sorted(points.items(), key=lambda item: item[1])):
+        beaten = any((a < x and b <= y) or (a <= x and b < y) for a, b in points.values())
         color = "#B9BEC6" if beaten else row_color(name)
         axes.plot([x, rows[name]["total_ms"]["p99"]], [y, y], color=color, lw=1, zorder=2)
         axes.plot(x, y, "o", color=color, ms=5 if beaten else 7, zorder=3)
-        axes.annotate(name, (x, y), (3, 5), textcoords="offset points", fontsize=7, color="#8A8F98" if beaten else INK)
+        place = (3, 5 if index % 2 else -10)
+        text = {"fontsize": 6.5 if beaten else 8, "color": "#8A8F98" if beaten else INK, "zorder": 3 if beaten else 4}
+        axes.annotate(name, (x, y), place, textcoords="offset points", **text)
     axes.axvline(result["floor_ms"], color=INK, lw=1, ls=(0, (3, 2)))
     axes.set(
         xscale="log",
+        yscale="log",
         xlabel="time from observation to chunk [ms]\ndot: p50   line: to p99   dashed: the floor",
-        ylabel="episodes solved [%]",
-        title="Success against latency",
+        ylabel="episodes not solved [%]",
+        title="Failures against latency",
     )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
+    axes.tick_params(which="minor", labelsize=6)
+    axes.invert_yaxis()
     return figure

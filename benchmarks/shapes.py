@@ -14,7 +14,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,8 @@ def measure(timed: Timed, seconds: float, device: str, least: int = 3) -> dict[s
 
 
 @torch.inference_mode()
-def time_backbone(
-    backbone: Any, rows: int, prefix_length: int, seconds: float, device: str, alone: bool
-) -> dict[str, Any]:
-    """All engines of one backbone, engine -> row -> percentiles; single forwards and the prefill if `alone`."""
+def time_backbone(backbone: Any, rows: int, prefix_length: int, seconds: float, device: str) -> dict[str, Any]:
+    """All engines of one backbone, engine -> row -> percentiles: decodes, single forwards and the prefill."""
     dtype = next(backbone.parameters()).dtype
     embeds = torch.randn(rows, prefix_length, backbone.width, generator=torch.Generator().manual_seed(2))
     observation = {"embeds": embeds.to(device, dtype)}
@@ -110,13 +108,10 @@ def time_backbone(
     prefixes = {name: engine.prefill(observation) for name, engine in built.items()}
     timed: Timed = {}
     for name, engine in built.items():
-        parts = decodes(engine, prefixes[name], rows)
-        if alone:
-            parts |= forwards(engine, prefixes[name], rows)
+        parts = decodes(engine, prefixes[name], rows) | forwards(engine, prefixes[name], rows)
         timed |= {f"{name} {part}": function for part, function in parts.items()}
     found = measure(timed, seconds, device)
-    if alone:  # it takes the compiled cache away from the prefixes above
-        found |= measure({"eager prefill": lambda: backbone.prefill(observation)}, seconds / 10, device)
+    found |= measure({"eager prefill": lambda: backbone.prefill(observation)}, seconds / 10, device)
     result: dict[str, Any] = {}
     for name, times in found.items():
         engine, part = name.split()
@@ -147,7 +142,7 @@ def shape(name: str, device: str, dtype: torch.dtype, seconds: float, batches: t
     for rows in batches:
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
-        found = time_backbone(backbone, rows, prefix, seconds / len(batches), device, alone=True)
+        found = time_backbone(backbone, rows, prefix, seconds / len(batches), device)
         result["batches"][rows] = {"ms": found, "x_ar": ratios(found)}
         if device.startswith("cuda"):
             result["batches"][rows]["peak_bytes"] = torch.cuda.max_memory_allocated()
@@ -155,20 +150,14 @@ def shape(name: str, device: str, dtype: torch.dtype, seconds: float, batches: t
     return result
 
 
-def points(factors: tuple[str, ...]) -> Iterator[tuple[str, int, dict[str, int]]]:
-    """One factor at a time around the shipped shape."""
-    for factor in factors:
-        for value in CURVES[factor]:
-            yield factor, value, {**USUAL, factor: value}
-
-
 def curves(factors: tuple[str, ...], device: str, seconds: float) -> dict[str, Any]:
-    """`CURVES` around the shipped compact trunk: factor -> value -> times and ratios."""
-    todo = list(points(factors))
+    """`CURVES`, one factor at a time around the shipped compact trunk: factor -> value -> times and ratios."""
+    todo = [(factor, value) for factor in factors for value in CURVES[factor]]
     result: dict[str, Any] = {"usual": USUAL, **{factor: {} for factor in factors}}
-    for factor, value, sizes in todo:
+    for factor, value in todo:
+        sizes = {**USUAL, factor: value}
         backbone = CompactTrunk(sizes["n"], sizes["layers"], device=device)
-        found = time_backbone(backbone, sizes["batch"], sizes["prefix"], seconds / len(todo), device, alone=True)
+        found = time_backbone(backbone, sizes["batch"], sizes["prefix"], seconds / len(todo), device)
         result[factor][value] = {"ms": found, "x_ar": ratios(found)}
         torch._dynamo.reset()
         print(f"{factor} {value}: {result[factor][value]['x_ar']}", flush=True)

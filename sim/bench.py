@@ -194,7 +194,11 @@ def pareto(result: Mapping[str, Any]) -> Figure:
         axes.plot([x, rows[name]["total_ms"]["p99"]], [y, y], color=color, lw=1, zorder=2)
         axes.plot(x, y, "o", color=color, ms=5 if beaten else 7, zorder=3)
         place = (3, 5 if index % 2 else -10)
-        text = {"fontsize": 6.5 if beaten else 8, "color": "#8A8F98" if beaten else INK, "zorder": 3 if beaten else 4}
+        text: dict[str, Any] = {
+            "fontsize": 6.5 if beaten else 8,
+            "color": "#8A8F98" if beaten else INK,
+            "zorder": 3 if beaten else 4,
+        }
         axes.annotate(name, (x, y), place, textcoords="offset points", **text)
     axes.axvline(result["floor_ms"], color=INK, lw=1, ls=(0, (3, 2)))
     axes.set(

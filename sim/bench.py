@@ -193,13 +193,8 @@ def pareto(result: Mapping[str, Any]) -> Figure:
         color = "#B9BEC6" if beaten else row_color(name)
         axes.plot([x, rows[name]["total_ms"]["p99"]], [y, y], color=color, lw=1, zorder=2)
         axes.plot(x, y, "o", color=color, ms=5 if beaten else 7, zorder=3)
-        place = (3, 5 if index % 2 else -10)
-        text: dict[str, Any] = {
-            "fontsize": 6.5 if beaten else 8,
-            "color": "#8A8F98" if beaten else INK,
-            "zorder": 3 if beaten else 4,
-        }
-        axes.annotate(name, (x, y), place, textcoords="offset points", **text)
+        place, ink = (3, 5 if index % 2 else -10), "#8A8F98" if beaten else INK
+        axes.annotate(name, (x, y), place, textcoords="offset points", fontsize=6.5 if beaten else 8, color=ink)
     axes.axvline(result["floor_ms"], color=INK, lw=1, ls=(0, (3, 2)))
     axes.set(
         xscale="log",

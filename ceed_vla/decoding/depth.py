@@ -64,7 +64,7 @@ def prefix_depth(options: Mapping[str, str]) -> int:
 
 @register_decoder(
     r"deer(?P<depth>\d+)t(?P<bins>\d*\.?\d+)", "deer<K>t<D>", "or until exits K - 1 and K agree to D bins",
-    ("deer3t0.3", "deer3t0.5", "deer3t0.7", "deer3t1", "deer3t2"),
+    ("deer3t0.5", "deer3t1", "deer3t2", "deer3t3"),
 )  # fmt: skip
 @torch.no_grad()
 def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:

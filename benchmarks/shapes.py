@@ -153,7 +153,7 @@ def shape(name: str, device: str, dtype: torch.dtype, seconds: float, batches: t
 def curves(factors: tuple[str, ...], device: str, seconds: float) -> dict[str, Any]:
     """`CURVES`, one factor at a time around the shipped compact trunk: factor -> value -> times and ratios."""
     todo = [(factor, value) for factor in factors for value in CURVES[factor]]
-    result: dict[str, Any] = {"usual": USUAL, **{factor: {} for factor in factors}}
+    result: dict[str, Any] = {"usual": USUAL} | {factor: {} for factor in factors}
     for factor, value in todo:
         sizes = {**USUAL, factor: value}
         backbone = CompactTrunk(sizes["n"], sizes["layers"], device=device)
@@ -185,9 +185,7 @@ def main() -> None:
              "dtype": str(dtype), "torch": torch.__version__}  # fmt: skip
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(about | result, indent=1) + "\n")
-    for rows, found in result.get("batches", {}).items():
-        print(f"{options.part}, batch {rows}: {found['x_ar']}")
-    print(f"Written: {options.output}")
+    print(*(f"batch {rows}: {found['x_ar']}" for rows, found in result.get("batches", {}).items()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from ceed_vla.backbones.exits import EXITS, KINDS, make_exits
 from ceed_vla.checkpoints import load, save
 from ceed_vla.data.frame_stream import StreamingConfig
-from ceed_vla.decoding import DecodingConfig
 from ceed_vla.devices import check_device
 from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, chosen, ranged
@@ -89,12 +88,11 @@ def exits(config: ExitsConfig) -> Path:
     policy, pre, post = load(config.policy_path, device=config.device)
     policy.requires_grad_(False)
     policy.backbone.exits = made = make_exits(policy.backbone, config.layers, config.kind)
-    jacobi = DecodingConfig()
 
     def decode(batch: dict[str, Any], guess: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if guess is None:
             return policy.decode(batch, "ar", read=False).tokens, None
-        found = policy.decode(batch, jacobi, previous=guess, shift_steps=0, record_states=True, read=False)
+        found = policy.decode(batch, "jacobi", previous=guess, shift_steps=0, record_states=True, read=False)
         return found.tokens, torch.stack([*(found.states or []), found.tokens])
 
     sizes = {"eval_frames": config.eval_frames, "streaming": config.streaming, "seed": config.seed}
@@ -121,8 +119,6 @@ def exits(config: ExitsConfig) -> Path:
             bar.set_postfix({f"KL {depth}": f"{value.item():.3f}" for depth, value in losses.items()})
             bar.update()
     worth = held_out(policy, data, shares, config.seed)
-    for module in made.values():
-        module.eval().requires_grad_(False)
     save(output, policy, pre, post)
     write_text(output / REPORT, json.dumps({"kind": config.kind, "steps": config.steps, "depths": worth}, indent=2))
     for depth, found in worth.items():

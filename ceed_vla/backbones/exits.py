@@ -6,7 +6,7 @@ beside the checkpoint. `ceed-vla exits` trains them. A depth without one is read
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,7 @@ class DepthExit(nn.Module):
     def check(self, committed: int) -> None:
         """Raise `ConfigError` where its own layer would attend to committed tokens, whose keys it never made."""
         if self.layer is not None and committed:
-            raise ConfigError(
-                "An exit of kind layer has not seen the committed tokens; drafts need exits of kind linear."
-            )
+            raise ConfigError("An exit of kind layer has not seen the committed tokens; drafts need kind linear.")
 
     def forward(self, x: Tensor, *more: Any) -> Any:
         """As the norm in whose place it stands; some take and give more."""
@@ -68,18 +66,21 @@ def make_exits(backbone: Any, depths: Sequence[int], kind: str) -> dict[int, Dep
         )
     kinds = [{getattr(layer, "attention_type", None) for layer in layers[d - 1 : d + 1]} for d in chosen]
     if kind == "layer" and any(len(found) > 1 for found in kinds):
-        raise ConfigError(
-            "Here layers attend in several ways, and an exit's layer would not see the prefix; use linear."
-        )
+        raise ConfigError("Here layers attend in several ways; an exit's own would not see the prefix. Use linear.")
     exits = {}
-    for index, depth in enumerate(chosen):
-        exits[depth] = DepthExit(norm, width, layers[depth] if kind == "layer" else None, len(layers) + index)
-    for depth_exit in exits.values():
-        depth_exit.requires_grad_(True)
+    for slot, depth in enumerate(chosen, start=len(layers)):
+        depth_exit = DepthExit(norm, width, layers[depth] if kind == "layer" else None, slot).requires_grad_(True)
+        exits[depth] = depth_exit
         attention = getattr(depth_exit.layer, "self_attn", None)
         if attention is not None:  # of transformers: its place in the cache
             attention.layer_idx = depth_exit.slot
     return exits
+
+
+def check_linear(exits: Mapping[int, DepthExit], depths: Sequence[int]) -> None:
+    """Raise `ConfigError` where an exit that is read beside others has a layer of its own."""
+    if any(depth in exits and exits[depth].layer is not None for depth in depths):
+        raise ConfigError("Exits of kind layer are not read several at once, as deer and del do; train linear ones.")
 
 
 def save_exits(backbone: Any, folder: Path) -> None:

@@ -10,7 +10,6 @@ an exit rule stays exact.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -43,9 +42,7 @@ def decode_depth(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> D
     tokens, given = _first_state(backbone, prefix, request, depth, depth)
     logits = backbone.block_logits(prefix, tokens[:, :-1], depth)
     guess = _after(tokens, logits, given)
-    if config.deadline_s is not None:
-        config = replace(config, deadline_s=max(config.deadline_s - (request.clock() - started), 1e-6))
-    result = decode_jacobi(backbone, prefix, replace(request, config=config, guess=guess))
+    result = decode_jacobi(backbone, prefix, _rest(replace(request, config=config, guess=guess), started))
     result.layer_forwards = layers_of(backbone, depth) + result.iterations * backbone.num_layers
     result.forwards, result.iterations = result.forwards + 1, result.iterations + 1
     return result
@@ -55,11 +52,6 @@ def layers_of(backbone: Backbone, depth: int) -> int:
     """Layers of a forward that ends at `depth`, with the exit's own."""
     own = getattr(backbone, "exits", {}).get(depth)
     return depth + (own is not None and own.layer is not None)
-
-
-def prefix_depth(options: Mapping[str, str]) -> int:
-    """How far `decode_deer` wants its prefix run."""
-    return int(options["depth"])
 
 
 @register_decoder(
@@ -93,7 +85,7 @@ def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
     if not done.all():
         whole = cast("Any", backbone).extend(prefix) if cut else prefix
         going = _Continued(backbone, tokens[:, :-1], hidden, depth, cut)
-        more = decode_jacobi(cast("Backbone", going), whole, request)
+        more = decode_jacobi(cast("Backbone", going), whole, _rest(request, started))
         more.layer_forwards = more.iterations * backbone.num_layers + depth * going.again
         result.forwards = more.forwards
         result.tokens = torch.where(done.to(state.device).unsqueeze(1), state, more.tokens)
@@ -106,7 +98,7 @@ def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
     return result
 
 
-decode_deer.prefix_depth = prefix_depth  # type: ignore[attr-defined]
+decode_deer.prefix_depth = lambda options: int(options["depth"])  # type: ignore[attr-defined]  # for `prefill`
 decode_deer.eager_only = True  # type: ignore[attr-defined]  # a compiled prefix runs through all layers
 
 
@@ -151,6 +143,14 @@ def _first_state(
     if not given:
         tokens[:, 0] = prefix.logits.argmax(-1)
     return tokens, given
+
+
+def _rest(request: BlockRequest, started: float) -> BlockRequest:
+    """The request with what is left of its deadline."""
+    if request.config.deadline_s is None:
+        return request
+    left = max(request.config.deadline_s - (request.clock() - started), 1e-6)
+    return replace(request, config=replace(request.config, deadline_s=left))
 
 
 def _after(tokens: Tensor, logits: Tensor, given: int) -> Tensor:

@@ -133,9 +133,16 @@ def test_a_cap_counts_the_shallow_forward(student: tuple[Any, Any, Any], batch: 
     with pytest.raises(ConfigError, match="ceed-vla exits"):
         policy.decode(batch, "del")
     policy.backbone.exits = make_exits(policy.backbone, [1, 2], "layer")
-    for name, message in {"del": "linear exits", "spec1x3": "kind linear"}.items():
+    for name, message in {"del": "linear exits", "spec1x3": "kind linear", "deer2t1": "train linear"}.items():
         with pytest.raises(ConfigError, match=message):
             policy.decode(batch, name)
+
+
+def test_a_deadline_counts_the_shallow_forward(student: tuple[Any, Any, Any], batch: dict[str, Any]) -> None:
+    policy, _, _ = student
+    for name, forwards in {"depth2_deadline0.001": 2, "deer3t0_deadline0.001": 1}.items():
+        result = policy.decode(batch, name)
+        assert (result.forwards, set(result.exit_reason)) == (forwards, {"deadline"})
 
 
 def test_compiled_code_drafts_the_same(student: tuple[Any, Any, Any], batch: dict[str, Any]) -> None:

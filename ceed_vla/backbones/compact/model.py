@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ceed_vla.backbones.base import CutPrefix, Prefix, TrainableBackbone, check_depth, check_features
 from ceed_vla.backbones.compact.stem import CameraStem, EarlyReadout
+from ceed_vla.backbones.exits import check_linear
 from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.cache import KVCache
 from ceed_vla.errors import ObservationError
@@ -240,6 +241,7 @@ class CompactBackbone(TrainableBackbone):
         return self.head(self._read(self._run(x, cache, mask, depth), depth, cache, mask))
 
     def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        check_linear(self.exits, depths)
         cache, length = prefix.cache, tokens.shape[1]
         x, mask = self.action_tokens(tokens) + cache.rows(self.slots, length), cache.mask(length)
         found, done = [], 0

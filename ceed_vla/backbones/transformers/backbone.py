@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_depth, runs
-from ceed_vla.backbones.exits import DepthExit
+from ceed_vla.backbones.exits import DepthExit, check_linear
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings, TransformersPrefix
 from ceed_vla.cache import TransformersCache
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, TokenError
@@ -95,6 +95,7 @@ class TransformersBackbone(TrainableBackbone):
         return self.score(self._block_hidden(prefix, tokens, check_depth(depth, self.num_layers)))
 
     def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        check_linear(self.exits, depths)
         kept: list[Tensor] = []
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:

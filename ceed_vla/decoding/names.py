@@ -96,7 +96,7 @@ def _parse(decoding: str, ceed: DecodingConfig) -> DecodingConfig:
 
 
 def _unknown(decoding: object) -> ConfigError:
-    shown = repr(decoding[:LONGEST_NAME]) if isinstance(decoding, str) else short(decoding)
+    shown = repr(decoding[:30]) if isinstance(decoding, str) and len(decoding) > LONGEST_NAME else short(decoding)
     return ConfigError(
         f"Unknown decoder {shown}; choose from {names_help()}. One of another package needs --discover_packages_path."
     )

@@ -1,0 +1,33 @@
+"""A deeper trunk from a trained one: `python recipes/grow.py POLICY OUTPUT_FOLDER FACTOR`.
+
+Behind every layer of a compact policy come copies of it that add nothing yet (their output projections are zero, after
+LLaMA Pro, arXiv 2401.02415), so the new policy decodes the same tokens, and `ceed-vla train --policy_path` goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+from copy import deepcopy
+
+from torch import nn
+
+from ceed_vla.checkpoints import load, save
+
+
+def grow(path: str, folder: str, factor: int) -> None:
+    """Write a copy of the policy with `factor` times as many layers."""
+    policy, pre, post = load(path)
+    layers = nn.ModuleList()
+    for layer in policy.backbone.layers:
+        copies = [deepcopy(layer) for _ in range(factor)]
+        for copy in copies[1:]:
+            nn.init.zeros_(copy.out.weight)
+            nn.init.zeros_(copy.down.weight)
+        layers.extend(copies)
+    policy.backbone.layers = layers
+    policy.backbone.num_layers = policy.config.backbone.layers = len(layers)
+    save(folder, policy, pre, post)
+
+
+if __name__ == "__main__":
+    grow(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -7,8 +7,9 @@ in the same run and engine. Every row is timed in both engines and shown in its 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import sim.rivals
+from ceed_vla.backbones.exits import described_exits
 from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import ConfigError
@@ -42,8 +44,8 @@ class BenchConfig(EvalConfig):
     """Options of ``ceed-vla bench``; they are those of ``ceed-vla eval``, with other defaults.
 
     Attributes:
-        decoders: As for `ceed-vla eval`, beside ar and ar_h; empty for the usual rivals, the checkpoint's own names
-            and the teacher's.
+        decoders: As for `ceed-vla eval`, beside ar and ar_h; empty for the usual rivals, the checkpoint's own names,
+            what its exits can, and the teacher's.
         output_dir: Folder for bench.json, bench.md, pareto.png and what `ceed-vla eval` writes.
         engine: As for `ceed-vla eval`.
     """
@@ -65,8 +67,9 @@ def bench(config: BenchConfig, console: Console | None = None) -> dict[str, Any]
     if not config.policy.path:
         raise ConfigError("--policy.path is missing; give a checkpoint folder, or student for the shipped one.")
     if not config.decoders:
-        own = CeedVLAConfig.read(resolve_checkpoint(config.policy.path)).decodings
-        config.decoders = ",".join([ROWS, *own, *[TEACHER_ROWS] * bool(config.teacher.path)])
+        folder = resolve_checkpoint(config.policy.path)
+        rows = [*CeedVLAConfig.read(folder).decodings, *depth_rows(*described_exits(folder))]
+        config.decoders = ",".join([ROWS, *rows, *[TEACHER_ROWS] * bool(config.teacher.path)])
     config.decoders = f"ar,ar_h,{config.decoders}"  # everything is compared with them
     report = evaluate(config, console, probes)
     result = {key: report[key] for key in KEPT} | {"decoders": rows_of(report)}
@@ -83,6 +86,15 @@ KEPT = (
     "program", "complete", "env", "task", "seeds", "executed_steps", "chunk_size", "block_length", "policy", "teacher",
     "timing", "versions", "hardware",
 )  # fmt: skip
+
+
+def depth_rows(kind: str, depths: Sequence[int]) -> list[str]:
+    """What a policy with exits can: Balcony's and ASE's, DeeR-VLA's, LayerSkip's, Spec-VLA's and DEL's."""
+    rows = [f"depth{depth}_cap2_fresh" for depth in depths]
+    if kind == "linear":
+        rows += [f"deer{upper}t3_conf0.2_cap2" for lower, upper in pairwise(depths) if upper == lower + 1]
+        rows += [f"spec{depths[0]}x4", f"spec{depths[0]}x4r2", "del"]
+    return rows
 
 
 EPISODE_KEYS = (

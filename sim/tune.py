@@ -3,8 +3,9 @@
 A plan is a decoding (signal and threshold of the exit, cap, tail, guess) and the steps that are executed of a chunk.
 The search is evolutionary, after EEEA-Net (arXiv 2108.06156): a candidate is timed first, and one over the largest
 budget is rejected before any episode is run. Those that fit run validation episodes by successive halving: the best
-quarter of every budget gets as many episodes again, and so on. What the search chose is timed again beside what a hand
-would name, and both drive episodes of fresh seeds: the search's own numbers flatter the winner.
+quarter of every budget gets as many episodes again, and so on. At the end the best of every budget and the best that a
+hand would name play off over four times the episodes. What is chosen of both is timed again and drives as many of fresh
+seeds: the search's own numbers flatter the winner.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from sim.timing import ENGINES, Observations, bare_parts, collect_observations, 
 PLANS = "plans.json"
 OVER_FLOOR = (1.2, 1.5, 2.0, 3.0)  # budgets, where none is given
 GUESSES = ("", "mid")
+PLAY_OFF = 4  # times the episodes of a generation
+BEST, BEST_BY_HAND = 4, 2  # of every budget that play off
 OTHER_DECODERS = 0.1  # share of random plans with a decoder that is not Jacobi's
 
 
@@ -56,8 +59,8 @@ class TuneConfig:
         budgets_ms: Milliseconds a chunk (p50); empty for 1.2, 1.5, 2 and 3 times the floor, measured first.
         population: Plans a generation.
         generations: Generations.
-        episodes: Episodes of the plans that are left at the end of a generation, and of the final comparison; all plans
-            run a quarter of them.
+        episodes: Episodes of the plans that are left at the end of a generation; all plans run a quarter of them, those
+            that play off and the final comparison four times as many.
         chunks: Chunks on which a plan is timed.
         seed: First seed of the search's episodes; the final comparison has those that follow. Seeds from 40000 to 49999
             are for choices.
@@ -269,20 +272,24 @@ class Search:
 
     def final(self) -> list[tuple[float, Trial | None, Trial | None]]:
         """For every budget what the search chose and the best of `NAMED`, timed again together, on fresh seeds."""
-        full = max((len(trial.solved) for trial in self.trials), default=0)
-        finalists = [trial for trial in self.trials if len(trial.solved) == full]
-        names = {plan.decoding for plan in NAMED}
+        names, seed, episodes = {plan.decoding for plan in NAMED}, self.config.seed, PLAY_OFF * self.config.episodes
         by_hand = [t for t in self.trials if t.plan.decoding in names and t.plan.executed_steps == self.usual]
-        chosen = [
-            [next(iter(self.best(trials, budget, 1)), None) for trials in (finalists, by_hand)]
+        left = {
+            budget: (self.best(self.trials, budget, BEST), self.best(by_hand, budget, BEST_BY_HAND))
             for budget in self.budgets
+        }
+        playing = {trial.plan: trial for both in left.values() for trials in both for trial in trials}
+        for trial in tqdm(playing.values(), desc=f"play-off, {episodes} episodes", unit="plan", dynamic_ncols=True):
+            self.drive(trial, range(seed, seed + episodes))
+        chosen = [
+            [next(iter(self.best(trials, budget, 1)), None) for trials in ([*found, *hand], hand)]
+            for budget, (found, hand) in left.items()
         ]
         plans = list({trial.plan: None for pair in chosen for trial in pair if trial})
         times = self.timed_plans(plans)
         again = {plan: Trial(plan, times[plan]["p50"], times[plan]["p99"]) for plan in plans}
-        first = self.config.seed + self.config.episodes
         for trial in tqdm(again.values(), desc="fresh seeds", unit="plan", dynamic_ncols=True):
-            self.drive(trial, range(first, first + self.config.episodes))
+            self.drive(trial, range(seed + episodes, seed + 2 * episodes))
         pairs = [[trial and again[trial.plan] for trial in pair] for pair in chosen]
         return [(budget, found, hand) for budget, (found, hand) in zip(self.budgets, pairs, strict=True)]
 
@@ -322,7 +329,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         "hardware": hardware(str(policy.config.device)),
         "floor_ms": search.floor,
         "env": flags(config.env),
-        "seeds": {"first": config.seed, "count": config.episodes, "fresh": config.seed + config.episodes},
+        "seeds": {"first": config.seed, "count": config.episodes, "fresh": config.seed + PLAY_OFF * config.episodes},
         "tried": len(trials),
         "rejected": search.rejected,
         "plans": [
@@ -332,7 +339,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         "trials": [trial.entry() for trial in sorted(trials, key=lambda trial: trial.p50)],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_figure(_figure([t for t in trials if len(t.solved) == config.episodes], search.floor), folder / PARETO)
+    save_figure(_figure([t for t in trials if len(t.solved) >= config.episodes], search.floor), folder / PARETO)
     write_text(folder / PLANS, json.dumps(report, indent=2))
     if config.save:
         found = {f"plan{plain(budget)}": trial.plan for budget, trial, _ in final if trial}

@@ -92,22 +92,34 @@ def save_exits(backbone: Any, folder: Path) -> None:
         save_file(tensors, folder / EXITS, metadata={"kind": kind, "depths": ",".join(map(str, exits))})
 
 
+def described_exits(folder: Path) -> tuple[str, list[int]]:
+    """Kind and depths of the exits in a checkpoint's folder; ("", []) without any.
+
+    Raises:
+        CheckpointError: A damaged file.
+    """
+    file = folder / EXITS
+    if not file.is_file():
+        return "", []
+    with opened(file) as tensors:
+        said = tensors.metadata() or {}
+    depths = said.get("depths", "").split(",")
+    if not all(depth.isascii() and depth.isdecimal() and len(depth) < 6 for depth in depths):
+        raise CheckpointError(f"{file} says depths {short(said.get('depths'))}; copy the checkpoint again.")
+    return said.get("kind", ""), [int(depth) for depth in depths]
+
+
 def load_exits(backbone: Any, folder: Path) -> None:
     """Attach the exits of a checkpoint's folder, if there are any.
 
     Raises:
         CheckpointError: Exits of another model, or a damaged file.
     """
-    file = folder / EXITS
-    if not file.is_file():
+    file, (kind, depths) = folder / EXITS, described_exits(folder)
+    if not depths:
         return
-    with opened(file) as tensors:
-        said = tensors.metadata() or {}
-    depths = said.get("depths", "").split(",")
-    if not all(depth.isascii() and depth.isdecimal() and len(depth) < 6 for depth in depths):
-        raise CheckpointError(f"{file} says depths {short(said.get('depths'))}; copy the checkpoint again.")
     try:
-        exits = make_exits(backbone, [int(depth) for depth in depths], said.get("kind", ""))
+        exits = make_exits(backbone, depths, kind)
     except ConfigError as error:
         raise CheckpointError(f"{file} does not belong to this model: {error}") from error
     missing, unknown = copy_weights(_modules(exits), [file])

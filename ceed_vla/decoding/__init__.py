@@ -118,6 +118,7 @@ def decode_block(
         config=config,
         guess=guess,
         tokens_per_step=tokens.tokens_per_step,
+        exact_dims=tokens.gripper_dims,
         executed_steps=executed_steps,
         frozen=frozen,
         stop=tokens.stop,

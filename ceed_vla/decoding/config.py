@@ -78,4 +78,6 @@ class DecodingConfig:
     @property
     def strict(self) -> bool:
         """Whether the result is the autoregressive greedy block for certain: nothing relaxes anything."""
-        return not self.relaxations and self.watch == "block"
+        entry, options = find_decoder(self.method)
+        relaxes = getattr(entry.make, "relaxes", None)
+        return not self.relaxations and self.watch == "block" and not (relaxes and relaxes(options))

@@ -99,6 +99,7 @@ def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
 
 
 decode_deer.prefix_depth = lambda options: int(options["depth"])  # type: ignore[attr-defined]  # for `prefill`
+decode_deer.relaxes = lambda _: True  # type: ignore[attr-defined]
 decode_deer.eager_only = True  # type: ignore[attr-defined]  # a compiled prefix runs through all layers
 
 

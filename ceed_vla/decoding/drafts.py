@@ -1,6 +1,7 @@
 """Drafts: the next tokens are guessed cheaply, and all layers verify them in one forward. The result is exact.
 
     spec2x4   drafts of 4 tokens from the exit behind 2 layers (LayerSkip)
+    spec2x4r3 the same, and a drafted token counts as right within 3 bins, but for grippers: not exact (Spec-VLA)
     del       depth and length chosen before every draft, by expected tokens a layer call (DEL, arXiv 2504.05598)
 
 Drafts of layers are not committed, so each reads those before it again. `ceed_vla.decoding.ngram` drafts without any.
@@ -53,8 +54,12 @@ class Drafter:
 
 
 @torch.no_grad()
-def decode_drafts(backbone: Backbone, prefix: Prefix, request: BlockRequest, drafter: Drafter) -> DecodeResult:
+def decode_drafts(
+    backbone: Backbone, prefix: Prefix, request: BlockRequest, drafter: Drafter, near: int = 0
+) -> DecodeResult:
     """Greedy tokens: drafts, each verified by one forward, which is right up to the first wrong token and one behind.
+
+    Within `near` bins a drafted token stays (arXiv 2507.22424); such rows end as "near", exact up to the first of them.
 
     Raises:
         TokenError: No guess, or a guess or frozen tokens that do not fit.
@@ -77,6 +82,8 @@ def decode_drafts(backbone: Backbone, prefix: Prefix, request: BlockRequest, dra
         tokens[:, :1] = first_tokens
     rows, forwards, calls = Rows(batch, n, max(given, 1)), 0, np.zeros(batch, dtype=np.int64)
     states = [tokens.clone()] if request.record_states else None
+    loose = np.isin(np.arange(n) % request.tokens_per_step, request.exact_dims, invert=True)  # (n,)
+    strict = np.full(batch, n)  # tokens in front of the first that is only near
     while rows.running.any() and watched > 1:
         start, exact = prefix.cache.committed, int(rows.exact[rows.running].min())
         # Behind L right drafts the next token is known too.
@@ -91,7 +98,13 @@ def decode_drafts(backbone: Backbone, prefix: Prefix, request: BlockRequest, dra
         old, fresh, sums, *others = to_host(before, new, row_sums(best, backbone), *shallow)
         check_rows(sums, rows.running)
         known, slots = rows.exact.copy(), np.arange(first, end)
-        rows.accept(old, fresh, first)
+        apart = np.abs(fresh - old)  # (B, k)
+        close = (apart > 0) & (apart <= near) & loose[first:end] & rows.running[:, None]
+        rows.accept(old, np.where(close, old, fresh), first)
+        if close.any():
+            tokens[:, first:end] = torch.where(torch.from_numpy(close).to(new.device), before, new)
+            kept = np.where(close & (slots < rows.exact[:, None]), slots, n)
+            strict = np.minimum(strict, kept.min(1))
         # (B, k): what was read before these was right.
         fair = rows.running[:, None] & (slots >= known[:, None]) & (slots < rows.exact[:, None])
         for depth, tried in zip(drafter.depths, others, strict=True):
@@ -104,6 +117,9 @@ def decode_drafts(backbone: Backbone, prefix: Prefix, request: BlockRequest, dra
             prefix.cache.commit(int(rows.exact[rows.running].min()) - 1 - start)
     result = rows.result(tokens, forwards, states, request.clock() - started)
     result.layer_forwards = torch.from_numpy(calls)
+    result.exact_tokens = torch.minimum(result.exact_tokens, torch.from_numpy(strict))
+    result.exact &= torch.from_numpy(strict >= n)
+    result.exit_reason = [r if s == n else "near" for r, s in zip(result.exit_reason, strict, strict=True)]
     return result
 
 
@@ -153,9 +169,12 @@ class _Online(_Layers):
         self.depth, self.length = max(pairs, key=rate)
 
 
-@register_decoder(r"spec(?P<depth>\d+)x(?P<length>\d+)", "spec<K>x<L>", "drafts of K layers", ("spec1x4", "spec2x4"))
+@register_decoder(
+    r"spec(?P<depth>\d+)x(?P<length>\d+)(r(?P<near>\d+))?", "spec<K>x<L>", "drafts of K layers; r<R>: within R bins",
+    ("spec1x4", "spec2x4", "spec1x4r2"),
+)  # fmt: skip
 def decode_spec(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
-    """Greedy tokens, drafted ``L`` at a time by ``K`` layers and their exit.
+    """Greedy tokens, drafted ``L`` at a time by ``K`` layers and their exit; with ``r<R>`` not exact.
 
     Raises:
         ConfigError: Not that many layers, no tokens, tokens of variable length, or settings of Jacobi decoding.
@@ -165,7 +184,10 @@ def decode_spec(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
     depth, length = int(request.options["depth"]), int(request.options["length"])
     if not (1 <= depth < backbone.num_layers and length >= 1):
         raise ConfigError(f"spec{depth}x{length}: a token or more, by some of {backbone.num_layers} layers.")
-    return decode_drafts(backbone, prefix, request, _Layers(depth, length))
+    return decode_drafts(backbone, prefix, request, _Layers(depth, length), int(request.options["near"] or 0))
+
+
+decode_spec.relaxes = lambda options: bool(int(options["near"] or 0))  # type: ignore[attr-defined]
 
 
 @register_decoder("del", "del", "as spec, with K and L chosen online")

@@ -28,6 +28,7 @@ class BlockRequest:
         guess: (B, n) int64, the first state; slot 0 is not read, as the prefix knows it. AR takes the tokens that it
             does not decode from it.
         tokens_per_step: Tokens of one step; None where tokens belong to no step.
+        exact_dims: Dimensions of a step that stay exact where others may be near.
         executed_steps: Steps ``h`` that are executed before the next replan; None for all.
         frozen: (B, k * tokens_per_step) int64, given tokens of the first ``k`` steps, which stay.
         stop: Token that ends a row as soon as it is proven; None where every block is full.
@@ -40,6 +41,7 @@ class BlockRequest:
     config: DecodingConfig = field(default_factory=DecodingConfig)
     guess: Tensor | None = None
     tokens_per_step: int | None = 1
+    exact_dims: tuple[int, ...] = ()
     executed_steps: int | None = None
     frozen: Tensor | None = None
     stop: int | None = None

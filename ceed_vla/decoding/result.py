@@ -29,6 +29,7 @@ class DecodeResult:
             - "confidence": the watched slots are confident enough.
             - "max_iterations": the cap.
             - "deadline": the next iteration would have ended too late.
+            - "near": drafted tokens counted as right that are only near.
             - "gap", "agreement", "few_changes", and what exit rules of other packages say.
         exact_tokens: (B,) int64 on the CPU, leading tokens proven equal to greedy AR (behind a frozen prefix:
             to its greedy continuation), at least 1, but where not all layers saw the prefix. Those behind may

@@ -71,6 +71,31 @@ def test_without_an_exit_rule_tokens_are_greedy(
     assert (layers < 4 * (forwards + 1) if name.startswith("de") and "del" not in name else layers > 4 * forwards).all()
 
 
+@pytest.mark.parametrize("name", ["spec1x6r3", "spec2x3r40", "spec2x3r0"])
+@pytest.mark.usefixtures("poisoned")
+def test_relaxed_drafts_are_near_what_follows_them(
+    student: tuple[Any, Any, Any], batch: dict[str, Any], name: str
+) -> None:
+    policy, n = student[0], student[0].config.block_length
+    bins, guess = int(name.partition("r")[2]), torch.randint(255, (ROWS, n), generator=torch.Generator().manual_seed(3))
+    found = policy.decode(batch, name, previous=guess, shift_steps=0)
+    prefix = policy.backbone.prefill(batch)
+    behind = policy.backbone.block_logits(prefix, found.tokens[:, :-1]).argmax(-1)
+    greedy = torch.cat([prefix.logits.argmax(-1, keepdim=True), behind], 1)  # (B, n), each behind the found ones
+    apart = (greedy - found.tokens).abs()
+    assert apart.max() <= bins
+    assert not apart.view(ROWS, -1, 7)[..., 6].any()  # grippers are exact
+    first = torch.where(apart.any(1), (apart > 0).int().argmax(1), n)
+    assert torch.equal(found.exact_tokens, first)
+    assert torch.equal(found.exact, first == n)
+    assert found.exit_reason == ["converged" if slot == n else "near" for slot in first.tolist()]
+    assert policy.decoding_config(name).strict == (not bins)
+    exact = policy.decode(batch, name.partition("r")[0], previous=guess, shift_steps=0)
+    assert found.forwards < exact.forwards if bins else found.forwards == exact.forwards
+    if bins:
+        assert not found.exact.all()
+
+
 def test_rows_whose_exits_agree_are_done_behind_a_cut_prefix(
     student: tuple[Any, Any, Any], batch: dict[str, Any]
 ) -> None:

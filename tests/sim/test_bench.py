@@ -12,7 +12,19 @@ import torch
 from ceed_vla import load
 from ceed_vla.decoding.names import named_config
 from ceed_vla.engine import CompiledBackbone
-from sim.bench import BENCH, PARETO, ROWS, TABLE, TEACHER_ROWS, BenchConfig, bench, markdown, pareto, rows_of
+from sim.bench import (
+    BENCH,
+    PARETO,
+    ROWS,
+    TABLE,
+    TEACHER_ROWS,
+    BenchConfig,
+    bench,
+    depth_rows,
+    markdown,
+    pareto,
+    rows_of,
+)
 from sim.decoders import Row
 from sim.evaluate import CheckpointPath, engines_of
 from sim.timing import in_engine
@@ -73,9 +85,16 @@ def test_the_figure_greys_what_another_row_beats() -> None:
     assert all(dot.get_ydata()[0] > 0 for dot in dots)  # none that failed is half an episode
 
 
-@pytest.mark.parametrize("name", f"{ROWS},{TEACHER_ROWS}".split(","))
+@pytest.mark.parametrize("name", [*f"{ROWS},{TEACHER_ROWS}".split(","), *depth_rows("linear", [2, 4, 5])])
 def test_the_usual_rows_are_known(name: str) -> None:
     named_config(name.removeprefix("teacher_"))
+
+
+def test_exits_bring_their_rows() -> None:
+    assert depth_rows("", []) == []
+    assert depth_rows("layer", [2, 3]) == ["depth2_cap2_fresh", "depth3_cap2_fresh"]
+    rows = ["deer5t3_conf0.2_cap2", "spec2x4", "spec2x4r2", "del"]
+    assert depth_rows("linear", [2, 4, 5])[3:] == rows
 
 
 def test_decoders_run_in_the_engines_that_they_can_run_in() -> None:

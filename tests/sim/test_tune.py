@@ -79,7 +79,9 @@ def test_slow_plans_run_no_episode_and_the_better_half_runs_on(search: Search, m
     (_, found, hand), _ = search.final()
     assert found is not None
     assert found.plan == Plan(cap=2) == (hand and hand.plan)
-    assert sorted(found.solved) == list(range(search.config.seed + 16, search.config.seed + 32))  # fresh ones
+    assert sorted(driven[:3]) == [("cap1", 64), ("cap2", 64), ("cap3", 64)]  # the play-off
+    assert driven[3:] == [("cap2", 64)]  # fresh ones
+    assert sorted(found.solved) == list(range(search.config.seed + 64, search.config.seed + 128))
 
 
 def test_a_plan_that_the_policy_cannot_decode_is_left_out(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,9 +116,9 @@ def test_from_the_shipped_student_to_a_plan(tmp_path: Path) -> None:
     assert report == json.loads((tmp_path / "tuned" / "plans.json").read_text())
     nothing, best = report["plans"]
     assert nothing["decoding"] is None
-    assert best["episodes"] == 4
+    assert best["episodes"] == 16
     assert report["tried"] >= 8
-    assert best["by_hand"]["episodes"] == 4
+    assert best["by_hand"]["episodes"] == 16
     assert report["floor_ms"] > 0
     policy, _, _ = load(tmp_path / "tuned" / "checkpoint")
     assert policy.config.n_action_steps == best["executed_steps"]

@@ -44,7 +44,8 @@ class CeedVLAConfig(PreTrainedConfig):
         backbone: The model.
         action_tokens: How actions become tokens.
         delta_dims: Action dimensions that are increments, of a commanded pose say, and so add up over steps. Real-time
-            chunking makes up for what frozen steps move otherwise than planned (`ceed_vla.real_time`).
+            chunking makes up for what frozen steps move otherwise than planned (`ceed_vla.real_time`). None: `train`
+            takes them from the names of the actions; [] for none.
         label_sigma: Width of the soft labels [bins]; 0 gives hard labels.
         auxiliary_scale: Factors of the leading dimensions of ``observation.environment_state`` that the state token
             regresses during training (the grounding target); empty switches it off.
@@ -64,7 +65,7 @@ class CeedVLAConfig(PreTrainedConfig):
     backbone: BackboneConfig = field(default_factory=CompactConfig)
     action_tokens: ActionTokensConfig = field(default_factory=UniformTokensConfig)
 
-    delta_dims: list[int] = ranged([], "[0, 4095]")
+    delta_dims: list[int] | None = ranged(None, "[0, 4095]")
     label_sigma: float = ranged(1.0, "[0, 1000]")
     auxiliary_scale: list[float] = ranged([], "[-1e6, 1e6]")
     auxiliary_weight: float = ranged(0.5, "[0, 1e6]")
@@ -249,7 +250,7 @@ class CeedVLAConfig(PreTrainedConfig):
         if self.action_feature is None or len(self.action_feature.shape) != 1:
             raise ConfigError("The data have no one-dimensional action feature.")
         self.action_tokens.validate_features(self.action_dim)
-        if outside := [dim for dim in self.delta_dims if dim >= self.action_dim]:
+        if outside := [dim for dim in self.delta_dims or [] if dim >= self.action_dim]:
             raise ConfigError(f"delta_dims {outside} lie outside the {self.action_dim} action dimensions.")
         self.backbone.validate_features(self.shape)
         terms, state = len(self.auxiliary_scale), self.env_state_feature

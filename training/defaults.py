@@ -51,7 +51,7 @@ def take_from_data(
         tokens.gripper_dims = [d for d in np.flatnonzero(~sparse).tolist() if len(np.unique(actions[:, d])) == 2]
     names = stores[0].labels.get(ACTION, [])
     increments = [d for d, name in enumerate(names) if INCREMENT.fullmatch(str(name).lower())]
-    policy.delta_dims = policy.delta_dims or increments
+    policy.delta_dims = increments if policy.delta_dims is None else policy.delta_dims
     for quantile, extreme in (("q01", "min"), ("q99", "max")):
         stats[ACTION][quantile][sparse] = stats[ACTION][extreme][sparse]
     told = [store for store in (*stores, *grounding) if store.environment_state is not None]

@@ -21,7 +21,8 @@ def check_backbone(
     """Decode one block by all routes, compare every token, and return how many were compared.
 
     Greedy decoding with the cache must equal strict Jacobi decoding from `guesses` random guesses, teacher forcing as
-    in training, decoding behind a prefix that was used before (a pass through the first layer only included), and
+    in training, decoding behind a prefix that was used before (a pass through the first layer only included, whose
+    scores must be others), and
     decoding of every row alone. In float32: lower precision may flip near-ties. The backbone is in evaluation mode;
     where it is not trained, its weights should be so large that tokens depend on one another, or the check says little.
 
@@ -39,7 +40,10 @@ def check_backbone(
         strict = decode_jacobi(backbone, prefix, BlockRequest(guess=guess, tokens_per_step=action_dim))
         compared += _compare(strict.tokens, greedy, "strict Jacobi decoding", "a block that is not causal, or a cache")
     prefix.cache.roll_back()
-    backbone.block_logits(prefix, greedy[:, : n - 1], depth=1)
+    shallow = backbone.block_logits(prefix, greedy[:, : n - 1], depth=1)
+    prefix.cache.roll_back()
+    if backbone.num_layers > 1 and torch.equal(shallow, backbone.block_logits(prefix, greedy[:, : n - 1])):
+        raise ConfigError(f"block_logits gives the same behind 1 of {backbone.num_layers} layers: it ignores depth.")
     again = decode_autoregressive(backbone, prefix, GREEDY).tokens
     compared += _compare(again, greedy, "a prefix that was used before", "a cache that is not rolled back")
     for row in range(rows):

@@ -53,9 +53,10 @@ def test_increments_are_known_by_their_names(store: FrameStore) -> None:
         config = policy()
         take_from_data(config, [replace(store, labels={ACTION: names})], [], None)
         assert config.delta_dims == dims
-    config = policy(delta_dims=[2])
-    take_from_data(config, [replace(store, labels={ACTION: ["dx"]})], [], None)
-    assert config.delta_dims == [2]
+    for said in ([2], []):
+        config = policy(delta_dims=said)
+        take_from_data(config, [replace(store, labels={ACTION: ["dx"]})], [], None)
+        assert config.delta_dims == said
 
 
 def test_the_environments_target_needs_the_environments_names(store: FrameStore) -> None:

@@ -1,7 +1,8 @@
 """``ceed-vla exits``: train exits of a frozen policy by self-distillation, into a file beside a copy of its checkpoint.
 
 An exit learns the policy's own full-depth scores (Balcony) at the fixed point, which it sees from there and from the
-states that inference meets: guesses, and what Jacobi updates make of them. The policy's weights stay bit for bit.
+states that inference meets: guesses, and what Jacobi updates make of them. One that drafts only ever reads proven
+tokens, and is better without the states. The policy's weights stay bit for bit.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from training.settings import BATCHES, output_folder
 from training.trajectories import guess_shares
 
 REPORT = "exits.json"
+READS = ("states", "fixed_points")
 FIRST = 0.5  # share of the states that are guesses, which is where an exit is used
 
 
@@ -45,6 +47,7 @@ class ExitsConfig:
         output_dir: A new folder for the checkpoint with its exits.
         layers: Depths that get an exit, in [1, layers - 1].
         kind: "linear" (a norm and a residual linear layer) or "layer" (a layer of its own and a norm).
+        reads: What the exits learn from: "states" and fixed points, or "fixed_points" alone, for drafts.
         guesses: Shares of previous, mid and random guesses.
         device: Where to train.
         eval_frames: Held-out frames that the report is about.
@@ -55,6 +58,7 @@ class ExitsConfig:
     output_dir: str = ""
     layers: list[int] = ranged([], "[1, 4096]")
     kind: str = chosen("linear", KINDS)
+    reads: str = chosen("states", READS)
     guesses: str = "0.8,0.1,0.1"
     device: str = "cpu"
     steps: int = ranged(300, COUNTS)
@@ -107,7 +111,8 @@ def exits(config: ExitsConfig) -> Path:
             batch = data.batch(data.draw(config.batch_size, random, step), draw)
             with torch.no_grad():
                 embeddings = policy.backbone.embed_prefix(batch)
-            losses = divergences(policy.backbone, embeddings, batch["fixed_point"], batch["teacher_states"])
+            read = ["fixed_point", *["teacher_states"] * (config.reads == "states")]
+            losses = divergences(policy.backbone, embeddings, [batch[name] for name in read])
             loss = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(loss):
                 raise CeedVLAError(f"The loss is {loss.item()} at step {step}: training diverged. Lower --lr.")
@@ -122,21 +127,24 @@ def exits(config: ExitsConfig) -> Path:
     save(output, policy, pre, post)
     write_text(output / REPORT, json.dumps({"kind": config.kind, "steps": config.steps, "depths": worth}, indent=2))
     for depth, found in worth.items():
-        print(f"{depth} layers: {found['same']:.1%} of the fixed point from a guess, {found['near']:.1%} within 2 bins")
+        print(
+            f"{depth} layers: {found['same']:.1%} of the fixed point from a guess, {found['near']:.1%} within 2 bins, "
+            f"{found['drafts']:.1%} behind right tokens"
+        )
     print(f"Written: {output / EXITS}")
     return output
 
 
-def divergences(backbone: Any, embeddings: Any, fixed_point: Tensor, states: Tensor) -> dict[int, Tensor]:
-    """Depth -> mean KL of an exit's scores on fixed points and states from the full depth's on the fixed points (B, n).
+def divergences(backbone: Any, embeddings: Any, blocks: list[Tensor]) -> dict[int, Tensor]:
+    """Depth -> mean KL of an exit's scores on the `blocks`, each (B, n), from the full depth's on the first of them.
 
-    So from a state it learns where that leads, not what one more iteration makes of it.
+    That is the fixed point; so from a state it learns where that leads, not what one more iteration makes of it.
     """
     with torch.no_grad():
-        full = backbone.packed_logits(embeddings, [fixed_point])[1][0].float().log_softmax(-1).repeat(2, 1, 1)
+        full = backbone.packed_logits(embeddings, blocks[:1])[1][0].float().log_softmax(-1).repeat(len(blocks), 1, 1)
     found = {}
     for depth in backbone.exits:
-        _, logits = backbone.packed_logits(embeddings, [fixed_point, states], depth)
+        _, logits = backbone.packed_logits(embeddings, blocks, depth)
         own = torch.cat(logits).float().log_softmax(-1)
         found[depth] = F.kl_div(own, full, reduction="none", log_target=True).sum(-1).mean()
     return found
@@ -144,13 +152,17 @@ def divergences(backbone: Any, embeddings: Any, fixed_point: Tensor, states: Ten
 
 @torch.no_grad()
 def held_out(policy: Any, data: OnlineData, shares: Any, seed: int) -> dict[int, dict[str, float]]:
-    """Depth -> share of the fixed points' tokens that it finds from a guess, on held-out frames; all layers, too."""
+    """Depth -> shares of the fixed points' tokens that it finds, on held-out frames; all layers, too.
+
+    From a guess: the "same", and those "near" (2 bins); behind the right ones: "drafts".
+    """
     draw: StateDraw = draw_states(policy, len(data.held_out), shares, 0, np.random.default_rng(seed))
     draw.pick[:] = 0
     batch = data.batch(data.held_out, draw)
     embeddings, found = policy.backbone.embed_prefix(batch), {}
     for depth in (*policy.backbone.exits, policy.backbone.num_layers):
-        own = policy.backbone.packed_logits(embeddings, [batch["teacher_states"]], depth)[1][0].argmax(-1)
-        same, near = (((own - batch["fixed_point"]).abs() <= most).float().mean().item() for most in (0, 2))
-        found[depth] = {"same": round(same, 4), "near": round(near, 4)}
+        _, logits = policy.backbone.packed_logits(embeddings, [batch["teacher_states"], batch["fixed_point"]], depth)
+        guessed, drafted = ((scores.argmax(-1) - batch["fixed_point"]).abs() for scores in logits)
+        right = {"same": guessed <= 0, "near": guessed <= 2, "drafts": drafted <= 0}
+        found[depth] = {name: round(share.float().mean().item(), 4) for name, share in right.items()}
     return found

@@ -57,7 +57,7 @@ def decode_drafts(backbone: Backbone, prefix: Prefix, request: BlockRequest, dra
     """Greedy tokens: drafts, each verified by one forward, which is right up to the first wrong token and one behind.
 
     Raises:
-        TokenError: No guess, or a guess or frozen tokens that do not fit.
+        TokenError: No guess where one is needed, or a guess or frozen tokens that do not fit.
         ConfigError: Tokens of variable length, or settings that only Jacobi decoding has.
         NotFiniteError: Scores of a running row are NaN or infinite.
     """
@@ -157,10 +157,7 @@ class _Online(_Layers):
 def decode_spec(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Greedy tokens, drafted ``L`` at a time by ``K`` layers and their exit.
 
-    Raises:
-        ConfigError: Not that many layers, no tokens, tokens of variable length, or settings of Jacobi decoding.
-        TokenError: No guess where the tail is not decoded, or a guess or frozen tokens that do not fit.
-        NotFiniteError: Scores of a running row are NaN or infinite.
+    Raises as `decode_drafts`, and `ConfigError` for a backbone of fewer layers or drafts of no tokens.
     """
     depth, length = int(request.options["depth"]), int(request.options["length"])
     if not (1 <= depth < backbone.num_layers and length >= 1):
@@ -174,10 +171,7 @@ def decode_del(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> Dec
 
     A verifying forward shows, beside its own tokens, what every exit would have drafted in its place.
 
-    Raises:
-        ConfigError: As `decode_spec`, or a backbone without exits to choose from.
-        TokenError: As `decode_spec`.
-        NotFiniteError: As `decode_spec`.
+    Raises as `decode_drafts`, and `ConfigError` for a backbone without exits to choose from.
     """
     exits = getattr(backbone, "exits", {})
     depths = [depth for depth, own in exits.items() if own.layer is None]

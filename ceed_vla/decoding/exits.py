@@ -6,7 +6,7 @@ The fixed point itself is no rule; `ceed_vla.decoding.jacobi` proves it.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -185,8 +185,7 @@ class Deadline(ExitRule):
 def exit_rules(config: DecodingConfig, ordered: bool = True) -> list[ExitRule]:
     """The rules of `config`, in the order in which they give their reason.
 
-    Raises:
-        ConfigError: A rule that compares neighbouring tokens, and tokens that are not `ordered`.
+    `ConfigError` for a rule that compares neighbouring tokens, and tokens that are not `ordered`.
     """
     rules: list[ExitRule] = []
     if config.confidence is not None:
@@ -208,46 +207,30 @@ def exit_rules(config: DecodingConfig, ordered: bool = True) -> list[ExitRule]:
 
 
 def measure(rule: ExitRule, logits: Tensor, tokens: Tensor) -> Tensor | None:
-    """What `rule` measures (B, k), or None.
-
-    Raises:
-        ConfigError: It fails, or gives something else.
-    """
-
-    def fits(measured: Any) -> bool:
-        return measured is None or getattr(measured, "shape", None) == tokens.shape
-
-    return _ask(rule, "measure", (logits, tokens), fits, "a tensor", tokens.shape)
+    """What `rule` measures (B, k), or None; `ConfigError` if it fails, or gives something else."""
+    measured = _ask(rule, "measure", logits, tokens)
+    if measured is not None and getattr(measured, "shape", None) != tokens.shape:
+        raise _broken(rule, "measure", f"it gave {type(measured).__name__}, not a tensor {tuple(tokens.shape)}")
+    return measured  # type: ignore[no-any-return]
 
 
 def ended(rule: ExitRule, seen: Seen, measured: np.ndarray | None) -> np.ndarray | bool:
-    """Which rows `rule` ends: (B,) bool, or one answer.
-
-    Raises:
-        ConfigError: It fails, or gives something else.
-    """
-
-    def fits(rows: Any) -> bool:
-        return isinstance(rows, bool) or (isinstance(rows, np.ndarray) and rows.shape == seen.exact.shape)
-
-    return _ask(rule, "ends", (seen, measured), fits, "a bool or a numpy array", seen.exact.shape)
+    """Which rows `rule` ends: (B,) bool, or one answer; `ConfigError` if it fails, or gives something else."""
+    rows, shape = _ask(rule, "ends", seen, measured), seen.exact.shape
+    if not isinstance(rows, bool) and not (isinstance(rows, np.ndarray) and rows.shape == shape):
+        raise _broken(rule, "ends", f"it gave {type(rows).__name__}, not a bool or a numpy array {shape}")
+    return rows
 
 
-def _ask(
-    rule: ExitRule, method: str, given: tuple[Any, ...], fits: Callable[[Any], bool], kind: str, shape: Sequence[int]
-) -> Any:
+def _ask(rule: ExitRule, method: str, *given: Any) -> Any:
     try:
-        answer = getattr(rule, method)(*given)
+        return getattr(rule, method)(*given)
     except Exception as error:  # another's rule may raise anything
-        raise _broken(rule, method, error) from error
-    if not fits(answer):
-        raise _broken(rule, method, f"it gave {type(answer).__name__}, not {kind} {tuple(shape)}")
-    return answer
+        raise _broken(rule, method, f"{type(error).__name__}: {error}") from error
 
 
-def _broken(rule: ExitRule, method: str, reason: object) -> ConfigError:
-    kind = f"{type(reason).__name__}: " if isinstance(reason, Exception) else ""
-    return ConfigError(f"The exit rule {type(rule).__name__} does not work: {method}: {kind}{reason}.")
+def _broken(rule: ExitRule, method: str, reason: str) -> ConfigError:
+    return ConfigError(f"The exit rule {type(rule).__name__} does not work: {method}: {reason}.")
 
 
 def mass_near(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -116,8 +116,7 @@ def jacobi_iteration(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Recompute the slots ``first .. end - 1`` of `tokens` (B, n) from all that are not committed, in place.
 
-    Returns:
-        Logits (B, k, V), their largest (B, k), and tokens (B, k) of those slots; rows that are done keep theirs.
+    Returns logits (B, k, V), their largest (B, k), and tokens (B, k) of those slots; rows that are done keep theirs.
     """
     start = prefix.cache.committed
     logits = backbone.block_logits(prefix, tokens[:, start : end - 1])  # of slots start + 1 .. end - 1

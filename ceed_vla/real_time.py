@@ -10,7 +10,7 @@ with every chunk. So its chunk is decoded freely, and what the frozen steps move
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from ceed_vla.errors import ConfigError, TokenError
 from ceed_vla.fields import short
 from ceed_vla.tensors import is_plain
 from ceed_vla.tokens.base import ActionTokens
+
+if TYPE_CHECKING:
+    from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 
 
 def continuation(tokens: ActionTokens, left_over: Tensor, delay: int, rows: int) -> tuple[Tensor | None, Tensor | None]:
@@ -64,18 +67,8 @@ def continuation(tokens: ActionTokens, left_over: Tensor, delay: int, rows: int)
     return chunk, chunk[:, : frozen * tokens.tokens_per_step] if frozen else None
 
 
-class Decodes(Protocol):
-    """A policy, as far as it matters here."""
-
-    config: Any
-    backbone: Any
-    tokenizer: ActionTokens
-
-    def decode(self, batch: dict[str, Tensor], **arguments: Any) -> DecodeResult: ...
-
-
 def decode_behind(
-    policy: Decodes,
+    policy: CeedVLAPolicy,
     batch: dict[str, Tensor],
     frozen: Tensor | None,
     executed_steps: int | None = None,

@@ -87,7 +87,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
     hints = type_hints(type(config))
     for item in fields(config):
         value, hint, allowed = getattr(config, item.name, None), hints.get(item.name, Any), allowed_of(item)
-        if not _fits(value, hint, allowed):
+        if not fits(value, hint, allowed):
             name = f"{prefix}{item.name.removesuffix('_')}"
             raise ConfigError(f"{name} is {short(value)}; it must be {describe(hint, allowed)}.")
 
@@ -110,29 +110,30 @@ def _word(hint: Any) -> str:
     return simple.get(hint, "a mapping" if origin is dict else getattr(hint, "__name__", str(hint)))
 
 
-def _fits(value: Any, hint: Any, allowed: Interval | Choices | None) -> bool:
+def fits(value: Any, hint: Any, allowed: Interval | Choices | None = None) -> bool:
+    """Whether a value is of the type `hint`, and as `allowed` where that is given."""
     if hint is Any:
         return True
     if (options := options_of(hint)) != (hint,):
-        return any(_fits(value, option, allowed) for option in options)
+        return any(fits(value, option, allowed) for option in options)
     if hint is type(None):
         return value is None
     if hint in (int, float):
         number = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
         return number and abs(value) < _LARGEST and (not isinstance(allowed, Interval) or value in allowed)
     if hint is str:
-        fits = isinstance(value, str) and len(value) <= LONGEST_TEXT and "\0" not in value
-        return fits and (not isinstance(allowed, Choices) or value in allowed)
+        text = isinstance(value, str) and len(value) <= LONGEST_TEXT and "\0" not in value
+        return text and (not isinstance(allowed, Choices) or value in allowed)
     if hint is bool:
         return isinstance(value, bool)
     if hint is Path:
         return isinstance(value, str | Path) and "\0" not in str(value)
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin in (list, tuple):
-        return isinstance(value, list | tuple) and all(_fits(v, inside[0] if inside else Any, allowed) for v in value)
+        return isinstance(value, list | tuple) and all(fits(v, inside[0] if inside else Any, allowed) for v in value)
     if origin is dict:
         key, entry = inside or (Any, Any)
-        return isinstance(value, dict) and all(_fits(k, key, None) and _fits(v, entry, None) for k, v in value.items())
+        return isinstance(value, dict) and all(fits(k, key) and fits(v, entry) for k, v in value.items())
     return isinstance(value, hint) if isinstance(hint, type) else True
 
 

@@ -159,11 +159,7 @@ class CeedVLAConfig(PreTrainedConfig):
         super()._save_pretrained(save_directory)
 
     def named(self, decoding: str | DecodingConfig) -> DecodingConfig:
-        """The decoding that a name stands for, of this checkpoint.
-
-        Raises:
-            ConfigError: Unknown name, or values outside their range.
-        """
+        """The decoding that a name stands for, of this checkpoint; see `named_config`."""
         return named_config(decoding, self.decoding, self.decodings)
 
     @property

@@ -47,13 +47,9 @@ class OpenVLAImages:
     """The image processor of an OpenVLA folder, from its preprocessor_config.json.
 
     Published files hold a short form (``input_sizes``, ``interpolations``, ``means``, ``stds``, a strategy) and what it
-    was expanded to (``tvf_...``). The expanded form counts where both are there, as in the reference.
-
-    Attributes:
-        sizes: ``[S, S]`` of every tower's pixels.
-
-    Raises:
-        CheckpointError: Settings that are missing, unknown, or of different numbers of towers.
+    was expanded to (``tvf_...``). The expanded form counts where both are there, as in the reference. `sizes` has
+    ``[S, S]`` of every tower's pixels. `CheckpointError` for settings that are missing or unknown, or of different
+    numbers of towers.
     """
 
     def __init__(self, settings: dict[str, Any], file: Path | str) -> None:

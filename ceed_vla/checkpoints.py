@@ -11,6 +11,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from ceed_vla.checkpoint_files import pretrained_path, resolve_checkpoint, weights_hash
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import CheckpointError, root_cause
+from ceed_vla.files import saving
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.processor_ceed_vla import checked
 
@@ -51,10 +52,8 @@ def save(
     `weights`, for instance gathered from several processes, are written instead of the policy's. `CheckpointError` if
     it cannot be written, for instance on a full disk; what was there before stays.
     """
-    from safetensors import SafetensorError
-
     folder = Path(path)
-    try:
+    with saving(folder, {}):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             policy.save_pretrained(temporary, state_dict=weights)
@@ -62,7 +61,4 @@ def save(
                 part.save_pretrained(temporary)
             for file in Path(temporary).iterdir():
                 file.replace(folder / file.name)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)[:200]
-        raise CheckpointError(f"The checkpoint {folder} cannot be written ({reason}); make room and repeat.") from error
     return folder

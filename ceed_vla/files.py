@@ -144,4 +144,4 @@ def saving(folder: object, options: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{short(str(folder))} cannot be written ({short(error)}).") from error
+        raise CheckpointError(f"{short(str(folder))} cannot be written ({short(error)}); is there room?") from error

@@ -27,7 +27,7 @@ from ceed_vla.lora import merge
 from ceed_vla.processor_steps import PROCESSOR_FILES, check_processors
 from ceed_vla.real_time import continuation, decode_behind
 from ceed_vla.supervision import teacher_loss
-from ceed_vla.weights import WEIGHTS, Header, load_weights, save_weights
+from ceed_vla.weights import WEIGHTS, check_sizes, load_weights, save_weights
 
 
 class CeedVLAPolicy(PreTrainedPolicy):
@@ -311,8 +311,7 @@ def check_checkpoint(folder: Path, config: CeedVLAConfig) -> None:
     # Or the model would be read from wherever `path` says.
     if getattr(config.backbone, "architecture", None) == "":
         raise CheckpointError(f"{folder}: backbone.architecture in config.json is empty; copy it again.")
-    layers, numbers = config.backbone.least_sizes(config.shape)  # sizes that the weights cannot have are not built
-    files = config.backbone.weight_files() or [folder / WEIGHTS]
-    Header.read(files).check(layers, numbers, files[0])
+    # Sizes that the weights cannot have are not built.
+    check_sizes(config.backbone.weight_files() or [folder / WEIGHTS], *config.backbone.least_sizes(config.shape))
     if any((folder / name).exists() for name in PROCESSOR_FILES):
         check_processors(folder, config)

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,29 +61,18 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in shards]
 
 
-@dataclass(frozen=True)
-class Header:
-    """How many tensors a weights file holds, and how many numbers in all."""
-
-    tensors: int
-    numbers: int
-
-    @classmethod
-    def read(cls, files: Sequence[Path]) -> Header:
-        """Of one file, or of all shards."""
-        shapes = []
-        for file in files:
-            with opened(file) as tensors:
-                shapes += [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
-        return cls(len(shapes), sum(math.prod(shape) for shape in shapes))
-
-    def check(self, layers: int, numbers: int, source: Path | str) -> None:
-        """Refuse a configuration of more layers than there are tensors, or of more numbers, for `source`."""
-        if layers > self.tensors or numbers > self.numbers:
-            raise CheckpointError(
-                f"{source}: the configuration describes {layers:,} layers with at least {numbers:,} weights, the file "
-                f"holds {self.tensors:,} tensors with {self.numbers:,}; they belong to different models."
-            )
+def check_sizes(files: Sequence[Path], layers: int, numbers: int) -> None:
+    """Refuse a configuration of more layers than a file, or all shards, have tensors, or of more numbers."""
+    shapes = []
+    for file in files:
+        with opened(file) as tensors:
+            shapes += [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+    held = sum(math.prod(shape) for shape in shapes)
+    if layers > len(shapes) or numbers > held:
+        raise CheckpointError(
+            f"{files[0]}: the configuration describes {layers:,} layers with at least {numbers:,} weights, the file "
+            f"holds {len(shapes):,} tensors with {held:,}; they belong to different models."
+        )
 
 
 @torch.no_grad()

@@ -90,9 +90,6 @@ def decode_block(
         NotFiniteError: The model's scores are NaN or infinite.
     """
     config = named_config(decoding)
-    if previous is not None:  # token by token it is not read
-        shape = (len(prefix.logits), tokens.block_length)
-        check_tokens(previous, "The previous chunk", shape, tokens.vocabulary_size, none=True)
     if tokens.grammar is not None:
         backbone = GrammarBackbone(backbone, prefix, tokens.grammar)
         prefix = backbone.prefix
@@ -101,6 +98,9 @@ def decode_block(
         if config.guess == "random" and generator is None:
             generator = torch.Generator().manual_seed(config.seed)
         guess = tokens.guess(config.guess, len(prefix.logits), previous, shift_steps, generator)
+    elif previous is not None:  # token by token it is not read
+        shape = (len(prefix.logits), tokens.block_length)
+        check_tokens(previous, "The previous chunk", shape, tokens.vocabulary_size, none=True)
     entry, options = find_decoder(config.method)
     request = BlockRequest(
         config=config,

@@ -42,7 +42,9 @@ def decode_autoregressive(backbone: Backbone, prefix: Prefix, request: BlockRequ
     torch.max(first, -1, out=(best[:, given], tokens[:, given]))
     states = [tokens.clone()] if request.record_states else None
     slot = given + 1
-    while slot < wanted and not _all_stopped(tokens[:, :slot], stop):
+    while slot < wanted:
+        if stop is not None and (tokens[:, :slot] == stop).any(1).all():
+            break  # The only look at the host, where there is a stop token.
         logits = _next_scores(backbone, prefix, tokens[:, slot - 1 : slot])
         torch.max(logits, -1, out=(best[:, slot], tokens[:, slot]))
         slot += 1
@@ -69,11 +71,6 @@ def decode_autoregressive(backbone: Backbone, prefix: Prefix, request: BlockRequ
         states=states,
         seconds={"decode": request.clock() - started},
     )
-
-
-def _all_stopped(tokens: Tensor, stop: int | None) -> bool:
-    """Whether every row of `tokens` (B, t) holds `stop`. The only look at the host, where there is a stop token."""
-    return stop is not None and bool((tokens == stop).any(1).all())
 
 
 def _next_scores(backbone: Backbone, prefix: Prefix, tokens: Tensor) -> Tensor:

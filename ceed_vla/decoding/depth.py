@@ -108,7 +108,6 @@ class _Continued:
         return getattr(self._backbone, name)
 
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
-        """As the backbone's."""
         if self._first is not None:
             (shown, hidden), self._first = self._first, None
             same = (shown == tokens).all(1) & self._cut if shown.shape == tokens.shape else self.again.bool() & False

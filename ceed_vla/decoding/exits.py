@@ -165,15 +165,11 @@ class Cap(ExitRule):
         return seen.readable() if seen.iteration == self.most else False
 
 
-def _seconds(milliseconds: float | str) -> float:
-    return float(milliseconds) / 1000
-
-
 @register_exit(r"deadline(?P<deadline_s>\d*\.?\d+)", "deadline<MS>", "or so many ms are over")
 class Deadline(ExitRule):
     """Another iteration as long as the last one would end too late."""
 
-    reason, field, kind = "deadline", "deadline_s", _seconds
+    reason, field, kind = "deadline", "deadline_s", lambda milliseconds: float(milliseconds) / 1000
 
     def __init__(self, deadline_s: float) -> None:
         self.deadline_s = deadline_s

@@ -213,7 +213,6 @@ class StaticCache(BlockCache, Cache):
         return self.keys[layer], self.values[layer]
 
     def slots(self, k: int, device: torch.device | None = None) -> Tensor:
-        """(k,) block slots of the next `k` tokens."""
         return self.positions(k) - self.start
 
     def rows(self, table: Tensor, k: int) -> Tensor:

@@ -24,7 +24,7 @@ from ceed_vla.cli_values import (
 from ceed_vla.devices import check_device
 from ceed_vla.discovery import FLAG as DISCOVER
 from ceed_vla.errors import CeedVLAError
-from ceed_vla.fields import allowed_of, type_hints
+from ceed_vla.fields import allowed_of, allowed_text, type_hints
 
 _Flag = tuple[str, str, str, str]  # name, type, meaning and default
 _COLUMN = 34  # where a flag's description starts
@@ -162,7 +162,7 @@ def _describe(
         text = f"[{textwrap.shorten(text, 60, placeholder=' ...')}]"
         shown = "(required)" if value is MISSING else "" if value in (None, "") else text
         if meaning and allowed is not None:
-            meaning = f"{meaning.rstrip('.')}; {allowed}."
+            meaning = f"{meaning.rstrip('.')}; {allowed_text(allowed)}."
         yield prefix + item.name.removesuffix("_"), _type_name(kind), meaning, shown
 
 

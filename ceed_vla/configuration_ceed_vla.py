@@ -164,7 +164,6 @@ class CeedVLAConfig(PreTrainedConfig):
 
     @property
     def action_dim(self) -> int:
-        """Action dimensions ``A``."""
         if self.action_feature is None:
             raise ConfigError("There is no action feature; set output_features or build it from a data set.")
         return int(self.action_feature.shape[0])

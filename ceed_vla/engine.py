@@ -80,7 +80,6 @@ class CompiledBackbone(nn.Module):
 
     @torch.no_grad()
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
-        """As the backbone's."""
         cache, (rows, k) = prefix.cache, tokens.shape
         if not isinstance(cache, StaticCache):
             raise TokenError(f"The prefix is in a {type(cache).__name__}; prefill it with the compiled backbone.")

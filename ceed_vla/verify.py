@@ -176,8 +176,6 @@ def _differences(name: str, found: list[int], expected: list[int]) -> list[str]:
         return []
     if len(found) != len(expected):
         return [f"{name}: {len(found)} instead of {len(expected)}: {json.dumps(found)}"]
-    first = next(i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1])
-    count = sum(a != b for a, b in zip(found, expected, strict=True))
-    return [
-        f"{name}: {count} of {len(found)} differ, the first at {first}: {found[first]} instead of {expected[first]}"
-    ]
+    wrong = [i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b]
+    first = f"{wrong[0]}: {found[wrong[0]]} instead of {expected[wrong[0]]}"
+    return [f"{name}: {len(wrong)} of {len(found)} differ, the first at {first}"]

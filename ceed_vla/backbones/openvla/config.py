@@ -80,7 +80,6 @@ class OpenVLAConfig(TransformersConfig):
         return least_sizes(self._architecture().text)
 
     def _architecture(self) -> Architecture:
-        """What `architecture` says, checked as a published folder's is."""
         return Architecture(check_config("backbone.architecture", read_architecture(self.architecture)))
 
     def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:

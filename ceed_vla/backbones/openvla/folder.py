@@ -105,7 +105,6 @@ def check_config(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with the defaults of the format; raises `CheckpointError` for what cannot be built."""
     config = {"n_action_bins": 256, "pad_to_multiple_of": 64, "use_fused_vision_backbone": None, **config}
     missing = [key for key in ("text_config", "timm_model_ids", "image_sizes") if key not in config]
     if missing:

@@ -47,7 +47,6 @@ class OpenVLAInputsStep(FilesStep, ObservationProcessorStep):
         check_template(self.prompt, "prompt")
 
     def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
-        """Raise `ConfigError` unless these are the settings that the backbone's configuration has."""
         wanted = backbone.prompt or self.prompt
         if self.camera not in shape.cameras or self.prompt != wanted:
             raise ConfigError(
@@ -98,7 +97,6 @@ class OpenVLAInputsStep(FilesStep, ObservationProcessorStep):
         return {**observation, PIXELS_KEY: pixels, IDS_KEY: ids, MASK_KEY: mask}
 
     def text(self, instruction: str) -> str:
-        """The prompt for an instruction."""
         return fill_template(self.prompt, instruction.lower())
 
     def encode(self, instructions: list[str]) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,6 @@ class VLMConfig(TransformersConfig):
         return [VLMInputsStep(**self.input_settings(shape)).set_processor(load_processor(self.path))]
 
     def input_settings(self, shape: PolicyShape) -> dict[str, Any]:
-        """Settings of the step that makes the model's inputs."""
         places = {"text": shape.state_dim, "projected": 1, "none": 0}[self.proprio]
         sizes = {camera: list(size[1:]) for camera, size in shape.cameras.items()}
         return {"sizes": sizes, "layout": self.cameras, "prompt": self.prompt, "state_places": places}

@@ -59,7 +59,6 @@ class VLMInputsStep(FilesStep, ObservationProcessorStep):
         self._processor: Any = None
 
     def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
-        """Raise `ConfigError` unless these are the settings that the backbone's configuration has."""
         wanted = backbone.input_settings(shape)
         if wrong := [name for name, value in wanted.items() if getattr(self, name) != value]:
             raise ConfigError(f"{wrong[0]} is {getattr(self, wrong[0])!r}; the policy's is {wanted[wrong[0]]!r}.")

@@ -85,7 +85,11 @@ def decode_drafts(backbone: Backbone, prefix: Prefix, request: BlockRequest, dra
             end = n
         calls += rows.running * (drafter.draft(backbone, prefix, tokens, rows, exact, end) + backbone.num_layers)
         before = tokens[:, first:end].clone()  # (B, k)
-        shallow = _shallow(backbone, prefix, tokens[:, start : end - 1], drafter.depths, first - start - 1)
+        shallow: list[Tensor] = []
+        if drafter.depths:  # What every exit would have drafted, of a forward to the deepest one. It is no layer call:
+            # its layers are the verifying forward's first ones, which could keep what they found.
+            logits, _ = cast("Any", backbone).depth_logits(prefix, tokens[:, start : end - 1], drafter.depths)
+            shallow = [scores[:, first - start - 1 :].argmax(-1) for scores in logits]  # each (B, k)
         _, best, new = jacobi_iteration(backbone, prefix, tokens, first, end, rows.running)
         forwards += 1
         old, fresh, sums, *others = to_host(before, new, row_sums(best, backbone), *shallow)
@@ -178,15 +182,3 @@ def decode_del(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> Dec
     if not depths:
         raise ConfigError("del chooses among linear exits, and this policy has none; train them with `ceed-vla exits`.")
     return decode_drafts(backbone, prefix, request, _Online(depths, backbone.num_layers))
-
-
-def _shallow(backbone: Backbone, prefix: Prefix, tokens: Tensor, depths: Sequence[int], skip: int) -> list[Tensor]:
-    """What every exit makes of the `tokens` (B, t) that are verified: its tokens (B, t - skip).
-
-    A forward to the deepest exit shows them all. Its layers are the verifying forward's first ones, which could keep
-    them: it is not counted as a layer call.
-    """
-    if not depths:
-        return []
-    found, _ = cast("Any", backbone).depth_logits(prefix, tokens, depths)
-    return [logits[:, skip:].argmax(-1) for logits in found]

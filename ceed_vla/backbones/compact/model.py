@@ -150,15 +150,14 @@ class CompactBackbone(TrainableBackbone):
         word_embeddings = self.words(words)  # (B, L, d)
         instruction = self.word_codes(words).flatten(1)  # (B, L * c)
         tokens = [word_embeddings]
+        size = (self.image_size, self.image_size)
         for camera, stem in zip(self.cameras, self.stems, strict=True):
-            tokens.append(stem(self._resize(observation[camera]) * 2 - 1, instruction))  # (B, g * g, d)
+            image = observation[camera]
+            if image.shape[-2:] != size:
+                image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
+            tokens.append(stem(image * 2 - 1, instruction))  # (B, g * g, d)
         tokens.append(self.state(observation[STATE_KEY].clamp(-5, 5)).unsqueeze(1))  # (B, 1, d)
         return torch.cat(tokens, dim=1) + self.prefix_positions
-
-    def _resize(self, image: Tensor) -> Tensor:
-        if image.shape[-2:] == (self.image_size, self.image_size):
-            return image
-        return F.interpolate(image, size=(self.image_size, self.image_size), mode="bilinear", antialias=True)
 
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:
         return self.prefill_embeddings(self.embed_prefix(observation))
@@ -249,7 +248,7 @@ class CompactBackbone(TrainableBackbone):
         n = self.block_length
         inputs = [self.action_tokens(block[:, : n - 1]) + self.slots[: n - 1] for block in blocks]
         x = torch.cat([embeddings, *inputs], dim=1)  # (B, P + b * (n - 1), d)
-        mask = self._packed_mask(embeddings.shape[1], n - 1, len(blocks), x.device)
+        mask = self._packed_mask(embeddings.shape[1], n - 1, len(blocks), x.device) if blocks else None
         recompute, depth = self._recompute and self.training, check_depth(depth, self.num_layers)
         for layer in self.trunk[:depth]:
             x = checkpoint(layer, x, mask, use_reentrant=False) if recompute else layer(x, mask)
@@ -268,9 +267,3 @@ class CompactBackbone(TrainableBackbone):
             rows = slice(prefix + i * block, prefix + (i + 1) * block)
             mask[rows, rows] = torch.ones(block, block, dtype=torch.bool, device=device).tril()
         return mask
-
-    def prefix_state(self, embeddings: Tensor) -> Tensor:
-        x = embeddings
-        for layer in self.trunk:
-            x = layer(x, None)
-        return self.final_norm(x[:, -1])

@@ -37,16 +37,12 @@ _COMMON = (
 def parse_flags[T](config_class: type[T], flags: Sequence[str], positional: str = "") -> T:
     """Build a configuration from `--key value`, `--key=value` and `--config_path FILE` (YAML or JSON).
 
-    Args:
-        config_class: A dataclass; nested dataclasses give flags such as `--policy.path`. Setting one of these leaves
-            the others at the defaults that the outer class gives them.
-        flags: The words after the command's name. A switch without a value means true, and the path may be given to a
-            group that has one (`--trajectories FOLDER` is `--trajectories.path FOLDER`). Where Python reserves a flag's
-            name, the field has an underscore behind it.
-        positional: The flag that one word without ``--`` stands for; none if empty.
+    Nested dataclasses give flags such as `--policy.path`; setting one of these leaves the others at the defaults that
+    the outer class gives them. A switch without a value means true, and the path may be given to a group that has one
+    (`--trajectories FOLDER` is `--trajectories.path FOLDER`). Where Python reserves a flag's name, the field has an
+    underscore behind it. One word without ``--`` stands for the flag `positional`.
 
-    Raises:
-        UsageError: Unknown, missing or repeated flag, or a value of another type. The configuration raises its own.
+    `UsageError` for an unknown, missing or repeated flag, or a value of another type. The configuration raises its own.
     """
     import draccus
     from draccus.utils import DraccusException

@@ -12,6 +12,7 @@ from lerobot.lerobot_types import RobotObservation, TransitionKey
 from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ceed_vla.backbones.openvla.folder import PROMPT, read_config
 from ceed_vla.backbones.openvla.images import OpenVLAImages
@@ -101,10 +102,9 @@ class OpenVLAInputsStep(FilesStep, ObservationProcessorStep):
 
     def encode(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
         """Ids (B, L) of the prompts, padded on the left, and their mask (B, L)."""
-        rows = [self.encode_text(self.text(instruction)) for instruction in instructions]
-        length = max(map(len, rows))
-        ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        rows = [torch.tensor(self.encode_text(self.text(instruction))) for instruction in instructions]
+        marks = [torch.ones_like(row) for row in rows]
+        ids, mask = (pad_sequence(part, batch_first=True, padding_side="left") for part in (rows, marks))
         return ids, mask
 
     def encode_text(self, text: str) -> list[int]:

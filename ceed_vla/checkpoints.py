@@ -21,13 +21,8 @@ __all__ = ["load", "pretrained_path", "resolve_checkpoint", "save", "weights_has
 def load(path: str | Path, device: str | None = None, merge_adapters: bool = True) -> tuple[CeedVLAPolicy, Any, Any]:
     """A policy in eval mode with its pre- and post-processor, loaded strictly and offline.
 
-    Args:
-        path: Checkpoint folder, or "teacher" / "student" for the shipped ones.
-        device: Where to run it; the CPU if None.
-        merge_adapters: See `CeedVLAPolicy.from_pretrained`.
-
-    Raises:
-        CheckpointError: Missing, foreign, truncated or corrupt files.
+    The `path` is a checkpoint folder, or "teacher" / "student" for the shipped ones; without a `device` it runs on the
+    CPU. For `merge_adapters`, and what is raised, see `CeedVLAPolicy.from_pretrained`.
     """
     folder = resolve_checkpoint(path)
     config = CeedVLAConfig.read(folder, "cpu" if device is None else device)

@@ -79,15 +79,14 @@ class CeedVLAPolicy(PreTrainedPolicy):
     ) -> CeedVLAPolicy:
         """Load a local checkpoint in evaluation mode; never asks a hub.
 
+        `CheckpointError` for missing, foreign, truncated or corrupt files.
+
         Args:
             pretrained_name_or_path: A checkpoint folder, or "teacher" / "student" for the shipped ones.
             config: Used instead of the checkpoint's own.
             strict: Refuse missing and additional weights.
             merge_adapters: Add low-rank adapters in the checkpoint to the weights; otherwise they are in `adapters`.
             kwargs: What LeRobot's tools pass besides; only ``dataset_stats`` is read.
-
-        Raises:
-            CheckpointError: Missing, foreign, truncated or corrupt files.
         """
         folder = resolve_checkpoint(pretrained_name_or_path, POLICY_FILES)
         _check_switches(strict=strict, merge_adapters=merge_adapters)

@@ -182,11 +182,8 @@ def action_statistics(folder: str | Path, unnorm_key: str = "") -> tuple[str, di
     each.
 
     They lie in ``norm_stats`` of config.json; a fine-tuned model may have its own in dataset_statistics.json, which
-    then count first. Where there are several, `unnorm_key` names the data set.
-
-    Raises:
-        ConfigError: The name is unknown, or missing where there are several; the message lists them.
-        CheckpointError: Statistics that are missing or incomplete.
+    then count first. Where there are several, `unnorm_key` names the data set: `ConfigError` lists them if it
+    is missing or unknown. `CheckpointError` for statistics that are missing or incomplete.
     """
     folder = Path(folder)
     sources = {folder / "config.json": read_config(folder).get("norm_stats") or {}}

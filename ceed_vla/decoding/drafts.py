@@ -86,8 +86,8 @@ def decode_drafts(backbone: Backbone, prefix: Prefix, request: BlockRequest, dra
         calls += rows.running * (drafter.draft(backbone, prefix, tokens, rows, exact, end) + backbone.num_layers)
         before = tokens[:, first:end].clone()  # (B, k)
         shallow: list[Tensor] = []
-        if drafter.depths:  # What every exit would have drafted, of a forward to the deepest one. It is no layer call:
-            # its layers are the verifying forward's first ones, which could keep what they found.
+        # What every exit would have drafted. No layer call: these are the verifying forward's first layers again.
+        if drafter.depths:
             logits, _ = cast("Any", backbone).depth_logits(prefix, tokens[:, start : end - 1], drafter.depths)
             shallow = [scores[:, first - start - 1 :].argmax(-1) for scores in logits]  # each (B, k)
         _, best, new = jacobi_iteration(backbone, prefix, tokens, first, end, rows.running)

@@ -14,6 +14,7 @@ from typing import Any
 from ceed_vla.choices import Choice
 from ceed_vla.cli_values import (
     UsageError,
+    check_moved,
     is_choice,
     is_nested,
     read_config,
@@ -213,6 +214,8 @@ def _read_words(config_class: type[Any], flags: Sequence[str], positional: str) 
         name, equals, text = word.removeprefix("--").partition("=")
         if name not in kinds and f"{name}.path" in kinds:
             name = f"{name}.path"  # --policy FOLDER
+        if word.startswith("--") and name not in kinds:
+            check_moved(name, config_class)
         if not word.startswith("--") or name not in kinds:
             raise unknown(name, kinds, word)
         if name in seen:

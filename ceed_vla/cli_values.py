@@ -31,12 +31,16 @@ class UsageError(Exception):
 
 
 def unknown(name: str, known: Iterable[str], word: str = "") -> UsageError:
-    """That there is no flag `name` (typed as `word`): what it is called now, or which of the `known` may be meant."""
-    if name in _MOVED:
-        return UsageError(f"--{name} is now --{_MOVED[name]}")
+    """That there is no flag `name` (typed as `word`), and which of the `known` ones may be meant."""
     close = get_close_matches(name[:100], known, n=1)
     hint = f"; did you mean --{close[0]}?" if close else ""
     return UsageError(f"unknown flag {short(word or f'--{name}')}{hint}")
+
+
+def check_moved(name: str, config_class: type[Any]) -> None:
+    """Raise `UsageError` for a flag that has another name now (`moved` of the configuration)."""
+    if new := {**_MOVED, **getattr(config_class, "moved", {})}.get(name):
+        raise UsageError(f"--{name} is now --{new}")
 
 
 def read_yaml(text: str, source: str) -> Any:
@@ -125,6 +129,8 @@ def shaped(values: dict[str, Any], config_class: type[Any], prefix: str = "") ->
     for name, value in values.items():
         if name in result:
             continue
+        if name not in known or (name == "env" and not isinstance(value, dict)):
+            check_moved(prefix + name, config_class)
         if name not in known:
             raise unknown(prefix + name, [prefix + n for n in known])
         field, owner = known[name]

@@ -41,8 +41,7 @@ class BlockCache:
     def seal_prefix(self, t: int, shallow: bool = False) -> None:
         """Declare the first `t` positions, just written, the prefix; in some layers only if `shallow`.
 
-        Raises:
-            TokenError: Fewer than `t` positions were written.
+        `TokenError` if fewer than `t` were written.
         """
         if not (shallow or 0 < t <= self._written):
             raise TokenError(f"The prefix cannot have {t} positions: {self._written} were written. Prefill first.")
@@ -53,11 +52,7 @@ class BlockCache:
         self.length = self.prefix_length = self._written = 0
 
     def commit(self, t: int) -> None:
-        """Make the next `t` written positions final; they are not recomputed any more.
-
-        Raises:
-            TokenError: Negative `t`, or fewer than `t` positions were written after `length`.
-        """
+        """Make the next `t` written positions final; `TokenError` if there are fewer, or `t` is negative."""
         if not 0 <= t <= self._written - self.length:
             raise TokenError(
                 f"Cannot commit {t} positions: {self._written - self.length} were written after position "
@@ -77,18 +72,8 @@ class BlockCache:
 class KVCache(BlockCache):
     """Pre-allocated keys and values (L, B, H, T, D), written by index; never grows.
 
-    Args:
-        num_layers: Layers ``L``.
-        batch: Rows ``B``.
-        num_kv_heads: Key/value heads ``H``.
-        capacity: Positions ``T``: prefix plus block.
-        head_dim: Width ``D`` of a head.
-        device: Where the cache lives.
-        dtype: Type of keys and values.
-        exits: More layers, of exits, which are written before the last of the others.
-
-    Raises:
-        ConfigError: A size below 1.
+    Its `capacity` ``T`` is prefix plus block. Behind the ``L`` layers come those of exits, which are written before the
+    last of the others. `ConfigError` for a size below 1.
     """
 
     def __init__(
@@ -114,11 +99,8 @@ class KVCache(BlockCache):
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys and values (B, H, t, D) of one layer at positions ``[length, length + t)``.
 
-        Returns:
-            Views (B, H, length + t, D) of all keys and values up to there. They share memory with the cache.
-
-        Raises:
-            TokenError: The positions lie past the capacity.
+        Returns views (B, H, length + t, D) of all up to there, which share memory with the cache. `TokenError` for
+        positions past the capacity.
         """
         start, end = self.length, self.length + k.shape[2]
         if end > self.capacity:
@@ -212,8 +194,7 @@ class StaticCache(BlockCache, Cache):
     def place(self, t: int, shallow: bool) -> None:
         """Tell compiled code where the next `t` tokens are; it writes them to some layers only if `shallow`.
 
-        Raises:
-            TokenError: Another prefix has been run since.
+        `TokenError` if another prefix has been run since.
         """
         if not self.keys:
             raise TokenError("Another prefix has taken this one's place in the compiled cache; prefill it again.")
@@ -232,7 +213,6 @@ class StaticCache(BlockCache, Cache):
         return self.keys[layer], self.values[layer]
 
     def slots(self, k: int, device: torch.device | None = None) -> Tensor:
-        """(k,) block slots of the next `k` tokens."""
         return self.positions(k) - self.start
 
     def rows(self, table: Tensor, k: int) -> Tensor:

@@ -69,9 +69,8 @@ def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
 def read_values(folder: Path) -> dict[str, Any]:
     """What config.json says, in the current format.
 
-    Raises:
-        CheckpointError: Another policy's, of a newer format, or without a decoding setting: a default would decode
-            otherwise without a word.
+    `CheckpointError` for another policy's, a newer format, or a missing decoding setting: a default would decode
+    otherwise without a word.
     """
     values, file = read_json(folder / "config.json"), folder / "config.json"
     kind, tokens = values.get("type"), values.get("action_tokens")

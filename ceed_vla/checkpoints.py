@@ -11,6 +11,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from ceed_vla.checkpoint_files import pretrained_path, resolve_checkpoint, weights_hash
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import CheckpointError, root_cause
+from ceed_vla.files import saving
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.processor_ceed_vla import checked
 
@@ -20,13 +21,8 @@ __all__ = ["load", "pretrained_path", "resolve_checkpoint", "save", "weights_has
 def load(path: str | Path, device: str | None = None, merge_adapters: bool = True) -> tuple[CeedVLAPolicy, Any, Any]:
     """A policy in eval mode with its pre- and post-processor, loaded strictly and offline.
 
-    Args:
-        path: Checkpoint folder, or "teacher" / "student" for the shipped ones.
-        device: Where to run it; the CPU if None.
-        merge_adapters: See `CeedVLAPolicy.from_pretrained`.
-
-    Raises:
-        CheckpointError: Missing, foreign, truncated or corrupt files.
+    The `path` is a checkpoint folder, or "teacher" / "student" for the shipped ones; without a `device` it runs on the
+    CPU. For `merge_adapters`, and what is raised, see `CeedVLAPolicy.from_pretrained`.
     """
     folder = resolve_checkpoint(path)
     config = CeedVLAConfig.read(folder, "cpu" if device is None else device)
@@ -51,10 +47,8 @@ def save(
     `weights`, for instance gathered from several processes, are written instead of the policy's. `CheckpointError` if
     it cannot be written, for instance on a full disk; what was there before stays.
     """
-    from safetensors import SafetensorError
-
     folder = Path(path)
-    try:
+    with saving(folder, {}):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             policy.save_pretrained(temporary, state_dict=weights)
@@ -62,7 +56,4 @@ def save(
                 part.save_pretrained(temporary)
             for file in Path(temporary).iterdir():
                 file.replace(folder / file.name)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)[:200]
-        raise CheckpointError(f"The checkpoint {folder} cannot be written ({reason}); make room and repeat.") from error
     return folder

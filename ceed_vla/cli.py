@@ -220,7 +220,6 @@ def _is_for_the_user(record: logging.LogRecord) -> bool:
 
 
 def overview() -> str:
-    """Text of `ceed-vla --help`."""
     rows = "\n".join(f"  {name:<11}{command.summary}" for name, command in COMMANDS.items())
     return (
         f"usage: {PROGRAM} <command> [--flag value ...]\n\n"
@@ -244,7 +243,6 @@ def config_of(command: Command) -> type[Any]:
 
 
 def run(name: str, command: Command, flags: Sequence[str]) -> int:
-    """Run a command with its flags; returns the exit code."""
     program, config = f"{PROGRAM} {name}", None
     try:
         packages, flags = take_packages(flags)

@@ -25,7 +25,7 @@ from ceed_vla.cli_values import (
 from ceed_vla.devices import check_device
 from ceed_vla.discovery import FLAG as DISCOVER
 from ceed_vla.errors import CeedVLAError
-from ceed_vla.fields import allowed_of, type_hints
+from ceed_vla.fields import allowed_of, allowed_text, type_hints
 
 _Flag = tuple[str, str, str, str]  # name, type, meaning and default
 _COLUMN = 34  # where a flag's description starts
@@ -38,16 +38,12 @@ _COMMON = (
 def parse_flags[T](config_class: type[T], flags: Sequence[str], positional: str = "") -> T:
     """Build a configuration from `--key value`, `--key=value` and `--config_path FILE` (YAML or JSON).
 
-    Args:
-        config_class: A dataclass; nested dataclasses give flags such as `--policy.path`. Setting one of these leaves
-            the others at the defaults that the outer class gives them.
-        flags: The words after the command's name. A switch without a value means true, and the path may be given to a
-            group that has one (`--trajectories FOLDER` is `--trajectories.path FOLDER`). Where Python reserves a flag's
-            name, the field has an underscore behind it.
-        positional: The flag that one word without ``--`` stands for; none if empty.
+    Nested dataclasses give flags such as `--policy.path`; setting one of these leaves the others at the defaults that
+    the outer class gives them. A switch without a value means true, and the path may be given to a group that has one
+    (`--trajectories FOLDER` is `--trajectories.path FOLDER`). Where Python reserves a flag's name, the field has an
+    underscore behind it. One word without ``--`` stands for the flag `positional`.
 
-    Raises:
-        UsageError: Unknown, missing or repeated flag, or a value of another type. The configuration raises its own.
+    `UsageError` for an unknown, missing or repeated flag, or a value of another type. The configuration raises its own.
     """
     import draccus
     from draccus.utils import DraccusException
@@ -163,7 +159,7 @@ def _describe(
         text = f"[{textwrap.shorten(text, 60, placeholder=' ...')}]"
         shown = "(required)" if value is MISSING else "" if value in (None, "") else text
         if meaning and allowed is not None:
-            meaning = f"{meaning.rstrip('.')}; {allowed}."
+            meaning = f"{meaning.rstrip('.')}; {allowed_text(allowed)}."
         yield prefix + item.name.removesuffix("_"), _type_name(kind), meaning, shown
 
 

@@ -160,16 +160,11 @@ class CeedVLAConfig(PreTrainedConfig):
         super()._save_pretrained(save_directory)
 
     def named(self, decoding: str | DecodingConfig) -> DecodingConfig:
-        """The decoding that a name stands for, of this checkpoint.
-
-        Raises:
-            ConfigError: Unknown name, or values outside their range.
-        """
+        """The decoding that a name stands for, of this checkpoint; see `named_config`."""
         return named_config(decoding, self.decoding, self.decodings)
 
     @property
     def action_dim(self) -> int:
-        """Action dimensions ``A``."""
         if self.action_feature is None:
             raise ConfigError("There is no action feature; set output_features or build it from a data set.")
         return int(self.action_feature.shape[0])

@@ -79,7 +79,6 @@ class Finding:
 
     @property
     def state(self) -> str:
-        """One of "ok", "note" and "missing"."""
         return "ok" if not self.remedy else "missing" if self.needed else "note"
 
 

@@ -27,15 +27,11 @@ def compiled[B: Backbone](backbone: B, backend: str | Callable[..., Any] = "indu
     """The `backbone` with its block, and where it can its prefill, compiled when they first run.
 
     It shares the weights, which keep their names, and does all else as before. There is one cache a batch size: only
-    the newest prefix of a batch size can be decoded. Scores differ from the eager ones by rounding.
+    the newest prefix of a batch size can be decoded. Scores differ from the eager ones by rounding. `ConfigError` for a
+    backbone that knows no static cache; `CompactBackbone` and every `TransformersBackbone` do.
 
-    Args:
-        backbone: `CompactBackbone`, or a `TransformersBackbone`.
-        backend: Of ``torch.compile``.
-        mode: Of ``torch.compile``; "reduce-overhead" replays CUDA graphs on a GPU (written for one, never run on one).
-
-    Raises:
-        ConfigError: A backbone that knows no static cache.
+    `backend` and `mode` are those of ``torch.compile``; "reduce-overhead" replays CUDA graphs on a GPU (never run on
+    one).
     """
     if "block" not in getattr(backbone, "compilable", ()):
         raise ConfigError(
@@ -84,7 +80,6 @@ class CompiledBackbone(nn.Module):
 
     @torch.no_grad()
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
-        """As the backbone's."""
         cache, (rows, k) = prefix.cache, tokens.shape
         if not isinstance(cache, StaticCache):
             raise TokenError(f"The prefix is in a {type(cache).__name__}; prefill it with the compiled backbone.")

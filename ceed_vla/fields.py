@@ -7,7 +7,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -22,39 +22,20 @@ COUNTS = "[1, 1e9]"  # of steps, frames, episodes
 THREADS = "[0, 256]"
 
 
-@dataclass(frozen=True)
 class Interval:
     """A range of numbers in the notation of mathematics: ``[1, 10]``, ``(0, 1]``, ``[0, inf)``; infinity is outside."""
 
-    text: str
-
-    @functools.cached_property
-    def ends(self) -> tuple[float, float]:
-        """Lower and upper end."""
-        low, _, high = self.text[1:-1].partition(",")
-        return float(low), float(high)
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.low, self.high = map(float, text[1:-1].split(","))
 
     def __contains__(self, value: float) -> bool:
-        low, high = self.ends
-        above = value > low if self.text[0] == "(" else value >= low
-        below = value < high if self.text[-1] == ")" else value <= high
+        above = value > self.low if self.text[0] == "(" else value >= self.low
+        below = value < self.high if self.text[-1] == ")" else value <= self.high
         return above and below and math.isfinite(value)
 
-    def __str__(self) -> str:
-        return f"in {self.text}"
 
-
-@dataclass(frozen=True)
-class Choices:
-    """Texts of which a setting is one."""
-
-    texts: tuple[str, ...]
-
-    def __contains__(self, value: object) -> bool:
-        return value in self.texts
-
-    def __str__(self) -> str:
-        return f"one of {', '.join(self.texts)}"
+Allowed = Interval | tuple[str, ...]  # numbers, or the texts of which a setting is one
 
 
 def ranged(default: Any, interval: str) -> Any:
@@ -64,19 +45,24 @@ def ranged(default: Any, interval: str) -> Any:
 
 def chosen(default: str, choices: Sequence[str]) -> Any:
     """A field that is one of `choices`."""
-    return _declared(default, Choices(tuple(choices)))
+    return _declared(default, tuple(choices))
 
 
-def _declared(default: Any, allowed: Interval | Choices) -> Any:
+def _declared(default: Any, allowed: Allowed) -> Any:
     metadata = {_ALLOWED: allowed}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def allowed_of(item: Any) -> Interval | Choices | None:
+def allowed_of(item: Any) -> Allowed | None:
     """What the dataclass field `item` declares."""
     return item.metadata.get(_ALLOWED)
+
+
+def allowed_text(allowed: Allowed) -> str:
+    """What is allowed, in words."""
+    return f"one of {', '.join(allowed)}" if isinstance(allowed, tuple) else f"in {allowed.text}"
 
 
 def check_fields(config: Any, prefix: str = "") -> None:
@@ -87,18 +73,18 @@ def check_fields(config: Any, prefix: str = "") -> None:
     hints = type_hints(type(config))
     for item in fields(config):
         value, hint, allowed = getattr(config, item.name, None), hints.get(item.name, Any), allowed_of(item)
-        if not _fits(value, hint, allowed):
+        if not fits(value, hint, allowed):
             name = f"{prefix}{item.name.removesuffix('_')}"
             raise ConfigError(f"{name} is {short(value)}; it must be {describe(hint, allowed)}.")
 
 
-def describe(hint: Any, allowed: Interval | Choices | None) -> str:
+def describe(hint: Any, allowed: Allowed | None) -> str:
     """What a field may be, in words."""
-    if isinstance(allowed, Choices):
-        return str(allowed)
+    if isinstance(allowed, tuple):
+        return allowed_text(allowed)
     options = options_of(hint)
     words = [_word(option) for option in options if option is not type(None)]
-    text = " or ".join(dict.fromkeys(words)) + (f" {allowed}" if allowed is not None else "")
+    text = " or ".join(dict.fromkeys(words)) + (f" {allowed_text(allowed)}" if allowed is not None else "")
     return text + (" (or nothing)" if type(None) in options else "")
 
 
@@ -110,29 +96,30 @@ def _word(hint: Any) -> str:
     return simple.get(hint, "a mapping" if origin is dict else getattr(hint, "__name__", str(hint)))
 
 
-def _fits(value: Any, hint: Any, allowed: Interval | Choices | None) -> bool:
+def fits(value: Any, hint: Any, allowed: Allowed | None = None) -> bool:
+    """Whether a value is of the type `hint`, and as `allowed` where that is given."""
     if hint is Any:
         return True
     if (options := options_of(hint)) != (hint,):
-        return any(_fits(value, option, allowed) for option in options)
+        return any(fits(value, option, allowed) for option in options)
     if hint is type(None):
         return value is None
     if hint in (int, float):
         number = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
         return number and abs(value) < _LARGEST and (not isinstance(allowed, Interval) or value in allowed)
     if hint is str:
-        fits = isinstance(value, str) and len(value) <= LONGEST_TEXT and "\0" not in value
-        return fits and (not isinstance(allowed, Choices) or value in allowed)
+        text = isinstance(value, str) and len(value) <= LONGEST_TEXT and "\0" not in value
+        return text and (not isinstance(allowed, tuple) or value in allowed)
     if hint is bool:
         return isinstance(value, bool)
     if hint is Path:
         return isinstance(value, str | Path) and "\0" not in str(value)
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin in (list, tuple):
-        return isinstance(value, list | tuple) and all(_fits(v, inside[0] if inside else Any, allowed) for v in value)
+        return isinstance(value, list | tuple) and all(fits(v, inside[0] if inside else Any, allowed) for v in value)
     if origin is dict:
         key, entry = inside or (Any, Any)
-        return isinstance(value, dict) and all(_fits(k, key, None) and _fits(v, entry, None) for k, v in value.items())
+        return isinstance(value, dict) and all(fits(k, key) and fits(v, entry) for k, v in value.items())
     return isinstance(value, hint) if isinstance(hint, type) else True
 
 

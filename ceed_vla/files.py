@@ -131,7 +131,10 @@ def write_text(file: Path, text: str) -> None:
 
 @contextmanager
 def saving(folder: object, options: Mapping[str, Any]) -> Iterator[None]:
-    """Check what LeRobot's ``save_pretrained`` is given (`ConfigError` for a hub), and say why it cannot write."""
+    """Check what LeRobot's ``save_pretrained`` is given, and say why it cannot write.
+
+    `ConfigError` if a hub is asked for, `CheckpointError` for no folder's name, or one that cannot be written to.
+    """
     from safetensors import SafetensorError
 
     if not isinstance(folder, str | Path) or not str(folder):
@@ -141,4 +144,4 @@ def saving(folder: object, options: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{short(str(folder))} cannot be written ({short(error)}).") from error
+        raise CheckpointError(f"{short(str(folder))} cannot be written ({short(error)}); is there room?") from error

@@ -27,7 +27,7 @@ from ceed_vla.lora import merge
 from ceed_vla.processor_steps import PROCESSOR_FILES, check_processors
 from ceed_vla.real_time import continuation, decode_behind
 from ceed_vla.supervision import teacher_loss
-from ceed_vla.weights import WEIGHTS, Header, load_weights, save_weights
+from ceed_vla.weights import WEIGHTS, check_sizes, load_weights, save_weights
 
 
 class CeedVLAPolicy(PreTrainedPolicy):
@@ -79,15 +79,14 @@ class CeedVLAPolicy(PreTrainedPolicy):
     ) -> CeedVLAPolicy:
         """Load a local checkpoint in evaluation mode; never asks a hub.
 
+        `CheckpointError` for missing, foreign, truncated or corrupt files.
+
         Args:
             pretrained_name_or_path: A checkpoint folder, or "teacher" / "student" for the shipped ones.
             config: Used instead of the checkpoint's own.
             strict: Refuse missing and additional weights.
             merge_adapters: Add low-rank adapters in the checkpoint to the weights; otherwise they are in `adapters`.
             kwargs: What LeRobot's tools pass besides; only ``dataset_stats`` is read.
-
-        Raises:
-            CheckpointError: Missing, foreign, truncated or corrupt files.
         """
         folder = resolve_checkpoint(pretrained_name_or_path, POLICY_FILES)
         _check_switches(strict=strict, merge_adapters=merge_adapters)
@@ -107,21 +106,12 @@ class CeedVLAPolicy(PreTrainedPolicy):
         return policy.to(policy.config.device).eval()
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Write configuration and weights into a folder, as LeRobot does.
-
-        Raises:
-            ConfigError: A hub is asked for.
-            CheckpointError: No folder's name, or it cannot be written.
-        """
+        """Write configuration and weights into a folder, as LeRobot does; see `saving`."""
         with saving(save_directory, options):
             return super().save_pretrained(save_directory, **options)
 
     def push_to_hub(self, *arguments: Any, **options: Any) -> str:
-        """Refused: nothing here asks a hub.
-
-        Raises:
-            ConfigError: Always; it says what to do.
-        """
+        """Refused with a `ConfigError`, which says what to do: nothing here asks a hub."""
         raise ConfigError("Nothing here asks a hub: save_pretrained writes a folder, `hf upload` uploads it.")
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -136,11 +126,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         save_exits(self.backbone, save_directory)
 
     def to(self, *arguments: Any, **options: Any) -> Any:
-        """As torch's.
-
-        Raises:
-            ConfigError: No such device or type.
-        """
+        """As torch's; `ConfigError` if there is no such device or type."""
         try:
             for depth_exit in self.backbone.exits.values():
                 depth_exit.to(*arguments, **options)
@@ -154,11 +140,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         return super().train(mode)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *arguments: Any, **options: Any) -> Any:
-        """As torch's.
-
-        Raises:
-            CheckpointError: No weights, or those of another model.
-        """
+        """As torch's; `CheckpointError` for what is no weights, or another model's."""
         try:
             return super().load_state_dict(state_dict, *arguments, **options)
         except (RuntimeError, TypeError, AttributeError) as error:
@@ -246,11 +228,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         return self.config.named(decoding)
 
     def check_observation(self, batch: dict[str, Tensor]) -> int:
-        """The rows ``B`` of a pre-processed batch.
-
-        Raises:
-            ObservationError: A feature is missing, has another shape or type, or is not finite.
-        """
+        """The rows ``B`` of a pre-processed batch; `ObservationError` for what the backbone cannot read."""
         return self.backbone.check_observation(batch)
 
     def supports_rtc(self) -> bool:
@@ -326,16 +304,13 @@ def _check_switches(**switches: object) -> None:
 def check_checkpoint(folder: Path, config: CeedVLAConfig) -> None:
     """Refuse what a checkpoint must not say, before anything is built: wrong sizes, steps that could run code.
 
-    Processors are checked where the folder has them: a policy without is still a policy.
-
-    Raises:
-        CheckpointError: What is wrong, in which file.
+    Processors are checked where the folder has them: a policy without is still a policy. `CheckpointError` says what is
+    wrong, in which file.
     """
     # Or the model would be read from wherever `path` says.
     if getattr(config.backbone, "architecture", None) == "":
         raise CheckpointError(f"{folder}: backbone.architecture in config.json is empty; copy it again.")
-    layers, numbers = config.backbone.least_sizes(config.shape)  # sizes that the weights cannot have are not built
-    files = config.backbone.weight_files() or [folder / WEIGHTS]
-    Header.read(files).check(layers, numbers, files[0])
+    # Sizes that the weights cannot have are not built.
+    check_sizes(config.backbone.weight_files() or [folder / WEIGHTS], *config.backbone.least_sizes(config.shape))
     if any((folder / name).exists() for name in PROCESSOR_FILES):
         check_processors(folder, config)

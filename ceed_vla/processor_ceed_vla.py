@@ -64,5 +64,4 @@ class CheckedPipeline(DataProcessorPipeline[Any, Any]):
 
 
 def checked(pipeline: DataProcessorPipeline[Any, Any]) -> CheckedPipeline:
-    """`pipeline` as a `CheckedPipeline`."""
     return CheckedPipeline(**{item.name: getattr(pipeline, item.name) for item in fields(pipeline) if item.init})

@@ -46,8 +46,6 @@ _STATISTICS = {
 
 @dataclass
 class _Settings:
-    """Nothing to set."""
-
     def __post_init__(self) -> None:
         check_fields(self)
 

@@ -10,7 +10,7 @@ with every chunk. So its chunk is decoded freely, and what the frozen steps move
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,24 +22,19 @@ from ceed_vla.fields import short
 from ceed_vla.tensors import is_plain
 from ceed_vla.tokens.base import ActionTokens
 
+if TYPE_CHECKING:
+    from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+
 
 def continuation(tokens: ActionTokens, left_over: Tensor, delay: int, rows: int) -> tuple[Tensor | None, Tensor | None]:
-    """What the left-over of a chunk says about the next one.
+    """What the left-over of a chunk says about the next one, which is ready after the robot's next `delay` steps.
 
-    Args:
-        tokens: The action vocabulary.
-        left_over: Actions (T, A) or (B, T, A), as `predict_action_chunk` returned them, that were not executed yet.
-            Rows of zeros at their end are LeRobot's filling, which is neither frozen nor a guess.
-        delay: Steps that the robot executes before the new chunk is ready.
-        rows: Rows ``B`` of the observation.
+    It is actions (T, A) or (B, T, A) of `predict_action_chunk` that were not executed yet; rows of zeros at their end
+    are LeRobot's filling, which is neither frozen nor a guess. `ConfigError` for a delay that is no number of steps, or
+    tokens of variable length; `TokenError` for no actions, of another shape, or not finite.
 
-    Returns:
-        The chunk before, from the next step on, (B, n) with its last step repeated, and frozen tokens (B, k * A); None
-        where nothing is left or nothing must stay.
-
-    Raises:
-        ConfigError: A delay that is no number of steps, or tokens of variable length.
-        TokenError: No actions, of another shape, or not finite.
+    Returns the chunk before, from the next step on, (B, n) with its last step repeated, and frozen tokens (B, k * A);
+    None where nothing is left or nothing must stay.
     """
     if type(delay) is not int or delay < 0:
         raise ConfigError(f"inference_delay is {short(delay)}; it must be a number of steps, 0 or more.")
@@ -64,18 +59,8 @@ def continuation(tokens: ActionTokens, left_over: Tensor, delay: int, rows: int)
     return chunk, chunk[:, : frozen * tokens.tokens_per_step] if frozen else None
 
 
-class Decodes(Protocol):
-    """A policy, as far as it matters here."""
-
-    config: Any
-    backbone: Any
-    tokenizer: ActionTokens
-
-    def decode(self, batch: dict[str, Tensor], **arguments: Any) -> DecodeResult: ...
-
-
 def decode_behind(
-    policy: Decodes,
+    policy: CeedVLAPolicy,
     batch: dict[str, Tensor],
     frozen: Tensor | None,
     executed_steps: int | None = None,

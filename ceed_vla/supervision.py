@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
-from ceed_vla.backbones.base import TrainableBackbone, runs
-from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.backbones.base import runs
 from ceed_vla.errors import ConfigError, ObservationError
 from ceed_vla.fields import short
 from ceed_vla.tensors import is_plain
-from ceed_vla.tokens.base import ActionTokens
+
+if TYPE_CHECKING:
+    from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 
 ENVIRONMENT_STATE_KEY = "observation.environment_state"
 AUGMENTATION_NOISE = "augmentation_noise"
@@ -23,19 +23,9 @@ PADDED = "action_is_pad"
 LARGEST = 1e6  # term of the environment state
 
 
-class Learner(Protocol):
-    """What is supervised: a policy."""
-
-    config: CeedVLAConfig
-    tokenizer: ActionTokens
-    backbone: TrainableBackbone
-    training: bool
-    auxiliary_terms: int | None
-
-    def check_observation(self, batch: dict[str, Tensor]) -> int: ...
-
-
-def teacher_loss(policy: Learner, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
+def teacher_loss(
+    policy: CeedVLAPolicy, batch: dict[str, Tensor], reduction: str = "mean"
+) -> tuple[Tensor, dict[str, float]]:
     """Autoregressive loss of the teacher, with the auxiliary regression if its target is in the batch, and the parts.
 
     The `batch` is a pre-processed observation with ``action`` (B, m, A) and, optionally, ``action_is_pad`` (B, m) and
@@ -63,13 +53,13 @@ def teacher_loss(policy: Learner, batch: dict[str, Tensor], reduction: str = "me
     return (rows.mean() if reduction == "mean" else rows), parts
 
 
-def finish_training(policy: Learner) -> None:
+def finish_training(policy: CeedVLAPolicy) -> None:
     """Drop the head that only training uses, in the configuration too."""
     policy.backbone.early_auxiliary = None
     policy.config.backbone = policy.config.backbone.finished()
 
 
-def auxiliary_loss(policy: Learner, embeddings: Any, state: Tensor, environment_state: Tensor) -> Tensor:
+def auxiliary_loss(policy: CeedVLAPolicy, embeddings: Any, state: Tensor, environment_state: Tensor) -> Tensor:
     """Smooth-L1 (B,) between the regressions and the scaled leading `environment_state` terms (B, E) [m, rad].
 
     The early head regresses from `embeddings` of `embed_prefix`, the head behind the trunk from the `state` token's
@@ -91,7 +81,7 @@ def auxiliary_loss(policy: Learner, embeddings: Any, state: Tensor, environment_
     return torch.stack(losses).sum(0)
 
 
-def grounding_loss(policy: Learner, batch: dict[str, Tensor]) -> Tensor:
+def grounding_loss(policy: CeedVLAPolicy, batch: dict[str, Tensor]) -> Tensor:
     """The auxiliary loss alone (scalar), for frames that have no action."""
     if policy.backbone.auxiliary is None:
         raise ConfigError("auxiliary_scale is empty: this policy has no grounding target.")
@@ -102,27 +92,24 @@ def grounding_loss(policy: Learner, batch: dict[str, Tensor]) -> Tensor:
     return auxiliary_loss(policy, embeddings, state, batch[ENVIRONMENT_STATE_KEY]).mean()
 
 
-def _prepared(policy: Learner, batch: dict[str, Tensor], target: str) -> dict[str, Tensor]:
+def _prepared(policy: CeedVLAPolicy, batch: dict[str, Tensor], target: str) -> dict[str, Tensor]:
     """`batch`, in which there is a `target`, checked and in training augmented."""
-    rows = policy.check_observation(batch)
+    if policy.training:
+        batch = augment(policy, batch)
+    else:
+        _check_batch(policy, batch)
     if batch.get(target) is None:
         raise ObservationError(f"The batch has no {target!r}; it has {', '.join(sorted(map(str, batch)))}.")
-    _check_targets(policy, batch, rows)
-    return _augment(policy, batch) if policy.training else batch
+    return batch
 
 
-def augment(policy: Learner, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def augment(policy: CeedVLAPolicy, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Random shift and brightness of every image that the backbone sees as such, noise on the state.
 
     ``batch["augmentation_noise"]`` (B, `augmentation_size`), uniform in [0, 1), decides where it is given: then
     the augmentation of a frame does not depend on how a batch is split over processes.
     """
-    _check_targets(policy, batch, policy.check_observation(batch))
-    return _augment(policy, batch)
-
-
-def _augment(policy: Learner, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`augment` of a batch that was checked."""
+    _check_batch(policy, batch)
     config, batch = policy.config, dict(batch)
     images = {camera: batch[camera] for camera in policy.backbone.augmented_images}
     noise = batch.pop(AUGMENTATION_NOISE, None)
@@ -146,14 +133,15 @@ def _augment(policy: Learner, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch
 
 
-def augmentation_size(policy: Learner) -> int:
+def augmentation_size(policy: CeedVLAPolicy) -> int:
     """Random numbers a row that `augment` needs: shift (2) and brightness of every image, noise of the state."""
     state = policy.config.robot_state_feature
     return 3 * len(policy.backbone.augmented_images) + (int(state.shape[0]) if state else 0)
 
 
-def _check_targets(policy: Learner, batch: Mapping[str, Any], rows: int) -> None:
-    """Check what of a batch of so many rows is not the observation; all of it may be missing."""
+def _check_batch(policy: CeedVLAPolicy, batch: dict[str, Any]) -> None:
+    """Check the observation in a batch, and what else is there: all of that may be missing."""
+    rows = policy.check_observation(batch)
     terms = len(policy.config.auxiliary_scale)
     shapes = {PADDED: (rows, policy.config.chunk_size), AUGMENTATION_NOISE: (rows, augmentation_size(policy))}
     for key in (PADDED, AUGMENTATION_NOISE, ENVIRONMENT_STATE_KEY):
@@ -196,11 +184,10 @@ def label_table(num_bins: int, sigma: float, device: torch.device) -> Tensor:
     return torch.softmax(-0.5 * ((bins[:, None] - bins[None, :]) / sigma) ** 2, dim=-1)
 
 
-def random_shift(image: Tensor, pixels: int, noise: Tensor | None = None) -> Tensor:
+def random_shift(image: Tensor, pixels: int, noise: Tensor) -> Tensor:
     """Shift images (B, 3, H, W) by up to `pixels` [px], repeating the edge; `noise` (B, 2) in [0, 1) decides how."""
     batch, _, height, width = image.shape
     padded = F.pad(image, (pixels,) * 4, mode="replicate")
-    noise = torch.rand(batch, 2, device=image.device) if noise is None else noise
     offsets = (noise * (2 * pixels + 1)).long().clamp(max=2 * pixels)  # (B, 2)
     rows = offsets[:, :1] + torch.arange(height, device=image.device)  # (B, H)
     columns = offsets[:, 1:] + torch.arange(width, device=image.device)  # (B, W)

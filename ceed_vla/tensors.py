@@ -29,12 +29,8 @@ def check_tokens(
 ) -> None:
     """Check that `tokens`, called `what` in messages, are integers (B, k) in ``[0, V)``, or raise `TokenError`.
 
-    Args:
-        tokens: What was passed.
-        what: What the message calls it.
-        shape: B and k; None for any number of rows.
-        vocabulary: V; 0 leaves the values alone.
-        none: A row may hold -1 throughout.
+    `shape` is (B, k), None for any number of rows; a `vocabulary` V of 0 leaves the values alone; with `none` a row may
+    hold -1 throughout.
     """
     rows, length = shape
     expected = f"({'B' if rows is None else rows}, {length}) integers"

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ceed_vla.backbones.openvla.inputs import IDS_KEY, PIXELS_KEY, OpenVLAInputsStep
 from ceed_vla.backbones.openvla.model import OpenVLABackbone
@@ -26,12 +25,20 @@ from ceed_vla.convert.config import ConvertConfig
 from ceed_vla.convert.openvla import EXPECTED, published_policy
 from ceed_vla.devices import check_device
 from ceed_vla.errors import CheckpointError, VerificationError
-from ceed_vla.fields import check_fields, chosen, short
+from ceed_vla.fields import check_fields, chosen, fits, short
 from ceed_vla.files import read_json
 
 IMAGES = "images.npz"
 LARGEST_IMAGES = 2**31  # [bytes]
-LISTS = ("input_ids", "pixel_values_shape", "action_tokens", "first_action")
+CASE = {
+    "instruction": str,
+    "prompt": str,  # may be missing
+    "input_ids": list[int],
+    "pixel_values_shape": list[int],
+    "pixel_values_sum": float,
+    "action_tokens": list[int],
+    "first_action": list[float],
+}
 ACTION_TOLERANCE = 1e-6  # [action units]
 PIXEL_TOLERANCE = 1e-7  # of the sum, a pixel value: what rounding to float32 may change
 
@@ -57,28 +64,10 @@ class VerifyConfig:
         check_device(self.device)
 
 
-@dataclass(frozen=True)
-class Cases:
-    """What a folder expects.
+def read_cases(folder: str | Path) -> tuple[NDArray[np.uint8], list[dict[str, Any]], int, str]:
+    """Images (cases, H, W, 3), what is expected of each, steps of a chunk, and the data set that un-normalises actions.
 
-    Attributes:
-        images: (cases, H, W, 3) uint8.
-        expected: One mapping a case.
-        chunk: Actions decoded.
-        unnorm_key: Data set whose statistics were used.
-    """
-
-    images: NDArray[np.uint8]
-    expected: list[dict[str, Any]]
-    chunk: int
-    unnorm_key: str
-
-
-def read_cases(folder: str | Path) -> Cases:
-    """Read images and expected outputs.
-
-    Raises:
-        CheckpointError: Files that are missing, damaged, or of another format.
+    `CheckpointError` for files that are missing, damaged, or of another format.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -97,45 +86,26 @@ def read_cases(folder: str | Path) -> Cases:
     if not isinstance(cases, list) or not cases or not isinstance(values.get("chunk"), int):
         raise CheckpointError(f"{folder / EXPECTED} needs a whole number 'chunk' and a list 'cases'.")
     for number, case in enumerate(cases):
-        _check_case(f"{folder / EXPECTED}: case {number}", case)
+        for key, kind in CASE.items():
+            value = case.get(key, "" if key == "prompt" else None) if isinstance(case, dict) else None
+            if not fits(value, kind):
+                raise CheckpointError(
+                    f"{folder / EXPECTED}: case {number} lacks {key!r}, or it is of another kind: {short(value)}."
+                )
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(cases):
         raise CheckpointError(
             f"{folder / IMAGES}: images are {images.shape} {images.dtype}, expected ({len(cases)}, H, W, 3) uint8: "
             "one RGB picture a case."
         )
-    return Cases(images, cases, int(values["chunk"]), str(values.get("unnorm_key") or ""))
-
-
-def _check_case(what: str, case: Any) -> None:
-    """Raise `CheckpointError` unless a case has what is compared, of the right kinds."""
-    kinds: dict[str, Any] = {
-        "instruction": str,
-        "input_ids": int,
-        "pixel_values_shape": int,
-        "pixel_values_sum": float,
-        "action_tokens": int,
-        "first_action": float,
-    }
-    for key, kind in kinds.items():
-        value = case.get(key) if isinstance(case, dict) else None
-        many = value if key in LISTS and isinstance(value, list) and len(value) < 1_000_000 else [value]
-        wanted = (int, float) if kind is float else kind
-        if (key in LISTS) != isinstance(value, list) or not all(
-            isinstance(v, wanted) and not isinstance(v, bool) and (kind is str or abs(v) < 2**62) for v in many
-        ):
-            raise CheckpointError(f"{what} lacks {key!r}, or it is of another kind: {short(value)}.")
-    if not isinstance(case.get("prompt", ""), str):
-        raise CheckpointError(f"{what} has a prompt that is no text.")
+    return images, cases, int(values["chunk"]), str(values.get("unnorm_key") or "")
 
 
 def verify(config: VerifyConfig) -> str:
     """Run all cases through autoregressive and strict Jacobi decoding, print a line for each, and return a summary.
 
-    Raises:
-        VerificationError: A case differs.
-        CheckpointError: A folder that cannot be read.
+    `VerificationError` if a case differs, `CheckpointError` for a folder that cannot be read.
     """
-    cases = read_cases(config.folder)
+    images, cases, chunk, unnorm_key = read_cases(config.folder)
     if config.policy_path:
         policy, pre, _ = load(config.policy_path, config.device)
     else:
@@ -143,29 +113,29 @@ def verify(config: VerifyConfig) -> str:
             config.folder,
             weights="reference",
             dtype=config.dtype,
-            unnorm_key=cases.unnorm_key,
-            chunk_size=cases.chunk,
+            unnorm_key=unnorm_key,
+            chunk_size=chunk,
             device=config.device,
         )
         policy, pre, _ = published_policy(source)
     if not isinstance(policy.backbone, OpenVLABackbone):
         kind = policy.config.backbone.type
         raise CheckpointError(f"{config.policy_path} runs a {kind} model; cases are those of OpenVLA.")
-    if policy.config.chunk_size != cases.chunk:
+    if policy.config.chunk_size != chunk:
         raise CheckpointError(
-            f"{config.policy_path} decodes chunks of {policy.config.chunk_size}, the cases hold {cases.chunk} "
+            f"{config.policy_path} decodes chunks of {policy.config.chunk_size}, the cases hold {chunk} "
             "actions; convert it with that --chunk_size."
         )
     wrong = 0
-    for number, case in enumerate(cases.expected):
-        problems, facts = _check(policy, pre, cases.images[number], case)
+    for number, case in enumerate(cases):
+        problems, facts = _check(policy, pre, images[number], case)
         wrong += bool(problems)
         print(f"case {number:>2}  {'DIFFERS' if problems else 'equal'}  {facts}  {case['instruction']!r}")
         for problem in problems:
             print(f"         {problem}")
     if wrong:
-        raise VerificationError(f"{wrong} of {len(cases.expected)} cases differ from the reference.")
-    return f"all {len(cases.expected)} cases equal the reference"
+        raise VerificationError(f"{wrong} of {len(cases)} cases differ from the reference.")
+    return f"all {len(cases)} cases equal the reference"
 
 
 def _check(policy: Any, pre: Any, image: NDArray[np.uint8], case: dict[str, Any]) -> tuple[list[str], str]:
@@ -187,7 +157,8 @@ def _check(policy: Any, pre: Any, image: NDArray[np.uint8], case: dict[str, Any]
         problems.append(f"pixel sum: {pixels.double().sum().item()!r}, expected {case['pixel_values_sum']!r}")
     autoregressive, jacobi = policy.decode(batch, "ar"), policy.decode(batch, "jacobi")
     for name, result in (("AR tokens", autoregressive), ("Jacobi tokens", jacobi)):
-        problems += _differences(name, _ids(policy, result.tokens), case["action_tokens"])
+        ids = [policy.backbone.words - 1 - token for token in result.tokens[0].tolist()]
+        problems += _differences(name, ids, case["action_tokens"])
     action = policy.tokenizer.values(autoregressive.tokens)[0, 0].cpu().numpy()  # (A,) float64
     expected = np.array(case["first_action"], dtype=np.float64)
     error = float(np.abs(action - expected).max()) if action.shape == expected.shape else float("inf")
@@ -200,18 +171,11 @@ def _check(policy: Any, pre: Any, image: NDArray[np.uint8], case: dict[str, Any]
     )
 
 
-def _ids(policy: Any, tokens: Tensor) -> list[int]:
-    """Vocabulary ids of a block (1, n)."""
-    return [policy.backbone.words - 1 - token for token in tokens[0].tolist()]
-
-
 def _differences(name: str, found: list[int], expected: list[int]) -> list[str]:
     if found == expected:
         return []
     if len(found) != len(expected):
         return [f"{name}: {len(found)} instead of {len(expected)}: {json.dumps(found)}"]
-    first = next(i for i, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1])
-    count = sum(a != b for a, b in zip(found, expected, strict=True))
-    return [
-        f"{name}: {count} of {len(found)} differ, the first at {first}: {found[first]} instead of {expected[first]}"
-    ]
+    wrong = [i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b]
+    first = f"{wrong[0]}: {found[wrong[0]]} instead of {expected[wrong[0]]}"
+    return [f"{name}: {len(wrong)} of {len(found)} differ, the first at {first}"]

@@ -6,9 +6,8 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,9 @@ from torch import Tensor, nn
 from ceed_vla.errors import CheckpointError, root_cause
 from ceed_vla.files import plain_name, read_json
 from ceed_vla.lora import is_adapter
+
+if TYPE_CHECKING:
+    from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -59,29 +61,18 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in shards]
 
 
-@dataclass(frozen=True)
-class Header:
-    """How many tensors a weights file holds, and how many numbers in all."""
-
-    tensors: int
-    numbers: int
-
-    @classmethod
-    def read(cls, files: Sequence[Path]) -> Header:
-        """Of one file, or of all shards."""
-        shapes = []
-        for file in files:
-            with opened(file) as tensors:
-                shapes += [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
-        return cls(len(shapes), sum(math.prod(shape) for shape in shapes))
-
-    def check(self, layers: int, numbers: int, source: Path | str) -> None:
-        """Refuse a configuration of more layers than there are tensors, or of more numbers, for `source`."""
-        if layers > self.tensors or numbers > self.numbers:
-            raise CheckpointError(
-                f"{source}: the configuration describes {layers:,} layers with at least {numbers:,} weights, the file "
-                f"holds {self.tensors:,} tensors with {self.numbers:,}; they belong to different models."
-            )
+def check_sizes(files: Sequence[Path], layers: int, numbers: int) -> None:
+    """Refuse a configuration of more layers than a file, or all shards, have tensors, or of more numbers."""
+    shapes = []
+    for file in files:
+        with opened(file) as tensors:
+            shapes += [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+    held = sum(math.prod(shape) for shape in shapes)
+    if layers > len(shapes) or numbers > held:
+        raise CheckpointError(
+            f"{files[0]}: the configuration describes {layers:,} layers with at least {numbers:,} weights, the file "
+            f"holds {len(shapes):,} tensors with {held:,}; they belong to different models."
+        )
 
 
 @torch.no_grad()
@@ -95,12 +86,9 @@ def copy_weights(
 
     `rename` turns the name in a file to the module's; names that `skip` picks are passed over.
 
-    Returns:
-        The module's weights that no file has (a tied weight has its partner's), and those that the module lacks.
-
-    Raises:
-        CheckpointError: Names the file and the first tensor of another shape or class of types, that is not finite, or
-            a head of zeros.
+    Returns the module's weights that no file has (a tied weight has its partner's), and those that the module lacks.
+    `CheckpointError` names the file and the first tensor of another shape or class of types, that is not finite, or a
+    head of zeros.
     """
     own, read, unknown, matrices, zeros = module.state_dict(), set(), [], 0, []
     written: dict[int, str] = {}  # where a tensor was copied to -> its name; tied ones share it
@@ -175,23 +163,11 @@ def check_floating(files: Sequence[Path]) -> None:
                     raise CheckpointError(f"The weights {file} do not load: {name} is of type {kind}; copy them again.")
 
 
-class PolicyModule(nn.Module):
-    """What is read and written of a policy.
-
-    Attributes:
-        referenced: Weights that a checkpoint leaves in the folder they were read from.
-        adapters: Low-rank adapters that have not been added to the weights.
-    """
-
-    referenced: set[str]
-    adapters: dict[str, Tensor]
-
-
-def load_weights(policy: PolicyModule, folder: Path, strict: bool = True) -> None:
+def load_weights(policy: CeedVLAPolicy, folder: Path, strict: bool = True) -> None:
     """Read a checkpoint's weights into a policy that was built from its configuration.
 
     Unless `strict`, missing and additional weights are only logged. Weights that the policy refers to elsewhere
-    (`PolicyModule.referenced`) are not missing.
+    (`CeedVLAPolicy.referenced`) are not missing.
     """
     file = folder / WEIGHTS
     missing, unknown = copy_weights(policy, [file], skip=is_adapter)
@@ -214,7 +190,7 @@ def load_weights(policy: PolicyModule, folder: Path, strict: bool = True) -> Non
             logger.warning("The checkpoint %s %s weights: %s", folder, kind, ", ".join(sorted(names)))
 
 
-def save_weights(policy: PolicyModule, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
+def save_weights(policy: CeedVLAPolicy, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
     """Write a policy's weights but those that it refers to and has not trained; or `state_dict`, gathered elsewhere."""
     from safetensors.torch import save_file, save_model
 

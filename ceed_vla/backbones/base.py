@@ -62,7 +62,6 @@ class Backbone(Protocol):
     @abc.abstractmethod
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:
         """Run the prefix of every row once."""
-        ...
 
     @abc.abstractmethod
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
@@ -80,7 +79,6 @@ class Backbone(Protocol):
             1]`` only (causal), and predicts slot ``c + i + 1``. Keys and values are written to the cache, not
             committed.
         """
-        ...
 
 
 class TrainableBackbone(nn.Module, Backbone):

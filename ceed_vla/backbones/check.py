@@ -25,9 +25,7 @@ def check_backbone(
     scores must be others), and
     decoding of every row alone. In float32: lower precision may flip near-ties. The backbone is in evaluation mode;
     where it is not trained, its weights should be so large that tokens depend on one another, or the check says little.
-
-    Raises:
-        ConfigError: The routes differ; the message says which, and what that usually means.
+    `ConfigError` says which routes differ, and what that usually means.
     """
     rows, n = backbone.check_observation(observation), backbone.block_length
     prefix = backbone.prefill(observation)
@@ -46,15 +44,12 @@ def check_backbone(
         raise ConfigError(f"block_logits gives the same behind 1 of {backbone.num_layers} layers: it ignores depth.")
     again = decode_autoregressive(backbone, prefix, GREEDY).tokens
     compared += _compare(again, greedy, "a prefix that was used before", "a cache that is not rolled back")
+    by_rows = {k: v for k, v in observation.items() if isinstance(v, Tensor) and v.ndim and len(v) == rows}
     for row in range(rows):
-        one = {key: value[row : row + 1] for key, value in observation.items() if _by_rows(value, rows)}
+        one = {key: value[row : row + 1] for key, value in by_rows.items()}
         alone = decode_autoregressive(backbone, backbone.prefill(one), GREEDY).tokens
         compared += _compare(alone, greedy[row : row + 1], f"row {row} alone", "padding that is seen")
     return compared
-
-
-def _by_rows(value: Any, rows: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows
 
 
 def _compare(tokens: Tensor, greedy: Tensor, route: str, suspects: str) -> int:

@@ -9,15 +9,13 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import draccus
 
+from ceed_vla.backbones.base import TrainableBackbone
 from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.choices import Choice
-
-if TYPE_CHECKING:
-    from ceed_vla.backbones.base import TrainableBackbone
 
 
 class BackboneConfig(Choice, draccus.ChoiceRegistry, abc.ABC):

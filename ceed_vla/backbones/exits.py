@@ -52,10 +52,8 @@ class DepthExit(nn.Module):
 
 
 def make_exits(backbone: Any, depths: Sequence[int], kind: str) -> dict[int, DepthExit]:
-    """New exits of a `TrainableBackbone`, which start from its last norm and the layer that follows each depth.
-
-    Raises:
-        ConfigError: A kind or depths that there cannot be.
+    """New exits of a `TrainableBackbone`, which start from its last norm and the layer that follows each depth;
+    `ConfigError` for a kind or depths that there cannot be.
     """
     layers, norm, width = backbone.exit_parts()
     chosen = sorted(set(depths))
@@ -110,11 +108,7 @@ def described_exits(folder: Path) -> tuple[str, list[int]]:
 
 
 def load_exits(backbone: Any, folder: Path) -> None:
-    """Attach the exits of a checkpoint's folder, if there are any.
-
-    Raises:
-        CheckpointError: Exits of another model, or a damaged file.
-    """
+    """Attach the exits of a checkpoint's folder, if there are any; `CheckpointError` for another model's, or damage."""
     file, (kind, depths) = folder / EXITS, described_exits(folder)
     if not depths:
         return

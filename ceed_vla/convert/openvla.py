@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -51,9 +52,9 @@ def _camera_size(text: str) -> tuple[int, int] | None:
     """(height, width) of "480x640"."""
     if not text:
         return None
-    height, _, width = text.partition("x")
-    sides = [int(side) for side in (height, width) if side.isascii() and side.isdecimal() and len(side) < 6]
-    if len(sides) < 2 or not all(1 <= side <= LARGEST_SIDE for side in sides):
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text, re.ASCII)
+    sides = [int(side) for side in found.groups()] if found else [0]
+    if not all(1 <= side <= LARGEST_SIDE for side in sides):
         raise ConfigError(f"camera_size is {text[:50]!r}; give HEIGHTxWIDTH (480x640), sides up to {LARGEST_SIDE}.")
     return sides[0], sides[1]
 
@@ -66,7 +67,6 @@ def published_policy(config: ConvertConfig) -> tuple[CeedVLAPolicy, Any, Any]:
 
 
 def write(config: ConvertConfig) -> str:
-    """Write the checkpoint; see `convert`."""
     policy, *processors = published_policy(replace(config, quantization="none", device="cpu"))
     backbone = cast("OpenVLAConfig", policy.config.backbone)
     policy.config.backbone = replace(backbone, quantization=config.quantization)  # done where it is loaded

@@ -31,7 +31,6 @@ WINDOW = 32  # slots a forward computes; chunks of LIBERO take 25 to 35 tokens o
 
 
 def write(config: ConvertConfig) -> str:
-    """Write the checkpoint; see `convert`."""
     folder, output = resolve_checkpoint(config.path), Path(config.output_dir)
     for name in PROCESSOR_FILES:
         read_steps(folder, name, CONVERTED)
@@ -90,10 +89,7 @@ def _tokens(config: PI0FastConfig, fast: Path, text: Path, scored: int) -> Pi0Fa
         bpe=codec.bpe.to_str(),
         scale=codec.scale,
         least=codec.least,
-        words=ids.words,
-        bos=ids.bos,
-        stop=ids.stop,
-        marker=list(ids.marker),
+        **{**vars(ids), "marker": list(ids.marker)},
     )
     tokens.num_tokens = tokens.build(config.chunk_size, int(config.output_features["action"].shape[0])).vocabulary_size
     return tokens

@@ -77,24 +77,12 @@ def decode_block(
     record_states: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> DecodeResult:
-    """Make the guess that a decoding names and decode one block from it.
+    """Make the guess that a decoding names (`ceed_vla.decoding.names`) and decode one block from it.
 
-    Args:
-        backbone: The model.
-        prefix: From ``backbone.prefill``; may be decoded several times.
-        tokens: The action vocabulary.
-        decoding: Name (`ceed_vla.decoding.names`) or configuration.
-        previous: Tokens (B, n) of the previous chunk; rows of -1 have none.
-        shift_steps: Steps of `previous` that were executed since.
-        executed_steps: See `BlockRequest`.
-        frozen: See `BlockRequest`.
-        generator: Random source of random guesses; a new one from ``config.seed`` if None, so that equal
-            calls give equal guesses.
-        record_states: Keep every state.
-        clock: Time in seconds, for the deadline.
-
-    Returns:
-        Tokens and how they came about; `DecodeResult.actions` stays None.
+    The `prefix`, of ``backbone.prefill``, may be decoded several times. `previous` are tokens (B, n) of the last chunk
+    (rows of -1 have none), of which `shift_steps` were executed since. Random guesses are drawn from `generator`; a new
+    one from ``config.seed`` if None, so that equal calls give equal guesses. For the others see `BlockRequest`.
+    `DecodeResult.actions` stays None.
 
     Raises:
         ConfigError: Settings that do not fit the block.
@@ -102,9 +90,6 @@ def decode_block(
         NotFiniteError: The model's scores are NaN or infinite.
     """
     config = named_config(decoding)
-    if previous is not None:  # token by token it is not read
-        shape = (len(prefix.logits), tokens.block_length)
-        check_tokens(previous, "The previous chunk", shape, tokens.vocabulary_size, none=True)
     if tokens.grammar is not None:
         backbone = GrammarBackbone(backbone, prefix, tokens.grammar)
         prefix = backbone.prefix
@@ -113,6 +98,9 @@ def decode_block(
         if config.guess == "random" and generator is None:
             generator = torch.Generator().manual_seed(config.seed)
         guess = tokens.guess(config.guess, len(prefix.logits), previous, shift_steps, generator)
+    elif previous is not None:  # token by token it is not read
+        shape = (len(prefix.logits), tokens.block_length)
+        check_tokens(previous, "The previous chunk", shape, tokens.vocabulary_size, none=True)
     entry, options = find_decoder(config.method)
     request = BlockRequest(
         config=config,

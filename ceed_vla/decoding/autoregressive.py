@@ -8,7 +8,7 @@ from torch import Tensor
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.decoding.finite import check_rows, row_sums
 from ceed_vla.decoding.registry import register_decoder
-from ceed_vla.decoding.request import BlockRequest, after_stop, commit_frozen
+from ceed_vla.decoding.request import BlockRequest, after_stop
 from ceed_vla.decoding.result import DecodeResult
 from ceed_vla.errors import TokenError
 
@@ -37,13 +37,15 @@ def decode_autoregressive(backbone: Backbone, prefix: Prefix, request: BlockRequ
     tokens = request.first_state(backbone, prefix, given)  # (B, n)
 
     # Scores (B, V) of the first slot that is free.
-    first = commit_frozen(backbone, prefix, tokens[:, :given]) if given else prefix.logits
+    first = _next_scores(backbone, prefix, tokens[:, :given]) if given else prefix.logits
     best = torch.empty(batch, n, dtype=first.dtype, device=first.device)  # scores, looked at once, at the end
     torch.max(first, -1, out=(best[:, given], tokens[:, given]))
     states = [tokens.clone()] if request.record_states else None
     slot = given + 1
-    while slot < wanted and not _all_stopped(tokens[:, :slot], stop):
-        logits = decode_one_token(backbone, prefix, tokens[:, slot - 1 : slot])
+    while slot < wanted:
+        if stop is not None and (tokens[:, :slot] == stop).any(1).all():
+            break  # The only look at the host, where there is a stop token.
+        logits = _next_scores(backbone, prefix, tokens[:, slot - 1 : slot])
         torch.max(logits, -1, out=(best[:, slot], tokens[:, slot]))
         slot += 1
         if states is not None:
@@ -71,13 +73,8 @@ def decode_autoregressive(backbone: Backbone, prefix: Prefix, request: BlockRequ
     )
 
 
-def _all_stopped(tokens: Tensor, stop: int | None) -> bool:
-    """Whether every row of `tokens` (B, t) holds `stop`. The only look at the host, where there is a stop token."""
-    return stop is not None and bool((tokens == stop).any(1).all())
-
-
-def decode_one_token(backbone: Backbone, prefix: Prefix, token: Tensor) -> Tensor:
-    """Scores (B, V) of the successor of the last decoded `token` (B, 1), which is committed to the cache."""
-    logits = backbone.block_logits(prefix, token)  # (B, 1, V)
-    prefix.cache.commit(1)
-    return logits[:, 0]
+def _next_scores(backbone: Backbone, prefix: Prefix, tokens: Tensor) -> Tensor:
+    """Scores (B, V) of the slot behind `tokens` (B, k), which are committed to the cache."""
+    logits = backbone.block_logits(prefix, tokens)  # (B, k, V)
+    prefix.cache.commit(tokens.shape[1])
+    return logits[:, -1]

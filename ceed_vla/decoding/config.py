@@ -9,9 +9,6 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
 from ceed_vla.tokens.base import GUESSES
 
-WATCHED = ("block", "executed")
-TAILS = ("kept", "fresh")
-
 
 @dataclass(frozen=True)
 class DecodingConfig:
@@ -41,8 +38,8 @@ class DecodingConfig:
 
     method: str = "jacobi"
     guess: str = chosen("previous", GUESSES)
-    watch: str = chosen("block", WATCHED)
-    tail: str = chosen("kept", TAILS)
+    watch: str = chosen("block", ("block", "executed"))
+    tail: str = chosen("kept", ("kept", "fresh"))
     max_iterations: int | None = ranged(None, "[1, 1e6]")
     confidence: float | None = ranged(None, "(0, 1]")
     exits: tuple[str, ...] = ()

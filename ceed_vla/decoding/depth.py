@@ -29,10 +29,7 @@ from ceed_vla.errors import ConfigError, TokenError
 def decode_depth(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Jacobi decoding whose first forward runs ``K`` layers and their exit; a cap counts it.
 
-    Raises:
-        ConfigError: Not that many layers, or a cap below 2.
-        TokenError: As `decode_jacobi`.
-        NotFiniteError: As `decode_jacobi`.
+    Raises as `decode_jacobi`, and `ConfigError` for a backbone of fewer layers or a cap below 2.
     """
     started, depth, config = request.clock(), int(request.options["depth"]), request.config
     if config.max_iterations is not None:
@@ -43,15 +40,11 @@ def decode_depth(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> D
     logits = backbone.block_logits(prefix, tokens[:, :-1], depth)
     guess = _after(tokens, logits, given)
     result = decode_jacobi(backbone, prefix, _rest(replace(request, config=config, guess=guess), started))
-    result.layer_forwards = layers_of(backbone, depth) + result.iterations * backbone.num_layers
+    own = getattr(backbone, "exits", {}).get(depth)
+    shallow = depth + (own is not None and own.layer is not None)  # with the exit's own layer
+    result.layer_forwards = shallow + result.iterations * backbone.num_layers
     result.forwards, result.iterations = result.forwards + 1, result.iterations + 1
     return result
-
-
-def layers_of(backbone: Backbone, depth: int) -> int:
-    """Layers of a forward that ends at `depth`, with the exit's own."""
-    own = getattr(backbone, "exits", {}).get(depth)
-    return depth + (own is not None and own.layer is not None)
 
 
 @register_decoder(
@@ -65,10 +58,7 @@ def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
     The prefix has only run that far too, and rows that go on continue prefix and forward, where the backbone can;
     elsewhere the prefix is whole, and their forward begins again.
 
-    Raises:
-        ConfigError: Not that many layers.
-        TokenError: As `decode_jacobi`.
-        NotFiniteError: As `decode_jacobi`.
+    Raises as `decode_jacobi`, and `ConfigError` for a backbone of fewer layers.
     """
     started, depth, most = request.clock(), int(request.options["depth"]), float(request.options["bins"])
     tokens, given = _first_state(backbone, prefix, request, depth - 1, depth)
@@ -119,7 +109,6 @@ class _Continued:
         return getattr(self._backbone, name)
 
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
-        """As the backbone's."""
         if self._first is not None:
             (shown, hidden), self._first = self._first, None
             same = (shown == tokens).all(1) & self._cut if shown.shape == tokens.shape else self.again.bool() & False

@@ -62,7 +62,7 @@ def decode_drafts(
     Within `near` bins a drafted token stays (arXiv 2507.22424); such rows end as "near", exact up to the first of them.
 
     Raises:
-        TokenError: No guess, or a guess or frozen tokens that do not fit.
+        TokenError: No guess where one is needed, or a guess or frozen tokens that do not fit.
         ConfigError: Tokens of variable length, or settings that only Jacobi decoding has.
         NotFiniteError: Scores of a running row are NaN or infinite.
     """
@@ -92,7 +92,11 @@ def decode_drafts(
             end = n
         calls += rows.running * (drafter.draft(backbone, prefix, tokens, rows, exact, end) + backbone.num_layers)
         before = tokens[:, first:end].clone()  # (B, k)
-        shallow = _shallow(backbone, prefix, tokens[:, start : end - 1], drafter.depths, first - start - 1)
+        shallow: list[Tensor] = []
+        # What every exit would have drafted. No layer call: these are the verifying forward's first layers again.
+        if drafter.depths:
+            logits, _ = cast("Any", backbone).depth_logits(prefix, tokens[:, start : end - 1], drafter.depths)
+            shallow = [scores[:, first - start - 1 :].argmax(-1) for scores in logits]  # each (B, k)
         _, best, new = jacobi_iteration(backbone, prefix, tokens, first, end, rows.running)
         forwards += 1
         old, fresh, sums, *others = to_host(before, new, row_sums(best, backbone), *shallow)
@@ -176,10 +180,7 @@ class _Online(_Layers):
 def decode_spec(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Greedy tokens, drafted ``L`` at a time by ``K`` layers and their exit; with ``r<R>`` not exact.
 
-    Raises:
-        ConfigError: Not that many layers, no tokens, tokens of variable length, or settings of Jacobi decoding.
-        TokenError: No guess where the tail is not decoded, or a guess or frozen tokens that do not fit.
-        NotFiniteError: Scores of a running row are NaN or infinite.
+    Raises as `decode_drafts`, and `ConfigError` for a backbone of fewer layers or drafts of no tokens.
     """
     depth, length = int(request.options["depth"]), int(request.options["length"])
     if not (1 <= depth < backbone.num_layers and length >= 1):
@@ -196,25 +197,10 @@ def decode_del(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> Dec
 
     A verifying forward shows, beside its own tokens, what every exit would have drafted in its place.
 
-    Raises:
-        ConfigError: As `decode_spec`, or a backbone without exits to choose from.
-        TokenError: As `decode_spec`.
-        NotFiniteError: As `decode_spec`.
+    Raises as `decode_drafts`, and `ConfigError` for a backbone without exits to choose from.
     """
     exits = getattr(backbone, "exits", {})
     depths = [depth for depth, own in exits.items() if own.layer is None]
     if not depths:
         raise ConfigError("del chooses among linear exits, and this policy has none; train them with `ceed-vla exits`.")
     return decode_drafts(backbone, prefix, request, _Online(depths, backbone.num_layers))
-
-
-def _shallow(backbone: Backbone, prefix: Prefix, tokens: Tensor, depths: Sequence[int], skip: int) -> list[Tensor]:
-    """What every exit makes of the `tokens` (B, t) that are verified: its tokens (B, t - skip).
-
-    A forward to the deepest exit shows them all. Its layers are the verifying forward's first ones, which could keep
-    them: it is not counted as a layer call.
-    """
-    if not depths:
-        return []
-    found, _ = cast("Any", backbone).depth_logits(prefix, tokens, depths)
-    return [logits[:, skip:].argmax(-1) for logits in found]

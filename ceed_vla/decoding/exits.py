@@ -6,7 +6,7 @@ The fixed point itself is no rule; `ceed_vla.decoding.jacobi` proves it.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -165,15 +165,11 @@ class Cap(ExitRule):
         return seen.readable() if seen.iteration == self.most else False
 
 
-def _seconds(milliseconds: float | str) -> float:
-    return float(milliseconds) / 1000
-
-
 @register_exit(r"deadline(?P<deadline_s>\d*\.?\d+)", "deadline<MS>", "or so many ms are over")
 class Deadline(ExitRule):
     """Another iteration as long as the last one would end too late."""
 
-    reason, field, kind = "deadline", "deadline_s", _seconds
+    reason, field, kind = "deadline", "deadline_s", lambda milliseconds: float(milliseconds) / 1000
 
     def __init__(self, deadline_s: float) -> None:
         self.deadline_s = deadline_s
@@ -185,8 +181,7 @@ class Deadline(ExitRule):
 def exit_rules(config: DecodingConfig, ordered: bool = True) -> list[ExitRule]:
     """The rules of `config`, in the order in which they give their reason.
 
-    Raises:
-        ConfigError: A rule that compares neighbouring tokens, and tokens that are not `ordered`.
+    `ConfigError` for a rule that compares neighbouring tokens, and tokens that are not `ordered`.
     """
     rules: list[ExitRule] = []
     if config.confidence is not None:
@@ -208,46 +203,30 @@ def exit_rules(config: DecodingConfig, ordered: bool = True) -> list[ExitRule]:
 
 
 def measure(rule: ExitRule, logits: Tensor, tokens: Tensor) -> Tensor | None:
-    """What `rule` measures (B, k), or None.
-
-    Raises:
-        ConfigError: It fails, or gives something else.
-    """
-
-    def fits(measured: Any) -> bool:
-        return measured is None or getattr(measured, "shape", None) == tokens.shape
-
-    return _ask(rule, "measure", (logits, tokens), fits, "a tensor", tokens.shape)
+    """What `rule` measures (B, k), or None; `ConfigError` if it fails, or gives something else."""
+    measured = _ask(rule, "measure", logits, tokens)
+    if measured is not None and getattr(measured, "shape", None) != tokens.shape:
+        raise _broken(rule, "measure", f"it gave {type(measured).__name__}, not a tensor {tuple(tokens.shape)}")
+    return measured  # type: ignore[no-any-return]
 
 
 def ended(rule: ExitRule, seen: Seen, measured: np.ndarray | None) -> np.ndarray | bool:
-    """Which rows `rule` ends: (B,) bool, or one answer.
-
-    Raises:
-        ConfigError: It fails, or gives something else.
-    """
-
-    def fits(rows: Any) -> bool:
-        return isinstance(rows, bool) or (isinstance(rows, np.ndarray) and rows.shape == seen.exact.shape)
-
-    return _ask(rule, "ends", (seen, measured), fits, "a bool or a numpy array", seen.exact.shape)
+    """Which rows `rule` ends: (B,) bool, or one answer; `ConfigError` if it fails, or gives something else."""
+    rows, shape = _ask(rule, "ends", seen, measured), seen.exact.shape
+    if not isinstance(rows, bool) and not (isinstance(rows, np.ndarray) and rows.shape == shape):
+        raise _broken(rule, "ends", f"it gave {type(rows).__name__}, not a bool or a numpy array {shape}")
+    return rows
 
 
-def _ask(
-    rule: ExitRule, method: str, given: tuple[Any, ...], fits: Callable[[Any], bool], kind: str, shape: Sequence[int]
-) -> Any:
+def _ask(rule: ExitRule, method: str, *given: Any) -> Any:
     try:
-        answer = getattr(rule, method)(*given)
+        return getattr(rule, method)(*given)
     except Exception as error:  # another's rule may raise anything
-        raise _broken(rule, method, error) from error
-    if not fits(answer):
-        raise _broken(rule, method, f"it gave {type(answer).__name__}, not {kind} {tuple(shape)}")
-    return answer
+        raise _broken(rule, method, f"{type(error).__name__}: {error}") from error
 
 
-def _broken(rule: ExitRule, method: str, reason: object) -> ConfigError:
-    kind = f"{type(reason).__name__}: " if isinstance(reason, Exception) else ""
-    return ConfigError(f"The exit rule {type(rule).__name__} does not work: {method}: {kind}{reason}.")
+def _broken(rule: ExitRule, method: str, reason: str) -> ConfigError:
+    return ConfigError(f"The exit rule {type(rule).__name__} does not work: {method}: {reason}.")
 
 
 def mass_near(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -61,6 +61,9 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
     if request.stop is not None:
         rows.end(host[:, 0] == request.stop, "stop", 0)
 
+    def readable() -> np.ndarray:
+        return np.ones(batch, dtype=bool) if request.readable is None else request.readable(tokens).cpu().numpy()
+
     last_slot = n if request.config.tail == "fresh" else watched
     window = request.config.window or n
     end, forwards = min(n, max(given, 1) + window), 0  # slots [0, end) are computed
@@ -92,7 +95,7 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
             rows.end(stable, "stable", forwards)
         now = request.clock()
         times = now - started, now - last
-        seen = Seen(forwards, rows.exact, watched, moved, *times, lambda: _readable(request, tokens))
+        seen = Seen(forwards, rows.exact, watched, moved, *times, readable)
         last = now
         for rule, mine in zip(rules, measured, strict=True):
             rows.end(ended(rule, seen, mine), rule.reason, forwards)
@@ -116,8 +119,7 @@ def jacobi_iteration(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Recompute the slots ``first .. end - 1`` of `tokens` (B, n) from all that are not committed, in place.
 
-    Returns:
-        Logits (B, k, V), their largest (B, k), and tokens (B, k) of those slots; rows that are done keep theirs.
+    Returns logits (B, k, V), their largest (B, k), and tokens (B, k) of those slots; rows that are done keep theirs.
     """
     start = prefix.cache.committed
     logits = backbone.block_logits(prefix, tokens[:, start : end - 1])  # of slots start + 1 .. end - 1
@@ -164,7 +166,6 @@ class Rows:
                 self.exact[row] = self.block_length
 
     def result(self, tokens: Tensor, forwards: int, states: list[Tensor] | None, seconds: float) -> DecodeResult:
-        """What the decoder returns, once all rows have ended."""
         return DecodeResult(
             tokens=tokens,
             forwards=forwards,
@@ -192,9 +193,3 @@ def _first_measures(
             values[:, :1] = slot.float().cpu().numpy()
         measured.append(values)
     return measured
-
-
-def _readable(request: BlockRequest, tokens: Tensor) -> np.ndarray:
-    if request.readable is None:
-        return np.ones(len(tokens), dtype=bool)
-    return request.readable(tokens).cpu().numpy()

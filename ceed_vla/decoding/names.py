@@ -35,15 +35,10 @@ def names_help() -> str:
 def named_config(
     decoding: str | DecodingConfig, ceed: DecodingConfig = _STRICT, own: Mapping[str, str] | None = None
 ) -> DecodingConfig:
-    """The decoding that a name stands for.
+    """The decoding that a name stands for; `ConfigError` if it is unknown, or has values outside their range.
 
-    Args:
-        decoding: A name, or a configuration, which is returned as it is.
-        ceed: What "ceed" stands for: the decoding of a checkpoint; strict without one.
-        own: What the checkpoint's own names stand for; None where no checkpoint is known, and they are only checked.
-
-    Raises:
-        ConfigError: Unknown name, or values outside their range.
+    "ceed" stands for `ceed`, the decoding of a checkpoint (strict without one), and the checkpoint's own names for what
+    `own` says; where that is None, no checkpoint is known, and they are only checked.
     """
     if isinstance(decoding, DecodingConfig):
         return decoding

@@ -26,12 +26,8 @@ DRAFT = 8  # tokens, where the name says no number
 def decode_ngram(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Decode a block by drafting up to ``L`` tokens behind the proven ones and verifying them in one forward.
 
-    As in Jacobi decoding, the first forward computes the whole block, so that its tail is a warm start.
-
-    Raises:
-        ConfigError: A draft of no tokens, or as `decode_drafts`.
-        TokenError: As `decode_drafts`.
-        NotFiniteError: As `decode_drafts`.
+    As in Jacobi decoding, the first forward computes the whole block, so that its tail is a warm start. Raises as
+    `decode_drafts`, and `ConfigError` for drafts of no tokens.
     """
     length = int(request.options["length"] or DRAFT)
     if length < 1:

@@ -32,116 +32,77 @@ class Entry:
     ladder: tuple[str, ...] = ()
 
 
-_DECODERS: dict[str, Entry] = {}
-_EXITS: dict[str, Entry] = {}
+class _Registry(dict[str, Entry]):
+    """Entries by their patterns.
 
-
-def register_decoder[F: Callable[..., Any]](
-    pattern: str, shown: str, meaning: str, ladder: Sequence[str] = ()
-) -> Callable[[F], F]:
-    """Register a decoder ``decode(backbone, prefix, request) -> DecodeResult`` for names that match `pattern`.
-
-    `ceed-vla tune` tries the names of its `ladder`.
+    Attributes:
+        setting: Field of `DecodingConfig` that names them.
     """
-    return _register(_DECODERS, pattern, shown, meaning, ladder)
 
+    def __init__(self, setting: str) -> None:
+        super().__init__()
+        self.setting = setting
 
-def register_exit[F: Callable[..., Any]](
-    pattern: str, shown: str, meaning: str, ladder: Sequence[str] = ()
-) -> Callable[[F], F]:
-    """Register an `ExitRule`, which is made with the named groups of `pattern`, texts, as keyword arguments.
+    def register[F: Callable[..., Any]](
+        self, pattern: str, shown: str, meaning: str, ladder: Sequence[str] = ()
+    ) -> Callable[[F], F]:
+        """Register what is decorated for names that match `pattern`.
 
-    `ceed-vla calibrate` and `ceed-vla tune` try the names of its `ladder`, from the strictest to the loosest.
-    """
-    add = _register(_EXITS, pattern, shown, meaning, ladder)
+        A decoder is a function ``decode(backbone, prefix, request) -> DecodeResult``. An `ExitRule` is made with the
+        named groups of `pattern`, texts, as keyword arguments. `ceed-vla tune`, and for rules `ceed-vla calibrate`, try
+        the names of its `ladder`, from the strictest to the loosest.
+        """
+        if wrong := [name for name in ladder if not re.fullmatch(pattern, name, re.ASCII)]:
+            raise ConfigError(
+                f"The ladder of {shown!r} has {wrong[0]!r}, which its pattern {pattern!r} does not match."
+            )
+        if "_" in shown or shown in _RESERVED:
+            raise ConfigError(
+                f"The name {shown!r} cannot be registered: underscores join the parts of a decoding's name, and "
+                f"{', '.join(_RESERVED)} are taken."
+            )
 
-    def checked(rule: F) -> F:
-        if not isinstance(getattr(rule, "reason", None), str):
-            raise ConfigError(f"The exit rule {rule.__name__} has no reason, the text that results give; set one.")
-        return add(rule)
+        def add(made: F) -> F:
+            if self.setting == "exits" and not isinstance(getattr(made, "reason", None), str):
+                raise ConfigError(f"The exit rule {made.__name__} has no reason, the text that results give; set one.")
+            for entry in (*_DECODERS.values(), *_EXITS.values()):
+                taken = shown.partition("<")[0] == entry.shown.partition("<")[0]
+                if taken and entry.make.__module__ != made.__module__:
+                    raise ConfigError(f"The name {shown!r} is {entry.make.__module__}'s; choose another.")
+            self[pattern] = Entry(pattern, shown, meaning, made, tuple(ladder))
+            return made
 
-    return checked
+        return add
 
+    def match(self, name: str) -> tuple[Entry, dict[str, str]] | None:
+        """The entry of that name and its options; None for an unknown name."""
+        if len(name) <= LONGEST_NAME:
+            for entry in self.values():
+                if found := re.fullmatch(entry.pattern, name, re.ASCII):
+                    return entry, found.groupdict()
+        return None
 
-def _register[F: Callable[..., Any]](
-    registry: dict[str, Entry], pattern: str, shown: str, meaning: str, ladder: Sequence[str]
-) -> Callable[[F], F]:
-    if wrong := [name for name in ladder if not re.fullmatch(pattern, name, re.ASCII)]:
-        raise ConfigError(f"The ladder of {shown!r} has {wrong[0]!r}, which its pattern {pattern!r} does not match.")
-    if "_" in shown or shown in _RESERVED:
+    def find(self, name: str) -> tuple[Entry, dict[str, str]]:
+        """As `match`; `ConfigError` for an unknown name."""
+        if found := self.match(name):
+            return found
+        known = ", ".join(entry.shown for entry in self.values()) or "none is installed"
         raise ConfigError(
-            f"The name {shown!r} cannot be registered: underscores join the parts of a decoding's name, and "
-            f"{', '.join(_RESERVED)} are taken."
+            f"decoding.{self.setting} is {name[:LONGEST_NAME]!r}; known: {known}. One of another package needs "
+            "--discover_packages_path."
         )
 
-    def add(made: F) -> F:
-        for entry in (*_DECODERS.values(), *_EXITS.values()):
-            if shown.partition("<")[0] == entry.shown.partition("<")[0] and entry.make.__module__ != made.__module__:
-                raise ConfigError(f"The name {shown!r} is {entry.make.__module__}'s; choose another.")
-        registry[pattern] = Entry(pattern, shown, meaning, made, tuple(ladder))
-        return made
-
-    return add
+    def ladders(self) -> dict[str, tuple[str, ...]]:
+        """What can be tried of every entry that has a ladder: "conf" -> ("conf0.9", ..., "conf0.1")."""
+        return {entry.shown.partition("<")[0]: entry.ladder for entry in self.values() if entry.ladder}
 
 
-def match_decoder(name: str) -> tuple[Entry, dict[str, str]] | None:
-    """The decoder of that name and its options; None for an unknown name."""
-    return _match(_DECODERS, name)
-
-
-def match_exit(name: str) -> tuple[Entry, dict[str, str]] | None:
-    """The exit rule of that name and its options; None for an unknown name."""
-    return _match(_EXITS, name)
-
-
-def _match(registry: dict[str, Entry], name: str) -> tuple[Entry, dict[str, str]] | None:
-    if len(name) <= LONGEST_NAME:
-        for entry in registry.values():
-            if found := re.fullmatch(entry.pattern, name, re.ASCII):
-                return entry, found.groupdict()
-    return None
-
-
-def find_decoder(name: str) -> tuple[Entry, dict[str, str]]:
-    """As `match_decoder`.
-
-    Raises:
-        ConfigError: Unknown name.
-    """
-    return match_decoder(name) or _unknown("method", name, _DECODERS)
-
-
-def find_exit(name: str) -> tuple[Entry, dict[str, str]]:
-    """As `match_exit`.
-
-    Raises:
-        ConfigError: Unknown name.
-    """
-    return match_exit(name) or _unknown("exits", name, _EXITS)
-
-
-def exit_ladders() -> dict[str, tuple[str, ...]]:
-    """What can be tried of every exit rule that has a ladder: "conf" -> ("conf0.9", ..., "conf0.1")."""
-    return _ladders(_EXITS)
-
-
-def decoder_ladders() -> dict[str, tuple[str, ...]]:
-    """The same of the decoders: "deer" -> ("deer3t0.5", ...)."""
-    return _ladders(_DECODERS)
-
-
-def _ladders(registry: dict[str, Entry]) -> dict[str, tuple[str, ...]]:
-    return {entry.shown.partition("<")[0]: entry.ladder for entry in registry.values() if entry.ladder}
+_DECODERS, _EXITS = _Registry("method"), _Registry("exits")
+register_decoder, match_decoder, find_decoder = _DECODERS.register, _DECODERS.match, _DECODERS.find
+register_exit, match_exit, find_exit = _EXITS.register, _EXITS.match, _EXITS.find
+decoder_ladders, exit_ladders = _DECODERS.ladders, _EXITS.ladders
 
 
 def meanings() -> str:
     """All decoders and exit rules with their meanings, for help and messages."""
     return ", ".join(f"{e.shown} ({e.meaning})" for e in (*_DECODERS.values(), *_EXITS.values()))
-
-
-def _unknown(setting: str, name: str, registry: dict[str, Entry]) -> Any:
-    known = ", ".join(entry.shown for entry in registry.values()) or "none is installed"
-    raise ConfigError(
-        f"decoding.{setting} is {name[:LONGEST_NAME]!r}; known: {known}. One of another package needs "
-        "--discover_packages_path."
-    )

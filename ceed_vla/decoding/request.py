@@ -51,11 +51,10 @@ class BlockRequest:
     clock: Callable[[], float] = time.perf_counter
 
     def frozen_tokens(self, backbone: Backbone, batch: int) -> int:
-        """Tokens that are given, after checking them.
+        """How many tokens are given, after a check of them.
 
-        Raises:
-            ConfigError: Tokens are frozen, and belong to no step.
-            TokenError: Not whole steps, nothing left to decode, or tokens outside the vocabulary.
+        `ConfigError` where tokens belong to no step; `TokenError` for those of no whole steps, or outside the
+        vocabulary, or if nothing is left to decode.
         """
         frozen, n = self.frozen, backbone.block_length
         if frozen is None:
@@ -75,8 +74,7 @@ class BlockRequest:
     def watched_tokens(self, block_length: int, given: int) -> int:
         """End ``M`` of the slots that must be right: the `given` ones and those of the executed steps behind them.
 
-        Raises:
-            ConfigError: More executed steps than the block has.
+        `ConfigError` for more executed steps than the block has.
         """
         if self.config.watch == "block" or self.executed_steps is None or self.tokens_per_step is None:
             return block_length
@@ -92,8 +90,7 @@ class BlockRequest:
     def first_state(self, backbone: Backbone, prefix: Prefix, given: int) -> Tensor:
         """The guess (B, n) with its `given` frozen tokens, on the prefix's device; 0 throughout without a guess.
 
-        Raises:
-            TokenError: A guess of another shape, or with tokens outside the vocabulary.
+        `TokenError` for a guess of another shape, or with tokens outside the vocabulary.
         """
         logits, n = prefix.logits, backbone.block_length
         if self.guess is None:
@@ -104,17 +101,6 @@ class BlockRequest:
         if self.frozen is not None and given:
             tokens[:, :given] = self.frozen
         return tokens
-
-
-def commit_frozen(backbone: Backbone, prefix: Prefix, frozen: Tensor) -> Tensor:
-    """Write `frozen` (B, f) to the rolled-back cache and commit it, in one forward.
-
-    Returns:
-        Scores (B, V) of slot ``f``, the first that is free.
-    """
-    logits = backbone.block_logits(prefix, frozen)  # (B, f, V)
-    prefix.cache.commit(frozen.shape[1])
-    return logits[:, -1]
 
 
 def after_stop(stop: int, block: Tensor, states: list[Tensor] | None) -> tuple[Tensor, list[Tensor] | None]:

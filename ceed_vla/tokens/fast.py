@@ -159,14 +159,12 @@ class FastTokenizer(VariableLengthTokens):
     """FAST ids of a fitted `FastCodec`, and the stop token behind them.
 
     The range [low, high] of every dimension [action units] maps to [-1, 1] before the cosine transform; values outside
-    are clipped and counted. `gripper_dims` decode to the nearer range end exactly.
+    are clipped and counted. `gripper_dims` decode to the nearer range end exactly. `ConfigError` for ranges that define
+    no scale, or a block too short for the chunk of zeros.
 
     Attributes:
         grammar: Decoding under it always gives a whole chunk.
         smoothed: Chunks that lost their highest frequencies because they would have overfilled a block.
-
-    Raises:
-        ConfigError: Ranges that define no scale, or a block too short for the chunk that is zero.
     """
 
     def __init__(

@@ -60,7 +60,6 @@ class GrammarBackbone:
         return self.backbone.prefill(observation)
 
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
-        """Logits (B, k, V) of the successors of `tokens` (B, k); see `Backbone`."""
         start, k = prefix.cache.committed, tokens.shape[1]
         logits = self.backbone.block_logits(prefix, tokens, depth)
         # The committed slots came in earlier calls.

@@ -121,30 +121,21 @@ class ActionTokenizer(ActionTokens):
             raise ConfigError(
                 f"{num_bins} bins in the ranges {short(list(zip(low, high, strict=True)))} are not distinct."
             )
-        self._by_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         nearest = (-self.low / self.step).round().clamp(0, self.vocabulary_size - 1).long()  # (A,)
         self.zero = nearest.repeat(self.chunk_steps)
 
     def encode(self, actions: Tensor) -> Tensor:
         check_actions(actions, self.chunk_steps, self.action_dim)
         actions = actions.double()
-        _, low, step_size = self._on(actions.device)
-        bins = (actions - low) / step_size  # (B, m, A), in bins
+        bins = (actions - self.low.to(actions.device)) / self.step.to(actions.device)  # (B, m, A), in bins
         slack = 1e-3  # a float32 value at a range end must not count as out of range
         self.clipped += int(((bins < -slack) | (bins > self.vocabulary_size - 1 + slack)).sum())
         return bins.round().clamp(0, self.vocabulary_size - 1).long().flatten(1)
 
     def decode(self, tokens: Tensor) -> Tensor:
         check_tokens(tokens, "tokens", (None, self.block_length), self.vocabulary_size)
-        centres, _, _ = self._on(tokens.device)
         steps = tokens.long().view(-1, self.chunk_steps, self.action_dim)  # (B, m, A)
-        return centres.gather(0, steps.reshape(-1, self.action_dim)).view(steps.shape)
-
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Centres, lows and bin widths on `device`."""
-        if device not in self._by_device:
-            self._by_device[device] = (self._centres.to(device), self.low.to(device), self.step.to(device))
-        return self._by_device[device]
+        return self._centres.to(tokens.device).gather(0, steps.reshape(-1, self.action_dim)).view(steps.shape)
 
 
 def ranges_from_stats(

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
+from ceed_vla.backbones.base import TrainableBackbone
+from ceed_vla.backbones.compact.model import CompactBackbone
 from ceed_vla.backbones.compact.words import make_instruction_step
 from ceed_vla.backbones.config import BackboneConfig
 from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import check_fields, ranged
-
-if TYPE_CHECKING:
-    from ceed_vla.backbones.base import TrainableBackbone
 
 
 @BackboneConfig.register_subclass("compact")
@@ -68,10 +67,7 @@ class CompactConfig(BackboneConfig):
             )
 
     def build(self, shape: PolicyShape) -> TrainableBackbone:
-        from ceed_vla.backbones.compact.model import CompactBackbone
-
-        sizes = {name: value for name, value in vars(self).items() if name != "known_words"}
-        return CompactBackbone(shape, **sizes)
+        return CompactBackbone(shape, self)
 
     def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:
         step = make_instruction_step(instructions, self.max_instruction_words, self.words)

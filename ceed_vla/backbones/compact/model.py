@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.cache import KVCache
 from ceed_vla.errors import ObservationError
 from ceed_vla.images import check_images
+
+if TYPE_CHECKING:
+    from ceed_vla.backbones.compact.config import CompactConfig
 
 LANGUAGE_KEY = "observation.language.tokens"
 STATE_KEY = "observation.state"
@@ -75,52 +78,35 @@ class CompactBackbone(TrainableBackbone):
     compilable = ("prefill", "block")
     cuts = True
 
-    def __init__(
-        self,
-        shape: PolicyShape,
-        *,
-        image_size: int,
-        image_grid: int,
-        keypoints: int,
-        stem_channels: Sequence[int],
-        max_instruction_words: int,
-        words: int,
-        width: int,
-        layers: int,
-        heads: int,
-        mlp_width: int,
-        early_readout: int,
-    ) -> None:
+    def __init__(self, shape: PolicyShape, config: CompactConfig) -> None:
         super().__init__()
         self.cameras = self.augmented_images = tuple(shape.cameras)
-        self.image_size, self.state_dim, self.max_words = image_size, shape.state_dim, max_instruction_words
+        self.image_size, self.max_words = config.image_size, config.max_instruction_words
+        self.state_dim = shape.state_dim
         self.block_length, self.vocabulary_size = shape.block_length, shape.vocabulary_size
-        self.num_layers = layers
+        width, grid, self.num_layers = config.width, config.image_grid, config.layers
         self._recompute = False
-        tokens = image_grid**2 + bool(keypoints)  # of a camera
+        tokens = grid**2 + bool(config.keypoints)  # of a camera
         self.prefix_length = self.max_words + len(self.cameras) * tokens + 1
-        codes = self.max_words * WORD_CODE
-        self.words = nn.Embedding(words, width)
-        self.word_codes = nn.Embedding(words, WORD_CODE)
-        self.stems = nn.ModuleList(
-            CameraStem(stem_channels, image_grid, keypoints, image_size, width, codes) for _ in self.cameras
-        )
+        self.words = nn.Embedding(config.words, width)
+        self.word_codes = nn.Embedding(config.words, WORD_CODE)
+        seen = (config.stem_channels, grid, config.keypoints, self.image_size, width, self.max_words * WORD_CODE)
+        self.stems = nn.ModuleList(CameraStem(*seen) for _ in self.cameras)
         self.state = nn.Linear(self.state_dim, width)
         self.prefix_positions = nn.Parameter(torch.zeros(self.prefix_length, width))
         self.action_tokens = nn.Embedding(self.vocabulary_size, width)
         self.slots = nn.Parameter(torch.zeros(self.block_length, width))
-        self.layers = nn.ModuleList(Layer(width, heads, mlp_width) for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(width, config.heads, config.mlp_width) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(width, bias=False)
         self.head = nn.Linear(width, self.vocabulary_size)
         if outputs := shape.auxiliary_dim:
             self.auxiliary = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs))
-            if early_readout:
-                self.early_auxiliary = EarlyReadout(self.prefix_length, width, early_readout, width, outputs)
+            if kept := config.early_readout:
+                self.early_auxiliary = EarlyReadout(self.prefix_length, width, kept, width, outputs)
         self._initialise()
 
     @property
     def trunk(self) -> list[Layer]:
-        """The decoder layers, bottom first."""
         return cast("list[Layer]", list(self.layers))
 
     def _initialise(self) -> None:
@@ -164,18 +150,16 @@ class CompactBackbone(TrainableBackbone):
         word_embeddings = self.words(words)  # (B, L, d)
         instruction = self.word_codes(words).flatten(1)  # (B, L * c)
         tokens = [word_embeddings]
+        size = (self.image_size, self.image_size)
         for camera, stem in zip(self.cameras, self.stems, strict=True):
-            tokens.append(stem(self._resize(observation[camera]) * 2 - 1, instruction))  # (B, g * g, d)
+            image = observation[camera]
+            if image.shape[-2:] != size:
+                image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
+            tokens.append(stem(image * 2 - 1, instruction))  # (B, g * g, d)
         tokens.append(self.state(observation[STATE_KEY].clamp(-5, 5)).unsqueeze(1))  # (B, 1, d)
         return torch.cat(tokens, dim=1) + self.prefix_positions
 
-    def _resize(self, image: Tensor) -> Tensor:
-        if image.shape[-2:] == (self.image_size, self.image_size):
-            return image
-        return F.interpolate(image, size=(self.image_size, self.image_size), mode="bilinear", antialias=True)
-
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:
-        """Run the prefix once: logits (B, V) of action token 0, and the cache with the prefix in it."""
         return self.prefill_embeddings(self.embed_prefix(observation))
 
     def prefill_embeddings(self, embeddings: Tensor) -> Prefix:
@@ -234,7 +218,6 @@ class CompactBackbone(TrainableBackbone):
         return cast("Tensor", own(x))
 
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
-        """Logits (B, k, V) for the slots after `tokens` (B, k), which follow the committed tokens of the cache."""
         cache, length = prefix.cache, tokens.shape[1]
         x = self.action_tokens(tokens) + cache.rows(self.slots, length)  # (B, k, d)
         mask, depth = cache.mask(length), check_depth(depth, self.num_layers)
@@ -265,7 +248,7 @@ class CompactBackbone(TrainableBackbone):
         n = self.block_length
         inputs = [self.action_tokens(block[:, : n - 1]) + self.slots[: n - 1] for block in blocks]
         x = torch.cat([embeddings, *inputs], dim=1)  # (B, P + b * (n - 1), d)
-        mask = self._packed_mask(embeddings.shape[1], n - 1, len(blocks), x.device)
+        mask = self._packed_mask(embeddings.shape[1], n - 1, len(blocks), x.device) if blocks else None
         recompute, depth = self._recompute and self.training, check_depth(depth, self.num_layers)
         for layer in self.trunk[:depth]:
             x = checkpoint(layer, x, mask, use_reentrant=False) if recompute else layer(x, mask)
@@ -284,10 +267,3 @@ class CompactBackbone(TrainableBackbone):
             rows = slice(prefix + i * block, prefix + (i + 1) * block)
             mask[rows, rows] = torch.ones(block, block, dtype=torch.bool, device=device).tril()
         return mask
-
-    def prefix_state(self, embeddings: Tensor) -> Tensor:
-        """The state token's final hidden vector (B, d), without any block."""
-        x = embeddings
-        for layer in self.trunk:
-            x = layer(x, None)
-        return self.final_norm(x[:, -1])

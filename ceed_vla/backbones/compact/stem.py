@@ -65,15 +65,8 @@ class CameraStem(nn.Module):
         self, channels: Sequence[int], grid: int, keypoints: int, image_size: int, width: int, instruction_width: int
     ) -> None:
         super().__init__()
-        c1, c2, c3, c4 = channels
-        self.convolutions = nn.ModuleList(
-            [
-                nn.Conv2d(3, c1, 3, stride=2, padding=1),
-                nn.Conv2d(c1, c2, 3, stride=2, padding=1),
-                nn.Conv2d(c2, c3, 3, stride=2, padding=1),
-                nn.Conv2d(c3, c4, 3, stride=1, padding=1),
-            ]
-        )
+        (_, c2, c3, c4), steps = channels, zip((3, *channels[:3]), channels, (2, 2, 2, 1), strict=True)
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, stride=stride, padding=1) for a, b, stride in steps)
         self.norms = nn.ModuleList([nn.GroupNorm(4, c) for c in channels])
         self.film = nn.Linear(instruction_width, 2 * (c2 + c3))
         nn.init.zeros_(self.film.weight)

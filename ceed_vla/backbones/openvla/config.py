@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from ceed_vla.backbones.base import TrainableBackbone
 from ceed_vla.backbones.config import BackboneConfig
 from ceed_vla.backbones.openvla.folder import Architecture, check_config, describe_model
 from ceed_vla.backbones.openvla.inputs import OpenVLAInputsStep
@@ -16,9 +17,6 @@ from ceed_vla.backbones.transformers.config import DTYPES, TransformersConfig
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import chosen
 from ceed_vla.instructions import check_template
-
-if TYPE_CHECKING:
-    from ceed_vla.backbones.base import TrainableBackbone
 
 
 @BackboneConfig.register_subclass("openvla")
@@ -82,7 +80,6 @@ class OpenVLAConfig(TransformersConfig):
         return least_sizes(self._architecture().text)
 
     def _architecture(self) -> Architecture:
-        """What `architecture` says, checked as a published folder's is."""
         return Architecture(check_config("backbone.architecture", read_architecture(self.architecture)))
 
     def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:

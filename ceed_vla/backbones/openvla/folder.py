@@ -105,7 +105,6 @@ def check_config(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with the defaults of the format; raises `CheckpointError` for what cannot be built."""
     config = {"n_action_bins": 256, "pad_to_multiple_of": 64, "use_fused_vision_backbone": None, **config}
     missing = [key for key in ("text_config", "timm_model_ids", "image_sizes") if key not in config]
     if missing:
@@ -183,11 +182,8 @@ def action_statistics(folder: str | Path, unnorm_key: str = "") -> tuple[str, di
     each.
 
     They lie in ``norm_stats`` of config.json; a fine-tuned model may have its own in dataset_statistics.json, which
-    then count first. Where there are several, `unnorm_key` names the data set.
-
-    Raises:
-        ConfigError: The name is unknown, or missing where there are several; the message lists them.
-        CheckpointError: Statistics that are missing or incomplete.
+    then count first. Where there are several, `unnorm_key` names the data set: `ConfigError` lists them if it
+    is missing or unknown. `CheckpointError` for statistics that are missing or incomplete.
     """
     folder = Path(folder)
     sources = {folder / "config.json": read_config(folder).get("norm_stats") or {}}

@@ -47,13 +47,9 @@ class OpenVLAImages:
     """The image processor of an OpenVLA folder, from its preprocessor_config.json.
 
     Published files hold a short form (``input_sizes``, ``interpolations``, ``means``, ``stds``, a strategy) and what it
-    was expanded to (``tvf_...``). The expanded form counts where both are there, as in the reference.
-
-    Attributes:
-        sizes: ``[S, S]`` of every tower's pixels.
-
-    Raises:
-        CheckpointError: Settings that are missing, unknown, or of different numbers of towers.
+    was expanded to (``tvf_...``). The expanded form counts where both are there, as in the reference. `sizes` has
+    ``[S, S]`` of every tower's pixels. `CheckpointError` for settings that are missing or unknown, or of different
+    numbers of towers.
     """
 
     def __init__(self, settings: dict[str, Any], file: Path | str) -> None:
@@ -85,15 +81,10 @@ class OpenVLAImages:
     def __call__(self, image: Image.Image) -> Tensor:
         """Pixels (3 * towers, S, S) float32 of one picture of any size."""
         image = image.convert("RGB")
-        if self._letterbox:
-            image = self._letterboxed(image)
+        if self._letterbox:  # in the middle of a square
+            across, down = ((max(image.size) - side) // 2 for side in image.size)
+            image = transforms.pad(image, [across, down, across, down], fill=self._fill)
         return torch.vstack([transform(image) for transform in self._transforms])
-
-    def _letterboxed(self, image: Image.Image) -> Image.Image:
-        """The picture in the middle of a square."""
-        width, height = image.size
-        across, down = int((max(width, height) - width) / 2), int((max(width, height) - height) / 2)
-        return transforms.pad(image, [across, down, across, down], fill=self._fill)
 
 
 def _expanded(settings: dict[str, Any], strategy: str, tower: int, size: list[int]) -> dict[str, Any]:

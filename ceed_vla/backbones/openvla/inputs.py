@@ -12,6 +12,7 @@ from lerobot.lerobot_types import RobotObservation, TransitionKey
 from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ceed_vla.backbones.openvla.folder import PROMPT, read_config
 from ceed_vla.backbones.openvla.images import OpenVLAImages
@@ -47,7 +48,6 @@ class OpenVLAInputsStep(FilesStep, ObservationProcessorStep):
         check_template(self.prompt, "prompt")
 
     def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
-        """Raise `ConfigError` unless these are the settings that the backbone's configuration has."""
         wanted = backbone.prompt or self.prompt
         if self.camera not in shape.cameras or self.prompt != wanted:
             raise ConfigError(
@@ -98,15 +98,13 @@ class OpenVLAInputsStep(FilesStep, ObservationProcessorStep):
         return {**observation, PIXELS_KEY: pixels, IDS_KEY: ids, MASK_KEY: mask}
 
     def text(self, instruction: str) -> str:
-        """The prompt for an instruction."""
         return fill_template(self.prompt, instruction.lower())
 
     def encode(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
         """Ids (B, L) of the prompts, padded on the left, and their mask (B, L)."""
-        rows = [self.encode_text(self.text(instruction)) for instruction in instructions]
-        length = max(map(len, rows))
-        ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        rows = [torch.tensor(self.encode_text(self.text(instruction))) for instruction in instructions]
+        marks = [torch.ones_like(row) for row in rows]
+        ids, mask = (pad_sequence(part, batch_first=True, padding_side="left") for part in (rows, marks))
         return ids, mask
 
     def encode_text(self, text: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -36,5 +36,4 @@ def _quantized(bitsandbytes: Any, linear: nn.Linear, kind: str) -> nn.Module:
         )
         layer.weight = layers.Params4bit(weight, requires_grad=False, quant_type="nf4")
     layer.bias = linear.bias
-    quantized: nn.Module = layer
-    return quantized
+    return cast("nn.Module", layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.files import read_json
@@ -12,18 +12,11 @@ FAST, SLOW = "tokenizer.json", "tokenizer.model"
 LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
-class TextTokenizer(Protocol):
-    """What a tokenizer is used for."""
+def read_tokenizer(folder: Path, source: str) -> _Fast | _SentencePiece:
+    """The tokenizer of a folder: tokenizer.json, or the older tokenizer.model; messages call it `source`.
 
-    size: int  # ids are smaller
-
-    def __call__(self, text: str) -> list[int]:
-        """Ids of a text, with the marks of its beginning and end."""
-        ...
-
-
-def read_tokenizer(folder: Path, source: str) -> TextTokenizer:
-    """The tokenizer of a folder: tokenizer.json, or the older tokenizer.model; messages call it `source`."""
+    Called with a text it gives ids below its `size`, with the marks of the text's beginning and end.
+    """
     settings_file = folder / "tokenizer_config.json"
     name = f"{source}: {settings_file.name}"
     settings = read_json(settings_file, source=name) if settings_file.is_file() else {}

@@ -30,13 +30,9 @@ class VisionTowers(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3 * towers, S, S) to patch features (B, patches, width) of the second-to-last layers."""
-        parts = pixels.split(3, dim=1)
-        return torch.cat([_features(tower, part) for tower, part in zip(self._towers, parts, strict=True)], dim=2)
-
-
-def _features(tower: Any, pixels: Tensor) -> Tensor:
-    (features,) = tower.get_intermediate_layers(pixels, n=[len(tower.blocks) - 2])
-    return cast("Tensor", features)
+        pairs = zip(cast("list[Any]", self._towers), pixels.split(3, dim=1), strict=True)
+        features = [tower.get_intermediate_layers(part, n=[len(tower.blocks) - 2])[0] for tower, part in pairs]
+        return torch.cat(features, dim=2)
 
 
 def _tower(architecture: Architecture, index: int) -> nn.Module:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import ceed_vla.backbones.pi0_fast.inputs  # noqa: F401  (registers its step)
+from ceed_vla.backbones.base import TrainableBackbone
 from ceed_vla.backbones.config import BackboneConfig
+from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer, TextIds
 from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.backbones.transformers.architecture import read_architecture
 from ceed_vla.backbones.transformers.config import TransformersConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import ranged
 from ceed_vla.tokens.base import ActionTokensConfig
-
-if TYPE_CHECKING:
-    from ceed_vla.backbones.base import TrainableBackbone
-    from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer
+from ceed_vla.tokens.fast_codec import FastCodec
 
 
 @ActionTokensConfig.register_subclass("pi0_fast")
@@ -66,9 +65,6 @@ class Pi0FastTokensConfig(ActionTokensConfig):
         return self.max_tokens
 
     def build(self, chunk_steps: int, action_dim: int) -> Pi0FastTokenizer:
-        from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer, TextIds
-        from ceed_vla.tokens.fast_codec import FastCodec
-
         if not self.bpe:
             raise ConfigError(
                 "action_tokens.type is pi0_fast without its tokenizers; make the policy with "

@@ -10,11 +10,10 @@ from lerobot.lerobot_types import RobotObservation
 from lerobot.processor import ProcessorStepRegistry, TokenizerProcessorStep
 
 from ceed_vla.backbones.shape import PolicyShape
-from ceed_vla.backbones.transformers.step_files import TOKENIZER_FILES, FilesStep
+from ceed_vla.backbones.transformers.step_files import LOCAL, TOKENIZER_FILES, FilesStep
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.files import read_files
 
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 LONGEST_PROMPT = 65_536
 
 

@@ -82,14 +82,14 @@ class TransformersBackbone(TrainableBackbone):
         """`prefill` from what `embed_prefix` made."""
         cache, real = TransformersCache(), embeddings.real
         self._check_positions(real.shape[1])
-        with _prefix_of_exits(self.decoder, self.exits):
+        # The exits' own layers see the prefix too, with what the layer before is called with.
+        with _behind(self.decoder, [(depth, e.layer) for depth, e in self.exits.items() if e.layer is not None]):
             hidden = self._run(embeddings.embeds, cache.begin(real.shape[1]), embeddings.inputs)[:, -1]  # (B, d)
         cache.seal_prefix(real.shape[1])
         padding = None if bool(real.all()) else real
         return TransformersPrefix(self.score(hidden), cache, hidden, padding, embeddings.next_position)
 
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
-        """Logits (B, k, V) of the successors of `tokens` (B, k); see `Backbone`."""
         if not isinstance(prefix, TransformersPrefix):
             raise TokenError(f"The prefix is a {type(prefix).__name__}; {type(self).__name__} continues its own only.")
         return self.score(self._block_hidden(prefix, tokens, check_depth(depth, self.num_layers)))
@@ -97,17 +97,8 @@ class TransformersBackbone(TrainableBackbone):
     def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         check_linear(self.exits, depths)
         kept: list[Tensor] = []
-
-        def keep(_: nn.Module, __: Any, output: Any) -> None:
-            kept.append(output[0] if isinstance(output, tuple) else output)
-
-        layers = cast("nn.ModuleList", self.decoder.layers)
-        hooks = [layers[depth - 1].register_forward_hook(keep) for depth in depths]
-        try:
+        with _behind(self.decoder, [(depth, lambda x, **_: kept.append(x)) for depth in depths]):
             self._block_hidden(cast("TransformersPrefix", prefix), tokens, depths[-1])
-        finally:
-            for hook in hooks:
-                hook.remove()
         norms = (self.exits.get(depth, cast("nn.Module", self.decoder.norm)) for depth in depths)
         read = [norm(x) for norm, x in zip(norms, kept, strict=True)]
         return [self.score(x[0] if isinstance(x, tuple) else x) for x in read], kept[-1]
@@ -150,7 +141,6 @@ class TransformersBackbone(TrainableBackbone):
     def packed_logits(
         self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor], depth: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Teacher-forced logits of several blocks behind one prefix, which runs once; see `TrainableBackbone`."""
         if self.training and self.pretrained.is_gradient_checkpointing and depth is None:
             return self._packed_without_cache(embeddings, blocks)
         prefix = self.prefill_embeddings(embeddings)
@@ -219,12 +209,7 @@ def read_weights(
 ) -> None:
     """Read all weights of a published folder into a model of the right sizes; see `copy_weights`.
 
-    Args:
-        model: Where they go.
-        folder: With one safetensors file, or its shards.
-        rename: From the name in a file to the model's.
-        skip: Names in a file that are passed over.
-        copies: A weight that may be missing -> the one that it then equals.
+    A weight that may be missing is in `copies`, with the one that it then equals.
     """
     missing, unknown = copy_weights(model, weight_files(folder), rename=rename, skip=skip)
     own = model.state_dict()
@@ -256,20 +241,19 @@ def _first_layers(decoder: nn.Module, depth: int, own: DepthExit | None) -> Iter
 
 
 @contextmanager
-def _prefix_of_exits(decoder: nn.Module, exits: Mapping[int, DepthExit]) -> Iterator[None]:
-    """Let the exits' own layers see the prefix too, with what the layer before is called with."""
+def _behind(decoder: nn.Module, found: Sequence[tuple[int, Callable[..., Any]]]) -> Iterator[None]:
+    """Call each function with the hidden vectors (B, t, d) behind so many layers, and the options of the last one."""
 
-    def also(own: nn.Module) -> Callable[..., None]:
+    def hook(function: Callable[..., Any]) -> Callable[..., None]:
         def run(_: nn.Module, __: Any, options: dict[str, Any], output: Any) -> None:
-            own(output[0] if isinstance(output, tuple) else output, **options)
+            function(output[0] if isinstance(output, tuple) else output, **options)
 
         return run
 
     layers = cast("nn.ModuleList", decoder.layers)
-    found = [(layers[depth - 1], e.layer) for depth, e in exits.items() if e.layer is not None]
-    hooks = [layer.register_forward_hook(also(own), with_kwargs=True) for layer, own in found]
+    handles = [layers[depth - 1].register_forward_hook(hook(f), with_kwargs=True) for depth, f in found]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()

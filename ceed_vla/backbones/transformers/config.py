@@ -8,7 +8,7 @@ from pathlib import Path
 from ceed_vla.backbones.config import BackboneConfig
 from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.fields import check_fields, chosen
-from ceed_vla.weights import Header, weight_files
+from ceed_vla.weights import check_sizes, weight_files
 
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = ("copied", "reference")  # into checkpoints, or by reference to the folder they were read from
@@ -37,5 +37,4 @@ class TransformersConfig(BackboneConfig):
 
     def check_size(self, shape: PolicyShape) -> None:
         """Refuse an `architecture` that describes more than the folder's weights, before a model is built of it."""
-        files = weight_files(Path(self.path))
-        Header.read(files).check(*self.least_sizes(shape), files[0])
+        check_sizes(weight_files(Path(self.path)), *self.least_sizes(shape))

@@ -70,8 +70,9 @@ class PrefixEmbeddings:
         mask = self.inputs.get("attention_mask")
         if isinstance(mask, dict):
             raise ConfigError(f"Layers with several masks ({', '.join(mask)}) allow no gradient checkpointing.")
-        marks = {  # of image tokens, such as Qwen3-VL's: none on the block
-            name: F.pad(value, (0, k)) if _one_each(value, length) else value for name, value in self.inputs.items()
+        marks = {  # of image tokens, such as Qwen3-VL's (B, P): none on the block
+            name: F.pad(value, (0, k)) if getattr(value, "shape", ())[1:] == (length,) else value
+            for name, value in self.inputs.items()
         }
         return {
             **marks,
@@ -81,11 +82,6 @@ class PrefixEmbeddings:
             if mask is None or mask.ndim == 2
             else _causal_behind(mask, self.real, k),
         }
-
-
-def _one_each(value: Any, length: int) -> bool:
-    """Whether `value` has one entry a token (B, P)."""
-    return isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == length
 
 
 def _causal_behind(mask: Tensor, real: Tensor, k: int) -> Tensor:

@@ -6,12 +6,15 @@ import abc
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ceed_vla.errors import CheckpointError
 from ceed_vla.files import write_files
 
+# Nothing is fetched, and a file that names classes of its own (auto_map) does not get to run them.
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import torch
+
+from ceed_vla.backbones.base import TrainableBackbone
 from ceed_vla.backbones.config import BackboneConfig
 from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.backbones.transformers.architecture import least_sizes, read_architecture
@@ -15,9 +18,6 @@ from ceed_vla.backbones.vlm.processor import load_processor
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import chosen, ranged
 from ceed_vla.instructions import check_template
-
-if TYPE_CHECKING:
-    from ceed_vla.backbones.base import TrainableBackbone
 
 
 @BackboneConfig.register_subclass("vlm")
@@ -52,8 +52,6 @@ class VLMConfig(TransformersConfig):
         check_template(self.prompt, "backbone.prompt")
 
     def build(self, shape: PolicyShape) -> TrainableBackbone:
-        import torch
-
         from ceed_vla.backbones.vlm import loading
         from ceed_vla.backbones.vlm.model import VLMBackbone
 
@@ -92,7 +90,6 @@ class VLMConfig(TransformersConfig):
         return [VLMInputsStep(**self.input_settings(shape)).set_processor(load_processor(self.path))]
 
     def input_settings(self, shape: PolicyShape) -> dict[str, Any]:
-        """Settings of the step that makes the model's inputs."""
         places = {"text": shape.state_dim, "projected": 1, "none": 0}[self.proprio]
         sizes = {camera: list(size[1:]) for camera, size in shape.cameras.items()}
         return {"sizes": sizes, "layout": self.cameras, "prompt": self.prompt, "state_places": places}

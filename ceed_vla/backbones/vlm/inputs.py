@@ -59,7 +59,6 @@ class VLMInputsStep(FilesStep, ObservationProcessorStep):
         self._processor: Any = None
 
     def check_policy(self, backbone: Any, shape: PolicyShape) -> None:
-        """Raise `ConfigError` unless these are the settings that the backbone's configuration has."""
         wanted = backbone.input_settings(shape)
         if wrong := [name for name, value in wanted.items() if getattr(self, name) != value]:
             raise ConfigError(f"{wrong[0]} is {getattr(self, wrong[0])!r}; the policy's is {wanted[wrong[0]]!r}.")
@@ -123,20 +122,16 @@ class VLMInputsStep(FilesStep, ObservationProcessorStep):
         return fill_template(self._rendered[images], task)
 
     def _add_state_places(self, inputs: dict[str, Tensor]) -> None:
-        ids = inputs[IDS]
+        ids, tokenizer = inputs[IDS], self._processor.tokenizer
         if not self.state_places:
             return
-        shape = (len(ids), self.state_places)
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        # An id that no model reads as an image or as padding; its embedding is replaced anyway.
+        ordinary = next(i for i in range(len(tokenizer)) if i not in special)
         for name, value in inputs.items():
             if value.shape == ids.shape:  # one entry a token
-                added = torch.full(shape, {IDS: self._ordinary_id(), MASK: 1}.get(name, 0), dtype=value.dtype)
+                added = value.new_full((len(ids), self.state_places), {IDS: ordinary, MASK: 1}.get(name, 0))
                 inputs[name] = torch.cat([value, added], dim=1)
-
-    def _ordinary_id(self) -> int:
-        """An id that no model reads as an image or as padding; its embedding is replaced anyway."""
-        tokenizer = self._processor.tokenizer
-        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        return next(i for i in range(len(tokenizer)) if i not in special)
 
     def transform_features(
         self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]

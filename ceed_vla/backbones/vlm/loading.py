@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from ceed_vla.backbones.transformers.architecture import least_sizes, read_architecture
+from ceed_vla.backbones.transformers.step_files import LOCAL
 from ceed_vla.backbones.vlm.model import VLMBackbone
-from ceed_vla.backbones.vlm.processor import LOCAL
 from ceed_vla.cache import TransformersCache
 from ceed_vla.errors import CheckpointError, ConfigError, root_cause
 from ceed_vla.files import read_json
-from ceed_vla.weights import Header, check_floating, check_weights, weight_files
+from ceed_vla.weights import check_floating, check_sizes, check_weights, weight_files
 
 
 def check_folder(folder: Path) -> None:
@@ -37,7 +37,7 @@ def check_folder(folder: Path) -> None:
             f"are {', '.join(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))}."
         )
     sizes = least_sizes(read_architecture(json.dumps({k: v for k, v in config.items() if k != "auto_map"})))
-    Header.read(weight_files(folder)).check(*sizes, folder)
+    check_sizes(weight_files(folder), *sizes)
 
 
 def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:

@@ -80,7 +80,6 @@ class VLMBackbone(TransformersBackbone):
 
     @property
     def decoder(self) -> nn.Module:
-        """The language model without its head."""
         return language_model(self.model)
 
     def check_observation(self, batch: Mapping[str, Any]) -> int:

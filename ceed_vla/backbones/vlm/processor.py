@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
+from ceed_vla.backbones.transformers.step_files import LOCAL
 from ceed_vla.errors import CheckpointError, root_cause
 from ceed_vla.files import read_json
 
-if TYPE_CHECKING:
-    from transformers import ProcessorMixin
-
-# Nothing is fetched, and a file that names classes of its own (auto_map) does not get to run them.
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 LARGEST_SIDE, MOST_PIXELS = 8192, 2**25
 # Settings of image processors that decide how many numbers they make.
@@ -22,7 +18,7 @@ _TOKENS = ("num_additional_image_tokens", "image_seq_length", "image_seq_len")
 SIZES = (*_SIDES, *_PATCHES, *_TOKENS)
 
 
-def load_processor(folder: str | Path, source: str = "") -> ProcessorMixin:
+def load_processor(folder: str | Path, source: str = "") -> Any:
     """The processor (tokenizer and image processor) of a folder, padding on the left; messages call it `source`."""
     from transformers import AutoProcessor
 
@@ -49,7 +45,7 @@ def load_processor(folder: str | Path, source: str = "") -> ProcessorMixin:
         if tokenizer.eos_token_id is None:
             raise CheckpointError(f"{name}: the tokenizer has neither a padding nor an end token; add one.")
         tokenizer.pad_token = tokenizer.eos_token
-    return cast("ProcessorMixin", processor)
+    return processor
 
 
 def _check_image_settings(what: str, values: dict[str, Any], area: bool = False) -> None:

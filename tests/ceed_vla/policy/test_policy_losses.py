@@ -125,7 +125,7 @@ def test_augmentation_only_while_training(training_batch: dict[str, Any], make_p
 
 def test_random_shift_moves_whole_images() -> None:
     image = torch.arange(2 * 3 * 8 * 8, dtype=torch.float32).view(2, 3, 8, 8)
-    shifted = random_shift(image, 2)
+    shifted = random_shift(image, 2, torch.rand(2, 2))
     assert shifted.shape == image.shape
     for before, after in zip(image, shifted, strict=True):
         matches = [

@@ -27,6 +27,7 @@ _ACCENT, _GOOD = (230, 159, 0), (86, 180, 233)
 _MARGIN, _SIDE_MARGIN = 14, 5
 _MOST_SQUARES = 12
 END_FRAMES = 12  # the outcome stays readable
+_font = ImageFont.load_default
 
 
 def compose_frame(
@@ -50,7 +51,10 @@ def compose_frame(
     for view, side, x in zip(views, (VIEW, INSET), (0, VIEW), strict=False):
         picture.paste(ImageOps.pad(Image.fromarray(view), (side, side), Image.Resampling.NEAREST), (x, HEADER))
     draw = ImageDraw.Draw(picture)
-    draw.text((_MARGIN, HEADER // 2), instruction, fill=_INK, font=_fitting_font(instruction), anchor="lm")
+    # The largest font in which the instruction fits the width.
+    fonts = map(_font, range(22, 11, -1))
+    font = next((font for font in fonts if font.getlength(instruction) <= WIDTH - 2 * _MARGIN), _font(11))
+    draw.text((_MARGIN, HEADER // 2), instruction, fill=_INK, font=font, anchor="lm")
     for text, x, anchor in zip(sides, (_SIDE_MARGIN, VIEW - _SIDE_MARGIN), ("ld", "rd"), strict=True):
         where = (x, HEIGHT - _SIDE_MARGIN)
         draw.text(where, text, _INK, _font(12), anchor, stroke_width=2, stroke_fill=_PAPER)
@@ -125,13 +129,3 @@ def _episode_frames(replans: Iterable[Replan], name: str, unit: str, sides: tupl
                 status=("solved" if replan.success else "not solved") if last else "",
             )
             yield from [frame] * (END_FRAMES if last else 1)
-
-
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
-
-
-def _fitting_font(text: str) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """The largest font in which `text` fits the width of the picture."""
-    fonts = map(_font, range(22, 11, -1))
-    return next((font for font in fonts if font.getlength(text) <= WIDTH - 2 * _MARGIN), _font(11))

@@ -17,7 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ceed_vla.checkpoints import load, resolve_checkpoint, weights_hash
 from ceed_vla.decoding.registry import find_decoder
-from ceed_vla.devices import check_device
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
 from ceed_vla.files import write_text
@@ -205,8 +204,6 @@ def load_bundles(config: Any) -> dict[str, Bundle]:
         raise ConfigError(
             "--policy.path is missing; give a checkpoint folder, or student or teacher for the shipped ones."
         )
-    if config.device is not None:
-        check_device(config.device)
     paths = {"policy": config.policy.path, "teacher": config.teacher.path}
     bundles = {model: load(path, device=config.device) for model, path in paths.items() if path}
     for model, (policy, _, _) in bundles.items():

@@ -16,7 +16,7 @@ from ceed_vla.files import replacing
 from sim.outputs import MADE_BY
 
 # Okabe and Ito's palette.
-BLUE, SKY, GREEN, ORANGE, VERMILLION, GREY = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#8A8F98"
+BLUE, SKY, GREEN, VERMILLION, GREY = "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#8A8F98"
 INK, FAINT = "#23262B", "#DDE1E6"
 STYLE: Any = {  # rcParams
     "font.size": 10,

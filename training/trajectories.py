@@ -27,7 +27,6 @@ from ceed_vla.checkpoints import load, weights_hash
 from ceed_vla.data.frame_stream import StreamingConfig
 from ceed_vla.data.frames import FrameStore, open_dataset
 from ceed_vla.decoding import DecodingConfig
-from ceed_vla.devices import check_device
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, ranged
 from ceed_vla.files import replacing, write_text
@@ -121,7 +120,6 @@ def collect(config: CollectConfig) -> Path:
         ConfigError: Bad settings, or a folder that belongs to another teacher, data set or mixture.
     """
     output = output_folder(config.output_dir, "the trajectories")
-    check_device(config.device)
     if config.num_shards == 1 and "WORLD_SIZE" in os.environ:  # set by torchrun and accelerate
         rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
         if not (rank.isdecimal() and world.isdecimal()):

@@ -15,7 +15,7 @@ from ceed_vla.errors import SimulationError
 from ceed_vla.files import replacing
 from sim.environment import EnvPool
 from sim.outputs import MADE_BY
-from sim.rollout import PolicyRunner, Replan, drive
+from sim.rollout import PolicyRunner, drive
 
 Frame = NDArray[np.uint8]
 
@@ -106,26 +106,24 @@ def record_clip(
     path: Path, runner: PolicyRunner, pool: EnvPool, *, name: str, unit: str, seed: int, task: str, executed_steps: int
 ) -> Path:
     """Run one episode in the first environment of a pool and write its clip, in real time of the robot."""
-    replans = drive(runner, pool, seed, executed_steps, task, watch=True)
-    sides = getattr(pool.config, "sides", ("", ""))
-    return write_clip(path, _episode_frames(replans, name, unit, sides), pool.config.fps)
-
-
-def _episode_frames(replans: Iterable[Replan], name: str, unit: str, sides: tuple[str, str]) -> Iterator[Frame]:
     counts: list[int] = []
-    for replan in replans:
-        counts.append(replan.chunk.forwards)
-        for i, views in enumerate(replan.views, start=1):
-            last = replan.finished and i == len(replan.views)
-            frame = compose_frame(
-                list(views.values()),
-                sides=sides,
-                instruction=replan.instruction,
-                decoder=name,
-                forwards=counts[-1],
-                mean_forwards=sum(counts) / len(counts),
-                unit=unit,
-                step=replan.step + i,
-                status=("solved" if replan.success else "not solved") if last else "",
-            )
-            yield from [frame] * (END_FRAMES if last else 1)
+
+    def frames() -> Iterator[Frame]:
+        for replan in drive(runner, pool, seed, executed_steps, task, watch=True):
+            counts.append(replan.chunk.forwards)
+            for i, views in enumerate(replan.views, start=1):
+                last = replan.finished and i == len(replan.views)
+                frame = compose_frame(
+                    list(views.values()),
+                    sides=getattr(pool.config, "sides", ("", "")),
+                    instruction=replan.instruction,
+                    decoder=name,
+                    forwards=counts[-1],
+                    mean_forwards=sum(counts) / len(counts),
+                    unit=unit,
+                    step=replan.step + i,
+                    status=("solved" if replan.success else "not solved") if last else "",
+                )
+                yield from [frame] * (END_FRAMES if last else 1)
+
+    return write_clip(path, frames(), pool.config.fps)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from lerobot.envs.configs import EnvConfig
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 
 from ceed_vla.checkpoints import load, resolve_checkpoint, weights_hash
 from ceed_vla.decoding.registry import find_decoder
@@ -150,7 +150,9 @@ def _evaluate(config: EvalConfig, pool: EnvPool, console: Console, probes: Any) 
     names = check(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    folder = claim_folder("output_dir", config.output_dir, _file_names(config, names), (REPORT, EPISODES))
+    clips = [f"clip_{name}.mp4" for name in names] if config.clips else []
+    own = (EPISODES, REPORT, "report.md", *PLOTS, *clips)
+    folder = claim_folder("output_dir", config.output_dir, own, (REPORT, EPISODES))
     if not config.resume:
         refuse_unfinished(folder, REPORT)
     bundles = load_bundles(config)
@@ -225,11 +227,6 @@ def _plan(config: EvalConfig) -> list[tuple[int, str]]:
     """(seed, task) of every episode."""
     tasks = turns(config.env)
     return [(config.seed + i, tasks[i % len(tasks)]) for i in range(config.episodes)]
-
-
-def _file_names(config: EvalConfig, names: Sequence[str]) -> list[str]:
-    clips = [f"clip_{name}.mp4" for name in names] if config.clips else []
-    return [EPISODES, REPORT, "report.md", *PLOTS, *clips]
 
 
 def _identity(config: EvalConfig, rows: Sequence[Row], bundles: dict[str, Bundle]) -> dict[str, Any]:
@@ -409,12 +406,4 @@ def _write_clips(run: _Run, folder: Path, console: Console) -> list[Path]:
 
 
 def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:>14}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+    return Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console)

@@ -9,7 +9,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ceed_vla.files import replacing
@@ -56,8 +55,7 @@ def write_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 150) -> Path:
-    """Save as PNG without a display backend, in one step."""
-    FigureCanvasAgg(figure)
+    """Save as PNG, in one step."""
     with replacing(path) as file:
         figure.savefig(
             file,

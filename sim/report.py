@@ -102,25 +102,19 @@ def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
 def console_table(report: Mapping[str, Any], width: int = 120) -> Table:
     """The main table for a terminal of `width` characters; columns that do not fit are left out."""
     rows = table_rows(report)
+    heads = [max(column.split("\n"), key=len) for column in COLUMNS]
+    widths = [3 + max(map(len, cells)) for cells in zip(heads, *rows, strict=True)]
     keep = len(COLUMNS)
-    while keep > 2 and _table_width(rows, keep) > width:
+    while keep > 2 and sum(widths[:keep]) > width:
         keep -= 1
-    table = Table(title=_title(report), header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    state = "" if report["complete"] else " (partial: interrupted)"
+    title = f"{report['env']}, {report['task']}, {_seed_range(report)}{state}"
+    table = Table(title=title, header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(COLUMNS[:keep]):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row[:keep])
     return table
-
-
-def _table_width(rows: list[tuple[str, ...]], columns: int) -> int:
-    heads = [max(column.split("\n"), key=len) for column in COLUMNS]
-    return sum(3 + max(len(row[i]) for row in (heads, *rows)) for i in range(columns))
-
-
-def _title(report: Mapping[str, Any]) -> str:
-    state = "" if report["complete"] else " (partial: interrupted)"
-    return f"{report['env']}, {report['task']}, {_seed_range(report)}{state}"
 
 
 def _cells(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:

@@ -169,7 +169,6 @@ def _evaluate(config: EvalConfig, pool: EnvPool, console: Console, probes: Any) 
         _run_timing(run, console)
         complete = True
     finally:
-        log.close()
         report = _build_report(run, complete=complete)
         files = _write_report(report, folder)
         if not complete:

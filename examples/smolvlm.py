@@ -56,12 +56,6 @@ def policy_config(options: argparse.Namespace, model: Path) -> CeedVLAConfig:
     return CeedVLAConfig(push_to_hub=False, **settings)
 
 
-def measurements(run: Path) -> list[dict[str, float]]:
-    """What a distillation logged about held-out frames: first of the teacher, then of the student."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if "iterations_mean" in line]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, help="folder of the base model; a tiny one is made without it")
@@ -121,7 +115,9 @@ def main() -> None:
     )
 
     print(f"{student}:")
-    for name, row in zip(("teacher", "student"), measurements(output / "student"), strict=True):
+    log = [json.loads(line) for line in (output / "student" / "log.jsonl").read_text().splitlines()]
+    measured = [line for line in log if "iterations_mean" in line]  # on held-out frames
+    for name, row in zip(("teacher", "student"), measured, strict=True):
         print(
             f"  {name}: {row['iterations_mean']:.1f} Jacobi iterations a chunk to its exact greedy answer, "
             f"{row['one_forward_agreement']:.0%} of that after one, {row['teacher_agreement']:.0%} of the teacher's"

@@ -15,7 +15,7 @@ from ceed_vla.errors import SimulationError
 from ceed_vla.files import replacing
 from sim.environment import EnvPool
 from sim.outputs import MADE_BY
-from sim.rollout import PolicyRunner, Replan, drive
+from sim.rollout import PolicyRunner, drive
 
 Frame = NDArray[np.uint8]
 
@@ -27,6 +27,7 @@ _ACCENT, _GOOD = (230, 159, 0), (86, 180, 233)
 _MARGIN, _SIDE_MARGIN = 14, 5
 _MOST_SQUARES = 12
 END_FRAMES = 12  # the outcome stays readable
+_font = ImageFont.load_default
 
 
 def compose_frame(
@@ -50,7 +51,10 @@ def compose_frame(
     for view, side, x in zip(views, (VIEW, INSET), (0, VIEW), strict=False):
         picture.paste(ImageOps.pad(Image.fromarray(view), (side, side), Image.Resampling.NEAREST), (x, HEADER))
     draw = ImageDraw.Draw(picture)
-    draw.text((_MARGIN, HEADER // 2), instruction, fill=_INK, font=_fitting_font(instruction), anchor="lm")
+    # The largest font in which the instruction fits the width.
+    fonts = map(_font, range(22, 11, -1))
+    font = next((font for font in fonts if font.getlength(instruction) <= WIDTH - 2 * _MARGIN), _font(11))
+    draw.text((_MARGIN, HEADER // 2), instruction, fill=_INK, font=font, anchor="lm")
     for text, x, anchor in zip(sides, (_SIDE_MARGIN, VIEW - _SIDE_MARGIN), ("ld", "rd"), strict=True):
         where = (x, HEIGHT - _SIDE_MARGIN)
         draw.text(where, text, _INK, _font(12), anchor, stroke_width=2, stroke_fill=_PAPER)
@@ -102,36 +106,24 @@ def record_clip(
     path: Path, runner: PolicyRunner, pool: EnvPool, *, name: str, unit: str, seed: int, task: str, executed_steps: int
 ) -> Path:
     """Run one episode in the first environment of a pool and write its clip, in real time of the robot."""
-    replans = drive(runner, pool, seed, executed_steps, task, watch=True)
-    sides = getattr(pool.config, "sides", ("", ""))
-    return write_clip(path, _episode_frames(replans, name, unit, sides), pool.config.fps)
-
-
-def _episode_frames(replans: Iterable[Replan], name: str, unit: str, sides: tuple[str, str]) -> Iterator[Frame]:
     counts: list[int] = []
-    for replan in replans:
-        counts.append(replan.chunk.forwards)
-        for i, views in enumerate(replan.views, start=1):
-            last = replan.finished and i == len(replan.views)
-            frame = compose_frame(
-                list(views.values()),
-                sides=sides,
-                instruction=replan.instruction,
-                decoder=name,
-                forwards=counts[-1],
-                mean_forwards=sum(counts) / len(counts),
-                unit=unit,
-                step=replan.step + i,
-                status=("solved" if replan.success else "not solved") if last else "",
-            )
-            yield from [frame] * (END_FRAMES if last else 1)
 
+    def frames() -> Iterator[Frame]:
+        for replan in drive(runner, pool, seed, executed_steps, task, watch=True):
+            counts.append(replan.chunk.forwards)
+            for i, views in enumerate(replan.views, start=1):
+                last = replan.finished and i == len(replan.views)
+                frame = compose_frame(
+                    list(views.values()),
+                    sides=getattr(pool.config, "sides", ("", "")),
+                    instruction=replan.instruction,
+                    decoder=name,
+                    forwards=counts[-1],
+                    mean_forwards=sum(counts) / len(counts),
+                    unit=unit,
+                    step=replan.step + i,
+                    status=("solved" if replan.success else "not solved") if last else "",
+                )
+                yield from [frame] * (END_FRAMES if last else 1)
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
-
-
-def _fitting_font(text: str) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """The largest font in which `text` fits the width of the picture."""
-    fonts = map(_font, range(22, 11, -1))
-    return next((font for font in fonts if font.getlength(text) <= WIDTH - 2 * _MARGIN), _font(11))
+    return write_clip(path, frames(), pool.config.fps)

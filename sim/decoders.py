@@ -58,11 +58,9 @@ def parse_decoders(text: str, *, has_teacher: bool) -> list[str]:
 
 def resolve_rows(names: Sequence[str], configs: dict[str, Any]) -> list[Row]:
     """Rows for checked `names`; `configs` has the ``CeedVLAConfig`` of "policy" and, if there is one, of "teacher"."""
-    rows = []
-    for name in names:
-        model = "teacher" if name.startswith(TEACHER_PREFIX) else "policy"
-        rows.append(Row(name, model, configs[model].named(name.removeprefix(TEACHER_PREFIX))))
-    return rows
+    models = ["teacher" if name.startswith(TEACHER_PREFIX) else "policy" for name in names]
+    pairs = zip(names, models, strict=True)
+    return [Row(name, model, configs[model].named(name.removeprefix(TEACHER_PREFIX))) for name, model in pairs]
 
 
 def checked_name(name: str) -> str:

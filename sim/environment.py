@@ -30,6 +30,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from importlib.metadata import distributions
@@ -241,7 +242,7 @@ class Environment:
         close_envs(self._suites)
 
 
-class EnvPool:
+class EnvPool(AbstractContextManager["EnvPool"]):
     """A fixed number of environments, made when first needed and used again."""
 
     def __init__(self, size: int, config: EnvConfig) -> None:
@@ -260,15 +261,9 @@ class EnvPool:
     def max_episode_steps(self) -> int:
         return getattr(self.config, "episode_length", None) or self.env(0).max_episode_steps
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         while self._envs:
             self._envs.pop().close()
-
-    def __enter__(self) -> EnvPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 # ---- observations -----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ceed_vla.checkpoint_files import resolve_checkpoint, weights_hash
 from ceed_vla.errors import CeedVLAError, ConfigError
@@ -38,7 +38,6 @@ class EpisodeLog:
         self.file = folder / EPISODES
         self.identity = json.loads(json.dumps(identity))
         self.plan, self.longest = plan, longest
-        self._open: IO[str] | None = None
 
     def read(self) -> Results:
         """Episodes of this evaluation that finished; none without a file.
@@ -65,25 +64,20 @@ class EpisodeLog:
         return results
 
     def start(self, results: Results) -> None:
-        """Write a file of `results`, and open it for more."""
+        """Write a file of `results`."""
         header = json.dumps({"program": MADE_BY, "identity": self.identity})
         lines = [_line(name, episode) for name, episodes in results.items() for episode in episodes]
         write_text(self.file, "\n".join([header, *lines, ""]))
-        self._open = self.file.open("a", encoding="utf-8")
 
     def append(self, name: str, episode: EpisodeResult) -> None:
-        assert self._open is not None
         try:
-            self._open.write(_line(name, episode) + "\n")
-            self._open.flush()
-            os.fsync(self._open.fileno())
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(_line(name, episode) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             error.filename = str(self.file)
             raise
-
-    def close(self) -> None:
-        if self._open is not None:
-            self._open.close()
 
     def _check_identity(self, header: Any) -> None:
         theirs = header.get("identity") if isinstance(header, dict) else None

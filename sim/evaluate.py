@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from lerobot.envs.configs import EnvConfig
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 
 from ceed_vla.checkpoints import load, resolve_checkpoint, weights_hash
 from ceed_vla.decoding.registry import find_decoder
-from ceed_vla.devices import check_device
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
 from ceed_vla.files import write_text
@@ -151,7 +150,9 @@ def _evaluate(config: EvalConfig, pool: EnvPool, console: Console, probes: Any) 
     names = check(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    folder = claim_folder("output_dir", config.output_dir, _file_names(config, names), (REPORT, EPISODES))
+    clips = [f"clip_{name}.mp4" for name in names] if config.clips else []
+    own = (EPISODES, REPORT, "report.md", *PLOTS, *clips)
+    folder = claim_folder("output_dir", config.output_dir, own, (REPORT, EPISODES))
     if not config.resume:
         refuse_unfinished(folder, REPORT)
     bundles = load_bundles(config)
@@ -168,7 +169,6 @@ def _evaluate(config: EvalConfig, pool: EnvPool, console: Console, probes: Any) 
         _run_timing(run, console)
         complete = True
     finally:
-        log.close()
         report = _build_report(run, complete=complete)
         files = _write_report(report, folder)
         if not complete:
@@ -205,8 +205,6 @@ def load_bundles(config: Any) -> dict[str, Bundle]:
         raise ConfigError(
             "--policy.path is missing; give a checkpoint folder, or student or teacher for the shipped ones."
         )
-    if config.device is not None:
-        check_device(config.device)
     paths = {"policy": config.policy.path, "teacher": config.teacher.path}
     bundles = {model: load(path, device=config.device) for model, path in paths.items() if path}
     for model, (policy, _, _) in bundles.items():
@@ -228,11 +226,6 @@ def _plan(config: EvalConfig) -> list[tuple[int, str]]:
     """(seed, task) of every episode."""
     tasks = turns(config.env)
     return [(config.seed + i, tasks[i % len(tasks)]) for i in range(config.episodes)]
-
-
-def _file_names(config: EvalConfig, names: Sequence[str]) -> list[str]:
-    clips = [f"clip_{name}.mp4" for name in names] if config.clips else []
-    return [EPISODES, REPORT, "report.md", *PLOTS, *clips]
 
 
 def _identity(config: EvalConfig, rows: Sequence[Row], bundles: dict[str, Bundle]) -> dict[str, Any]:
@@ -412,12 +405,4 @@ def _write_clips(run: _Run, folder: Path, console: Console) -> list[Path]:
 
 
 def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:>14}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+    return Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console)

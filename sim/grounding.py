@@ -22,7 +22,6 @@ from rich.progress import track
 from rich.table import Table
 
 from ceed_vla.checkpoints import load
-from ceed_vla.devices import check_device
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, check_fields, ranged
 from ceed_vla.files import write_text
@@ -74,8 +73,6 @@ def grounding(config: GroundingConfig) -> dict[str, Any]:
     if not config.policy.path:
         raise ConfigError("--policy.path is missing; give a checkpoint folder, or teacher for the shipped one.")
     output = claim_file("output", config.output, ".json") if config.output else None
-    if config.device is not None:
-        check_device(config.device)
     privileged: Privileged | None = getattr(config.env, "privileged", None)
     if privileged is None or not privileged.positions:
         raise ConfigError(

@@ -30,6 +30,8 @@ from sim.tabletop.lerobot_env import mixed_tabletop
 
 logger = logging.getLogger(__name__)
 
+PROCESSES = 2  # that share the episodes of a validation or a takeover round
+
 
 @EnvConfig.register_subclass("none")
 @dataclass
@@ -80,10 +82,10 @@ class TeacherSimulation(StudentSimulation):
 
 
 class ClosedLoopValidation:
-    """Success of a checkpoint on validation seeds: a `training.teacher.ClosedLoop`; `processes` share the episodes."""
+    """Success of a checkpoint on validation seeds: a `training.run.ClosedLoop`."""
 
-    def __init__(self, env: EnvConfig, episodes: int = 40, decoding: str = "ar", processes: int = 2) -> None:
-        self.env, self.episodes, self.decoding, self.processes = env, episodes, decoding, processes
+    def __init__(self, env: EnvConfig, episodes: int = 40, decoding: str = "ar") -> None:
+        self.env, self.episodes, self.decoding = env, episodes, decoding
 
     def __call__(self, policy: Path) -> tuple[int, int]:
         """(successes, episodes) of the checkpoint folder `policy`; a bar counts the episodes meanwhile."""
@@ -92,7 +94,7 @@ class ClosedLoopValidation:
                 "sim.validate", self.env, policy_path=policy, seed=VALIDATION_SEED + first, episodes=count,
                 decoding=self.decoding,
             )
-            for first, count in _shares(self.episodes, self.processes)
+            for first, count in _shares(self.episodes)
         ]  # fmt: skip
         outcomes = []
         with tqdm(total=self.episodes, desc="validate", unit="episode", dynamic_ncols=True) as bar:
@@ -114,15 +116,12 @@ class TakeoverRecorder:
     Args:
         episodes: Attempts a round.
         seed: Seed of the first attempt of round 0; every attempt has its own.
-        processes: Processes, each with a data set of its own.
 
     Raises:
         ConfigError: The rounds leave the seeds for takeovers, or there is no expert.
     """
 
-    def __init__(
-        self, env: EnvConfig, episodes: int, seed: int, rounds: int, decoding: str = "ar", processes: int = 2
-    ) -> None:
+    def __init__(self, env: EnvConfig, episodes: int, seed: int, rounds: int) -> None:
         check_expert(env, f"--rounds {rounds} (takeovers)")
         low, high = TAKEOVER_SEEDS
         if not low <= seed <= high - rounds * episodes:
@@ -131,17 +130,16 @@ class TakeoverRecorder:
                 f"{low} to {high - 1}. Choose another first seed, or fewer takeovers."
             )
         self.env, self.episodes, self.seed = env, episodes, seed
-        self.decoding, self.processes = decoding, processes
 
     def __call__(self, policy: Path, index: int, folder: Path) -> list[Path]:
         """Record round `index` with the checkpoint `policy` into new roots under `folder`; resumes broken ones."""
         roots, commands = [], []
-        for process, (first, count) in enumerate(_shares(self.episodes, self.processes)):
+        for process, (first, count) in enumerate(_shares(self.episodes)):
             roots.append(folder / f"round_{index}_{process}")
             seed = self.seed + index * self.episodes + first
             command = _command(
                 "ceed_vla.cli", self.env, root=roots[-1], mode="takeover", episodes=count, seed=seed,
-                policy_path=policy, decoding=self.decoding, resume="true",
+                policy_path=policy, decoding="ar", resume="true",
                 progress="true" if process == 0 else "false",
             )  # fmt: skip
             commands.append([*command[:3], "record", *command[3:]])
@@ -158,9 +156,9 @@ def _command(module: str, env: EnvConfig, **options: Any) -> list[str]:
     return [sys.executable, "-m", module, *words, *flags(env)]
 
 
-def _shares(total: int, parts: int) -> list[tuple[int, int]]:
-    """(first, count) of `parts` nearly equal ranges of `total`; empty ones are left out."""
-    edges = [total * i // parts for i in range(parts + 1)]
+def _shares(total: int) -> list[tuple[int, int]]:
+    """(first, count) of the episodes of each process, nearly equally many; empty ranges are left out."""
+    edges = [total * i // PROCESSES for i in range(PROCESSES + 1)]
     return [(a, b - a) for a, b in pairwise(edges) if b > a]
 
 

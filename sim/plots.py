@@ -9,14 +9,13 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ceed_vla.files import replacing
 from sim.outputs import MADE_BY
 
 # Okabe and Ito's palette.
-BLUE, SKY, GREEN, ORANGE, VERMILLION, GREY = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#8A8F98"
+BLUE, SKY, GREEN, VERMILLION, GREY = "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#8A8F98"
 INK, FAINT = "#23262B", "#DDE1E6"
 STYLE: Any = {  # rcParams
     "font.size": 10,
@@ -56,8 +55,7 @@ def write_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 150) -> Path:
-    """Save as PNG without a display backend, in one step."""
-    FigureCanvasAgg(figure)
+    """Save as PNG, in one step."""
     with replacing(path) as file:
         figure.savefig(
             file,

@@ -21,11 +21,10 @@ from ceed_vla.data.commits import PROGRESS_FILE, is_recording
 from ceed_vla.data.files import is_whole
 from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import ConfigError, DatasetError
-from sim.decoders import checked_name
 from sim.environment import Bundle, EnvPool, joined
 from sim.recording.attempts import Attempt, expert_attempt, frame_features, grounding_scenes
 from sim.recording.config import RecordConfig
-from sim.recording.interrupts import InterruptGuard
+from sim.recording.interrupts import handled_by, held_back
 from sim.recording.takeover import takeover_attempts
 from sim.rollout import PolicyRunner
 
@@ -69,7 +68,8 @@ def record(config: RecordConfig, policy_bundle: Bundle | None = None, on_attempt
     """
     _check_root(config, policy_bundle)
     started = time.perf_counter()
-    with _recorder(config, policy_bundle) as (run_unit, features), InterruptGuard() as guard:
+    with EnvPool(config.batch, config.env) as pool, handled_by():
+        run_unit, features = _recorder(config, pool, policy_bundle), frame_features(pool.env(0), config)
         try:
             name, env = f"local/{config.root.resolve().name}", config.env
             writer = DatasetWriter(config.root, repo_id=name, fps=env.fps, features=features, robot_type=env.type)
@@ -77,7 +77,7 @@ def record(config: RecordConfig, policy_bundle: Bundle | None = None, on_attempt
             raise DatasetError(
                 f"{config.root} cannot be written ({error}); make room, or choose another root"
             ) from error
-        session = _Session(config, writer, guard)
+        session = _Session(config, writer)
         try:
             session.run(run_unit, on_attempt)
         finally:
@@ -96,36 +96,29 @@ def _check_root(config: RecordConfig, policy_bundle: Bundle | None) -> None:
         raise ConfigError("mode takeover needs --policy_path, the checkpoint folder of the policy that drives")
 
 
-@contextmanager
-def _recorder(
-    config: RecordConfig, policy_bundle: Bundle | None
-) -> Iterator[tuple[Callable[[range], list[Attempt]], dict[str, Any]]]:
-    """The function that records one unit of seeds in the configured mode, and the features of its frames."""
-    with EnvPool(config.batch, config.env) as pool:
-        if config.mode == "takeover":
-            bundle = joined(policy_bundle or load(config.policy_path or ""), config.env)
-            steps = bundle[0].config.chunk_size
-            if config.executed_steps > steps:
-                raise ConfigError(f"executed_steps is {config.executed_steps}; the policy's chunks have {steps} steps.")
-            runner = PolicyRunner(bundle, checked_name(config.decoding), executed_steps=config.executed_steps)
-            features = frame_features(pool.env(0), config)
-            yield lambda seeds: takeover_attempts(runner, pool, seeds, config), features
-            return
-        env = pool.env(0)
-        if config.mode == "grounding":
-            env.needs("mode grounding", "privileged_state", "scatter", "observe")
-            if config.poses_per_scene > 1:
-                env.needs("--poses_per_scene above 1", "retarget")
-            yield lambda seeds: grounding_scenes(env, seeds, config), frame_features(env, config)
-            return
-        yield lambda seeds: [expert_attempt(env, seed, config) for seed in seeds], frame_features(env, config)
+def _recorder(config: RecordConfig, pool: EnvPool, policy_bundle: Bundle | None) -> Callable[[range], list[Attempt]]:
+    """The function that records one unit of seeds in the configured mode."""
+    if config.mode == "takeover":
+        bundle = joined(policy_bundle or load(config.policy_path or ""), config.env)
+        steps = bundle[0].config.chunk_size
+        if config.executed_steps > steps:
+            raise ConfigError(f"executed_steps is {config.executed_steps}; the policy's chunks have {steps} steps.")
+        runner = PolicyRunner(bundle, config.decoding, executed_steps=config.executed_steps)
+        return lambda seeds: takeover_attempts(runner, pool, seeds, config)
+    env = pool.env(0)
+    if config.mode == "grounding":
+        env.needs("mode grounding", "privileged_state", "scatter", "observe")
+        if config.poses_per_scene > 1:
+            env.needs("--poses_per_scene above 1", "retarget")
+        return lambda seeds: grounding_scenes(env, seeds, config)
+    return lambda seeds: [expert_attempt(env, seed, config) for seed in seeds]
 
 
 class _Session:
     """The loop over units of seeds, with progress on screen and on disk."""
 
-    def __init__(self, config: RecordConfig, writer: Any, guard: InterruptGuard) -> None:
-        self.config, self.writer, self.guard = config, writer, guard
+    def __init__(self, config: RecordConfig, writer: DatasetWriter) -> None:
+        self.config, self.writer = config, writer
         stored = self._checked(writer.progress)
         if stored and stored["config"] != config.identity():
             changed = [name for name, value in config.identity().items() if stored["config"].get(name) != value]
@@ -177,7 +170,7 @@ class _Session:
 
     def _store(self, attempts: list[Attempt]) -> None:
         """Write one unit; counters change together with the frames they count."""
-        with self.guard.critical(), self._disk_errors():
+        with held_back(), self._disk_errors():
             if not self.writer.has_room():
                 self.writer.commit(self._progress())  # while there is still room for it
                 raise OSError(errno.ENOSPC, "too little room left")
@@ -185,11 +178,10 @@ class _Session:
                 for segment in attempt.segments:
                     self.writer.add_episode(segment)
                     self.episode_seeds.append(attempt.seed)
-            for attempt in attempts:
                 self.outcomes[f"{attempt.task}/{attempt.outcome}"] += 1
                 if attempt.outcome in ("failed", "unfinished"):
                     self.failed_seeds.append(attempt.seed)
-            self.attempts += len(attempts)
+                self.attempts += 1
             if self.writer.pending_frames >= self.config.commit_frames:
                 self.writer.commit(self._progress())
         self.bar.update(len(attempts))
@@ -201,7 +193,7 @@ class _Session:
         """Bring the data set on disk up to date; also after an interrupt or an error."""
         try:
             if self._progress() != self.writer.progress:
-                with self.guard.critical(), self._disk_errors():
+                with held_back(), self._disk_errors():
                     self.writer.commit(self._progress())
         finally:
             self.bar.close()

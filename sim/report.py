@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,33 +40,25 @@ def table_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [_cells(name, entry) for name, entry in report["decoders"].items()]
 
 
-def per_task_rows(report: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and cells of the success table by task family."""
-    decoders = report["decoders"]
-    families = sorted({family for entry in decoders.values() for family in entry.get("per_task", {})})
-    rows = [
-        (name, *(success_cell(entry["per_task"].get(family)) for family in families))
-        for name, entry in decoders.items()
-    ]
-    return ("decoder", *families), rows
+def _by_decoder(
+    report: Mapping[str, Any], key: str, cell: Callable[[Any], str]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and cells of a table with a column for whatever the decoders' `key` names."""
+    found = {name: entry.get(key, {}) for name, entry in report["decoders"].items()}
+    columns = sorted({column for values in found.values() for column in values})
+    rows = [(name, *(cell(values.get(column)) for column in columns)) for name, values in found.items()]
+    return ("decoder", *columns), rows
 
 
 def paired_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Cells of the paired comparisons: row, reference, difference, discordant episodes, p."""
-    rows: list[tuple[str, ...]] = []
-    for name, entry in report["decoders"].items():
-        for reference, pair in entry.get("paired", {}).items():
-            low, high = pair["ci95_points"]
-            rows.append(
-                (
-                    name,
-                    reference,
-                    f"{pair['difference_points']:+.1f} [{low:+.1f}, {high:+.1f}]",
-                    f"{pair['only_this']} : {pair['only_reference']} of {pair['episodes']}",
-                    f"{pair['sign_test_p']:.2g}",
-                )
-            )
-    return rows
+    pairs = ((name, *pair) for name, entry in report["decoders"].items() for pair in entry.get("paired", {}).items())
+    forms = (
+        "{difference_points:+.1f} [{ci95_points[0]:+.1f}, {ci95_points[1]:+.1f}]",
+        "{only_this} : {only_reference} of {episodes}",
+        "{sign_test_p:.2g}",
+    )
+    return [(name, reference, *(form.format(**pair) for form in forms)) for name, reference, pair in pairs]
 
 
 PAIRED_COLUMNS = ("decoder", "against", "points [95 %]", "only this : only reference", "sign test p")
@@ -86,7 +78,7 @@ def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
         "",
     ]
     parts += [f"- {note}" for note in NOTES]
-    header, rows = per_task_rows(report)
+    header, rows = _by_decoder(report, "per_task", success_cell)
     if len(header) > 1:
         parts += ["", "## Success by task", "", markdown_table(header, rows)]
     pairs = paired_rows(report)
@@ -100,7 +92,8 @@ def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
             "",
             markdown_table(PAIRED_COLUMNS, pairs),
         ]
-    parts += ["", "## How the chunks ended", "", markdown_table(*_exit_table(report)), ""]
+    ends = _by_decoder(report, "exit_reasons", lambda count: str(count or 0))
+    parts += ["", "## How the chunks ended", "", markdown_table(*ends), ""]
     parts += [f"![{Path(figure).stem}]({figure})\n" for figure in figures]
     parts.append(f"*{report.get('program', MADE_BY)}*\n")
     return "\n".join(parts)
@@ -109,10 +102,14 @@ def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
 def console_table(report: Mapping[str, Any], width: int = 120) -> Table:
     """The main table for a terminal of `width` characters; columns that do not fit are left out."""
     rows = table_rows(report)
+    heads = [max(column.split("\n"), key=len) for column in COLUMNS]
+    widths = [3 + max(map(len, cells)) for cells in zip(heads, *rows, strict=True)]
     keep = len(COLUMNS)
-    while keep > 2 and _table_width(rows, keep) > width:
+    while keep > 2 and sum(widths[:keep]) > width:
         keep -= 1
-    table = Table(title=_title(report), header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    state = "" if report["complete"] else " (partial: interrupted)"
+    title = f"{report['env']}, {report['task']}, {_seed_range(report)}{state}"
+    table = Table(title=title, header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(COLUMNS[:keep]):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
@@ -120,32 +117,19 @@ def console_table(report: Mapping[str, Any], width: int = 120) -> Table:
     return table
 
 
-def _table_width(rows: list[tuple[str, ...]], columns: int) -> int:
-    heads = [max(column.split("\n"), key=len) for column in COLUMNS]
-    return sum(3 + max(len(row[i]) for row in (heads, *rows)) for i in range(columns))
-
-
-def _title(report: Mapping[str, Any]) -> str:
-    state = "" if report["complete"] else " (partial: interrupted)"
-    return f"{report['env']}, {report['task']}, {_seed_range(report)}{state}"
-
-
 def _cells(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
     def number(key: str, form: str) -> str:
-        value = entry.get(key)
-        return _MISSING if value is None else form.format(value)
+        return form.format(**entry) if key in entry else _MISSING
 
-    latency = entry.get("latency_ms")
-    forwards = entry.get("forwards_mean")
     return (
         name,
         success_cell(entry),
-        _MISSING if forwards is None else f"{forwards:.2f} / {entry['forwards_p95']:.0f}",
+        number("forwards_mean", "{forwards_mean:.2f} / {forwards_p95:.0f}"),
         layers_cell(entry),
-        _MISSING if latency is None else f"{latency['p50']:.1f} / {latency['p95']:.1f} / {latency['p99']:.1f}",
-        number("control_rate_hz", "{:.0f}"),
-        number("speedup_vs_ar", "{:.1f}x"),
-        number("decode_speedup_vs_ar", "{:.1f}x"),
+        number("latency_ms", "{latency_ms[p50]:.1f} / {latency_ms[p95]:.1f} / {latency_ms[p99]:.1f}"),
+        number("control_rate_hz", "{control_rate_hz:.0f}"),
+        number("speedup_vs_ar", "{speedup_vs_ar:.1f}x"),
+        number("decode_speedup_vs_ar", "{decode_speedup_vs_ar:.1f}x"),
         _agreement(entry.get("ar_agreement")),
     )
 
@@ -163,25 +147,12 @@ def _agreement(value: float | None) -> str:
     return "100 %" if value == 1 else f"{int(1000 * value) / 10:.1f} %"
 
 
-def _rate(entry: Mapping[str, Any]) -> str:
-    if not entry["episodes"]:
-        return _MISSING
-    low, high = entry["success_ci95"]
-    return f"{100 * entry['success_rate']:.1f} % [{100 * low:.0f}, {100 * high:.0f}]"
-
-
 def success_cell(entry: Mapping[str, Any] | None) -> str:
-    return _MISSING if entry is None else f"{entry['success']}/{entry['episodes']} = {_rate(entry)}"
-
-
-def _exit_table(report: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    decoders = report["decoders"]
-    reasons = sorted({reason for entry in decoders.values() for reason in entry.get("exit_reasons", {})})
-    rows = [
-        (name, *(str(entry.get("exit_reasons", {}).get(reason, 0)) for reason in reasons))
-        for name, entry in decoders.items()
-    ]
-    return ("decoder", *reasons), rows
+    if entry is None:
+        return _MISSING
+    low, high = (100 * end for end in entry["success_ci95"])
+    rate = f"{100 * entry['success_rate']:.1f} % [{low:.0f}, {high:.0f}]" if entry["episodes"] else _MISSING
+    return f"{entry['success']}/{entry['episodes']} = {rate}"
 
 
 def _conditions(report: Mapping[str, Any]) -> str:

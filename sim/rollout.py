@@ -65,10 +65,6 @@ class Chunk:
         """What the next chunk starts from."""
         return None if self.actions is None else self.tokens
 
-    def first_actions(self, env: Environment, count: int) -> np.ndarray:
-        """The first `count` actions (count, A) at most; a chunk that cannot be read holds the arm of `env` still."""
-        return np.tile(env.hold_action(), (count, 1)) if self.actions is None else self.actions[:count]
-
 
 @dataclass
 class EpisodeResult:
@@ -78,11 +74,7 @@ class EpisodeResult:
         task: Task family.
         success: Solved within the step limit.
         steps: Control steps done.
-        forwards: Per chunk, the forwards after the prefill that its row took.
-        exit_reasons: Per chunk, the rule that ended its decoding.
-        block_layers: Per chunk, layers that ran in its forwards.
-        prefix_layers: Per chunk, layers that its prefix ran through.
-        seconds: Per chunk, `Chunk.seconds`.
+        forwards: Of every chunk, as the lists below: what `Chunk` says.
     """
 
     seed: int
@@ -238,7 +230,9 @@ def replan(
         result.block_layers.append(chunk.block_layers)
         result.prefix_layers.append(chunk.prefix_layers)
         result.seconds.append(chunk.seconds)
-        for action in chunk.first_actions(env, min(executed_steps, episode.limit - result.steps)):
+        count = min(executed_steps, episode.limit - result.steps)
+        # A chunk that cannot be read holds the arm still.
+        for action in [env.hold_action()] * count if chunk.actions is None else chunk.actions[:count]:
             result.success = env.advance(action)
             result.steps += 1
             if watch:
@@ -270,7 +264,6 @@ def rollout(
     batch: int = 20,
     pool: EnvPool | None = None,
     generator: torch.Generator | None = None,
-    on_chunk: Callable[[int, Observation, Chunk], None] | None = None,
     on_episode: Callable[[EpisodeResult], None] | None = None,
 ) -> list[EpisodeResult]:
     """Run one episode per seed; when one ends, the next seed takes over its environment.
@@ -288,7 +281,6 @@ def rollout(
         batch: Environments that run side by side.
         pool: Environments to use again, for which the bundle was `joined`; overrides `env` and `batch`.
         generator: Random source of random guesses.
-        on_chunk: Called per decoded chunk with environment index, raw observation and `Chunk`.
         on_episode: Called per finished episode.
 
     Raises:
@@ -321,10 +313,7 @@ def rollout(
 
         slots = [begin(slot) for slot in range(envs.size)]
         while active := {slot: episode for slot, episode in enumerate(slots) if episode is not None}:
-            moments = replan(runner, list(active.values()), runner.executed_steps)
-            for slot, moment in zip(active, moments, strict=True):
-                if on_chunk is not None:
-                    on_chunk(slot, moment.observation, moment.chunk)
+            replan(runner, list(active.values()), runner.executed_steps)
             for episode in active.values():
                 if episode.over and on_episode is not None:
                     on_episode(episode.result)

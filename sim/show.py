@@ -94,15 +94,14 @@ def show(config: ShowConfig) -> Path:
     """
     path = claim_file("output", config.output, ".png")
     bundles = load_bundles(config)
-    early_exit = bundles["policy"][0].config.decoding
+    policy = bundles["policy"][0].config
     with EnvPool(1, config.env) as pool:
-        runner = PolicyRunner(bundles["policy"], early_exit, executed_steps=config.executed_steps)
+        runner = PolicyRunner(bundles["policy"], policy.decoding, executed_steps=config.executed_steps)
         moments = drive(runner, pool, config.seed, config.executed_steps, turns(config.env)[0])
         *_, replan = islice(moments, config.chunk + 1)  # the last one of a shorter episode
-    panels = build_panels(bundles, replan, early_exit, config.executed_steps)
-    policy_config = bundles["policy"][0].config
+    panels = build_panels(bundles, replan, policy.decoding, config.executed_steps)
     with mpl.rc_context(STYLE):
-        figure = draw(panels, replan, policy_config.action_dim, config.executed_steps)
+        figure = draw(panels, replan, policy.action_dim, config.executed_steps)
         save_figure(figure, path, dpi=170)
     return path
 

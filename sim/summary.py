@@ -6,13 +6,14 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+import ceed_vla
 from sim.paired import compare_paired
 from sim.rollout import EpisodeResult, wilson_interval
 
@@ -56,14 +57,7 @@ def paired_entries(
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("mujoco", "lerobot", "ceed_vla"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            import ceed_vla
-
-            found[package] = ceed_vla.__version__ if package == "ceed_vla" else "unknown"
-    return found
+    return {**found, **{name: version(name) for name in ("mujoco", "lerobot")}, "ceed_vla": ceed_vla.__version__}
 
 
 def hardware(device: str) -> dict[str, Any]:

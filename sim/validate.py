@@ -12,7 +12,7 @@ from ceed_vla.checkpoints import load
 from ceed_vla.cli import Command, run
 from ceed_vla.fields import COUNTS, SEEDS, check_fields, ranged
 from sim.environment import VALIDATION_SEED, turns
-from sim.rollout import EpisodeResult, rollout
+from sim.rollout import rollout
 from sim.tabletop.lerobot_env import mixed_tabletop
 
 
@@ -41,13 +41,10 @@ class ValidateConfig:
 def validate(config: ValidateConfig) -> None:
     """Run the episodes; prints ``{"success": ..., "seed": ..., "task": ...}`` for each as it ends."""
     seeds, tasks = range(config.seed, config.seed + config.episodes), turns(config.env)
-
-    def report(episode: EpisodeResult) -> None:
-        print(json.dumps({"success": episode.success, "seed": episode.seed, "task": episode.task}), flush=True)
-
     rollout(
         load(config.policy_path), seeds, config.env, tasks=[tasks[seed % len(tasks)] for seed in seeds],
-        decoding=config.decoding, on_episode=report,
+        decoding=config.decoding,
+        on_episode=lambda e: print(json.dumps({"success": e.success, "seed": e.seed, "task": e.task}), flush=True),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.data.frames import ACTION, ENVIRONMENT, STATE, FrameStore
-from ceed_vla.errors import ConfigError, DatasetError
+from ceed_vla.errors import DatasetError
 from training.mixture import state_statistics
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,10 @@ def take_from_data(
         Statistics for the processors and the ranges of the action tokens. For actions that are nearly always zero in
         a dimension, the quantiles are the extremes.
     """
-    set_features(policy, stores[0])
+    shapes = stores[0].shapes
+    cameras = {name: PolicyFeature(FeatureType.VISUAL, (3, *shapes[name][:2])) for name in stores[0].images}
+    policy.input_features = {**cameras, STATE: PolicyFeature(FeatureType.STATE, shapes[STATE])}
+    policy.output_features = {ACTION: PolicyFeature(FeatureType.ACTION, shapes[ACTION])}
     stats, tokens = state_statistics(stores), policy.action_tokens
     actions = np.concatenate([store.action for store in stores if store.action is not None])
     sparse = (np.abs(actions) <= NEAR_ZERO * np.abs(actions).max(0)).mean(0) >= SPARSE  # (A,)
@@ -59,16 +62,6 @@ def take_from_data(
     if known and policy.auxiliary_weight and not policy.auxiliary_scale:
         policy.auxiliary_scale = list(privileged.scale)  # type: ignore[union-attr]
     return stats
-
-
-def set_features(config: CeedVLAConfig, store: FrameStore) -> None:
-    """Take cameras, state and action of a data set into a policy configuration."""
-    if store.action is None:
-        raise ConfigError(f"{store.root} holds no actions.")
-    sizes = {name: images.shape[1:3] for name, images in store.images.items()}
-    cameras = {name: PolicyFeature(FeatureType.VISUAL, (3, *size)) for name, size in sizes.items()}
-    config.input_features = {**cameras, STATE: PolicyFeature(FeatureType.STATE, (store.state.shape[1],))}
-    config.output_features = {ACTION: PolicyFeature(FeatureType.ACTION, (store.action.shape[1],))}
 
 
 def is_of(store: FrameStore, privileged: Privileged) -> bool:

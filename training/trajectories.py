@@ -27,7 +27,6 @@ from ceed_vla.checkpoints import load, weights_hash
 from ceed_vla.data.frame_stream import StreamingConfig
 from ceed_vla.data.frames import FrameStore, open_dataset
 from ceed_vla.decoding import DecodingConfig
-from ceed_vla.devices import check_device
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, ranged
 from ceed_vla.files import replacing, write_text
@@ -121,7 +120,6 @@ def collect(config: CollectConfig) -> Path:
         ConfigError: Bad settings, or a folder that belongs to another teacher, data set or mixture.
     """
     output = output_folder(config.output_dir, "the trajectories")
-    check_device(config.device)
     if config.num_shards == 1 and "WORLD_SIZE" in os.environ:  # set by torchrun and accelerate
         rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
         if not (rank.isdecimal() and world.isdecimal()):
@@ -229,16 +227,22 @@ class _Collector:
         batch = self.pre(store.batch(frames, self.policy.config.chunk_size))
         previous = np.full((len(frames), self.n), -1, dtype=np.int16)
         for i, frame in enumerate(frames.tolist()):
-            before = frame - self.steps
-            if before in known and store.episode[before] == store.episode[frame]:
-                previous[i] = known[before]
+            earlier = frame - self.steps
+            if earlier in known and store.episode[earlier] == store.episode[frame]:
+                previous[i] = known[earlier]
         kinds = random.choice(3, size=len(frames), p=self.shares)
         kinds[(kinds == 0) & (previous[:, 0] < 0)] = 2  # nothing to shift: a random guess instead
-        states: dict[int, NDArray[np.int16]] = {}
+        states: dict[int, NDArray[np.int16]] = {}  # of every row the distinct ones: guess first, fixed point last
+        method = "jacobi" if self.config.states else "ar"
         for kind in np.unique(kinds):
             chosen = np.flatnonzero(kinds == kind)
-            found = self._states(batch, chosen, previous, int(kind), random)
-            states |= zip(chosen.tolist(), found, strict=True)
+            part = {key: value[chosen] for key, value in batch.items() if isinstance(value, torch.Tensor)}
+            before = torch.from_numpy(previous[chosen].astype(np.int64))
+            decoding = DecodingConfig(method=method, guess=GUESSES[kind], seed=int(random.integers(2**31)))
+            result = self.policy.decode(part, decoding, previous=before, record_states=True, read=False)
+            self.malformed += int((~self.policy.tokenizer.readable(result.tokens)).sum())
+            found = torch.stack([*result.states, result.tokens]).cpu().numpy().astype(np.int16)  # (k, B, n)
+            states |= {row: distinct_states(found[:, i]) for i, row in enumerate(chosen.tolist())}
         known |= {frame: states[i][-1] for i, frame in enumerate(frames.tolist())}
         return [
             {
@@ -252,25 +256,6 @@ class _Collector:
             }
             for i, frame in enumerate(frames.tolist())
         ]
-
-    def _states(
-        self,
-        batch: dict[str, Any],
-        rows: NDArray[np.int64],
-        previous: NDArray[np.int16],
-        kind: int,
-        random: np.random.Generator,
-    ) -> list[NDArray[np.int16]]:
-        """The distinct states (k + 1, n) of every row, guess first, fixed point last."""
-        part = {key: value[rows] for key, value in batch.items() if isinstance(value, torch.Tensor)}
-        method = "jacobi" if self.config.states else "ar"
-        decoding = DecodingConfig(method=method, guess=GUESSES[kind], seed=int(random.integers(2**31)))
-        result = self.policy.decode(
-            part, decoding, previous=torch.from_numpy(previous[rows].astype(np.int64)), record_states=True, read=False
-        )
-        self.malformed += int((~self.policy.tokenizer.readable(result.tokens)).sum())
-        states = torch.stack([*result.states, result.tokens]).cpu().numpy().astype(np.int16)  # (k, B, n)
-        return [distinct_states(states[:, i]) for i in range(len(rows))]
 
 
 def distinct_states(states: NDArray[np.int16]) -> NDArray[np.int16]:

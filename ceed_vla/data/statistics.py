@@ -6,8 +6,6 @@ that took longer than rendering. Pixels have 256 values, so counting them is exa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
@@ -52,11 +50,3 @@ def image_statistics(images: np.ndarray, max_frames: int = 100) -> Statistics:
     stats = {name: value.reshape(3, 1, 1) for name, value in stats.items()}
     stats["count"] = np.array([len(picked)])
     return stats
-
-
-def episode_statistics(columns: Mapping[str, np.ndarray], features: Mapping[str, Mapping]) -> dict[str, Statistics]:
-    """Statistics of all columns of one episode (arrays with the frames along axis 0)."""
-    return {
-        name: (image_statistics if features[name]["dtype"] == "image" else vector_statistics)(values)
-        for name, values in columns.items()
-    }

@@ -29,7 +29,7 @@ from lerobot.utils.constants import DEFAULT_FEATURES
 from lerobot.utils.utils import flatten_dict
 
 from ceed_vla.data import commits
-from ceed_vla.data.statistics import Statistics, episode_statistics
+from ceed_vla.data.statistics import Statistics, image_statistics, vector_statistics
 from ceed_vla.errors import DatasetError
 
 _PNG_LEVEL = 3  # smaller and as fast as level 1 on rendered scenes
@@ -153,10 +153,12 @@ class DatasetWriter:
         for task in tasks:
             self._task_ids.setdefault(task, len(self._task_ids))
         columns.update(self._default_columns(tasks))
-        statistics = episode_statistics(columns, self._info.features)
+        plain = [name for name in columns if self._info.features[name]["dtype"] != "image"]
+        statistics = {
+            name: (vector_statistics if name in plain else image_statistics)(values) for name, values in columns.items()
+        }
         if self._parquet is None:
             self._pending_file.parent.mkdir(exist_ok=True)
-            plain = [name for name in columns if self._info.features[name]["dtype"] != "image"]
             self._parquet = pq.ParquetWriter(
                 self._pending_file, schema=self._schema, compression="snappy", use_dictionary=plain
             )

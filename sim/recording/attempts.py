@@ -74,8 +74,7 @@ def frame_features(env: Environment, config: RecordConfig) -> dict[str, dict[str
             known = names[name] or [f"{name.rpartition('.')[2]}_{i}" for i in range(len(value))]
             features[name] = {"dtype": "float32", "shape": value.shape, "names": list(known)}
         elif name != "task":
-            names_of_axes = ["height", "width", "channels"]
-            features[name] = {"dtype": "image", "shape": value.shape, "names": names_of_axes}
+            features[name] = {"dtype": "image", "shape": value.shape, "names": ["height", "width", "channels"]}
     return features
 
 
@@ -134,14 +133,13 @@ def grounding_scenes(env: Environment, seeds: range, config: RecordConfig) -> li
     attempts = []
     for seed in seeds:
         env.reset(seed, config.task(seed))
-        attempt = Attempt(seed, env.task, outcome="recorded")
+        attempts.append(Attempt(seed, env.task, outcome="recorded"))
         rng = attempt_rng(seed, config.mode)
         for pose in range(config.poses_per_scene):
             env.scatter(rng)
             if pose:
                 env.retarget(rng)
             frames.append(make_frame(env, None))
-        attempts.append(attempt)
     if attempts:
         attempts[0].segments = [frames]
     return attempts

@@ -91,7 +91,7 @@ class RecordConfig:
         self.root = Path(self.root)
         if self.root == Path():
             raise ConfigError(f"root is {str(self.root)!r}; name a new folder for the data set.")
-        checked_name(self.decoding)
+        self.decoding = checked_name(self.decoding)
         if self.seed is None:
             self.seed = TAKEOVER_SEEDS[0] if self.mode == "takeover" else RECORDING_SEEDS[0]
         if self.mode != "grounding":

@@ -6,46 +6,26 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 
-class InterruptGuard:
-    """Turns SIGINT and SIGTERM into `KeyboardInterrupt`, except inside `critical()`, where they wait.
+@contextmanager
+def handled_by(handler: Any = signal.default_int_handler) -> Iterator[None]:
+    """SIGINT and SIGTERM go to `handler`, by default as `KeyboardInterrupt`; Python allows it in the main thread."""
+    main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
 
-    Outside the main thread Python allows no signal handlers; the guard then changes nothing.
-    """
 
-    def __init__(self) -> None:
-        self._depth = 0
-        self._pending = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> InterruptGuard:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._depth:
-            self._pending = True
-        else:
-            raise KeyboardInterrupt
-
-    @contextmanager
-    def critical(self) -> Iterator[None]:
-        """Hold interrupts back until the block is left; raise them then (unless an error is on its way)."""
-        self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-        if self._pending and not self._depth:
-            self._pending = False
-            raise KeyboardInterrupt
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Hold interrupts back until the block is left; raise them then (unless an error is on its way)."""
+    waiting: list[int] = []
+    with handled_by(lambda number, _: waiting.append(number)):
+        yield
+    if waiting:
+        raise KeyboardInterrupt

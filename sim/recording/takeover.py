@@ -21,7 +21,6 @@ class _Drive:
     rng: np.random.Generator
     chunks_left: int = 0
     segments: list[list[Frame]] = field(default_factory=list)
-    done: bool = False
 
 
 def takeover_attempts(runner: PolicyRunner, pool: EnvPool, seeds: range, config: RecordConfig) -> list[Attempt]:
@@ -38,15 +37,14 @@ def takeover_attempts(runner: PolicyRunner, pool: EnvPool, seeds: range, config:
         for drive in drives:
             drive.chunks_left = int(drive.rng.integers(1, max(1, config.max_chunks // config.switches) + 1))
             drive.episode.previous = None
-        while active := [drive for drive in drives if drive.chunks_left and not drive.done]:
+        while active := [drive for drive in drives if drive.chunks_left and not drive.episode.over]:
             replan(runner, [drive.episode for drive in active], config.executed_steps)
             for drive in active:
                 drive.chunks_left -= 1
-                drive.done = drive.episode.over
                 if drive.episode.result.success:
                     drive.attempt.outcome = "solved"
         for drive in drives:
-            if not drive.done:
+            if not drive.episode.over:
                 _take_over(drive, config, last=turn == config.switches - 1)
     return [drive.attempt for drive in drives]
 
@@ -57,9 +55,8 @@ def _take_over(drive: _Drive, config: RecordConfig, *, last: bool) -> None:
     env, frames = drive.episode.env, []
     for frame, _ in expert_steps(env, drive.rng):
         frames.append(frame)
-        if env.success or env.finished or len(frames) >= limit:
+        if drive.episode.over or len(frames) >= limit:
             break
     drive.segments.append(frames)
-    drive.done = env.success or env.finished
     if env.success:
         drive.attempt.outcome, drive.attempt.segments = "recorded", drive.segments

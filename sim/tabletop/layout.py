@@ -40,10 +40,6 @@ class Layout:
     bin: NDArray[np.float64]
     plate: NDArray[np.float64]
 
-    @property
-    def colors(self) -> tuple[str, ...]:
-        return tuple(color for color, here in zip(COLORS, self.present, strict=True) if here)
-
 
 def draw_command(
     rng: np.random.Generator, task: str, split: str, colors: tuple[str, ...], options: dict[str, Any]

@@ -72,10 +72,6 @@ class CeedTabletopEnv(EnvConfig):
             self.features_map[f"pixels/{camera}"] = f"{OBS_IMAGES}.{camera}"
 
     @property
-    def package_name(self) -> str:
-        return "ceed_vla"
-
-    @property
     def gym_id(self) -> str:
         """The one registered id; the family is a keyword."""
         return ENV_ID
@@ -125,7 +121,7 @@ class CeedTabletopEnv(EnvConfig):
         vector: Any = SyncVectorEnv
         if use_async_envs and n_envs > 1:
             vector = partial(AsyncVectorEnv, context="forkserver")
-        makers = {name: partial(_make, self.gym_id, task=name, **self.gym_kwargs) for name in self.families()}
+        makers = {name: partial(_make, task=name, **self.gym_kwargs) for name in self.families()}
         return {
             family: {0: vector([freeze_after_episode_end(make)] * n_envs, autoreset_mode=AutoresetMode.NEXT_STEP)}
             for family, make in makers.items()
@@ -140,8 +136,8 @@ class _WithoutLeRobotOption(gymnasium.Wrapper[Any, Any, Any, Any]):
         return self.env.reset(seed=seed, options=options)
 
 
-def _make(gym_id: str, **keywords: Any) -> gymnasium.Env[Any, Any]:
-    return _WithoutLeRobotOption(gymnasium.make(gym_id, disable_env_checker=True, **keywords))
+def _make(**keywords: Any) -> gymnasium.Env[Any, Any]:
+    return _WithoutLeRobotOption(gymnasium.make(ENV_ID, disable_env_checker=True, **keywords))
 
 
 def mixed_tabletop() -> CeedTabletopEnv:

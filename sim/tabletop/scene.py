@@ -111,7 +111,10 @@ def scene_xml() -> str:
     {_zone("left", 1)}
     {_zone("right", -1)}
     {_bin()}
-    {_plate()}
+    <body name="plate" mocap="true" pos="0.64 -0.1 0">
+      <geom type="cylinder" size="{tasks.PLATE_RADIUS} {tasks.PLATE_HEIGHT / 2}" pos="0 0 {tasks.PLATE_HEIGHT / 2}"
+        rgba="{_RGBA["plate"]}" {_STATIC}/>
+    </body>
     {"".join(_cube(color) for color in tasks.COLORS)}
   </worldbody>
   <actuator>
@@ -164,12 +167,6 @@ def _bin() -> str:
     )
     floor = f'<geom type="box" size="{outer} {outer} {wall / 2}" pos="0 0 {wall / 2}" {rgba} {_STATIC}/>'
     return f'<body name="bin" mocap="true" pos="0.64 0.1 0">{floor}{walls}</body>'
-
-
-def _plate() -> str:
-    radius, half = tasks.PLATE_RADIUS, tasks.PLATE_HEIGHT / 2
-    disc = f'<geom type="cylinder" size="{radius} {half}" pos="0 0 {half}" rgba="{_RGBA["plate"]}" {_STATIC}/>'
-    return f'<body name="plate" mocap="true" pos="0.64 -0.1 0">{disc}</body>'
 
 
 def _cube(color: str) -> str:

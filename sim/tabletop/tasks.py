@@ -135,12 +135,6 @@ def check_choice(what: str, value: object, choices: Sequence[str]) -> None:
         raise SimulationError(f"Unknown {what} {value!r}; choose one of {', '.join(choices)}.")
 
 
-def vocabulary() -> tuple[str, ...]:
-    """Every word that an instruction can contain, sorted."""
-    texts = (c.text for family in TASKS for c in combinations(family, "all"))
-    return tuple(sorted({word for text in texts for word in text.split()}))
-
-
 @dataclass
 class Situation:
     """The part of the simulator state that the success tests and the expert look at (base frame).

@@ -33,7 +33,7 @@ from sim.rollout import EpisodeResult
 from sim.show import ShowConfig, show
 from sim.tabletop.lerobot_env import CeedTabletopEnv
 from sim.tabletop.policy import tabletop_config
-from sim.tabletop.tasks import vocabulary
+from sim.tabletop.tasks import TASKS, combinations
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         decoding=DecodingConfig(method="jacobi", max_iterations=2, watch="executed"),
     )  # fmt: skip
     stats = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
-    pre, post = make_ceed_vla_pre_post_processors(config, stats, instructions=vocabulary())
+    instructions = [command.text for family in TASKS for command in combinations(family, "all")]
+    pre, post = make_ceed_vla_pre_post_processors(config, stats, instructions=instructions)
     return save(tmp_path_factory.mktemp("policy"), CeedVLAPolicy(config), pre, post)
 
 

@@ -92,15 +92,7 @@ def reach(state: np.ndarray) -> np.ndarray:
 
 def test_counts_of_failing_episodes() -> None:
     policy = FakePolicy()
-    seen: list[tuple[int, int]] = []
-    results = rollout(
-        bundle(policy),
-        range(40_000, 40_003),
-        mixed(10),
-        decoding="jacobi",
-        batch=2,
-        on_chunk=lambda slot, observation, chunk: seen.append((slot, observation["pixels"]["front"].shape[0])),
-    )
+    results = rollout(bundle(policy), range(40_000, 40_003), mixed(10), decoding="jacobi", batch=2)
     assert [r.seed for r in results] == [40_000, 40_001, 40_002]
     assert not any(r.success for r in results)
     assert [r.steps for r in results] == [10, 10, 10]
@@ -112,8 +104,6 @@ def test_counts_of_failing_episodes() -> None:
     assert results[0].exit_reasons == ["converged"] * 3
     assert results[0].seconds[0] == {"prefill": 0.1, "decode": 0.2, "rows": 2}
     assert all(r.instruction and r.task for r in results)
-    assert len(seen) == 9
-    assert seen[0] == (0, 96)
     assert [len(call.batch["task"]) for call in policy.calls] == [2] * 3 + [1] * 3
     assert policy.calls[0].batch["observation.images.front"].shape == (2, 3, 96, 96)
     assert policy.calls[0].decoding == "jacobi"
@@ -137,15 +127,11 @@ def test_stack_previous_marks_missing_rows() -> None:
 
 def test_episodes_do_not_depend_on_their_neighbours() -> None:
     def trace(batch: int) -> dict[int, list[list[float]]]:
-        states: dict[int, list[list[float]]] = {}
-
-        def note(slot: int, observation: dict[str, Any], chunk: Any) -> None:
-            states.setdefault(slot, []).append(observation["agent_pos"].tolist())
-
-        return_value = rollout(bundle(FakePolicy(reach)), [7, 8], mixed(12), batch=batch, on_chunk=note)
-        steps = sum(math.ceil(r.steps / 4) for r in return_value)
-        flat = [state for slot in sorted(states) for state in states[slot]]
-        assert len(flat) == steps
+        policy = FakePolicy(reach)
+        results = rollout(bundle(policy), [7, 8], mixed(12), batch=batch)
+        states = [call.batch["observation.state"].tolist() for call in policy.calls]
+        flat = [call[slot] for slot in range(batch) for call in states]
+        assert len(flat) == sum(math.ceil(r.steps / 4) for r in results)
         return {index: flat[3 * index : 3 * index + 3] for index in range(2)}
 
     assert trace(1) == trace(2)
@@ -167,17 +153,11 @@ def test_success_ends_an_episode_early() -> None:
 
 
 def test_a_malformed_chunk_holds_the_arm_and_the_episode_goes_on() -> None:
-    states: list[np.ndarray] = []
     policy = FakePolicy(reach, malformed={2})
-    (result,) = rollout(
-        bundle(policy),
-        [7],
-        mixed(16),
-        on_chunk=lambda slot, observation, chunk: states.append(observation["agent_pos"]),
-    )
+    (result,) = rollout(bundle(policy), [7], mixed(16))
     assert result.exit_reasons == ["converged", "malformed", "converged", "converged"]
     assert result.steps == 16
-    commands = np.array(states)[:, COMMAND]
+    commands = np.concatenate([call.batch["observation.state"] for call in policy.calls])[:, COMMAND]
     assert not np.allclose(commands[0], commands[1])
     np.testing.assert_array_equal(commands[1], commands[2])  # position, yaw and gripper as they were
     assert not np.allclose(commands[2], commands[3])

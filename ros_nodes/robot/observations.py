@@ -13,7 +13,7 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from ceed_vla.errors import ConfigError, ObservationError
 from ros_nodes.robot.messages import compressed_to_array, image_to_array, joint_state_by_name, seconds
 from ros_nodes.robot.motion import Motion
-from ros_nodes.robot.robot_config import POSE_COMPONENTS, ImageSource, RobotConfig
+from ros_nodes.robot.robot_file import POSE_COMPONENTS, ImageSource, RobotConfig
 from ros_nodes.robot.safety import JOINT_STATES, Hold
 
 if TYPE_CHECKING:

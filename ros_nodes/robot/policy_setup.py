@@ -16,8 +16,7 @@ from ros_nodes.robot.interfaces.base import ActionInterface
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Camera, Observations
 from ros_nodes.robot.plausibility import PHYSICAL_VELOCITY
-from ros_nodes.robot.robot_config import RobotConfig
-from ros_nodes.robot.robot_file import load_robot_config
+from ros_nodes.robot.robot_file import RobotConfig, load_robot_config
 from ros_nodes.robot.safety import JOINT_STATES, SafetyFilter, SafetyLimits
 
 if TYPE_CHECKING:

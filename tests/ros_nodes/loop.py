@@ -19,7 +19,7 @@ from ros_nodes.robot.messages import array_to_image
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Observations
 from ros_nodes.robot.predictor import PolicySpec, Request, Response
-from ros_nodes.robot.robot_config import Action, Arm, ImageSource, Limits, RobotConfig
+from ros_nodes.robot.robot_file import Action, Arm, ImageSource, Limits, RobotConfig
 from ros_nodes.robot.safety import JOINT_STATES, Decision, SafetyFilter, SafetyLimits
 
 FEATURE = "observation.images.front"

@@ -67,14 +67,10 @@ class Target:
 class StreamCounters:
     """What happened since construction."""
 
-    planned: int = 0  # chunks asked for
     switched: int = 0  # chunks that took over
     late: int = 0  # chunks that took over after more steps than were frozen: their seam may jump
     missed: int = 0  # chunks that arrived when all their steps were past
-    stale: int = 0  # answers that nobody waited for any more
-    cancelled: int = 0  # requests without an answer
     starved: int = 0  # steps held because the running chunk had ended
-    waited: int = 0  # steps held before the first chunk
 
 
 class ChunkStream:
@@ -191,7 +187,6 @@ class ChunkStream:
         )
         self._pending = _Pending(plan, self._consumed, self._boundaries + 1 - remaining, frozen)
         self._replan_now = False
-        self.counters.planned += 1
         return plan
 
     def cancel(self, plan_id: int) -> None:
@@ -199,7 +194,6 @@ class ChunkStream:
         if self._pending is not None and self._pending.plan.id == plan_id:
             self._pending = None
             self._replan_now = True
-            self.counters.cancelled += 1
 
     def offer(
         self,
@@ -221,7 +215,6 @@ class ChunkStream:
                 f"expected ({self.chunk_steps}, A) finite actions."
             )
         if self._pending is None or self._arrived is not None or self._pending.plan.id != plan_id:
-            self.counters.stale += 1
             return False
         self._arrived = _Chunk(plan_id, actions, tokens, self._pending.consumed)
         self._delays.append(max(self._boundaries + 1 - remaining - self._pending.position, 0.0))
@@ -234,7 +227,6 @@ class ChunkStream:
         if not self.started:
             return Target("stopped")
         if self._running is None:
-            self.counters.waited += 1
             return Target("waiting")
         index, left = self._position()
         if not left:

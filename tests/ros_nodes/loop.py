@@ -58,7 +58,7 @@ class Policy:
     """
 
     def __init__(self) -> None:
-        self.spec = PolicySpec("fake", "ceed_vla", {FEATURE: (3, 4, 4)}, {"observation.state": 2}, 2, M, H, True, 0.01)
+        self.spec = PolicySpec("fake", "ceed_vla", {FEATURE: (3, 4, 4)}, {"observation.state": 2}, 2, M, H, 0.01)
         self.delay, self.now = 0.02, 0.0
         self.error: tuple[str, str] | None = None  # of the next answers: text, code
         self.failed: str | None = None

@@ -207,7 +207,7 @@ class PolicyNode(LifecycleNode):
         if problem:
             self.get_logger().warning(f"Bad instruction: {problem}", throttle_duration_sec=1.0)
             if self._setup is not None:
-                self._setup.controller.instruct(message.data)
+                self._setup.controller.stream.instruct(message.data)
 
     def _check_parameters(self, changes: list[Parameter]) -> SetParametersResult:
         return parameters.refusal(POLICY_PARAMETERS, changes, configured=self._setup is not None)
@@ -215,7 +215,7 @@ class PolicyNode(LifecycleNode):
     def _take_parameters(self, changes: list[Parameter]) -> None:
         for change in changes:
             if change.name == "instruction" and self._setup is not None:
-                self._setup.controller.instruct(change.value)
+                self._setup.controller.stream.instruct(change.value)
 
     def _on_estop(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         if self._setup is not None:
@@ -254,7 +254,7 @@ class PolicyNode(LifecycleNode):
         setup = self._setup
         if setup is not None and self._active is not None:
             now = self._active.now()
-            self._publish(*running_status(setup.controller, setup.safety, setup.stream, now, clock_time(self)))
+            self._publish(*running_status(setup.controller, setup.safety, now, clock_time(self)))
             return
         state = "unconfigured" if setup is None else "inactive"
         level = DiagnosticStatus.ERROR if self._failure else DiagnosticStatus.WARN

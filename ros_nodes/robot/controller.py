@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
+from ceed_vla.kinematics import Array
 from ros_nodes.robot.chunk_stream import Target
 from ros_nodes.robot.inference import InferenceWorker
 from ros_nodes.robot.loop_statistics import LoopStatistics
@@ -25,8 +25,6 @@ from ros_nodes.robot.observations import Observations
 from ros_nodes.robot.policy_stream import PolicyStream
 from ros_nodes.robot.safety import JOINT_STATES, Decision, Hold, SafetyFilter
 from ros_nodes.robot.step_grid import SLEW, StepGrid
-
-Array = NDArray[np.float64]
 
 WAITING, STARVED = "waiting", "starved"
 # How long the last command is repeated while nobody knows where the arm is [s]: by hand nobody moves an arm and powers
@@ -274,11 +272,10 @@ class PolicyController:
         decision = self._safety.command(
             self._wanted, self._motion.gripper, dt=dt, ages=self.ages(clock), hold=hold or self._step_hold
         )
-        if decision.hold is not None and decision.hold is not self._step_hold:
-            self._drop_plans()  # after its own holds the stream goes on by itself
-            return decision
         if decision.hold is None:
             self.stream.commanded(clock)
+        elif decision.hold is not self._step_hold:
+            self._drop_plans()  # after its own holds the stream goes on by itself
         return decision
 
     def _begin_step(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations  # noqa: I001 - ros_nodes.robot.messages come
 import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -89,10 +89,11 @@ class PolicyNode(LifecycleNode):
         self._setup = setup
         if self._stopped_early is not None:
             setup.controller.estop(self._stopped_early)
+        inputs = [(JointState, setup.robot.joint_states, self._on_joint_states)]
         for camera in setup.observations.cameras:
             kind = CompressedImage if camera.source.transport == "compressed" else Image
-            self._listen(kind, camera.source.topic, partial(self._on_image, camera))
-        self._listen(JointState, setup.robot.joint_states, self._on_joint_states)
+            inputs.append((kind, camera.source.topic, partial(self._on_image, camera)))
+        self._inputs = [self.create_subscription(*listened, SENSOR) for listened in inputs]
         spec = setup.worker.spec
         self.get_logger().info(
             f"{spec.checkpoint}: {spec.policy_type}, chunks of {spec.chunk_steps} steps, "
@@ -165,9 +166,6 @@ class PolicyNode(LifecycleNode):
         if not self._starting:  # else it is the last thing that is said
             self.get_logger().error(self._failure)
         return TransitionCallbackReturn.FAILURE
-
-    def _listen(self, kind: Any, topic: str, callback: Callable[[Any], None]) -> None:
-        self._inputs.append(self.create_subscription(kind, topic, callback, SENSOR))
 
     def _end_stream(self) -> None:
         if self._active is not None:

@@ -262,7 +262,6 @@ class PolicyController:
         return decision
 
     def _move(self, dt: float, clock: float, hold: Hold | None) -> Decision:
-        """The command of this tick."""
         if self._boundary:
             self._begin_step()  # with the running chunk: the answer is late
         while self.grid.part > self.grid.ticks_per_step and self.stream.started:

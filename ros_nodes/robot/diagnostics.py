@@ -47,7 +47,6 @@ def running_status(
 def status_message(
     name: str, hardware: str, level: bytes, message: str, values: dict[str, Any], stamp: Time
 ) -> DiagnosticArray:
-    """The array to publish."""
     status = DiagnosticStatus(level=level, name=name, message=message)
     status.hardware_id = short(hardware)
     status.values = [KeyValue(key=key, value=_text(value)) for key, value in values.items()]

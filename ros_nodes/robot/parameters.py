@@ -19,8 +19,6 @@ START, SETUP, LIVE = "start", "setup", "live"
 
 @dataclass(frozen=True)
 class NodeParameter:
-    """One parameter."""
-
     name: str
     default: Any  # whose type it keeps (a whole number is taken for a float)
     description: str  # with its unit

@@ -140,7 +140,6 @@ class PolicyNode(LifecycleNode):
         return self.on_cleanup(state)
 
     def destroy_node(self) -> None:
-        """Hold, end the policy, and go."""
         self._release()
         super().destroy_node()
 

@@ -128,7 +128,6 @@ class PolicyStream(ChunkStream):
         return True
 
     def target(self) -> Target:
-        """As in `ChunkStream`."""
         target = super().target()
         asked = self._asked.get(target.chunk_id or 0)
         if asked is not None and target.index >= asked.plan.frozen_steps:

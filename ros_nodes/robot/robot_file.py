@@ -59,8 +59,6 @@ class Arm:
 
 @dataclass(frozen=True)
 class Gripper:
-    """The gripper beside the arm."""
-
     joints: tuple[str, ...]  # of the joint states; their positions add up to the opening
     opening_scale: float  # metres of opening per unit of these joints
     closed: float  # opening [m]
@@ -108,12 +106,10 @@ class RobotConfig:
 
     @property
     def action_dim(self) -> int:
-        """Length of an action."""
         body = 6 if self.action.kind == "ee_delta" else len(self.arm.joints)
         return body + int(self.gripper is not None and self.gripper.action != "none")
 
     def state_dim(self, feature: str) -> int:
-        """Length of a state feature."""
         return sum(COMPONENTS[component] or len(self.arm.joints) for component in self.states[feature])
 
     def interface(self, name: str) -> ActionInterface:

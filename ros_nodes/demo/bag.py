@@ -56,12 +56,6 @@ class BagWriter:
             self._writer.finish()
             self._file.close()
 
-    def __enter__(self) -> BagWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def record(node: Node, bag: BagWriter, topic: str, message_type: Any, qos: Any) -> Any:
     """Write all messages of a topic that `qos` keeps, while the caller spins the node; returns the subscription.

@@ -1,4 +1,7 @@
-"""The numbers of ``ceed-vla ros-demo``: ros.json, details.json and the table on the terminal."""
+"""The numbers of ``ceed-vla ros-demo``: ros.json, details.json and the table on the terminal.
+
+How steadily commands came is told from the times at which they were sent; the rest is from the node's diagnostics.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.table import Table
 
+from ceed_vla.errors import ConfigError
 from ros_nodes.demo.bag import read_messages
-from ros_nodes.demo.run_metrics import Window, command_timing, counts, number
+from ros_nodes.robot.loop_statistics import MISSED
 from sim.rollout import wilson_interval
 
 COMMAND_RATE = 100.0  # of the policy node [Hz]
 _RESTING = 0.05  # speed of the fastest joint [rad/s]
+Window = tuple[int, int]  # first and last moment [ns]
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,42 @@ class Episode:
     success: bool  # solved in time
     seconds: float  # from enabling the policy to the end [s]
     window: Window  # when the command stream counts [ns]
+
+
+@dataclass(frozen=True)
+class CommandTiming:
+    """How steadily commands came."""
+
+    commands: int  # in the windows
+    rate: float  # [Hz]
+    missed: float  # intervals longer than `MISSED` periods, as a share of all
+    jitter_p50: float  # percentiles of |interval - period| [s]
+    jitter_p99: float
+    longest: float  # interval [s]
+
+
+def command_timing(sent: Sequence[int] | NDArray[np.int64], windows: Sequence[Window], period: float) -> CommandTiming:
+    """Timing of commands `sent` [ns], a `period` [s] apart, inside windows [ns]; pauses between windows do not count.
+
+    Raises:
+        ConfigError: No window has two commands.
+    """
+    if not period > 0.0:
+        raise ConfigError(f"The period is {period} s; it must be more than 0.")
+    times = np.sort(np.asarray(sent, dtype=np.int64))
+    parts = [times[(times >= start) & (times <= end)] for start, end in windows]
+    intervals = np.concatenate([np.diff(part) for part in parts]) * 1e-9 if parts else np.zeros(0)
+    if not len(intervals):
+        raise ConfigError(f"{len(times)} commands in {len(windows)} windows make no interval to measure.")
+    jitter = np.abs(intervals - period)
+    return CommandTiming(
+        commands=sum(len(part) for part in parts),
+        rate=float(len(intervals) / intervals.sum()),
+        missed=float(np.mean(intervals > MISSED * period)),
+        jitter_p50=float(np.percentile(jitter, 50)),
+        jitter_p99=float(np.percentile(jitter, 99)),
+        longest=float(intervals.max()),
+    )
 
 
 def build_report(
@@ -95,12 +138,35 @@ def rest_after(states: Iterable[tuple[int, Any]], moment: int) -> float | None:
     return round(moving, 1) if resting else None
 
 
+def status_values(message: Any, key: str) -> dict[str, str] | None:
+    """Key -> value of the status in a DiagnosticArray that has `key`; None if none has."""
+    for status in message.status:
+        values = {value.key: value.value for value in status.values}
+        if key in values:
+            return values
+    return None
+
+
+def number(values: Mapping[str, str], key: str) -> float | None:
+    """A value as a number; None if it is absent or says that there is none yet."""
+    try:
+        return float(values[key])
+    except (KeyError, ValueError):
+        return None
+
+
+def counts(values: Mapping[str, str], name: str) -> dict[str, int]:
+    """The counters ``<name>.<kind>`` that are not 0, by kind."""
+    prefix = f"{name}."
+    found = {key.removeprefix(prefix): int(value) for key, value in values.items() if key.startswith(prefix)}
+    return {kind: count for kind, count in found.items() if count}
+
+
 def _percentiles(policy: Mapping[str, str], name: str, shares: Sequence[str]) -> dict[str, float | None]:
     return {share: number(policy, f"{name}_{share}") for share in shares}
 
 
 def console_table(report: Mapping[str, Any], details: Mapping[str, Any]) -> Table:
-    """The main numbers for the terminal."""
     low, high = report["success_ci95"]
     solved = round(report["success_rate"] * report["episodes"])
     latency, decode, jitter = report["observation_to_command_ms"], report["decode_ms"], report["jitter_ms"]

@@ -17,8 +17,7 @@ from ceed_vla.checkpoint_files import resolve_checkpoint
 from ceed_vla.discovery import discovered
 from ceed_vla.errors import ConfigError, NodeError
 from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
-from ros_nodes.demo.report import COMMAND_RATE, Episode, build_report, console_table
-from ros_nodes.demo.run_metrics import Window
+from ros_nodes.demo.report import COMMAND_RATE, Episode, Window, build_report, console_table
 from sim.environment import EVALUATION_SEEDS
 from sim.evaluate import default_console
 from sim.tabletop import MAX_EPISODE_STEPS

@@ -24,7 +24,7 @@ from std_srvs.srv import SetBool, Trigger
 
 from ceed_vla.errors import NodeError
 from ros_nodes.demo.bag import BagWriter, record
-from ros_nodes.demo.run_metrics import status_values
+from ros_nodes.demo.report import status_values
 from ros_nodes.robot.interfaces.base import ActionInterface
 from ros_nodes.robot.messages import COMMAND, LATCHED
 

@@ -11,15 +11,6 @@ the running one up to there:
 
 An answer that takes less than the rest of the running step freezes nothing. The delay is measured on the step grid, in
 steps that were consumed between request and answer, so it needs no clock.
-
-A node calls, whenever it might ask::
-
-    plan = stream.plan(remaining, wait)      # None: the next observation will do
-    if plan and not worker.submit(request(plan)):
-        stream.cancel(plan.id)
-
-``stream.offer(response.id, ..., remaining)`` or ``stream.cancel(response.id)`` as answers arrive, and at every
-boundary of the step grid ``stream.target()``, which consumes one step. `remaining` is the time until then, in steps.
 """
 
 from __future__ import annotations
@@ -67,18 +58,17 @@ class Target:
 class StreamCounters:
     """What happened since construction."""
 
-    planned: int = 0  # chunks asked for
     switched: int = 0  # chunks that took over
     late: int = 0  # chunks that took over after more steps than were frozen: their seam may jump
     missed: int = 0  # chunks that arrived when all their steps were past
-    stale: int = 0  # answers that nobody waited for any more
-    cancelled: int = 0  # requests without an answer
     starved: int = 0  # steps held because the running chunk had ended
-    waited: int = 0  # steps held before the first chunk
 
 
 class ChunkStream:
     """Which action each step executes, when the next chunk is due, and how many steps it will take.
+
+    `plan` is asked whenever a request could be sent; `offer` or `cancel` follows. At every boundary of the step grid
+    `target` consumes one step.
 
     Args:
         chunk_steps: ``m``.
@@ -124,12 +114,12 @@ class ChunkStream:
     @property
     def pending(self) -> int | None:
         """Id of the plan that is waited for."""
-        return self._pending.plan.id if self._pending else None
+        return self._next.plan.id if self._next else None
 
     @property
     def arrived(self) -> bool:
         """Whether its answer is here."""
-        return self._arrived is not None
+        return self._next is not None and self._next.actions is not None
 
     @property
     def delay_steps(self) -> float:
@@ -153,15 +143,13 @@ class ChunkStream:
         """Forget the running chunk and any answer under way; hold until `start`."""
         self.started = self._replan_now = self._seam = False
         self._running: _Chunk | None = None
-        self._pending: _Pending | None = None
-        self._arrived: _Chunk | None = None
+        self._next: _Chunk | None = None
         self._consumed = 0  # steps taken from chunks
         self._boundaries = 0  # the same with the steps that were held
 
     def preempt(self) -> None:
         """Ask for a new chunk at once and ignore the answer under way: the instruction changed."""
-        self._pending = self._arrived = None
-        self._replan_now = True
+        self._next, self._replan_now = None, True
 
     def plan(self, remaining: float = 0.0, wait: float = 0.0) -> Plan | None:
         """The chunk to ask for now, or None if none is due.
@@ -169,7 +157,7 @@ class ChunkStream:
         `remaining` are the steps until the next one is consumed, at most 1 as a rule; `wait` those until the next
         chance to ask, with a newer observation.
         """
-        if not self.started or self._pending is not None:
+        if not self.started or self._next is not None:
             return None
         index, left = self._position()
         lead = self.lead
@@ -189,17 +177,14 @@ class ChunkStream:
             frozen_steps=frozen if running and running.tokens is not None else 0,
             deadline_s=(frozen + remaining + self.grace) * self.action_dt - self.margin if left else None,
         )
-        self._pending = _Pending(plan, self._consumed, self._boundaries + 1 - remaining, frozen)
+        self._next = _Chunk(plan, self._consumed, self._boundaries + 1 - remaining, frozen)
         self._replan_now = False
-        self.counters.planned += 1
         return plan
 
     def cancel(self, plan_id: int) -> None:
         """The request was not sent, or failed: it is due again at once."""
-        if self._pending is not None and self._pending.plan.id == plan_id:
-            self._pending = None
-            self._replan_now = True
-            self.counters.cancelled += 1
+        if self.pending == plan_id:
+            self._next, self._replan_now = None, True
 
     def offer(
         self,
@@ -220,11 +205,10 @@ class ChunkStream:
                 f"The chunk has shape {actions.shape}, finite: {bool(np.isfinite(actions).all())}; "
                 f"expected ({self.chunk_steps}, A) finite actions."
             )
-        if self._pending is None or self._arrived is not None or self._pending.plan.id != plan_id:
-            self.counters.stale += 1
+        if self._next is None or self.arrived or self.pending != plan_id:
             return False
-        self._arrived = _Chunk(plan_id, actions, tokens, self._pending.consumed)
-        self._delays.append(max(self._boundaries + 1 - remaining - self._pending.position, 0.0))
+        self._next.actions, self._next.tokens = actions, tokens
+        self._delays.append(max(self._boundaries + 1 - remaining - self._next.position, 0.0))
         return True
 
     def target(self) -> Target:
@@ -234,7 +218,6 @@ class ChunkStream:
         if not self.started:
             return Target("stopped")
         if self._running is None:
-            self.counters.waited += 1
             return Target("waiting")
         index, left = self._position()
         if not left:
@@ -242,14 +225,15 @@ class ChunkStream:
             return Target("starved")
         self._consumed += 1
         seam, self._seam = self._seam, False
-        return Target("chunk", self._running.actions[index], self._running.id, index, seam)
+        assert self._running.actions is not None
+        return Target("chunk", self._running.actions[index], self._running.plan.id, index, seam)
 
     def redo(self) -> Target | None:
         """The step that began last, from a chunk that came too late for it by less than `grace`; None if none did."""
-        pending = self._pending
-        if self._arrived is None or pending is None or self._running is None:
+        chunk = self._next
+        if chunk is None or chunk.actions is None or self._running is None:
             return None
-        if self._consumed - pending.consumed != pending.frozen_steps + 1:
+        if self._consumed - chunk.start != chunk.frozen_steps + 1:
             return None
         self._consumed -= 1
         self._boundaries -= 1
@@ -266,34 +250,25 @@ class ChunkStream:
 
     def _take_over(self) -> None:
         """Make the chunk that arrived the running one, at the step that is next in it."""
-        if self._arrived is None or self._pending is None:
+        chunk = self._next
+        if chunk is None or chunk.actions is None:
             return
-        pending, arrived = self._pending, self._arrived
-        self._pending = self._arrived = None
-        taken = self._consumed - pending.consumed
+        self._next, taken = None, self._consumed - chunk.start
         if taken >= self.chunk_steps:
             self.counters.missed += 1
             return
         self.counters.switched += 1
-        self.counters.late += taken > pending.frozen_steps
-        self._running, self._seam = arrived, True
+        self.counters.late += taken > chunk.frozen_steps
+        self._running, self._seam = chunk, True
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Chunk:
     """A chunk whose step 0 is the step that was next when it was asked for."""
 
-    id: int
-    actions: NDArray[np.float32]
-    tokens: NDArray[np.int64] | None
-    start: int  # steps consumed until then: steps that are held move nothing, so they do not count
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """A request under way."""
-
     plan: Plan
-    consumed: int  # steps that were consumed before
-    position: float  # where on the step grid
+    start: int  # steps consumed until then: steps that are held move nothing, so they do not count
+    position: float  # then, on the step grid
     frozen_steps: int  # steps that are consumed until the answer is expected, whether the policy can freeze them or not
+    actions: NDArray[np.float32] | None = None  # None until the answer is here
+    tokens: NDArray[np.int64] | None = None

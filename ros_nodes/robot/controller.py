@@ -14,33 +14,32 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.robot.chunk_requests import ChunkRequests
-from ros_nodes.robot.chunk_stream import ChunkStream, Plan, Target
+from ceed_vla.kinematics import Array
+from ros_nodes.robot.chunk_stream import Target
 from ros_nodes.robot.inference import InferenceWorker
 from ros_nodes.robot.loop_statistics import LoopStatistics
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Observations
+from ros_nodes.robot.policy_stream import PolicyStream
 from ros_nodes.robot.safety import JOINT_STATES, Decision, Hold, SafetyFilter
 from ros_nodes.robot.step_grid import SLEW, StepGrid
-from ros_nodes.robot.texts import instruction_problem
-
-Array = NDArray[np.float64]
 
 WAITING, STARVED = "waiting", "starved"
 # How long the last command is repeated while nobody knows where the arm is [s]: by hand nobody moves an arm and powers
 # it up again sooner. Afterwards it would leap back as its drives come on.
 BLIND_HOLD = 5.0
-_SPEECHLESS = ("act", "diffusion", "multi_task_dit", "tdmpc", "vqbet")  # policies that no instruction reaches
 
 
 class PolicyController:
     """Streams the actions of a started `worker` at a `command_rate` [Hz], a multiple of the steps per second.
 
+    `action_dt`, `replan_steps` and `instruction` are as in `PolicyStream`, `slew` as in `StepGrid`.
+
     Attributes:
         ages: `Observations.ages`.
+        stream: The policy's actions.
         hold: Why the arm holds now; None in motion.
         conflict: Set it to the reason why nothing may be sent now, though motion is enabled (another commander).
 
@@ -53,23 +52,29 @@ class PolicyController:
         observations: Observations,
         motion: Motion,
         safety: SafetyFilter,
-        stream: ChunkStream,
         worker: InferenceWorker,
         *,
+        action_dt: float,
         command_rate: float,
+        replan_steps: int | None = None,
         instruction: str = "",
         slew: float = SLEW,
     ) -> None:
         self._observations, self._motion, self._safety = observations, motion, safety
-        self._stream, self._worker = stream, worker
         self.ages = observations.ages
         self._rate = command_rate
-        self.grid = StepGrid(command_rate, ticks_per_step(command_rate, stream.action_dt), slew)
-        self.instruction = instruction
-        self._instruction_problem = instruction_problem(instruction)
-        self._needs_instruction = worker.spec.policy_type not in _SPEECHLESS
+        self.grid = StepGrid(command_rate, ticks_per_step(command_rate, action_dt), slew)
         self.statistics = LoopStatistics(1.0 / command_rate)
-        self._requests = ChunkRequests(observations, motion, stream, worker, self.statistics)
+        self.stream = PolicyStream(
+            observations,
+            motion,
+            worker,
+            self.statistics,
+            action_dt=action_dt,
+            least_lead=1.01 / self.grid.ticks_per_step,
+            replan_steps=replan_steps,
+            instruction=instruction,
+        )
         self.hold: Hold | None = Hold("disabled", "not enabled")
         self.conflict: str | None = None
         self._enable_asked = False
@@ -97,7 +102,7 @@ class PolicyController:
         self._enable_asked = insist and refused is not None and self._safety.stopped is None
         if refused is None:
             self._start_here(now, resumed=False)
-            self._requests.try_again()
+            self.stream.try_again()
         return refused
 
     def disable(self) -> None:
@@ -116,14 +121,6 @@ class PolicyController:
         """Unlatch the stop; motion stays disabled."""
         self._safety.reset()
 
-    def instruct(self, instruction: str) -> None:
-        """Do something else from the next chunk on, which is asked for at once."""
-        if instruction != self.instruction:
-            self.instruction = instruction
-            self._instruction_problem = instruction_problem(instruction)
-            self._requests.try_again()
-            self._stream.preempt()
-
     # ---- the loop -----------------------------------------------------------------------------------------------
 
     def tick(self, now: float, clock: float) -> Decision | None:
@@ -138,7 +135,7 @@ class PolicyController:
         hold = refused or self._objection()
         if self._stays_silent(now, clock):
             return self._fall_silent(dt, clock, hold)
-        decision = self._move(dt, clock, hold) if self._stream.started else self._wait(dt, clock, hold)
+        decision = self._move(dt, clock, hold) if self.stream.started else self._wait(dt, clock, hold)
         self.hold = self._cause(decision.hold)
         if decision.positions is None:
             return None
@@ -148,14 +145,14 @@ class PolicyController:
 
     def after_tick(self, now: float) -> None:
         """What takes time and can wait until the command is sent: the next step, and asking for a chunk."""
-        if not self._stream.started:
+        if not self.stream.started:
             return
         if self.grid.part >= self.grid.ticks_per_step and not self._boundary:
-            if self._stream.pending is None or self._stream.arrived:
+            if self.stream.pending is None or self.stream.arrived:
                 self._begin_step()
             else:
                 self._boundary = True
-        if self._ask_if_due(now, self.grid.until_images(now)) is not None:
+        if self.stream.ask_if_due(now, self.grid.remaining(now), self.grid.until_images(now)) is not None:
             self.grid.delay()
 
     def observed(self, now: float) -> None:
@@ -163,24 +160,24 @@ class PolicyController:
         if not self._observations.renewed():
             return
         self.grid.images_came(now)
-        if not self._stream.started:
+        if not self.stream.started:
             return
-        wait = self.grid.until_images(now)
-        plan = self._ask_if_due(now, wait)
+        wait, remaining = self.grid.until_images(now), self.grid.remaining(now)
+        plan = self.stream.ask_if_due(now, remaining, wait)
         if plan is not None and plan.deadline_s is not None:
-            slack = plan.frozen_steps + self.grid.remaining(now) - self._stream.lead
-            self.grid.align(slack * self._stream.action_dt, wait)
+            slack = plan.frozen_steps + remaining - self.stream.lead
+            self.grid.align(slack * self.stream.action_dt, wait)
 
     def receive(self, now: float) -> None:
         """Take the policy's answer if there is one; called as soon as it comes, so that its step begins in time."""
-        if self._requests.receive(now, self.grid.remaining(now)) and self._step_hold is not None:
+        if self.stream.receive(now, self.grid.remaining(now)) and self._step_hold is not None:
             self.grid.begin_now()  # nothing moves: the next step need not wait for its boundary
             self._boundary = True
-        if not self._stream.arrived:
+        if not self.stream.arrived:
             return
         if self._boundary:
             self._begin_step()
-        elif self.grid.part <= self._stream.grace * self.grid.ticks_per_step:
+        elif self.grid.part <= self.stream.grace * self.grid.ticks_per_step:
             self._redo_step()
 
     def _watch_clock(self, dt: float, clock: float) -> None:
@@ -189,7 +186,7 @@ class PolicyController:
         if dt <= 0.0:
             self._clock_fault = Hold("clock", f"the clock went back by {-dt:.2f} s; waiting for new inputs")
             self._observations.forget()
-            self._requests.try_again()
+            self.stream.try_again()
             self._blind_since = None
             self._drop_plans()
         elif self._clock_fault is not None and None not in self.ages(clock).values():
@@ -260,26 +257,24 @@ class PolicyController:
         if decision.hold == hold and hold.code == WAITING and decision.positions is not None:
             self._motion.resume(decision.positions)
             self._start = self._wanted = decision.positions
-            self._stream.start()
+            self.stream.start()
             self.grid.begin_now()
         return decision
 
     def _move(self, dt: float, clock: float, hold: Hold | None) -> Decision:
-        """The command of this tick."""
         if self._boundary:
             self._begin_step()  # with the running chunk: the answer is late
-        while self.grid.part > self.grid.ticks_per_step and self._stream.started:
+        while self.grid.part > self.grid.ticks_per_step and self.stream.started:
             self._begin_step()  # its first tick was missed
         share = (self.grid.part - self._start_part) / (self.grid.ticks_per_step - self._start_part)
         self._wanted = self._start + share * (self._motion.joints - self._start)
         decision = self._safety.command(
             self._wanted, self._motion.gripper, dt=dt, ages=self.ages(clock), hold=hold or self._step_hold
         )
-        if decision.hold is not None and decision.hold is not self._step_hold:
-            self._drop_plans()  # after its own holds the stream goes on by itself
-            return decision
         if decision.hold is None:
-            self._requests.commanded(clock)
+            self.stream.commanded(clock)
+        elif decision.hold is not self._step_hold:
+            self._drop_plans()  # after its own holds the stream goes on by itself
         return decision
 
     def _begin_step(self) -> None:
@@ -289,11 +284,11 @@ class PolicyController:
         held = self._safety.last_command if self._step_hold is not None else None
         self._start, self._start_part = self._motion.joints if held is None else held, 0
         self._before_step = self._motion.save()
-        self._execute(self._stream.target())
+        self._execute(self.stream.target())
 
     def _redo_step(self) -> None:
         """Let the answer that came just after the step had begun decide on the rest of it."""
-        target = self._stream.redo()
+        target = self.stream.redo()
         if target is not None:
             self._motion.restore(self._before_step)
             self._start, self._start_part = self._wanted, self.grid.part
@@ -303,37 +298,23 @@ class PolicyController:
         if target.action is None:
             detail = "for the first chunk" if target.source == WAITING else "the chunk ended before the next one came"
             error = self.statistics.last_error
-            code = self._requests.failure or target.source
+            code = self.stream.failure or target.source
             self._step_hold = Hold(code, f"{detail} (last error: {error})" if error else detail)
             return
         self._step_hold, self._seam = None, target.seam
         self._motion.advance(np.asarray(target.action, dtype=np.float64))
-        self._requests.executed(target)
-
-    def _ask_if_due(self, now: float, wait: float) -> Plan | None:
-        return self._requests.ask_if_due(self.instruction, now, self.grid.remaining(now), wait)
 
     def _objection(self) -> Hold | None:
         """Why the arm must hold though the safety filter has no reason."""
         if self.conflict is not None:
             return Hold("conflict", self.conflict)
-        if self._worker.failed is not None:
-            return Hold("inference_failed", f"{self._worker.failed} Clean up and configure again.")
-        if self._observations.fault is not None:
-            return self._observations.fault
-        if self._needs_instruction and not self.instruction.strip():
-            return Hold("no_instruction", "publish one on ~/instruction or set the parameter instruction")
-        refused = self._instruction_problem or self._requests.refusal(self.instruction)
-        if refused is not None:
-            return Hold("bad_instruction", refused)
-        taken = self._observations.image_stamp
-        if taken is not None and taken < self._enabled_at:
+        objection, taken = self.stream.objection(), self._observations.image_stamp
+        if objection is None and taken is not None and taken < self._enabled_at:
             return Hold(WAITING, "for images taken after motion was enabled")
-        return None
+        return objection
 
     def _drop_plans(self) -> None:
-        self._stream.stop()
-        self._requests.drop()
+        self.stream.stop()
         self._step_hold = None
         self._seam = self._boundary = False
 

@@ -8,7 +8,6 @@ from typing import Any
 from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
-from ros_nodes.robot.chunk_stream import ChunkStream
 from ros_nodes.robot.controller import STARVED, WAITING, PolicyController
 from ros_nodes.robot.safety import SafetyFilter
 from ros_nodes.robot.texts import short
@@ -18,10 +17,10 @@ HARMLESS = (WAITING, STARVED, "disabled", "no_instruction", "bad_instruction")
 
 
 def running_status(
-    controller: PolicyController, safety: SafetyFilter, stream: ChunkStream, now: float, clock: float
+    controller: PolicyController, safety: SafetyFilter, now: float, clock: float
 ) -> tuple[bytes, str, dict[str, Any]]:
     """Level, message and values of an active node; `now` is steady time, `clock` the stamps' [s]."""
-    hold = controller.hold
+    hold, stream = controller.hold, controller.stream
     level, state, reason = DiagnosticStatus.OK, "active", ""
     if hold is not None:
         level = DiagnosticStatus.WARN if hold.code in HARMLESS else DiagnosticStatus.ERROR
@@ -30,7 +29,7 @@ def running_status(
     values: dict[str, Any] = {
         "state": state,
         "hold_reason": reason,
-        "instruction": controller.instruction,
+        "instruction": stream.instruction,
         **{f"observation_age_s.{name}": age for name, age in controller.ages(clock).items()},
         **_statistics(controller, now),
         **{f"clamps.{kind}": count for kind, count in safety.clamps.items()},
@@ -48,7 +47,6 @@ def running_status(
 def status_message(
     name: str, hardware: str, level: bytes, message: str, values: dict[str, Any], stamp: Time
 ) -> DiagnosticArray:
-    """The array to publish."""
     status = DiagnosticStatus(level=level, name=name, message=message)
     status.hardware_id = short(hardware)
     status.values = [KeyValue(key=key, value=_text(value)) for key, value in values.items()]

@@ -27,7 +27,6 @@ class FailureLog:
         self._told, self._untold = float("-inf"), 0
 
     def add(self, error: Exception) -> None:
-        """A failure happened."""
         ours = isinstance(error, CeedVLAError)
         text = " ".join(short(error if ours else f"{type(error).__name__}: {error}").split())
         frames = traceback.extract_tb(error.__traceback__)

@@ -141,7 +141,6 @@ class InferenceWorker:
         self.close()
 
     def _infer(self) -> None:
-        """What the thread does."""
         try:
             self._spec = self._policy.load()
         except Exception as error:  # or `start` would wait for its whole timeout

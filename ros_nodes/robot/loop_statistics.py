@@ -50,13 +50,11 @@ class LoopStatistics:
         self.inner_step = 0.0  # the same elsewhere [rad]
         self._last_sent: float | None = None
         self._last_positions: NDArray[np.float64] | None = None
-        self._rate_ticks = 0
-        self._rate_start: float | None = None
+        self._rated: tuple[float, int] | None = None  # when `rate` was asked [s], and `ticks` then
 
     def sent(self, now: float, positions: NDArray[np.float64], seam: bool) -> None:
         """A command left at `now` [s]; `seam`: it is the first after a new chunk took over."""
         self.ticks += 1
-        self._rate_ticks += 1
         if self._last_sent is not None:
             gap = now - self._last_sent
             self.jitter.append(abs(gap - self.period))
@@ -86,6 +84,5 @@ class LoopStatistics:
 
     def rate(self, now: float) -> float:
         """Commands per second since the last call [Hz]."""
-        start, ticks = self._rate_start, self._rate_ticks
-        self._rate_start, self._rate_ticks = now, 0
-        return ticks / (now - start) if start is not None and now > start else 0.0
+        (start, ticks), self._rated = self._rated or (now, 0), (now, self.ticks)
+        return (self.ticks - ticks) / (now - start) if now > start else 0.0

@@ -9,7 +9,7 @@ import numpy as np
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.kinematics import ArmKinematics, Array, CommandedPose
-from ros_nodes.robot.robot_config import RobotConfig
+from ros_nodes.robot.robot_file import RobotConfig
 
 
 class Motion:

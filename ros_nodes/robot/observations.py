@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
 from ceed_vla.errors import ConfigError, ObservationError
+from ceed_vla.kinematics import Array
 from ros_nodes.robot.messages import compressed_to_array, image_to_array, joint_state_by_name, seconds
 from ros_nodes.robot.motion import Motion
-from ros_nodes.robot.robot_config import POSE_COMPONENTS, ImageSource, RobotConfig
+from ros_nodes.robot.robot_file import POSE_COMPONENTS, ImageSource, RobotConfig
 from ros_nodes.robot.safety import JOINT_STATES, Hold
 
 if TYPE_CHECKING:
     from ros_nodes.robot.kinematics import ModelArm
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,17 @@ class Observations:
         model: ModelArm | None,
     ) -> None:
         self._robot, self._model = robot, model
-        self.cameras = [Camera(_source(robot, feature), shape) for feature, shape in cameras.items()]
-        self._features = tuple(states)
+        images = {source.feature: source for source in robot.images}
+        _check(robot, cameras, images, "images")
+        _check(robot, states, robot.states, "state")
         for feature, length in states.items():
-            _check_state(robot, feature, length)
+            if robot.state_dim(feature) != length:
+                raise ConfigError(
+                    f"The policy's {feature} has {length} values; {', '.join(robot.states[feature])} of {robot.source} "
+                    f"make {robot.state_dim(feature)} (arm joints: {', '.join(robot.arm.joints)})."
+                )
+        self.cameras = [Camera(images[feature], shape) for feature, shape in cameras.items()]
+        self._features = tuple(states)
         self._wants_velocities = any("joint_velocities" in robot.states[feature] for feature in states)
         self.joints: Joints | None = None
         self._joint_stamp: float | None = None
@@ -191,20 +197,9 @@ class Camera:
         return pixels
 
 
-def _source(robot: RobotConfig, feature: str) -> ImageSource:
-    for source in robot.images:
-        if source.feature == feature:
-            return source
-    have = ", ".join(source.feature for source in robot.images) or "none"
-    raise ConfigError(f"The policy wants the camera {feature!r}; {robot.source} has {have}. Add it under images.")
-
-
-def _check_state(robot: RobotConfig, feature: str, length: int) -> None:
-    if feature not in robot.states:
-        have = ", ".join(robot.states) or "none"
-        raise ConfigError(f"The policy wants {feature!r}; {robot.source} has {have}. Add it under state.")
-    if robot.state_dim(feature) != length:
-        raise ConfigError(
-            f"The policy's {feature} has {length} values; {', '.join(robot.states[feature])} of {robot.source} "
-            f"make {robot.state_dim(feature)} (arm joints: {', '.join(robot.arm.joints)})."
-        )
+def _check(robot: RobotConfig, wanted: Iterable[str], have: Mapping[str, Any], key: str) -> None:
+    """Refuse a policy that wants more features than the robot's file has under `key`."""
+    for feature in wanted:
+        if feature not in have:
+            has = ", ".join(have) or "none"
+            raise ConfigError(f"The policy wants {feature!r}; {robot.source} has {has}. Add it under {key}.")

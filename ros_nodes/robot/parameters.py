@@ -19,14 +19,11 @@ START, SETUP, LIVE = "start", "setup", "live"
 
 @dataclass(frozen=True)
 class NodeParameter:
-    """One parameter."""
-
     name: str
     default: Any  # whose type it keeps (a whole number is taken for a float)
     description: str  # with its unit
     when: str = SETUP
-    low: float = 0.0  # smallest and largest number
-    high: float = 0.0
+    within: tuple[float, float] = (0, 0)  # smallest and largest number
     choices: Collection[str] = ()  # allowed texts; any if empty
     check: Callable[[str], str | None] = lambda _: None  # what else is wrong with a text; None if nothing is
 
@@ -42,7 +39,7 @@ class NodeParameter:
             return f"one of {', '.join(self.choices)}"
         if self.is_number:
             whole = "a whole number" if isinstance(self.default, int) else "a number"
-            return f"{whole} in [{self.low:g}, {self.high:g}]"
+            return f"{whole} in [{self.within[0]:g}, {self.within[1]:g}]"
         return "true or false" if isinstance(self.default, bool) else "a text"
 
     @property
@@ -51,15 +48,15 @@ class NodeParameter:
 
         Typing is dynamic because ROS would refuse `command_rate:=100` for a float; `problem` checks types instead.
         """
-        whole = self.is_number and isinstance(self.default, int)
-        real = self.is_number and not whole
+        kind = type(self.default)
+        ends = dict(zip(("from_value", "to_value"), map(kind, self.within), strict=True))
         return ParameterDescriptor(
             description=self.description,
             additional_constraints=self.allowed,
             read_only=self.when == START,
             dynamic_typing=True,
-            integer_range=[IntegerRange(from_value=int(self.low), to_value=int(self.high))] if whole else [],
-            floating_point_range=[FloatingPointRange(from_value=self.low, to_value=self.high)] if real else [],
+            integer_range=[IntegerRange(**ends)] if kind is int else [],
+            floating_point_range=[FloatingPointRange(**ends)] if kind is float else [],
         )
 
     def problem(self, value: Any) -> str | None:
@@ -69,7 +66,7 @@ class NodeParameter:
         if fits and self.choices:
             fits = value in self.choices
         elif fits and self.is_number:
-            fits = self.low <= value <= self.high
+            fits = self.within[0] <= value <= self.within[1]
         if not fits:
             return f"{self.name} is {shown(value)}; it must be {self.allowed}."
         wrong = self.check(value) if isinstance(value, str) else None

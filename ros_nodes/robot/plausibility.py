@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from ceed_vla.kinematics import Array
 
 PHYSICAL_VELOCITY = float(np.pi)  # of a joint whose own limit is not known [rad/s]
 _SPEEDS = 2.0  # physical velocities that are believed

@@ -8,7 +8,7 @@ from __future__ import annotations  # noqa: I001 - ros_nodes.robot.messages come
 import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -89,10 +89,11 @@ class PolicyNode(LifecycleNode):
         self._setup = setup
         if self._stopped_early is not None:
             setup.controller.estop(self._stopped_early)
+        inputs = [(JointState, setup.robot.joint_states, self._on_joint_states)]
         for camera in setup.observations.cameras:
             kind = CompressedImage if camera.source.transport == "compressed" else Image
-            self._listen(kind, camera.source.topic, partial(self._on_image, camera))
-        self._listen(JointState, setup.robot.joint_states, self._on_joint_states)
+            inputs.append((kind, camera.source.topic, partial(self._on_image, camera)))
+        self._inputs = [self.create_subscription(*listened, SENSOR) for listened in inputs]
         spec = setup.worker.spec
         self.get_logger().info(
             f"{spec.checkpoint}: {spec.policy_type}, chunks of {spec.chunk_steps} steps, "
@@ -139,7 +140,6 @@ class PolicyNode(LifecycleNode):
         return self.on_cleanup(state)
 
     def destroy_node(self) -> None:
-        """Hold, end the policy, and go."""
         self._release()
         super().destroy_node()
 
@@ -165,9 +165,6 @@ class PolicyNode(LifecycleNode):
         if not self._starting:  # else it is the last thing that is said
             self.get_logger().error(self._failure)
         return TransitionCallbackReturn.FAILURE
-
-    def _listen(self, kind: Any, topic: str, callback: Callable[[Any], None]) -> None:
-        self._inputs.append(self.create_subscription(kind, topic, callback, SENSOR))
 
     def _end_stream(self) -> None:
         if self._active is not None:
@@ -207,7 +204,7 @@ class PolicyNode(LifecycleNode):
         if problem:
             self.get_logger().warning(f"Bad instruction: {problem}", throttle_duration_sec=1.0)
             if self._setup is not None:
-                self._setup.controller.instruct(message.data)
+                self._setup.controller.stream.instruct(message.data)
 
     def _check_parameters(self, changes: list[Parameter]) -> SetParametersResult:
         return parameters.refusal(POLICY_PARAMETERS, changes, configured=self._setup is not None)
@@ -215,7 +212,7 @@ class PolicyNode(LifecycleNode):
     def _take_parameters(self, changes: list[Parameter]) -> None:
         for change in changes:
             if change.name == "instruction" and self._setup is not None:
-                self._setup.controller.instruct(change.value)
+                self._setup.controller.stream.instruct(change.value)
 
     def _on_estop(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         if self._setup is not None:
@@ -254,7 +251,7 @@ class PolicyNode(LifecycleNode):
         setup = self._setup
         if setup is not None and self._active is not None:
             now = self._active.now()
-            self._publish(*running_status(setup.controller, setup.safety, setup.stream, now, clock_time(self)))
+            self._publish(*running_status(setup.controller, setup.safety, now, clock_time(self)))
             return
         state = "unconfigured" if setup is None else "inactive"
         level = DiagnosticStatus.ERROR if self._failure else DiagnosticStatus.WARN

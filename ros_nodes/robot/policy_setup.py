@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.robot.chunk_stream import ChunkStream
 from ros_nodes.robot.controller import PolicyController, ticks_per_step
 from ros_nodes.robot.inference import InferenceWorker
 from ros_nodes.robot.interfaces.base import ActionInterface
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Camera, Observations
 from ros_nodes.robot.plausibility import PHYSICAL_VELOCITY
-from ros_nodes.robot.robot_config import RobotConfig
-from ros_nodes.robot.robot_file import load_robot_config
+from ros_nodes.robot.robot_file import RobotConfig, load_robot_config
 from ros_nodes.robot.safety import JOINT_STATES, SafetyFilter, SafetyLimits
 
 if TYPE_CHECKING:
@@ -34,7 +32,6 @@ class PolicySetup:
     worker: InferenceWorker
     observations: Observations
     safety: SafetyFilter
-    stream: ChunkStream
     controller: PolicyController
 
 
@@ -52,7 +49,7 @@ def make_setup(
     """
     robot = load_robot_config(values["robot_config"])
     interface = robot.interface(values["action_interface"])
-    ticks = ticks_per_step(values["command_rate"], robot.action.dt)
+    ticks_per_step(values["command_rate"], robot.action.dt)  # refused before the checkpoint loads
     model = None
     if robot.arm.model is not None:
         from ros_nodes.robot.kinematics import ModelArm
@@ -81,27 +78,21 @@ def make_setup(
             )
         observations = Observations(robot, spec.cameras, spec.states, model)
         safety = SafetyFilter(_limits(robot, interface, model, observations.cameras, values))
-        stream = ChunkStream(
-            spec.chunk_steps,
-            values["replan_steps"] or spec.n_action_steps,
-            robot.action.dt,
-            delay_steps=spec.warmup_s / robot.action.dt,
-            least_lead=1.01 / ticks,
-        )
         controller = PolicyController(
             observations,
             Motion(robot, model),
             safety,
-            stream,
             worker,
+            action_dt=robot.action.dt,
             command_rate=values["command_rate"],
+            replan_steps=values["replan_steps"] or None,
             instruction=values["instruction"],
             slew=slew,
         )
     except BaseException:
         worker.close()
         raise
-    return PolicySetup(robot, interface, model, worker, observations, safety, stream, controller)
+    return PolicySetup(robot, interface, model, worker, observations, safety, controller)
 
 
 def _limits(

@@ -39,7 +39,6 @@ class PolicySpec:
     action_dim: int  # A
     chunk_steps: int  # m
     n_action_steps: int  # steps that the checkpoint executes before it replans
-    is_ceed: bool  # warm start, deadline and, where its tokens belong to steps, frozen steps are used
     warmup_s: float  # time of the last warm-up call [s]
     decoding: str = ""  # name of the decoding that is used; "" for policies that have one way
 
@@ -136,7 +135,6 @@ class Predictor:
             action_dim=int(config.output_features["action"].shape[0]),
             chunk_steps=0,
             n_action_steps=0,
-            is_ceed=self._is_ceed,
             warmup_s=0.0,
         )
         self.spec = self._warm_up()

@@ -15,13 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
+from ceed_vla.kinematics import Array
 from ros_nodes.robot.plausibility import PHYSICAL_VELOCITY, Plausibility
 from ros_nodes.robot.texts import shown
-
-Array = NDArray[np.float64]
 
 JOINT_STATES = "joint_states"
 HOLD_CODES = (

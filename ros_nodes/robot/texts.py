@@ -8,10 +8,7 @@ import unicodedata
 LONGEST = 200  # characters of a text that are shown
 LONGEST_INSTRUCTION = 500  # characters of an instruction that are read
 
-_repr = reprlib.Repr()
-_repr.maxlevel = 2
-_repr.maxlist = _repr.maxtuple = _repr.maxdict = 8
-_repr.maxstring = _repr.maxother = _repr.maxlong = 100
+_repr = reprlib.Repr(maxlevel=2, maxlist=8, maxtuple=8, maxdict=8, maxstring=100, maxother=100, maxlong=100)
 
 
 def short(text: object, length: int = LONGEST) -> str:

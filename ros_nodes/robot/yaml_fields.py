@@ -91,7 +91,6 @@ class Fields:
         return tuple(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """A truth value."""
         value = self._get(key, default)
         if not isinstance(value, bool):
             raise self.error(key, f"is {shown(value)}; give true or false")

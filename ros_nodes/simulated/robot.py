@@ -65,12 +65,10 @@ class SimRobot:
 
     @property
     def instruction(self) -> str:
-        """What the robot is told to do."""
         return self._env.instruction
 
     @property
     def family(self) -> str:
-        """Task family of the episode."""
         return self._env.family
 
     @property
@@ -173,7 +171,6 @@ class SimRobot:
             self.time += SIM_DT
 
     def close(self) -> None:
-        """Release the scene."""
         self._env.close()
 
 

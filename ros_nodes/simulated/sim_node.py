@@ -169,7 +169,6 @@ class SimNode(Node):
         return Time(seconds=self._robot.time) if self._publishes_clock else self._wall_clock.now()
 
     def _catch_up(self) -> None:
-        """Bring the physics to the present."""
         wall = time.monotonic()
         self._robot.advance(min(wall - self._wall, MAX_LAG) * self._factor)
         self._wall = wall
@@ -224,7 +223,6 @@ class SimNode(Node):
         self._diagnostics.publish(status_message(name, "tabletop simulation", level, message, values, stamp))
 
     def destroy_node(self) -> None:
-        """Release the scene too."""
         self._robot.close()
         super().destroy_node()
 

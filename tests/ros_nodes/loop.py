@@ -13,13 +13,12 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from builtin_interfaces.msg import Time
 from sensor_msgs.msg import Image, JointState
 
-from ros_nodes.robot.chunk_stream import ChunkStream
 from ros_nodes.robot.controller import PolicyController
 from ros_nodes.robot.messages import array_to_image
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Observations
 from ros_nodes.robot.predictor import PolicySpec, Request, Response
-from ros_nodes.robot.robot_config import Action, Arm, ImageSource, Limits, RobotConfig
+from ros_nodes.robot.robot_file import Action, Arm, ImageSource, Limits, RobotConfig
 from ros_nodes.robot.safety import JOINT_STATES, Decision, SafetyFilter, SafetyLimits
 
 FEATURE = "observation.images.front"
@@ -58,7 +57,7 @@ class Policy:
     """
 
     def __init__(self) -> None:
-        self.spec = PolicySpec("fake", "ceed_vla", {FEATURE: (3, 4, 4)}, {"observation.state": 2}, 2, M, H, True, 0.01)
+        self.spec = PolicySpec("fake", "ceed_vla", {FEATURE: (3, 4, 4)}, {"observation.state": 2}, 2, M, H, 0.02)
         self.delay, self.now = 0.02, 0.0
         self.error: tuple[str, str] | None = None  # of the next answers: text, code
         self.failed: str | None = None
@@ -126,17 +125,17 @@ class Loop:
                 {JOINT_STATES: 0.2, "front": 0.3},
             )
         )
-        self.stream = ChunkStream(M, H, DT, delay_steps=0.2, least_lead=1.01 / (RATE * DT))
         self.controller = PolicyController(
             self.observations,
             Motion(config),
             self.safety,
-            self.stream,
             self.policy,  # type: ignore[arg-type]
+            action_dt=DT,
             command_rate=RATE,
             instruction="climb",
             **options,
         )
+        self.stream = self.controller.stream
         self.sent: list[tuple[float, Decision | None]] = []
         self.position = np.zeros(2)
         self.follows = True  # commands move the arm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def test_says_which_definition_is_missing() -> None:
 
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "bag.mcap"
-    with BagWriter(path) as bag:
+    with closing(BagWriter(path)) as bag:
         for index in range(5):
             data = serialize_message(Float64MultiArray(data=[float(index), 0.5]))
             bag.write("/numbers", "std_msgs/msg/Float64MultiArray", data, 10 * index, 10 * index + 3)
@@ -70,7 +71,7 @@ def test_rosbags_reads_what_the_simulated_robot_sent(graph: Any, tmp_path: Path)
     graph.start("sim_node", "-p", "seed:=2")
     graph.wait(lambda: heard, "joint states")
     path = tmp_path / "bag.mcap"
-    with BagWriter(path) as bag:
+    with closing(BagWriter(path)) as bag:
         for topic, kind, qos in (
             ("/joint_states", JointState, COMMAND),
             ("/front/image_raw", Image, SENSOR),

@@ -97,9 +97,8 @@ def test_every_step_is_executed_once_and_in_order(chunk_steps, replan, delays, f
     counted = flow.counters
     sources = [target.source for target in robot.targets]
     assert sources.count("starved") == counted.starved
-    assert sources.count("waiting") == counted.waited
     assert sources.count("chunk") == len(robot.executed)
-    assert sum(target.seam for target in robot.targets) <= counted.switched <= counted.planned
+    assert sum(target.seam for target in robot.targets) <= counted.switched <= len(robot.plans)
     for plan in robot.plans:
         assert 0 <= plan.frozen_steps <= max(chunk_steps - 1, 0)
         assert plan.shift_steps + plan.frozen_steps <= chunk_steps
@@ -197,7 +196,7 @@ def test_the_estimate_covers_its_quantile_of_recent_delays() -> None:
     flow.start()
     robot = Robot(flow)
     while flow.counters.switched < 10:
-        robot.tick(3 if flow.counters.planned % 10 == 5 else 1)
+        robot.tick(3 if len(robot.plans) % 10 == 5 else 1)
     assert flow.delay_steps == 1  # one slow answer in ten
     while flow.counters.switched < 14:
         robot.tick(3)
@@ -230,7 +229,6 @@ def test_cancelled_requests_are_due_again_and_stale_answers_are_dropped() -> Non
     assert flow.offer(second.id, chunk(0))
     assert not flow.offer(second.id, chunk(5))  # once
     assert flow.target().chunk_id == second.id
-    assert (flow.counters.cancelled, flow.counters.stale) == (1, 2)
 
 
 def test_preempt_replans_at_once_and_drops_what_is_under_way() -> None:

@@ -103,7 +103,7 @@ def test_a_new_instruction_is_asked_for_at_once() -> None:
     loop = Loop()
     loop.policy.delay = 0.15
     loop.run(3.0)
-    loop.controller.instruct("climb faster")
+    loop.controller.stream.instruct("climb faster")
     loop.run(0.35)
     changed = [now for now, request in loop.policy.asked if request.instruction == "climb faster"]
     assert changed

@@ -174,14 +174,14 @@ def test_a_refused_instruction_holds_at_once_and_is_asked_once() -> None:
     loop = Loop()
     loop.run(1.0)
     loop.policy.error = ("The instruction has 600 words.", "bad_instruction")
-    loop.controller.instruct("word " * 80)
+    loop.controller.stream.instruct("word " * 80)
     asked = len(loop.policy.asked)
     loop.run(3.0)
     assert hold_code(loop) == "bad_instruction"
     assert "600 words" in loop.controller.hold.detail
     assert len(loop.policy.asked) <= asked + 2  # the one under way was of the old instruction
     loop.policy.error = None
-    loop.controller.instruct("climb on")
+    loop.controller.stream.instruct("climb on")
     loop.run(0.2)
     assert loop.controller.hold is None
 
@@ -190,12 +190,12 @@ def test_a_refused_instruction_holds_at_once_and_is_asked_once() -> None:
 def test_texts_that_are_no_instructions_never_reach_the_policy(text: str) -> None:
     loop = Loop()
     loop.run(1.0)
-    loop.controller.instruct(text)
+    loop.controller.stream.instruct(text)
     asked = len(loop.policy.asked)
     loop.run(1.0)
     assert hold_code(loop) == "bad_instruction"
     assert len(loop.policy.asked) == asked
-    loop.controller.instruct("x" * 500)
+    loop.controller.stream.instruct("x" * 500)
     loop.run(0.3)
     assert loop.controller.hold is None
 

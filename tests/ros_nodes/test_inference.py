@@ -68,7 +68,7 @@ def test_the_spec_is_the_checkpoints(worker: InferenceWorker) -> None:
     assert spec.cameras == {FRONT: (3, 96, 96), WRIST: (3, 96, 96)}
     assert spec.states == {STATE: 14}
     assert (spec.action_dim, spec.chunk_steps, spec.n_action_steps) == (A, 8, 4)
-    assert (spec.policy_type, spec.is_ceed) == ("ceed_vla", True)
+    assert spec.policy_type == "ceed_vla"
     assert spec.warmup_s > 0
 
 
@@ -329,7 +329,7 @@ def test_any_lerobot_policy_is_served(act: tuple[Path, Any, Any, Any]) -> None:
         spec = worker.spec
         raw = {"observation.images.top": image, STATE: state}
         answer = ask(worker, Request(1, raw, "anything", None, 0, 2, deadline_s=0.1))
-    assert (spec.policy_type, spec.is_ceed, spec.chunk_steps, spec.n_action_steps) == ("act", False, 6, 4)
+    assert (spec.policy_type, spec.chunk_steps, spec.n_action_steps) == ("act", 6, 4)
     assert spec.cameras == {"observation.images.top": (3, 64, 64)}
     assert (answer.error, answer.tokens, answer.forwards, answer.exit_reason) == (None, None, 0, "")
     batch = {

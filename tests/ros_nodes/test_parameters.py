@@ -104,4 +104,4 @@ def test_every_parameter_is_described(parameter: NodeParameter) -> None:
     assert parameter.problem(parameter.default) is None
     assert parameter.description.endswith(".")
     assert parameter.when in (parameters.START, parameters.SETUP, parameters.LIVE)
-    assert not parameter.is_number or parameter.low < parameter.high
+    assert not parameter.is_number or parameter.within[0] < parameter.within[1]

@@ -14,8 +14,7 @@ import yaml
 
 from ceed_vla.errors import ConfigError
 from ros_nodes.robot.interfaces.base import INTERFACES
-from ros_nodes.robot.robot_config import COMPONENTS
-from ros_nodes.robot.robot_file import load_robot_config, packaged_config
+from ros_nodes.robot.robot_file import COMPONENTS, load_robot_config, packaged_config
 from sim.tabletop import arm, env, scene
 
 CONFIG = Path(__file__).resolve().parents[2] / "launch" / "config"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.demo.run_metrics import command_timing, counts, number, status_values
+from ros_nodes.demo.report import command_timing, counts, number, status_values
 
 MS = 1_000_000  # [ns]
 

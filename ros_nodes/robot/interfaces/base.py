@@ -32,8 +32,6 @@ class CommandedArm:
 
 @dataclass(frozen=True)
 class Command:
-    """One command."""
-
     positions: Array  # (J,) [rad]
     velocities: Array  # (J,) from the last command to this one; zero on a hold [rad/s]
     measured: Array  # (J,) [rad]

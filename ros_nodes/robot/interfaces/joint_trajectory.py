@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from builtin_interfaces.msg import Duration
+from rclpy.duration import Duration
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ceed_vla.kinematics import Array
@@ -34,9 +34,5 @@ class JointTrajectories(ActionInterface):
 
 
 def _point(after: float, positions: Array, velocities: Array) -> JointTrajectoryPoint:
-    seconds, nanoseconds = divmod(round(1e9 * after), 10**9)
-    return JointTrajectoryPoint(
-        positions=positions.tolist(),
-        velocities=velocities.tolist(),
-        time_from_start=Duration(sec=seconds, nanosec=nanoseconds),
-    )
+    time = Duration(nanoseconds=round(1e9 * after)).to_msg()
+    return JointTrajectoryPoint(positions=positions.tolist(), velocities=velocities.tolist(), time_from_start=time)

@@ -1,0 +1,168 @@
+"""The chunk stream of a policy: asks for the chunks that are due, takes the answers, and times images to commands."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from ceed_vla.errors import ConfigError, ObservationError
+from ros_nodes.robot.chunk_stream import ChunkStream, Plan, Target
+from ros_nodes.robot.inference import InferenceWorker
+from ros_nodes.robot.loop_statistics import LoopStatistics
+from ros_nodes.robot.motion import Motion
+from ros_nodes.robot.observations import Observations
+from ros_nodes.robot.predictor import BAD_INSTRUCTION, Request, Response
+from ros_nodes.robot.safety import Hold
+from ros_nodes.robot.step_grid import UNSURE
+from ros_nodes.robot.texts import instruction_problem
+
+_FIRST_RETRY, _LAST_RETRY = 0.1, 2.0  # between a failure and the next request; doubled each time [s]
+_SPEECHLESS = ("act", "diffusion", "multi_task_dit", "tdmpc", "vqbet")  # policies that no instruction reaches
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request whose chunk does not move the arm yet."""
+
+    plan: Plan
+    taken: float  # when the oldest of its images was taken, on the messages' clock [s]
+    sent: float  # steady time [s]
+    decode_s: float = 0.0
+
+
+class PolicyStream(ChunkStream):
+    """Asks a started `worker`, one request at a time, from the newest observation.
+
+    `action_dt` and `least_lead` are as in `ChunkStream`; so is `replan_steps`, but None takes what the checkpoint says.
+
+    Attributes:
+        instruction: What the policy is told.
+        failure: `Response.code` of the last answer, unless it is the instruction's.
+    """
+
+    def __init__(
+        self,
+        observations: Observations,
+        motion: Motion,
+        worker: InferenceWorker,
+        statistics: LoopStatistics,
+        *,
+        action_dt: float,
+        least_lead: float,
+        replan_steps: int | None,
+        instruction: str,
+    ) -> None:
+        self._observations, self._motion = observations, motion
+        self._worker, self._statistics = worker, statistics
+        self._asked: dict[int, _Asked] = {}
+        spec = worker.spec
+        delay, replan_steps = spec.warmup_s / action_dt, replan_steps or spec.n_action_steps
+        super().__init__(spec.chunk_steps, replan_steps, action_dt, delay_steps=delay, least_lead=least_lead)
+        self.instruction = instruction
+        self.try_again()
+
+    def stop(self) -> None:
+        """Forget all chunks and what was asked; hold until `start`."""
+        super().stop()
+        self._asked.clear()
+        self._fresh: _Asked | None = None  # the next command is the first computed from this request
+
+    def instruct(self, instruction: str) -> None:
+        """Ask for a chunk that does something else, at once."""
+        if instruction != self.instruction:
+            self.instruction = instruction
+            self.try_again()
+            self.preempt()
+
+    def try_again(self) -> None:
+        """Forget what failed: the next request waits for nothing."""
+        self._failures, self._retry_at, self.failure = 0, -math.inf, ""
+        self._refusal = instruction_problem(self.instruction)  # why the policy does not take it
+
+    def objection(self) -> Hold | None:
+        """Why the policy cannot drive the arm now."""
+        if self._worker.failed is not None:
+            return Hold("inference_failed", f"{self._worker.failed} Clean up and configure again.")
+        if self._observations.fault is not None:
+            return self._observations.fault
+        if not self.instruction.strip() and self._worker.spec.policy_type not in _SPEECHLESS:
+            return Hold("no_instruction", "publish one on ~/instruction or set the parameter instruction")
+        return Hold("bad_instruction", self._refusal) if self._refusal is not None else None
+
+    def ask_if_due(self, now: float, remaining: float, wait: float) -> Plan | None:
+        """Ask for the next chunk unless observations that are still to come will do; the plan that was sent, if any.
+
+        Times: `now` is steady [s], `remaining` until the next boundary of the step grid [steps], `wait` until the next
+        images [s].
+        """
+        if not self._worker.idle or now < self._retry_at:
+            return None
+        plan = self.plan(remaining, (wait + UNSURE) / self.action_dt)
+        if plan is None or self._ask(plan, now):
+            return plan
+        self.cancel(plan.id)
+        return None
+
+    def receive(self, now: float, remaining: float) -> bool:
+        """Take the policy's answer if there is one; whether it will be used. Arguments as in `ask_if_due`."""
+        response = self._worker.poll()
+        if response is None:
+            return False
+        asked, accepted = self._asked.pop(response.id, None), False
+        if response.error is None:
+            try:
+                accepted = self.offer(response.id, response.actions, response.tokens, remaining)
+            except ConfigError as error:
+                response = Response(response.id, error=str(error))
+        self._statistics.answered(response)
+        if response.error is not None:
+            self._failed(response, now)
+            return False
+        self.try_again()
+        if asked is None or not accepted:
+            return False
+        self._statistics.last_error = ""
+        late = asked.plan.deadline_s is not None and now - asked.sent > asked.plan.deadline_s
+        self._statistics.deadline_misses += late
+        self._asked = {response.id: replace(asked, decode_s=response.seconds.get("total", 0.0))}
+        return True
+
+    def target(self) -> Target:
+        target = super().target()
+        asked = self._asked.get(target.chunk_id or 0)
+        if asked is not None and target.index >= asked.plan.frozen_steps:
+            self._fresh = asked
+            self._asked.clear()
+        return target
+
+    def commanded(self, clock: float) -> None:
+        """A command of the running step was sent in motion; `clock` is the time of the messages' stamps [s]."""
+        if self._fresh is None:
+            return
+        latency = clock - self._fresh.taken
+        self._statistics.to_command.append(latency)
+        self._statistics.beyond_decode.append(latency - self._fresh.decode_s)
+        self._fresh = None
+
+    def _ask(self, plan: Plan, now: float) -> bool:
+        """Send the newest observation to the policy; False if it cannot be sent."""
+        try:
+            observation = self._observations.snapshot(self._motion)
+        except ObservationError:  # the objection of the next tick says what is wrong
+            return False
+        taken = self._observations.image_stamp
+        work = plan.previous, plan.shift_steps, plan.frozen_steps, plan.deadline_s
+        if not self._worker.submit(Request(plan.id, observation, self.instruction, *work)):
+            return False
+        self._told = self.instruction
+        self._asked[plan.id] = _Asked(plan, math.nan if taken is None else taken, now)
+        return True
+
+    def _failed(self, response: Response, now: float) -> None:
+        self.cancel(response.id)
+        if response.code != BAD_INSTRUCTION:
+            self.failure = response.code
+        elif self._told == self.instruction:
+            self._refusal = response.error
+        self._retry_at = now + min(_FIRST_RETRY * 2**self._failures, _LAST_RETRY)
+        self._failures = min(self._failures + 1, 10)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,24 @@ from ceed_vla.errors import CheckpointError, root_cause
 from ceed_vla.files import plain_name, read_json
 from ceed_vla.lora import is_adapter
 
-if TYPE_CHECKING:
-    from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
-
 logger = logging.getLogger(__name__)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HEADS = ("head", "lm_head")  # modules that give the scores
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+class PolicyModule(nn.Module):
+    """What is read and written of a policy.
+
+    Attributes:
+        referenced: Weights that a checkpoint leaves in the folder they were read from.
+        adapters: Low-rank adapters that have not been added to the weights.
+    """
+
+    referenced: set[str]
+    adapters: dict[str, Tensor]
 
 
 @contextmanager
@@ -163,11 +172,11 @@ def check_floating(files: Sequence[Path]) -> None:
                     raise CheckpointError(f"The weights {file} do not load: {name} is of type {kind}; copy them again.")
 
 
-def load_weights(policy: CeedVLAPolicy, folder: Path, strict: bool = True) -> None:
+def load_weights(policy: PolicyModule, folder: Path, strict: bool = True) -> None:
     """Read a checkpoint's weights into a policy that was built from its configuration.
 
     Unless `strict`, missing and additional weights are only logged. Weights that the policy refers to elsewhere
-    (`CeedVLAPolicy.referenced`) are not missing.
+    (`PolicyModule.referenced`) are not missing.
     """
     file = folder / WEIGHTS
     missing, unknown = copy_weights(policy, [file], skip=is_adapter)
@@ -190,7 +199,7 @@ def load_weights(policy: CeedVLAPolicy, folder: Path, strict: bool = True) -> No
             logger.warning("The checkpoint %s %s weights: %s", folder, kind, ", ".join(sorted(names)))
 
 
-def save_weights(policy: CeedVLAPolicy, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
+def save_weights(policy: PolicyModule, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
     """Write a policy's weights but those that it refers to and has not trained; or `state_dict`, gathered elsewhere."""
     from safetensors.torch import save_file, save_model
 

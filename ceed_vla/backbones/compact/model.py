@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,6 @@ from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.cache import KVCache
 from ceed_vla.errors import ObservationError
 from ceed_vla.images import check_images
-
-if TYPE_CHECKING:
-    from ceed_vla.backbones.compact.config import CompactConfig
 
 LANGUAGE_KEY = "observation.language.tokens"
 STATE_KEY = "observation.state"
@@ -78,7 +75,7 @@ class CompactBackbone(TrainableBackbone):
     compilable = ("prefill", "block")
     cuts = True
 
-    def __init__(self, shape: PolicyShape, config: CompactConfig) -> None:
+    def __init__(self, shape: PolicyShape, config: Any) -> None:
         super().__init__()
         self.cameras = self.augmented_images = tuple(shape.cameras)
         self.image_size, self.max_words = config.image_size, config.max_instruction_words

@@ -4,8 +4,8 @@ A plan is a decoding (signal and threshold of the exit, cap, tail, guess) and th
 The search is evolutionary, after EEEA-Net (arXiv 2108.06156): a candidate is timed first, and one over the largest
 budget is rejected before any episode is run. Those that fit run validation episodes by successive halving: the best
 quarter of every budget gets as many episodes again, and so on. At the end the best of every budget and the best that a
-hand would name play off over four times the episodes. What is chosen of both is timed again and drives as many of fresh
-seeds: the search's own numbers flatter the winner.
+hand would name play off over four times the episodes, and are timed again in turns. What is chosen of both drives as
+many of fresh seeds: the search's own numbers flatter the winner.
 """
 
 from __future__ import annotations
@@ -274,20 +274,23 @@ class Search:
         """For every budget what the search chose and the best of `NAMED`, timed again together, on fresh seeds."""
         names, seed, episodes = {plan.decoding for plan in NAMED}, self.config.seed, PLAY_OFF * self.config.episodes
         by_hand = [t for t in self.trials if t.plan.decoding in names and t.plan.executed_steps == self.usual]
-        left = {
-            budget: (self.best(self.trials, budget, BEST), self.best(by_hand, budget, BEST_BY_HAND))
+        left = [
+            t
             for budget in self.budgets
-        }
-        playing = {trial.plan: trial for both in left.values() for trials in both for trial in trials}
+            for t in (*self.best(self.trials, budget, BEST), *self.best(by_hand, budget, BEST_BY_HAND))
+        ]
+        playing = {trial.plan: trial for trial in left}
         for trial in tqdm(playing.values(), desc=f"play-off, {episodes} episodes", unit="plan", dynamic_ncols=True):
             self.drive(trial, range(seed, seed + episodes))
+        for plan, found in self.timed_plans(list(playing)).items():  # in turns, as a budget cuts between neighbours
+            playing[plan].p50, playing[plan].p99 = found["p50"], found["p99"]
+        named = [trial for trial in by_hand if trial.plan in playing]
         chosen = [
-            [next(iter(self.best(trials, budget, 1)), None) for trials in ([*found, *hand], hand)]
-            for budget, (found, hand) in left.items()
+            [next(iter(self.best(trials, budget, 1)), None) for trials in (list(playing.values()), named)]
+            for budget in self.budgets
         ]
-        plans = list({trial.plan: None for pair in chosen for trial in pair if trial})
-        times = self.timed_plans(plans)
-        again = {plan: Trial(plan, times[plan]["p50"], times[plan]["p99"]) for plan in plans}
+        plans = {trial.plan: trial for pair in chosen for trial in pair if trial}
+        again = {plan: Trial(plan, trial.p50, trial.p99) for plan, trial in plans.items()}
         for trial in tqdm(again.values(), desc="fresh seeds", unit="plan", dynamic_ncols=True):
             self.drive(trial, range(seed + episodes, seed + 2 * episodes))
         pairs = [[trial and again[trial.plan] for trial in pair] for pair in chosen]

@@ -22,6 +22,7 @@ from ceed_vla.fields import short
 from ceed_vla.tensors import is_plain
 from ceed_vla.tokens.base import ActionTokens
 
+
 class Decodes(Protocol):
     """A policy, as far as it matters here."""
 

@@ -14,6 +14,7 @@ from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import ConfigError, ObservationError
 from ceed_vla.fields import short
 from ceed_vla.tensors import is_plain
+from ceed_vla.tokens.base import ActionTokens
 
 ENVIRONMENT_STATE_KEY = "observation.environment_state"
 AUGMENTATION_NOISE = "augmentation_noise"
@@ -33,9 +34,7 @@ class Learner(Protocol):
     def check_observation(self, batch: dict[str, Tensor]) -> int: ...
 
 
-def teacher_loss(
-    policy: Learner, batch: dict[str, Tensor], reduction: str = "mean"
-) -> tuple[Tensor, dict[str, float]]:
+def teacher_loss(policy: Learner, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
     """Autoregressive loss of the teacher, with the auxiliary regression if its target is in the batch, and the parts.
 
     The `batch` is a pre-processed observation with ``action`` (B, m, A) and, optionally, ``action_is_pad`` (B, m) and

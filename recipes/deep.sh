@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A pair of 12 layers from the shipped one of 4, to see what depth is worth: grow, train on, collect, distil, exits, evaluate.
+# A teacher of 12 layers from the shipped one of 4, to see what depth is worth: grow, train on (67 minutes on a slow core).
 # It takes the data sets of `tabletop.sh` and goes on where an interrupt left it.
 #
 #   bash recipes/deep.sh [OUTPUT_FOLDER]    # the folder of tabletop.sh

@@ -22,10 +22,9 @@ def check_backbone(
 
     Greedy decoding with the cache must equal strict Jacobi decoding from `guesses` random guesses, teacher forcing as
     in training, decoding behind a prefix that was used before (a pass through the first layer only included, whose
-    scores must be others), and
-    decoding of every row alone. In float32: lower precision may flip near-ties. The backbone is in evaluation mode;
-    where it is not trained, its weights should be so large that tokens depend on one another, or the check says little.
-    `ConfigError` says which routes differ, and what that usually means.
+    scores must be others), and decoding of every row alone. In float32: lower precision may flip near-ties. The
+    backbone is in evaluation mode; where it is not trained, its weights should be so large that tokens depend on one
+    another, or the check says little. `ConfigError` says which routes differ, and what that usually means.
     """
     rows, n = backbone.check_observation(observation), backbone.block_length
     prefix = backbone.prefill(observation)

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -17,53 +17,13 @@ from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import short
 from ceed_vla.files import read_json
-from ceed_vla.processor_steps import PROCESSOR_FILES
-from ceed_vla.weights import WEIGHTS
+from ceed_vla.folders import WEIGHTS, resolve_checkpoint
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3
-PRETRAINED = ("teacher", "student")
-POLICY_FILES = ("config.json", WEIGHTS)
-FILES = (*POLICY_FILES, *PROCESSOR_FILES)
 _SINCE_3 = {"tail"}  # settings of the decoding that older formats do not have
 _REMOVED = ("tolerance_bins", "stable_iterations")  # of the decoding, in format 1
-
-
-def pretrained_path(name: str) -> Path:
-    """Folder of a checkpoint inside the package: "teacher" (autoregressive), "student" (consistency-distilled)."""
-    if not isinstance(name, str) or name not in PRETRAINED:
-        raise CheckpointError(f"No shipped checkpoint is called {short(name)}; choose one of {', '.join(PRETRAINED)}.")
-    path = Path(__file__).parent / "pretrained" / name
-    if not (path / WEIGHTS).is_file():
-        raise CheckpointError(f"The shipped checkpoint {name!r} is missing from this installation; reinstall.")
-    return path
-
-
-def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
-    """A checkpoint folder that holds `files`, from its path, the one above its ``pretrained_model``, or a shipped name
-    ("teacher", "student"); `CheckpointError` if there is none, or files are missing from it.
-    """
-    if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
-        raise CheckpointError(f"The checkpoint is {short(path)}; give a folder, or one of {', '.join(PRETRAINED)}.")
-    folder = Path(path)
-    try:
-        if not folder.exists() and str(path) in PRETRAINED:
-            return pretrained_path(str(path))
-        if (folder / "pretrained_model").is_dir():
-            folder = folder / "pretrained_model"
-        found = folder.is_dir()
-        missing = [name for name in files if not (folder / name).is_file()]
-    except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise CheckpointError(f"The checkpoint {str(path)[:200]!r} is not read ({error.strerror}).") from error
-    if not found:
-        raise CheckpointError(
-            f"No checkpoint folder at {path}; give a local folder that holds {' and '.join(POLICY_FILES)}, "
-            f"or a shipped name ({', '.join(PRETRAINED)}). A model of a hub must be downloaded first."
-        )
-    if missing:
-        raise CheckpointError(f"The checkpoint {path} lacks {', '.join(missing)}; it is incomplete.")
-    return folder
 
 
 def read_values(folder: Path) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from typing import Any
 
 from lerobot.policies.factory import make_pre_post_processors
 
-from ceed_vla.checkpoint_files import pretrained_path, resolve_checkpoint, weights_hash
+from ceed_vla.checkpoint_files import weights_hash
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import CheckpointError, root_cause
 from ceed_vla.files import saving
+from ceed_vla.folders import pretrained_path, resolve_checkpoint
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.processor_ceed_vla import checked
 

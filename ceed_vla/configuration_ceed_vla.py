@@ -16,7 +16,7 @@ import ceed_vla.tokens.openvla  # noqa: F401
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.config import BackboneConfig
 from ceed_vla.backbones.shape import PolicyShape
-from ceed_vla.checkpoint_files import FORMAT_VERSION, check_kinds, in_current_format, read_values, resolve_checkpoint
+from ceed_vla.checkpoint_files import FORMAT_VERSION, check_kinds, in_current_format, read_values
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.names import CEED, OWN, named_config
 from ceed_vla.decoding.registry import find_decoder, find_exit
@@ -24,6 +24,7 @@ from ceed_vla.devices import check_device, check_device_name
 from ceed_vla.errors import CheckpointError, ConfigError, root_cause
 from ceed_vla.fields import check_fields, ranged, short
 from ceed_vla.files import plain_name, saving
+from ceed_vla.folders import resolve_checkpoint
 from ceed_vla.tokens.base import ActionTokensConfig
 from ceed_vla.tokens.uniform import UniformTokensConfig
 

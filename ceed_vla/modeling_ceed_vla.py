@@ -17,17 +17,17 @@ from torch import Tensor
 import ceed_vla.processor_ceed_vla  # noqa: F401  (these register the steps that a checkpoint may name)
 from ceed_vla.backbones.base import runs
 from ceed_vla.backbones.exits import load_exits, save_exits
-from ceed_vla.checkpoint_files import POLICY_FILES, resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_block, prefill
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import short
 from ceed_vla.files import saving
+from ceed_vla.folders import POLICY_FILES, PROCESSOR_FILES, WEIGHTS, resolve_checkpoint
 from ceed_vla.lora import merge
-from ceed_vla.processor_steps import PROCESSOR_FILES, check_processors
+from ceed_vla.processor_steps import check_processors
 from ceed_vla.real_time import continuation, decode_behind
 from ceed_vla.supervision import teacher_loss
-from ceed_vla.weights import WEIGHTS, check_sizes, load_weights, save_weights
+from ceed_vla.weights import check_sizes, load_weights, save_weights
 
 
 class CeedVLAPolicy(PreTrainedPolicy):

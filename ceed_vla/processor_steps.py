@@ -21,13 +21,12 @@ from ceed_vla.discovery import named_by_user
 from ceed_vla.errors import CeedVLAError, CheckpointError
 from ceed_vla.fields import check_fields, chosen, ranged
 from ceed_vla.files import plain_name, read_json
+from ceed_vla.folders import POSTPROCESSOR, PREPROCESSOR, PROCESSOR_FILES
 from ceed_vla.weights import opened
 
 if TYPE_CHECKING:
     from lerobot.configs import PreTrainedConfig
 
-PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
-PROCESSOR_FILES = (PREPROCESSOR, POSTPROCESSOR)
 NORMALIZER, UNNORMALIZER, DEVICE = "normalizer_processor", "unnormalizer_processor", "device_processor"
 MOST_STEPS = 64
 SMALLEST_SCALE, LARGEST_SCALE = 1e-6, 1e9  # of a state's dimension that moves, in its own units

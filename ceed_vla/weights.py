@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from ceed_vla.errors import CheckpointError, root_cause
 from ceed_vla.files import plain_name, read_json
+from ceed_vla.folders import WEIGHTS
 from ceed_vla.lora import is_adapter
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HEADS = ("head", "lm_head")  # modules that give the scores
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")

@@ -6,7 +6,7 @@ ros2 launch ceed_vla sim_demo.launch.py task:=cube_in_bin seed:=1
 import os
 
 from launch import LaunchDescription
-from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription
+from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription, Shutdown
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import Node
@@ -25,11 +25,13 @@ POLICY = {
     "checkpoint": ("student", "LeRobot checkpoint folder, or teacher or student for the shipped ones"),
     "action_interface": ("forward_position", "forward_position, joint_trajectory or servo_twist"),
     "start_enabled": ("true", "move at once; false: wait for policy/enable"),
+    "dry_run": ("false", "command nothing; policy/preview_command and policy/planned show what would be"),
+    "device": ("cpu", "where the policy runs: cpu, cuda, mps"),
 }
 
 
 def generate_launch_description() -> LaunchDescription:
-    """Two nodes, which only this machine's find unless the environment says otherwise."""
+    """Two nodes, which end together, and which only this machine's find unless the environment says otherwise."""
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     described = {name: (default, text) for name, (default, text, _) in PARAMETERS.items()} | POLICY
     arguments = [
@@ -46,6 +48,7 @@ def generate_launch_description() -> LaunchDescription:
         namespace=LaunchConfiguration("namespace"),
         parameters=[PathJoinSubstitution([LAUNCH, "config", "sim.yaml"]), overrides],
         output="screen",
+        on_exit=Shutdown(),
     )
     policy = IncludeLaunchDescription(
         PythonLaunchDescriptionSource(PathJoinSubstitution([LAUNCH, "policy.launch.py"])),

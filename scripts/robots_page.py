@@ -17,6 +17,8 @@ from ros_nodes.simulated.parameters import SIM_PARAMETERS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "robots.md"
 IN, OUT, SERVICE = "in", "out", "service"
+DRY = ("policy/preview_command", "policy/planned")  # with dry_run only
+OF_POLICY = ("policy/state", *DRY)
 _TYPES = {"raw": "sensor_msgs/msg/Image", "compressed": "sensor_msgs/msg/CompressedImage"}
 _WHEN = {START: "start only (read-only)", SETUP: "while unconfigured", LIVE: "any time"}
 
@@ -35,9 +37,13 @@ def policy_topics() -> list[Row]:
         *((one.topic, OUT, type_name(one.message_type), f"{said} `{name}`") for name, one in robot.interfaces.items()),
         (robot.gripper.topic, OUT, "std_msgs/msg/Float64MultiArray", "[opening in metres]"),
         ("diagnostics", OUT, "diagnostic_msgs/msg/DiagnosticArray", "once a second"),
+        ("policy/state", OUT, "std_msgs/msg/String", "the state, and why, at every change; latched"),
+        ("policy/preview_command", OUT, "as the command", "instead of commands, with `dry_run`"),
+        ("policy/planned", OUT, "trajectory_msgs/msg/JointTrajectory", "every chunk as it takes over, with `dry_run`"),
         ("policy/estop", SERVICE, "std_srvs/srv/Trigger", "hold, and stay so until reset"),
-        ("policy/reset", SERVICE, "std_srvs/srv/Trigger", "unlatch the stop; motion stays disabled"),
+        ("policy/reset", SERVICE, "std_srvs/srv/Trigger", "unlatch the stop, after which motion is disabled"),
         ("policy/enable", SERVICE, "std_srvs/srv/SetBool", "allow motion, or forbid it"),
+        ("policy/go_home", SERVICE, "std_srvs/srv/Trigger", "move to `arm.home` at 0.2 rad/s, then disable motion"),
         ("policy/change_state", SERVICE, "lifecycle_msgs/srv/ChangeState", "configure, activate, ..."),
     ]
 
@@ -55,7 +61,7 @@ def sim_topics() -> list[Row]:
         *(
             (name, mirrored[way], kind, said.get(name, "obeyed; refused commands are in the diagnostics"))
             for name, way, kind, _ in policy_topics()
-            if way in mirrored and name != "diagnostics"
+            if way in mirrored and name not in ("diagnostics", *OF_POLICY)
         ),
         ("sim/success", OUT, "std_msgs/msg/Bool", "whether the episode is solved; latched"),
         ("clock", OUT, "rosgraph_msgs/msg/Clock", "with `publish_clock`"),

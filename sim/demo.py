@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ceed_vla.checkpoint_files import pretrained_path
 from ceed_vla.fields import SEEDS, check_fields, ranged
+from ceed_vla.folders import pretrained_path
 from sim.environment import EVALUATION_SEEDS
 from sim.evaluate import EPISODE_COUNTS, CheckpointPath, EvalConfig, default_console, evaluate
 

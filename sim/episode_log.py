@@ -11,9 +11,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ceed_vla.checkpoint_files import resolve_checkpoint, weights_hash
+from ceed_vla.checkpoint_files import weights_hash
 from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.files import read_json, write_text
+from ceed_vla.folders import resolve_checkpoint
 from sim.outputs import MADE_BY
 from sim.rollout import EpisodeResult
 

@@ -14,16 +14,16 @@ from ceed_vla.backbones.pi0_fast.config import Pi0FastConfig, Pi0FastTokensConfi
 from ceed_vla.backbones.pi0_fast.inputs import PromptTokensStep, load_text_tokenizer
 from ceed_vla.backbones.pi0_fast.loading import EMBEDDING, HEAD, decode_architecture, describe_model
 from ceed_vla.backbones.pi0_fast.tokens import TextIds
-from ceed_vla.checkpoint_files import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.convert.config import ConvertConfig
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.errors import CheckpointError
 from ceed_vla.files import read_json, write_text
+from ceed_vla.folders import PROCESSOR_FILES, WEIGHTS, resolve_checkpoint
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
-from ceed_vla.processor_steps import CONVERTED, PROCESSOR_FILES, REMOTE_CODE, read_steps
+from ceed_vla.processor_steps import CONVERTED, REMOTE_CODE, read_steps
 from ceed_vla.tokens.fast_codec import FastCodec
-from ceed_vla.weights import WEIGHTS, opened
+from ceed_vla.weights import opened
 
 logger = logging.getLogger(__name__)
 

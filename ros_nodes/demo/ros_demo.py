@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ceed_vla.checkpoint_files import resolve_checkpoint
 from ceed_vla.discovery import discovered
 from ceed_vla.errors import ConfigError, NodeError
 from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
+from ceed_vla.folders import resolve_checkpoint
 from ros_nodes.demo.report import COMMAND_RATE, Episode, Window, build_report, console_table
 from sim.environment import EVALUATION_SEEDS
 from sim.evaluate import default_console

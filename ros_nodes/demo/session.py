@@ -116,9 +116,8 @@ class Session:
 
     def wait_until_ready(self) -> None:
         """Return when both nodes answer and the policy is loaded."""
-        self._wait(lambda: self.policy.get("state") not in (None, "configuring"), "policy", START_TIMEOUT)
-        if self.policy["state"] in ("unconfigured", "inactive"):
-            raise NodeError(f"The policy node does not start: {self.policy.get('hold_reason') or self.policy['state']}")
+        begun = (None, "unconfigured", "inactive")  # a node that cannot start ends
+        self._wait(lambda: self.policy.get("state") not in begun, "policy", START_TIMEOUT)
 
     def enable(self, on: bool) -> None:
         """Let the policy move the arm, or make it hold."""

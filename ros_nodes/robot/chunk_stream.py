@@ -98,18 +98,21 @@ class ChunkStream:
         delay_steps: float = 1.0,
         least_lead: float = 0.0,
     ) -> None:
+        self.action_dt, self._least_lead = action_dt, least_lead
+        self.counters = StreamCounters()
+        self._delays: deque[float] = deque(maxlen=_DELAYS)
+        self._ids = itertools.count(1)
+        self.fit(chunk_steps, replan_steps, delay_steps)
+        self.stop()
+
+    def fit(self, chunk_steps: int, replan_steps: int, delay_steps: float) -> None:
+        """Take chunks of another length from now on; the arguments are the constructor's, before `start`."""
         if chunk_steps < 1 or not 1 <= replan_steps <= chunk_steps:
             raise ConfigError(
                 f"replan_steps is {replan_steps} for chunks of {chunk_steps} steps; "
                 f"it must lie in [1, {max(chunk_steps, 1)}]."
             )
-        self.chunk_steps, self.replan_steps, self.action_dt = chunk_steps, replan_steps, action_dt
-        self.counters = StreamCounters()
-        self._least_lead = least_lead
-        self._first_delay = delay_steps
-        self._delays: deque[float] = deque(maxlen=_DELAYS)
-        self._ids = itertools.count(1)
-        self.stop()
+        self.chunk_steps, self.replan_steps, self._first_delay = chunk_steps, replan_steps, delay_steps
 
     @property
     def pending(self) -> int | None:
@@ -238,6 +241,13 @@ class ChunkStream:
         self._consumed -= 1
         self._boundaries -= 1
         return self.target()
+
+    @property
+    def upcoming(self) -> tuple[int, NDArray[np.float32]]:
+        """The plan that runs, 0 if none does, and its actions (k, A) that are still to come."""
+        if self._running is None or self._running.actions is None:
+            return 0, np.empty((0, 0), np.float32)
+        return self._running.plan.id, self._running.actions[self._position()[0] :]
 
     # ---- internals ----------------------------------------------------------------------------------------------
 

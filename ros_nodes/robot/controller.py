@@ -10,41 +10,43 @@ images that can still make the step at which it takes over, and `StepGrid` sees 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ceed_vla.errors import ConfigError
 from ceed_vla.kinematics import Array
 from ros_nodes.robot.chunk_stream import Target
 from ros_nodes.robot.inference import InferenceWorker
 from ros_nodes.robot.loop_statistics import LoopStatistics
+from ros_nodes.robot.mode import WAITING, State
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Observations
 from ros_nodes.robot.policy_stream import PolicyStream
 from ros_nodes.robot.safety import JOINT_STATES, Decision, Hold, SafetyFilter
-from ros_nodes.robot.step_grid import SLEW, StepGrid
+from ros_nodes.robot.step_grid import SLEW, StepGrid, ticks_per_step
 
-WAITING, STARVED = "waiting", "starved"
 # How long the last command is repeated while nobody knows where the arm is [s]: by hand nobody moves an arm and powers
 # it up again sooner. Afterwards it would leap back as its drives come on.
 BLIND_HOLD = 5.0
+HOME_SPEED = 0.2  # of the fastest joint on the way home [rad/s]
 
 
 class PolicyController:
-    """Streams the actions of a started `worker` at a `command_rate` [Hz], a multiple of the steps per second.
+    """Streams the actions of a `worker` at a `command_rate` [Hz].
 
-    `action_dt`, `replan_steps` and `instruction` are as in `PolicyStream`, `slew` as in `StepGrid`.
+    `action_dt`, `replan_steps` and `instruction` are as in `PolicyStream`, `slew` as in `StepGrid`. Motion begins
+    gently: for `blend_in` [s] after `enable` commands lie between the pose then and what is wanted.
+
+    Raises:
+        ConfigError: A command rate that is too slow for the steps.
 
     Attributes:
         ages: `Observations.ages`.
         stream: The policy's actions.
-        hold: Why the arm holds now; None in motion.
+        hold: Why the arm held at the last tick; None in motion.
         conflict: Set it to the reason why nothing may be sent now, though motion is enabled (another commander).
-
-    Raises:
-        ConfigError: A command rate that does not fit the steps.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class PolicyController:
         replan_steps: int | None = None,
         instruction: str = "",
         slew: float = SLEW,
+        blend_in: float = 0.0,
     ) -> None:
         self._observations, self._motion, self._safety = observations, motion, safety
         self.ages = observations.ages
@@ -78,6 +81,9 @@ class PolicyController:
         self.hold: Hold | None = Hold("disabled", "not enabled")
         self.conflict: str | None = None
         self._enable_asked = False
+        self._blend_in, self._blend = blend_in, 1.0  # share of what is wanted now
+        self._held: Array = motion.joints  # the pose that motion blends from
+        self._home: Array | None = None  # the pose that `go_home` moves to
         self._enabled_at = -math.inf  # images from before are of another situation
         self._silent = True
         self._blind_since: float | None = None  # steady time since which nobody knows where the arm is
@@ -85,7 +91,7 @@ class PolicyController:
         self._last_tick: float | None = None
         self._boundary = False  # the step that runs is done, the next one waits for the answer that is due
         self._start: Array = motion.joints  # where the step that runs starts, ...
-        self._start_part = 0  # ... and at which of its ticks
+        self._start_part = 0.0  # ... and at which of its ticks
         self._wanted: Array = motion.joints  # the last command before it was judged
         self._before_step: tuple[Any, ...] = motion.save()
         self._step_hold: Hold | None = None
@@ -96,29 +102,59 @@ class PolicyController:
     def enable(self, now: float, *, insist: bool = False) -> Hold | None:
         """Allow motion from the measured pose on, with nothing planned; `now` is the clock's time [s].
 
-        Returns why not, or None. With `insist` it is tried again at every tick until joint states come.
+        Returns why not, or None; then motion is disabled. With `insist` it is tried again at every tick until joint
+        states come.
         """
         refused = self._safety.enable(self.ages(now)[JOINT_STATES])
+        if refused is None and self.stream.broken is not None:
+            refused = self.stream.objection()
+        self._home = None
         self._enable_asked = insist and refused is not None and self._safety.stopped is None
         if refused is None:
             self._start_here(now, resumed=False)
             self.stream.try_again()
+        else:
+            self._safety.disable()
+            self._drop_plans()
         return refused
+
+    def go_home(self, now: float, home: Sequence[float]) -> Hold | None:
+        """Move to joints (J,) [rad] slowly, without the policy; then motion is disabled. Otherwise as `enable`."""
+        self._enable_asked = False
+        refused = self._safety.enable(self.ages(now)[JOINT_STATES])
+        if refused is None:
+            self._start_here(now, resumed=False)
+            self._home = np.array(home)
+        return refused
+
+    @property
+    def state(self) -> State:
+        """What is true now, whatever was at the last tick."""
+        hold = self.hold
+        if self._safety.stopped is not None:
+            hold = Hold("estop", f"emergency stop ({self._safety.stopped})")
+        elif not self._safety.enabled and not self._enable_asked:
+            hold = Hold("disabled", "not enabled")
+        elif self.stream.broken is not None or self.conflict is not None:
+            hold = self._objection()
+        elif hold is not None and hold.code in ("disabled", "estop"):  # of before
+            hold = Hold(WAITING, "for the first chunk")
+        return State.of(hold)
 
     def disable(self) -> None:
         """Hold once, then send nothing until `enable`."""
-        self._enable_asked = False
+        self._enable_asked, self._home = False, None
         self._safety.disable()
         self._drop_plans()
 
     def estop(self, reason: str) -> None:
         """Latch the stop: hold until `reset`, then `enable`."""
-        self._enable_asked = False
+        self._enable_asked, self._home = False, None
         self._safety.estop(reason)
         self._drop_plans()
 
     def reset(self) -> None:
-        """Unlatch the stop; motion stays disabled."""
+        """Unlatch the stop, after which motion stays disabled; nothing changes if there was none."""
         self._safety.reset()
 
     # ---- the loop -----------------------------------------------------------------------------------------------
@@ -135,7 +171,10 @@ class PolicyController:
         hold = refused or self._objection()
         if self._stays_silent(now, clock):
             return self._fall_silent(dt, clock, hold)
-        decision = self._move(dt, clock, hold) if self.stream.started else self._wait(dt, clock, hold)
+        if self._home is not None:
+            decision = self._step_home(dt, clock, self._home)
+        else:
+            decision = self._move(dt, clock, hold) if self.stream.started else self._wait(dt, clock, hold)
         self.hold = self._cause(decision.hold)
         if decision.positions is None:
             return None
@@ -147,13 +186,22 @@ class PolicyController:
         """What takes time and can wait until the command is sent: the next step, and asking for a chunk."""
         if not self.stream.started:
             return
-        if self.grid.part >= self.grid.ticks_per_step and not self._boundary:
+        if self.grid.at_end and not self._boundary:
             if self.stream.pending is None or self.stream.arrived:
                 self._begin_step()
             else:
                 self._boundary = True
         if self.stream.ask_if_due(now, self.grid.remaining(now), self.grid.until_images(now)) is not None:
             self.grid.delay()
+
+    def planned(self, shown: int) -> tuple[int, list[tuple[Array, float | None]]]:
+        """The running chunk, and where its next steps end: joints (J,) [rad], opening [m]; nothing if it is `shown`."""
+        chunk, actions = self.stream.upcoming
+        motion, steps = self._motion.copy(), []
+        for action in actions if chunk != shown else ():
+            motion.advance(np.asarray(action, dtype=np.float64))
+            steps.append((motion.joints, motion.gripper))
+        return chunk or shown, steps
 
     def observed(self, now: float) -> None:
         """An image has come; asks for the next chunk if the next images would come too late for it."""
@@ -196,6 +244,8 @@ class PolicyController:
         """What made an input stale, where that is known."""
         if hold is None or hold.code != "stale":
             return hold
+        if self._observations.lacks and hold.detail.startswith(JOINT_STATES):
+            hold = Hold("bad_joint_states", self._observations.lacks)
         return self._clock_fault or self._observations.fault or hold
 
     def _pose_fault(self, clock: float) -> Hold | None:
@@ -227,10 +277,12 @@ class PolicyController:
         """Plan nothing, and start from the measured pose; what the gripper was told stays true if it is `resumed`."""
         self._drop_plans()
         self.statistics.paused()
+        self._observations.look_anew()
         joints, measured = self._observations.joints, self._safety.measured
         assert measured is not None
         self._motion.restart(measured, joints.opening if joints and not resumed else None)
         self._enabled_at = clock
+        self._blend, self._held = 0.0, measured
 
     def _fall_silent(self, dt: float, clock: float, hold: Hold | None) -> Decision | None:
         """The last command once more, so that a twist ends too; then nothing."""
@@ -264,12 +316,14 @@ class PolicyController:
     def _move(self, dt: float, clock: float, hold: Hold | None) -> Decision:
         if self._boundary:
             self._begin_step()  # with the running chunk: the answer is late
-        while self.grid.part > self.grid.ticks_per_step and self.stream.started:
+        while self.grid.part > self.grid.ticks_per_step + 1e-6 and self.stream.started:
             self._begin_step()  # its first tick was missed
+        self._blend = min(self._blend + dt / self._blend_in, 1.0) if self._blend_in else 1.0
         share = (self.grid.part - self._start_part) / (self.grid.ticks_per_step - self._start_part)
         self._wanted = self._start + share * (self._motion.joints - self._start)
+        blended = self._held + self._blend * (self._wanted - self._held)
         decision = self._safety.command(
-            self._wanted, self._motion.gripper, dt=dt, ages=self.ages(clock), hold=hold or self._step_hold
+            blended, self._motion.gripper, dt=dt, ages=self.ages(clock), hold=hold or self._step_hold
         )
         if decision.hold is None:
             self.stream.commanded(clock)
@@ -277,12 +331,24 @@ class PolicyController:
             self._drop_plans()  # after its own holds the stream goes on by itself
         return decision
 
+    def _step_home(self, dt: float, clock: float, home: Array) -> Decision:
+        """One command on the way home, on which images do not matter."""
+        last = self._safety.last_command
+        assert last is not None
+        way = home - last
+        share = min(HOME_SPEED * min(dt, self._safety.limits.max_dt) / max(float(np.abs(way).max()), 1e-9), 1.0)
+        ages = {**dict.fromkeys(self.ages(clock), 0.0), JOINT_STATES: self.ages(clock)[JOINT_STATES]}
+        decision = self._safety.command(last + share * way, None, dt=dt, ages=ages, hold=None)
+        if share == 1.0 and decision.hold is None and not decision.clamped:
+            self.disable()
+        return decision
+
     def _begin_step(self) -> None:
         """Take the action of the step that begins at the tick that was sent last."""
         self._boundary = False
         self.statistics.slips += self.grid.begin_step()
         held = self._safety.last_command if self._step_hold is not None else None
-        self._start, self._start_part = self._motion.joints if held is None else held, 0
+        self._start, self._start_part = self._motion.joints if held is None else held, 0.0
         self._before_step = self._motion.save()
         self._execute(self.stream.target())
 
@@ -321,15 +387,3 @@ class PolicyController:
     def _without_old_gripper(self, decision: Decision) -> Decision:
         """Without the gripper's command of an earlier motion, which the filter still knows."""
         return decision if self._motion.gripper is not None else replace(decision, gripper=None)
-
-
-def ticks_per_step(command_rate: float, action_dt: float) -> int:
-    """Commands in one step of the policy; `ConfigError` if that is no whole number."""
-    ticks = round(command_rate * action_dt)
-    if ticks < 1 or abs(ticks - command_rate * action_dt) > 1e-6:
-        near = max(ticks, 1) / action_dt
-        raise ConfigError(
-            f"command_rate is {command_rate:g} Hz; it must be a multiple of the {1 / action_dt:g} steps per second, "
-            f"such as {near:g}."
-        )
-    return ticks

@@ -8,29 +8,25 @@ from typing import Any
 from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
-from ros_nodes.robot.controller import STARVED, WAITING, PolicyController
+from ros_nodes.robot.controller import PolicyController
+from ros_nodes.robot.mode import HARMLESS, Mode, State
 from ros_nodes.robot.safety import SafetyFilter
 from ros_nodes.robot.texts import short
 
-# Holds that are no fault of the robot or its inputs.
-HARMLESS = (WAITING, STARVED, "disabled", "no_instruction", "bad_instruction")
+
+def level_of(state: State, *, warn: bool) -> bytes:
+    """OK in motion, unless there is something to `warn` of."""
+    if state.mode == Mode.MOVING:
+        return DiagnosticStatus.WARN if warn else DiagnosticStatus.OK
+    harmless = state.code in HARMLESS or (not state.code and "failed" not in state.detail)
+    return DiagnosticStatus.WARN if harmless else DiagnosticStatus.ERROR
 
 
-def running_status(
-    controller: PolicyController, safety: SafetyFilter, now: float, clock: float
-) -> tuple[bytes, str, dict[str, Any]]:
-    """Level, message and values of an active node; `now` is steady time, `clock` the stamps' [s]."""
-    hold, stream = controller.hold, controller.stream
-    level, state, reason = DiagnosticStatus.OK, "active", ""
-    if hold is not None:
-        level = DiagnosticStatus.WARN if hold.code in HARMLESS else DiagnosticStatus.ERROR
-        state = {WAITING: "waiting", "disabled": "disabled", "estop": "estopped"}.get(hold.code, "holding")
-        reason = short(f"{hold.code}: {hold.detail}")
-    values: dict[str, Any] = {
-        "state": state,
-        "hold_reason": reason,
+def running_values(controller: PolicyController, safety: SafetyFilter, now: float) -> dict[str, Any]:
+    """What an active node counts and measures; `now` is steady time [s]."""
+    stream = controller.stream
+    return {
         "instruction": stream.instruction,
-        **{f"observation_age_s.{name}": age for name, age in controller.ages(clock).items()},
         **_statistics(controller, now),
         **{f"clamps.{kind}": count for kind, count in safety.clamps.items()},
         "clamps": sum(safety.clamps.values()),
@@ -41,7 +37,6 @@ def running_status(
         "starved": stream.counters.starved,
         "delay_steps": stream.delay_steps,
     }
-    return level, reason or state, values
 
 
 def status_message(

@@ -30,7 +30,8 @@ __all__ = ["MODES", "InferenceWorker", "PolicySpec", "Request", "Response"]
 logger = logging.getLogger(__name__)
 
 MODES = ("process", "thread")
-_POLL = 0.05  # how often a load asks whether it is still wanted [s]
+LOAD_TIMEOUT = 120.0  # [s]
+TOO_LATE = "The checkpoint was not ready after {:g} s; is the machine busy?"
 
 
 class _PolicyDied(Exception):  # noqa: N818 - an event, not a message for users
@@ -68,27 +69,35 @@ class InferenceWorker:
         self.failed: str | None = None  # why this worker will never answer again
         self._thread = threading.Thread(target=self._infer, name="inference", daemon=True)
 
-    def start(self, timeout_s: float = 120.0, cancelled: Callable[[], bool] = lambda: False) -> PolicySpec:
-        """Load the policy and warm it up; blocks, and gives up after `timeout_s` [s] or when `cancelled` says so.
+    def begin(self) -> None:
+        """Load the policy and warm it up meanwhile; then `ready`, or `failed` says why not, and `notify` is called.
 
         Raises:
-            CheckpointError: Missing, damaged, of a kind that cannot be served, not ready in time, or given up.
-            ConfigError: An unknown way to decode; or this worker was started before.
+            ConfigError: This worker was started before.
         """
         if self._thread.ident is not None or self._closed:
             raise ConfigError("A worker starts once; make a new one.")
         self._thread.start()
-        end, problem = time.monotonic() + timeout_s, ""
-        while not problem and not self._loaded.wait(_POLL):
-            if cancelled():
-                problem = "The load was cancelled: the node is shutting down."
-            elif time.monotonic() > end:
-                problem = f"The checkpoint was not ready after {timeout_s:g} s; is the machine busy?"
-        error = CheckpointError(problem) if problem else self._load_error
+
+    def start(self, timeout_s: float = LOAD_TIMEOUT) -> PolicySpec:
+        """`begin`, and wait until the policy is there, for at most `timeout_s` [s].
+
+        Raises:
+            CheckpointError: Missing, damaged, of a kind that cannot be served, or not ready in time.
+            ConfigError: An unknown way to decode; or this worker was started before.
+        """
+        self.begin()
+        late = not self._loaded.wait(timeout_s)
+        error = CheckpointError(TOO_LATE.format(timeout_s)) if late else self._load_error
         if error is not None:
             self.close()
             raise error
         return self.spec
+
+    @property
+    def ready(self) -> bool:
+        """Whether the policy is loaded."""
+        return self._spec is not None
 
     @property
     def spec(self) -> PolicySpec:
@@ -104,8 +113,8 @@ class InferenceWorker:
 
     @property
     def idle(self) -> bool:
-        """Whether `submit` would take a request: the last answer was polled."""
-        return self._spec is not None and not (self._busy or self._closed or self.failed)
+        """Whether `submit` would take a request: the policy is there, the last answer was polled."""
+        return self.ready and not (self._busy or self._closed or self.failed)
 
     def submit(self, request: Request) -> bool:
         """Hand a request over; False, and it is dropped, if the worker is busy, failed or closed."""
@@ -145,7 +154,10 @@ class InferenceWorker:
             self._spec = self._policy.load()
         except Exception as error:  # or `start` would wait for its whole timeout
             self._load_error = _load_error(error)
+            self.failed = None if self._closed else str(self._load_error)
         self._loaded.set()
+        if not self._closed:
+            self._notify()
         while self._load_error is None and (job := self._inbox.get()) is not None:
             request, deadline = job
             try:

@@ -101,13 +101,14 @@ def joint_state_by_name(
     Raises:
         ObservationError: Joints missing or named twice, arrays of other lengths than the names, values not finite.
     """
-    positions = _by_name(message.name, message.position, names, "positions")
+    positions = by_name(message.name, message.position, names, "positions")
     if not velocities or not message.velocity:
         return positions, None
-    return positions, _by_name(message.name, message.velocity, names, "velocities")
+    return positions, by_name(message.name, message.velocity, names, "velocities")
 
 
-def _by_name(have: Sequence[str], values: Sequence[float], names: Sequence[str], what: str) -> NDArray[np.float64]:
+def by_name(have: Sequence[str], values: Sequence[float], names: Sequence[str], what: str) -> NDArray[np.float64]:
+    """The `values` of `names` (J,) among those that a message has; errors call them `what`."""
     if len(values) != len(have):
         raise ObservationError(f"The joint state has {len(have)} names and {len(values)} {what}.")
     if len(set(have)) != len(have):

@@ -51,6 +51,12 @@ class Motion:
         self.joints, self.gripper, self._open, pose = saved
         self._pose = copy(pose)
 
+    def copy(self) -> Motion:
+        """One that may go ahead."""
+        other = copy(self)
+        other.restore(self.save())
+        return other
+
     def advance(self, action: Array) -> None:
         """Execute one action (A,).
 
@@ -66,7 +72,7 @@ class Motion:
             if gripper.action == "binary":
                 self.gripper = gripper.open if value > 0.0 else gripper.closed
             else:
-                self.gripper = min(max(value, gripper.closed), gripper.open)
+                self.gripper = min(max(gripper.from_policy(value), gripper.closed), gripper.open)
             self._open = self.gripper > 0.5 * (gripper.closed + gripper.open)
         if self._pose is not None:
             assert self._model is not None  # `robot_file` has seen to it
@@ -74,8 +80,9 @@ class Motion:
             self.joints = self._model.solve(self.joints, self._pose.position, self._pose.matrix)
             self._pose.follow(*self._model.pose(self.joints))
         else:
-            moved = action * self._robot.arm.radians
-            self.joints = moved if self._robot.action.kind == "joint_position" else self.joints + moved
+            absolute = self._robot.action.kind == "joint_position"
+            arm = self._robot.arm
+            self.joints = arm.to_radians(action) if absolute else self.joints + action * arm.radians
 
     @property
     def commanded(self) -> dict[str, Array | float | None]:

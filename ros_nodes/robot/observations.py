@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,16 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 
 from ceed_vla.errors import ConfigError, ObservationError
 from ceed_vla.kinematics import Array
-from ros_nodes.robot.messages import compressed_to_array, image_to_array, joint_state_by_name, seconds
+from ros_nodes.robot.joint_table import JointTable
+from ros_nodes.robot.messages import by_name, compressed_to_array, image_to_array, joint_state_by_name, seconds
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.robot_file import POSE_COMPONENTS, ImageSource, RobotConfig
 from ros_nodes.robot.safety import JOINT_STATES, Hold
 
 if TYPE_CHECKING:
     from ros_nodes.robot.kinematics import ModelArm
+
+MOVED = 0.05  # a joint moves so far, and an image must have changed [rad]
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,13 @@ class Joints:
     positions: Array  # (J,) of the arm [rad]
     velocities: Array | None  # (J,) [rad/s]; None unless the policy's state has them
     opening: float | None  # of the gripper [m]; None without a measured gripper
+    efforts: Array | None = None  # (J,) [N m]; None unless the policy's state has them
 
 
 class Observations:
     """Takes messages, keeps the newest, and answers with a policy's observation; `PolicySpec` has its features.
+
+    A camera that repeats one image for longer than `frozen_after` [s] while the arm moves is a fault; 0: it never is.
 
     Raises:
         ConfigError: The policy wants a camera or a state that the robot does not have, or of another length.
@@ -43,7 +50,9 @@ class Observations:
         cameras: Mapping[str, tuple[int, int, int]],
         states: Mapping[str, int],
         model: ModelArm | None,
+        frozen_after: float = 0.5,
     ) -> None:
+        self._frozen_after = frozen_after
         self._robot, self._model = robot, model
         images = {source.feature: source for source in robot.images}
         _check(robot, cameras, images, "images")
@@ -56,7 +65,10 @@ class Observations:
                 )
         self.cameras = [Camera(images[feature], shape) for feature, shape in cameras.items()]
         self._features = tuple(states)
-        self._wants_velocities = any("joint_velocities" in robot.states[feature] for feature in states)
+        parts = {part for feature in states for part in robot.states[feature]}
+        self._wants_velocities, self._wants_efforts = "joint_velocities" in parts, "joint_efforts" in parts
+        self._table = JointTable((*robot.arm.joints, *(robot.gripper.joints if robot.gripper else ())))
+        self._looks: dict[str, tuple[float | None, Array]] = {}  # camera -> when its image changed [s], the pose then
         self.joints: Joints | None = None
         self._joint_stamp: float | None = None
         self._joint_fault: str | None = None
@@ -69,22 +81,32 @@ class Observations:
             camera.renewed = False
         return True
 
-    def take_joints(self, message: JointState) -> None:
-        """Take a joint state; a malformed one is a fault until a good one comes."""
+    def take_joints(self, message: JointState) -> tuple[Sequence[str], Sequence[float], list[float]]:
+        """Take a joint state; a malformed one is a fault until a good one comes.
+
+        Returns what `SafetyFilter.measure` takes: names, positions and stamps of all joints that are known.
+        """
+        merged, stamps = self._table.take(message)
+        self._read_joints(merged)
+        return merged.name, merged.position, stamps
+
+    def _read_joints(self, message: JointState) -> None:
         arm, gripper = self._robot.arm, self._robot.gripper
         try:
             positions, velocities = joint_state_by_name(message, arm.joints, velocities=self._wants_velocities)
             if self._wants_velocities and velocities is None:
                 raise ObservationError("The joint state has no velocities, but the policy's state has.")
-            opening = None
+            efforts, opening = None, None
+            if self._wants_efforts:
+                efforts = by_name(message.name, message.effort, arm.joints, "efforts")
             if gripper is not None and gripper.joints:
                 fingers, _ = joint_state_by_name(message, gripper.joints, velocities=False)
-                opening = gripper.opening_scale * float(fingers.sum())
+                opening = gripper.opening(float(fingers.sum()))
         except ObservationError as error:
             self._joint_fault = str(error)
             return
         self._joint_fault = None
-        self.joints = Joints(positions, velocities, opening)
+        self.joints = Joints(positions, velocities, opening, efforts)
         self._joint_stamp = seconds(message.header.stamp)
 
     @property
@@ -93,7 +115,31 @@ class Observations:
         for camera in self.cameras:
             if camera.fault is not None:
                 return Hold("bad_image", f"{camera.source.name}: {camera.fault}")
-        return Hold("bad_joint_states", self._joint_fault) if self._joint_fault is not None else None
+        if self._joint_fault is not None:
+            return Hold("bad_joint_states", self._joint_fault)
+        return self._frozen()
+
+    @property
+    def lacks(self) -> str:
+        """`JointTable.lacks`."""
+        return self._table.lacks
+
+    def look_anew(self) -> None:
+        """The arm may have moved unseen: nobody knows what images should have changed."""
+        self._looks.clear()
+
+    def _frozen(self) -> Hold | None:
+        for camera in self.cameras if self._frozen_after and self.joints is not None else ():
+            assert self.joints is not None
+            name, pose = camera.source.name, self.joints.positions
+            changed, before = self._looks.setdefault(name, (camera.changed, pose))
+            if changed != camera.changed:
+                self._looks[name] = camera.changed, pose
+            since = (camera.stamp or 0.0) - (changed or math.inf)
+            if since > self._frozen_after and np.abs(pose - before).max() > MOVED:
+                detail = f"{name} repeats the same image for {since:.2f} s while the arm moved"
+                return Hold("frozen_image", f"{detail}; is its driver stuck?")
+        return None
 
     def ages(self, now: float) -> dict[str, float | None]:
         """Input -> age of its newest good message at the clock's time `now` [s]; None if none came."""
@@ -109,6 +155,8 @@ class Observations:
     def forget(self) -> None:
         """Forget all messages: their stamps are worth nothing after a jump of the clock."""
         self.joints = self._joint_stamp = self._joint_fault = None
+        self._table.forget()
+        self.look_anew()
         for camera in self.cameras:
             camera.forget()
 
@@ -125,11 +173,12 @@ class Observations:
 
     def _state(self, feature: str, joints: Joints, motion: Motion) -> NDArray[np.float32]:
         parts = self._robot.states[feature]
-        per_unit = 1.0 / self._robot.arm.radians
+        arm, gripper = self._robot.arm, self._robot.gripper
         values: dict[str, Array | float | None] = {
-            "joint_positions": joints.positions * per_unit,
-            "joint_velocities": None if joints.velocities is None else joints.velocities * per_unit,
-            "finger_opening": joints.opening,
+            "joint_positions": arm.from_radians(joints.positions),
+            "joint_velocities": None if joints.velocities is None else joints.velocities / arm.radians,
+            "joint_efforts": joints.efforts,
+            "finger_opening": None if joints.opening is None or gripper is None else gripper.to_policy(joints.opening),
             **motion.commanded,
         }
         if self._model is not None and set(POSE_COMPONENTS) & set(parts):
@@ -149,7 +198,10 @@ class Camera:
     def forget(self) -> None:
         self.stamp: float | None = None
         self.renewed = False
+        self.changed: float | None = None  # stamp of the first of the images that are all the same
+        self.blank = False  # the image that the policy saw last has one colour
         self.fault: str | None = None
+        self._data: object = None
         self._pixels: NDArray[np.uint8] | None = None
         self._unread: CompressedImage | None = None
 
@@ -165,6 +217,8 @@ class Camera:
                 return
             self.fault = self._unread = None
         self.stamp, self.renewed = seconds(message.header.stamp), True
+        if self._data != message.data or self.changed is None or self.stamp < self.changed:
+            self._data, self.changed = message.data, self.stamp
 
     def pixels(self) -> NDArray[np.uint8]:
         """(H, W, 3) in the policy's size."""
@@ -178,6 +232,7 @@ class Camera:
         if self._pixels is None:
             raise ObservationError(f"There is no image of {self.source.name} yet.")
         pixels = np.ascontiguousarray(self._pixels)
+        self.blank = bool((pixels == pixels[0, 0]).all())
         if pixels.shape[:2] == (self._height, self._width):
             return pixels
         from PIL import Image as PillowImage
@@ -188,6 +243,12 @@ class Camera:
     def _read(self, message: Image | CompressedImage) -> NDArray[np.uint8]:
         compressed = self.source.transport == "compressed"
         pixels = compressed_to_array(message) if compressed else image_to_array(message)
+        if self.source.crop is not None:
+            top, left, kept_height, kept_width = self.source.crop
+            if top + kept_height > pixels.shape[0] or left + kept_width > pixels.shape[1]:
+                size = f"{pixels.shape[1]} x {pixels.shape[0]} pixels"
+                raise ObservationError(f"The image is {size}; the robot's file crops {list(self.source.crop)} of it.")
+            pixels = pixels[top : top + kept_height, left : left + kept_width]
         height, width = pixels.shape[:2]
         if (height, width) != (self._height, self._width) and not self.source.resize:
             raise ObservationError(

@@ -22,7 +22,7 @@ class Plausibility:
 
     def __init__(self, names: Sequence[str], low: Array, high: Array, velocity: Array) -> None:
         self._names, self._low, self._high, self._velocity = tuple(names), low, high, velocity
-        self._last: tuple[Array, float | None] | None = None
+        self._last: tuple[Array, Array | None] | None = None
 
     def outside(self, positions: Array) -> str:
         """Which joint of a state (J,) [rad] lies where none can be; "" if none does."""
@@ -33,19 +33,19 @@ class Plausibility:
         where = f"{self._names[joint]} is at {positions[joint]:.6g} rad, {beyond[joint]:.3g} outside its limits"
         return f"{where} [{self._low[joint]:.4g}, {self._high[joint]:.4g}]"
 
-    def jump(self, positions: Array, stamp: float | None) -> str:
+    def jump(self, positions: Array, stamps: Array | None) -> str:
         """Which joint of a state (J,) [rad] moved faster than it can since the last call; "" if none did.
 
-        The order of the stamps does not matter: a late message is a state of a moment ago, and after a jump of the
-        clock the time between two states is long. Without a `stamp` [s] nothing is compared.
+        The order of the stamps (J,) [s] does not matter: a late message is a state of a moment ago, and after a jump of
+        the clock the time between two states is long. Without stamps nothing is compared.
         """
-        before, self._last = self._last, (positions, stamp)
-        if before is None or before[1] is None or stamp is None:
+        before, self._last = self._last, (positions, stamps)
+        if before is None or before[1] is None or stamps is None:
             return ""
-        seconds = abs(stamp - before[1])
+        seconds = np.abs(stamps - before[1])
         excess = np.abs(positions - before[0]) - (_SPEEDS * self._velocity * seconds + _SLACK)
         joint = int(excess.argmax())
         if excess[joint] <= 0.0:
             return ""
-        way = f"from {before[0][joint]:.4g} to {positions[joint]:.4g} rad in {seconds:.3f} s"
+        way = f"from {before[0][joint]:.4g} to {positions[joint]:.4g} rad in {seconds[joint]:.3f} s"
         return f"{self._names[joint]} went {way}; it moves at most {self._velocity[joint]:.3g} rad/s"

@@ -8,13 +8,14 @@ from __future__ import annotations  # noqa: I001 - ros_nodes.robot.messages come
 import gc
 import os
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from ros_nodes.robot.messages import COMMAND, LATCHED, SENSOR, clock_time, seconds
+from ros_nodes.robot.messages import COMMAND, LATCHED, SENSOR, clock_time
 
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
@@ -26,61 +27,68 @@ from std_srvs.srv import SetBool, Trigger
 from ceed_vla.discovery import discover
 from ceed_vla.errors import CeedVLAError, NodeError
 from ros_nodes.robot import parameters
-from ros_nodes.robot.diagnostics import running_status, status_message
+from ros_nodes.robot.diagnostics import level_of, running_values, status_message
+from ros_nodes.robot.inference import LOAD_TIMEOUT, TOO_LATE, InferenceWorker
+from ros_nodes.robot.mode import Mode, State
 from ros_nodes.robot.observations import Camera
 from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ros_nodes.robot.policy_setup import PolicySetup, make_setup
-from ros_nodes.robot.spinning import StopSignal, raise_priority, run
+from ros_nodes.robot.safety import Hold
+from ros_nodes.robot.spinning import raise_priority, run
 from ros_nodes.robot.step_grid import SLEW
 from ros_nodes.robot.streaming import Streaming
 from ros_nodes.robot.texts import instruction_problem, short
 
 LONGEST_FAILURE = 500  # characters: what is wrong, what is allowed and what to do
+_LOOK = 0.05  # how often a start by itself asks whether the policy is loaded [s]
 
 
 class PolicyNode(LifecycleNode):
-    """See the module; `stop` ends a configuration under way. Raises `ConfigError` for a parameter's bad value."""
+    """See the module. Raises `ConfigError` for a parameter's bad value."""
 
-    def __init__(self, stop: StopSignal | None = None, **node_options: Any) -> None:
+    def __init__(self, **node_options: Any) -> None:
         super().__init__("policy", **node_options)
         parameters.declare_parameters(self, POLICY_PARAMETERS[:1])
         discover(self.get_parameter("discover_packages").value, "discover_packages")
         parameters.declare_parameters(self, POLICY_PARAMETERS[1:])
         self.add_on_set_parameters_callback(self._check_parameters)
         self.add_post_set_parameters_callback(self._take_parameters)
-        self._stop = stop
         self._setup: PolicySetup | None = None
         self._active: Streaming | None = None
         self._failure = ""  # why the last transition failed
         self._starting = False  # by itself: then nobody could set right what fails
+        self._begun = 0.0  # steady time at which the policy began to load [s]
+        self._told: tuple[Mode, str] | None = None  # what ~/state said last
+        self._announced = False  # the policy that is loaded
         self._scheduling = "normal"
         self._stopped_early: str | None = None  # an emergency stop while there was nothing to stop
         self._inputs: list[Any] = []
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)  # runs on when the system's time is set
         self._answered = self.create_guard_condition(self._on_answer)
         self._diagnostics = self.create_publisher(DiagnosticArray, "diagnostics", COMMAND)
+        self._states = self.create_publisher(String, "~/state", LATCHED)
         self.create_timer(1.0, self._publish_diagnostics, clock=self._steady)
         self.create_subscription(String, "~/instruction", self._on_instruction, LATCHED)
         self.create_service(Trigger, "~/estop", self._on_estop)
         self.create_service(Trigger, "~/reset", self._on_reset)
         self.create_service(SetBool, "~/enable", self._on_enable)
+        self.create_service(Trigger, "~/go_home", self._on_go_home)
         self.get_logger().info(
             f"ROS domain {self.context.get_domain_id()}, discovery range "
             f"{os.environ.get('ROS_AUTOMATIC_DISCOVERY_RANGE') or 'not set, which is SUBNET'}"
         )
         if self.get_parameter("autostart").value:
-            self._autostart = self.create_timer(0.0, self._start, clock=self._steady)
+            self._autostart = self.create_timer(_LOOK, self._start, clock=self._steady)
+        self.show_state()
 
     # ---- lifecycle ----------------------------------------------------------------------------------------------
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Load robot and checkpoint; stays unconfigured, and says why, if they do not fit."""
-        self._failure = ""
-        self._publish(DiagnosticStatus.WARN, "configuring", {"state": "configuring"})
+        """Begin to load the checkpoint; stays unconfigured, and says why, if robot and config.json do not fit."""
+        self._failure, self._begun, self._announced = "", time.monotonic(), False
         try:
             setup = make_setup(
                 parameters.values(self, POLICY_PARAMETERS),
-                cancelled=lambda: self._stopping,
                 notify=self._answered.trigger,
                 slew=0.0 if self.get_parameter("use_sim_time").value else SLEW,
             )
@@ -94,18 +102,16 @@ class PolicyNode(LifecycleNode):
             kind = CompressedImage if camera.source.transport == "compressed" else Image
             inputs.append((kind, camera.source.topic, partial(self._on_image, camera)))
         self._inputs = [self.create_subscription(*listened, SENSOR) for listened in inputs]
-        spec = setup.worker.spec
-        self.get_logger().info(
-            f"{spec.checkpoint}: {spec.policy_type}, chunks of {spec.chunk_steps} steps, "
-            f"{1e3 * spec.warmup_s:.0f} ms for one" + (f" ({spec.decoding})" if spec.decoding else "")
-        )
+        self.show_state()
         return TransitionCallbackReturn.SUCCESS
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Hold the measured pose, then stream."""
+        """Hold the measured pose, then stream; waits while the policy loads."""
         assert self._setup is not None
         try:
-            self._active = Streaming(self, self._setup, self._steady)
+            if self._setup.worker.failed is not None:
+                raise NodeError(f"{self._setup.worker.failed} Clean up and configure again.")
+            self._active = Streaming(self, self._setup, self._steady, self.show_state)
         except CeedVLAError as error:
             return self._fail("activate", error)
         if self.get_parameter("start_enabled").value:
@@ -125,11 +131,13 @@ class PolicyNode(LifecycleNode):
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Hold, then send nothing."""
         self._end_stream()
+        self.show_state()
         return super().on_deactivate(state)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Hold, and forget robot and checkpoint."""
         self._release()
+        self.show_state()
         return TransitionCallbackReturn.SUCCESS
 
     on_shutdown = on_cleanup
@@ -144,19 +152,22 @@ class PolicyNode(LifecycleNode):
         super().destroy_node()
 
     def _start(self) -> None:
-        """Configure and activate, once; if that fails, a launch file or a service manager sees the node gone."""
-        self._autostart.cancel()
-        self._starting = True
-        for transition in (self.trigger_configure, self.trigger_activate):
-            if transition() != TransitionCallbackReturn.SUCCESS:
-                if self._stopping:
-                    return
-                raise NodeError(self._failure or "the node does not start")
-        self._starting = False
+        """Configure, and activate when the policy is there; if that fails, a launch file sees the node gone."""
+        self._starting, setup = True, self._setup
+        if setup is None:
+            self._must_succeed(self.trigger_configure())
+        elif setup.worker.failed is not None:
+            raise NodeError(f"configure failed: {setup.worker.failed}")
+        elif setup.worker.ready:
+            self._autostart.cancel()
+            self._must_succeed(self.trigger_activate())
+            self._starting = False
+        elif time.monotonic() - self._begun > LOAD_TIMEOUT:
+            raise NodeError(f"configure failed: {TOO_LATE.format(LOAD_TIMEOUT)}")
 
-    @property
-    def _stopping(self) -> bool:
-        return self._stop is not None and self._stop.received
+    def _must_succeed(self, result: TransitionCallbackReturn) -> None:
+        if result != TransitionCallbackReturn.SUCCESS:
+            raise NodeError(self._failure or "the node does not start")
 
     def _fail(self, transition: str, error: Exception) -> TransitionCallbackReturn:
         """A transition cannot be done; the log and the diagnostics say why."""
@@ -164,6 +175,7 @@ class PolicyNode(LifecycleNode):
         self._failure = short(f"{transition} failed: {kind}{error}", LONGEST_FAILURE)
         if not self._starting:  # else it is the last thing that is said
             self.get_logger().error(self._failure)
+        self.show_state()
         return TransitionCallbackReturn.FAILURE
 
     def _end_stream(self) -> None:
@@ -185,8 +197,7 @@ class PolicyNode(LifecycleNode):
 
     def _on_joint_states(self, message: JointState) -> None:
         assert self._setup is not None
-        self._setup.safety.measure(message.name, message.position, seconds(message.header.stamp))
-        self._setup.observations.take_joints(message)
+        self._setup.safety.measure(*self._setup.observations.take_joints(message))
 
     def _on_image(self, camera: Camera, message: Image | CompressedImage) -> None:
         assert self._setup is not None
@@ -195,8 +206,24 @@ class PolicyNode(LifecycleNode):
             self._setup.controller.observed(self._active.now())
 
     def _on_answer(self) -> None:
+        if self._setup is not None and not self._announced:
+            self._announce(self._setup.worker)
         if self._setup is not None and self._active is not None:
             self._setup.controller.receive(self._active.now())
+
+    def _announce(self, worker: InferenceWorker) -> None:
+        """The policy is loaded, or never will be."""
+        self._announced = True
+        if worker.failed is not None:
+            if not self._starting:
+                self.get_logger().error(worker.failed)
+        else:
+            spec = worker.spec
+            self.get_logger().info(
+                f"{spec.checkpoint}: {spec.policy_type}, chunks of {spec.chunk_steps} steps, "
+                f"{1e3 * spec.warmup_s:.0f} ms for one" + (f" ({spec.decoding})" if spec.decoding else "")
+            )
+        self.show_state()
 
     def _on_instruction(self, message: String) -> None:
         problem = instruction_problem(message.data)
@@ -207,6 +234,8 @@ class PolicyNode(LifecycleNode):
                 self._setup.controller.stream.instruct(message.data)
 
     def _check_parameters(self, changes: list[Parameter]) -> SetParametersResult:
+        if any(change.name == "use_sim_time" for change in changes):
+            return SetParametersResult(successful=False, reason="use_sim_time can be set only at the start.")
         return parameters.refusal(POLICY_PARAMETERS, changes, configured=self._setup is not None)
 
     def _take_parameters(self, changes: list[Parameter]) -> None:
@@ -220,45 +249,71 @@ class PolicyNode(LifecycleNode):
         else:
             self._stopped_early = "~/estop"
         self.get_logger().error("Emergency stop; ~/reset unlatches it, then ~/enable allows motion.")
-        response.success, response.message = True, "stopped; ~/reset, then ~/enable"
-        return response
+        return self._answer(response, True)
 
     def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         self._stopped_early = None
         if self._setup is not None:
             self._setup.controller.reset()
-        response.success, response.message = True, "disabled; ~/enable allows motion"
-        return response
+        return self._answer(response, True)
 
     def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
         if self._setup is None or self._active is None:
-            response.success = not request.data
-            response.message = "the node is not active; configure and activate it first"
-            return response
+            return self._answer(response, not request.data)
         controller = self._setup.controller
         if request.data:
-            refused = controller.enable(clock_time(self))
-            response.success = refused is None
-            response.message = "enabled" if refused is None else f"{refused.code}: {refused.detail}"
-        else:
-            controller.disable()
-            response.success, response.message = True, "disabled"
+            return self._answer(response, (refused := controller.enable(clock_time(self))) is None, refused)
+        controller.disable()
+        return self._answer(response, True)
+
+    def _on_go_home(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+        home = self._setup.robot.arm.home if self._setup is not None and self._active is not None else ()
+        if self._setup is None or not home:
+            nowhere = Hold("no_home", "the robot's file has no arm.home") if self._active is not None else None
+            return self._answer(response, False, nowhere)
+        refused = self._setup.controller.go_home(clock_time(self), home)
+        return self._answer(response, refused is None, refused)
+
+    def _answer(self, response: Any, success: bool, refused: Hold | None = None) -> Any:
+        """Every service says what is true after it, and why it did not do what it was asked for."""
+        state = self._state()
+        response.success, response.message = success, str(state)
+        if refused is not None:
+            response.message = f"{refused.code}: {refused.detail} ({state.mode})"
+        elif not success:
+            response.message = f"{state.mode}: the node is not active; configure and activate it first"
+        self.show_state()
         return response
 
     # ---- diagnostics --------------------------------------------------------------------------------------------
 
     def _publish_diagnostics(self) -> None:
-        setup = self._setup
-        if setup is not None and self._active is not None:
-            now = self._active.now()
-            self._publish(*running_status(setup.controller, setup.safety, now, clock_time(self)))
-            return
-        state = "unconfigured" if setup is None else "inactive"
-        level = DiagnosticStatus.ERROR if self._failure else DiagnosticStatus.WARN
-        values: dict[str, Any] = {"state": state, "hold_reason": self._failure}
+        state, setup, clock = self._state(), self._setup, clock_time(self)
+        values: dict[str, Any] = {"state": state.mode, "hold_reason": state.reason}
+        blank: list[str] = []
         if setup is not None:
-            values |= {f"observation_age_s.{k}": v for k, v in setup.controller.ages(clock_time(self)).items()}
-        self._publish(level, self._failure or state, values)
+            values |= {f"observation_age_s.{k}": v for k, v in setup.controller.ages(clock).items()}
+            blank = [camera.source.name for camera in setup.observations.cameras if camera.blank]
+        if setup is not None and self._active is not None:
+            values |= running_values(setup.controller, setup.safety, self._active.now())
+        message = state.reason or (f"all pixels of {', '.join(blank)} are equal" if blank else state.mode)
+        self._publish(level_of(state, warn=bool(blank)), message, values)
+
+    def _state(self) -> State:
+        if self._setup is None:
+            mode = State(Mode.UNCONFIGURED, detail=self._failure)
+            return State(Mode.STOPPED, "estop", "before the node was configured") if self._stopped_early else mode
+        if self._active is not None:
+            return self._setup.controller.state
+        loading = "" if self._setup.worker.ready else "the policy is being loaded"
+        return State(Mode.INACTIVE, detail=self._failure or self._setup.worker.failed or loading)
+
+    def show_state(self) -> None:
+        """Say on ~/state what has changed."""
+        state = self._state()
+        if (state.mode, state.code or state.detail) != self._told:
+            self._told = state.mode, state.code or state.detail
+            self._states.publish(String(data=str(state)))
 
     def _publish(self, level: bytes, message: str, values: dict[str, Any]) -> None:
         shown = {name: self.get_parameter(name).value for name in ("checkpoint", "action_interface")}
@@ -271,8 +326,7 @@ class PolicyNode(LifecycleNode):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the node until SIGINT or SIGTERM; the console script ``policy_node``. Arguments and result as in `run`."""
-    stop = StopSignal()
-    return run(lambda: PolicyNode(stop), "policy_node", arguments, stop)
+    return run(PolicyNode, "policy_node", arguments)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,11 @@ POLICY_PARAMETERS = (
     ),
     NodeParameter("checkpoint", "student", "LeRobot checkpoint folder, or teacher or student for the shipped ones."),
     NodeParameter("robot_config", "", "Robot's YAML file (topics, joints, limits); empty: the simulated arm's."),
+    NodeParameter(
+        "topics",
+        "",
+        "Topics instead of those of the robot's file: front=/camera/image_raw, joint_states=/left/joint_states.",
+    ),
     NodeParameter("action_interface", "forward_position", "How commands reach the arm.", choices=INTERFACES),
     NodeParameter(
         "instruction",
@@ -23,9 +28,17 @@ POLICY_PARAMETERS = (
         check=instruction_problem,
     ),
     NodeParameter("autostart", False, "Configure and activate at the start, without a lifecycle manager.", START),
-    NodeParameter("start_enabled", True, "Enable motion when activated; false: wait for ~/enable (dry run)."),
+    NodeParameter("start_enabled", True, "Enable motion when activated; false: wait for ~/enable."),
     NodeParameter(
-        "command_rate", 100.0, "Commands per second [Hz]; a multiple of the robot's steps per second.", within=(5, 500)
+        "dry_run",
+        False,
+        "Command nothing: ~/preview_command has what the arm and ~/planned what arm and gripper would be sent.",
+    ),
+    NodeParameter(
+        "blend_in", 0.0, "Motion grows from none to all that the policy wants for so long [s].", within=(0, 10)
+    ),
+    NodeParameter(
+        "command_rate", 100.0, "Commands per second [Hz]; at least the robot's steps per second.", within=(5, 500)
     ),
     NodeParameter(
         "replan_steps",
@@ -52,6 +65,13 @@ POLICY_PARAMETERS = (
         within=(0, 90),
     ),
     NodeParameter("image_timeout", 0.5, "Age of an image at which the arm holds [s].", START, (0.02, 5)),
+    NodeParameter(
+        "frozen_image_timeout",
+        0.5,
+        "Hold if a camera repeats one image for longer while the arm moves [s]; 0: a camera may.",
+        START,
+        (0, 60),
+    ),
     NodeParameter("joint_state_timeout", 0.2, "Age of the joint states at which the arm holds [s].", START, (0.02, 2)),
     NodeParameter(
         "max_joint_velocity",

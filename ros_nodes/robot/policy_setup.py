@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.robot.controller import PolicyController, ticks_per_step
+from ros_nodes.robot.controller import PolicyController
 from ros_nodes.robot.inference import InferenceWorker
 from ros_nodes.robot.interfaces.base import ActionInterface
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Camera, Observations
 from ros_nodes.robot.plausibility import PHYSICAL_VELOCITY
-from ros_nodes.robot.robot_file import RobotConfig, load_robot_config
+from ros_nodes.robot.predictor import PolicySpec, declared_spec
+from ros_nodes.robot.robot_file import RobotConfig, load_robot_config, with_topics
 from ros_nodes.robot.safety import JOINT_STATES, SafetyFilter, SafetyLimits
 
 if TYPE_CHECKING:
@@ -35,64 +36,73 @@ class PolicySetup:
     controller: PolicyController
 
 
-def make_setup(
-    values: Mapping[str, Any], cancelled: Callable[[], bool], notify: Callable[[], None], slew: float
-) -> PolicySetup:
-    """Load robot and checkpoint, warm the policy up, and build the controller; `values` are of `POLICY_PARAMETERS`.
+def make_setup(values: Mapping[str, Any], notify: Callable[[], None], slew: float) -> PolicySetup:
+    """Check robot and checkpoint, and build the controller; `values` are of `POLICY_PARAMETERS`.
 
-    `cancelled` is asked while the checkpoint loads, True gives up; `notify` is called, in another thread, when the
-    policy has answered.
+    The checkpoint loads in the background; until then the controller waits. `notify` is called, in another thread, when
+    it is there (or cannot be) and when the policy has answered.
 
     Raises:
-        CheckpointError: A checkpoint that does not load.
+        CheckpointError: No checkpoint, or a config.json that is not read.
         ConfigError: Parameters, robot and checkpoint that do not fit each other.
     """
-    robot = load_robot_config(values["robot_config"])
+    robot = with_topics(load_robot_config(values["robot_config"]), values["topics"])
     interface = robot.interface(values["action_interface"])
-    ticks_per_step(values["command_rate"], robot.action.dt)  # refused before the checkpoint loads
-    model = None
-    if robot.arm.model is not None:
-        from ros_nodes.robot.kinematics import ModelArm
-
-        arm, step = robot.arm, robot.action.max_joint_step
-        model = ModelArm(robot.arm.model, arm.tcp, arm.joints, home=arm.home, max_joint_step=step)
+    replan_steps = values["replan_steps"] or None
+    model = arm_model(robot)
+    spec = declared_spec(values["checkpoint"])
+    check_fit(robot, spec)
+    if replan_steps and spec.chunk_steps and replan_steps > spec.chunk_steps:
+        raise ConfigError(f"replan_steps is {replan_steps}; chunks of {spec.checkpoint} have {spec.chunk_steps} steps.")
+    observations = Observations(robot, spec.cameras, spec.states, model, values["frozen_image_timeout"])
+    safety = SafetyFilter(_limits(robot, interface, model, observations.cameras, values))
+    safety.follows = not values["dry_run"]
     worker = InferenceWorker(
         values["checkpoint"],
         mode=values["inference_mode"],
         discover_packages=values["discover_packages"],
         decoding=values["decoding"],
-        replan_steps=values["replan_steps"] or None,
+        replan_steps=replan_steps,
         threads=values["inference_threads"],
         device=values["device"],
         chunk_deadline=values["chunk_deadline"] or robot.action.dt,
         delay_s=values["inference_delay"],
         notify=notify,
     )
-    try:
-        spec = worker.start(cancelled=cancelled)
-        if spec.action_dim != robot.action_dim:
-            gripper = robot.gripper.action if robot.gripper else "absent"
-            raise ConfigError(
-                f"The checkpoint {spec.checkpoint} has actions of {spec.action_dim} values; {robot.action.kind} of "
-                f"{robot.source} takes {robot.action_dim} (joints {', '.join(robot.arm.joints)}; gripper {gripper})."
-            )
-        observations = Observations(robot, spec.cameras, spec.states, model)
-        safety = SafetyFilter(_limits(robot, interface, model, observations.cameras, values))
-        controller = PolicyController(
-            observations,
-            Motion(robot, model),
-            safety,
-            worker,
-            action_dt=robot.action.dt,
-            command_rate=values["command_rate"],
-            replan_steps=values["replan_steps"] or None,
-            instruction=values["instruction"],
-            slew=slew,
-        )
-    except BaseException:
-        worker.close()
-        raise
+    controller = PolicyController(
+        observations,
+        Motion(robot, model),
+        safety,
+        worker,
+        action_dt=robot.action.dt,
+        command_rate=values["command_rate"],
+        replan_steps=replan_steps,
+        instruction=values["instruction"],
+        slew=slew,
+        blend_in=values["blend_in"],
+    )
+    worker.begin()
     return PolicySetup(robot, interface, model, worker, observations, safety, controller)
+
+
+def arm_model(robot: RobotConfig) -> ModelArm | None:
+    """The arm's kinematics; None if nothing needs them."""
+    if robot.arm.model is None:
+        return None
+    from ros_nodes.robot.kinematics import ModelArm
+
+    arm, step = robot.arm, robot.action.max_joint_step
+    return ModelArm(robot.arm.model, arm.tcp, arm.joints, home=arm.home, max_joint_step=step)
+
+
+def check_fit(robot: RobotConfig, spec: PolicySpec) -> None:
+    """Raise `ConfigError` where a checkpoint's actions are not the robot's; `Observations` checks what it sees."""
+    if spec.action_dim != robot.action_dim:
+        gripper = robot.gripper.action if robot.gripper else "absent"
+        raise ConfigError(
+            f"The checkpoint {spec.checkpoint} has actions of {spec.action_dim} values; {robot.action.kind} of "
+            f"{robot.source} takes {robot.action_dim} (joints {', '.join(robot.arm.joints)}; gripper {gripper})."
+        )
 
 
 def _limits(
@@ -123,5 +133,6 @@ def _limits(
         max_step=step,
         timeouts={JOINT_STATES: values["joint_state_timeout"], **timeouts},
         physical_velocity=physical,
+        max_acceleration=np.array(limits.acceleration) if limits.acceleration else None,
         **opening,
     )

@@ -9,6 +9,7 @@ from ceed_vla.errors import ConfigError, ObservationError
 from ros_nodes.robot.chunk_stream import ChunkStream, Plan, Target
 from ros_nodes.robot.inference import InferenceWorker
 from ros_nodes.robot.loop_statistics import LoopStatistics
+from ros_nodes.robot.mode import WAITING
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Observations
 from ros_nodes.robot.predictor import BAD_INSTRUCTION, Request, Response
@@ -31,11 +32,12 @@ class _Asked:
 
 
 class PolicyStream(ChunkStream):
-    """Asks a started `worker`, one request at a time, from the newest observation.
+    """Asks a `worker` that has begun, one request at a time, from the newest observation, as soon as it is ready.
 
     `action_dt` and `least_lead` are as in `ChunkStream`; so is `replan_steps`, but None takes what the checkpoint says.
 
     Attributes:
+        broken: Why the policy will never answer; None if it may.
         instruction: What the policy is told.
         failure: `Response.code` of the last answer, unless it is the instruction's.
     """
@@ -55,11 +57,28 @@ class PolicyStream(ChunkStream):
         self._observations, self._motion = observations, motion
         self._worker, self._statistics = worker, statistics
         self._asked: dict[int, _Asked] = {}
-        spec = worker.spec
-        delay, replan_steps = spec.warmup_s / action_dt, replan_steps or spec.n_action_steps
-        super().__init__(spec.chunk_steps, replan_steps, action_dt, delay_steps=delay, least_lead=least_lead)
+        self._replan_steps, self._loaded = replan_steps, False
+        super().__init__(1, 1, action_dt, least_lead=least_lead)
+        self._load()
         self.instruction = instruction
         self.try_again()
+
+    def _load(self) -> bool:
+        """Whether the policy is there; the first time its chunks' length is known."""
+        if not self._loaded and self._worker.ready and self._worker.failed is None:
+            spec = self._worker.spec
+            try:
+                steps = self._replan_steps or spec.n_action_steps
+                self.fit(spec.chunk_steps, steps, spec.warmup_s / self.action_dt)
+                self._loaded = True
+            except ConfigError as error:
+                self._worker.failed = str(error)
+        return self._loaded
+
+    @property
+    def broken(self) -> str | None:
+        self._load()
+        return self._worker.failed
 
     def stop(self) -> None:
         """Forget all chunks and what was asked; hold until `start`."""
@@ -81,10 +100,12 @@ class PolicyStream(ChunkStream):
 
     def objection(self) -> Hold | None:
         """Why the policy cannot drive the arm now."""
-        if self._worker.failed is not None:
-            return Hold("inference_failed", f"{self._worker.failed} Clean up and configure again.")
+        if self.broken is not None:
+            return Hold("inference_failed", f"{self.broken} Clean up and configure again.")
         if self._observations.fault is not None:
             return self._observations.fault
+        if not self._loaded:
+            return Hold(WAITING, "for the policy, which is being loaded")
         if not self.instruction.strip() and self._worker.spec.policy_type not in _SPEECHLESS:
             return Hold("no_instruction", "publish one on ~/instruction or set the parameter instruction")
         return Hold("bad_instruction", self._refusal) if self._refusal is not None else None
@@ -95,7 +116,7 @@ class PolicyStream(ChunkStream):
         Times: `now` is steady [s], `remaining` until the next boundary of the step grid [steps], `wait` until the next
         images [s].
         """
-        if not self._worker.idle or now < self._retry_at:
+        if not self._loaded or not self._worker.idle or now < self._retry_at:
             return None
         plan = self.plan(remaining, (wait + UNSURE) / self.action_dt)
         if plan is None or self._ask(plan, now):

@@ -126,17 +126,7 @@ class Predictor:
         self._failures: FailureLog | None = None  # while it warms up, an error ends the load
         steps = self._preprocess.steps if self._is_ceed else ()
         self._vocabulary: set[str] = {word for step in steps for word in getattr(step, "vocabulary", ())}
-        features = config.input_features
-        self.spec = PolicySpec(
-            checkpoint=settings.checkpoint,
-            policy_type=config.type,
-            cameras={k: tuple(f.shape) for k, f in features.items() if f.type.name == "VISUAL"},
-            states={k: int(f.shape[0]) for k, f in features.items() if f.type.name in ("STATE", "ENV")},
-            action_dim=int(config.output_features["action"].shape[0]),
-            chunk_steps=0,
-            n_action_steps=0,
-            warmup_s=0.0,
-        )
+        self.spec = declared_spec(settings.checkpoint)
         self.spec = self._warm_up()
         if self._is_ceed:
             self.spec = self._choose_plan()
@@ -302,6 +292,37 @@ class Predictor:
         return replace(spec, decoding=chosen)
 
 
+def declared_spec(checkpoint: str) -> PolicySpec:
+    """What a checkpoint's config.json says, without loading it: `chunk_steps` is 0 where it does not say.
+
+    Raises:
+        CheckpointError: No such folder, or a config.json that is none of a LeRobot policy.
+    """
+    from ceed_vla.files import read_json
+    from ceed_vla.folders import resolve_checkpoint
+
+    config = read_json(resolve_checkpoint(checkpoint) / "config.json")
+    try:
+        features = {name: (feature["type"], feature["shape"]) for name, feature in config["input_features"].items()}
+        if not isinstance(config["type"], str):
+            raise TypeError
+        return PolicySpec(
+            checkpoint=checkpoint,
+            policy_type=config["type"],
+            cameras={k: (int(s[0]), int(s[1]), int(s[2])) for k, (kind, s) in features.items() if kind == "VISUAL"},
+            states={k: int(s[0]) for k, (kind, s) in features.items() if kind in ("STATE", "ENV")},
+            action_dim=int(config["output_features"]["action"]["shape"][0]),
+            chunk_steps=int(config.get("chunk_size") or 0),
+            n_action_steps=int(config.get("n_action_steps") or 0),
+            warmup_s=0.0,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{short(checkpoint)}: config.json lacks a type, or input_features and output_features with type and "
+            "shape; copy it again."
+        ) from error
+
+
 def _load(settings: PredictorSettings) -> tuple[Any, Any, Any]:
     """(policy in evaluation mode, pre-processor, post-processor) of any LeRobot checkpoint folder."""
     from ceed_vla.checkpoints import load, resolve_checkpoint
@@ -330,8 +351,9 @@ def _load_other(folder: Path, kind: str, device: str) -> tuple[Any, Any, Any]:
     """Another policy of LeRobot; its checkpoint may name harmless steps only, and nothing is asked of a hub."""
     import huggingface_hub.constants
 
+    from ceed_vla.folders import WEIGHTS
     from ceed_vla.processor_steps import check_foreign_processors
-    from ceed_vla.weights import WEIGHTS, check_floating, check_weights
+    from ceed_vla.weights import check_floating, check_weights
 
     huggingface_hub.constants.HF_HUB_OFFLINE = True  # policies may name models there; read at every request
     from lerobot.configs import PreTrainedConfig

@@ -5,23 +5,23 @@ such as launch/config/tabletop_robot.yaml, which is refused if it cannot work.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from ceed_vla.errors import ConfigError
-from ceed_vla.kinematics import PoseLimits
+from ceed_vla.kinematics import Array, PoseLimits
 from ros_nodes.robot.interfaces.base import INTERFACES, ActionInterface
 from ros_nodes.robot.texts import short, shown
-from ros_nodes.robot.yaml_fields import Fields
+from ros_nodes.robot.yaml_fields import TOPIC, Fields
 
 PACKAGED = "launch/config/tabletop_robot.yaml"
 POSE_COMPONENTS = ("tcp_position", "tcp_quaternion")
 COMMAND_COMPONENTS = ("commanded_position", "commanded_yaw_cos_sin")
 # Component of a state -> its length; 0 stands for a value of each arm joint.
 COMPONENTS = {
-    **{"joint_positions": 0, "joint_velocities": 0, "finger_opening": 1, "commanded_gripper": 1},
+    **{"joint_positions": 0, "joint_velocities": 0, "joint_efforts": 0, "finger_opening": 1, "commanded_gripper": 1},
     **{"tcp_position": 3, "tcp_quaternion": 4, "commanded_position": 3, "commanded_yaw_cos_sin": 2},
 }
 
@@ -34,6 +34,7 @@ class ImageSource:
     topic: str
     transport: str  # "raw" (sensor_msgs/Image) or "compressed" (sensor_msgs/CompressedImage)
     resize: bool  # scale images to the policy's size; otherwise another size is a fault
+    crop: tuple[int, int, int, int] | None = None  # top, left, height, width [px] of what is kept, before resizing
 
     @property
     def name(self) -> str:
@@ -48,23 +49,60 @@ class Arm:
     model: Path | None  # MJCF or URDF file; None if nothing needs kinematics
     tcp: str  # site or body of the tool centre point; "" without a model
     joints: tuple[str, ...]  # in the order of states, actions and commands
-    home: tuple[float, ...]  # posture that inverse kinematics is pulled to [rad]; empty for the model's own
+    home: tuple[float, ...]  # posture of inverse kinematics and of ~/go_home [rad]; empty for the model's own
     unit: str  # of the policy's joint positions and velocities: "rad" or "deg"
+    # Of every joint, empty for 1 and 0: radians = sign * scale * policy's value + offset, instead of `unit`.
+    sign: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
+    offset: tuple[float, ...] = ()  # [rad]
 
     @property
-    def radians(self) -> float:
-        """Radians per unit of the policy."""
-        return 1.0 if self.unit == "rad" else math.pi / 180.0
+    def radians(self) -> Array:
+        """Radians per unit of the policy, of every joint (J,)."""
+        unit = 1.0 if self.unit == "rad" else math.pi / 180.0
+        return np.array(self.scale or (unit,) * len(self.joints)) * np.array(self.sign or 1.0)
+
+    def to_radians(self, positions: Array) -> Array:
+        """The policy's joint positions (J,) in radians."""
+        return np.asarray(positions) * self.radians + np.array(self.offset or 0.0)
+
+    def from_radians(self, positions: Array) -> Array:
+        return (np.asarray(positions) - np.array(self.offset or 0.0)) / self.radians
 
 
 @dataclass(frozen=True)
 class Gripper:
-    joints: tuple[str, ...]  # of the joint states; their positions add up to the opening
-    opening_scale: float  # metres of opening per unit of these joints
+    """In the middle is the opening [m]: joints are measured, a policy says and reads, a driver is told each in a unit
+    of its own.
+    """
+
+    joints: tuple[str, ...]  # of the joint states
+    opening_scale: float  # opening = opening_scale * sum of the joints + opening_offset [m]
     closed: float  # opening [m]
     open: float  # opening [m]
     action: str  # what the last action dimension says: "binary" (> 0 opens), "opening" [m], "none" (no such one)
-    topic: str  # where [opening] is sent (std_msgs/Float64MultiArray)
+    topic: str  # where the command is sent (std_msgs/Float64MultiArray)
+    opening_offset: float = 0.0
+    command: str = "opening"  # [opening in metres], or "joint": what each of `joints` shall be
+    action_scale: float = 1.0  # of action "opening" and of states: opening = action_scale * value + action_offset
+    action_offset: float = 0.0
+
+    def opening(self, joints: float) -> float:
+        """Of the sum of the joints [m]."""
+        return self.opening_scale * joints + self.opening_offset
+
+    def told(self, opening: float) -> float:
+        """What the driver is sent for an opening [m]."""
+        if self.command == "opening":
+            return opening
+        return (opening - self.opening_offset) / self.opening_scale / max(len(self.joints), 1)
+
+    def from_policy(self, value: float) -> float:
+        """The opening [m] that a policy's value says."""
+        return self.action_scale * value + self.action_offset
+
+    def to_policy(self, opening: float) -> float:
+        return (opening - self.action_offset) / self.action_scale
 
 
 @dataclass(frozen=True)
@@ -88,6 +126,7 @@ class Limits:
     step: tuple[float, ...]  # largest distances of a command from the measured position [rad]
     # What the joints reach [rad/s], to tell joint states that cannot be true; empty for the model's.
     physical_velocity: tuple[float, ...] = ()
+    acceleration: tuple[float, ...] = ()  # of commands [rad/s^2]; empty for none
 
 
 @dataclass(frozen=True)
@@ -169,6 +208,26 @@ def load_robot_config(path: str | Path = "") -> RobotConfig:
     return config
 
 
+def with_topics(robot: RobotConfig, topics: str) -> RobotConfig:
+    """The robot with other topics: "front=/camera/image_raw, joint_states=/left/joint_states".
+
+    Raises:
+        ConfigError: Not of that form, or a name that is no camera of the robot.
+    """
+    chosen: dict[str, str] = {}
+    for entry in filter(None, (part.strip() for part in topics.split(","))):
+        name, equals, topic = (part.strip() for part in entry.partition("="))
+        if not equals or (topic and not TOPIC.fullmatch(topic)):
+            raise ConfigError(f"topics has {shown(entry)}; write camera=topic, separated by commas.")
+        chosen |= {name: topic} if topic else {}
+    names = ["joint_states", *(image.name for image in robot.images)]
+    unknown = [name for name in chosen if name not in names]
+    if unknown:
+        raise ConfigError(f"topics names {shown(unknown[0])}; {robot.source} has {', '.join(names)}.")
+    images = tuple(replace(image, topic=chosen.get(image.name, image.topic)) for image in robot.images)
+    return replace(robot, images=images, joint_states=chosen.get("joint_states", robot.joint_states))
+
+
 # ---- the parts of the file ------------------------------------------------------------------------------------------
 
 
@@ -178,7 +237,13 @@ def _images(fields: Fields) -> tuple[ImageSource, ...]:
         if not feature.startswith("observation."):
             raise fields.error(feature, "is no feature; it must start with 'observation.'")
         transport = image.text("transport", "raw", ("raw", "compressed"))
-        sources.append(ImageSource(feature, image.topic("topic"), transport, image.flag("resize", False)))
+        crop: tuple[int, int, int, int] | None = None
+        if "crop" in image:
+            top, left, height, width = (int(value) for value in image.numbers("crop", 4, 0, 1e5))
+            if not height or not width:
+                raise image.error("crop", "is empty; give [top, left, height, width] in pixels")
+            crop = top, left, height, width
+        sources.append(ImageSource(feature, image.topic("topic"), transport, image.flag("resize", False), crop))
     names = [source.name for source in sources]
     if len(set(names)) != len(names) or "joint_states" in names:
         raise ConfigError(f"{fields.source}: the cameras {names} need different last parts, none 'joint_states'.")
@@ -200,14 +265,31 @@ def _arm(fields: Fields) -> Arm:
         if not there:
             raise fields.error("model", f"is {short(model)!r}, no file; paths start at this file's folder")
     tcp = fields.text("tcp") if model else ""
-    home = fields.numbers("home", len(joints)) if "home" in fields else ()
-    return Arm(model, tcp, joints, home, fields.text("unit", "rad", ("rad", "deg")))
+
+    def each(key: str, low: float, high: float) -> tuple[float, ...]:
+        return fields.numbers(key, len(joints), low, high) if key in fields else ()
+
+    home, sign, scale = each("home", -100.0, 100.0), each("sign", -1.0, 1.0), each("scale", 1e-6, 100.0)
+    if not {abs(value) for value in sign} <= {1.0}:
+        raise fields.error("sign", f"is {list(sign)}; give 1 or -1 for every joint")
+    if scale and "unit" in fields:
+        raise fields.error("unit", "and scale exclude each other; scale is radians per unit of the policy")
+    unit = fields.text("unit", "rad", ("rad", "deg"))
+    arm = Arm(model, tcp, joints, home, unit, sign, scale, each("offset", -100.0, 100.0))
+    probe = np.array([0.1 * place - 3.0 for place in range(len(joints))])
+    if np.abs(arm.to_radians(arm.from_radians(probe)) - probe).max() > 1e-9:
+        raise fields.error("offset", "and scale cannot be inverted exactly")
+    return arm
 
 
 def _gripper(fields: Fields) -> Gripper:
     gripper = Gripper(
         joints=fields.texts("joints", default=()),
-        opening_scale=fields.number("opening_scale", default=1.0),
+        opening_scale=_not_zero(fields, "opening_scale"),
+        opening_offset=fields.number("opening_offset", default=0.0),
+        command=fields.text("command", "opening", ("opening", "joint")),
+        action_scale=_not_zero(fields, "action_scale"),
+        action_offset=fields.number("action_offset", default=0.0),
         closed=fields.number("closed"),
         open=fields.number("open"),
         action=fields.text("action", "binary", ("binary", "opening", "none")),
@@ -215,12 +297,23 @@ def _gripper(fields: Fields) -> Gripper:
     )
     if not gripper.closed < gripper.open:
         raise fields.error("open", f"is {gripper.open}; it must be more than closed ({gripper.closed})")
+    if gripper.command == "joint" and not gripper.joints:
+        raise fields.error("command", "is joint, but joints names none")
     return gripper
+
+
+def _not_zero(fields: Fields, key: str) -> float:
+    value = fields.number(key, default=1.0)
+    if abs(value) < 1e-9:
+        raise fields.error(key, f"is {value}; it must not be 0")
+    return value
 
 
 def _action(fields: Fields) -> Action:
     kind = fields.text("kind", choices=("ee_delta", "joint_position", "joint_delta"))
-    dt = fields.number("dt", 0.01, 2.0)
+    if "fps" in fields and "dt" in fields:
+        raise fields.error("dt", "and fps say the same; give one of them")
+    dt = 1.0 / fields.number("fps", 0.5, 100.0) if "fps" in fields else fields.number("dt", 0.01, 2.0)
     if kind != "ee_delta":
         return Action(kind, dt)
     workspace = fields.child("workspace")
@@ -246,13 +339,17 @@ def _limits(fields: Fields, joints: int) -> Limits:
         low, high = position.numbers("low", joints), position.numbers("high", joints)
         if not all(a < b for a, b in zip(low, high, strict=True)):
             raise position.error("low", f"is not below high for every joint: {low}, {high}")
-    physical = "physical_velocity"
+
+    def each(key: str) -> tuple[float, ...]:
+        return fields.numbers(key, joints, 1e-3, 100.0) if key in fields else ()
+
     return Limits(
         low,
         high,
         fields.numbers("velocity", joints, 1e-3, 100.0),
         fields.numbers("step", joints, 1e-3, 10.0),
-        fields.numbers(physical, joints, 1e-3, 100.0) if physical in fields else (),
+        each("physical_velocity"),
+        each("acceleration"),
     )
 
 

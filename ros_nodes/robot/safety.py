@@ -2,7 +2,7 @@
 
 A command passes in this order: latched stop, enabled, joint states plausible and inputs fresh, the caller's own reason
 to hold, joint set, finite numbers; then it is clamped to the position limits, to the neighbourhood of the measured
-position and to the velocity limit. A hold repeats the last command, so an arm never stops by a jump.
+position, to the velocity and the acceleration limit. A hold repeats the last command, so an arm never stops by a jump.
 
 This is software: it is no safety-rated stop.
 """
@@ -28,12 +28,15 @@ HOLD_CODES = (
     "no_joint_states",  # none has come yet
     "bad_joint_states",  # the last one lacked joints or was not finite
     "implausible_joint_states",  # they did what no arm does; latched until `SafetyFilter.enable`
+    "frozen_joint_states",  # they stayed the same while commands went on; latched as well
     "stale",  # an input is too old, or never came
     "clock",  # an input comes from the future, or no time has passed: the clock went back
     "joint_set",  # a command for another number of joints
     "not_finite",  # a command with NaN or infinity
 )
-CLAMPS = ("position", "step", "velocity", "gripper")
+CLAMPS = ("position", "step", "velocity", "acceleration", "gripper")
+# Joint states that do not change for so long [s] while commands went on by so much [rad] are no measurements.
+FROZEN_TIME, FROZEN_WAY = 0.5, 0.05
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class SafetyLimits:
     # (J,) that the joints reach physically [rad/s], for `Plausibility`; empty: the larger of `max_velocity` and
     # `PHYSICAL_VELOCITY`.
     physical_velocity: Array = field(default_factory=lambda: np.empty(0))
+    max_acceleration: Array | None = None  # (J,) of commands [rad/s^2]; a hold stops at once all the same
 
     def __post_init__(self) -> None:
         names = tuple(self.joint_names)
@@ -117,6 +121,7 @@ class SafetyFilter:
 
     Attributes:
         enabled: Whether motion is allowed (unless stopped).
+        follows: Whether commands reach the arm; False in a dry run.
         stopped: Why the emergency stop is latched; None if it is not.
         clamps: Kind -> commands that it changed.
         holds: Code -> commands that were replaced by a hold.
@@ -124,7 +129,7 @@ class SafetyFilter:
 
     def __init__(self, limits: SafetyLimits) -> None:
         self.limits = limits
-        self.enabled = False
+        self.enabled, self.follows = False, True
         self.stopped: str | None = None
         self.clamps: Counter[str] = Counter(dict.fromkeys(CLAMPS, 0))
         self.holds: Counter[str] = Counter()
@@ -135,6 +140,9 @@ class SafetyFilter:
             limits.joint_names, limits.position_low, limits.position_high, limits.physical_velocity
         )
         self._last: Array | None = None  # last command, inside the limits
+        # The newest positions, since when they are the same [s], and the command then.
+        self._still: tuple[Array, float, Array | None] | None = None
+        self._speed: Array = np.zeros(len(limits.joint_names))  # of the last command [rad/s]
         self._gripper: float | None = None
 
     # ---- inputs -------------------------------------------------------------------------------------------------
@@ -149,23 +157,27 @@ class SafetyFilter:
         """Last command (J,) [rad], which a hold repeats; None before the first."""
         return None if self._last is None else self._last.copy()
 
-    def measure(self, names: Sequence[str], positions: Sequence[float], stamp: float | None = None) -> Hold | None:
+    def measure(
+        self, names: Sequence[str], positions: Sequence[float], stamps: float | Sequence[float] | None = None
+    ) -> Hold | None:
         """Take positions [rad] of joints, matched by name; others are ignored. Returns why the arm holds, or None.
 
         While motion is enabled a state that cannot be true is latched. Otherwise the arm may be elsewhere all at once,
-        as in a simulation that is reset, and only a position outside the limits counts. Jumps are not found without
-        `stamp`, the time of measurement [s].
+        as in a simulation that is reset, and only a position outside the limits counts. Jumps and frozen states are not
+        found without `stamps`, the times of measurement [s].
         """
         self._fault = self._joint_fault(names, positions)
         if self._fault is not None:
             return self._fault
-        table = dict(zip(names, positions, strict=True))
-        measured = np.array([table[name] for name in self.limits.joint_names], dtype=np.float64)
+        places = [list(names).index(name) for name in self.limits.joint_names]
+        measured = np.array([positions[place] for place in places], dtype=np.float64)
+        times = None if stamps is None else np.broadcast_to(stamps, len(names))[places]
         outside = self._plausibility.outside(measured)
-        doubt = outside or self._plausibility.jump(measured, stamp)
-        if doubt and self.enabled and self._latched is None:
-            detail = f"{doubt}; see where the arm is, then enable"
-            self._latched = Hold("implausible_joint_states", detail)
+        doubt = outside or self._plausibility.jump(measured, times)
+        frozen = "" if times is None else self._frozen(measured, float(times.min()))
+        if (doubt or frozen) and self.enabled and self._latched is None:
+            code = "implausible_joint_states" if doubt else "frozen_joint_states"
+            self._latched = Hold(code, f"{doubt or frozen}; see where the arm is, then enable")
         if outside:
             self._fault = Hold("implausible_joint_states", outside)
         else:
@@ -189,7 +201,7 @@ class SafetyFilter:
         if late is not None:
             return Hold("stale", late.detail)
         assert self._measured is not None
-        self._latched = None
+        self._latched = self._still = None
         self._last = np.clip(self._measured, self.limits.position_low, self.limits.position_high)
         self.enabled = True
         return None
@@ -244,8 +256,12 @@ class SafetyFilter:
             self._last = np.clip(self._measured, self.limits.position_low, self.limits.position_high)
         if reason is not None:
             self.holds[reason.code] += 1
+            self._speed = np.zeros_like(self._speed)
             return Decision(self.last_command, self._gripper, reason)
-        self._last, clamped = self._clamp(wanted, min(dt, self.limits.max_dt))
+        dt, before = min(dt, self.limits.max_dt), self._last
+        self._last, clamped = self._clamp(wanted, dt)
+        assert before is not None
+        self._speed = (self._last - before) / dt
         if gripper is not None:
             self._gripper = float(np.clip(gripper, self.limits.gripper_low, self.limits.gripper_high))
             clamped += ("gripper",) if self._gripper != gripper else ()
@@ -270,6 +286,19 @@ class SafetyFilter:
             detail = f"{name} lies {-age:.2f} s in the future, the limit is {limit:.2f} s"
             return Hold("clock", f"{detail}; did the clock go back?")
         return None
+
+    def _frozen(self, measured: Array, stamp: float) -> str:
+        """How the same positions (J,) come again and again while the command moves on; "" if they do not."""
+        still, command = self._still, self._last
+        if still is None or still[2] is None or stamp < still[1] or not np.array_equal(measured, still[0]):
+            self._still = measured, stamp, command
+            return ""
+        if not self.follows or command is None or stamp - still[1] <= FROZEN_TIME:
+            return ""
+        way = float(np.abs(command - still[2]).max())
+        if way <= min(FROZEN_WAY, 0.5 * float(self.limits.max_step.min())):
+            return ""
+        return f"the joint states are the same for {stamp - still[1]:.2f} s, while the command moved {way:.3f} rad"
 
     def _joint_fault(self, names: Sequence[str], positions: Sequence[float]) -> Hold | None:
         wanted = self.limits.joint_names
@@ -298,17 +327,24 @@ class SafetyFilter:
     def _clamp(self, wanted: Array, dt: float) -> tuple[Array, tuple[str, ...]]:
         """The nearest allowed command to `wanted` (J,), and what changed it.
 
-        The velocity limit comes last: an arm that was pushed away is approached, not jumped to.
+        Velocity and acceleration come last: an arm that was pushed away is approached, not jumped to.
         """
         limits, last, measured = self.limits, self._last, self._measured
         assert last is not None
         assert measured is not None
         clamped = []
         reach = limits.max_velocity * dt
+        slowest, fastest = last - reach, last + reach
+        if limits.max_acceleration is not None:  # never faster than what can stop where it shall
+            gain = limits.max_acceleration * dt
+            stop = np.sqrt(gain**2 + 2.0 * limits.max_acceleration * np.abs(wanted - last)) - gain
+            slowest = last + dt * np.minimum(np.maximum(self._speed - gain, -stop), self._speed + gain)
+            fastest = last + dt * np.maximum(np.minimum(self._speed + gain, stop), self._speed - gain)
         for kind, low, high in (
             ("position", limits.position_low, limits.position_high),
             ("step", measured - limits.max_step, measured + limits.max_step),
             ("velocity", last - reach, last + reach),
+            ("acceleration", slowest, fastest),
         ):
             inside = np.clip(wanted, low, high)
             if not np.array_equal(inside, wanted):

@@ -57,9 +57,7 @@ def raise_priority(priority: int, *, only_this_thread: bool) -> str:
     return f"fifo {priority}"
 
 
-def run(
-    make_node: Callable[[], Node], name: str, arguments: Sequence[str] | None = None, stop: StopSignal | None = None
-) -> int:
+def run(make_node: Callable[[], Node], name: str, arguments: Sequence[str] | None = None) -> int:
     """Make a node and spin it in this, the main thread.
 
     The executor is the single-threaded one by measurement: the multi-threaded one loses ticks (12 % of 100 Hz on two
@@ -68,7 +66,7 @@ def run(
     `arguments` are the command line with the program's `name`; None takes `sys.argv`. Returns the exit code: 0, or 1 if
     the node cannot start; then one line says why.
     """
-    stop = stop or StopSignal()
+    stop = StopSignal()
     rclpy.init(args=None if arguments is None else list(arguments), signal_handler_options=SignalHandlerOptions.NO)
     node = None
     try:

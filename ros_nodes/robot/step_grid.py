@@ -10,28 +10,44 @@ import math
 import statistics
 from collections import deque
 
+from ceed_vla.errors import ConfigError
+
 SLEW = 0.02  # largest change of the time between two ticks, in periods
 UNSURE = 0.0015  # images that are expected to come with less slack than this are not waited for [s]
 _SLACK = 0.003  # wanted between the arrival of images and the last moment to ask with them [s]
 _LATE = 0.004  # how far the grid is delayed when images are missed [s]
 _DEAD_BAND = 0.001  # deviation from `_SLACK` at which the grid stays [s]
+_GAIN, _FASTEST_DRIFT = 0.3, 0.006  # of the integral term, and the largest [s] from one chunk to the next
+
+
+def ticks_per_step(command_rate: float, action_dt: float) -> float:
+    """Commands in one step of the policy, at least 1; `ConfigError` if the commands are too slow for it."""
+    ticks = command_rate * action_dt
+    if ticks < 1 - 1e-6:
+        raise ConfigError(
+            f"command_rate is {command_rate:g} Hz; it must be at least the {1 / action_dt:g} steps per second of the "
+            "robot's file."
+        )
+    return float(round(ticks)) if abs(ticks - round(ticks)) < 1e-6 else ticks
 
 
 class StepGrid:
     """Numbers ticks, of which `rate` come in a second, and says where in a step they are.
 
-    A step begins at the tick that is the last of the step before; its own ticks are 1 to `ticks_per_step`. A tick may
-    be moved by `slew` periods; 0 where somebody else gives the ticks, such as /clock.
+    A step begins at the tick that is the last of the step before; its own ticks are 1 to `ticks_per_step`. That may be
+    no whole number (30 steps a second at 100 Hz): then it begins between two ticks. A tick may be moved by `slew`
+    periods; 0 where somebody else gives the ticks, such as /clock.
     """
 
-    def __init__(self, rate: float, ticks_per_step: int, slew: float = SLEW) -> None:
+    def __init__(self, rate: float, ticks_per_step: float, slew: float = SLEW) -> None:
         self.ticks_per_step = ticks_per_step
         self.period = 1.0 / rate  # time until the next tick but one, nearly always this [s]
         self._rate, self._slew = rate, slew
         self._shift = 0.0  # how much earlier the ticks shall come [s]
+        self._drift = 0.0  # of the cameras against the steps, from one chunk to the next [s]
         self._images: deque[float] = deque(maxlen=9)  # when sets of new images were complete [s]
         self._origin, self._tick = 0.0, 0  # time of tick 0 [s], the newest tick
-        self._first = 0  # tick at which the step that runs began
+        self._first = 0.0  # tick at which the step that runs began
 
     # ---- ticks --------------------------------------------------------------------------------------------------
 
@@ -52,9 +68,14 @@ class StepGrid:
         self._origin = min(self._origin, now - self._tick / self._rate)
 
     @property
-    def part(self) -> int:
+    def part(self) -> float:
         """Tick of the step that runs."""
         return self._tick - self._first
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the next tick belongs to the next step."""
+        return self.part > self.ticks_per_step - 1 + 1e-6
 
     def begin_now(self) -> None:
         """Let the step that runs end with this tick."""
@@ -70,7 +91,7 @@ class StepGrid:
 
     def remaining(self, now: float) -> float:
         """Steps until the first command of the next step."""
-        left = self._first + self.ticks_per_step + 1 - (now - self._origin) * self._rate
+        left = math.floor(self._first + self.ticks_per_step + 1e-6) + 1 - (now - self._origin) * self._rate
         return max(left / self.ticks_per_step, 0.0)
 
     # ---- images -------------------------------------------------------------------------------------------------
@@ -91,7 +112,8 @@ class StepGrid:
     def delay(self) -> None:
         """Move the grid back: what could be waited for is over, and the images that were expected have not come."""
         if self._slew and len(self._images) > 1:
-            self._shift = -_LATE
+            self._integrate(-_LATE)
+            self._shift = self._drift - _LATE
 
     def align(self, slack: float, until_images: float) -> None:
         """Move the grid so that images come shortly before it is too late for them.
@@ -102,4 +124,9 @@ class StepGrid:
             return  # the answer is needed sooner than that
         error = slack - _SLACK
         error -= until_images if error > 0.5 * until_images else 0.0  # the next images were nearer
-        self._shift = error if abs(error) > _DEAD_BAND else 0.0
+        self._integrate(error)
+        self._shift = self._drift + (error if abs(error) > _DEAD_BAND else 0.0)
+
+    def _integrate(self, error: float) -> None:
+        """Learn how far the cameras come off the steps by themselves: chunks last no whole number of their periods."""
+        self._drift = min(max(self._drift + _GAIN * error, -_FASTEST_DRIFT), _FASTEST_DRIFT)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 from rclpy.clock import Clock
+from rclpy.duration import Duration
 from rclpy.node import Node
 from std_msgs.msg import Float64MultiArray
+from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
+from ros_nodes.robot.controller import PolicyController
 from ros_nodes.robot.interfaces.base import Command, CommandedArm
 from ros_nodes.robot.messages import COMMAND, clock_time
 from ros_nodes.robot.policy_setup import PolicySetup
@@ -19,10 +24,15 @@ GRIPPER_PERIOD = 0.1  # an unchanged gripper command is repeated this often [s]
 
 
 class Streaming:
-    """Sends what the controller decides; `steady` is the clock of the timers, unless the time is a simulation's."""
+    """Sends what the controller decides; `steady` is the clock of the timers, unless the time is a simulation's.
 
-    def __init__(self, node: Node, setup: PolicySetup, steady: Clock) -> None:
-        self._node, self._setup = node, setup
+    `told` is called after every tick. In a dry run nothing is sent to the arm: ``~/preview_command`` has what would be,
+    ``~/planned`` the rest of every chunk that takes over.
+    """
+
+    def __init__(self, node: Node, setup: PolicySetup, steady: Clock, told: Callable[[], None]) -> None:
+        self._node, self._setup, self._told = node, setup, told
+        self._dry = node.get_parameter("dry_run").value
         self._simulated = node.get_parameter("use_sim_time").value
         self._period = 1.0 / node.get_parameter("command_rate").value
         limits = setup.safety.limits
@@ -30,9 +40,14 @@ class Streaming:
             limits.joint_names, self._period, limits.position_low, limits.position_high, setup.model
         )
         interface, gripper = setup.interface, setup.robot.gripper
-        self._commands = node.create_publisher(interface.message_type, interface.topic, COMMAND)
+        topic = "~/preview_command" if self._dry else interface.topic
+        self._commands = node.create_publisher(interface.message_type, topic, COMMAND)
         self._publishers = [self._commands]
-        if gripper is not None:
+        self._planned, self._shown = None, 0
+        if self._dry:
+            self._planned = node.create_publisher(JointTrajectory, "~/planned", COMMAND)
+            self._publishers.append(self._planned)
+        elif gripper is not None:
             self._publishers.append(node.create_publisher(Float64MultiArray, gripper.topic, COMMAND))
         self._gripped: tuple[float, float] | None = None  # last opening [m], and when [s]
         self._last: Decision | None = None
@@ -60,6 +75,23 @@ class Streaming:
         period = round(1e9 * controller.grid.period)
         if period != self._ticks.timer_period_ns:
             self._ticks.timer_period_ns = period
+        if self._planned is not None:
+            self._show_plan(controller)
+        self._told()
+
+    def _show_plan(self, controller: PolicyController) -> None:
+        """Where the chunk that has just taken over would move arm and gripper."""
+        chunk, steps = controller.planned(self._shown)
+        if chunk == self._shown or self._planned is None:
+            return
+        self._shown, dt = chunk, controller.stream.action_dt
+        message = JointTrajectory(joint_names=[*self._arm.joints, "gripper"])
+        message.header.stamp = self._node.get_clock().now().to_msg()
+        for index, (joints, opening) in enumerate(steps):
+            time_from_start = Duration(nanoseconds=round(1e9 * dt * (index + 1))).to_msg()
+            positions = [*joints.tolist(), math.nan if opening is None else opening]
+            message.points.append(JointTrajectoryPoint(positions=positions, time_from_start=time_from_start))
+        self._planned.publish(message)
 
     def _send(self) -> None:
         now = self.now()
@@ -74,14 +106,16 @@ class Streaming:
             velocities = np.clip((decision.positions - last.positions) / self._period, -limit, limit)
         command = Command(decision.positions, velocities, measured, self._node.get_clock().now().to_msg())
         self._commands.publish(self._setup.interface.message(command, self._arm))
-        if decision.gripper is not None:
+        if decision.gripper is not None and not self._dry:
             self._grip(decision.gripper, now)
 
     def _grip(self, opening: float, now: float) -> None:
         """Send the gripper's opening [m], unless it was sent just before."""
         last, at = self._gripped or (None, now)
         if last != opening or not 0.0 <= now - at < GRIPPER_PERIOD:
-            self._publishers[-1].publish(Float64MultiArray(data=[opening]))
+            gripper = self._setup.robot.gripper
+            assert gripper is not None
+            self._publishers[-1].publish(Float64MultiArray(data=[gripper.told(opening)]))
             self._gripped = opening, now
 
     def _look_for_others(self) -> None:

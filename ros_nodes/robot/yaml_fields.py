@@ -15,7 +15,7 @@ from ros_nodes.robot.texts import LONGEST, short, shown
 _MISSING: Any = object()
 HUGE = 1e6  # m, rad or anything per second: sums and squares of such numbers are finite
 _LARGEST_FILE = 100_000  # [bytes]
-_TOPIC = re.compile(r"(~/|/)?[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*")
+TOPIC = re.compile(r"(~/|/)?[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*")
 
 
 class Fields:
@@ -74,7 +74,7 @@ class Fields:
     def topic(self, key: str) -> str:
         """A name that ROS takes for a topic."""
         value = self.text(key)
-        if not _TOPIC.fullmatch(value) or len(value) > LONGEST:
+        if not TOPIC.fullmatch(value) or len(value) > LONGEST:
             raise self.error(key, f"is {shown(value)}; a topic has letters, digits and _ between single /")
         return value
 

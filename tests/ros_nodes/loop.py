@@ -61,6 +61,7 @@ class Policy:
         self.delay, self.now = 0.02, 0.0
         self.error: tuple[str, str] | None = None  # of the next answers: text, code
         self.failed: str | None = None
+        self.ready = True
         self.asked: list[tuple[float, Request]] = []
         self._due: float | None = None
         self._chunks: dict[int, np.ndarray] = {}
@@ -107,6 +108,7 @@ class Loop:
         sent: (time, decision) of every tick.
         cameras: Whether images come.
         states: Whether joint states come.
+        alive: Whether the images change.
         late: Tick -> how late it is [s].
     """
 
@@ -139,7 +141,8 @@ class Loop:
         self.sent: list[tuple[float, Decision | None]] = []
         self.position = np.zeros(2)
         self.follows = True  # commands move the arm
-        self.cameras = self.states = True
+        self.cameras = self.states = self.alive = True
+        self._images = 0
         self.late: dict[int, float] = {}
         self._grid = self.now
         self._image_period = 1.0 / camera_rate
@@ -185,7 +188,8 @@ class Loop:
 
     def _image(self) -> None:
         if self.cameras:
-            image: Image = array_to_image(PIXELS, stamp(self.now), "camera")
+            self._images += self.alive
+            image: Image = array_to_image(PIXELS + np.uint8(self._images % 200), stamp(self.now), "camera")
             self.observations.cameras[0].take(image)
 
     @property

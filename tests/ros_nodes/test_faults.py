@@ -93,7 +93,7 @@ class Bench:
 
     def check_goes_on(self, since: int | None = None) -> None:
         """The arm moves again, and since a number of commands no joint was commanded to jump."""
-        self.status.state("active")
+        self.status.state("moving")
         self.graph.wait(self.moves, "the arm to move again", timeout=10.0)
         for (_, before), (_, after) in itertools.pairwise(self.commands[since:] if since is not None else ()):
             assert np.abs(after - before).max() < 0.25  # 3.5 rad/s for at most 50 ms, and a bit
@@ -256,13 +256,13 @@ def test_an_instruction_that_is_refused_stops_the_arm_and_fills_no_log(bench: Be
 
 def test_topics_services_and_diagnostics_are_the_documented_ones(bench: Bench) -> None:
     bench.begin(seed=1)
-    values = bench.status.state("active")
+    values = bench.status.state("moving")
     node = bench.graph.node
     page = robots_page.PAGE.read_text(encoding="utf-8")
     moved = {"/relay/front": "/front/image_raw", "/relay/joint_states": "/joint_states"}
     interfaces = ("/joint_trajectory_controller/joint_trajectory", "/servo_node/delta_twist_cmds")
     for name, rows, absent in (
-        ("policy", robots_page.policy_topics(), interfaces),
+        ("policy", robots_page.policy_topics(), (*interfaces, *(f"/{name}" for name in robots_page.DRY))),
         ("sim", robots_page.sim_topics(), ("/clock",)),
     ):
         there = {
@@ -299,7 +299,7 @@ def test_a_new_instruction_in_mid_chunk_moves_on_and_an_empty_one_holds(bench: B
     values = bench.status.wait(
         lambda _, values: values.get("instruction", "").startswith("push"), "the new instruction"
     )
-    assert values["state"] == "active"
+    assert values["state"] == "moving"
     bench.instruction.publish(String(data=""))
     bench.status.state("holding", "no_instruction")
     bench.check_rest()
@@ -352,7 +352,7 @@ def test_simulated_time_that_jumps_back_holds_until_new_inputs_come(graph: Graph
     graph.node.create_subscription(Image, "/wrist/image_raw", lambda m: wrist.publish(stamped(m)), SENSOR)
     bench.status.state("disabled")
     bench.begin(seed=6)
-    bench.status.state("active")
+    bench.status.state("moving")
     bench.image = bench.joints = lost  # nothing new comes, so that the cause stays to be seen
     now[0] -= 500.0
     bench.status.state("holding", "clock")

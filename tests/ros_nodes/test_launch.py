@@ -23,8 +23,9 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from lifecycle_msgs.srv import GetState
 from rcl_interfaces.srv import GetParameters
 
+from ceed_vla.errors import ConfigError
 from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
-from ros_nodes.robot.robot_file import load_robot_config
+from ros_nodes.robot.robot_file import load_robot_config, with_topics
 from ros_nodes.simulated.parameters import SIM_PARAMETERS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +50,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put recording modules where launch files import from."""
     for name, classes in {
         "launch": ("LaunchDescription",),
-        "launch.actions": ("DeclareLaunchArgument", "IncludeLaunchDescription"),
+        "launch.actions": ("DeclareLaunchArgument", "IncludeLaunchDescription", "Shutdown"),
         "launch.launch_description_sources": ("PythonLaunchDescriptionSource",),
         "launch.substitutions": ("LaunchConfiguration", "PathJoinSubstitution"),
         "launch_ros.actions": ("Node",),
@@ -100,6 +101,7 @@ def test_nodes_exist_and_know_their_parameters(file: str, executable: str, monke
     assert importlib.util.find_spec(module) is not None
     assert f"def {function}(" in (ROOT / f"{module.replace('.', '/')}.py").read_text()
     defaults = arguments(file, monkeypatch)
+    assert node.named["on_exit"].kind == "Shutdown"  # nothing stays when it dies
     for name, value in node.named["parameters"][-1].items():
         if name == "use_sim_time":
             continue
@@ -112,11 +114,18 @@ def test_nodes_exist_and_know_their_parameters(file: str, executable: str, monke
 def test_policy_topics_are_the_packaged_robots(monkeypatch: pytest.MonkeyPatch) -> None:
     (node,) = made("policy.launch.py", monkeypatch, "Node")
     robot = load_robot_config()
-    topics = {image.topic for image in robot.images} | {robot.joint_states}
-    defaults = arguments("policy.launch.py", monkeypatch)
-    replaced = {topic: replacement.parts[0] for topic, replacement in node.named["remappings"]}
-    assert set(replaced) == topics
-    assert all(defaults[argument] == topic for topic, argument in replaced.items())
+    chosen = {"front_topic": "/cam/image", "joint_states_topic": "/left/joint_states"}
+    parts = node.named["parameters"][-1]["topics"].parts[0]
+    given = "".join(part if isinstance(part, str) else chosen.get(part.parts[0], "") for part in parts)
+    changed = with_topics(robot, given)
+    assert {image.name: image.topic for image in changed.images} == {"front": "/cam/image", "wrist": "wrist/image_raw"}
+    assert changed.joint_states == "/left/joint_states"
+    assert with_topics(robot, ",front=,wrist=,joint_states=") == robot
+    with pytest.raises(ConfigError, match=r"names 'top'; .* has joint_states, front, wrist"):
+        with_topics(robot, "top=/cam/image")
+    for wrong in ("front", "front=/a//b", "front=/a b"):
+        with pytest.raises(ConfigError, match="write camera=topic"):
+            with_topics(robot, wrong)
 
 
 def test_demo_passes_on_what_the_policy_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +189,7 @@ def test_the_node_runs_as_launch_runs_it(graph: Any, tmp_path: Path) -> None:
     own.write_text(yaml.safe_dump({"/**": {"ros__parameters": overrides}}))
     command = [str(executable), "--ros-args", "-r", "__node:=policy", "-r", "__ns:=/left_arm"]
     command += ["--params-file", str(LAUNCH / "config" / "policy.yaml"), "--params-file", str(own)]
-    command += ["-r", "front/image_raw:=overhead/image_raw", "-r", "joint_states:=/joint_states"]
+    command += ["-p", "topics:=front=overhead/image_raw,wrist=,joint_states=/joint_states"]
     environment = os.environ | {"ROS_DOMAIN_ID": str(graph.domain), "PYTHONPATH": str(ROOT)}
     with (tmp_path / "launched.txt").open("wb") as output:
         graph.processes["launched"] = subprocess.Popen(

@@ -114,7 +114,7 @@ def test_streams_holds_and_recovers(graph: Any) -> None:
     commands = graph.listen(COMMANDS, Float64MultiArray)
     grips = graph.listen("/gripper_controller/commands", Float64MultiArray)
     start(graph)
-    status.state("active")
+    status.state("moving")
     first = np.array(commands[0].data)
     np.testing.assert_allclose(first, HOME, atol=1e-6)  # begins where the arm is
     graph.spin(2.0)
@@ -131,7 +131,7 @@ def test_streams_holds_and_recovers(graph: Any) -> None:
     graph.wait(lambda: len(commands) > before + 20, "commands while holding")
     assert len({tuple(message.data) for message in commands[before:]}) == 1
     robot.images = True
-    status.state("active")
+    status.state("moving")
 
     robot.encoding = "mono8"
     status.state("holding", "bad_image", "'mono8'; use rgb8 or bgr8")
@@ -139,7 +139,7 @@ def test_streams_holds_and_recovers(graph: Any) -> None:
     robot.wrong = {"joint3": float("nan")}
     status.state("holding", "bad_joint_states", "joint3")
     robot.wrong = {}
-    values = status.state("active")
+    values = status.state("moving")
     assert float(values["decode_ms_p50"]) > 0.0
     assert int(values["chunks"]) > 1
     assert "=" in values["exit_reasons"]
@@ -159,10 +159,10 @@ def test_operator_stops_resets_enables_and_instructs(graph: Any) -> None:
     status.state("holding", "no_instruction")
     instruction = graph.node.create_publisher(String, "/policy/instruction", LATCHED)
     instruction.publish(String(data="move the red cube into the bin"))
-    assert status.state("active")["instruction"] == "move the red cube into the bin"
+    assert status.state("moving")["instruction"] == "move the red cube into the bin"
 
     assert graph.call("/policy/estop", Trigger).success
-    status.state("estopped", "~/estop")
+    status.state("stopped", "~/estop")
     graph.spin(0.3)
     start_of_hold = len(commands)
     graph.wait(lambda: len(commands) > start_of_hold + 20, "commands while stopped")
@@ -178,7 +178,7 @@ def test_operator_stops_resets_enables_and_instructs(graph: Any) -> None:
     assert graph.call("/policy/enable", SetBool, SetBool.Request(data=True)).success
     graph.wait(lambda: len(commands) > before, "commands after enable")
     assert commands[before].data[0] == pytest.approx(0.2, abs=1e-6)  # it goes on from where the arm is
-    status.state("active")
+    status.state("moving")
 
     refusals = graph.set_parameters("/policy", command_rate=1e9, image_timeout=1.0, checkpoint="teacher")
     reasons = [result.reason for result in refusals]
@@ -203,7 +203,7 @@ def test_no_command_follows_from_a_pose_of_before(graph: Any) -> None:
     assert "ROS domain" in graph.output("policy_node")
     assert "discovery range LOCALHOST" in graph.output("policy_node")
     robot.states = True
-    status.state("active")  # it was to be enabled at the start
+    status.state("moving")  # it was to be enabled at the start
 
     assert graph.call("/policy/enable", SetBool, SetBool.Request(data=False)).success
     graph.spin(0.3)
@@ -221,7 +221,7 @@ def test_no_command_follows_from_a_pose_of_before(graph: Any) -> None:
     graph.spin(0.3)
     assert len(commands) == before  # a refused wish is forgotten
     assert graph.call("/policy/enable", SetBool, SetBool.Request(data=True)).success
-    status.state("active")
+    status.state("moving")
     assert commands[before].data[0] == pytest.approx(0.4, abs=1e-6)
 
     robot.states = robot.powered = False  # in motion
@@ -290,7 +290,7 @@ def test_bad_checkpoint_is_no_crash_and_the_lifecycle_works(graph: Any, tmp_path
     assert not graph.call("/policy/enable", SetBool, SetBool.Request(data=True)).success
     commands = graph.listen(COMMANDS, Float64MultiArray)
     assert change_state(graph, Transition.TRANSITION_ACTIVATE)
-    status.state("active")
+    status.state("moving")
     assert change_state(graph, Transition.TRANSITION_DEACTIVATE)
     graph.spin(0.3)
     sent = len(commands)
@@ -350,7 +350,7 @@ def test_any_lerobot_policy_drives(graph: Any, tmp_path: Path) -> None:
         action_interface="joint_trajectory",
         instruction="",
     )
-    values = status.state("active")
+    values = status.state("moving")
     assert float(values["decode_ms_p50"]) > 0.0
     graph.wait(lambda: len(trajectories) > 50, "trajectories")
     first = trajectories[0].points[0].positions

@@ -157,7 +157,7 @@ COMMANDS = {
     "ros-demo": _row(
         "drive the simulated robot through ROS 2: success, command rate, a bag",
         "ros_nodes.demo.ros_demo RosDemoConfig ros_demo",
-        may="episodes checkpoint task action_interface decoding output_dir",
+        may="episodes checkpoint task action_interface decoding simulated_time rivals latencies_ms output_dir",
         kept="the bag and the nodes' output, as far as they came, are in {output_dir}",
     ),
     "convert": _row(

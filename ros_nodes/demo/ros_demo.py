@@ -51,6 +51,12 @@ class RosDemoConfig:
         inference_delay: Slows every chunk, to see that the command rate does not depend on it [s].
         stream_seconds: Afterwards the command stream is measured for so long without a pause [s].
         kill: At the end, kill the policy node (SIGKILL) in mid-motion and measure how soon the arm rests.
+        simulated_time: Instead, in one process and simulated time, `rivals` at `latencies_ms` on the same episodes:
+            success against latency, whatever this machine's load; writes simulated_time.json and a plot.
+        rivals: Checkpoints with their decodings, comma-separated.
+        latencies_ms: Times from request to answer, comma-separated [ms].
+        camera_rate: Of both cameras in simulated time [Hz].
+        camera_jitter_ms: Images come up to so much late in simulated time [ms].
         max_episode_steps: Control steps of 0.1 s after which an episode counts as failed.
         domain: ROS domain; -1 picks one, so that runs side by side do not meet.
     """
@@ -66,6 +72,11 @@ class RosDemoConfig:
     inference_delay: float = ranged(0.0, "[0, 5]")
     stream_seconds: float = ranged(0.0, "[0, 3600]")
     kill: bool = False
+    simulated_time: bool = False
+    rivals: str = "teacher:ar,teacher:cap4,student:ceed"
+    latencies_ms: str = "0,16,50,100,200,400"
+    camera_rate: float = ranged(30.0, "[1, 120]")
+    camera_jitter_ms: float = ranged(0.0, "[0, 1000]")
     max_episode_steps: int = ranged(MAX_EPISODE_STEPS, "[1, 10000]")
     domain: int = ranged(-1, "[-1, 101]")
 
@@ -74,7 +85,7 @@ class RosDemoConfig:
 
 
 def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str, Any]:
-    """Run the demonstration; returns the content of ``ros.json``. Without a `console` the terminal is used.
+    """Run the demonstration; returns ``ros.json``, or simulated_time.json. Without a `console` the terminal is used.
 
     Raises:
         ConfigError: ROS is not installed, or the robot has no such action interface.
@@ -83,10 +94,13 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
     """
     try:
         from ros_nodes.demo.session import Session
+        from ros_nodes.demo.simulated_time import simulated_time
         from ros_nodes.robot.robot_file import load_robot_config
     except ImportError as error:
         raise ConfigError(f"ros-demo needs ROS 2; install ceed_vla[ros2] ({error}).") from error
     console = console or default_console()
+    if config.simulated_time:
+        return simulated_time(config, console)
     folder = Path(config.output_dir)
     interface = load_robot_config().interface(config.action_interface)
     policy = {

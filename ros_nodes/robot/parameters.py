@@ -105,6 +105,11 @@ def refusal(table: Table, changes: Iterable[Parameter], *, configured: bool) -> 
     return SetParametersResult(successful=True)
 
 
+def defaults(table: Table) -> dict[str, Any]:
+    """The values that a node has if nobody sets any."""
+    return {parameter.name: parameter.default for parameter in table}
+
+
 def values(node: Node, table: Table) -> dict[str, Any]:
     """The values of all parameters of a table, floats as floats."""
     return {p.name: type(p.default)(node.get_parameter(p.name).value) for p in table}

@@ -36,7 +36,12 @@ class PolicySetup:
     controller: PolicyController
 
 
-def make_setup(values: Mapping[str, Any], notify: Callable[[], None], slew: float) -> PolicySetup:
+def make_setup(
+    values: Mapping[str, Any],
+    notify: Callable[[], None],
+    slew: float,
+    make_worker: Callable[..., InferenceWorker] = InferenceWorker,
+) -> PolicySetup:
     """Check robot and checkpoint, and build the controller; `values` are of `POLICY_PARAMETERS`.
 
     The checkpoint loads in the background; until then the controller waits. `notify` is called, in another thread, when
@@ -57,7 +62,7 @@ def make_setup(values: Mapping[str, Any], notify: Callable[[], None], slew: floa
     observations = Observations(robot, spec.cameras, spec.states, model, values["frozen_image_timeout"])
     safety = SafetyFilter(_limits(robot, interface, model, observations.cameras, values))
     safety.follows = not values["dry_run"]
-    worker = InferenceWorker(
+    worker = make_worker(
         values["checkpoint"],
         mode=values["inference_mode"],
         discover_packages=values["discover_packages"],

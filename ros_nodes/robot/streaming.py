@@ -13,6 +13,7 @@ from rclpy.node import Node
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
+from ceed_vla.kinematics import Array
 from ros_nodes.robot.controller import PolicyController
 from ros_nodes.robot.interfaces.base import Command, CommandedArm
 from ros_nodes.robot.messages import COMMAND, clock_time
@@ -21,6 +22,14 @@ from ros_nodes.robot.safety import Decision
 
 CONFLICT_PERIOD = 0.2  # how often other commanders are looked for [s]
 GRIPPER_PERIOD = 0.1  # an unchanged gripper command is repeated this often [s]
+
+
+def speeds(decision: Decision, last: Decision | None, period: float, limit: Array) -> Array:
+    """(J,) [rad/s] from the `last` command to this one; a late one catches up by a longer step, so not above `limit`."""
+    assert decision.positions is not None
+    if last is None or last.positions is None or decision.hold is not None:
+        return np.zeros_like(decision.positions)
+    return np.clip((decision.positions - last.positions) / period, -limit, limit)
 
 
 class Streaming:
@@ -100,10 +109,7 @@ class Streaming:
         last, self._last = self._last, decision
         if decision is None or decision.positions is None or measured is None:
             return
-        velocities = 0.0 * decision.positions
-        if last is not None and last.positions is not None and decision.hold is None:
-            limit = self._setup.safety.limits.max_velocity  # a late command catches up by a longer step
-            velocities = np.clip((decision.positions - last.positions) / self._period, -limit, limit)
+        velocities = speeds(decision, last, self._period, self._setup.safety.limits.max_velocity)
         command = Command(decision.positions, velocities, measured, self._node.get_clock().now().to_msg())
         self._commands.publish(self._setup.interface.message(command, self._arm))
         if decision.gripper is not None and not self._dry:

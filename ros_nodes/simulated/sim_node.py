@@ -18,7 +18,7 @@ if sys.platform == "linux":
 # A writer into the shared memory of a process that was killed may wait a second for it, and the robot with it.
 os.environ.setdefault("FASTDDS_BUILTIN_TRANSPORTS", "UDPv4")
 
-from ros_nodes.robot.messages import COMMAND, LATCHED, SENSOR, array_to_image, seconds  # noqa: I001 - explains absent ROS
+from ros_nodes.robot.messages import COMMAND, LATCHED, SENSOR, array_to_image  # noqa: I001 - explains absent ROS
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from geometry_msgs.msg import TwistStamped
@@ -35,6 +35,7 @@ from trajectory_msgs.msg import JointTrajectory
 
 from ceed_vla.errors import ConfigError, SimulationError
 from ros_nodes.robot import parameters
+from ros_nodes.simulated.commands import obey
 from ros_nodes.simulated.parameters import SIM_PARAMETERS
 from ros_nodes.simulated.robot import JOINTS, SimRobot
 from ros_nodes.robot.diagnostics import status_message
@@ -87,10 +88,14 @@ class SimNode(Node):
         self._clock_topic = self.create_publisher(ClockMessage, "/clock", SENSOR) if self._publishes_clock else None
         robot = self._robot
         positions, gripper = "forward_position_controller/commands", "gripper_controller/commands"
-        self._obey(positions, Float64MultiArray, lambda message: robot.command_positions(message.data))
+
+        def move(message: Any) -> None:
+            obey(robot, message, 1e-9 * self._now().nanoseconds)
+
+        self._obey(positions, Float64MultiArray, move)
         self._obey(gripper, Float64MultiArray, lambda message: robot.command_gripper(message.data))
-        self._obey("joint_trajectory_controller/joint_trajectory", JointTrajectory, self._on_trajectory)
-        self._obey("servo_node/delta_twist_cmds", TwistStamped, self._on_twist)
+        self._obey("joint_trajectory_controller/joint_trajectory", JointTrajectory, move)
+        self._obey("servo_node/delta_twist_cmds", TwistStamped, move)
         self.create_service(Trigger, "~/reset_episode", self._on_reset)
 
     def _obey(self, topic: str, message_type: Any, act: Callable[[Any], None]) -> None:
@@ -108,24 +113,6 @@ class SimNode(Node):
         self.create_subscription(message_type, topic, callback, COMMAND)
 
     # ------------------------------------------------------------------ commands
-
-    def _on_twist(self, message: TwistStamped) -> None:
-        linear, angular = message.twist.linear, message.twist.angular
-        self._robot.command_twist((linear.x, linear.y, linear.z), (angular.x, angular.y, angular.z))
-
-    def _on_trajectory(self, message: JointTrajectory) -> None:
-        stamp = seconds(message.header.stamp)
-        points = message.points
-        moving = [len(point.velocities) > 0 for point in points]
-        if any(moving) and not all(moving):
-            raise SimulationError("Some way-points have velocities and some have none; give all or none.")
-        self._robot.command_trajectory(
-            list(message.joint_names),
-            [seconds(point.time_from_start) for point in points],
-            [list(point.positions) for point in points],
-            [list(point.velocities) for point in points] if any(moving) else None,
-            delay=stamp - 1e-9 * self._now().nanoseconds if stamp else 0.0,
-        )
 
     def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         if self.get_parameter("advance_seed").value:

@@ -1,0 +1,219 @@
+"""``ceed-vla ros-demo --simulated_time true``: success against the latency of decoding, whatever the machine's load.
+
+The node's own controller, stream, safety filter and interfaces drive the simulated robot in one process, on one simulated
+clock. The policy decodes for real; its answer comes after a prescribed time.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from builtin_interfaces.msg import Time
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from sensor_msgs.msg import JointState
+
+from ros_nodes.robot.interfaces.base import Command, CommandedArm
+from ros_nodes.robot.messages import array_to_image
+from ros_nodes.robot.parameters import defaults
+from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+from ros_nodes.robot.policy_setup import PolicySetup, make_setup
+from ros_nodes.robot.predictor import PolicySpec, Predictor, PredictorSettings, Request, Response
+from ros_nodes.robot.safety import Decision
+from ros_nodes.robot.step_grid import SLEW
+from ros_nodes.robot.streaming import GRIPPER_PERIOD, speeds
+from ros_nodes.simulated.commands import obey
+from ros_nodes.simulated.robot import JOINTS, SimRobot
+from sim.plots import save_figure
+from sim.rollout import wilson_interval
+from sim.tabletop.env import CTRL_DT
+
+if TYPE_CHECKING:
+    from ros_nodes.demo.ros_demo import RosDemoConfig
+
+TRANSPORT = 0.002  # from an image's stamp to its arrival, as between the processes [s]
+_STATES = 0.01  # between joint states [s]
+
+
+class TimedWorker:
+    """A policy whose answers take `latency` [s] of simulated time, in the place of an `InferenceWorker`."""
+
+    failed: str | None = None
+    ready = True
+
+    def __init__(self, predictor: Predictor, latency: float) -> None:
+        self.spec: PolicySpec = replace(predictor.spec, warmup_s=latency)
+        self.now, self.due = 0.0, np.inf
+        self._predictor, self._latency = predictor, latency
+        self._answer: Response | None = None
+
+    def begin(self) -> None:
+        """It is loaded."""
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+    @property
+    def idle(self) -> bool:
+        return self._answer is None
+
+    def submit(self, request: Request) -> bool:
+        self._answer, self.due = self._predictor.predict(request), self.now + self._latency
+        self._answer.seconds["total"] = self._latency
+        return True
+
+    def poll(self) -> Response | None:
+        if self.now < self.due - 1e-9:
+            return None
+        answer, self._answer, self.due = self._answer, None, np.inf
+        return answer
+
+
+class SimulatedLoop:
+    """One episode at a time on one clock; `values` are of `POLICY_PARAMETERS`."""
+
+    def __init__(self, robot: SimRobot, worker: TimedWorker, values: dict[str, Any]) -> None:
+        self.robot, self.worker = robot, worker
+        self.setup: PolicySetup = make_setup(values, lambda: None, SLEW, lambda *_, **__: worker)
+        limits, self._period = self.setup.safety.limits, 1.0 / values["command_rate"]
+        joints, low, high = limits.joint_names, limits.position_low, limits.position_high
+        self._arm = CommandedArm(joints, self._period, low, high, self.setup.model)
+        self._last: Decision | None = None
+        self._gripped = -np.inf
+
+    def episode(self, seconds: float, camera_rate: float, jitter: float, seed: int) -> bool:
+        """Let the policy act for so long [s]; whether the task was solved. Images come up to `jitter` [s] late."""
+        controller, cameras = self.setup.controller, self.setup.observations.cameras
+        random = np.random.default_rng(seed)
+        start = self.robot.time
+        state, tick, image = start, start + 0.004, start + random.uniform(0.0, 1.0 / camera_rate)
+        arriving: list[tuple[float, int, dict[str, Any], float]] = []
+        serial = itertools.count()
+        enabled = False
+        while True:
+            now = min(state, tick, image, self.worker.due, arriving[0][0] if arriving else np.inf)
+            self.robot.advance(now - self.robot.time)
+            self.worker.now = now
+            if now == self.worker.due:
+                controller.receive(now)
+            elif now == state:
+                state += _STATES
+                self._measure(now)
+                if self.robot.success or now - start > seconds:
+                    return self.robot.success
+            elif now == image:
+                image += 1.0 / camera_rate
+                late = TRANSPORT + random.uniform(0.0, jitter)
+                heapq.heappush(arriving, (now + late, next(serial), self.robot.images(), now))
+            elif arriving and now == arriving[0][0]:
+                _, _, pixels, taken = heapq.heappop(arriving)
+                for camera in cameras:
+                    camera.take(array_to_image(pixels[camera.source.name], _stamp(taken), ""))
+                enabled = enabled or controller.enable(now) is None
+                controller.observed(now)
+            else:
+                self._tick(now)
+                tick += controller.grid.period
+
+    def _measure(self, now: float) -> None:
+        message = JointState(name=list(JOINTS), position=self.robot.positions.tolist())
+        message.header.stamp = _stamp(now)
+        self.setup.safety.measure(*self.setup.observations.take_joints(message))
+
+    def _tick(self, now: float) -> None:
+        setup = self.setup
+        decision, measured = setup.controller.tick(now, now), setup.safety.measured
+        last, self._last = self._last, decision
+        if decision is not None and decision.positions is not None and measured is not None:
+            velocities = speeds(decision, last, self._period, setup.safety.limits.max_velocity)
+            command = Command(decision.positions, velocities, measured, _stamp(now))
+            obey(self.robot, setup.interface.message(command, self._arm), now)
+            if decision.gripper is not None and now - self._gripped >= GRIPPER_PERIOD:
+                self._gripped = now
+                self.robot.command_gripper([decision.gripper])
+        setup.controller.after_tick(now)
+
+
+def simulated_time(config: RosDemoConfig, console: Console) -> dict[str, Any]:
+    """Every rival at every latency on the same episodes; writes simulated_time.json and a plot, returns the former."""
+    rows, folder = [], Path(config.output_dir)
+    with closing(SimRobot(config.split)) as robot:
+        for rival in config.rivals.split(","):
+            checkpoint, _, decoding = rival.strip().partition(":")
+            predictor = Predictor(PredictorSettings(checkpoint, decoding=decoding or "ceed", warmup=1))
+            for latency in (float(value) for value in config.latencies_ms.split(",")):
+                episodes = list(_episodes(config, robot, predictor, 1e-3 * latency, console, f"{rival} {latency:g} ms"))
+                solved = sum(one["success"] for one in episodes)
+                to_command = np.concatenate([one.pop("to_command") for one in episodes])
+                rows.append(
+                    {
+                        "rival": rival.strip(),
+                        "latency_ms": latency,
+                        "episodes": len(episodes),
+                        "solved": solved,
+                        "success_ci95": [round(bound, 4) for bound in wilson_interval(solved, len(episodes))],
+                        "observation_to_command_ms": {
+                            f"p{share}": round(1e3 * float(np.percentile(to_command, share)), 1) for share in (50, 99)
+                        },
+                        "seconds_solved": round(
+                            float(np.mean([e["seconds"] for e in episodes if e["success"]] or [0])), 2
+                        ),
+                        "failed": [one["seed"] for one in episodes if not one["success"]],
+                    }
+                )
+    report = {"config": asdict(config), "rows": rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "simulated_time.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    save_figure(_figure(rows), folder / "simulated_time.png")
+    table = Table("policy", "latency [ms]", "solved", "95 %", "observation to command p50 / p99 [ms]")
+    for row in rows:
+        low, high = row["success_ci95"]
+        of, taken = f"{row['solved']} of {row['episodes']}", row["observation_to_command_ms"]
+        interval = f"{100 * low:.0f}-{100 * high:.0f} %"
+        table.add_row(row["rival"], f"{row['latency_ms']:g}", of, interval, f"{taken['p50']} / {taken['p99']}")
+    console.print(table)
+    return report
+
+
+def _episodes(
+    config: RosDemoConfig, robot: SimRobot, predictor: Predictor, latency: float, console: Console, title: str
+) -> Iterator[dict[str, Any]]:
+    given = {"action_interface": config.action_interface, "checkpoint": predictor.spec.checkpoint}
+    seeds = range(config.seed, config.seed + config.episodes)
+    for seed in track(seeds, title, console=console, transient=True):
+        instruction = robot.reset(seed, config.task)
+        values = {**defaults(POLICY_PARAMETERS), **given, "instruction": instruction}
+        loop = SimulatedLoop(robot, TimedWorker(predictor, latency), values)
+        began = robot.time
+        limit = config.max_episode_steps * CTRL_DT
+        success = loop.episode(limit, config.camera_rate, 1e-3 * config.camera_jitter_ms, seed)
+        taken = np.array(loop.setup.controller.statistics.to_command)
+        yield {"seed": seed, "success": success, "seconds": round(robot.time - began, 2), "to_command": taken}
+
+
+def _figure(rows: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(6.0, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for rival in dict.fromkeys(row["rival"] for row in rows):
+        own = [row for row in rows if row["rival"] == rival]
+        latency, share = [r["latency_ms"] for r in own], np.array([100 * r["solved"] / r["episodes"] for r in own])
+        bounds = 100 * np.array([row["success_ci95"] for row in own]).T
+        axes.errorbar(latency, share, np.abs(bounds - share), label=rival, marker="o", capsize=3)
+    axes.set(xlabel="latency of a chunk [ms]", ylabel="solved [%]", ylim=(0, 102))
+    axes.legend()
+    return figure
+
+
+def _stamp(now: float) -> Time:
+    nanoseconds = round(1e9 * now)
+    return Time(sec=nanoseconds // 10**9, nanosec=nanoseconds % 10**9)

@@ -40,7 +40,7 @@ def make_setup(
     values: Mapping[str, Any],
     notify: Callable[[], None],
     slew: float,
-    make_worker: Callable[..., InferenceWorker] = InferenceWorker,
+    make_worker: Callable[..., Any] = InferenceWorker,
 ) -> PolicySetup:
     """Check robot and checkpoint, and build the controller; `values` are of `POLICY_PARAMETERS`.
 

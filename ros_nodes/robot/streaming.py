@@ -25,7 +25,7 @@ GRIPPER_PERIOD = 0.1  # an unchanged gripper command is repeated this often [s]
 
 
 def speeds(decision: Decision, last: Decision | None, period: float, limit: Array) -> Array:
-    """(J,) [rad/s] from the `last` command to this one; a late one catches up by a longer step, so not above `limit`."""
+    """(J,) [rad/s] since the `last` command, at most `limit`: a late command catches up by a longer step."""
     assert decision.positions is not None
     if last is None or last.positions is None or decision.hold is not None:
         return np.zeros_like(decision.positions)

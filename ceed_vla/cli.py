@@ -160,6 +160,13 @@ COMMANDS = {
         may="episodes checkpoint task action_interface decoding simulated_time rivals latencies_ms output_dir",
         kept="the bag and the nodes' output, as far as they came, are in {output_dir}",
     ),
+    "robot-check": _row(
+        "say offline whether a robot's file and a checkpoint fit",
+        "ros_nodes.robot.check RobotCheckConfig robot_check",
+        must="file",
+        may="checkpoint",
+        positional="file",
+    ),
     "convert": _row(
         "make a checkpoint from a published model (OpenVLA, pi0-FAST)",
         "ceed_vla.convert ConvertConfig convert",
@@ -190,6 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] in ("-V", "--version"):
         print(f"{PROGRAM} {__version__}")
         return 0
+    if len(words) > 1 and f"{words[0]}-{words[1]}" in COMMANDS:
+        words[:2] = [f"{words[0]}-{words[1]}"]
     name, flags = words[0], words[1:]
     if name not in COMMANDS:
         close = get_close_matches(name, COMMANDS, n=1)

@@ -60,7 +60,7 @@ def make_setup(
     if replan_steps and spec.chunk_steps and replan_steps > spec.chunk_steps:
         raise ConfigError(f"replan_steps is {replan_steps}; chunks of {spec.checkpoint} have {spec.chunk_steps} steps.")
     observations = Observations(robot, spec.cameras, spec.states, model, values["frozen_image_timeout"])
-    safety = SafetyFilter(_limits(robot, interface, model, observations.cameras, values))
+    safety = SafetyFilter(safety_limits(robot, interface, model, observations.cameras, values))
     safety.follows = not values["dry_run"]
     worker = make_worker(
         values["checkpoint"],
@@ -110,13 +110,14 @@ def check_fit(robot: RobotConfig, spec: PolicySpec) -> None:
         )
 
 
-def _limits(
+def safety_limits(
     robot: RobotConfig,
     interface: ActionInterface,
     model: ModelArm | None,
     cameras: Iterable[Camera],
     values: Mapping[str, Any],
 ) -> SafetyLimits:
+    """The robot's limits, or the lower ones of the parameters' `values`."""
     limits, gripper = robot.limits, robot.gripper
     low, high = np.array(limits.low), np.array(limits.high)
     if model is not None and not limits.low:

@@ -11,7 +11,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
 import rclpy
 from rclpy.exceptions import ParameterException
@@ -23,18 +22,6 @@ from ceed_vla.errors import CeedVLAError
 from ros_nodes.robot.texts import short
 
 _POLL = 0.2  # longest time between a signal and the end of the loop, without any message or timer [s]
-
-
-class StopSignal:
-    """Catches SIGINT and SIGTERM from its construction on; later ones cannot disturb the node's end either."""
-
-    def __init__(self) -> None:
-        self.received = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember)
-
-    def _remember(self, *_: Any) -> None:
-        self.received = True
 
 
 def raise_priority(priority: int, *, only_this_thread: bool) -> str:
@@ -66,14 +53,16 @@ def run(make_node: Callable[[], Node], name: str, arguments: Sequence[str] | Non
     `arguments` are the command line with the program's `name`; None takes `sys.argv`. Returns the exit code: 0, or 1 if
     the node cannot start; then one line says why.
     """
-    stop = StopSignal()
+    received: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):  # later ones cannot disturb the node's end either
+        signal.signal(number, lambda number, _: received.append(number))
     rclpy.init(args=None if arguments is None else list(arguments), signal_handler_options=SignalHandlerOptions.NO)
     node = None
     try:
         node = make_node()
         executor = SingleThreadedExecutor()
         executor.add_node(node)
-        while not stop.received and executor.context.ok():
+        while not received and executor.context.ok():
             executor.spin_once(timeout_sec=_POLL)
     except (CeedVLAError, ParameterException) as error:
         print(f"{name}: error: {short(' '.join(str(error).split()), 1000)}", file=sys.stderr)

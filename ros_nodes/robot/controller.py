@@ -113,6 +113,7 @@ class PolicyController:
         if refused is None:
             self._start_here(now, resumed=False)
             self.stream.try_again()
+            self.hold = Hold(WAITING, "for the first chunk")
         else:
             self._safety.disable()
             self._drop_plans()
@@ -124,7 +125,7 @@ class PolicyController:
         refused = self._safety.enable(self.ages(now)[JOINT_STATES])
         if refused is None:
             self._start_here(now, resumed=False)
-            self._home = np.array(home)
+            self._home, self.hold = np.array(home), None
         return refused
 
     @property
@@ -137,8 +138,6 @@ class PolicyController:
             hold = Hold("disabled", "not enabled")
         elif self.stream.broken is not None or self.conflict is not None:
             hold = self._objection()
-        elif hold is not None and hold.code in ("disabled", "estop"):  # of before
-            hold = Hold(WAITING, "for the first chunk")
         return State.of(hold)
 
     def disable(self) -> None:

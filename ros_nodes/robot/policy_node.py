@@ -303,7 +303,7 @@ class PolicyNode(LifecycleNode):
         if self._setup is None:
             mode = State(Mode.UNCONFIGURED, detail=self._failure)
             return State(Mode.STOPPED, "estop", "before the node was configured") if self._stopped_early else mode
-        if self._active is not None:
+        if self._active is not None or self._setup.safety.stopped is not None:
             return self._setup.controller.state
         loading = "" if self._setup.worker.ready else "the policy is being loaded"
         return State(Mode.INACTIVE, detail=self._failure or self._setup.worker.failed or loading)

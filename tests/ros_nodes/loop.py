@@ -112,7 +112,9 @@ class Loop:
         late: Tick -> how late it is [s].
     """
 
-    def __init__(self, camera_rate: float = 30.0, phase: float = 0.017, enable: bool = True, **options: Any) -> None:
+    def __init__(
+        self, camera_rate: float = 30.0, phase: float = 0.017, enable: bool = True, dt: float = DT, **options: Any
+    ) -> None:
         self.policy, self.now = Policy(), 100.0
         config = robot()
         self.observations = Observations(config, self.policy.spec.cameras, self.policy.spec.states, None)
@@ -132,7 +134,7 @@ class Loop:
             Motion(config),
             self.safety,
             self.policy,  # type: ignore[arg-type]
-            action_dt=DT,
+            action_dt=dt,
             command_rate=RATE,
             instruction="climb",
             **options,

@@ -13,8 +13,9 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
 
 from ceed_vla.errors import ConfigError
+from ros_nodes.robot.controller import HOME_SPEED
 from ros_nodes.robot.step_grid import SLEW, ticks_per_step
-from tests.ros_nodes.loop import DT, EVEN, RATE, H, Loop
+from tests.ros_nodes.loop import CLIMB, DT, EVEN, RATE, H, Loop
 
 
 @pytest.mark.parametrize("camera_rate", [15.0, 30.0, 29.97])
@@ -127,3 +128,106 @@ def test_ticks_fit_steps() -> None:
     assert ticks_per_step(100.0, 1 / 30) == pytest.approx(10 / 3)
     with pytest.raises(ConfigError, match="at least the 10 steps per second"):
         ticks_per_step(9.0, 0.1)
+
+
+# ---- cameras and frame rates that fit nothing -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("camera_rate", [29.6, 29.7, 29.8, 30.3])
+def test_cameras_that_drift_against_the_steps_are_followed(camera_rate: float) -> None:
+    loop = Loop(camera_rate)
+    loop.policy.delay = 0.016
+    loop.run(30.0)
+    latency = np.array(loop.controller.statistics.to_command)[-50:]
+    assert np.median(latency) < 0.016 + 0.006
+    assert latency.max() < 0.030  # a proportional lock alone: 52 ms (p50) at 29.7 Hz
+
+
+@pytest.mark.parametrize("fps", [30.0, 25.0, 15.0, 7.0])
+def test_the_command_rate_need_be_no_multiple_of_the_steps(fps: float) -> None:
+    loop = Loop(dt=1.0 / fps)
+    loop.policy.delay = 0.012
+    loop.run(10.0)
+    assert loop.controller.hold is None
+    np.testing.assert_allclose(loop.steps(100), CLIMB * fps / RATE, rtol=1e-3)
+    assert loop.controller.statistics.slips == loop.stream.counters.starved == 0
+
+
+# ---- what operators do ------------------------------------------------------------------------------------------
+
+
+def test_motion_begins_gently() -> None:
+    loop = Loop(blend_in=2.0)
+    loop.run(1.0)
+    gentle = loop.path[-1, 0]
+    assert loop.steps().max() < 1.1 * EVEN
+    loop.run(3.0)
+    whole = Loop()
+    whole.run(1.0)
+    assert 0.2 * whole.path[-1, 0] < gentle < 0.7 * whole.path[-1, 0]
+    np.testing.assert_allclose(loop.steps(350), EVEN, rtol=1e-3)  # and then goes on as ever
+    whole.run(3.0)
+    assert loop.path[-1, 0] == pytest.approx(whole.path[-1, 0], abs=2 * CLIMB)
+
+
+def test_going_home_is_slow_needs_no_images_and_ends_disabled() -> None:
+    loop = Loop()
+    loop.run(3.0)
+    loop.cameras, start = False, loop.path[-1]
+    assert loop.controller.go_home(loop.now, (0.1, 0.0)) is None
+    count = len(loop.sent)
+    loop.run(0.5)
+    assert loop.controller.state.mode == "moving"
+    loop.run(8.0)
+    path = np.array([d.positions for _, d in loop.sent[count:] if d is not None])
+    assert np.abs(np.diff(path, axis=0)).max() <= HOME_SPEED / RATE * 1.05
+    assert path[0] == pytest.approx(start, abs=0.01)
+    assert path[-1] == pytest.approx([0.1, 0.0], abs=1e-9)
+    assert str(loop.controller.state) == "disabled: disabled: not enabled"
+    loop.controller.estop("operator")
+    assert loop.controller.go_home(loop.now, (0.0, 0.0)).code == "estop"
+
+
+def test_a_refused_enable_leaves_motion_disabled() -> None:
+    loop = Loop()
+    loop.run(1.0)
+    loop.states = False
+    loop.run(0.5)
+    assert loop.controller.enable(loop.now).code == "stale"
+    assert loop.controller.state.mode == "disabled"
+    loop.states, count = True, len(loop.sent)
+    loop.run(0.5)
+    assert len([d for _, d in loop.sent[count:] if d is not None]) <= 1  # what ends the motion of before
+
+
+def test_states_are_true_at_once() -> None:
+    loop = Loop()
+    assert loop.controller.state.mode == "waiting"
+    loop.run(1.0)
+    assert loop.controller.state.mode == "moving"
+    loop.controller.reset()  # there is no stop to reset: the arm goes on, and says so
+    assert str(loop.controller.state) == "moving"
+    loop.controller.estop("~/estop")
+    assert str(loop.controller.state) == "stopped: estop: emergency stop (~/estop)"
+    loop.controller.reset()
+    assert loop.controller.state.mode == "disabled"
+    assert loop.controller.enable(loop.now) is None
+    assert loop.controller.state.mode == "waiting"
+    loop.policy.failed = "The inference process ended (exit code -9)."
+    refused = loop.controller.enable(loop.now)
+    assert refused.code == "inference_failed"
+    assert "exit code -9" in refused.detail
+    loop.run(0.1)
+    assert loop.controller.state.mode == "disabled"
+
+
+def test_until_the_policy_is_loaded_the_arm_waits() -> None:
+    loop = Loop(enable=False)
+    loop.controller.stream._loaded, loop.policy.ready = False, False
+    assert loop.controller.enable(loop.now) is None
+    loop.run(1.0)
+    assert str(loop.controller.state) == "waiting: waiting: for the policy, which is being loaded"
+    assert not loop.policy.asked
+    loop.policy.ready = True
+    loop.run(0.5)
+    assert loop.controller.state.mode == "moving"

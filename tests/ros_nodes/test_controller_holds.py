@@ -216,3 +216,59 @@ def test_a_policy_that_fails_is_asked_less_and_less_often(code: str, hold: str) 
     starved = loop.stream.counters.starved
     loop.run(5.0)
     assert loop.stream.counters.starved == starved
+
+
+# ---- inputs that repeat themselves -----------------------------------------------------------------------------------
+
+
+def test_a_camera_that_repeats_its_image_holds_until_it_does_not() -> None:
+    loop = Loop()
+    loop.run(2.0)
+    loop.alive = False
+    loop.run(0.45)
+    assert loop.controller.hold is None  # a moment proves nothing
+    loop.run(0.5)
+    assert hold_code(loop) == "frozen_image"
+    assert "front repeats the same image" in loop.controller.hold.detail
+    held = loop.path[-1]
+    loop.run(2.0)
+    np.testing.assert_array_equal(loop.path[-1], held)
+    loop.alive = True
+    loop.run(0.5)
+    assert loop.controller.hold is None
+
+
+def test_images_of_a_scene_at_rest_may_be_the_same() -> None:
+    loop = Loop(enable=False)
+    loop.alive = False
+    loop.run(5.0)
+    assert loop.controller.enable(loop.now) is None
+    loop.run(0.2)
+    loop.alive = True
+    loop.run(1.0)
+    assert loop.controller.hold is None
+    loop.observations._frozen_after, loop.alive = 0.0, False
+    loop.run(2.0)
+    assert loop.controller.hold is None  # switched off
+
+
+def test_joint_states_that_do_not_follow_hold_until_an_operator_enables() -> None:
+    loop = Loop()
+    loop.run(1.0)
+    loop.follows = False
+    loop.run(1.5)
+    assert hold_code(loop) == "frozen_joint_states"
+    assert "the same for" in loop.controller.hold.detail
+    moved = loop.path[-1, 0] - loop.position[0]
+    assert 0.05 < moved < 0.2
+    loop.follows = True
+    loop.run(1.0)
+    assert hold_code(loop) == "frozen_joint_states"
+    assert loop.controller.enable(loop.now) is None
+    loop.run(1.0)
+    assert loop.controller.hold is None
+
+    dry = Loop()
+    dry.safety.follows = dry.follows = False
+    dry.run(3.0)
+    assert dry.controller.hold is None

@@ -40,11 +40,16 @@ class Robot:
         wrong: Joint -> what the joint states say instead.
         states: Whether joint states are published.
         powered: Whether commands move the arm.
+        alive: Whether images change.
+        blank: Whether images have one colour.
+        split: Whether arm and gripper publish messages of their own.
     """
 
     def __init__(self, graph: Any, cameras: dict[str, tuple[int, int]], state: dict[str, float]) -> None:
         self.images, self.state = True, dict(state)
-        self.states = self.powered = True
+        self.states = self.powered = self.alive = True
+        self.split = self.blank = False
+        self._taken = 0
         self.encoding = "rgb8"
         self.wrong: dict[str, float] = {}
         rng = np.random.default_rng(0)
@@ -69,14 +74,20 @@ class Robot:
             return
         state = self.state | self.wrong
         names = list(reversed(self.state))  # an order of its own: joints are matched by name
-        message = JointState(name=names, position=[state[name] for name in names])
-        message.header.stamp = self._node.get_clock().now().to_msg()
-        self._joints.publish(message)
+        fingers = [name for name in names if "finger" in name]
+        parts = (fingers, [name for name in names if name not in fingers]) if self.split else (names,)
+        for part in parts:
+            message = JointState(name=part, position=[state[name] for name in part])
+            message.header.stamp = self._node.get_clock().now().to_msg()
+            self._joints.publish(message)
 
     def _publish_images(self) -> None:
         if not self.images:
             return
         stamp = self._node.get_clock().now().to_msg()
+        self._taken += self.alive
+        for pixels in self._pixels.values():
+            pixels[0 : None if self.blank else 1, 0 : None if self.blank else 1] = self._taken % 256
         for topic, publisher in self._cameras.items():
             if "compressed" in topic:
                 file = io.BytesIO()

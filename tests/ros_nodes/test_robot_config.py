@@ -11,10 +11,17 @@ import mujoco
 import numpy as np
 import pytest
 import yaml
+from builtin_interfaces.msg import Time
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sensor_msgs.msg import JointState
 
 from ceed_vla.errors import ConfigError
 from ros_nodes.robot.interfaces.base import INTERFACES
-from ros_nodes.robot.robot_file import COMPONENTS, load_robot_config, packaged_config
+from ros_nodes.robot.messages import array_to_image
+from ros_nodes.robot.motion import Motion
+from ros_nodes.robot.observations import Observations
+from ros_nodes.robot.robot_file import COMPONENTS, Arm, load_robot_config, packaged_config
 from sim.tabletop import arm, env, scene
 
 CONFIG = Path(__file__).resolve().parents[2] / "launch" / "config"
@@ -234,3 +241,115 @@ def test_no_yaml(tmp_path: Path, text: str) -> None:
         load_robot_config(tmp_path / "robot.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_robot_config(tmp_path / "none.yaml")
+
+
+# ---- other units than radians and metres ----------------------------------------------------------------------------
+
+
+def example(**changes: Any) -> dict[str, Any]:
+    """The example of a real arm; `changes` are merged into its parts."""
+    values = yaml.safe_load((CONFIG / "real_arm_example.yaml").read_text())
+    for part, change in changes.items():
+        values[part] |= change
+    return values
+
+
+@given(
+    sign=st.lists(st.sampled_from([-1, 1]), min_size=6, max_size=6),
+    scale=st.lists(st.floats(1e-3, 10.0), min_size=6, max_size=6),
+    offset=st.lists(st.floats(-6.0, 6.0), min_size=6, max_size=6),
+    at=st.lists(st.floats(-3.0, 3.0), min_size=6, max_size=6),
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_joints_go_to_the_policys_units_and_back(
+    sign: list[int], scale: list[float], offset: list[float], at: list[float]
+) -> None:
+    arm_of = Arm(None, "", tuple("abcdef"), (), "rad", tuple(sign), tuple(scale), tuple(offset))
+    there = arm_of.from_radians(np.array(at))
+    np.testing.assert_allclose(arm_of.to_radians(there), at, atol=1e-9)
+    np.testing.assert_allclose(there * np.array(scale) * np.array(sign) + offset, at, atol=1e-9)
+
+
+def test_so_101_joints_of_minus_100_to_100(tmp_path: Path) -> None:
+    change = {"sign": [1, -1, 1, 1, 1, 1], "scale": [0.0192] * 6, "offset": [0.0, 0.1, 0.0, 0.0, 0.0, 0.0]}
+    values = example(arm=change)
+    del values["arm"]["unit"]
+    robot = load_robot_config(write(tmp_path, values))
+    motion = Motion(robot)
+    motion.restart(np.zeros(6), 0.02)
+    motion.advance(np.array([100.0, 100.0, 0.0, 0.0, 0.0, -50.0, 0.05]))
+    np.testing.assert_allclose(motion.joints, [1.92, -1.82, 0.0, 0.0, 0.0, -0.96])
+    values["action"]["kind"] = "joint_delta"
+    motion = Motion(load_robot_config(write(tmp_path, values)))
+    motion.restart(np.full(6, 0.5), 0.02)
+    motion.advance(np.array([10.0, 10.0, 0.0, 0.0, 0.0, 0.0, 0.05]))
+    np.testing.assert_allclose(motion.joints, [0.692, 0.308, 0.5, 0.5, 0.5, 0.5])
+
+
+def test_a_gripper_that_counts_the_other_way(tmp_path: Path) -> None:
+    """Robotiq: the joint is 0 when it is open; the policy says 0 to 100."""
+    change = {"opening_scale": -0.10625, "opening_offset": 0.085, "command": "joint"}
+    values = example(gripper=change | {"action_scale": 0.00085, "action_offset": 0.0})
+    robot = load_robot_config(write(tmp_path, values))
+    gripper = robot.gripper
+    assert gripper is not None
+    assert gripper.opening(0.0) == pytest.approx(0.085)
+    assert gripper.opening(0.8) == pytest.approx(0.0)
+    assert gripper.told(0.0) == pytest.approx(0.8)
+    assert gripper.told(0.085) == pytest.approx(0.0)
+    assert gripper.to_policy(gripper.from_policy(37.0)) == pytest.approx(37.0)
+    motion = Motion(robot)
+    motion.restart(np.zeros(6), 0.085)
+    motion.advance(np.array([0.0] * 6 + [50.0]))
+    assert motion.gripper == pytest.approx(0.0425)
+    observations = Observations(robot, {}, {"observation.state": 7}, None)
+    state = JointState(name=[*robot.arm.joints, "finger_joint"], position=[0.1] * 6 + [0.4])
+    observations.take_joints(state)
+    assert observations.snapshot(motion)["observation.state"][-1] == pytest.approx(50.0)
+
+
+def test_efforts_are_a_part_of_states_and_crops_of_images(tmp_path: Path) -> None:
+    values = example(state={"observation.state": ["joint_positions", "joint_efforts"]})
+    camera = "observation.images.front"
+    values["images"][camera] |= {"crop": [2, 1, 4, 5], "resize": False}
+    robot = load_robot_config(write(tmp_path, values))
+    observations = Observations(robot, {camera: (3, 4, 5)}, {"observation.state": 12}, None)
+    state = JointState(name=[*robot.arm.joints, "finger_joint"], position=[0.1] * 7, effort=[2.0] * 6 + [9.0])
+    observations.take_joints(state)
+    pixels = np.arange(8 * 7 * 3, dtype=np.uint8).reshape(8, 7, 3)
+    observations.cameras[0].take(array_to_image(pixels, Time(sec=1), "front"))
+    seen = observations.snapshot(Motion(robot))
+    np.testing.assert_array_equal(seen["observation.state"][6:], 2.0)
+    np.testing.assert_array_equal(seen[camera], pixels[2:6, 1:6])
+    observations.cameras[0].take(array_to_image(pixels[:5], Time(sec=1), "front"))
+    assert "crops [2, 1, 4, 5]" in observations.cameras[0].fault
+    observations.cameras[0].take(array_to_image(pixels, Time(sec=2), "front"))
+    observations.take_joints(JointState(name=[*robot.arm.joints, "finger_joint"], position=[0.1] * 7))
+    assert "efforts" in observations.fault.detail
+
+
+def test_a_frame_rate_may_be_said_as_it_is(tmp_path: Path) -> None:
+    values = example(action={"fps": 30})
+    with pytest.raises(ConfigError, match=r"action.dt and fps say the same"):
+        load_robot_config(write(tmp_path, values))
+    del values["action"]["dt"]
+    assert load_robot_config(write(tmp_path, values)).action.dt == pytest.approx(1 / 30)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "told"),
+    [
+        ("arm", {"sign": [1, 1, 1, 1, 1, 0.5]}, "give 1 or -1"),
+        ("arm", {"sign": [1]}, "list of 6 numbers"),
+        ("arm", {"scale": [0.0] * 6}, "must lie in"),
+        ("arm", {"scale": [1.0] * 6, "unit": "deg"}, "exclude each other"),
+        ("gripper", {"opening_scale": 0.0}, "must not be 0"),
+        ("gripper", {"command": "joint", "joints": []}, "joints names none"),
+        ("limits", {"acceleration": [-1.0] * 6}, "must lie in"),
+    ],
+)
+def test_mappings_that_cannot_be_inverted_are_refused(
+    tmp_path: Path, part: str, change: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load_robot_config(write(tmp_path, example(**{part: change})))

@@ -393,3 +393,29 @@ def test_physical_velocities_have_a_default() -> None:
 def test_bad_limits_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         limits(**changes)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(wanted=st.lists(st.floats(-0.9, 0.9), min_size=5, max_size=40), limit=st.floats(0.5, 20.0))
+def test_commands_keep_the_acceleration_and_arrive(wanted: list[float], limit: float) -> None:
+    safety = SafetyFilter(limits(max_acceleration=np.full(2, limit), max_step=[9.0, 9.0]))
+    safety.measure(NAMES, (0.0, 0.0))
+    safety.enable()
+    path = [0.0]
+
+    def go(target: float) -> None:
+        decision = safety.command(np.array([target, 0.0]), dt=0.01, ages=FRESH)
+        assert decision.hold is None
+        path.append(float(decision.positions[0]))
+        safety.measure(NAMES, decision.positions)
+
+    for target in wanted:
+        for _ in range(8):
+            go(target)
+    for _ in range(1500):
+        go(wanted[-1])
+    speeds = np.diff(path) / 0.01
+    assert np.abs(np.diff(speeds, prepend=0.0)).max() <= limit * 0.01 + 1e-9
+    assert path[-1] == pytest.approx(wanted[-1], abs=1e-3)
+    assert np.abs(speeds).max() <= limits().max_velocity[0] + 1e-9
+    assert max(path) <= max([*wanted, 0.0]) + 0.5 * limit * 0.01**2 + 1e-3  # it does not overshoot

@@ -1,0 +1,56 @@
+"""Joint states that come in several messages, with stamps of their own."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
+
+from sensor_msgs.msg import JointState
+
+from ros_nodes.robot.joint_table import JointTable
+from tests.ros_nodes.loop import stamp
+
+
+def state(now: float, **positions: float) -> JointState:
+    message = JointState(name=list(positions), position=list(positions.values()))
+    message.header.stamp = stamp(now)
+    return message
+
+
+def test_the_newest_of_every_joint_counts() -> None:
+    table = JointTable(("a", "b", "finger"))
+    first, stamps = table.take(state(1.0, a=0.1, b=0.2))
+    assert (list(first.name), stamps) == (["a", "b"], [1.0, 1.0])
+    both, stamps = table.take(state(1.5, finger=0.3, other=9.0))
+    assert dict(zip(both.name, both.position, strict=True)) == {"a": 0.1, "b": 0.2, "finger": 0.3}
+    assert stamps == [1.0, 1.0, 1.5]
+    assert both.header.stamp == stamp(1.0)
+    both, stamps = table.take(state(2.0, b=0.5, a=0.4))
+    assert dict(zip(both.name, both.position, strict=True)) == {"a": 0.4, "b": 0.5, "finger": 0.3}
+    assert (stamps, table.lacks) == ([2.0, 2.0, 1.5], "The joint state lacks finger; it has b, a.")
+    table.forget()
+    assert list(table.take(state(3.0, finger=0.0))[0].name) == ["finger"]
+
+
+def test_velocities_and_efforts_are_merged_where_all_have_them() -> None:
+    table = JointTable(("a", "b"))
+    one, other = state(1.0, a=0.1), state(1.0, b=0.2)
+    one.velocity, one.effort, other.velocity = [1.0], [5.0], [2.0]
+    table.take(one)
+    merged, _ = table.take(other)
+    assert list(merged.velocity) == [1.0, 2.0]
+    assert not merged.effort
+
+
+def test_messages_that_contradict_themselves_come_back_and_change_nothing() -> None:
+    table = JointTable(("a", "b"))
+    table.take(state(1.0, a=0.1, b=0.2))
+    for names, positions in ((["a", "a"], [1.0, 2.0]), (["a"], []), (["a"], [1.0, 2.0])):
+        broken = JointState(name=names, position=positions)
+        assert table.take(broken)[0] is broken
+    merged, _ = table.take(state(2.0, c=1.0))
+    assert dict(zip(merged.name, merged.position, strict=True)) == {"a": 0.1, "b": 0.2}
+    strange = JointTable(("a",))
+    foreign = state(1.0, c=1.0)
+    assert strange.take(foreign)[0] is foreign  # nothing is known yet: say what it has

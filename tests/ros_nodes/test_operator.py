@@ -1,0 +1,201 @@
+"""What an operator sees and asks for, between real processes: a dry run, every answer true, stuck sensors, loading."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
+
+from lifecycle_msgs.msg import Transition
+from std_msgs.msg import Float64MultiArray, String
+from std_srvs.srv import SetBool, Trigger
+from trajectory_msgs.msg import JointTrajectory
+
+from ros_nodes.robot.messages import LATCHED
+from ros_nodes.robot.robot_file import load_robot_config, packaged_config
+from tests.ros_nodes.conftest import Graph, Status
+from tests.ros_nodes.test_policy_node import ARM, COMMANDS, change_state, start, tabletop
+
+pytestmark = [pytest.mark.slow, pytest.mark.realtime]
+ON, OFF = SetBool.Request(data=True), SetBool.Request(data=False)
+
+
+class Cell:
+    """A robot whose arm and gripper publish messages of their own, a policy node, and what both say."""
+
+    def __init__(self, graph: Graph, **parameters: Any) -> None:
+        self.graph, self.robot, self.status = graph, tabletop(graph), Status(graph)
+        self.robot.split = True
+        self.commands: list[Float64MultiArray] = graph.listen(COMMANDS, Float64MultiArray)
+        self.states: list[String] = graph.listen("/policy/state", String, LATCHED)
+        start(graph, **parameters)
+
+    def enable(self, request: SetBool.Request = ON) -> Any:
+        return self.ask("/policy/enable", SetBool, request)
+
+    def ask(self, service: str, kind: Any, request: Any = None) -> Any:
+        """Call a service, again where this process, which is the robot, was too slow to be believed."""
+        for _ in range(20):
+            answer = self.graph.call(service, kind, request)
+            if not answer.message.startswith("stale"):
+                break
+            self.graph.spin(0.3)
+        return answer
+
+    def said(self, text: str, since: int = 0) -> Any:
+        return self.graph.wait(lambda: any(text in s.data for s in self.states[since:]), f"the state {text!r}", 90.0)
+
+
+@pytest.fixture(scope="module")
+def cell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cell]:
+    """One session of processes for the tests that leave it as it was."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+        graph = Graph(tmp_path_factory.mktemp("cell"))
+        try:
+            made = Cell(graph, frozen_image_timeout=0.5)
+            made.status.state("moving")  # though no joint state has all joints
+            yield made
+        finally:
+            graph.close()
+
+
+def test_a_reset_says_what_is_true(cell: Cell) -> None:
+    answer = cell.graph.call("/policy/reset", Trigger)
+    assert answer.message == "moving"  # there was no stop, and the arm goes on
+    before = len(cell.commands)
+    cell.graph.wait(lambda: len(cell.commands) > before + 20, "commands")
+    assert cell.graph.call("/policy/estop", Trigger).message.startswith("stopped: estop")
+    assert cell.graph.call("/policy/reset", Trigger).message.startswith("disabled")
+    answer = cell.enable()
+    assert answer.success
+    assert answer.message.startswith("waiting")
+    cell.status.state("moving")
+    assert cell.enable(OFF).message.startswith("disabled")
+    assert cell.enable().success
+    cell.status.state("moving")
+
+
+def test_short_holds_are_told(cell: Cell) -> None:
+    since = len(cell.states)
+    cell.robot.images = False
+    cell.said("holding: stale: front is 0.5", since)
+    cell.robot.images = True
+    cell.graph.wait(lambda: cell.states[-1].data == "moving", "motion")
+    assert len(cell.states) - since < 12  # changes, not ticks
+
+
+def test_a_camera_that_repeats_itself_holds_and_a_blank_one_is_warned_of(cell: Cell) -> None:
+    cell.robot.alive = False
+    cell.status.state("holding", "frozen_image", "repeats the same image")
+    cell.graph.spin(1.5)
+    held = np.array(cell.commands[-1].data)
+    cell.graph.spin(0.3)
+    np.testing.assert_array_equal(cell.commands[-1].data, held)
+    cell.robot.alive = cell.robot.blank = True
+    cell.graph.spin(3.0)
+    print([(s.message, [v.value for v in s.values if v.key in ("state","hold_reason","ticks","chunks","last_inference_error")]) for m in cell.status._messages[-4:] for s in m.status], [s.data for s in cell.states])
+    cell.status.wait(lambda said, values: "are equal" in said and values["state"] == "moving", "the warning")
+    cell.robot.blank = False
+    cell.status.wait(lambda said, values: said == "moving", "the end of the warning")
+
+
+def test_joint_states_that_do_not_follow_hold(cell: Cell) -> None:
+    cell.robot.powered = False
+    cell.status.state("holding", "frozen_joint_states", "the same for")
+    cell.robot.powered = True
+    assert cell.enable().success
+    cell.status.state("moving")
+
+
+def test_home_is_reached_slowly_and_ends_in_rest(cell: Cell) -> None:
+    home = load_robot_config().arm.home
+    cell.robot.images = False  # it needs none
+    assert cell.ask("/policy/go_home", Trigger).success
+    cell.status.state("disabled")
+    reached = [cell.robot.state[name] for name in ARM]
+    np.testing.assert_allclose(reached, home, atol=1e-3)
+    cell.robot.images = True
+    assert cell.enable().success
+    cell.status.state("moving")
+
+
+def test_time_cannot_become_simulated_at_run_time(cell: Cell) -> None:
+    (result,) = cell.graph.set_parameters("/policy", use_sim_time=True)
+    assert not result.successful
+    assert "only at the start" in result.reason
+
+
+def test_with_a_dead_policy_enable_is_refused_and_motion_disabled(graph: Graph) -> None:
+    cell = Cell(graph)
+    cell.status.state("moving")
+    tasks = Path(f"/proc/{graph.processes['policy_node'].pid}/task").iterdir()
+    children = {pid for task in tasks for pid in (task / "children").read_text().split()}
+    worker = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(worker[-1]), signal.SIGKILL)
+    cell.status.state("holding", "inference_failed")
+    answer = cell.enable()
+    assert not answer.success
+    assert answer.message.startswith("inference_failed: The inference process ended (exit code -9)")
+    assert answer.message.endswith("(disabled)")
+    cell.graph.spin(0.2)
+    before = len(cell.commands)
+    cell.graph.spin(0.5)
+    assert len(cell.commands) == before
+    assert graph.stop("policy_node") == 0
+
+
+def test_a_dry_run_commands_nothing_and_shows_everything(graph: Graph) -> None:
+    gripper = graph.listen("/gripper_controller/commands", Float64MultiArray)
+    planned = graph.listen("/policy/planned", JointTrajectory)
+    preview = graph.listen("/policy/preview_command", Float64MultiArray)
+    cell = Cell(graph, dry_run=True)
+    before = dict(cell.robot.state)
+    graph.wait(lambda: len(planned) > 3 and len(preview) > 200, "previews", 120.0)
+    cell.status.state("moving")
+    assert not cell.commands
+    assert not gripper
+    assert not graph.node.count_publishers(COMMANDS)
+    assert not graph.node.count_publishers("/gripper_controller/commands")
+    assert cell.robot.state == before
+    assert planned[0].joint_names == [*ARM, "gripper"]
+    path = np.array([point.positions for point in planned[0].points])
+    assert path.shape[0] in (7, 8)  # what is left when it takes over
+    assert path.shape[1] == 8
+    assert np.isfinite(path).all()
+    assert np.ptp(path[:, :7], axis=0).max() > 1e-3
+    assert set(path[:, 7]) <= {0.0, 0.1}
+    assert np.abs(np.array(preview[-1].data) - [before[name] for name in ARM]).max() <= 0.3 + 1e-9  # limits.step
+    assert graph.stop("policy_node") == 0
+
+
+def test_while_a_checkpoint_loads_services_answer_and_what_does_not_fit_is_said_first(
+    graph: Graph, tmp_path: Path
+) -> None:
+    values = yaml.safe_load(packaged_config().read_text())
+    values["arm"]["model"] = str(packaged_config().parent / values["arm"]["model"])
+    del values["images"]["observation.images.wrist"]
+    (tmp_path / "robot.yaml").write_text(yaml.safe_dump(values))
+    cell = Cell(graph, autostart=False, robot_config=str(tmp_path / "robot.yaml"))
+    assert not change_state(graph, Transition.TRANSITION_CONFIGURE)
+    cell.said("unconfigured: configure failed: The policy wants 'observation.images.wrist'")
+    assert "chunks of" not in graph.output("policy_node")  # nothing was loaded for that
+    assert graph.set_parameters("/policy", robot_config="")[0].successful
+    assert change_state(graph, Transition.TRANSITION_CONFIGURE)
+    cell.said("inactive: the policy is being loaded")
+    assert change_state(graph, Transition.TRANSITION_ACTIVATE)
+    cell.said("waiting: waiting: for the policy, which is being loaded")
+    assert graph.call("/policy/estop", Trigger).message.startswith("stopped")
+    assert graph.call("/policy/reset", Trigger).message.startswith("disabled")
+    assert "chunks of" not in graph.output("policy_node")  # all of that while it was loading
+    assert cell.enable().message.startswith("waiting")
+    cell.status.state("moving")
+    assert graph.stop("policy_node") == 0

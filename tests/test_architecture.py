@@ -20,7 +20,7 @@ ARROWS: dict[str, set[str]] = {
     "sim": {"ceed_vla"},
     "ros_nodes.robot": {"ceed_vla"},
     "ros_nodes.simulated": {"ceed_vla", "sim", "ros_nodes.robot"},
-    "ros_nodes.demo": {"ceed_vla", "sim", "ros_nodes.robot"},
+    "ros_nodes.demo": {"ceed_vla", "sim", "ros_nodes.robot", "ros_nodes.simulated"},
     "benchmarks": {"ceed_vla", "training", "sim"},
 }
 FORBIDDEN_ANYWHERE = {"ceed_vla": {"rclpy", "mujoco"}, "training": {"rclpy", "mujoco"}, "sim": {"rclpy"}}

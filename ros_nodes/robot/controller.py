@@ -276,7 +276,6 @@ class PolicyController:
         """Plan nothing, and start from the measured pose; what the gripper was told stays true if it is `resumed`."""
         self._drop_plans()
         self.statistics.paused()
-        self._observations.look_anew()
         joints, measured = self._observations.joints, self._safety.measured
         assert measured is not None
         self._motion.restart(measured, joints.opening if joints and not resumed else None)

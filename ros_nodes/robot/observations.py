@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ros_nodes.robot.kinematics import ModelArm
 
 MOVED = 0.05  # a joint moves so far, and an image must have changed [rad]
+AT_ONCE = 0.1  # between stamps of an image and of the pose that it shows [s]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Observations:
         parts = {part for feature in states for part in robot.states[feature]}
         self._wants_velocities, self._wants_efforts = "joint_velocities" in parts, "joint_efforts" in parts
         self._table = JointTable((*robot.arm.joints, *(robot.gripper.joints if robot.gripper else ())))
-        self._looks: dict[str, tuple[float | None, Array]] = {}  # camera -> when its image changed [s], the pose then
+        # Camera -> when its image changed [s], and the pose then; None where that is not known.
+        self._looks: dict[str, tuple[float | None, Array | None]] = {}
         self.joints: Joints | None = None
         self._joint_stamp: float | None = None
         self._joint_fault: str | None = None
@@ -124,19 +126,17 @@ class Observations:
         """`JointTable.lacks`."""
         return self._table.lacks
 
-    def look_anew(self) -> None:
-        """The arm may have moved unseen: nobody knows what images should have changed."""
-        self._looks.clear()
-
     def _frozen(self) -> Hold | None:
         for camera in self.cameras if self._frozen_after and self.joints is not None else ():
             assert self.joints is not None
             name, pose = camera.source.name, self.joints.positions
-            changed, before = self._looks.setdefault(name, (camera.changed, pose))
-            if changed != camera.changed:
-                self._looks[name] = camera.changed, pose
+            known = abs((self._joint_stamp or 0.0) - (camera.stamp or 0.0)) < AT_ONCE
+            changed, before = self._looks.get(name, (None, None))
+            if changed != camera.changed or before is None:
+                self._looks[name] = camera.changed, pose if known else None
+                continue
             since = (camera.stamp or 0.0) - (changed or math.inf)
-            if since > self._frozen_after and np.abs(pose - before).max() > MOVED:
+            if since > self._frozen_after and known and np.abs(pose - before).max() > MOVED:
                 detail = f"{name} repeats the same image for {since:.2f} s while the arm moved"
                 return Hold("frozen_image", f"{detail}; is its driver stuck?")
         return None
@@ -156,7 +156,7 @@ class Observations:
         """Forget all messages: their stamps are worth nothing after a jump of the clock."""
         self.joints = self._joint_stamp = self._joint_fault = None
         self._table.forget()
-        self.look_anew()
+        self._looks.clear()
         for camera in self.cameras:
             camera.forget()
 

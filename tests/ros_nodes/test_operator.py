@@ -101,8 +101,6 @@ def test_a_camera_that_repeats_itself_holds_and_a_blank_one_is_warned_of(cell: C
     cell.graph.spin(0.3)
     np.testing.assert_array_equal(cell.commands[-1].data, held)
     cell.robot.alive = cell.robot.blank = True
-    cell.graph.spin(3.0)
-    print([(s.message, [v.value for v in s.values if v.key in ("state","hold_reason","ticks","chunks","last_inference_error")]) for m in cell.status._messages[-4:] for s in m.status], [s.data for s in cell.states])
     cell.status.wait(lambda said, values: "are equal" in said and values["state"] == "moving", "the warning")
     cell.robot.blank = False
     cell.status.wait(lambda said, values: said == "moving", "the end of the warning")

@@ -24,8 +24,8 @@ class ServoTwists(ActionInterface):
     def __init__(self, settings: Fields) -> None:
         super().__init__(settings)
         self._frame = settings.text("frame")
-        self._gain = settings.number("gain", 0.0, 50.0, default=2.0)  # [1/s]
-        self._max_linear = settings.number("max_linear", 1e-3, 5.0, default=0.7)  # [m/s]
+        self._gain = settings.number("gain", 0.0, 50.0, default=0.3)  # [1/s]
+        self._max_linear = settings.number("max_linear", 1e-3, 5.0, default=1.0)  # [m/s]
         self._max_angular = settings.number("max_angular", 1e-3, 10.0, default=3.0)  # [rad/s]
 
     def message(self, command: Command, arm: CommandedArm) -> TwistStamped:

@@ -70,6 +70,7 @@ def robot_check(config: RobotCheckConfig) -> None:
         table.add_row(joint, own, f"[{low:.3f}, {high:.3f}] rad, {limits.max_velocity[place]:g} rad/s")
         if robot.arm.home and not low <= robot.arm.home[place] <= high:
             problems.append(f"arm.home of {joint} is {robot.arm.home[place]}, outside its limits.")
-    Console().print(table)
+    console = Console()
+    Console(width=None if console.is_terminal else 140).print(table)
     if problems:
         raise ConfigError(f"{robot.source} and {config.checkpoint} do not fit. {' '.join(problems)}")

@@ -83,12 +83,12 @@ def test_a_twist_is_the_velocity_of_the_tool_and_corrects_what_it_lacks(arm: Com
     assert arm.model is not None
     slow, late = command(arm, 0.01), command(arm, 0.01, lag=0.001)
     linear, angular = (jacobian.sum(axis=1) for jacobian in (arm.model.pose(slow.positions), arm.model.jacobian())[1])
-    for one, share in ((slow, 1.0), (late, 1.2)):  # gain 2 / s: 0.001 rad behind is 0.002 rad/s more
+    for one, share in ((slow, 1.0), (late, 1.03)):  # gain 0.3 / s: 0.001 rad behind
         twist = twists.message(one, arm).twist
         got = [[vector.x, vector.y, vector.z] for vector in (twist.linear, twist.angular)]
         np.testing.assert_allclose(got, 0.01 * share * np.array([linear, angular]), atol=2e-5)
     fast = twists.message(command(arm, 50.0), arm).twist
-    assert np.linalg.norm([fast.linear.x, fast.linear.y, fast.linear.z]) == pytest.approx(0.7)
+    assert np.linalg.norm([fast.linear.x, fast.linear.y, fast.linear.z]) == pytest.approx(1.0)
     assert np.linalg.norm([fast.angular.x, fast.angular.y, fast.angular.z]) == pytest.approx(3.0)
 
 

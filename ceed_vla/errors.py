@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from draccus.utils import ParsingError
+try:
+    from draccus.utils import ParsingError
+except ImportError:  # a robot's node whose policy runs in another Python needs no LeRobot
+    ParsingError = ValueError  # type: ignore[misc,assignment]
 
 
 class CeedVLAError(Exception):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A teacher of 12 layers from the shipped one of 4, to see what depth is worth: grow, train on (67 minutes on a slow core).
-# It takes the data sets of `tabletop.sh` and goes on where an interrupt left it.
+# A pair of 12 layers from the shipped one of 4, to see what depth is worth: grow, train on, distil, exits, evaluate (about two
+# hours on two slow cores). It takes the data sets of `tabletop.sh` and goes on where an interrupt left it.
 #
 #   bash recipes/deep.sh [OUTPUT_FOLDER]    # the folder of tabletop.sh
 set -euo pipefail
@@ -9,12 +9,28 @@ out=${1:-outputs/tabletop}
 export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
 started() { [ -e "$out/$1/progress.json" ] && echo true || echo false; }
 finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors" ]; }
-data="$out/data"
+data="$out/data" teacher="$out/deep_teacher/checkpoints/final" student="$out/deep_student/checkpoints/final"
 roots="$data/clean,$data/perturb0,$data/perturb1,$data/takeover0,$data/takeover1"
 
-# 1. Behind every layer two that add nothing yet; then the teacher's second run again, shorter.
+# 1. Behind every layer two that add nothing yet; then the teacher's second run again, shorter. (At a rate of 1e-3 its loss
+#    rises.)
 [ -e "$out/grown/config.json" ] || python recipes/grow.py teacher "$out/grown" 3
-finished deep_teacher || ceed-vla train --output_dir "$out/deep_teacher" --policy_path "$out/grown" --roots "$roots" \
-  --root_weights 0.08,0.3,0.37,0.125,0.125 --grounding_roots "$data/ground0,$data/ground1" --grounding_batch 8 \
-  --grounding_steps 0 --steps 1100 --rounds 0 --lr 4e-4 --muon_lr 4e-4 --save_every 100 --threads 1 \
-  --resume "$(started deep_teacher)"
+finished deep_teacher || torchrun --nproc_per_node 2 -m ceed_vla.cli train --output_dir "$out/deep_teacher" \
+  --policy_path "$out/grown" --roots "$roots" --root_weights 0.08,0.3,0.37,0.125,0.125 \
+  --grounding_roots "$data/ground0,$data/ground1" --grounding_batch 8 --grounding_steps 0 --steps 1100 --rounds 0 \
+  --lr 4e-4 --muon_lr 4e-4 --save_every 100 --threads 1 --resume "$(started deep_teacher)"
+
+# 2. Its student, on trajectories made as they are needed.
+finished deep_student || torchrun --nproc_per_node 2 -m ceed_vla.cli distill --teacher_path "$teacher" \
+  --trajectories.online true --roots "$roots" --output_dir "$out/deep_student" --steps 650 --lr 6e-4 --muon_lr 6e-4 \
+  --max_updates 1 --max_iterations 2 --confidence 0.2 --save_every 100 --eval_every 0 --threads 1 \
+  --resume "$(started deep_student)"
+
+# 3. Exits beside it, which threshold on validation seeds, and the table on evaluation seeds.
+[ -e "$out/deep_exits/config.json" ] || ceed-vla exits --policy_path "$student" --output_dir "$out/deep_exits" \
+  --roots "$data/perturb1,$data/takeover0,$data/takeover1" --layers "[3,4,5,6,7,8]" --steps 240 --threads 1
+evaluate() { # name seed episodes decoders, and what differs
+  ceed-vla eval --policy.path "$out/deep_exits" --decoders "$4" --episodes "$3" --seed "$2" --timing_chunks 0 --threads 1 \
+    --output_dir "$out/$1" --resume true "${@:5}"
+}
+evaluate deep_validate 40000 100 ceed,cap1,deer4t1_conf0.2_cap2,deer4t3_conf0.2_cap2,deer6t1_conf0.2_cap2,deer6t3_conf0.2_cap2

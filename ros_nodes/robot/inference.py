@@ -15,9 +15,12 @@ import multiprocessing
 import os
 import queue
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
@@ -41,6 +44,8 @@ class _PolicyDied(Exception):  # noqa: N818 - an event, not a message for users
 class InferenceWorker:
     """One policy, one request at a time, with the other fields of `PredictorSettings` as `settings`.
 
+    `python` runs the process of mode "process", this Python if it is empty; it needs ceed_vla, torch and lerobot.
+
     `notify` is called in the thread that carries the answers when one can be polled.
 
     Raises:
@@ -52,13 +57,14 @@ class InferenceWorker:
         checkpoint: str | Path,
         *,
         mode: str = "process",
+        python: str = "",
         notify: Callable[[], None] = lambda: None,
         **settings: Any,
     ) -> None:
         if mode not in MODES:
             raise ConfigError(f"The inference mode is {mode!r}; choose one of {', '.join(MODES)}.")
         chosen = PredictorSettings(str(checkpoint), **settings)
-        self._policy = _OwnProcess(chosen) if mode == "process" else _SameProcess(chosen)
+        self._policy = _OwnProcess(chosen, python) if mode == "process" else _SameProcess(chosen)
         self._spec: PolicySpec | None = None
         self._notify = notify
         self._inbox: queue.SimpleQueue[tuple[Request, float | None] | None] = queue.SimpleQueue()
@@ -190,11 +196,14 @@ class _SameProcess:
 
 
 class _OwnProcess:
-    """Runs it in a child process, which dies with its parent, because its pipe ends then."""
+    """Runs it in a child process, which dies with its parent, because its pipe ends then.
 
-    def __init__(self, settings: PredictorSettings) -> None:
-        self._settings = settings
-        self._process: multiprocessing.process.BaseProcess | None = None
+    The child may be another `python`, where torch and lerobot are; the node itself needs neither.
+    """
+
+    def __init__(self, settings: PredictorSettings, python: str) -> None:
+        self._settings, self._python = settings, python
+        self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()  # a process that is being started cannot be stopped yet
         self._stopped = False
 
@@ -203,16 +212,22 @@ class _OwnProcess:
         return self._process.pid if self._process else None
 
     def load(self) -> PolicySpec:
-        context = multiprocessing.get_context("spawn")  # a fork would copy locks of ROS and torch
-        self._pipe, theirs = context.Pipe()
+        self._pipe, theirs = multiprocessing.Pipe()
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        if self._python:
+            environment = dict(os.environ)
+            if environment.pop("_ROS_WHEELS_BOOTSTRAP_COMPLETE", None):  # ROS's wheels set both for this Python alone
+                environment.pop("LD_LIBRARY_PATH", None)
+        command = [self._python or sys.executable, "-m", __name__, str(theirs.fileno())]
         with self._lock:
             if self._stopped:
                 raise CheckpointError("The worker was closed while it was starting.")
-            self._process = context.Process(
-                target=_serve, args=(theirs, self._settings), name="policy inference", daemon=True
-            )
-            self._process.start()
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
         theirs.close()  # or the pipe would not end with the child
+        try:
+            self._pipe.send(self._settings)
+        except OSError as error:
+            raise self._died() from error
         answer = self._receive()
         if isinstance(answer, CeedVLAError):
             raise answer
@@ -234,10 +249,11 @@ class _OwnProcess:
         if self._process is None:
             return
         self._process.terminate()
-        self._process.join(timeout_s)
-        if self._process.is_alive():
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.join()
+            self._process.wait()
 
     def _receive(self) -> object:
         try:
@@ -247,16 +263,20 @@ class _OwnProcess:
 
     def _died(self) -> _PolicyDied:
         assert self._process is not None
-        self._process.join(1.0)
-        return _PolicyDied(f"The inference process ended (exit code {self._process.exitcode}).")
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
+        return _PolicyDied(f"The inference process ended (exit code {self._process.returncode}).")
 
 
-def _serve(pipe: Connection, settings: PredictorSettings) -> None:
-    """Main function of the child process."""
+def _serve(number: int) -> None:
+    """Main function of the child process, whose end of the pipe has that file number."""
     # Ctrl-C reaches the whole group; the parent decides what ends when.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pipe = Connection(number)
     try:
-        predictor = Predictor(settings)
+        predictor = Predictor(pipe.recv())
+    except EOFError:
+        return
     except Exception as error:
         pipe.send(_load_error(error))
         return
@@ -275,3 +295,7 @@ def _load_error(error: Exception) -> CeedVLAError:
         return error
     text = str(error) if isinstance(error, _PolicyDied) else f"{type(error).__name__}: {error}"
     return CheckpointError(f"The policy could not be loaded. {text}")
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))

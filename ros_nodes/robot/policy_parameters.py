@@ -1,8 +1,10 @@
 """The policy node's parameters."""
 
+import os
+
 from ros_nodes.robot.interfaces.base import INTERFACES
 from ros_nodes.robot.parameters import LIVE, START, NodeParameter
-from ros_nodes.robot.texts import LONGEST_INSTRUCTION, instruction_problem
+from ros_nodes.robot.texts import LONGEST_INSTRUCTION, instruction_problem, shown
 
 POLICY_PARAMETERS = (
     # The first one: what these packages register is a choice of others.
@@ -56,6 +58,12 @@ POLICY_PARAMETERS = (
     ),
     NodeParameter("device", "cpu", "Where the policy runs: cpu, cuda, cuda:1, mps."),
     NodeParameter("inference_mode", "process", "Where inference runs.", choices=("process", "thread")),
+    NodeParameter(
+        "inference_python",
+        "",
+        "Python of the inference process, where ceed_vla, torch and lerobot are, if this one has none of them.",
+        check=lambda path: None if not path or os.access(path, os.X_OK) else f"{shown(path)} is no program",
+    ),
     NodeParameter("inference_threads", 1, "Threads of inference on the CPU.", within=(1, 64)),
     NodeParameter("inference_delay", 0.0, "Slows every chunk, to test slow inference [s].", within=(0, 5)),
     NodeParameter(

@@ -65,6 +65,7 @@ def make_setup(
     worker = make_worker(
         values["checkpoint"],
         mode=values["inference_mode"],
+        python=values["inference_python"],
         discover_packages=values["discover_packages"],
         decoding=values["decoding"],
         replan_steps=replan_steps,

@@ -123,10 +123,11 @@ def test_the_node_streams_through_an_interface_of_ones_own(graph: Any, own: Path
     commands = graph.listen("/own/commands", Float64MultiArray)
     own_parameters = {"discover_packages": "own_interface", "action_interface": "milliradians"}
     start(graph, robot_config=str(own), decoding="jacobi", **own_parameters)
-    status.state("moving")
+    graph.wait(lambda: commands, "commands", 120.0)
     expected = [1000 * robot.state[name] + 0.5 for name in ROBOT.arm.joints]
     np.testing.assert_allclose(commands[0].data, expected, atol=1e-3)
     assert len(list(own.parent.glob("imported-*"))) == 2  # the node and the inference process
+    status.state("holding", "frozen_joint_states")  # nobody listens to them here, and the arm does not move
     assert graph.stop("policy_node") == 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,7 +139,7 @@ def test_with_a_dead_policy_enable_is_refused_and_motion_disabled(graph: Graph) 
     cell.status.state("moving")
     tasks = Path(f"/proc/{graph.processes['policy_node'].pid}/task").iterdir()
     children = {pid for task in tasks for pid in (task / "children").read_text().split()}
-    worker = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    worker = [pid for pid in children if b"ros_nodes.robot.inference" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(int(worker[-1]), signal.SIGKILL)
     cell.status.state("holding", "inference_failed")
     answer = cell.enable()
@@ -195,5 +197,24 @@ def test_while_a_checkpoint_loads_services_answer_and_what_does_not_fit_is_said_
     assert graph.call("/policy/reset", Trigger).message.startswith("disabled")
     assert "chunks of" not in graph.output("policy_node")  # all of that while it was loading
     assert cell.enable().message.startswith("waiting")
+    cell.status.state("moving")
+    assert graph.stop("policy_node") == 0
+
+
+def test_the_node_needs_no_torch_where_another_python_has_it(graph: Graph) -> None:
+    cell = Cell.__new__(Cell)
+    cell.graph, cell.robot, cell.status = graph, tabletop(graph), Status(graph)
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'lerobot', 'transformers', 'draccus', 'safetensors'): sys.modules[name] = None\n"
+        "from ros_nodes.robot.policy_node import main\n"
+        "sys.exit(main(['policy_node', *sys.argv[1:]]))\n"
+    )
+    flags = ["-p", "autostart:=true", "-p", "instruction:=push the cube", "-p", f"inference_python:={sys.executable}"]
+    environment = os.environ | {"ROS_DOMAIN_ID": str(graph.domain), "PYTHONPATH": str(Path(__file__).parents[2])}
+    with (graph.folder / "policy_node.txt").open("wb") as output:
+        graph.processes["policy_node"] = subprocess.Popen(
+            [sys.executable, "-c", code, "--ros-args", *flags], env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
     cell.status.state("moving")
     assert graph.stop("policy_node") == 0

@@ -22,6 +22,7 @@ PARAMETERS = {
     "autostart": ("true", "configure and activate; false: wait for a lifecycle manager", bool),
     "start_enabled": ("false", "move at once; false: wait for ~/enable", bool),
     "dry_run": ("false", "command nothing: ~/preview_command and ~/planned show what would be", bool),
+    "inference_python": ("", "Python with torch and lerobot, if the node's has none", str),
     "device": ("cpu", "where the policy runs: cpu, cuda, mps", str),
     "command_rate": ("100.0", "commands per second [Hz]", float),
     "blend_in": ("0.0", "motion begins gently, over so long [s]", float),

@@ -44,4 +44,5 @@ class State:
         return short(f"{self.code}: {self.detail}") if self.code else short(self.detail, 500)
 
     def __str__(self) -> str:
-        return f"{self.mode}: {self.reason}" if self.reason else str(self.mode)
+        reason = self.detail if self.code == self.mode else self.reason
+        return f"{self.mode}: {reason}" if reason else str(self.mode)

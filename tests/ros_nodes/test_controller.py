@@ -183,7 +183,7 @@ def test_going_home_is_slow_needs_no_images_and_ends_disabled() -> None:
     assert np.abs(np.diff(path, axis=0)).max() <= HOME_SPEED / RATE * 1.05
     assert path[0] == pytest.approx(start, abs=0.01)
     assert path[-1] == pytest.approx([0.1, 0.0], abs=1e-9)
-    assert str(loop.controller.state) == "disabled: disabled: not enabled"
+    assert str(loop.controller.state) == "disabled: not enabled"
     loop.controller.estop("operator")
     assert loop.controller.go_home(loop.now, (0.0, 0.0)).code == "estop"
 
@@ -226,7 +226,7 @@ def test_until_the_policy_is_loaded_the_arm_waits() -> None:
     loop.controller.stream._loaded, loop.policy.ready = False, False
     assert loop.controller.enable(loop.now) is None
     loop.run(1.0)
-    assert str(loop.controller.state) == "waiting: waiting: for the policy, which is being loaded"
+    assert str(loop.controller.state) == "waiting: for the policy, which is being loaded"
     assert not loop.policy.asked
     loop.policy.ready = True
     loop.run(0.5)

@@ -192,7 +192,7 @@ def test_while_a_checkpoint_loads_services_answer_and_what_does_not_fit_is_said_
     assert change_state(graph, Transition.TRANSITION_CONFIGURE)
     cell.said("inactive: the policy is being loaded")
     assert change_state(graph, Transition.TRANSITION_ACTIVATE)
-    cell.said("waiting: waiting: for the policy, which is being loaded")
+    cell.said("waiting: for the policy, which is being loaded")
     assert graph.call("/policy/estop", Trigger).message.startswith("stopped")
     assert graph.call("/policy/reset", Trigger).message.startswith("disabled")
     assert "chunks of" not in graph.output("policy_node")  # all of that while it was loading

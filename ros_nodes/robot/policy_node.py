@@ -267,11 +267,10 @@ class PolicyNode(LifecycleNode):
         return self._answer(response, True)
 
     def _on_go_home(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        home = self._setup.robot.arm.home if self._setup is not None and self._active is not None else ()
-        if self._setup is None or not home:
-            nowhere = Hold("no_home", "the robot's file has no arm.home") if self._active is not None else None
-            return self._answer(response, False, nowhere)
-        refused = self._setup.controller.go_home(clock_time(self), home)
+        if self._setup is None or self._active is None:
+            return self._answer(response, False)
+        home, nowhere = self._setup.robot.arm.home, Hold("no_home", "the robot's file has no arm.home")
+        refused = self._setup.controller.go_home(clock_time(self), home) if home else nowhere
         return self._answer(response, refused is None, refused)
 
     def _answer(self, response: Any, success: bool, refused: Hold | None = None) -> Any:

@@ -9,7 +9,7 @@ from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
 from ros_nodes.robot.controller import PolicyController
-from ros_nodes.robot.mode import HARMLESS, Mode, State
+from ros_nodes.robot.mode import HARMLESS, LOADING, Mode, State
 from ros_nodes.robot.safety import SafetyFilter
 from ros_nodes.robot.texts import short
 
@@ -18,7 +18,7 @@ def level_of(state: State, *, warn: bool) -> bytes:
     """OK in motion, unless there is something to `warn` of."""
     if state.mode == Mode.MOVING:
         return DiagnosticStatus.WARN if warn else DiagnosticStatus.OK
-    harmless = state.code in HARMLESS or (not state.code and "failed" not in state.detail)
+    harmless = state.code in HARMLESS or (not state.code and state.detail in ("", LOADING))
     return DiagnosticStatus.WARN if harmless else DiagnosticStatus.ERROR
 
 

@@ -9,6 +9,7 @@ from ros_nodes.robot.safety import Hold
 from ros_nodes.robot.texts import short
 
 WAITING, STARVED = "waiting", "starved"
+LOADING = "the policy is being loaded"
 # Holds that are no fault of the robot or its inputs.
 HARMLESS = (WAITING, STARVED, "disabled", "no_instruction", "bad_instruction")
 

@@ -29,7 +29,7 @@ from ceed_vla.errors import CeedVLAError, NodeError
 from ros_nodes.robot import parameters
 from ros_nodes.robot.diagnostics import level_of, running_values, status_message
 from ros_nodes.robot.inference import LOAD_TIMEOUT, TOO_LATE, InferenceWorker
-from ros_nodes.robot.mode import Mode, State
+from ros_nodes.robot.mode import LOADING, Mode, State
 from ros_nodes.robot.observations import Camera
 from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ros_nodes.robot.policy_setup import PolicySetup, make_setup
@@ -304,7 +304,7 @@ class PolicyNode(LifecycleNode):
             return State(Mode.STOPPED, "estop", "before the node was configured") if self._stopped_early else mode
         if self._active is not None or self._setup.safety.stopped is not None:
             return self._setup.controller.state
-        loading = "" if self._setup.worker.ready else "the policy is being loaded"
+        loading = "" if self._setup.worker.ready else LOADING
         return State(Mode.INACTIVE, detail=self._failure or self._setup.worker.failed or loading)
 
     def show_state(self) -> None:

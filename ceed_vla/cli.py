@@ -229,7 +229,7 @@ def _is_for_the_user(record: logging.LogRecord) -> bool:
 
 
 def overview() -> str:
-    rows = "\n".join(f"  {name:<11}{command.summary}" for name, command in COMMANDS.items())
+    rows = "\n".join(f"  {name:<13}{command.summary}" for name, command in COMMANDS.items())
     return (
         f"usage: {PROGRAM} <command> [--flag value ...]\n\n"
         f"Vision-language-action policies that decode their action tokens in parallel.\n\n"

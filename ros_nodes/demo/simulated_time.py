@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from builtin_interfaces.msg import Time
@@ -37,9 +37,6 @@ from ros_nodes.simulated.robot import JOINTS, SimRobot
 from sim.plots import save_figure
 from sim.rollout import wilson_interval
 from sim.tabletop.env import CTRL_DT
-
-if TYPE_CHECKING:
-    from ros_nodes.demo.ros_demo import RosDemoConfig
 
 TRANSPORT = 0.002  # from an image's stamp to its arrival, as between the processes [s]
 _STATES = 0.01  # between joint states [s]
@@ -144,8 +141,11 @@ class SimulatedLoop:
         setup.controller.after_tick(now)
 
 
-def simulated_time(config: RosDemoConfig, console: Console) -> dict[str, Any]:
-    """Every rival at every latency on the same episodes; writes simulated_time.json and a plot, returns the former."""
+def simulated_time(config: Any, console: Console) -> dict[str, Any]:
+    """Every rival at every latency on the same episodes; writes simulated_time.json and a plot, returns the former.
+
+    `config` is a `RosDemoConfig`.
+    """
     rows, folder = [], Path(config.output_dir)
     with closing(SimRobot(config.split)) as robot:
         for rival in config.rivals.split(","):
@@ -184,7 +184,7 @@ def simulated_time(config: RosDemoConfig, console: Console) -> dict[str, Any]:
 
 
 def _episodes(
-    config: RosDemoConfig, robot: SimRobot, predictor: Predictor, latency: float, console: Console, title: str
+    config: Any, robot: SimRobot, predictor: Predictor, latency: float, console: Console, title: str
 ) -> Iterator[dict[str, Any]]:
     given = {"action_interface": config.action_interface, "checkpoint": predictor.spec.checkpoint}
     seeds = range(config.seed, config.seed + config.episodes)

@@ -111,6 +111,7 @@ class PolicyController:
         self._home = None
         self._enable_asked = insist and refused is not None and self._safety.stopped is None
         if refused is None:
+            self._observations.look_anew()
             self._start_here(now, resumed=False)
             self.stream.try_again()
             self.hold = Hold(WAITING, "for the first chunk")

@@ -126,6 +126,10 @@ class Observations:
         """`JointTable.lacks`."""
         return self._table.lacks
 
+    def look_anew(self) -> None:
+        """An operator has seen the arm: what moved before says nothing about the images that are there now."""
+        self._looks.clear()
+
     def _frozen(self) -> Hold | None:
         for camera in self.cameras if self._frozen_after and self.joints is not None else ():
             assert self.joints is not None
@@ -156,7 +160,7 @@ class Observations:
         """Forget all messages: their stamps are worth nothing after a jump of the clock."""
         self.joints = self._joint_stamp = self._joint_fault = None
         self._table.forget()
-        self._looks.clear()
+        self.look_anew()
         for camera in self.cameras:
             camera.forget()
 

@@ -272,3 +272,22 @@ def test_joint_states_that_do_not_follow_hold_until_an_operator_enables() -> Non
     dry.safety.follows = dry.follows = False
     dry.run(3.0)
     assert dry.controller.hold is None
+
+
+def test_a_pose_that_was_wrong_holds_no_longer_than_until_enable() -> None:
+    loop = Loop()
+    loop.run(1.0)
+    true, loop.follows = loop.position.copy(), False
+    loop.position = true + [1.0, 0.0]  # a sensor that lies, while the last images of the motion come
+    loop.run(0.3)
+    loop.alive = False  # the arm rests, and so do the images of a simulation
+    loop.run(1.0)
+    loop.position = true
+    loop.run(1.0)
+    assert hold_code(loop) == "implausible_joint_states"
+    loop.follows = True
+    assert loop.controller.enable(loop.now) is None
+    loop.run(0.1)
+    loop.alive = True
+    loop.run(0.5)
+    assert loop.controller.hold is None

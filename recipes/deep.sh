@@ -33,4 +33,6 @@ evaluate() { # name seed episodes decoders, and what differs
   ceed-vla eval --policy.path "$out/deep_exits" --decoders "$4" --episodes "$3" --seed "$2" --timing_chunks 0 --threads 1 \
     --output_dir "$out/$1" --resume true "${@:5}"
 }
-evaluate deep_validate 40000 100 ceed,cap1,deer4t1_conf0.2_cap2,deer4t3_conf0.2_cap2,deer6t1_conf0.2_cap2,deer6t3_conf0.2_cap2
+rules=ceed,cap1,deer4t1_conf0.2_cap2,deer4t3_conf0.2_cap2,deer7t1_conf0.2_cap2,deer7t2_conf0.2_cap2,deer7t1_cap1,deer7t2_cap1
+evaluate deep_validate 40000 100 $rules
+evaluate deep_evaluate 50000 400 ceed,cap1,deer7t2_cap1,deer4t3_conf0.2_cap2,deer7t1_conf0.2_cap2

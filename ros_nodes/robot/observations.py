@@ -79,9 +79,12 @@ class Observations:
         """Whether every camera has a new image since this was last true."""
         if not self.cameras or not all(camera.renewed for camera in self.cameras):
             return False
-        for camera in self.cameras:
-            camera.renewed = False
-        return True
+        stamps = [camera.stamp or 0.0 for camera in self.cameras]
+        newest = self.cameras[stamps.index(max(stamps))]
+        together = max(stamps) - min(stamps) <= 0.5 * newest.gap
+        for camera in self.cameras:  # sooner together again with the next image of the one that is behind?
+            camera.renewed = not together and camera is newest
+        return together
 
     def take_joints(self, message: JointState) -> tuple[Sequence[str], Sequence[float], list[float]]:
         """Take a joint state; a malformed one is a fault until a good one comes.
@@ -201,6 +204,7 @@ class Camera:
 
     def forget(self) -> None:
         self.stamp: float | None = None
+        self.gap = math.inf  # between the last two images [s]
         self.renewed = False
         self.changed: float | None = None  # stamp of the first of the images that are all the same
         self.blank = False  # the image that the policy saw last has one colour
@@ -220,7 +224,9 @@ class Camera:
                 self.fault = str(error)
                 return
             self.fault = self._unread = None
-        self.stamp, self.renewed = seconds(message.header.stamp), True
+        stamp = seconds(message.header.stamp)
+        self.gap = math.inf if self.stamp is None or stamp <= self.stamp else stamp - self.stamp
+        self.stamp, self.renewed = stamp, True
         if self._data != message.data or self.changed is None or self.stamp < self.changed:
             self._data, self.changed = message.data, self.stamp
 

@@ -82,6 +82,12 @@ class RosDemoConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "--")
+        try:
+            valid = all(0.0 <= float(latency) <= 10_000.0 for latency in self.latencies_ms.split(","))
+        except ValueError:
+            valid = False
+        if not valid:
+            raise ConfigError(f"--latencies_ms is {self.latencies_ms!r:.100}; give numbers in [0, 10000] and commas.")
 
 
 def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str, Any]:

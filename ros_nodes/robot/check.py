@@ -66,7 +66,7 @@ def robot_check(config: RobotCheckConfig) -> None:
     for place, joint in enumerate(robot.arm.joints if limits is not None else ()):
         ends = limits.position_low, limits.position_high
         low, high = (float(end[place]) for end in ends)
-        own = " to ".join(f"{robot.arm.from_radians(end)[place]:.4g}" for end in ends)
+        own = " to ".join(f"{robot.arm.units.theirs(end)[place]:.4g}" for end in ends)
         table.add_row(joint, own, f"[{low:.3f}, {high:.3f}] rad, {limits.max_velocity[place]:g} rad/s")
         if robot.arm.home and not low <= robot.arm.home[place] <= high:
             problems.append(f"arm.home of {joint} is {robot.arm.home[place]}, outside its limits.")

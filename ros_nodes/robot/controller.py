@@ -83,7 +83,7 @@ class PolicyController:
         self._enable_asked = False
         self._blend_in, self._blend = blend_in, 1.0  # share of what is wanted now
         self._held: Array = motion.joints  # the pose that motion blends from
-        self._home: Array | None = None  # the pose that `go_home` moves to
+        self._home: Array | None = None  # the pose that `enable` was told to move to
         self._enabled_at = -math.inf  # images from before are of another situation
         self._silent = True
         self._blind_since: float | None = None  # steady time since which nobody knows where the arm is
@@ -99,34 +99,25 @@ class PolicyController:
 
     # ---- what operators do --------------------------------------------------------------------------------------
 
-    def enable(self, now: float, *, insist: bool = False) -> Hold | None:
+    def enable(self, now: float, *, insist: bool = False, home: Sequence[float] = ()) -> Hold | None:
         """Allow motion from the measured pose on, with nothing planned; `now` is the clock's time [s].
 
-        Returns why not, or None; then motion is disabled. With `insist` it is tried again at every tick until joint
-        states come.
+        With `home` (J,) [rad] it moves there slowly, without the policy; then motion is disabled. Returns why not, or
+        None; then motion is disabled at once. With `insist` it is tried again at every tick until joint states come.
         """
         refused = self._safety.enable(self.ages(now)[JOINT_STATES])
-        if refused is None and self.stream.broken is not None:
+        if refused is None and self.stream.broken is not None and not home:
             refused = self.stream.objection()
-        self._home = None
         self._enable_asked = insist and refused is not None and self._safety.stopped is None
+        self._home = np.array(home) if home and refused is None else None
         if refused is None:
             self._observations.look_anew()
             self._start_here(now, resumed=False)
             self.stream.try_again()
-            self.hold = Hold(WAITING, "for the first chunk")
+            self.hold = None if home else Hold(WAITING, "for the first chunk")
         else:
             self._safety.disable()
             self._drop_plans()
-        return refused
-
-    def go_home(self, now: float, home: Sequence[float]) -> Hold | None:
-        """Move to joints (J,) [rad] slowly, without the policy; then motion is disabled. Otherwise as `enable`."""
-        self._enable_asked = False
-        refused = self._safety.enable(self.ages(now)[JOINT_STATES])
-        if refused is None:
-            self._start_here(now, resumed=False)
-            self._home, self.hold = np.array(home), None
         return refused
 
     @property
@@ -137,7 +128,7 @@ class PolicyController:
             hold = Hold("estop", f"emergency stop ({self._safety.stopped})")
         elif not self._safety.enabled and not self._enable_asked:
             hold = Hold("disabled", "not enabled")
-        elif self.stream.broken is not None or self.conflict is not None:
+        elif self.conflict is not None or (self.stream.broken is not None and self._home is None):
             hold = self._objection()
         return State.of(hold)
 
@@ -194,14 +185,13 @@ class PolicyController:
         if self.stream.ask_if_due(now, self.grid.remaining(now), self.grid.until_images(now)) is not None:
             self.grid.delay()
 
-    def planned(self, shown: int) -> tuple[int, list[tuple[Array, float | None]]]:
-        """The running chunk, and where its next steps end: joints (J,) [rad], opening [m]; nothing if it is `shown`."""
-        chunk, actions = self.stream.upcoming
+    def planned(self) -> list[tuple[Array, float | None]]:
+        """Where the steps to come of the running chunk end: joints (J,) [rad], opening [m]."""
         motion, steps = self._motion.copy(), []
-        for action in actions if chunk != shown else ():
+        for action in self.stream.upcoming[1]:
             motion.advance(np.asarray(action, dtype=np.float64))
             steps.append((motion.joints, motion.gripper))
-        return chunk or shown, steps
+        return steps
 
     def observed(self, now: float) -> None:
         """An image has come; asks for the next chunk if the next images would come too late for it."""
@@ -244,8 +234,8 @@ class PolicyController:
         """What made an input stale, where that is known."""
         if hold is None or hold.code != "stale":
             return hold
-        if self._observations.lacks and hold.detail.startswith(JOINT_STATES):
-            hold = Hold("bad_joint_states", self._observations.lacks)
+        if self._observations.table.lacks and hold.detail.startswith(JOINT_STATES):
+            hold = Hold("bad_joint_states", self._observations.table.lacks)
         return self._clock_fault or self._observations.fault or hold
 
     def _pose_fault(self, clock: float) -> Hold | None:

@@ -72,7 +72,7 @@ class Motion:
             if gripper.action == "binary":
                 self.gripper = gripper.open if value > 0.0 else gripper.closed
             else:
-                self.gripper = min(max(gripper.from_policy(value), gripper.closed), gripper.open)
+                self.gripper = min(max(gripper.policy.ours(value), gripper.closed), gripper.open)
             self._open = self.gripper > 0.5 * (gripper.closed + gripper.open)
         if self._pose is not None:
             assert self._model is not None  # `robot_file` has seen to it
@@ -81,8 +81,8 @@ class Motion:
             self._pose.follow(*self._model.pose(self.joints))
         else:
             absolute = self._robot.action.kind == "joint_position"
-            arm = self._robot.arm
-            self.joints = arm.to_radians(action) if absolute else self.joints + action * arm.radians
+            units = self._robot.arm.units
+            self.joints = units.ours(action) if absolute else self.joints + action * units.scale
 
     @property
     def commanded(self) -> dict[str, Array | float | None]:

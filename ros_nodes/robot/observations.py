@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ class Observations:
     """Takes messages, keeps the newest, and answers with a policy's observation; `PolicySpec` has its features.
 
     A camera that repeats one image for longer than `frozen_after` [s] while the arm moves is a fault; 0: it never is.
+    The newest of every joint is in `table`.
 
     Raises:
         ConfigError: The policy wants a camera or a state that the robot does not have, or of another length.
@@ -68,7 +70,7 @@ class Observations:
         self._features = tuple(states)
         parts = {part for feature in states for part in robot.states[feature]}
         self._wants_velocities, self._wants_efforts = "joint_velocities" in parts, "joint_efforts" in parts
-        self._table = JointTable((*robot.arm.joints, *(robot.gripper.joints if robot.gripper else ())))
+        self.table = JointTable((*robot.arm.joints, *(robot.gripper.joints if robot.gripper else ())))
         # Camera -> when its image changed [s], and the pose then; None where that is not known.
         self._looks: dict[str, tuple[float | None, Array | None]] = {}
         self.joints: Joints | None = None
@@ -76,12 +78,12 @@ class Observations:
         self._joint_fault: str | None = None
 
     def renewed(self) -> bool:
-        """Whether every camera has a new image since this was last true."""
+        """Whether every camera has a new image since this was last true, all as near in time as their rate allows."""
         if not self.cameras or not all(camera.renewed for camera in self.cameras):
             return False
         stamps = [camera.stamp or 0.0 for camera in self.cameras]
         newest = self.cameras[stamps.index(max(stamps))]
-        together = max(stamps) - min(stamps) <= 0.5 * newest.gap
+        together = max(stamps) - min(stamps) <= 0.5 * min(newest.gaps, default=math.inf)
         for camera in self.cameras:  # sooner together again with the next image of the one that is behind?
             camera.renewed = not together and camera is newest
         return together
@@ -91,7 +93,7 @@ class Observations:
 
         Returns what `SafetyFilter.measure` takes: names, positions and stamps of all joints that are known.
         """
-        merged, stamps = self._table.take(message)
+        merged, stamps = self.table.take(message)
         self._read_joints(merged)
         return merged.name, merged.position, stamps
 
@@ -106,7 +108,7 @@ class Observations:
                 efforts = by_name(message.name, message.effort, arm.joints, "efforts")
             if gripper is not None and gripper.joints:
                 fingers, _ = joint_state_by_name(message, gripper.joints, velocities=False)
-                opening = gripper.opening(float(fingers.sum()))
+                opening = gripper.measured.ours(float(fingers.sum()))
         except ObservationError as error:
             self._joint_fault = str(error)
             return
@@ -124,11 +126,6 @@ class Observations:
             return Hold("bad_joint_states", self._joint_fault)
         return self._frozen()
 
-    @property
-    def lacks(self) -> str:
-        """`JointTable.lacks`."""
-        return self._table.lacks
-
     def look_anew(self) -> None:
         """An operator has seen the arm: what moved before says nothing about the images that are there now."""
         self._looks.clear()
@@ -142,7 +139,7 @@ class Observations:
             if changed != camera.changed or before is None:
                 self._looks[name] = camera.changed, pose if known else None
                 continue
-            since = (camera.stamp or 0.0) - (changed or math.inf)
+            since = 0.0 if changed is None or camera.stamp is None else camera.stamp - changed
             if since > self._frozen_after and known and np.abs(pose - before).max() > MOVED:
                 detail = f"{name} repeats the same image for {since:.2f} s while the arm moved"
                 return Hold("frozen_image", f"{detail}; is its driver stuck?")
@@ -162,7 +159,7 @@ class Observations:
     def forget(self) -> None:
         """Forget all messages: their stamps are worth nothing after a jump of the clock."""
         self.joints = self._joint_stamp = self._joint_fault = None
-        self._table.forget()
+        self.table.forget()
         self.look_anew()
         for camera in self.cameras:
             camera.forget()
@@ -180,12 +177,14 @@ class Observations:
 
     def _state(self, feature: str, joints: Joints, motion: Motion) -> NDArray[np.float32]:
         parts = self._robot.states[feature]
-        arm, gripper = self._robot.arm, self._robot.gripper
+        units, gripper, opening = self._robot.arm.units, self._robot.gripper, joints.opening
+        if gripper is not None and opening is not None:
+            opening = gripper.policy.theirs(opening)
         values: dict[str, Array | float | None] = {
-            "joint_positions": arm.from_radians(joints.positions),
-            "joint_velocities": None if joints.velocities is None else joints.velocities / arm.radians,
+            "joint_positions": units.theirs(joints.positions),
+            "joint_velocities": None if joints.velocities is None else joints.velocities / units.scale,
             "joint_efforts": joints.efforts,
-            "finger_opening": None if joints.opening is None or gripper is None else gripper.to_policy(joints.opening),
+            "finger_opening": opening,
             **motion.commanded,
         }
         if self._model is not None and set(POSE_COMPONENTS) & set(parts):
@@ -204,7 +203,7 @@ class Camera:
 
     def forget(self) -> None:
         self.stamp: float | None = None
-        self.gap = math.inf  # between the last two images [s]
+        self.gaps: deque[float] = deque(maxlen=3)  # between the last images, one of which may have been lost [s]
         self.renewed = False
         self.changed: float | None = None  # stamp of the first of the images that are all the same
         self.blank = False  # the image that the policy saw last has one colour
@@ -225,7 +224,8 @@ class Camera:
                 return
             self.fault = self._unread = None
         stamp = seconds(message.header.stamp)
-        self.gap = math.inf if self.stamp is None or stamp <= self.stamp else stamp - self.stamp
+        if self.stamp is not None and stamp > self.stamp:
+            self.gaps.append(stamp - self.stamp)
         self.stamp, self.renewed = stamp, True
         if self._data != message.data or self.changed is None or self.stamp < self.changed:
             self._data, self.changed = message.data, self.stamp

@@ -154,7 +154,10 @@ class PolicyNode(LifecycleNode):
     def _start(self) -> None:
         """Configure, and activate when the policy is there; if that fails, a launch file sees the node gone."""
         self._starting, setup = True, self._setup
-        if setup is None:
+        if self._active is not None or (setup is None and self._begun):  # a lifecycle manager has taken over
+            self._autostart.cancel()
+            self._starting = False
+        elif setup is None:
             self._must_succeed(self.trigger_configure())
         elif setup.worker.failed is not None:
             raise NodeError(f"configure failed: {setup.worker.failed}")
@@ -214,15 +217,12 @@ class PolicyNode(LifecycleNode):
     def _announce(self, worker: InferenceWorker) -> None:
         """The policy is loaded, or never will be."""
         self._announced = True
-        if worker.failed is not None:
-            if not self._starting:
-                self.get_logger().error(worker.failed)
-        else:
-            spec = worker.spec
-            self.get_logger().info(
-                f"{spec.checkpoint}: {spec.policy_type}, chunks of {spec.chunk_steps} steps, "
-                f"{1e3 * spec.warmup_s:.0f} ms for one" + (f" ({spec.decoding})" if spec.decoding else "")
-            )
+        if worker.failed is None:
+            spec, decoding = worker.spec, f" ({worker.spec.decoding})" if worker.spec.decoding else ""
+            chunk = f"chunks of {spec.chunk_steps} steps, {1e3 * spec.warmup_s:.0f} ms for one{decoding}"
+            self.get_logger().info(f"{spec.checkpoint}: {spec.policy_type}, {chunk}")
+        elif not self._starting:
+            self.get_logger().error(worker.failed)
         self.show_state()
 
     def _on_instruction(self, message: String) -> None:
@@ -270,7 +270,7 @@ class PolicyNode(LifecycleNode):
         if self._setup is None or self._active is None:
             return self._answer(response, False)
         home, nowhere = self._setup.robot.arm.home, Hold("no_home", "the robot's file has no arm.home")
-        refused = self._setup.controller.go_home(clock_time(self), home) if home else nowhere
+        refused = self._setup.controller.enable(clock_time(self), home=home) if home else nowhere
         return self._answer(response, refused is None, refused)
 
     def _answer(self, response: Any, success: bool, refused: Hold | None = None) -> Any:

@@ -316,7 +316,7 @@ def declared_spec(checkpoint: str) -> PolicySpec:
             n_action_steps=int(config.get("n_action_steps") or 0),
             warmup_s=0.0,
         )
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise CheckpointError(
             f"{short(checkpoint)}: config.json lacks a type, or input_features and output_features with type and "
             "shape; copy it again."

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ceed_vla.errors import ConfigError
-from ceed_vla.kinematics import Array, PoseLimits
+from ceed_vla.kinematics import PoseLimits
 from ros_nodes.robot.interfaces.base import INTERFACES, ActionInterface
 from ros_nodes.robot.texts import short, shown
 from ros_nodes.robot.yaml_fields import TOPIC, Fields
@@ -43,6 +45,20 @@ class ImageSource:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """From a unit of others to ours, ours = scale * theirs + offset, and back; numbers or arrays of joints."""
+
+    scale: Any = 1.0
+    offset: Any = 0.0
+
+    def ours(self, theirs: Any) -> Any:
+        return self.scale * theirs + self.offset
+
+    def theirs(self, ours: Any) -> Any:
+        return (ours - self.offset) / self.scale
+
+
+@dataclass(frozen=True)
 class Arm:
     """The arm's model."""
 
@@ -57,17 +73,11 @@ class Arm:
     offset: tuple[float, ...] = ()  # [rad]
 
     @property
-    def radians(self) -> Array:
-        """Radians per unit of the policy, of every joint (J,)."""
+    def units(self) -> Linear:
+        """From the policy's joint positions (J,) to radians."""
         unit = 1.0 if self.unit == "rad" else math.pi / 180.0
-        return np.array(self.scale or (unit,) * len(self.joints)) * np.array(self.sign or 1.0)
-
-    def to_radians(self, positions: Array) -> Array:
-        """The policy's joint positions (J,) in radians."""
-        return np.asarray(positions) * self.radians + np.array(self.offset or 0.0)
-
-    def from_radians(self, positions: Array) -> Array:
-        return (np.asarray(positions) - np.array(self.offset or 0.0)) / self.radians
+        scale = np.array(self.scale or (unit,) * len(self.joints)) * np.array(self.sign or 1.0)
+        return Linear(scale, np.array(self.offset or 0.0))
 
 
 @dataclass(frozen=True)
@@ -77,32 +87,18 @@ class Gripper:
     """
 
     joints: tuple[str, ...]  # of the joint states
-    opening_scale: float  # opening = opening_scale * sum of the joints + opening_offset [m]
+    measured: Linear  # from the sum of these joints to the opening [m]
     closed: float  # opening [m]
     open: float  # opening [m]
     action: str  # what the last action dimension says: "binary" (> 0 opens), "opening" [m], "none" (no such one)
     topic: str  # where the command is sent (std_msgs/Float64MultiArray)
-    opening_offset: float = 0.0
     command: str = "opening"  # [opening in metres], or "joint": what each of `joints` shall be
-    action_scale: float = 1.0  # of action "opening" and of states: opening = action_scale * value + action_offset
-    action_offset: float = 0.0
-
-    def opening(self, joints: float) -> float:
-        """Of the sum of the joints [m]."""
-        return self.opening_scale * joints + self.opening_offset
+    policy: Linear = Linear()  # from the value of action "opening", and of states, to the opening [m]
 
     def told(self, opening: float) -> float:
         """What the driver is sent for an opening [m]."""
-        if self.command == "opening":
-            return opening
-        return (opening - self.opening_offset) / self.opening_scale / max(len(self.joints), 1)
-
-    def from_policy(self, value: float) -> float:
-        """The opening [m] that a policy's value says."""
-        return self.action_scale * value + self.action_offset
-
-    def to_policy(self, opening: float) -> float:
-        return (opening - self.action_offset) / self.action_scale
+        joints: float = self.measured.theirs(opening) / max(len(self.joints), 1)
+        return opening if self.command == "opening" else joints
 
 
 @dataclass(frozen=True)
@@ -214,13 +210,11 @@ def with_topics(robot: RobotConfig, topics: str) -> RobotConfig:
     Raises:
         ConfigError: Not of that form, or a name that is no camera of the robot.
     """
-    chosen: dict[str, str] = {}
-    for entry in filter(None, (part.strip() for part in topics.split(","))):
-        name, equals, topic = (part.strip() for part in entry.partition("="))
-        if not equals or (topic and not TOPIC.fullmatch(topic)):
-            raise ConfigError(f"topics has {shown(entry)}; write camera=topic, separated by commas.")
-        chosen |= {name: topic} if topic else {}
-    names = ["joint_states", *(image.name for image in robot.images)]
+    entries = [entry.partition("=") for entry in topics.replace(" ", "").split(",") if entry.strip()]
+    wrong = ["".join(entry) for entry in entries if not entry[1] or (entry[2] and not TOPIC.fullmatch(entry[2]))]
+    if wrong:
+        raise ConfigError(f"topics has {shown(wrong[0])}; write camera=topic, separated by commas.")
+    chosen, names = {n: topic for n, _, topic in entries if topic}, ["joint_states", *(i.name for i in robot.images)]
     unknown = [name for name in chosen if name not in names]
     if unknown:
         raise ConfigError(f"topics names {shown(unknown[0])}; {robot.source} has {', '.join(names)}.")
@@ -265,19 +259,16 @@ def _arm(fields: Fields) -> Arm:
         if not there:
             raise fields.error("model", f"is {short(model)!r}, no file; paths start at this file's folder")
     tcp = fields.text("tcp") if model else ""
-
-    def each(key: str, low: float, high: float) -> tuple[float, ...]:
-        return fields.numbers(key, len(joints), low, high) if key in fields else ()
-
-    home, sign, scale = each("home", -100.0, 100.0), each("sign", -1.0, 1.0), each("scale", 1e-6, 100.0)
+    each = partial(fields.numbers, length=len(joints), optional=True)
+    home, sign, scale = each("home"), each("sign", low=-1.0, high=1.0), each("scale", low=1e-6, high=100.0)
     if not {abs(value) for value in sign} <= {1.0}:
         raise fields.error("sign", f"is {list(sign)}; give 1 or -1 for every joint")
     if scale and "unit" in fields:
         raise fields.error("unit", "and scale exclude each other; scale is radians per unit of the policy")
     unit = fields.text("unit", "rad", ("rad", "deg"))
-    arm = Arm(model, tcp, joints, home, unit, sign, scale, each("offset", -100.0, 100.0))
+    arm = Arm(model, tcp, joints, home, unit, sign, scale, each("offset", low=-100.0, high=100.0))
     probe = np.array([0.1 * place - 3.0 for place in range(len(joints))])
-    if np.abs(arm.to_radians(arm.from_radians(probe)) - probe).max() > 1e-9:
+    if np.abs(arm.units.ours(arm.units.theirs(probe)) - probe).max() > 1e-9:
         raise fields.error("offset", "and scale cannot be inverted exactly")
     return arm
 
@@ -285,11 +276,9 @@ def _arm(fields: Fields) -> Arm:
 def _gripper(fields: Fields) -> Gripper:
     gripper = Gripper(
         joints=fields.texts("joints", default=()),
-        opening_scale=_not_zero(fields, "opening_scale"),
-        opening_offset=fields.number("opening_offset", default=0.0),
+        measured=_linear(fields, "opening"),
         command=fields.text("command", "opening", ("opening", "joint")),
-        action_scale=_not_zero(fields, "action_scale"),
-        action_offset=fields.number("action_offset", default=0.0),
+        policy=_linear(fields, "action"),
         closed=fields.number("closed"),
         open=fields.number("open"),
         action=fields.text("action", "binary", ("binary", "opening", "none")),
@@ -302,11 +291,11 @@ def _gripper(fields: Fields) -> Gripper:
     return gripper
 
 
-def _not_zero(fields: Fields, key: str) -> float:
-    value = fields.number(key, default=1.0)
-    if abs(value) < 1e-9:
-        raise fields.error(key, f"is {value}; it must not be 0")
-    return value
+def _linear(fields: Fields, name: str) -> Linear:
+    scale = fields.number(f"{name}_scale", default=1.0)
+    if abs(scale) < 1e-9:
+        raise fields.error(f"{name}_scale", f"is {scale}; it must not be 0")
+    return Linear(scale, fields.number(f"{name}_offset", default=0.0))
 
 
 def _action(fields: Fields) -> Action:
@@ -339,17 +328,13 @@ def _limits(fields: Fields, joints: int) -> Limits:
         low, high = position.numbers("low", joints), position.numbers("high", joints)
         if not all(a < b for a, b in zip(low, high, strict=True)):
             raise position.error("low", f"is not below high for every joint: {low}, {high}")
-
-    def each(key: str) -> tuple[float, ...]:
-        return fields.numbers(key, joints, 1e-3, 100.0) if key in fields else ()
-
     return Limits(
         low,
         high,
         fields.numbers("velocity", joints, 1e-3, 100.0),
         fields.numbers("step", joints, 1e-3, 10.0),
-        each("physical_velocity"),
-        each("acceleration"),
+        fields.numbers("physical_velocity", joints, 1e-3, 100.0, optional=True),
+        fields.numbers("acceleration", joints, 1e-3, 100.0, optional=True),
     )
 
 

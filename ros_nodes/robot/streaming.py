@@ -90,13 +90,13 @@ class Streaming:
 
     def _show_plan(self, controller: PolicyController) -> None:
         """Where the chunk that has just taken over would move arm and gripper."""
-        chunk, steps = controller.planned(self._shown)
-        if chunk == self._shown or self._planned is None:
+        chunk, _ = controller.stream.upcoming
+        if chunk in (0, self._shown) or self._planned is None:
             return
         self._shown, dt = chunk, controller.stream.action_dt
         message = JointTrajectory(joint_names=[*self._arm.joints, "gripper"])
         message.header.stamp = self._node.get_clock().now().to_msg()
-        for index, (joints, opening) in enumerate(steps):
+        for index, (joints, opening) in enumerate(controller.planned()):
             time_from_start = Duration(nanoseconds=round(1e9 * dt * (index + 1))).to_msg()
             positions = [*joints.tolist(), math.nan if opening is None else opening]
             message.points.append(JointTrajectoryPoint(positions=positions, time_from_start=time_from_start))

@@ -100,8 +100,12 @@ class Fields:
         """A finite number in [low, high]."""
         return self._number(key, self._get(key, default), low, high)
 
-    def numbers(self, key: str, length: int, low: float = -HUGE, high: float = HUGE) -> tuple[float, ...]:
-        """A list of `length` finite numbers in [low, high]."""
+    def numbers(
+        self, key: str, length: int, low: float = -HUGE, high: float = HUGE, *, optional: bool = False
+    ) -> tuple[float, ...]:
+        """A list of `length` finite numbers in [low, high]; empty if it is optional and absent."""
+        if optional and key not in self:
+            return ()
         value = self._get(key, _MISSING)
         if not isinstance(value, list) or len(value) != length:
             raise self.error(key, f"is {shown(value)}; give a list of {length} numbers")

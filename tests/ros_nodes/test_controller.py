@@ -174,7 +174,7 @@ def test_going_home_is_slow_needs_no_images_and_ends_disabled() -> None:
     loop = Loop()
     loop.run(3.0)
     loop.cameras, start = False, loop.path[-1]
-    assert loop.controller.go_home(loop.now, (0.1, 0.0)) is None
+    assert loop.controller.enable(loop.now, home=(0.1, 0.0)) is None
     count = len(loop.sent)
     loop.run(0.5)
     assert loop.controller.state.mode == "moving"
@@ -185,7 +185,7 @@ def test_going_home_is_slow_needs_no_images_and_ends_disabled() -> None:
     assert path[-1] == pytest.approx([0.1, 0.0], abs=1e-9)
     assert str(loop.controller.state) == "disabled: not enabled"
     loop.controller.estop("operator")
-    assert loop.controller.go_home(loop.now, (0.0, 0.0)).code == "estop"
+    assert loop.controller.enable(loop.now, home=(0.1, 0.0)).code == "estop"
 
 
 def test_a_refused_enable_leaves_motion_disabled() -> None:

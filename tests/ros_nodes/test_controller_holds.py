@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,8 +14,10 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from sensor_msgs.msg import JointState
 
 from ros_nodes.robot.messages import array_to_image
+from ros_nodes.robot.observations import Observations
+from ros_nodes.robot.robot_file import ImageSource
 from ros_nodes.robot.safety import SafetyFilter
-from tests.ros_nodes.loop import JOINTS, Loop, stamp
+from tests.ros_nodes.loop import JOINTS, Loop, robot, stamp
 
 # ---- nobody knows where the arm is --------------------------------------------------------------------------------
 
@@ -289,3 +293,23 @@ def test_a_pose_that_was_wrong_holds_no_longer_than_until_enable() -> None:
     assert loop.controller.enable(loop.now) is None
     loop.run(0.3)
     assert loop.controller.hold is None
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.004, 0.010])
+@pytest.mark.parametrize("first", ["front", "wrist"])
+def test_two_cameras_are_paired_by_when_their_images_were_taken(apart: float, first: str) -> None:
+    """Flags of both may be left from before the start, and either image may come first: no pair is a period apart."""
+    sources = tuple(ImageSource(f"observation.images.{name}", name, "raw", False) for name in ("front", "wrist"))
+    shapes = {source.feature: (3, 4, 4) for source in sources}
+    observations = Observations(replace(robot(), images=sources), shapes, {"observation.state": 2}, None)
+    cameras = dict(zip(("front", "wrist"), observations.cameras, strict=True))
+    pixels, spreads = np.zeros((4, 4, 3), np.uint8), []
+    for step in range(-2, 20):
+        for name, camera in cameras.items():
+            if (step, name, first) == (0, "front", "wrist"):
+                continue
+            camera.take(array_to_image(pixels, stamp(100.0 + step / 30 + apart * (name == "wrist")), ""))
+            if step >= 0 and observations.renewed():  # while the policy loads nobody asks
+                spreads.append(abs(cameras["front"].stamp - cameras["wrist"].stamp))
+    assert len(spreads) >= 18
+    assert max(spreads) == pytest.approx(apart, abs=1e-6)

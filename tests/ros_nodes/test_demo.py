@@ -31,6 +31,10 @@ MS = 1_000_000  # [ns]
         ({"stream_seconds": -1.0}, ConfigError, "--stream_seconds"),
         ({"action_interface": "wheels"}, ConfigError, "no interface 'wheels'; it has forward_position"),
         ({"task": "juggle"}, ConfigError, "juggle"),
+        ({"latencies_ms": "16,fast"}, ConfigError, "--latencies_ms is '16,fast'; give numbers"),
+        ({"latencies_ms": "-1"}, ConfigError, "--latencies_ms"),
+        ({"simulated_time": True, "rivals": "nowhere:ar"}, CheckpointError, "No checkpoint folder"),
+        ({"simulated_time": True, "action_interface": "wheels"}, ConfigError, "no interface 'wheels'"),
         ({"checkpoint": "nowhere"}, CheckpointError, "No checkpoint folder"),
     ],
 )

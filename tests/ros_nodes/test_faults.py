@@ -74,9 +74,10 @@ class Bench:
         told = self.graph.call("/sim/reset_episode", Trigger).message
         self.instruction.publish(String(data=told))
         self.graph.spin(0.2)
-        enabled = lambda: self.graph.call("/policy/enable", SetBool, SetBool.Request(data=True))  # noqa: E731
-        while (answer := enabled()).message.startswith("stale"):  # this process, the relay, was too slow
+        answer = self.graph.call("/policy/enable", SetBool, SetBool.Request(data=True))
+        while answer.message.startswith("stale"):  # this process, the relay, was too slow
             self.graph.spin(0.2)
+            answer = self.graph.call("/policy/enable", SetBool, SetBool.Request(data=True))
         assert answer.success, answer.message
         self.graph.wait(self.moves, "the arm to move")
 

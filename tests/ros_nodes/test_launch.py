@@ -123,7 +123,7 @@ def test_policy_topics_are_the_packaged_robots(monkeypatch: pytest.MonkeyPatch) 
     assert with_topics(robot, ",front=,wrist=,joint_states=") == robot
     with pytest.raises(ConfigError, match=r"names 'top'; .* has joint_states, front, wrist"):
         with_topics(robot, "top=/cam/image")
-    for wrong in ("front", "front=/a//b", "front=/a b"):
+    for wrong in ("front", "front=/a//b", "front=/a-b"):
         with pytest.raises(ConfigError, match="write camera=topic"):
             with_topics(robot, wrong)
 

@@ -265,8 +265,8 @@ def test_joints_go_to_the_policys_units_and_back(
     sign: list[int], scale: list[float], offset: list[float], at: list[float]
 ) -> None:
     arm_of = Arm(None, "", tuple("abcdef"), (), "rad", tuple(sign), tuple(scale), tuple(offset))
-    there = arm_of.from_radians(np.array(at))
-    np.testing.assert_allclose(arm_of.to_radians(there), at, atol=1e-9)
+    there = arm_of.units.theirs(np.array(at))
+    np.testing.assert_allclose(arm_of.units.ours(there), at, atol=1e-9)
     np.testing.assert_allclose(there * np.array(scale) * np.array(sign) + offset, at, atol=1e-9)
 
 
@@ -293,11 +293,11 @@ def test_a_gripper_that_counts_the_other_way(tmp_path: Path) -> None:
     robot = load_robot_config(write(tmp_path, values))
     gripper = robot.gripper
     assert gripper is not None
-    assert gripper.opening(0.0) == pytest.approx(0.085)
-    assert gripper.opening(0.8) == pytest.approx(0.0)
+    assert gripper.measured.ours(0.0) == pytest.approx(0.085)
+    assert gripper.measured.ours(0.8) == pytest.approx(0.0)
     assert gripper.told(0.0) == pytest.approx(0.8)
     assert gripper.told(0.085) == pytest.approx(0.0)
-    assert gripper.to_policy(gripper.from_policy(37.0)) == pytest.approx(37.0)
+    assert gripper.policy.theirs(gripper.policy.ours(37.0)) == pytest.approx(37.0)
     motion = Motion(robot)
     motion.restart(np.zeros(6), 0.085)
     motion.advance(np.array([0.0] * 6 + [50.0]))

@@ -71,8 +71,8 @@ class Observations:
         parts = {part for feature in states for part in robot.states[feature]}
         self._wants_velocities, self._wants_efforts = "joint_velocities" in parts, "joint_efforts" in parts
         self.table = JointTable((*robot.arm.joints, *(robot.gripper.joints if robot.gripper else ())))
-        # Camera -> when its image changed [s], and the pose then; None where that is not known.
-        self._looks: dict[str, tuple[float | None, Array | None]] = {}
+        # Camera -> when its image changed [s], the pose then (None where that is not known), and whether it is stuck.
+        self._looks: dict[str, tuple[float | None, Array | None, bool]] = {}
         self.joints: Joints | None = None
         self._joint_stamp: float | None = None
         self._joint_fault: str | None = None
@@ -135,12 +135,14 @@ class Observations:
             assert self.joints is not None
             name, pose = camera.source.name, self.joints.positions
             known = abs((self._joint_stamp or 0.0) - (camera.stamp or 0.0)) < AT_ONCE
-            changed, before = self._looks.get(name, (None, None))
+            changed, before, stuck = self._looks.get(name, (None, None, False))
             if changed != camera.changed or before is None:
-                self._looks[name] = camera.changed, pose if known else None
+                self._looks[name] = camera.changed, pose if known else None, False
                 continue
             since = 0.0 if changed is None or camera.stamp is None else camera.stamp - changed
-            if since > self._frozen_after and known and np.abs(pose - before).max() > MOVED:
+            if not stuck and since > self._frozen_after and known and np.abs(pose - before).max() > MOVED:
+                self._looks[name] = changed, before, stuck = changed, before, True
+            if stuck:  # until another image comes
                 detail = f"{name} repeats the same image for {since:.2f} s while the arm moved"
                 return Hold("frozen_image", f"{detail}; is its driver stuck?")
         return None

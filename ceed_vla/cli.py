@@ -111,6 +111,12 @@ COMMANDS = {
         must="policy_path roots output_dir layers",
         may="kind steps batch_size lr device seed threads",
     ),
+    "open-loop": _row(
+        "compare decoders on held-out data, without a simulator: error, forwards, latency",
+        "training.open_loop OpenLoopConfig open_loop",
+        must="policy_path roots output_dir",
+        may="decoders chunks executed_steps batch_size timing_chunks device threads",
+    ),
     "eval": _row(
         "compare decoders in closed loop: success, forwards, latency, clips",
         "sim.evaluate EvalConfig evaluate",

@@ -1,7 +1,12 @@
-"""Write your own backbone in 60 lines, check that it decodes exactly, then train and distil it as any other.
+"""Write your own backbone in 60 lines, and check that it decodes exactly: `python examples/own_backbone.py`.
 
-    python examples/own_backbone.py                                       # tiny, about a minute on a CPU
-    python examples/own_backbone.py --data ROOT --device cuda --steps 20000 --student_steps 2000
+It is then trained and distilled as any other:
+
+    export PYTHONPATH=examples own="--discover_packages_path=own_backbone --env.type=none"
+    ceed-vla train $own --policy.backbone.type=own --policy.auxiliary_scale "[]" --grounding_steps 0 --rounds 0 \
+        --roots DATA --output_dir teacher
+    ceed-vla distill $own --teacher_path teacher/checkpoints/final/pretrained_model --trajectories.online=true \
+        --roots DATA --output_dir student
 
 `OwnBackbone` is a plain causal transformer. What a decoder asks of it is in `ceed_vla/backbones/base.py`: run the
 prefix once, then score block tokens behind it, keys and values in a cache that can be cut. Whoever loads such a
@@ -10,12 +15,8 @@ checkpoint must have imported the module that registers its family; here, this f
 
 from __future__ import annotations
 
-import argparse
-import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,11 +31,7 @@ from ceed_vla.backbones.config import BackboneConfig
 from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.cache import KVCache
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-from sim.record import record
-from sim.recording.config import RecordConfig
 from sim.tabletop.policy import tabletop_config
-from training.distill import DistillConfig, TrajectoriesConfig, distill
-from training.teacher import TrainConfig, train
 
 # ---- the backbone -----------------------------------------------------------------------------------------------
 
@@ -140,42 +137,5 @@ def check(config: CeedVLAConfig, rows: int = 4) -> None:
     print(f"{check_backbone(backbone, observation, action_dim=config.action_dim)} tokens by all routes: equal")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", type=Path, help="LeRobotDataset folder; some is recorded without it")
-    parser.add_argument("--steps", type=int, default=250, help="steps of the training")
-    parser.add_argument("--student_steps", type=int, default=150, help="steps of the distillation")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, help="folder for checkpoints; a temporary one without it")
-    options = parser.parse_args()
-    tiny, output = options.data is None, options.output or Path(tempfile.mkdtemp(prefix="own-backbone-"))
-    check(tabletop_config(backbone=OwnConfig(), auxiliary_scale=[]))
-
-    data = options.data or output / "data"
-    if tiny:
-        record(RecordConfig(root=data, episodes=12, progress=False))
-        config = tabletop_config(backbone=OwnConfig(), auxiliary_scale=[], num_bins=63)
-    else:
-        config = CeedVLAConfig(backbone=OwnConfig(), push_to_hub=False, device=options.device)
-    precision = "no" if options.device == "cpu" else "bf16"
-    common = {"roots": str(data), "batch_size": 16, "lr": 1e-3, "mixed_precision": precision}
-    teacher = train(
-        TrainConfig(
-            policy=config, output_dir=str(output / "teacher"), steps=options.steps, muon_lr=5e-3, grounding_steps=0,
-            rounds=0, **common,
-        )
-    )  # fmt: skip
-    student = distill(
-        DistillConfig(
-            teacher_path=str(teacher), trajectories=TrajectoriesConfig(online=True), steps=options.student_steps,
-            output_dir=str(output / "student"), muon_lr=5e-3, omega=0.3, device=options.device,
-            eval_every=options.student_steps, eval_frames=48, **common,
-        )
-    )  # fmt: skip
-    log = [json.loads(line) for line in (output / "student" / "log.jsonl").read_text().splitlines()]
-    before, after = (line["iterations_mean"] for line in log if "iterations_mean" in line)
-    print(f"{student}: {before:.1f} Jacobi iterations a chunk before distillation, {after:.1f} after")
-
-
 if __name__ == "__main__":
-    main()
+    check(tabletop_config(backbone=OwnConfig(), auxiliary_scale=[]))

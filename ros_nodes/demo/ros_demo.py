@@ -48,6 +48,7 @@ class RosDemoConfig:
         split: Colour and phrase combinations.
         action_interface: How commands reach the arm, one of launch/config/tabletop_robot.yaml.
         decoding: How the checkpoint decodes: ceed, jacobi, ar, cap2, ...
+        replan_steps: Steps after which the next chunk is due, as the parameter of the node.
         inference_delay: Slows every chunk, to see that the command rate does not depend on it [s].
         stream_seconds: Afterwards the command stream is measured for so long without a pause [s].
         kill: At the end, kill the policy node (SIGKILL) in mid-motion and measure how soon the arm rests.
@@ -69,6 +70,7 @@ class RosDemoConfig:
     split: str = chosen("train", SPLITS)
     action_interface: str = "forward_position"
     decoding: str = "ceed"
+    replan_steps: int = ranged(0, "[0, 64]")
     inference_delay: float = ranged(0.0, "[0, 5]")
     stream_seconds: float = ranged(0.0, "[0, 3600]")
     kill: bool = False
@@ -114,6 +116,7 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
         "discover_packages": ",".join(discovered()),
         "action_interface": config.action_interface,
         "decoding": config.decoding,
+        "replan_steps": config.replan_steps,
         "inference_delay": config.inference_delay,
         "command_rate": COMMAND_RATE,
     }

@@ -186,7 +186,8 @@ def simulated_time(config: Any, console: Console) -> dict[str, Any]:
 def _episodes(
     config: Any, robot: SimRobot, predictor: Predictor, latency: float, console: Console, title: str
 ) -> Iterator[dict[str, Any]]:
-    given = {"action_interface": config.action_interface, "checkpoint": predictor.spec.checkpoint}
+    given = {name: getattr(config, name) for name in ("action_interface", "replan_steps")}
+    given["checkpoint"] = predictor.spec.checkpoint
     seeds = range(config.seed, config.seed + config.episodes)
     for seed in track(seeds, title, console=console, transient=True):
         instruction = robot.reset(seed, config.task)

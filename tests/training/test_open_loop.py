@@ -1,0 +1,119 @@
+"""`ceed-vla open-loop`: what it counts, against the same worked out frame by frame."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ceed_vla.checkpoints import load
+from ceed_vla.data.frames import open_dataset
+from ceed_vla.errors import ConfigError, DatasetError
+from training.open_loop import OpenLoopConfig, open_loop
+
+
+@pytest.fixture(scope="module")
+def report(studio: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    output = tmp_path_factory.mktemp("report")
+    roots = f"{studio.demo},{studio.other}"
+    config = OpenLoopConfig(
+        str(studio.teacher), roots, str(output), "jacobi,cap1_random,jacobi_random", timing_chunks=5
+    )
+    found = open_loop(config)
+    assert json.loads((output / "open_loop.json").read_text()) == found
+    assert (output / "open_loop.png").read_bytes().startswith(b"\x89PNG")
+    return found
+
+
+def one_by_one(studio: Any, decoder: str) -> tuple[list[float], list[int]]:
+    """Errors and forwards of the chunks, every two steps, one frame at a time."""
+    policy, pre, post = load(studio.teacher)
+    stores = [open_dataset(root) for root in (studio.demo, studio.other)]
+    width = np.ptp(np.concatenate([store.action for store in stores]), axis=0)
+    errors, forwards = [], []
+    for store in stores:
+        for first, end in sorted(
+            {(int(np.searchsorted(store.episode, e)), int(store.episode_end[i])) for i, e in enumerate(store.episode)}
+        ):
+            previous = None
+            for frame in range(first, end, 2):
+                batch = pre(store.batch(np.array([frame]), 4))
+                result = policy.decode(batch, decoder, previous=previous, shift_steps=2, executed_steps=2)
+                previous, count = result.tokens, min(2, end - frame)
+                chunk = post(policy.tokenizer.decode(result.tokens))[0, :count].numpy()
+                errors.append(float((np.abs(chunk - store.action[frame : frame + count]) / width).mean()))
+                forwards.append(int(result.iterations[0]))
+    return errors, forwards
+
+
+def test_rows_are_what_single_frames_give(studio: Any, report: Any) -> None:
+    assert report["executed_steps"] == 2
+    assert [data["chunks"] for data in report["data"]] == [7 + 8 + 5 + 6, 5 + 2]
+    for decoder in ("ar", "jacobi"):
+        errors, forwards = one_by_one(studio, decoder)
+        assert report["rows"][decoder]["error"] == pytest.approx(np.mean(errors), abs=1e-4)
+        assert report["rows"][decoder]["forwards_mean"] == pytest.approx(np.mean(forwards), abs=1e-3)
+
+
+def test_strict_rows_are_greedy_and_a_cap_is_not(report: Any) -> None:
+    rows = report["rows"]
+    assert (
+        rows["ar"]["tokens_equal_ar"]
+        == rows["jacobi"]["tokens_equal_ar"]
+        == rows["jacobi_random"]["tokens_equal_ar"]
+        == 1
+    )
+    assert rows["cap1_random"]["forwards_p95"] == 1
+    assert rows["cap1_random"]["tokens_equal_ar"] < 1
+    assert rows["ar"]["error"] < rows["mean action"]["error"]  # it has learnt these frames
+    assert all(
+        row["latency_ms"]["p95"] >= row["latency_ms"]["p50"] > 0 for name, row in rows.items() if name != "mean action"
+    )
+
+
+def test_the_mean_action_is_the_data_s_own(studio: Any, report: Any) -> None:
+    actions = np.concatenate([open_dataset(root).action for root in (studio.demo, studio.other)])
+    distance = np.abs(actions - actions.mean(0)) / np.ptp(actions, axis=0)
+    # Every frame belongs to one chunk of two steps; the last of an odd episode is alone in its chunk and counts double.
+    assert report["rows"]["mean action"]["error"] == pytest.approx(distance.mean(), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"roots": ""}, ConfigError, "--roots to data"),
+        ({"policy_path": ""}, ConfigError, "--policy_path"),
+        ({"output_dir": " "}, ConfigError, "--output_dir"),
+        ({"decoders": "fast"}, ConfigError, "Unknown decoder 'fast'"),
+        ({"executed_steps": 5}, ConfigError, "chunks have 4 steps"),
+        ({"chunks": 0}, ConfigError, "chunks is 0"),
+        ({"roots": "grounding"}, DatasetError, "no actions to compare with"),
+        ({"policy_path": "student"}, DatasetError, None),
+    ],
+)
+def test_what_cannot_work_is_said(
+    studio: Any,
+    write_dataset: Any,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    error: type[Exception],
+    message: str | None,
+) -> None:
+    settings: dict[str, Any] = {
+        "policy_path": str(studio.teacher),
+        "roots": str(studio.demo),
+        "output_dir": str(tmp_path / "out"),
+    }
+    if changes.get("roots") == "grounding":
+        changes = {"roots": str(studio.grounding)}
+    if message is None:  # of another robot
+        changes, message = (
+            {"roots": str(write_dataset(tmp_path / "three", (5,), action_dim=3))},
+            "does not fit the policy",
+        )
+    with pytest.raises(error, match=message):
+        open_loop(OpenLoopConfig(**{**settings, **changes}))
+    assert not (tmp_path / "out").exists()

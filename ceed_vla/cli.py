@@ -115,7 +115,7 @@ COMMANDS = {
         "compare decoders on held-out data, without a simulator: error, forwards, latency",
         "training.open_loop OpenLoopConfig open_loop",
         must="policy_path roots output_dir",
-        may="decoders chunks executed_steps batch_size timing_chunks device threads",
+        may="decoders chunks executed_steps device threads",
     ),
     "eval": _row(
         "compare decoders in closed loop: success, forwards, latency, clips",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,8 +49,6 @@ class OpenLoopConfig:
         decoders: Comma-separated names, as `ceed-vla eval` has them; "ar" is always among them.
         chunks: Chunks of every decoder, one after every `executed_steps`, from the first episodes of every data set.
         executed_steps: Steps executed of each chunk; the policy's n_action_steps if None.
-        batch_size: Chunks that are decoded together.
-        timing_chunks: Chunks that are decoded once more, one at a time, for the latency; 0 skips it.
         device: Overrides the checkpoint's device.
         threads: Threads of torch; None leaves torch's choice.
     """
@@ -60,10 +57,8 @@ class OpenLoopConfig:
     roots: str = ""
     output_dir: str = ""
     decoders: str = "ar,jacobi,ceed"
-    chunks: int = ranged(1000, COUNTS)
+    chunks: int = ranged(400, COUNTS)
     executed_steps: int | None = ranged(None, "[1, 4096]")
-    batch_size: int = ranged(16, "[1, 1000]")
-    timing_chunks: int = ranged(50, "[0, 100000]")
     device: str | None = None
     threads: int | None = ranged(None, "[1, 256]")
 
@@ -73,26 +68,29 @@ class OpenLoopConfig:
 
 @dataclass
 class _Row:
-    """What one decoder wrote, over the chunks of all data sets."""
+    """What one decoder wrote: an entry a chunk."""
 
     decoding: DecodingConfig
     tokens: list[Tensor] = field(default_factory=list)  # (n,)
-    errors: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)  # NaN where the tokens stand for no chunk
     forwards: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    drawn: list[NDArray[np.float32]] = field(default_factory=list)  # (steps, A) executed
 
 
 def open_loop(config: OpenLoopConfig) -> dict[str, Any]:
-    """Decode a chunk after every `executed_steps` of every episode, and compare it with what was demonstrated.
+    """Decode a chunk after every `executed_steps` of an episode, and compare it with what was demonstrated.
 
-    The warm start is the decoder's own chunk before, as in a closed loop. Writes and returns ``open_loop.json``.
+    One chunk at a time, the decoders in turns, each warm-started from its own chunk before, as in a closed loop. Writes
+    and returns ``open_loop.json``.
 
     Raises:
         ConfigError: No policy or data, an unknown decoder, or more steps than a chunk has.
         DatasetError: Unreadable data, without actions, or data that do not fit the policy.
     """
     folder = output_folder(config.output_dir, "the report")
-    if not config.policy_path or not split_list(config.roots):
+    roots = split_list(config.roots)
+    if not config.policy_path or not roots:
         raise ConfigError("Set --policy_path to a checkpoint, and --roots to data that it was not trained on.")
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -100,119 +98,52 @@ def open_loop(config: OpenLoopConfig) -> dict[str, Any]:
     steps = config.executed_steps or policy.config.n_action_steps
     if steps > policy.config.chunk_size:
         raise ConfigError(f"--executed_steps is {steps}; the policy's chunks have {policy.config.chunk_size} steps.")
-    names = list(dict.fromkeys(["ar", *split_list(config.decoders)]))
-    rows = {name: _Row(policy.config.named(name)) for name in names}
-    stores = [open_dataset(root) for root in split_list(config.roots)]
+    rows = {name: _Row(policy.config.named(name)) for name in dict.fromkeys(["ar", *split_list(config.decoders)])}
+    stores = [open_dataset(root) for root in roots]
     check_compatible(stores)
     for store in stores:
         check_fits(store, policy.config)
         if store.action is None:
             raise DatasetError(f"{store.root} holds no actions to compare with; it has {', '.join(store.shapes)}.")
     actions = np.concatenate([store.action for store in stores if store.action is not None])
-    width = np.ptp(actions, axis=0)  # (A,)
-    run = _Run(policy, pre, post, steps, np.where(width > 0, width, 1.0))
+    width, mean = np.ptp(actions, axis=0), actions.mean(0)  # (A,)
+    width[width == 0] = 1.0
     plans = [_replans(store, steps, math.ceil(config.chunks / len(stores))) for store in stores]
-    total = len(rows) * sum(len(plan) for plan in plans)
-    drawn: dict[str, NDArray[np.float32]] = {}
-    with tqdm(total=total, desc="open loop", unit="chunk", dynamic_ncols=True) as bar:
-        for store, plan in zip(stores, plans, strict=True):
-            for name, row in rows.items():
-                chunks = run.decode(store, plan, row, config.batch_size, bar)
-                drawn.setdefault(name, _executed(store, plan, chunks, steps))
-    run.time(stores[0], plans[0][: config.timing_chunks], rows)
-    episodes = np.concatenate(
-        [store.episode[plan] + 1e9 * index for index, (store, plan) in enumerate(zip(stores, plans, strict=True))]
-    )
-    mean = _mean_action(stores, plans, actions.mean(0), run)
+    moments = [(store, int(frame)) for store, plan in zip(stores, plans, strict=True) for frame in plan]
+    episodes = [(str(store.root), int(store.episode[frame])) for store, frame in moments]
+    constant: list[float] = []
+    for place, (store, frame) in enumerate(tqdm(moments, desc="open loop", unit="chunk", dynamic_ncols=True)):
+        raw, goes_on = store.batch(np.array([frame]), steps), place and episodes[place] == episodes[place - 1]
+        wanted = raw["action"][0][~raw["action_is_pad"][0]].numpy()  # (steps or fewer, A)
+        constant.append(float((np.abs(mean - wanted) / width).mean()))
+        for row in rows.values():
+            _decode(policy, pre, row, raw, steps, goes_on=bool(goes_on), warm_up=0 if place else _WARM_UP)
+            readable = policy.tokenizer.readable(row.tokens[-1][None])
+            chunk = np.full((len(wanted), len(width)), np.nan, dtype=np.float32)
+            if readable:
+                chunk = post(policy.tokenizer.decode(row.tokens[-1][None]))[0, : len(wanted)].cpu().float().numpy()
+            row.errors.append(float((np.abs(chunk - wanted) / width).mean()))
+            row.drawn.append(chunk)
     report = {
         "policy": config.policy_path,
         "data": [{"root": store.root.name, "chunks": len(plan)} for store, plan in zip(stores, plans, strict=True)],
         "executed_steps": steps,
         "rows": {
-            MEAN_ACTION: {"error": mean},
-            **{name: _entry(row, rows["ar"], run, episodes) for name, row in rows.items()},
+            MEAN_ACTION: {"error": round(float(np.mean(constant)), 5)},
+            **{
+                name: _entry(row, rows["ar"], policy.tokenizer.tokens_per_step, steps, episodes)
+                for name, row in rows.items()
+            },
         },
         "threads": torch.get_num_threads(),
     }
     with full_disk(folder, "nothing was written"):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
-        _draw(stores[0], drawn, folder / PICTURE)
+        _draw(stores[0], {name: np.concatenate(row.drawn) for name, row in rows.items()}, folder / PICTURE)
     _print(report)
     print(f"Written: {folder / REPORT}, {folder / PICTURE}")
     return report
-
-
-@dataclass
-class _Run:
-    policy: Any
-    pre: Any
-    post: Any
-    steps: int
-    width: NDArray[np.float32]  # (A,) of the data's actions
-
-    @torch.inference_mode()
-    def decode(self, store: FrameStore, plan: NDArray[np.int64], row: _Row, size: int, bar: Any) -> NDArray[np.float32]:
-        """The chunks (N, m, A) at the frames `plan` (N,), appended to `row` as well."""
-        policy, n = self.policy, self.policy.config.block_length
-        device = policy.config.device
-        before = {int(frame): place for place, frame in enumerate(plan)}
-        tokens = torch.full((len(plan), n), -1, dtype=torch.int64, device=device)
-        chunks = np.full((len(plan), policy.config.chunk_size, len(self.width)), np.nan, dtype=np.float32)
-        forwards = np.zeros(len(plan), dtype=np.int64)
-        generator = torch.Generator().manual_seed(row.decoding.seed)
-        for group in _in_turn(store, plan, self.steps, size):
-            last = [before.get(int(frame) - self.steps, -1) for frame in plan[group]]
-            same = [
-                i >= 0 and store.episode[plan[i]] == store.episode[f] for i, f in zip(last, plan[group], strict=True)
-            ]
-            previous = tokens[last]
-            previous[~torch.tensor(same)] = -1
-            result = policy.decode(
-                self.pre(store.batch(plan[group], policy.config.chunk_size)),
-                row.decoding,
-                previous=previous if any(same) else None,
-                generator=generator,
-                shift_steps=self.steps,
-                executed_steps=self.steps,
-                read=False,
-            )
-            tokens[group], forwards[group] = result.tokens, result.iterations.cpu().numpy()
-            readable = policy.tokenizer.readable(result.tokens)
-            found = self.post(policy.tokenizer.decode(result.tokens[readable]))
-            chunks[group[readable.cpu().numpy()]] = found.cpu().float().numpy()
-            bar.update(len(group))
-        row.tokens += list(tokens.cpu())
-        row.forwards += forwards.tolist()
-        row.errors += self.errors(store, plan, chunks).tolist()
-        return chunks
-
-    def errors(self, store: FrameStore, plan: NDArray[np.int64], chunks: NDArray[Any]) -> NDArray[np.float64]:
-        """(N,) mean distance of the executed steps from the demonstrated ones, over the width of the data's actions;
-        NaN where the tokens stand for no chunk.
-        """
-        wanted, padded = (part.numpy() for part in store.chunks(plan, self.steps))
-        distance = (np.abs(chunks[:, : self.steps] - wanted) / self.width).mean(-1)
-        return np.where(padded, 0.0, distance).sum(1) / (~padded).sum(1)
-
-    @torch.inference_mode()
-    def time(self, store: FrameStore, plan: NDArray[np.int64], rows: dict[str, _Row]) -> None:
-        """Decode one chunk at a time, the decoders in turns, from a warm start where there is one."""
-        last: dict[str, Tensor | None] = dict.fromkeys(rows)
-        warm_up = [(frame, False) for frame in plan[:1].repeat(_WARM_UP)]
-        for frame, counted in (*warm_up, *((frame, True) for frame in plan)):
-            if counted and (frame == plan[0] or store.episode[frame] != store.episode[frame - self.steps]):
-                last = dict.fromkeys(rows)
-            raw = store.batch(np.array([frame]), 1)
-            for name, row in rows.items():
-                started = time.perf_counter()
-                result = self.policy.decode(
-                    self.pre(dict(raw)), row.decoding, previous=last[name], shift_steps=self.steps,
-                    executed_steps=self.steps, read=False,
-                )  # fmt: skip
-                last[name] = result.tokens.cpu()  # which waits for the device
-                if counted:
-                    row.seconds.append(time.perf_counter() - started)
 
 
 def _replans(store: FrameStore, steps: int, most: int) -> NDArray[np.int64]:
@@ -221,52 +152,50 @@ def _replans(store: FrameStore, steps: int, most: int) -> NDArray[np.int64]:
     return np.flatnonzero(position % steps == 0)[:most]
 
 
-def _in_turn(store: FrameStore, plan: NDArray[np.int64], steps: int, size: int) -> Iterator[NDArray[np.int64]]:
-    """Places in `plan` in groups (B,) of at most `size`, every chunk after the one before it in its episode."""
-    turn = (plan - np.searchsorted(store.episode, store.episode[plan])) // steps
-    for index in range(int(turn.max()) + 1):
-        group = np.flatnonzero(turn == index)
-        yield from np.split(group, range(size, len(group), size))
+@torch.inference_mode()
+def _decode(policy: Any, pre: Any, row: _Row, raw: dict[str, Any], steps: int, *, goes_on: bool, warm_up: int) -> None:
+    """Append tokens, forwards and seconds of one chunk, after `warm_up` that do not count."""
+    previous = row.tokens[-1][None].to(policy.config.device) if goes_on else None
+    generator = torch.Generator().manual_seed(row.decoding.seed + len(row.tokens))
+    for _ in range(warm_up + 1):
+        started = time.perf_counter()
+        result = policy.decode(
+            pre(dict(raw)),
+            row.decoding,
+            previous=previous,
+            generator=generator,
+            shift_steps=steps,
+            executed_steps=steps,
+            read=False,
+        )
+        tokens = result.tokens[0].cpu()  # which waits for the device
+        seconds = time.perf_counter() - started
+    row.tokens.append(tokens)
+    row.forwards.append(int(result.iterations[0]))
+    row.seconds.append(seconds)
 
 
-def _executed(
-    store: FrameStore, plan: NDArray[np.int64], chunks: NDArray[np.float32], steps: int
-) -> NDArray[np.float32]:
-    """What the chunks do at the first frames of a data set (F, A); NaN where there is none."""
-    found = np.full((min(len(store), _DRAWN), chunks.shape[2]), np.nan, dtype=np.float32)
-    for frame, chunk in zip(plan[plan < len(found)], chunks, strict=False):
-        end = min(frame + steps, store.episode_end[frame], len(found))
-        found[frame:end] = chunk[: end - frame]
-    return found
-
-
-def _mean_action(stores: list[FrameStore], plans: list[NDArray[np.int64]], mean: NDArray[Any], run: _Run) -> float:
-    """The error of always writing the data's mean action."""
-    errors = [
-        run.errors(store, plan, np.broadcast_to(mean, (len(plan), run.steps, len(mean))))
-        for store, plan in zip(stores, plans, strict=True)
-    ]
-    return round(float(np.concatenate(errors).mean()), 5)
-
-
-def _entry(row: _Row, reference: _Row, run: _Run, episodes: NDArray[Any]) -> dict[str, Any]:
+def _entry(
+    row: _Row, reference: _Row, tokens_per_step: int | None, steps: int, episodes: list[tuple[str, int]]
+) -> dict[str, Any]:
     errors, forwards = np.array(row.errors), np.array(row.forwards)
     sound = ~np.isnan(errors)
-    each = [errors[sound & (episodes == one)].mean() for one in np.unique(episodes[sound])]
+    by_episode: dict[tuple[str, int], list[float]] = {}
+    for episode, error in zip(episodes, errors, strict=True):
+        by_episode.setdefault(episode, []).append(error)
+    means = np.array([np.nanmean(found) for found in by_episode.values() if not np.isnan(found).all()])
     own, other = (torch.stack(r.tokens) for r in (row, reference))
-    executed = run.steps * (run.policy.tokenizer.tokens_per_step or own.shape[1])
-    entry: dict[str, Any] = {
-        "error": round(float(np.nanmean(errors)), 5) if each else None,
-        "error_pm95": round(1.96 * float(np.std(each, ddof=1)) / math.sqrt(len(each)), 5) if len(each) > 1 else None,
+    executed = steps * tokens_per_step if tokens_per_step else own.shape[1]
+    p50, p95, p99 = (round(1e3 * float(value), 2) for value in np.percentile(row.seconds, (50, 95, 99)))
+    return {
+        "error": round(float(errors[sound].mean()), 5) if sound.any() else None,
+        "error_pm95": round(1.96 * float(means.std(ddof=1)) / math.sqrt(len(means)), 5) if len(means) > 1 else None,
         "malformed": int((~sound).sum()),
         "forwards_mean": round(float(forwards.mean()), 3),
         "forwards_p95": float(np.percentile(forwards, 95)),
         "tokens_equal_ar": round(float((own == other)[:, :executed].double().mean()), 5),
+        "latency_ms": {"p50": p50, "p95": p95, "p99": p99},
     }
-    if row.seconds:
-        p50, p95, p99 = 1e3 * np.percentile(row.seconds, (50, 95, 99))
-        entry["latency_ms"] = {"p50": round(p50, 2), "p95": round(p95, 2), "p99": round(p99, 2)}
-    return entry
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -281,11 +210,11 @@ def _print(report: dict[str, Any]) -> None:
         if name == MEAN_ACTION:
             table.add_row(name, error)
             continue
-        latency = entry.get("latency_ms")
+        latency = entry["latency_ms"]
         table.add_row(
             name, error, f"{entry['forwards_mean']:.2f} / {entry['forwards_p95']:g}",
             f"{100 * entry['tokens_equal_ar']:.1f} %",
-            f"{latency['p50']:.1f} / {latency['p95']:.1f}" if latency else "-", str(entry["malformed"]),
+            f"{latency['p50']:.1f} / {latency['p95']:.1f}", str(entry["malformed"]),
         )  # fmt: skip
     Console(width=None if Console().is_terminal else 120).print(table)
 

@@ -19,9 +19,7 @@ from training.open_loop import OpenLoopConfig, open_loop
 def report(studio: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     output = tmp_path_factory.mktemp("report")
     roots = f"{studio.demo},{studio.other}"
-    config = OpenLoopConfig(
-        str(studio.teacher), roots, str(output), "jacobi,cap1_random,jacobi_random", timing_chunks=5
-    )
+    config = OpenLoopConfig(str(studio.teacher), roots, str(output), "jacobi,cap1_random,jacobi_random")
     found = open_loop(config)
     assert json.loads((output / "open_loop.json").read_text()) == found
     assert (output / "open_loop.png").read_bytes().startswith(b"\x89PNG")

@@ -62,6 +62,7 @@ EXTRAS = {
     # Checkpoints of other families (OpenVLA, image-text-to-text models, pi0-FAST) and LoRA.
     "vlm": ["num2words>=0.5.14,<0.6", "peft>=0.18,<1", "scipy>=1.14,<2", "sentencepiece>=0.2", "timm>=1,<2"],
     "test": [
+        "gym-pusht>=0.1.6,<0.2",  # an environment of LeRobot's, for docs/own-data.md
         "hypothesis>=6.130",
         "pytest>=8.4",
         "pytest-rerunfailures>=16",

@@ -135,7 +135,7 @@ make_environment() {
 fingerprint() {
     {
         printf '%s\n' "$PWD" "$@" ./*/__init__.py
-        cat setup.py setup.cfg pyproject.toml constraints.txt lerobot_policy_ceed_vla/pyproject.toml
+        cat setup.py setup.cfg pyproject.toml constraints.txt overrides.txt lerobot_policy_ceed_vla/pyproject.toml
     } | cksum
 }
 
@@ -144,7 +144,7 @@ free_gb() { df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }'; }
 uv_install() {
     local extras
     extras=$(IFS=,; printf '%s' "$*")
-    "$VENV/bin/uv" pip install --python "$VENV/bin/python" --constraints constraints.txt \
+    "$VENV/bin/uv" pip install --python "$VENV/bin/python" --constraints constraints.txt --overrides overrides.txt \
         --build-constraints constraints.txt $DRY_RUN --editable ".${extras:+[$extras]}" --editable ./lerobot_policy_ceed_vla
 }
 

@@ -127,7 +127,7 @@ def flags(config: EnvConfig) -> list[str]:
 
 
 class Environment:
-    """One environment, driven in the same way whatever it offers.
+    """One environment, driven in the same way whatever it offers; an `instruction` stands for what it says itself.
 
     Attributes:
         task: Task of the episode; ``info["task"]`` of the reset where it says one.
@@ -138,8 +138,8 @@ class Environment:
         SimulationError: It cannot be made, or it does not say whether an episode is solved.
     """
 
-    def __init__(self, config: EnvConfig) -> None:
-        self.config = config
+    def __init__(self, config: EnvConfig, instruction: str = "") -> None:
+        self.config, self._instruction = config, instruction
         try:
             # With a task list one environment does for all; without, LeRobot makes one for each task.
             make = EnvConfig.create_envs if _has_tasks(config) else make_env
@@ -172,7 +172,8 @@ class Environment:
 
     @property
     def instruction(self) -> str:
-        return str(getattr(self.inner, "task_description", None) or getattr(self.inner, "task", None) or self.task)
+        said = getattr(self.inner, "task_description", None) or getattr(self.inner, "task", None)
+        return str(self._instruction or said or self.task)
 
     def reset(self, seed: int, task: str = MIXED) -> None:
         options: dict[str, Any] = {} if task == MIXED else {"task": task}
@@ -245,16 +246,16 @@ class Environment:
 class EnvPool(AbstractContextManager["EnvPool"]):
     """A fixed number of environments, made when first needed and used again."""
 
-    def __init__(self, size: int, config: EnvConfig) -> None:
+    def __init__(self, size: int, config: EnvConfig, instruction: str = "") -> None:
         if size < 1:
             raise ConfigError(f"a pool needs at least 1 environment, not {size}")
-        self.size, self.config = size, config
+        self.size, self.config, self._instruction = size, config, instruction
         self._envs: list[Environment] = []
 
     def env(self, slot: int) -> Environment:
         """The environment of a slot (0 <= slot < size)."""
         while len(self._envs) <= slot:
-            self._envs.append(Environment(self.config))
+            self._envs.append(Environment(self.config, self._instruction))
         return self._envs[slot]
 
     @property

@@ -77,6 +77,7 @@ class EvalConfig:
         decoders: Comma-separated names: ar, ar_h (stops after the executed steps), jacobi (strict), ceed (the
             checkpoint's early exit), cap<K> (at most K forwards, e.g. cap2), conf<P>_cap<K> (or until confident, e.g.
             conf0.2_cap3); Jacobi ones also with _mid or _random (the guess); all with teacher_ in front.
+        instruction: What the policy is told, where the environment says nothing or other words than the data.
         episodes: Episodes a decoder.
         seed: First seed; every decoder runs seed, seed + 1, ... Seeds from 50000 up are for evaluation only.
         output_dir: Folder for the report, plots and clips. A report that we completed there earlier is replaced.
@@ -97,6 +98,7 @@ class EvalConfig:
     teacher: CheckpointPath = field(default_factory=CheckpointPath)
     env: EnvConfig = field(default_factory=mixed_tabletop)
     decoders: str = "ar,jacobi,ceed"
+    instruction: str = ""
     episodes: int = ranged(20, EPISODE_COUNTS)
     seed: int = ranged(EVALUATION_SEEDS, SEEDS)
     output_dir: str = "outputs/eval"
@@ -142,7 +144,7 @@ def evaluate(
         CheckpointError: A checkpoint that cannot be loaded.
         SimulationError: An environment that cannot be made.
     """
-    with EnvPool(min(config.batch, config.episodes), config.env) as pool:
+    with EnvPool(min(config.batch, config.episodes), config.env, config.instruction) as pool:
         return _evaluate(config, pool, console or default_console(), probes)
 
 
@@ -230,7 +232,7 @@ def _plan(config: EvalConfig) -> list[tuple[int, str]]:
 
 def _identity(config: EvalConfig, rows: Sequence[Row], bundles: dict[str, Bundle]) -> dict[str, Any]:
     """What decides an episode."""
-    options = ("seed", "episodes", "executed_steps", "batch")
+    options = ("seed", "episodes", "executed_steps", "batch", "instruction")
     return {
         "env": flags(config.env),
         **{name: getattr(config, name) for name in options},

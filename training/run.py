@@ -53,6 +53,8 @@ class RunConfig:
     Attributes:
         output_dir: Where checkpoints, logs and states go.
         steps: Optimiser steps.
+        max_minutes: Take only as many steps as fit into so long, by the speed so far, and lower the learning rate
+            accordingly; 0: all.
         batch_size: Frames a step, over all processes and all of its parts.
         gradient_accumulation: Parts that a process's share of a batch is run in, one after another.
         gradient_checkpointing: Keep only the layers' inputs for the backward pass; less memory, a third more time.
@@ -73,6 +75,7 @@ class RunConfig:
 
     output_dir: str = ""
     steps: int = ranged(1000, COUNTS)
+    max_minutes: float = ranged(0.0, "[0, 1e6]")
     batch_size: int = ranged(32, BATCHES)
     gradient_accumulation: int = ranged(1, BATCHES)
     gradient_checkpointing: bool = False
@@ -243,16 +246,19 @@ class Run:
             dynamic_ncols=True,
             disable=not self.accelerator.is_main_process,
         ) as bar:
-            started, first = time.monotonic(), self.step
+            started, first, planned = time.monotonic(), self.step, self.total
             while self.step < self.total:
                 self.before_step()
                 values = self.train_step()
                 self.step += 1
                 bar.update()
                 if self.step % settings.log_every == 0:
-                    values = self._mean_over_processes(values)
-                    values["steps_per_s"] = (self.step - first) / (time.monotonic() - started)
+                    seconds = time.monotonic() - started
+                    values = self._mean_over_processes({**values, "steps_per_s": (self.step - first) / seconds})
                     self.log(values)
+                    if settings.max_minutes:  # by means, which are the same in all processes
+                        last = first + int(60 * settings.max_minutes * values["steps_per_s"])
+                        self.total = bar.total = max(min(planned, last), self.step)
                     bar.set_postfix({key: f"{value:.3f}" for key, value in values.items()})
                 self.after_step()
                 if settings.validate_every and self.step % settings.validate_every == 0 and self.step < self.total:

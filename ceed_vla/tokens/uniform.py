@@ -144,8 +144,9 @@ def ranges_from_stats(
     """Lows and highs, ``A`` values each [action units], of an `ActionTokenizer` from the action statistics of a data
     set.
 
-    With an odd `num_bins` every range is made symmetric about zero, so zero is a bin centre. Gripper dimensions keep
-    their minimum and maximum, which decode exactly. Dimensions that never move get a small range around their value.
+    With an odd `num_bins` the ranges of values on both sides of zero are made symmetric about it, so zero is a bin
+    centre; where it is the least or largest value it is an end. Gripper dimensions keep their minimum and maximum, which
+    decode exactly. Dimensions that never move get a small range around their value.
 
     `stats` is ``dataset.meta.stats["action"]``, (A,) each: "min" and "max", and for `mode` "quantile" (1 % to 99 %;
     robust, but wrong for dimensions that are nearly always zero) "q01" and "q99"; the other mode is "min_max".
@@ -162,9 +163,11 @@ def ranges_from_stats(
     for d in range(len(low)):
         if d in grippers:
             low[d], high[d] = least[d], most[d]
-        elif num_bins % 2:
+        elif num_bins % 2 and least[d] < 0.0 < most[d]:
             reach = max(abs(low[d]), abs(high[d]))
             low[d], high[d] = -reach, reach
+        elif least[d] == 0.0 or most[d] == 0.0:
+            low[d], high[d] = min(low[d], 0.0), max(high[d], 0.0)
         if high[d] - low[d] < _LEAST_WIDTH:
             middle = (low[d] + high[d]) / 2
             low[d], high[d] = middle - _LEAST_WIDTH / 2, middle + _LEAST_WIDTH / 2

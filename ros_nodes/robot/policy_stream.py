@@ -34,7 +34,7 @@ class _Asked:
 class PolicyStream(ChunkStream):
     """Asks a `worker` that has begun, one request at a time, from the newest observation, as soon as it is ready.
 
-    `action_dt` and `least_lead` are as in `ChunkStream`; so is `replan_steps`, but None takes what the checkpoint says.
+    `action_dt` and `least_lead` are as in `ChunkStream`; so is `replan_steps`; with None the checkpoint decides.
 
     Attributes:
         broken: Why the policy will never answer; None if it may.
@@ -68,7 +68,8 @@ class PolicyStream(ChunkStream):
         if not self._loaded and self._worker.ready and self._worker.failed is None:
             spec = self._worker.spec
             try:
-                steps = self._replan_steps or spec.n_action_steps
+                # One less than in its own loop, where observations are new when they are acted on.
+                steps = self._replan_steps or max(spec.n_action_steps - 1, 1)
                 self.fit(spec.chunk_steps, steps, spec.warmup_s / self.action_dt)
                 self._loaded = True
             except ConfigError as error:

@@ -163,13 +163,21 @@ def stats(**more) -> dict:
 
 def test_ranges_are_symmetric_for_odd_bins_and_grippers_keep_their_ends() -> None:
     low, high = ranges_from_stats(stats(), "quantile", gripper_dims=(-1,), num_bins=255)
-    assert low[:2] == pytest.approx([-0.8, -2.0])
+    assert low[:2] == pytest.approx([-0.8, 0.0])  # zero is the second's least value
     assert high[:2] == pytest.approx([0.8, 2.0])
     assert (low[3], high[3]) == (-1.0, 1.0)  # its quantiles coincide
     low, high = ranges_from_stats(stats(), "min_max", gripper_dims=(3,), num_bins=256)
     assert low[:2] == [-2.0, 0.0]
     assert high[:2] == [1.0, 3.0]
     assert (low[3], high[3]) == (-1.0, 1.0)
+
+
+def test_positions_on_one_side_of_zero_keep_their_range() -> None:
+    positions = stats(min=[3.0, -512.0, 1.0, -1.0], max=[512.0, -4.0, 2.0, 1.0])
+    positions["q01"], positions["q99"] = np.array([10.0, -500.0, 1.0, -1.0]), np.array([500.0, -20.0, 2.0, 1.0])
+    assert ranges_from_stats(positions, "quantile", gripper_dims=(3,)) == (
+        [10.0, -500.0, 1.0, -1.0], [500.0, -20.0, 2.0, 1.0]
+    )  # fmt: skip
 
 
 def test_dimensions_without_width_get_a_small_one() -> None:

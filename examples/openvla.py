@@ -23,12 +23,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of benchmarks/models, which are not installed
 
 from benchmarks.models.openvla import write_openvla
-from ceed_vla.checkpoints import load
 from ceed_vla.convert import ConvertConfig, convert
 from sim.record import record
 from sim.recording.config import RecordConfig
 from training.distill import DistillConfig, TrajectoriesConfig, distill
-from training.exits import ExitsConfig, exits
 from training.open_loop import OpenLoopConfig, open_loop
 from training.teacher import TrainConfig, train
 from training.trajectories import CollectConfig, collect
@@ -62,10 +60,8 @@ def make_fine_tune(folder: Path, chunk_size: int, seed: int) -> tuple[Path, Path
 
 def compare(checkpoint: Path, data: Path, output: Path, device: str) -> dict[str, float]:
     """Mean forwards a chunk behind the prefix, of each decoder on held-out frames; prints and draws the rest."""
-    decoders = f"{COLD},{WARM},cap2_fresh"
-    if load(checkpoint, device)[0].backbone.exits:
-        decoders += ",depth1_cap2_fresh"  # one layer, then all
     print(f"{checkpoint}:")
+    decoders = f"{COLD},{WARM},cap2_fresh"
     report = open_loop(OpenLoopConfig(str(checkpoint), str(data), str(output), decoders, device=device))
     return {name: row["forwards_mean"] for name, row in report["rows"].items() if "forwards_mean" in row}
 
@@ -79,7 +75,6 @@ def main() -> None:
     parser.add_argument("--camera", default="front", help="camera of the data that the model looks through")
     parser.add_argument("--chunk_size", type=int, default=8, help="actions that the model writes at once")
     parser.add_argument("--steps", type=int, default=150, help="steps of the distillation")
-    parser.add_argument("--exit_steps", type=int, default=0, help="first, steps of exits beside the frozen model")
     parser.add_argument("--seed", type=int, default=0, help="of the tiny model, and of both trainings")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="folder for checkpoints; a temporary one without it")
@@ -99,10 +94,6 @@ def main() -> None:
         print(convert(ConvertConfig(str(options.model), str(teacher), **settings)))
         trajectories = TrajectoriesConfig(online=True)
     before = compare(teacher, held_out, output / "before", options.device)
-    if options.exit_steps:  # for who may not change the weights
-        settings = {"steps": options.exit_steps, "eval_frames": 16, "device": options.device}
-        with_exits = exits(ExitsConfig(str(teacher), str(data), str(output / "exits"), [1], **settings))
-        compare(with_exits, held_out, output / "with-exits", options.device)
     student = distill(
         DistillConfig(
             teacher_path=str(teacher),

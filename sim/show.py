@@ -189,15 +189,9 @@ def draw(panels: list[Panel], replan: Replan, action_dim: int, executed_steps: i
 def _draw_panel(axes: Axes, panel: Panel, action_dim: int, executed_steps: int, *, last: bool) -> None:
     rows, block = panel.status.shape
     axes.pcolormesh(
-        np.arange(block + 1),
-        np.arange(rows + 1) - 0.5,
-        panel.status,
-        cmap=ListedColormap(list(_COLORS)),
-        vmin=-0.5,
-        vmax=3.5,
-        edgecolors="white",
-        linewidth=0.5,
-    )
+        np.arange(block + 1), np.arange(rows + 1) - 0.5, panel.status,
+        cmap=ListedColormap(list(_COLORS)), vmin=-0.5, vmax=3.5, edgecolors="white", linewidth=0.5,
+    )  # fmt: skip
     for boundary in range(action_dim, block, action_dim):
         axes.axvline(boundary, color="white", lw=2.2)
     axes.axvline(executed_steps * action_dim, color=INK, lw=1.4, ls=(0, (4, 2)))
@@ -206,14 +200,9 @@ def _draw_panel(axes: Axes, panel: Panel, action_dim: int, executed_steps: int, 
     if panel.exit_note:
         axes.plot([0, block], [panel.exit_row + 0.5] * 2, color=VERMILLION, lw=2.2, clip_on=False, zorder=4)
         axes.text(
-            block + 0.4,
-            panel.exit_row + 0.5,
-            f"exit\n{panel.exit_note}",
-            color=VERMILLION,
-            fontsize=9,
-            va="center",
-            fontweight="bold",
-        )
+            block + 0.4, panel.exit_row + 0.5, f"exit\n{panel.exit_note}",
+            color=VERMILLION, fontsize=9, va="center", fontweight="bold",
+        )  # fmt: skip
         axes.text(block + 0.4, 0, panel.start, color=GREY, fontsize=9, va="center")
     axes.set(xlim=(0, block), ylim=(rows - 0.5, -0.5))
     axes.set_title(panel.title)
@@ -227,15 +216,9 @@ def _draw_panel(axes: Axes, panel: Panel, action_dim: int, executed_steps: int, 
         spine.set_visible(False)
     if last:
         axes.annotate(
-            "left of the dashed line: executed before the next chunk",
-            (executed_steps * action_dim, 0),
-            (-6, -24),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            style="italic",
-        )
+            "left of the dashed line: executed before the next chunk", (executed_steps * action_dim, 0), (-6, -24),
+            xycoords=("data", "axes fraction"), textcoords="offset points", ha="right", va="top", style="italic",
+        )  # fmt: skip
 
 
 def _draw_cameras(figure: Figure, replan: Replan, height: float) -> None:
@@ -246,23 +229,11 @@ def _draw_cameras(figure: Figure, replan: Replan, height: float) -> None:
         axes = figure.add_axes((0.025, (top - side) / height, side / width, side / height))
         axes.imshow(pixels, interpolation="nearest")
         axes.set_axis_off()
-        figure.text(
-            0.025,
-            (top - side - 0.16) / height,
-            f"{name.rpartition('.')[2]} camera",
-            fontsize=9,
-            color=GREY,
-            va="center",
-        )
+        camera = f"{name.rpartition('.')[2]} camera"
+        figure.text(0.025, (top - side - 0.16) / height, camera, fontsize=9, color=GREY, va="center")
         top -= side + 0.42
     handles = [Patch(facecolor=_COLORS[code], label=label) for code, label in _LABELS.items()]
     figure.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(0.018, (top + 0.1) / height),
-        frameon=False,
-        fontsize=9,
-        labelspacing=0.9,
-        handlelength=1.2,
-        handleheight=1.1,
-    )
+        handles=handles, loc="upper left", bbox_to_anchor=(0.018, (top + 0.1) / height), frameon=False, fontsize=9,
+        labelspacing=0.9, handlelength=1.2, handleheight=1.1,
+    )  # fmt: skip

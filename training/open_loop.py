@@ -160,14 +160,9 @@ def _decode(policy: Any, pre: Any, row: _Row, raw: dict[str, Any], steps: int, *
     for _ in range(warm_up + 1):
         started = time.perf_counter()
         result = policy.decode(
-            pre(dict(raw)),
-            row.decoding,
-            previous=previous,
-            generator=generator,
-            shift_steps=steps,
-            executed_steps=steps,
-            read=False,
-        )
+            pre(dict(raw)), row.decoding, previous=previous, generator=generator, shift_steps=steps,
+            executed_steps=steps, read=False,
+        )  # fmt: skip
         tokens = result.tokens[0].cpu()  # which waits for the device
         seconds = time.perf_counter() - started
     row.tokens.append(tokens)

@@ -145,8 +145,8 @@ def ranges_from_stats(
     set.
 
     With an odd `num_bins` the ranges of values on both sides of zero are made symmetric about it, so zero is a bin
-    centre; where it is the least or largest value it is an end. Gripper dimensions keep their minimum and maximum, which
-    decode exactly. Dimensions that never move get a small range around their value.
+    centre; where it is the least or largest value it is an end. Gripper dimensions keep their minimum and maximum,
+    which decode exactly. Dimensions that never move get a small range around their value.
 
     `stats` is ``dataset.meta.stats["action"]``, (A,) each: "min" and "max", and for `mode` "quantile" (1 % to 99 %;
     robust, but wrong for dimensions that are nearly always zero) "q01" and "q99"; the other mode is "min_max".

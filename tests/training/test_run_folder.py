@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -190,3 +191,19 @@ def test_a_full_disk_names_the_file_that_was_meant(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Path, "write_text", write)
     with pytest.raises(OSError, match=re.escape(f"device: '{tmp_path / 'a.json'}'") + "$"):
         write_text(tmp_path / "a.json", "{}")
+
+
+def test_a_budget_of_time_ends_the_run_and_its_schedule(
+    studio: Any, tmp_path: Path, read_log: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that goes on by 0.6 s with every step: 100 steps a minute."""
+    from training import run
+
+    clock = itertools.count()
+    monkeypatch.setattr(run.time, "monotonic", lambda: 0.6 * next(clock))
+    config = studio.train_config(tmp_path / "run", steps=100_000, grounding_steps=0, max_minutes=0.2, save_every=5)
+    final = train(config)
+    steps = max(read_log(tmp_path / "run"))
+    assert steps == 20
+    assert json.loads((tmp_path / "run" / "progress.json").read_text())["step"] == steps
+    assert (final / "model.safetensors").is_file()

@@ -45,7 +45,8 @@ POLICY_PARAMETERS = (
     NodeParameter(
         "replan_steps",
         0,
-        "Steps after which the next chunk is due; 0: one less than the checkpoint's n_action_steps.",
+        "Steps after which the next chunk is due; 0: the checkpoint's n_action_steps, one less if an answer takes 1.5 "
+        "steps at most.",
         within=(0, 64),
     ),
     NodeParameter("decoding", "ceed", "How CEED-VLA checkpoints decode: ceed, jacobi, ar, cap2, plan, ..."),

@@ -18,6 +18,7 @@ from ros_nodes.robot.step_grid import UNSURE
 from ros_nodes.robot.texts import instruction_problem
 
 _FIRST_RETRY, _LAST_RETRY = 0.1, 2.0  # between a failure and the next request; doubled each time [s]
+_SLOW = 1.5  # steps that an answer takes
 _SPEECHLESS = ("act", "diffusion", "multi_task_dit", "tdmpc", "vqbet")  # policies that no instruction reaches
 
 
@@ -68,8 +69,7 @@ class PolicyStream(ChunkStream):
         if not self._loaded and self._worker.ready and self._worker.failed is None:
             spec = self._worker.spec
             try:
-                # One less than in its own loop, where observations are new when they are acted on.
-                steps = self._replan_steps or max(spec.n_action_steps - 1, 1)
+                steps = self._replan_steps or spec.n_action_steps
                 self.fit(spec.chunk_steps, steps, spec.warmup_s / self.action_dt)
                 self._loaded = True
             except ConfigError as error:
@@ -119,6 +119,11 @@ class PolicyStream(ChunkStream):
         """
         if not self._loaded or not self._worker.idle or now < self._retry_at:
             return None
+        if self._replan_steps is None:
+            # One sooner than in the policy's own loop, where observations are new when they are acted on; but behind a
+            # slow policy frozen steps would be most of a chunk.
+            own = self._worker.spec.n_action_steps
+            self.replan_steps = own if self.delay_steps > _SLOW else max(own - 1, 1)
         plan = self.plan(remaining, (wait + UNSURE) / self.action_dt)
         if plan is None or self._ask(plan, now):
             return plan

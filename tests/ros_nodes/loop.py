@@ -137,7 +137,7 @@ class Loop:
             action_dt=dt,
             command_rate=RATE,
             instruction="climb",
-            **options,
+            **{"replan_steps": 4, **options},
         )
         self.stream = self.controller.stream
         self.sent: list[tuple[float, Decision | None]] = []

@@ -231,3 +231,16 @@ def test_until_the_policy_is_loaded_the_arm_waits() -> None:
     loop.policy.ready = True
     loop.run(0.5)
     assert loop.controller.state.mode == "moving"
+
+
+@pytest.mark.parametrize(("delay", "due"), [(0.02, 3), (0.1, 3), (0.22, 4)])
+def test_the_next_chunk_is_due_one_step_sooner_than_in_the_policy_s_own_loop(delay: float, due: int) -> None:
+    """Unless the policy is slow. A chunk's steps count from its request, so frozen ones are among them."""
+    loop = Loop(replan_steps=None)
+    loop.policy.delay = delay
+    loop.run(3.0)
+    switched = loop.stream.counters.switched
+    loop.run(6.0)
+    assert loop.policy.spec.n_action_steps == 4
+    assert loop.stream.replan_steps == due
+    assert loop.stream.counters.switched - switched >= 6.0 / (due * DT) - 1

@@ -1,28 +1,30 @@
 #!/usr/bin/env bash
-# Fine-tune SmolVLM as an autoregressive VLA, and distil it to fewer Jacobi iterations: `bash examples/smolvlm.sh`.
+# Fine-tune SmolVLM as an autoregressive VLA, and distil it to fewer Jacobi iterations, with .venv/bin on the PATH:
+#
+#     bash examples/smolvlm.sh [FOLDER]
 #
 # Everything is made here, tiny, in some minutes on a CPU: a random model in SmolVLM's file format, and demonstrations in
 # simulation. Any other image-text-to-text model works the same (LLaVA, LLaVA-OneVision, Qwen2.5-VL, PaliGemma); with one
 # that was downloaded before, and on a GPU, docs/other-vlas.md has the flags, docs/scaling.md what fits which GPU.
 set -euo pipefail
+out=$(realpath -m "${1:-outputs/smolvlm}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=${1:-outputs/smolvlm}
 
 python -m benchmarks.models.vlm smolvlm "$out/model"
 ceed-vla record --root "$out/data" --episodes 12
 ceed-vla record --root "$out/held-out" --episodes 8 --seed 1000
 
-# All weights are trained (--lora.rank 32 trains adapters), all of them by AdamW (muon_lr 0 beside real weights).
+# All weights are trained (--lora.rank 32 trains adapters); Muon takes the matrices, with real weights give --muon_lr 0.
 ceed-vla train --policy.backbone.type=vlm --policy.backbone.path="$out/model" --policy.auxiliary_scale "[]" \
   --policy.action_tokens.num_bins=63 --roots "$out/data" --output_dir "$out/teacher" --env.type=none --grounding_steps 0 \
-  --rounds 0 --steps "${STEPS:-250}" --batch_size 16 --lr 3e-3 --muon_lr 1e-2 --mixed_precision no
+  --rounds 0 --steps 250 --batch_size 16 --lr 3e-3 --muon_lr 1e-2 --mixed_precision no
 
 # The teacher's answers are stored, as the tiny model sees each frame many times; with large data leave collect out, and
 # give distill --trajectories.online=true.
 teacher="$out/teacher/checkpoints/final/pretrained_model"
 ceed-vla collect --policy_path "$teacher" --roots "$out/data" --output_dir "$out/trajectories" --states=false --frame_stride 1
 ceed-vla distill --teacher_path "$teacher" --trajectories "$out/trajectories" --roots "$out/data" --output_dir "$out/student" \
-  --steps "${STEPS:-200}" --batch_size 16 --lr 3e-3 --muon_lr 2e-2 --omega 0.3 --eval_every 0 --mixed_precision no --env.type=none
+  --steps 200 --batch_size 16 --lr 3e-3 --muon_lr 2e-2 --omega 0.3 --eval_every 0 --mixed_precision no --env.type=none
 
 ceed-vla open-loop --policy_path "$teacher" --roots "$out/held-out" --output_dir "$out/before"
 ceed-vla open-loop --policy_path "$out/student/checkpoints/final/pretrained_model" --roots "$out/held-out" --output_dir "$out/after"

@@ -31,9 +31,9 @@ from ceed_vla.decoding import decode_block, decoder_ladders, exit_ladders, named
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, check_fields, ranged
 from ceed_vla.files import write_text
+from ceed_vla.outputs import MADE_BY, claim_folder
 from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, observation_batch, turns
 from sim.evaluate import CheckpointPath, default_console
-from sim.outputs import MADE_BY, claim_folder
 from sim.rollout import Chunk, Episode, PolicyRunner, replan, stack_previous, wilson_interval
 from sim.tabletop.lerobot_env import mixed_tabletop
 

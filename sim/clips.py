@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ceed_vla.errors import SimulationError
 from ceed_vla.files import replacing
+from ceed_vla.outputs import MADE_BY
 from sim.environment import EnvPool
-from sim.outputs import MADE_BY
 from sim.rollout import PolicyRunner, drive
 
 Frame = NDArray[np.uint8]
@@ -80,15 +80,9 @@ def write_clip(path: Path, frames: Iterable[Frame], fps: int = 10) -> Path:
     """
     with replacing(path) as file:
         writer = imageio_ffmpeg.write_frames(
-            str(file),
-            (WIDTH, HEIGHT),
-            fps=fps,
-            codec="libx264",
-            quality=7,
-            macro_block_size=16,
-            ffmpeg_log_level="quiet",
-            output_params=["-preset", "veryfast", "-metadata", f"comment={MADE_BY}"],
-        )
+            str(file), (WIDTH, HEIGHT), fps=fps, codec="libx264", quality=7, macro_block_size=16,
+            ffmpeg_log_level="quiet", output_params=["-preset", "veryfast", "-metadata", f"comment={MADE_BY}"],
+        )  # fmt: skip
         writer.send(None)
         try:
             with closing(writer):

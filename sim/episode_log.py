@@ -15,7 +15,7 @@ from ceed_vla.checkpoint_files import weights_hash
 from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.files import read_json, write_text
 from ceed_vla.folders import resolve_checkpoint
-from sim.outputs import MADE_BY
+from ceed_vla.outputs import MADE_BY
 from sim.rollout import EpisodeResult
 
 EPISODES = "episodes.jsonl"

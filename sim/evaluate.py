@@ -20,11 +20,11 @@ from ceed_vla.decoding.registry import find_decoder
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
 from ceed_vla.files import write_text
+from ceed_vla.outputs import MADE_BY, claim_folder
 from sim.clips import record_clip
 from sim.decoders import Row, parse_decoders, resolve_rows
 from sim.environment import EVALUATION_SEEDS, Bundle, EnvPool, flags, joined, turns
 from sim.episode_log import EPISODES, EpisodeLog, Results, fingerprint, refuse_unfinished
-from sim.outputs import MADE_BY, claim_folder
 from sim.plots import PLOTS, write_plots
 from sim.report import console_table, markdown
 from sim.rollout import EpisodeResult, rollout

@@ -25,9 +25,9 @@ from ceed_vla.checkpoints import load
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, check_fields, ranged
 from ceed_vla.files import write_text
+from ceed_vla.outputs import MADE_BY, claim_file
 from sim.environment import EVALUATION_SEEDS, Bundle, Environment, Privileged, joined, observation_batch, turns
 from sim.evaluate import CheckpointPath
-from sim.outputs import MADE_BY, claim_file
 from sim.tabletop.lerobot_env import mixed_tabletop
 
 _BATCH = 64

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ceed_vla.files import replacing
-from sim.outputs import MADE_BY
+from ceed_vla.outputs import MADE_BY
 
 # Okabe and Ito's palette.
 BLUE, SKY, GREEN, VERMILLION, GREY = "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#8A8F98"
@@ -58,14 +58,9 @@ def save_figure(figure: Figure, path: Path, dpi: int = 150) -> Path:
     """Save as PNG, in one step."""
     with replacing(path) as file:
         figure.savefig(
-            file,
-            dpi=dpi,
-            facecolor="white",
-            bbox_inches="tight",
-            pad_inches=0.15,
-            format="png",
+            file, dpi=dpi, facecolor="white", bbox_inches="tight", pad_inches=0.15, format="png",
             metadata={"Software": MADE_BY},
-        )
+        )  # fmt: skip
     return path
 
 

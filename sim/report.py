@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from sim.outputs import MADE_BY
+from ceed_vla.outputs import MADE_BY
 
 COLUMNS = (  # a line break is a space in Markdown
     "decoder",

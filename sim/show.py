@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.fields import SEEDS, check_fields, ranged
+from ceed_vla.outputs import claim_file
 from sim.environment import EVALUATION_SEEDS, Bundle, EnvPool, images_of, observation_batch, turns
 from sim.evaluate import MOVED, CheckpointPath, load_bundles
-from sim.outputs import claim_file
 from sim.plots import BLUE, FAINT, GREY, INK, SKY, STYLE, VERMILLION, save_figure
 from sim.rollout import PolicyRunner, Replan, drive, stack_previous
 from sim.tabletop.lerobot_env import mixed_tabletop

@@ -27,11 +27,11 @@ from ceed_vla.decoding import decoder_ladders, exit_ladders
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, check_fields, chosen, ranged
 from ceed_vla.files import write_text
+from ceed_vla.outputs import MADE_BY, claim_folder
 from sim.bench import PARETO, pareto
 from sim.calibrate import CHECKPOINT, plain
 from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, turns
 from sim.evaluate import CheckpointPath, default_console
-from sim.outputs import MADE_BY, claim_folder
 from sim.plots import save_figure
 from sim.rollout import PolicyRunner, rollout, wilson_interval
 from sim.summary import hardware

@@ -29,8 +29,10 @@ from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, check_fields, ranged
 from ceed_vla.files import replacing, write_text
+from ceed_vla.outputs import MADE_BY, claim_folder
+from ceed_vla.tokens.base import ActionTokens
 from training.mixture import check_compatible, check_fits
-from training.settings import full_disk, output_folder, split_list
+from training.settings import full_disk, split_list
 
 REPORT, PICTURE = "open_loop.json", "open_loop.png"
 MEAN_ACTION = "mean action"
@@ -45,8 +47,8 @@ class OpenLoopConfig:
     Attributes:
         policy_path: Checkpoint folder, or teacher or student for the shipped ones.
         roots: Comma-separated LeRobotDataset folders that the policy was not trained on.
-        output_dir: Folder for open_loop.json and a picture of one episode's actions.
-        decoders: Comma-separated names, as `ceed-vla eval` has them; "ar" is always among them.
+        output_dir: Folder for open_loop.json and a picture of the first actions; earlier ones of ours are replaced.
+        decoders: Comma-separated names of decoders, without a teacher's; "ar" is always among them.
         chunks: Chunks of every decoder, one after every `executed_steps`, from the first episodes of every data set.
         executed_steps: Steps executed of each chunk; the policy's n_action_steps if None.
         device: Overrides the checkpoint's device.
@@ -88,7 +90,7 @@ def open_loop(config: OpenLoopConfig) -> dict[str, Any]:
         ConfigError: No policy or data, an unknown decoder, or more steps than a chunk has.
         DatasetError: Unreadable data, without actions, or data that do not fit the policy.
     """
-    folder = output_folder(config.output_dir, "the report")
+    folder = claim_folder("output_dir", config.output_dir, (REPORT, PICTURE), (REPORT,))
     roots = split_list(config.roots)
     if not config.policy_path or not roots:
         raise ConfigError("Set --policy_path to a checkpoint, and --roots to data that it was not trained on.")
@@ -125,22 +127,21 @@ def open_loop(config: OpenLoopConfig) -> dict[str, Any]:
             row.errors.append(float((np.abs(chunk - wanted) / width).mean()))
             row.drawn.append(chunk)
     report = {
+        "program": MADE_BY,
         "policy": config.policy_path,
-        "data": [{"root": store.root.name, "chunks": len(plan)} for store, plan in zip(stores, plans, strict=True)],
+        "data": [{"root": root, "chunks": len(plan)} for root, plan in zip(roots, plans, strict=True)],
         "executed_steps": steps,
         "rows": {
             MEAN_ACTION: {"error": round(float(np.mean(constant)), 5)},
-            **{
-                name: _entry(row, rows["ar"], policy.tokenizer.tokens_per_step, steps, episodes)
-                for name, row in rows.items()
-            },
+            **{name: _entry(row, rows["ar"], policy.tokenizer, steps, episodes) for name, row in rows.items()},
         },
         "threads": torch.get_num_threads(),
     }
     with full_disk(folder, "nothing was written"):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
-        _draw(stores[0], {name: np.concatenate(row.drawn) for name, row in rows.items()}, folder / PICTURE)
+        drawn = {name: np.concatenate(row.drawn[: len(plans[0])]) for name, row in rows.items()}
+        _draw(stores[0], drawn, folder / PICTURE)
     _print(report)
     print(f"Written: {folder / REPORT}, {folder / PICTURE}")
     return report
@@ -171,7 +172,7 @@ def _decode(policy: Any, pre: Any, row: _Row, raw: dict[str, Any], steps: int, *
 
 
 def _entry(
-    row: _Row, reference: _Row, tokens_per_step: int | None, steps: int, episodes: list[tuple[str, int]]
+    row: _Row, reference: _Row, tokens: ActionTokens, steps: int, episodes: list[tuple[str, int]]
 ) -> dict[str, Any]:
     errors, forwards = np.array(row.errors), np.array(row.forwards)
     sound = ~np.isnan(errors)
@@ -179,8 +180,10 @@ def _entry(
     for episode, error in zip(episodes, errors, strict=True):
         by_episode.setdefault(episode, []).append(error)
     means = np.array([np.nanmean(found) for found in by_episode.values() if not np.isnan(found).all()])
-    own, other = (torch.stack(r.tokens) for r in (row, reference))
-    executed = steps * tokens_per_step if tokens_per_step else own.shape[1]
+    executed = steps * tokens.tokens_per_step if tokens.tokens_per_step else None
+    own, other = (torch.stack(r.tokens)[:, :executed] for r in (row, reference))
+    stop = -1 if tokens.stop is None else tokens.stop
+    live = (own != stop) | (other != stop)  # behind the stop of both is nothing
     p50, p95, p99 = (round(1e3 * float(value), 2) for value in np.percentile(row.seconds, (50, 95, 99)))
     return {
         "error": round(float(errors[sound].mean()), 5) if sound.any() else None,
@@ -188,7 +191,7 @@ def _entry(
         "malformed": int((~sound).sum()),
         "forwards_mean": round(float(forwards.mean()), 3),
         "forwards_p95": float(np.percentile(forwards, 95)),
-        "tokens_equal_ar": round(float((own == other)[:, :executed].double().mean()), 5),
+        "tokens_equal_ar": round(float((own == other)[live].double().mean()), 5),
         "latency_ms": {"p50": p50, "p95": p95, "p99": p99},
     }
 
@@ -218,7 +221,8 @@ def _draw(store: FrameStore, actions: dict[str, NDArray[np.float32]], path: Path
     """Demonstrated and decoded actions of the first frames, a panel for every dimension."""
     assert store.action is not None
     frames = min(_DRAWN, len(store))
-    names = store.labels.get(ACTION) or [f"action {i}" for i in range(store.action.shape[1])]
+    names = store.labels.get(ACTION, [])
+    names = names if len(names) == store.action.shape[1] else [f"action {i}" for i in range(store.action.shape[1])]
     with mpl.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(9.0, 1.3 * len(names) + 0.6), layout="constrained")
         panels = np.atleast_1d(figure.subplots(len(names), 1, sharex=True))
@@ -230,4 +234,4 @@ def _draw(store: FrameStore, actions: dict[str, NDArray[np.float32]], path: Path
         panels[0].legend(ncols=len(actions) + 1, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
         panels[-1].set_xlabel("frame")
         with replacing(path) as file:
-            figure.savefig(file, format="png", dpi=120)
+            figure.savefig(file, format="png", dpi=120, metadata={"Software": MADE_BY})

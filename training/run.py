@@ -53,8 +53,8 @@ class RunConfig:
     Attributes:
         output_dir: Where checkpoints, logs and states go.
         steps: Optimiser steps.
-        max_minutes: Take only as many steps as fit into so long, by the speed so far, and lower the learning rate
-            accordingly; 0: all.
+        max_minutes: Take only as many steps as fit into so long, by the speed so far (every `log_every` steps), and
+            lower the learning rate accordingly; 0: all. A resumed run may take so long again for what was left.
         batch_size: Frames a step, over all processes and all of its parts.
         gradient_accumulation: Parts that a process's share of a batch is run in, one after another.
         gradient_checkpointing: Keep only the layers' inputs for the backward pass; less memory, a third more time.
@@ -353,7 +353,7 @@ class Run:
         self._undo_empty_step()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            done = {"step": self.step, "state": name, "processes": self.accelerator.num_processes}
+            done = {"step": self.step, "state": name, "processes": self.accelerator.num_processes, "total": self.total}
             with self._writing():
                 write_text(progress, json.dumps({**done, **self.state_dict()}))
         self.accelerator.wait_for_everyone()
@@ -380,14 +380,17 @@ class Run:
                 "repeat the settings it was started with, or start again in another folder."
             ) from error
         self.step = progress["step"]
+        if self.settings.max_minutes:
+            self.total = max(self.step, min(self.total, progress["total"]))
         self._undo_empty_step()
         self.load_state_dict(progress)
 
     def _read_progress(self) -> dict[str, Any]:
         """What `save_state` wrote beside the state; the number of processes only since it matters."""
         file = self.output / PROGRESS
-        progress: dict[str, Any] = {"processes": 1, **read_json(file)}
+        progress: dict[str, Any] = {"processes": 1, "total": self.total, **read_json(file)}
         fits = is_whole(progress.get("step"), 0, self.total) and is_whole(progress["processes"], 1)
+        fits = fits and is_whole(progress["total"], 0)
         if not fits or progress.get("state") not in STATES:
             raise CheckpointError(
                 f"{file} holds {str(progress)[:200]}; it must name a step up to {self.total}, the run's steps now, and "

@@ -151,6 +151,11 @@ class TeacherRun(Run):
             raise ConfigError(
                 f"rounds is {config.rounds}, but nothing records takeovers; use `ceed-vla train` or rounds=0."
             )
+        if config.max_minutes and (config.rounds or (config.grounding_roots and config.grounding_steps)):
+            raise ConfigError(
+                "max_minutes may end a run before its takeovers, or before it has seen an action: give --rounds 0 and "
+                "--grounding_steps 0 with it, or no --max_minutes."
+            )
         asked = config.policy.asked_device or config.policy.device or "cpu"  # LeRobot replaces one that is not there
         super().__init__(config, asked, closed_loop)
         self.config, self.record_takeover, self.privileged = config, record_takeover, privileged

@@ -166,7 +166,7 @@ def ranges_from_stats(
         elif num_bins % 2 and least[d] < 0.0 < most[d]:
             reach = max(abs(low[d]), abs(high[d]))
             low[d], high[d] = -reach, reach
-        elif least[d] == 0.0 or most[d] == 0.0:
+        elif num_bins % 2 and 0.0 in (least[d], most[d]):
             low[d], high[d] = min(low[d], 0.0), max(high[d], 0.0)
         if high[d] - low[d] < _LEAST_WIDTH:
             middle = (low[d] + high[d]) / 2

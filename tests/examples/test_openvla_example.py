@@ -44,7 +44,7 @@ def run(output: Path, *flags: str) -> tuple[Rows, Rows, tuple[int, ...]]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("flags", [(), ("--seed", "1"), ("--seed", "2")], ids=["seed0", "seed1", "seed2"])
 def test_forwards_fall_by_a_quarter_from_both_starts(flags: tuple[str, ...], tmp_path: Path) -> None:
-    """Measured: by 56 to 65 %, on any of the seeds and from either start."""
+    """Measured: by 56 to 66 %, on any of the seeds and from either start."""
     before, after, gains = run(tmp_path, *flags)
     assert before["ar"]["forwards_mean"] == 55
     for start, gain in zip(STARTS, gains, strict=True):

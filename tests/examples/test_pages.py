@@ -51,6 +51,7 @@ def test_the_commands_of_the_lerobot_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.realtime  # it trains for a time, not for a number of steps
 @pytest.mark.timeout(900)
 def test_the_commands_of_the_page_for_own_data(tmp_path: Path) -> None:
     """PushT: another robot, one camera, two dimensions of absolute positions, no gripper, no simulator in training."""

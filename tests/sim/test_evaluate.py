@@ -22,12 +22,12 @@ from ceed_vla.checkpoints import save
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from ceed_vla.outputs import is_own
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from sim.decoders import resolve_rows
 from sim.demo import DECODERS, DemoConfig
 from sim.episode_log import EPISODES, EpisodeLog
 from sim.evaluate import CheckpointPath, EvalConfig, check, evaluate
-from sim.outputs import is_own
 from sim.plots import write_plots
 from sim.rollout import EpisodeResult
 from sim.show import ShowConfig, show

@@ -12,9 +12,9 @@ from lerobot.envs.configs import PushtEnv
 
 from ceed_vla.cli import main
 from ceed_vla.errors import ConfigError
+from ceed_vla.outputs import is_own
 from sim.evaluate import CheckpointPath
 from sim.grounding import GroundingConfig, error_rows, grounding
-from sim.outputs import is_own
 
 
 def test_errors_are_listed_by_distance() -> None:

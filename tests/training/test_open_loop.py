@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ceed_vla.checkpoints import load
 from ceed_vla.data.frames import open_dataset
+from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError, DatasetError
 from training.open_loop import OpenLoopConfig, open_loop
 
@@ -115,3 +117,47 @@ def test_what_cannot_work_is_said(
     with pytest.raises(error, match=message):
         open_loop(OpenLoopConfig(**{**settings, **changes}))
     assert not (tmp_path / "out").exists()
+
+
+def test_only_a_report_of_ours_is_replaced(studio: Any, tmp_path: Path) -> None:
+    (tmp_path / "open_loop.json").write_text("{}")
+    config = OpenLoopConfig(str(studio.teacher), str(studio.demo), str(tmp_path), "ar", chunks=1)
+    with pytest.raises(ConfigError, match=r"open_loop\.json"):
+        open_loop(config)
+    (tmp_path / "open_loop.json").unlink()
+    assert open_loop(config)["rows"]["ar"]["error_pm95"] is None  # of one episode
+    assert open_loop(config)["data"] == [{"root": str(studio.demo), "chunks": 1}]
+
+
+def test_the_picture_shows_the_first_data_set_alone(
+    studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr("training.open_loop._draw", lambda store, actions, path: drawn.update(actions))
+    roots = f"{studio.other},{studio.demo}"
+    open_loop(OpenLoopConfig(str(studio.teacher), roots, str(tmp_path), "jacobi", chunks=6))
+    assert drawn["ar"].shape == (6, 7)  # three chunks of two steps
+    np.testing.assert_array_equal(drawn["ar"], drawn["jacobi"])
+
+
+def test_tokens_of_variable_length(studio: Any, tmp_path: Path, tiny_policy: Any) -> None:
+    """FAST: a block ends somewhere, and equal rests behind two stops are no agreement."""
+    from ceed_vla.tokens.fast import FastTokensConfig
+    from training.open_loop import _entry, _Row
+    from training.teacher import train
+
+    policy = tiny_policy(action_tokens=FastTokensConfig(most_ids=64, gripper_dims=[-1]))
+    config = studio.train_config(tmp_path / "run", policy=policy, grounding_steps=0, grounding_roots="", steps=20)
+    checkpoint = train(config)
+    rows = open_loop(OpenLoopConfig(str(checkpoint), str(studio.demo), str(tmp_path / "out"), "jacobi"))["rows"]
+    assert rows["jacobi"]["tokens_equal_ar"] == 1
+    assert rows["jacobi"]["forwards_mean"] < rows["ar"]["forwards_mean"]
+    tokens: Any = load(checkpoint)[0].tokenizer
+    own, other = (
+        _Row(DecodingConfig(), [torch.tensor([1, second, tokens.stop, tokens.stop])], [0.5], [1], [0.1])
+        for second in (2, 3)
+    )
+    entry = _entry(own, other, tokens, 2, [("set", 0)])
+    assert entry["tokens_equal_ar"] == 0.5
+    malformed = _entry(_Row(DecodingConfig(), own.tokens, [np.nan], [1], [0.1]), other, tokens, 2, [("set", 0)])
+    assert (malformed["error"], malformed["malformed"]) == (None, 1)

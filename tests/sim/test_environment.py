@@ -17,7 +17,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig, LiberoEnv
 
 from ceed_vla.errors import ConfigError, SimulationError
-from sim.environment import Environment, check_expert, flags, joined, register_installed
+from sim.environment import Environment, EnvPool, check_expert, flags, joined, register_installed
 from sim.rollout import rollout
 from sim.tabletop.lerobot_env import CeedTabletopEnv
 
@@ -141,6 +141,7 @@ def test_what_is_missing_is_said() -> None:
 
 
 def test_a_plain_environment_holds_still_and_is_disturbed_within_its_actions() -> None:
+    assert EnvPool(1, PlainConfig(), "reach it").env(0).instruction == "reach it"  # whatever it says itself
     env = Environment(PlainConfig())
     assert env.max_episode_steps == 8
     assert env.hold_action().tolist() == [0.0]

@@ -5,6 +5,7 @@ How steadily commands came is told from the times at which they were sent; the r
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,6 +117,7 @@ def build_report(
         "late_chunks": number(policy, "late_chunks"),
         "starved": number(policy, "starved"),
         "scheduling": policy.get("scheduling", ""),
+        "load": os.getloadavg()[0],
         "rest_after_kill_ms": None
         if killed is None
         else rest_after(((sent, m) for _, sent, m in read_messages(bag, ["/joint_states"])), killed),
@@ -183,6 +185,7 @@ def console_table(report: Mapping[str, Any], details: Mapping[str, Any]) -> Tabl
         ("ticks held, by reason", ", ".join(f"{k} {v}" for k, v in details["holds_by_reason"].items()) or "0"),
         ("commands clamped", ", ".join(f"{k} {v}" for k, v in details["clamps_by_kind"].items()) or "0"),
         ("scheduling of the command stream", details["scheduling"]),
+        ("load of the machine, last minute", f"{details['load']:.1f} on {os.cpu_count()} cores"),
     ]
     if details["config"]["kill"]:
         rest = details["rest_after_kill_ms"]

@@ -150,12 +150,8 @@ def simulated_time(config: Any, console: Console) -> dict[str, Any]:
     with closing(SimRobot(config.split)) as robot:
         for rival in config.rivals.split(","):
             checkpoint, _, decoding = rival.strip().partition(":")
-            settings: dict[str, Any] = {
-                "decoding": decoding or "ceed",
-                "replan_steps": config.replan_steps or None,
-                "warmup": 1,
-            }
-            predictor = Predictor(PredictorSettings(checkpoint, **settings))
+            settings: dict[str, Any] = {"replan_steps": config.replan_steps or None, "warmup": 1}
+            predictor = Predictor(PredictorSettings(checkpoint, decoding=decoding or "ceed", **settings))
             for latency in (float(value) for value in config.latencies_ms.split(",")):
                 episodes = list(_episodes(config, robot, predictor, 1e-3 * latency, console, f"{rival} {latency:g} ms"))
                 solved = sum(one["success"] for one in episodes)

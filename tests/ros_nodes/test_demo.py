@@ -71,6 +71,7 @@ def test_a_run_writes_its_numbers_and_a_bag(tmp_path: Path) -> None:
     assert [episode["seed"] for episode in details["per_episode"]] == [50000, 50001]
     assert details["rest_after_kill_ms"] is not None
     assert details["commands"] > 300
+    assert details["load"] > 0
     assert "policy node killed in mid-motion" in (tmp_path / "console.txt").read_text()
     with rosbags.AnyReader([tmp_path / "bag.mcap"]) as reader:
         counts = {connection.topic: connection.msgcount for connection in reader.connections}

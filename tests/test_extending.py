@@ -41,7 +41,8 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in BLOCKS.items():
         (tmp_path / f"{name}.py").write_text(text)
     own = (ROOT / "examples/own_backbone.py").read_text().partition("# ---- used as any other")[0]
-    (tmp_path / "my_backbone.py").write_text(own)
+    mine = own.replace('register_subclass("own")', 'register_subclass("mine")')  # another test may have imported it
+    (tmp_path / "my_backbone.py").write_text(mine)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
@@ -92,7 +93,7 @@ def test_tokens_backbone_and_loss_from_data_to_evaluation(plugins: Path, capfd: 
     sizes = [f"--policy.backbone.{name}={value}" for name, value in SIZES.items()]
     train = [
         "train", "--roots=demos", "--output_dir=teacher", "--steps=2", "--batch_size=4", "--rounds=0",
-        "--validate_episodes=0", "--policy.backbone.type=own", "--policy.action_tokens.type=signed_levels",
+        "--validate_episodes=0", "--policy.backbone.type=mine", "--policy.action_tokens.type=signed_levels",
         "--policy.chunk_size=4", "--policy.n_action_steps=2", *sizes, packages,
     ]  # fmt: skip
     assert main(train) == 0

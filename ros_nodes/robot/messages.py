@@ -25,8 +25,10 @@ except ImportError as error:
         "or source a ROS 2 installation that has rclpy and the packages of package.xml."
     ) from error
 
-# Cameras and joint states: the newest observation wins, an old one in a queue only adds latency.
+# Cameras: the newest image wins, an old one in a queue only adds latency. Joint states queue: an arm's and a gripper's
+# come on one topic, often within a millisecond, and with a depth of 1 the second would always replace the first.
 SENSOR = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+JOINT_STATES = QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT)
 # Values that a late subscriber must get too: the instruction, success.
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 # Commands to controllers; ros2_control subscribes to them with the system's default, which this matches.

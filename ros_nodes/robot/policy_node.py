@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from ros_nodes.robot.messages import COMMAND, LATCHED, SENSOR, clock_time
+from ros_nodes.robot.messages import COMMAND, JOINT_STATES, LATCHED, SENSOR, clock_time
 
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
@@ -97,11 +97,11 @@ class PolicyNode(LifecycleNode):
         self._setup = setup
         if self._stopped_early is not None:
             setup.controller.estop(self._stopped_early)
-        inputs = [(JointState, setup.robot.joint_states, self._on_joint_states)]
+        inputs = [(JointState, setup.robot.joint_states, self._on_joint_states, JOINT_STATES)]
         for camera in setup.observations.cameras:
             kind = CompressedImage if camera.source.transport == "compressed" else Image
-            inputs.append((kind, camera.source.topic, partial(self._on_image, camera)))
-        self._inputs = [self.create_subscription(*listened, SENSOR) for listened in inputs]
+            inputs.append((kind, camera.source.topic, partial(self._on_image, camera), SENSOR))
+        self._inputs = [self.create_subscription(*listened) for listened in inputs]
         self.show_state()
         return TransitionCallbackReturn.SUCCESS
 

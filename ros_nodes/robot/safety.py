@@ -140,7 +140,7 @@ class SafetyFilter:
             limits.joint_names, limits.position_low, limits.position_high, limits.physical_velocity
         )
         self._last: Array | None = None  # last command, inside the limits
-        # The newest positions, since when they are the same [s], and the command then.
+        # The newest positions, since when they are the same though commands moved [s], and the command then.
         self._still: tuple[Array, float, Array | None] | None = None
         self._speed: Array = np.zeros(len(limits.joint_names))  # of the last command [rad/s]
         self._gripper: float | None = None
@@ -293,9 +293,11 @@ class SafetyFilter:
         if still is None or still[2] is None or stamp < still[1] or not np.array_equal(measured, still[0]):
             self._still = measured, stamp, command
             return ""
-        if not self.follows or command is None or stamp - still[1] <= FROZEN_TIME:
+        way = 0.0 if command is None else float(np.abs(command - still[2]).max())
+        if way < 0.1 * FROZEN_WAY:  # an arm at rest: its time to follow begins with the command that moves it
+            self._still = measured, stamp, still[2]
+        if not self.follows or stamp - still[1] <= FROZEN_TIME:
             return ""
-        way = float(np.abs(command - still[2]).max())
         if way <= min(FROZEN_WAY, 0.5 * float(self.limits.max_step.min())):
             return ""
         return f"the joint states are the same for {stamp - still[1]:.2f} s, while the command moved {way:.3f} rad"

@@ -74,13 +74,20 @@ class Graph:
         while (left := end - time.monotonic()) > 0:
             self._executor.spin_once(timeout_sec=left)
 
-    def wait(self, until: Callable[[], Any], what: str, timeout: float = 30.0) -> Any:
-        """Handle messages until `until()` is true, and return it; fail with all output after `timeout` [s]."""
+    def wait(
+        self, until: Callable[[], Any], what: str, timeout: float = 30.0, heard: Callable[[], list[str]] = list
+    ) -> Any:
+        """Handle messages until `until()` is true, and return it; fail with all output after `timeout` [s].
+
+        What was `heard` meanwhile is shown with the failure: its first and its last five different lines.
+        """
         end = time.monotonic() + timeout
         while not (result := until()):
             if time.monotonic() > end:
                 said = "\n".join(f"--- {name}\n{self.output(name)[-3000:]}" for name in self.processes)
-                pytest.fail(f"waited {timeout:.0f} s for {what}\n{said}")
+                lines = list(dict.fromkeys(heard()))
+                lines = lines if len(lines) < 10 else [*lines[:5], "...", *lines[-5:]]
+                pytest.fail("\n".join((f"waited {timeout:.0f} s for {what}", said, *lines)))
             self._executor.spin_once(timeout_sec=0.05)
         return result
 
@@ -147,7 +154,9 @@ class Status:
                         return {**values, "message": status.message}
             return None
 
-        found = self._graph.wait(look, what, timeout)
+        found = self._graph.wait(
+            look, what, timeout, lambda: [one.message for array in self._messages[start:] for one in array.status]
+        )
         assert isinstance(found, dict)
         return found
 

@@ -278,6 +278,14 @@ def test_joint_states_that_do_not_follow_hold_until_an_operator_enables() -> Non
     loop.run(1.0)
     assert loop.controller.hold is None
 
+    loop.cameras = False
+    loop.run(3.0)  # a rest
+    loop.cameras, loop.follows = True, False
+    loop.run(0.4)  # and an arm that takes its time to begin
+    loop.follows = True
+    loop.run(1.0)
+    assert loop.controller.hold is None
+
     dry = Loop()
     dry.safety.follows = dry.follows = False
     dry.run(3.0)

@@ -146,8 +146,10 @@ def test_malformed_joint_states_are_refused(message: JointState, error: str) -> 
         messages.joint_state_by_name(message, ["a", "b"])
 
 
-def test_latched_values_reach_late_subscribers_and_sensors_never_queue() -> None:
+def test_latched_values_reach_late_subscribers_and_images_never_queue() -> None:
     assert messages.LATCHED.durability.name == "TRANSIENT_LOCAL"
     assert messages.SENSOR.depth == 1
+    assert messages.JOINT_STATES.depth == 10  # an arm's and a gripper's may come at once
+    assert messages.JOINT_STATES.reliability.name == "BEST_EFFORT"
     assert messages.SENSOR.reliability.name == "BEST_EFFORT"
     assert messages.COMMAND.reliability.name == "RELIABLE"

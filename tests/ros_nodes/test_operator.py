@@ -52,13 +52,15 @@ class Cell:
             self.graph.spin(0.3)
         return answer
 
-    def said(self, text: str, since: int = 0) -> Any:
-        return self.graph.wait(lambda: any(text in s.data for s in self.states[since:]), f"the state {text!r}", 90.0)
+    def said(self, text: str, since: int = 0) -> None:
+        """Wait until a state since the `since`-th had this text."""
+        said = lambda: [state.data for state in self.states[since:]]
+        self.graph.wait(lambda: any(text in state for state in said()), f"the state {text!r}", 90.0, said)
 
 
 @pytest.fixture(scope="module")
-def cell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cell]:
-    """One session of processes for the tests that leave it as it was."""
+def shared_cell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cell]:
+    """The processes of `cell`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
         graph = Graph(tmp_path_factory.mktemp("cell"))
@@ -68,6 +70,18 @@ def cell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cell]:
             yield made
         finally:
             graph.close()
+
+
+@pytest.fixture
+def cell(shared_cell: Cell) -> Cell:
+    """One session of processes for several tests: in each the robot is well and moves, whatever the test before left."""
+    robot = shared_cell.robot
+    robot.images = robot.alive = robot.powered = True
+    robot.blank = False
+    if not shared_cell.states[-1].data.startswith("moving"):
+        assert shared_cell.enable().success
+        shared_cell.status.state("moving")
+    return shared_cell
 
 
 def test_a_reset_says_what_is_true(cell: Cell) -> None:

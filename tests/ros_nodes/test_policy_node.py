@@ -21,7 +21,7 @@ from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 from trajectory_msgs.msg import JointTrajectory
 
-from ros_nodes.robot.messages import LATCHED, SENSOR, array_to_image, seconds
+from ros_nodes.robot.messages import JOINT_STATES, LATCHED, SENSOR, array_to_image, seconds
 from ros_nodes.robot.robot_file import load_robot_config
 from tests.ros_nodes.conftest import Status, tiny_act
 
@@ -60,7 +60,7 @@ class Robot:
         }
         kinds = {topic: CompressedImage if "compressed" in topic else Image for topic in cameras}
         self._cameras = {topic: graph.node.create_publisher(kinds[topic], topic, SENSOR) for topic in cameras}
-        self._joints = graph.node.create_publisher(JointState, "/joint_states", SENSOR)
+        self._joints = graph.node.create_publisher(JointState, "/joint_states", JOINT_STATES)
         graph.node.create_subscription(Float64MultiArray, COMMANDS, self._follow, 10)
         graph.node.create_timer(1 / 50, self._publish_joints)
         graph.node.create_timer(1 / 15, self._publish_images)

@@ -31,17 +31,17 @@ ros-demo:
 	@$(VENV)/bin/ceed-vla ros-demo $(ARGS)
 
 test:
-	@scripts/setup.sh --gl test ros2 vlm
+	@scripts/setup.sh --gl test ros2 vlm metaworld
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
 lint:
-	@scripts/setup.sh test lint ros2 vlm
+	@scripts/setup.sh test lint ros2 vlm metaworld
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
 format:
-	@scripts/setup.sh test lint ros2 vlm
+	@scripts/setup.sh test lint ros2 vlm metaworld
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
@@ -49,7 +49,7 @@ install:
 	@scripts/setup.sh
 
 install-lint:
-	@scripts/setup.sh test lint ros2 vlm
+	@scripts/setup.sh test lint ros2 vlm metaworld
 
 clean:
 	rm -rf build dist install log .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,17 +9,8 @@ from setuptools import find_packages, setup
 NAME = "ceed_vla"
 PACKAGES = ("ceed_vla", "training", "sim", "ros_nodes")
 HERE = Path(__file__).resolve().parent
-
-
-def read_version() -> str:
-    """The version in ceed_vla/__init__.py, read without importing it."""
-    text = (HERE / NAME / "__init__.py").read_text(encoding="utf-8")
-    match = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
-    if match is None:
-        raise RuntimeError(f'{NAME}/__init__.py has no line __version__ = "..."')
-    return match.group(1)
-
-
+SOURCE = (HERE / NAME / "__init__.py").read_text(encoding="utf-8")  # to import it needs what is installed here
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', SOURCE, re.MULTILINE)
 # The versions that work together; constraints.txt has the exact ones that were tested.
 REQUIREMENTS = [
     "lerobot[dataset,training]>=0.6.1,<0.7",
@@ -61,6 +52,8 @@ EXTRAS = {
     ],
     # Checkpoints of other families (OpenVLA, image-text-to-text models, pi0-FAST) and LoRA.
     "vlm": ["num2words>=0.5.14,<0.6", "peft>=0.18,<1", "scipy>=1.14,<2", "sentencepiece>=0.2", "timm>=1,<2"],
+    # Meta-World's tasks, --env.type=ceed_metaworld; the next version wants a MuJoCo of its own.
+    "metaworld": ["metaworld==3.0.0"],
     "test": [
         "gym-pusht>=0.1.6,<0.2",  # an environment of LeRobot's, for docs/own-data.md
         "hypothesis>=6.130",
@@ -82,20 +75,12 @@ DATA_FILES = [
 
 setup(
     name=NAME,
-    version=read_version(),
+    version=VERSION,
     description="Vision-language-action policies that decode their action tokens in parallel (CEED-VLA)",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="CEED-VLA maintainers",
     license="Apache-2.0",
-    keywords=[
-        "robotics",
-        "vision-language-action",
-        "consistency distillation",
-        "Jacobi decoding",
-        "LeRobot",
-        "ROS 2",
-    ],
     python_requires=">=3.12,<3.14",
     packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
     package_data={NAME: ["py.typed", "pretrained/**/*.safetensors", "pretrained/**/*.json", "pretrained/**/*.md"]},

@@ -74,6 +74,13 @@ COMMANDS = {
         may="mode env.type env.task episodes seed policy_path action_noise resume",
         kept=f"complete attempts are in {{root}}; {_RESUMABLE}",
     ),
+    "inspect": _row(
+        "say what a data set holds, and what training would choose from it",
+        "training.inspection InspectConfig inspect",
+        must="root",
+        may="output policy.chunk_size policy.action_tokens.type",
+        positional="root",
+    ),
     "train": _row(
         "train the autoregressive teacher on recorded data",
         "training.teacher TrainConfig train",
@@ -121,7 +128,8 @@ COMMANDS = {
         "compare decoders in closed loop: success, forwards, latency, clips",
         "sim.evaluate EvalConfig evaluate",
         must="policy.path",
-        may="teacher.path decoders episodes seed env.type env.task env.split output_dir device threads resume",
+        may="teacher.path decoders episodes seed delay_ms workers env.type env.task env.split output_dir device "
+        "threads resume",
         kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
     ),
     "bench": _row(
@@ -157,7 +165,8 @@ COMMANDS = {
     ),
     "demo": _row(
         "run the shipped policies: table, plots and clips in a few minutes",
-        "sim.demo DemoConfig demo",
+        "sim.evaluate DemoConfig evaluate",
+        may="episodes seed output_dir resume",
         kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
     ),
     "ros-demo": _row(

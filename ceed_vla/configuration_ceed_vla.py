@@ -14,8 +14,7 @@ import ceed_vla.backbones.families  # these register what they have
 import ceed_vla.tokens.fast
 import ceed_vla.tokens.openvla  # noqa: F401
 from ceed_vla.backbones.compact.config import CompactConfig
-from ceed_vla.backbones.config import BackboneConfig
-from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.config import BackboneConfig, PolicyShape
 from ceed_vla.checkpoint_files import FORMAT_VERSION, check_kinds, in_current_format, read_values
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.names import CEED, OWN, named_config

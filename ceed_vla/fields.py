@@ -65,6 +65,19 @@ def allowed_text(allowed: Allowed) -> str:
     return f"one of {', '.join(allowed)}" if isinstance(allowed, tuple) else f"in {allowed.text}"
 
 
+class Checked:
+    """A dataclass whose fields are checked as it is made; `prefix` is what stands before their names in an error."""
+
+    _prefix = ""
+
+    def __init_subclass__(cls, prefix: str | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._prefix = cls._prefix if prefix is None else prefix
+
+    def __post_init__(self) -> None:
+        check_fields(self, self._prefix)
+
+
 def check_fields(config: Any, prefix: str = "") -> None:
     """Check every field of a dataclass: its type against the annotation, its value against what it declares.
 

@@ -93,7 +93,14 @@ class CeedVLAPolicy(PreTrainedPolicy):
         if not isinstance(config, CeedVLAConfig | None):
             raise ConfigError(f"config is a {type(config).__name__}; pass a CeedVLAConfig or None.")
         chosen = CeedVLAConfig.read(folder) if config is None else config
-        check_checkpoint(folder, chosen)
+        # Before anything is built. Without an architecture the model would be read from wherever `path` says.
+        if getattr(chosen.backbone, "architecture", None) == "":
+            raise CheckpointError(f"{folder}: backbone.architecture in config.json is empty; copy it again.")
+        # Sizes that the weights cannot have are not built.
+        files = chosen.backbone.weight_files() or [folder / WEIGHTS]
+        check_sizes(files, *chosen.backbone.least_sizes(chosen.shape))
+        if any((folder / name).exists() for name in PROCESSOR_FILES):  # a policy without is still a policy
+            check_processors(folder, chosen)
         try:
             policy = cls(chosen, **kwargs)
         except ConfigError as error:
@@ -299,18 +306,3 @@ def _check_switches(**switches: object) -> None:
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise ConfigError(f"{name} is {short(value)}; it must be true or false.")
-
-
-def check_checkpoint(folder: Path, config: CeedVLAConfig) -> None:
-    """Refuse what a checkpoint must not say, before anything is built: wrong sizes, steps that could run code.
-
-    Processors are checked where the folder has them: a policy without is still a policy. `CheckpointError` says what is
-    wrong, in which file.
-    """
-    # Or the model would be read from wherever `path` says.
-    if getattr(config.backbone, "architecture", None) == "":
-        raise CheckpointError(f"{folder}: backbone.architecture in config.json is empty; copy it again.")
-    # Sizes that the weights cannot have are not built.
-    check_sizes(config.backbone.weight_files() or [folder / WEIGHTS], *config.backbone.least_sizes(config.shape))
-    if any((folder / name).exists() for name in PROCESSOR_FILES):
-        check_processors(folder, config)

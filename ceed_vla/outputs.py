@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from rich.console import Console
+
 from ceed_vla import __version__
 from ceed_vla.errors import ConfigError
 
@@ -79,3 +81,8 @@ def _path(option: str, text: str) -> Path:
 def _is_there(path: Path) -> bool:
     """Whether a name is taken, by a link that leads nowhere too."""
     return path.exists() or path.is_symlink()
+
+
+def default_console() -> Console:
+    """The terminal; wide enough for the tables where the output is a file or a pipe."""
+    return Console() if Console().is_terminal else Console(width=120)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ceed_vla.devices import check_device, check_device_name
 from ceed_vla.discovery import named_by_user
-from ceed_vla.errors import CeedVLAError, CheckpointError
-from ceed_vla.fields import check_fields, chosen, ranged
+from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
+from ceed_vla.fields import Interval, describe, fits, short
 from ceed_vla.files import plain_name, read_json
 from ceed_vla.folders import POSTPROCESSOR, PREPROCESSOR, PROCESSOR_FILES
 from ceed_vla.weights import opened
@@ -42,91 +42,57 @@ _STATISTICS = {
 
 # ---- settings of LeRobot's steps ----------------------------------------------------------------------------------
 
-
-@dataclass
-class _Settings:
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-
-@dataclass
-class _Rename(_Settings):
-    rename_map: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class _Device(_Settings):
-    device: str = "cpu"
-    float_dtype: str | None = chosen("float32", ("float32", "float16", "bfloat16", "float64"))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_device_name(self.device)
-
-
-@dataclass
-class _Normalise(_Settings):
-    features: dict[str, Any] = field(default_factory=dict)
-    norm_map: dict[str, str] = field(default_factory=dict)
-    eps: float = ranged(1e-8, "(0, 1e-3]")
-    normalize_observation_keys: list[str] | None = None
-
-
-@dataclass
-class _Absolute(_Settings):
-    enabled: bool = False
-
-
-@dataclass
-class _Relative(_Absolute):
-    exclude_joints: list[str] | None = None
-    action_names: list[str] | None = None
-
-
 Maker = Callable[..., Any]
+
+
+def _takes(**kinds: Any) -> Maker:
+    """In place of a step's class: makes nothing, and refuses all settings but `kinds`.
+
+    These give a type each, or a type and what is allowed of it.
+    """
+
+    def check(**settings: Any) -> None:
+        for name, value in settings.items():
+            hint, allowed = kinds[name] if isinstance(kinds[name], tuple) else (kinds[name], None)
+            if not fits(value, hint, allowed):
+                raise ConfigError(f"{name} is {short(value)}; it must be {describe(hint, allowed)}.")
+        if "device" in settings:
+            check_device_name(settings["device"])
+
+    return check
+
+
 _AFTER = (UNNORMALIZER, "absolute_actions_processor")  # belong behind the policy only
+_NORMALISE = _takes(
+    features=dict[str, Any],
+    norm_map=dict[str, str],
+    eps=(float, Interval("(0, 1e-3]")),
+    normalize_observation_keys=list[str] | None,
+)
 _PLAIN: dict[str, Maker] = {
-    "rename_observations_processor": _Rename,
-    "to_batch_processor": _Settings,
-    DEVICE: _Device,
-    NORMALIZER: _Normalise,
-    UNNORMALIZER: _Normalise,
-    "relative_actions_processor": _Relative,
-    "absolute_actions_processor": _Absolute,
-    "pi0_fast_prepare_state_tokenizer_processor_step": _Settings,
+    "rename_observations_processor": _takes(rename_map=dict[str, str]),
+    "to_batch_processor": _takes(),
+    DEVICE: _takes(device=str, float_dtype=(str | None, ("float32", "float16", "bfloat16", "float64"))),
+    NORMALIZER: _NORMALISE,
+    UNNORMALIZER: _NORMALISE,
+    "relative_actions_processor": _takes(enabled=bool, exclude_joints=list[str] | None, action_names=list[str] | None),
+    "absolute_actions_processor": _takes(enabled=bool),
+    "pi0_fast_prepare_state_tokenizer_processor_step": _takes(),
 }
-_OF_OTHERS: dict[str, Maker] = {
-    **_PLAIN,
-    "pi0_new_line_processor": _Settings,
-    "smolvla_new_line_processor": _Settings,
-    "observation_processor": _Settings,
-}
-
-
-@dataclass
-class _Tokenizer(_Settings):
-    max_length: int = ranged(512, "[1, 65536]")
-    task_key: str = "task"
-    padding_side: str = chosen("right", ("left", "right"))
-    padding: str = chosen("max_length", ("max_length", "longest", "do_not_pad"))
-    truncation: bool = True
-    tokenizer_name: str | None = None
-
+_OTHERS = ("pi0_new_line_processor", "smolvla_new_line_processor", "observation_processor")
+_OF_OTHERS: dict[str, Maker] = {**_PLAIN, **dict.fromkeys(_OTHERS, _takes())}
+_TOKENIZER = _takes(
+    max_length=(int, Interval("[1, 65536]")),
+    task_key=str,
+    padding_side=(str, ("left", "right")),
+    padding=(str, ("max_length", "longest", "do_not_pad")),
+    truncation=bool,
+    tokenizer_name=str | None,
+)
 
 # Of LeRobot's checkpoints, which conversion reads and does not run: the tokenizer is copied, the last one left out.
 REMOTE_CODE = ("action_tokenizer_processor",)
-CONVERTED: dict[str, Maker] = {**_PLAIN, "tokenizer_processor": _Tokenizer, **dict.fromkeys(REMOTE_CODE, dict)}
-
-
-def _own_steps(config: Any) -> dict[str, Maker]:
-    """Name -> class of the steps that this package writes for such a policy."""
-    from lerobot.processor import ProcessorStepRegistry
-
-    # Another's backbone may use any of our steps.
-    ours = type(config.backbone).__module__.startswith("ceed_vla.")
-    names = config.backbone.steps if ours else ProcessorStepRegistry.list()
-    kinds = {name: ProcessorStepRegistry.get(name) for name in names if name.startswith("ceed_vla_")}
-    return {**_PLAIN, **{n: kind for n, kind in kinds.items() if kind.__module__.startswith("ceed_vla.")}}
+CONVERTED: dict[str, Maker] = {**_PLAIN, "tokenizer_processor": _TOKENIZER, **dict.fromkeys(REMOTE_CODE, dict)}
 
 
 # ---- one step -----------------------------------------------------------------------------------------------------
@@ -221,7 +187,13 @@ def _of_named_package(name: str) -> bool:
 
 def check_processors(folder: Path, config: Any) -> None:
     """Check both processors of a checkpoint of this package: its steps, their settings, and its normalisation."""
-    own = _own_steps(config)
+    from lerobot.processor import ProcessorStepRegistry
+
+    # The steps that this package writes for such a policy; another's backbone may use any of them.
+    ours = type(config.backbone).__module__.startswith("ceed_vla.")
+    names = config.backbone.steps if ours else ProcessorStepRegistry.list()
+    kinds = {name: ProcessorStepRegistry.get(name) for name in names if name.startswith("ceed_vla_")}
+    own = {**_PLAIN, **{n: kind for n, kind in kinds.items() if kind.__module__.startswith("ceed_vla.")}}
     pre = read_steps(folder, PREPROCESSOR, {n: kind for n, kind in own.items() if n not in _AFTER})
     post = read_steps(folder, POSTPROCESSOR, {n: own[n] for n in (*_AFTER, DEVICE)})
     relative = [any(s.settings.get("enabled") for s in p if s.name.endswith("_actions_processor")) for p in (pre, post)]

@@ -10,7 +10,7 @@ with every chunk. So its chunk is decoded freely, and what the frozen steps move
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +21,6 @@ from ceed_vla.errors import ConfigError, TokenError
 from ceed_vla.fields import short
 from ceed_vla.tensors import is_plain
 from ceed_vla.tokens.base import ActionTokens
-
-
-class Decodes(Protocol):
-    """A policy, as far as it matters here."""
-
-    config: Any
-    backbone: Any
-    tokenizer: ActionTokens
-
-    def decode(self, batch: dict[str, Tensor], **arguments: Any) -> DecodeResult: ...
 
 
 def continuation(tokens: ActionTokens, left_over: Tensor, delay: int, rows: int) -> tuple[Tensor | None, Tensor | None]:
@@ -67,7 +57,7 @@ def continuation(tokens: ActionTokens, left_over: Tensor, delay: int, rows: int)
 
 
 def decode_behind(
-    policy: Decodes,
+    policy: Any,
     batch: dict[str, Tensor],
     frozen: Tensor | None,
     executed_steps: int | None = None,

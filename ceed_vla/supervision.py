@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
-from ceed_vla.backbones.base import TrainableBackbone, runs
-from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.backbones.base import runs
 from ceed_vla.errors import ConfigError, ObservationError
 from ceed_vla.fields import short
 from ceed_vla.tensors import is_plain
-from ceed_vla.tokens.base import ActionTokens
 
 ENVIRONMENT_STATE_KEY = "observation.environment_state"
 AUGMENTATION_NOISE = "augmentation_noise"
@@ -22,19 +20,7 @@ PADDED = "action_is_pad"
 LARGEST = 1e6  # term of the environment state
 
 
-class Learner(Protocol):
-    """What is supervised: a policy."""
-
-    config: CeedVLAConfig
-    tokenizer: ActionTokens
-    backbone: TrainableBackbone
-    training: bool
-    auxiliary_terms: int | None
-
-    def check_observation(self, batch: dict[str, Tensor]) -> int: ...
-
-
-def teacher_loss(policy: Learner, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
+def teacher_loss(policy: Any, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
     """Autoregressive loss of the teacher, with the auxiliary regression if its target is in the batch, and the parts.
 
     The `batch` is a pre-processed observation with ``action`` (B, m, A) and, optionally, ``action_is_pad`` (B, m) and
@@ -62,13 +48,13 @@ def teacher_loss(policy: Learner, batch: dict[str, Tensor], reduction: str = "me
     return (rows.mean() if reduction == "mean" else rows), parts
 
 
-def finish_training(policy: Learner) -> None:
+def finish_training(policy: Any) -> None:
     """Drop the head that only training uses, in the configuration too."""
     policy.backbone.early_auxiliary = None
     policy.config.backbone = policy.config.backbone.finished()
 
 
-def auxiliary_loss(policy: Learner, embeddings: Any, state: Tensor, environment_state: Tensor) -> Tensor:
+def auxiliary_loss(policy: Any, embeddings: Any, state: Tensor, environment_state: Tensor) -> Tensor:
     """Smooth-L1 (B,) between the regressions and the scaled leading `environment_state` terms (B, E) [m, rad].
 
     The early head regresses from `embeddings` of `embed_prefix`, the head behind the trunk from the `state` token's
@@ -90,7 +76,7 @@ def auxiliary_loss(policy: Learner, embeddings: Any, state: Tensor, environment_
     return torch.stack(losses).sum(0)
 
 
-def grounding_loss(policy: Learner, batch: dict[str, Tensor]) -> Tensor:
+def grounding_loss(policy: Any, batch: dict[str, Tensor]) -> Tensor:
     """The auxiliary loss alone (scalar), for frames that have no action."""
     if policy.backbone.auxiliary is None:
         raise ConfigError("auxiliary_scale is empty: this policy has no grounding target.")
@@ -101,7 +87,7 @@ def grounding_loss(policy: Learner, batch: dict[str, Tensor]) -> Tensor:
     return auxiliary_loss(policy, embeddings, state, batch[ENVIRONMENT_STATE_KEY]).mean()
 
 
-def _prepared(policy: Learner, batch: dict[str, Tensor], target: str) -> dict[str, Tensor]:
+def _prepared(policy: Any, batch: dict[str, Tensor], target: str) -> dict[str, Tensor]:
     """`batch`, in which there is a `target`, checked and in training augmented."""
     if policy.training:
         batch = augment(policy, batch)
@@ -112,7 +98,7 @@ def _prepared(policy: Learner, batch: dict[str, Tensor], target: str) -> dict[st
     return batch
 
 
-def augment(policy: Learner, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def augment(policy: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Random shift and brightness of every image that the backbone sees as such, noise on the state.
 
     ``batch["augmentation_noise"]`` (B, `augmentation_size`), uniform in [0, 1), decides where it is given: then
@@ -142,13 +128,13 @@ def augment(policy: Learner, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch
 
 
-def augmentation_size(policy: Learner) -> int:
+def augmentation_size(policy: Any) -> int:
     """Random numbers a row that `augment` needs: shift (2) and brightness of every image, noise of the state."""
     state = policy.config.robot_state_feature
     return 3 * len(policy.backbone.augmented_images) + (int(state.shape[0]) if state else 0)
 
 
-def _check_batch(policy: Learner, batch: dict[str, Any]) -> None:
+def _check_batch(policy: Any, batch: dict[str, Any]) -> None:
     """Check the observation in a batch, and what else is there: all of that may be missing."""
     rows = policy.check_observation(batch)
     terms = len(policy.config.auxiliary_scale)

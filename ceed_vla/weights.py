@@ -25,18 +25,6 @@ HEADS = ("head", "lm_head")  # modules that give the scores
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
-class PolicyModule(nn.Module):
-    """What is read and written of a policy.
-
-    Attributes:
-        referenced: Weights that a checkpoint leaves in the folder they were read from.
-        adapters: Low-rank adapters that have not been added to the weights.
-    """
-
-    referenced: set[str]
-    adapters: dict[str, Tensor]
-
-
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
     """A safetensors file; its header has been compared with the file's size. `CheckpointError` if it is damaged."""
@@ -173,11 +161,11 @@ def check_floating(files: Sequence[Path]) -> None:
                     raise CheckpointError(f"The weights {file} do not load: {name} is of type {kind}; copy them again.")
 
 
-def load_weights(policy: PolicyModule, folder: Path, strict: bool = True) -> None:
+def load_weights(policy: Any, folder: Path, strict: bool = True) -> None:
     """Read a checkpoint's weights into a policy that was built from its configuration.
 
     Unless `strict`, missing and additional weights are only logged. Weights that the policy refers to elsewhere
-    (`PolicyModule.referenced`) are not missing.
+    (`policy.referenced`) are not missing.
     """
     file = folder / WEIGHTS
     missing, unknown = copy_weights(policy, [file], skip=is_adapter)
@@ -200,7 +188,7 @@ def load_weights(policy: PolicyModule, folder: Path, strict: bool = True) -> Non
             logger.warning("The checkpoint %s %s weights: %s", folder, kind, ", ".join(sorted(names)))
 
 
-def save_weights(policy: PolicyModule, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
+def save_weights(policy: Any, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
     """Write a policy's weights but those that it refers to and has not trained; or `state_dict`, gathered elsewhere."""
     from safetensors.torch import save_file, save_model
 

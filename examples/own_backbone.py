@@ -27,11 +27,10 @@ from ceed_vla import CeedVLAPolicy
 from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features
 from ceed_vla.backbones.check import check_backbone
 from ceed_vla.backbones.compact.words import InstructionWordsStep, build_vocabulary
-from ceed_vla.backbones.config import BackboneConfig
-from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.config import BackboneConfig, PolicyShape
 from ceed_vla.cache import KVCache
+from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-from sim.tabletop.policy import tabletop_config
 
 # ---- the backbone -----------------------------------------------------------------------------------------------
 
@@ -138,4 +137,6 @@ def check(config: CeedVLAConfig, rows: int = 4) -> None:
 
 
 if __name__ == "__main__":
-    check(tabletop_config(backbone=OwnConfig(), auxiliary_scale=[]))
+    config = CeedVLAConfig.read(resolve_checkpoint("student"))
+    config.backbone, config.auxiliary_scale = OwnConfig(), []
+    check(config)

@@ -18,7 +18,6 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ def make_tiny(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
     batches = [pre(frame) for frame in frames]
     batch = {key: torch.cat([b[key] for b in batches]) for key in batches[0] if isinstance(batches[0][key], Tensor)}
     images, masks = PI0FastPolicy._preprocess_images(policy.backbone, batch)
-    target = torch.cat([torch.full((FRAMES, 1), tokenizer.text.bos), tokenizer.encode(chunks)], dim=1)
+    target = torch.cat([torch.full((FRAMES, 1), tokenizer.settings.bos), tokenizer.encode(chunks)], dim=1)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(250):
         prompt = (batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK])
@@ -79,13 +78,6 @@ def make_tiny(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
     return checkpoint, frames
 
 
-def frames_of(data: Path, chunk_size: int) -> Iterator[dict[str, Any]]:
-    """Consecutive frames of a data set."""
-    store = open_dataset(data)
-    for frame in range(min(FRAMES, len(store))):
-        yield store.batch(np.array([frame]), chunk_size)
-
-
 def lerobot_tokens(backbone: Pi0FastBackbone, tokenizer: Pi0FastTokenizer, batch: dict[str, Any]) -> Tensor:
     """Tokens (1, n) of LeRobot's cached decoder; what is behind the stop token, which it never reads, is cut."""
     images, masks = PI0FastPolicy._preprocess_images(backbone, batch)
@@ -93,7 +85,7 @@ def lerobot_tokens(backbone: Pi0FastBackbone, tokenizer: Pi0FastTokenizer, batch
     tokens = backbone.model.sample_actions_fast_kv_cache(
         images, masks, *prompt, max_decoding_steps=tokenizer.block_length
     )
-    stop = tokenizer.text.stop
+    stop = tokenizer.settings.stop
     return torch.where((tokens == stop).cumsum(1) > 0, stop, tokens)
 
 
@@ -155,7 +147,8 @@ def main() -> None:
         settings = {name: getattr(options, name) for name in ("fast_tokenizer", "text_tokenizer", "device")}
         print(convert(ConvertConfig(str(checkpoint), str(output / "ours"), from_="pi0_fast", **settings)))
         if frames is None:
-            frames = frames_of(options.data, load(output / "ours")[0].config.chunk_size)
+            store, steps = open_dataset(options.data), load(output / "ours")[0].config.chunk_size
+            frames = [store.batch(np.array([frame]), steps) for frame in range(min(FRAMES, len(store)))]
         compare(output / "ours", Path(options.text_tokenizer or output / "text"), frames, options.device)
 
 

@@ -178,14 +178,22 @@ install_packages() {
 
 # ---- rendering -----------------------------------------------------------------------------------------------------
 
+# Fails, and says why, unless the picture that `ceed-vla doctor` renders comes out.
+renders() {
+    "$VENV/bin/python" -c 'from ceed_vla import doctor
+(finding,) = doctor._rendering(doctor._run_probe(doctor._PROBES["gl"]))
+raise SystemExit(f"setup: {finding.found}" if finding.remedy else 0)'
+}
+
 check_gl() {
     local stamp=$VENV/.renders-with-${MUJOCO_GL:-egl}
     [ -e "$stamp" ] && return
-    if ! "$VENV/bin/python" scripts/check_gl.py; then
+    [ "$(uname)" != Linux ] || export MUJOCO_GL=${MUJOCO_GL-egl}
+    if ! renders; then
         if [ "${CEED_VLA_INSTALL_GL:-}" = 1 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
             say "installing $GL_PACKAGES"
             apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $GL_PACKAGES
-            "$VENV/bin/python" scripts/check_gl.py || die "MuJoCo still cannot render; see the message above."
+            renders || die "MuJoCo still cannot render; see the message above."
         else
             die "MuJoCo cannot render here: GL is missing (message above). It needs no screen, but these libraries:" \
                 "  sudo apt-get install -y $GL_PACKAGES" \

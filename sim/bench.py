@@ -72,7 +72,7 @@ def bench(config: BenchConfig, console: Console | None = None) -> dict[str, Any]
         config.decoders = ",".join([ROWS, *rows, *[TEACHER_ROWS] * bool(config.teacher.path)])
     config.decoders = f"ar,ar_h,{config.decoders}"  # everything is compared with them
     report = evaluate(config, console, probes)
-    result = {key: report[key] for key in KEPT} | {"decoders": rows_of(report)}
+    result = {**report, "decoders": rows_of(report)}
     folder = Path(config.output_dir)
     if config.timing_chunks:
         result["floor_ms"], result["ar_over_parts"] = floor(report, "policy"), ar_over_parts(report)
@@ -82,12 +82,6 @@ def bench(config: BenchConfig, console: Console | None = None) -> dict[str, Any]
     return result
 
 
-KEPT = (
-    "program", "complete", "env", "task", "seeds", "executed_steps", "chunk_size", "block_length", "policy", "teacher",
-    "timing", "versions", "hardware",
-)  # fmt: skip
-
-
 def depth_rows(kind: str, depths: Sequence[int]) -> list[str]:
     """What a policy with exits can: Balcony's and ASE's, DeeR-VLA's, LayerSkip's, Spec-VLA's and DEL's."""
     rows = [f"depth{depth}_cap2_fresh" for depth in depths]
@@ -95,12 +89,6 @@ def depth_rows(kind: str, depths: Sequence[int]) -> list[str]:
         rows += [f"deer{upper}t3_conf0.2_cap2" for lower, upper in pairwise(depths) if upper == lower + 1]
         rows += [f"spec{depths[0]}x4", f"spec{depths[0]}x4r2", "del"]
     return rows
-
-
-EPISODE_KEYS = (
-    "forwards_mean", "forwards_p95", "block_layers_mean", "prefix_layers_mean", "success", "episodes", "success_rate",
-    "success_ci95", "paired",
-)  # fmt: skip
 
 
 def probes(bundles: dict[str, Bundle]) -> dict[str, Any]:
@@ -125,23 +113,19 @@ def ar_over_parts(report: Mapping[str, Any]) -> float:
 
 
 def rows_of(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of ``bench.json``; ratios are of p50 of whole chunks, against the same model's floor, and its AR and
-    AR of the executed steps in their faster engines (``ratio_to_ar_compiled``).
+    """The entries of ``bench.json``: those of the report, and ratios of p50 of chunks to the same model's floor, and
+    to its AR and AR of the executed steps in their faster engines (``ratio_to_ar_compiled``).
     """
     rows = {}
     for name, entry in report["decoders"].items():
-        row = {key: entry.get(key) for key in EPISODE_KEYS}
+        row = dict(entry)
         if "latency_ms" in entry:
             model, prefix = ("teacher", "teacher_") if name.startswith("teacher_") else ("policy", "")
             p50, others = entry["latency_ms"]["p50"], report["decoders"]
             row |= {
                 "tokens_per_forward": round(_wanted(report, entry) / entry["forwards_mean"], 2),
                 "engine": report["timing"]["engines"][name],
-                **{f"{part}_ms": entry[f"{part}_ms"] for part in ("prefill", "decode")},
-                "total_ms": entry["latency_ms"],
                 "ratio_to_floor": round(p50 / floor(report, model), 3),
-                "action_error": entry["action_error"],
-                "equal_to_ar": entry["ar_agreement"],
             }
             for rival in ("ar", "ar_h"):
                 if prefix + rival in others:
@@ -164,10 +148,10 @@ def markdown(result: Mapping[str, Any]) -> str:
     )  # fmt: skip
     lines = []
     for name, row in result["decoders"].items():
-        forwards = f"{row['forwards_mean'] or 0:.2f} / {row['forwards_p95'] or 0:.0f}"
+        forwards = f"{row.get('forwards_mean', 0):.2f} / {row.get('forwards_p95', 0):.0f}"
         cells = [name, success_cell(row), forwards, layers_cell(row)]
-        if "total_ms" in row:
-            total = row["total_ms"]
+        if "latency_ms" in row:
+            total = row["latency_ms"]
             cells += [
                 f"{total['p50']:.1f} / {total['p95']:.1f} / {total['p99']:.1f}",
                 *(f"{row[f'{part}_ms']['p50']:.1f}" for part in ("prefill", "decode")),
@@ -175,7 +159,7 @@ def markdown(result: Mapping[str, Any]) -> str:
                 *(f"{row.get(f'ratio_to_{rival}_compiled', 0):.1f}" for rival in ("ar", "ar_h")),
                 f"{row['ratio_to_floor']:.2f}",
                 f"{row['action_error']:.4f}",
-                f"{100 * row['equal_to_ar']:.1f} %",
+                f"{100 * row['ar_agreement']:.1f} %",
             ]
         lines.append((*cells, *["-"] * (len(head) - len(cells))))
     parts = [f"# {result['env']}, {result['task']}", "", markdown_table(head, lines), ""]
@@ -193,9 +177,9 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def pareto(result: Mapping[str, Any]) -> Figure:
     """Failures against latency: p50 as dots, a line to p99; rows that no other beats in both are in colour."""
-    rows = {name: row for name, row in result["decoders"].items() if row.get("total_ms") and row["episodes"]}
+    rows = {name: row for name, row in result["decoders"].items() if row.get("latency_ms") and row["episodes"]}
     points = {  # none failed: half an episode, for the logarithm
-        name: (row["total_ms"]["p50"], 100 * max(1 - row["success_rate"], 0.5 / row["episodes"]))
+        name: (row["latency_ms"]["p50"], 100 * max(1 - row["success_rate"], 0.5 / row["episodes"]))
         for name, row in rows.items()
     }
     figure = Figure(figsize=(9.5, 6))
@@ -203,7 +187,7 @@ def pareto(result: Mapping[str, Any]) -> Figure:
     for index, (name, (x, y)) in enumerate(sorted(points.items(), key=lambda item: item[1])):
         beaten = any((a < x and b <= y) or (a <= x and b < y) for a, b in points.values())
         color = "#B9BEC6" if beaten else row_color(name)
-        axes.plot([x, rows[name]["total_ms"]["p99"]], [y, y], color=color, lw=1, zorder=2)
+        axes.plot([x, rows[name]["latency_ms"]["p99"]], [y, y], color=color, lw=1, zorder=2)
         axes.plot(x, y, "o", color=color, ms=5 if beaten else 7, zorder=3)
         place, ink = (3, 5 if index % 2 else -10), "#8A8F98" if beaten else INK
         axes.annotate(name, (x, y), place, textcoords="offset points", fontsize=6.5 if beaten else 8, color=ink)

@@ -31,10 +31,10 @@ from ceed_vla.decoding import decode_block, decoder_ladders, exit_ladders, named
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, check_fields, ranged
 from ceed_vla.files import write_text
-from ceed_vla.outputs import MADE_BY, claim_folder
+from ceed_vla.outputs import MADE_BY, claim_folder, default_console
 from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, observation_batch, turns
-from sim.evaluate import CheckpointPath, default_console
-from sim.rollout import Chunk, Episode, PolicyRunner, replan, stack_previous, wilson_interval
+from sim.evaluate import CheckpointPath
+from sim.rollout import Chunk, PolicyRunner, rollout, stack_previous, wilson_interval
 from sim.tabletop.lerobot_env import mixed_tabletop
 
 OFF = 0.05  # of an action's range
@@ -99,7 +99,11 @@ class AuditedRunner(PolicyRunner):
 
     @torch.inference_mode()
     def decode(
-        self, observations: Sequence[dict[str, Any]], instructions: Sequence[str], previous: Sequence[Tensor | None]
+        self,
+        observations: Sequence[dict[str, Any]],
+        instructions: Sequence[str],
+        previous: Sequence[Tensor | None],
+        frozen: Sequence[Tensor] = (),
     ) -> list[Chunk]:
         policy, steps = self.policy, self.executed_steps
         batch = self.preprocessor(observation_batch(observations, instructions))
@@ -261,23 +265,13 @@ def plain(value: float) -> str:
 def measured(config: CalibrateConfig, bundle: Bundle, pool: EnvPool, name: str) -> Measured:
     """Episodes that the decoder `name` drives."""
     runner = AuditedRunner(bundle, name, torch.Generator().manual_seed(0), config.executed_steps)
-    steps = runner.executed_steps
-    tasks, risks, forwards, success = turns(config.env), [], [], 0
-    seeds = range(config.seed, config.seed + config.episodes)
-    with tqdm(total=len(seeds), desc=name, unit="episode", dynamic_ncols=True) as bar:
-        for first in range(0, len(seeds), pool.size):
-            episodes = [
-                Episode.start(pool.env(slot), seed, tasks[(first + slot) % len(tasks)], pool.max_episode_steps)
-                for slot, seed in enumerate(seeds[first : first + pool.size])
-            ]
-            while active := [episode for episode in episodes if not episode.over]:
-                replan(runner, active, steps)
-            for episode in episodes:
-                risks.append(np.mean([seconds["off"] for seconds in episode.result.seconds]))
-                forwards += episode.result.forwards
-                success += episode.result.success
-            bar.update(len(episodes))
-    return Measured(name, np.array(risks), np.array(forwards, dtype=float), success)
+    tasks = turns(config.env)
+    episodes = [(config.seed + i, tasks[i % len(tasks)]) for i in range(config.episodes)]
+    with tqdm(total=len(episodes), desc=name, unit="episode", dynamic_ncols=True) as bar:
+        results = rollout(runner, pool, episodes, lambda _: bar.update())
+    risks = np.array([np.mean([seconds["off"] for seconds in result.seconds]) for result in results])
+    forwards = np.array([count for result in results for count in result.forwards], dtype=float)
+    return Measured(name, risks, forwards, sum(result.success for result in results))
 
 
 def _print(report: dict[str, Any], console: Console, file: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from ceed_vla.errors import SimulationError
 from ceed_vla.files import replacing
 from ceed_vla.outputs import MADE_BY
+from sim.decoders import Row
 from sim.environment import EnvPool
 from sim.rollout import PolicyRunner, drive
 
@@ -96,14 +97,12 @@ def write_clip(path: Path, frames: Iterable[Frame], fps: int = 10) -> Path:
     return path
 
 
-def record_clip(
-    path: Path, runner: PolicyRunner, pool: EnvPool, *, name: str, unit: str, seed: int, task: str, executed_steps: int
-) -> Path:
+def record_clip(path: Path, row: Row, runner: PolicyRunner, pool: EnvPool, seed: int, task: str) -> Path:
     """Run one episode in the first environment of a pool and write its clip, in real time of the robot."""
     counts: list[int] = []
 
     def frames() -> Iterator[Frame]:
-        for replan in drive(runner, pool, seed, executed_steps, task, watch=True):
+        for replan in drive(runner, pool, seed, task, watch=True):
             counts.append(replan.chunk.forwards)
             for i, views in enumerate(replan.views, start=1):
                 last = replan.finished and i == len(replan.views)
@@ -111,10 +110,10 @@ def record_clip(
                     list(views.values()),
                     sides=getattr(pool.config, "sides", ("", "")),
                     instruction=replan.instruction,
-                    decoder=name,
+                    decoder=row.name,
                     forwards=counts[-1],
                     mean_forwards=sum(counts) / len(counts),
-                    unit=unit,
+                    unit="token" if row.decoding.method == "ar" else "block",
                     step=replan.step + i,
                     status=("solved" if replan.success else "not solved") if last else "",
                 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ceed_vla.decoding.config import DecodingConfig
@@ -13,7 +14,6 @@ from ceed_vla.errors import ConfigError
 TEACHER_PREFIX = "teacher_"
 HONEST_RIVALS = ("teacher_ar", "teacher_cap4")
 DECODERS = f"{names_help()}; all with {TEACHER_PREFIX} in front"
-_LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,22 @@ class Row:
         name: As asked for, e.g. ``"teacher_cap4"``.
         model: ``"policy"`` or ``"teacher"``.
         decoding: The decoding with every field resolved.
+        delay: Control steps that pass while a chunk is decoded.
+        suffix: What the name says of the delay.
     """
 
     name: str
     model: str
     decoding: DecodingConfig
+    delay: int = 0
+    suffix: str = ""
+
+    def delayed(self, milliseconds: float, fps: int) -> Row:
+        """This row where a chunk takes so long, rounded up to whole control steps; itself for 0."""
+        if not milliseconds:
+            return self
+        suffix, steps = f"@{milliseconds:g}ms", math.ceil(milliseconds * fps / 1000 - 1e-9)
+        return replace(self, name=self.name + suffix, delay=steps, suffix=suffix)
 
     @property
     def reference(self) -> str:
@@ -61,21 +72,3 @@ def resolve_rows(names: Sequence[str], configs: dict[str, Any]) -> list[Row]:
     models = ["teacher" if name.startswith(TEACHER_PREFIX) else "policy" for name in names]
     pairs = zip(names, models, strict=True)
     return [Row(name, model, configs[model].named(name.removeprefix(TEACHER_PREFIX))) for name, model in pairs]
-
-
-def checked_name(name: str) -> str:
-    """The name of a decoder where there is one policy and no teacher beside it.
-
-    Raises:
-        ConfigError: An unknown name, a teacher's, or several.
-    """
-    if name.startswith(TEACHER_PREFIX):
-        plain = name.removeprefix(TEACHER_PREFIX)
-        raise ConfigError(
-            f"Decoder {name[:_LONGEST_NAME]!r} is a teacher's, and only one policy decodes here; try "
-            f"{plain[:_LONGEST_NAME]!r}."
-        )
-    names = parse_decoders(name, has_teacher=False)
-    if len(names) > 1:
-        raise ConfigError(f"{name[:_LONGEST_NAME]!r} names {len(names)} decoders; choose one of {DECODERS}.")
-    return names[0]

@@ -34,6 +34,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from importlib.metadata import distributions
+from pathlib import Path
 from typing import Any
 
 import draccus
@@ -80,7 +81,9 @@ class Privileged:
 
 
 def register_installed() -> None:
-    """Import the installed distributions ``lerobot_env_*``, which register their environments."""
+    """Import our own environments and the installed distributions ``lerobot_env_*``, which register theirs."""
+    for folder in Path(__file__).parent.glob("*/lerobot_env.py"):
+        import_module(f"sim.{folder.parent.name}.lerobot_env")
     for distribution in distributions():
         name = (distribution.metadata["Name"] or "").replace("-", "_")
         if name.startswith("lerobot_env_"):

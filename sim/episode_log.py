@@ -22,8 +22,8 @@ EPISODES = "episodes.jsonl"
 Results = dict[str, list[EpisodeResult]]  # by the decoder's name
 
 _KINDS = {"decoder": str, "seed": int, "task": str, "instruction": str, "success": bool, "steps": int}
-_KINDS |= {"forwards": list, "exit_reasons": list, "block_layers": list, "prefix_layers": list}
-_LATER: dict[str, Any] = {"block_layers": [], "prefix_layers": []}  # older files lack these
+_KINDS |= {"forwards": list, "exit_reasons": list, "block_layers": list, "prefix_layers": list, "motion": dict}
+_LATER: dict[str, Any] = {"block_layers": [], "prefix_layers": [], "motion": {}}  # older files lack these
 _ANEW = "start anew in another --output_dir."
 _LONGEST = 2**28  # [bytes]
 
@@ -67,18 +67,24 @@ class EpisodeLog:
     def start(self, results: Results) -> None:
         """Write a file of `results`."""
         header = json.dumps({"program": MADE_BY, "identity": self.identity})
-        lines = [_line(name, episode) for name, episodes in results.items() for episode in episodes]
+        lines = [line_of(name, episode) for name, episodes in results.items() for episode in episodes]
         write_text(self.file, "\n".join([header, *lines, ""]))
 
     def append(self, name: str, episode: EpisodeResult) -> None:
         try:
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(_line(name, episode) + "\n")
+                file.write(line_of(name, episode) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             error.filename = str(self.file)
             raise
+
+    def episode(self, line: str) -> tuple[str, EpisodeResult] | None:
+        """Decoder and episode of a `line_of`; None if it is none of this evaluation."""
+        values = _values(line)
+        found = self._episode(values)
+        return None if found is None else (values["decoder"], found)
 
     def _check_identity(self, header: Any) -> None:
         theirs = header.get("identity") if isinstance(header, dict) else None
@@ -105,6 +111,7 @@ class EpisodeLog:
             and {len(found) for found in layers} <= {0, len(counts)}
             and all(type(count) is int and 0 <= count < 10**6 for found in (counts, *layers) for count in found)
             and all(type(reason) is str and len(reason) < 100 for reason in reasons)
+            and all(type(value) is float and 0 <= value < 1e12 for value in episode.motion.values())
         )
         return episode if fits else None
 
@@ -154,6 +161,7 @@ def _values(line: str) -> Any:
         return None
 
 
-def _line(name: str, episode: EpisodeResult) -> str:
+def line_of(name: str, episode: EpisodeResult) -> str:
+    """An episode of a decoder as JSON."""
     values = {field: getattr(episode, field) for field in _KINDS if field != "decoder"}
     return json.dumps({"decoder": name, **values})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,15 +18,16 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from ceed_vla.checkpoints import load, resolve_checkpoint, weights_hash
 from ceed_vla.decoding.registry import find_decoder
-from ceed_vla.errors import ConfigError
-from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
+from ceed_vla.errors import ConfigError, SimulationError
+from ceed_vla.fields import SEEDS, Checked, chosen, ranged
 from ceed_vla.files import write_text
-from ceed_vla.outputs import MADE_BY, claim_folder
+from ceed_vla.outputs import MADE_BY, claim_folder, default_console
 from sim.clips import record_clip
 from sim.decoders import Row, parse_decoders, resolve_rows
 from sim.environment import EVALUATION_SEEDS, Bundle, EnvPool, flags, joined, turns
 from sim.episode_log import EPISODES, EpisodeLog, Results, fingerprint, refuse_unfinished
 from sim.plots import PLOTS, write_plots
+from sim.processes import command, run_all
 from sim.report import console_table, markdown
 from sim.rollout import EpisodeResult, rollout
 from sim.summary import hardware, paired_entries, row_entry, versions
@@ -46,14 +48,14 @@ from sim.timing import (
 logger = logging.getLogger(__name__)
 
 EPISODE_COUNTS = "[1, 100000]"
-GROUP_BATCHES = 5  # a decoder runs so many batches of seeds before the next decoder
+WORKERS = 64
 REPORT = "report.json"
 MOVED = {"env": "env.type", "task": "env.task", "split": "env.split", "max_episode_steps": "env.episode_length"}
 MOVED |= {"compile": "engine"}
 
 
 @dataclass
-class CheckpointPath:
+class CheckpointPath(Checked, prefix="the checkpoint's "):
     """Where a checkpoint lies.
 
     Attributes:
@@ -62,12 +64,9 @@ class CheckpointPath:
 
     path: str = ""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "the checkpoint's ")
-
 
 @dataclass
-class EvalConfig:
+class EvalConfig(Checked, prefix="--"):
     """Options of ``ceed-vla eval``.
 
     Attributes:
@@ -81,8 +80,11 @@ class EvalConfig:
         episodes: Episodes a decoder.
         seed: First seed; every decoder runs seed, seed + 1, ... Seeds from 50000 up are for evaluation only.
         output_dir: Folder for the report, plots and clips. A report that we completed there earlier is replaced.
-        batch: Episodes that run in lock-step.
-        executed_steps: Steps executed of each chunk.
+        batch: Episodes that run in lock-step, and the seeds of one shard: a decoder runs a shard, then the next one.
+        workers: Processes that share the shards, with one thread of torch each; 1 is this process, with `threads`.
+        delay_ms: Times that a chunk takes in the closed loop, such as 0,100,200: every decoder runs with each, as
+            NAME@100ms. The chunk before goes on meanwhile, rounded up to whole steps; where it ends, the robot holds.
+        executed_steps: Steps executed of each chunk; None: the policy's own.
         clips: Whether to write one clip a decoder.
         timing_chunks: Chunks on which latency is measured; 0 skips it.
         engine: How latency is measured: eager, compiled (`ceed_vla.engine`; needs a C++ compiler and some minutes), or
@@ -103,7 +105,9 @@ class EvalConfig:
     seed: int = ranged(EVALUATION_SEEDS, SEEDS)
     output_dir: str = "outputs/eval"
     batch: int = ranged(20, "[1, 1000]")
-    executed_steps: int = ranged(4, "[1, 4096]")
+    workers: int = ranged(1, f"[1, {WORKERS}]")
+    delay_ms: list[float] = ranged([0.0], "[0, 1e5]")
+    executed_steps: int | None = ranged(None, "[1, 4096]")
     clips: bool = True
     timing_chunks: int = ranged(100, "[0, 100000]")
     engine: str = chosen("eager", ENGINES)
@@ -111,12 +115,21 @@ class EvalConfig:
     device: str | None = None
     resume: bool = False
 
-    def __post_init__(self) -> None:
-        check_fields(self, "--")
+
+@dataclass
+class DemoConfig(EvalConfig):
+    """Options of ``ceed-vla demo``: those of ``ceed-vla eval``, for the shipped checkpoints: the teacher token by token
+    and in at most 4 parallel forwards, the distilled student to convergence (jacobi) and with early exit (ceed).
+    """
+
+    policy: CheckpointPath = field(default_factory=lambda: CheckpointPath("student"))
+    teacher: CheckpointPath = field(default_factory=lambda: CheckpointPath("teacher"))
+    decoders: str = "teacher_ar,teacher_cap4,jacobi,ceed"
+    output_dir: str = "outputs/demo"
 
 
 @dataclass
-class _Run:
+class Evaluation:
     """What an evaluation has gathered so far."""
 
     config: EvalConfig
@@ -124,6 +137,7 @@ class _Run:
     bundles: dict[str, Bundle]
     results: Results
     pool: EnvPool
+    executed_steps: int
     probes: Mapping[str, Probe] = field(default_factory=dict)
     samples: dict[str, Samples] = field(default_factory=dict)
     timing: dict[str, Any] = field(default_factory=dict)
@@ -136,7 +150,7 @@ def evaluate(
 
     An interrupt leaves a report of the finished episodes, marked ``"complete": false``, and is raised on. `resume`
     keeps these episodes; the report is then that of an evaluation in one go, but for times. (Episodes with random
-    guesses share their source with others of their batches, so of these only whole groups of batches are kept.)
+    guesses share their source with others of their shard, so of these only whole shards are kept.)
     `probes` gives what else is timed, a `Probe` by name, for the models that were loaded.
 
     Raises:
@@ -149,25 +163,25 @@ def evaluate(
 
 
 def _evaluate(config: EvalConfig, pool: EnvPool, console: Console, probes: Any) -> dict[str, Any]:
-    names = check(config)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    if config.seed < EVALUATION_SEEDS:
+        logger.warning(
+            "Seeds below %d may have been recorded or tuned on; do not report them as results.", EVALUATION_SEEDS
+        )
+    names = _decoders(config)
     clips = [f"clip_{name}.mp4" for name in names] if config.clips else []
     own = (EPISODES, REPORT, "report.md", *PLOTS, *clips)
     folder = claim_folder("output_dir", config.output_dir, own, (REPORT, EPISODES))
     if not config.resume:
         refuse_unfinished(folder, REPORT)
-    bundles = load_bundles(config)
-    rows = resolve_rows(names, {model: bundle[0].config for model, bundle in bundles.items()})
-    log = EpisodeLog(folder, _identity(config, rows, bundles), dict(_plan(config)), pool.max_episode_steps)
-    kept = _whole_groups(config, rows, log.read()) if config.resume else {row.name: [] for row in rows}
-    run = _Run(config, rows, bundles, kept, pool, probes(bundles))
+    run, log = prepared(config, pool)
+    config = run.config
+    run.probes = probes(run.bundles)
     folder.mkdir(parents=True, exist_ok=True)
-    log.start(kept)
+    log.start(run.results)
     complete = False
     try:
         _write_json(_build_report(run, complete=False), folder)
-        _run_episodes(run, console, folder, log)
+        _run_all_episodes(run, console, folder, log)
         _run_timing(run, console)
         complete = True
     finally:
@@ -182,18 +196,27 @@ def _evaluate(config: EvalConfig, pool: EnvPool, console: Console, probes: Any) 
     return report
 
 
-def check(config: EvalConfig) -> list[str]:
-    """Check the options before anything is loaded, and return the names of the rows.
+def _decoders(config: EvalConfig) -> list[str]:
+    return parse_decoders(config.decoders, has_teacher=bool(config.teacher.path))
 
-    Raises:
-        ConfigError: Names the option, its value and what is allowed.
-    """
-    names = parse_decoders(config.decoders, has_teacher=bool(config.teacher.path))
-    if config.seed < EVALUATION_SEEDS:
-        logger.warning(
-            "Seeds below %d may have been recorded or tuned on; do not report them as results.", EVALUATION_SEEDS
-        )
-    return names
+
+def prepared(config: EvalConfig, pool: EnvPool) -> tuple[Evaluation, EpisodeLog]:
+    """What is evaluated, with the episodes that are kept of a run before, and where episodes are written."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    names, bundles = _decoders(config), load_bundles(config)
+    executed = config.executed_steps or bundles["policy"][0].config.n_action_steps
+    config = replace(config, executed_steps=executed)
+    rows = resolve_rows(names, {model: bundle[0].config for model, bundle in bundles.items()})
+    rows = [row.delayed(ms, config.env.fps) for ms in dict.fromkeys(config.delay_ms) for row in rows]
+    longest, steps = max(row.delay for row in rows), bundles["policy"][0].config.chunk_size
+    if longest >= steps:
+        raise ConfigError(f"--delay_ms has a delay of {longest} control steps; a chunk has {steps}: give less.")
+    log = EpisodeLog(
+        Path(config.output_dir), _identity(config, rows, bundles), dict(_plan(config)), pool.max_episode_steps
+    )
+    kept = _whole_shards(config, rows, log.read()) if config.resume else {row.name: [] for row in rows}
+    return Evaluation(config, rows, bundles, kept, pool, executed), log
 
 
 def load_bundles(config: Any) -> dict[str, Bundle]:
@@ -210,18 +233,12 @@ def load_bundles(config: Any) -> dict[str, Bundle]:
     paths = {"policy": config.policy.path, "teacher": config.teacher.path}
     bundles = {model: load(path, device=config.device) for model, path in paths.items() if path}
     for model, (policy, _, _) in bundles.items():
-        if config.executed_steps > policy.config.chunk_size:
+        if (config.executed_steps or 1) > policy.config.chunk_size:
             raise ConfigError(
                 f"--executed_steps is {config.executed_steps}; "
                 f"a chunk of {paths[model]} has {policy.config.chunk_size} steps."
             )
     return {model: joined(bundle, config.env) for model, bundle in bundles.items()}
-
-
-def default_console() -> Console:
-    """The terminal; wide enough for the table where the output is a file or a pipe."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
 
 
 def _plan(config: EvalConfig) -> list[tuple[int, str]]:
@@ -239,74 +256,92 @@ def _identity(config: EvalConfig, rows: Sequence[Row], bundles: dict[str, Bundle
         "device": str(bundles["policy"][0].config.device),
         "policy": fingerprint(config.policy.path),
         "teacher": fingerprint(config.teacher.path) if config.teacher.path else None,
-        "decoders": {row.name: {"model": row.model, **asdict(row.decoding)} for row in rows},
+        "decoders": {
+            row.name: {"model": row.model, **asdict(row.decoding)} | ({"delay": row.delay} if row.delay else {})
+            for row in rows
+        },
     }
 
 
-def _groups(config: EvalConfig) -> list[list[tuple[int, str]]]:
+def _shards(config: EvalConfig) -> list[list[tuple[int, str]]]:
     """(seed, task) of the episodes that one decoder runs before the next one."""
-    plan, size = _plan(config), GROUP_BATCHES * config.batch
-    return [plan[start : start + size] for start in range(0, len(plan), size)]
+    plan = _plan(config)
+    return [plan[start : start + config.batch] for start in range(0, len(plan), config.batch)]
 
 
-def _whole_groups(config: EvalConfig, rows: Sequence[Row], results: Results) -> Results:
-    """Without the episodes that cannot be gone on with: random guesses come from one source for a whole group."""
+def _whole_shards(config: EvalConfig, rows: Sequence[Row], results: Results) -> Results:
+    """Without the episodes that cannot be gone on with: random guesses come from one source for a whole shard."""
     for row in rows:
         if row.decoding.guess == "random":
             done = {episode.seed for episode in results[row.name]}
-            whole = {seed for group in _groups(config) if done >= {s for s, _ in group} for seed, _ in group}
+            whole = {seed for shard in _shards(config) if done >= {s for s, _ in shard} for seed, _ in shard}
             results[row.name] = [episode for episode in results[row.name] if episode.seed in whole]
     return results
 
 
-def _run_episodes(run: _Run, console: Console, folder: Path, log: EpisodeLog) -> None:
-    """All decoders on one group of seeds after the other, so that an early stop leaves comparable rows."""
+def run_episodes(run: Evaluation, on_episode: Callable[[str, EpisodeResult], None], worker: int = 0) -> None:
+    """All decoders on one shard of seeds after the other, so that an early stop leaves comparable rows.
+
+    Of several workers, each takes every so-manieth shard.
+    """
+    done = {name: {episode.seed for episode in episodes} for name, episodes in run.results.items()}
+    for shard in _shards(run.config)[worker :: run.config.workers]:
+        for row in run.rows:
+            missing = [(seed, task) for seed, task in shard if seed not in done[row.name]]
+            runner = make_runner(row, run.bundles, run.executed_steps)
+            rollout(runner, run.pool, missing, partial(on_episode, row.name))
+
+
+def _run_all_episodes(run: Evaluation, console: Console, folder: Path, log: EpisodeLog) -> None:
+    """The episodes that are missing, here or in several processes; each is on disk before the next one counts."""
     config = run.config
     with _progress(console) as progress:
         kept = sum(map(len, run.results.values()))
         bar = progress.add_task("episodes", total=config.episodes * len(run.rows), completed=kept)
-        for group in _groups(config):
-            for row in run.rows:
-                done = {episode.seed for episode in run.results[row.name]}
-                missing = [(seed, task) for seed, task in group if seed not in done]
-                progress.update(bar, description=row.name)
 
-                def finish(episode: EpisodeResult, name: str = row.name) -> None:
-                    log.append(name, episode)
-                    run.results[name].append(episode)
-                    progress.advance(bar)
+        def finish(name: str, episode: EpisodeResult) -> None:
+            log.append(name, episode)
+            run.results[name].append(episode)
+            progress.update(bar, advance=1, description=name)
 
-                rollout(
-                    run.bundles[row.model],
-                    [seed for seed, _ in missing],
-                    tasks=[task for _, task in missing],
-                    decoding=row.decoding,
-                    executed_steps=config.executed_steps,
-                    pool=run.pool,
-                    generator=make_runner(row, run.bundles, run.config.executed_steps).generator,
-                    on_episode=finish,
-                )
-            _write_json(_build_report(run, complete=False), folder)
+        if config.workers == 1:
+            run_episodes(run, finish)
+            return
+        options = ("seed", "episodes", "executed_steps", "batch", "workers", "decoders", "output_dir", "device")
+        given = {name: getattr(config, name) for name in options if getattr(config, name) is not None}
+        given |= {"policy.path": config.policy.path, "delay_ms": ",".join(map(str, config.delay_ms)), "resume": True}
+        given |= {"instruction": config.instruction} if config.instruction else {}
+        given |= {"teacher.path": config.teacher.path} if config.teacher.path else {}
+        shares = range(min(config.workers, len(_shards(config))))
+        for line in run_all([command("sim.worker", config.env, worker=worker, **given) for worker in shares]):
+            if (found := log.episode(line)) is not None:  # environments of others may print, too
+                finish(*found)
+    missing = config.episodes * len(run.rows) - sum(map(len, run.results.values()))
+    if missing:
+        raise SimulationError(f"{missing} episodes did not come from the workers; see above.")
 
 
-def _run_timing(run: _Run, console: Console) -> None:
+def _run_timing(run: Evaluation, console: Console) -> None:
     """Latency of all rows and their autoregressive references, on observations of the episodes of one row."""
     config = run.config
     if not config.timing_chunks:
         return
+    rows = [row for row in run.rows if not row.delay]
+    if not rows:
+        return
     references = resolve_rows(
-        sorted({row.reference for row in run.rows} - {row.name for row in run.rows}),
+        sorted({row.reference for row in rows} - {row.name for row in rows}),
         {model: bundle[0].config for model, bundle in run.bundles.items()},
     )
-    driver = next((row for row in run.rows if row.name == "ceed"), run.rows[-1])
-    runner = make_runner(driver, run.bundles, config.executed_steps)
-    episodes = collect_observations(runner, run.pool, _plan(config), config.executed_steps, config.timing_chunks)
+    driver = next((row for row in rows if row.name == "ceed"), rows[-1])
+    runner = make_runner(driver, run.bundles, run.executed_steps)
+    episodes = collect_observations(runner, run.pool, _plan(config), config.timing_chunks)
     chunks = sum(len(episode) for episode in episodes)
     engines = ENGINES[:2] if config.engine == "fastest" else (config.engine,)
     bundles = {e: {model: in_engine(bundle, e) for model, bundle in run.bundles.items()} for e in engines}
     runners = {
-        f"{row.name} {e}": make_runner(row, bundles[e], config.executed_steps)
-        for row in (*run.rows, *references)
+        f"{row.name} {e}": make_runner(row, bundles[e], run.executed_steps)
+        for row in (*rows, *references)
         for e in engines_of(row, engines)
     }
     parts = {f"{model} {e}": bare_parts(bundle) for e in engines for model, bundle in bundles[e].items()}
@@ -314,7 +349,7 @@ def _run_timing(run: _Run, console: Console) -> None:
         bar = progress.add_task("latency", total=chunks)
         samples, probed = measure(runners, {**parts, **run.probes}, episodes, lambda: progress.advance(bar))
     used = {}
-    for row in (*run.rows, *references):
+    for row in (*rows, *references):
         mine = engines_of(row, engines)
         used[row.name] = min(mine, key=lambda e: np.median(samples[f"{row.name} {e}"].total))
         run.samples[row.name] = samples[f"{row.name} {used[row.name]}"]
@@ -333,7 +368,7 @@ def engines_of(row: Row, engines: Sequence[str]) -> Sequence[str]:
     return ("eager",) if getattr(find_decoder(row.decoding.method)[0].make, "eager_only", False) else engines
 
 
-def _build_report(run: _Run, *, complete: bool) -> dict[str, Any]:
+def _build_report(run: Evaluation, *, complete: bool) -> dict[str, Any]:
     config = run.config
     policy = run.bundles["policy"][0]
     entries = {}
@@ -342,9 +377,10 @@ def _build_report(run: _Run, *, complete: bool) -> dict[str, Any]:
         if row.name in run.samples:
             reference = run.samples[row.reference]
             entry |= summarise(
-                run.samples[row.name], reference, run.bundles[row.model][0].tokenizer, config.executed_steps
+                run.samples[row.name], reference, run.bundles[row.model][0].tokenizer, run.executed_steps
             )
-        entry["paired"] = paired_entries(row.name, run.results, ("ar", "teacher_ar"))
+        entry |= {"delay_steps": row.delay, "delay_of": row.name.removesuffix(row.suffix)}
+        entry["paired"] = paired_entries(row.name, run.results, (f"ar{row.suffix}", f"teacher_ar{row.suffix}"))
         entry["decoding"] = {**asdict(row.decoding), "exits": list(row.decoding.exits)}
         entries[row.name] = entry
     return {
@@ -355,6 +391,7 @@ def _build_report(run: _Run, *, complete: bool) -> dict[str, Any]:
         "split": getattr(config.env, "split", None),
         "seeds": {"first": config.seed, "count": config.episodes},
         "executed_steps": config.executed_steps,
+        "fps": config.env.fps,
         "max_episode_steps": run.pool.max_episode_steps,
         "chunk_size": policy.config.chunk_size,
         "block_length": policy.config.block_length,
@@ -383,7 +420,7 @@ def _write_report(report: dict[str, Any], folder: Path) -> list[Path]:
     return files + plots
 
 
-def _write_clips(run: _Run, folder: Path, console: Console) -> list[Path]:
+def _write_clips(run: Evaluation, folder: Path, console: Console) -> list[Path]:
     """One clip a decoder, all of the same episode: the first one that the first decoder solved."""
     config = run.config
     first = sorted(run.results[run.rows[0].name], key=lambda episode: episode.seed)
@@ -391,18 +428,9 @@ def _write_clips(run: _Run, folder: Path, console: Console) -> list[Path]:
     task = dict(_plan(config))[shown.seed]
     files = []
     with _progress(console) as progress:
-        for row in progress.track(run.rows, description="clips"):
-            clip = record_clip(
-                folder / f"clip_{row.name}.mp4",
-                make_runner(row, run.bundles, run.config.executed_steps),
-                run.pool,
-                name=row.name,
-                unit="token" if row.decoding.method == "ar" else "block",
-                seed=shown.seed,
-                task=task,
-                executed_steps=config.executed_steps,
-            )
-            files.append(clip)
+        for row in progress.track([row for row in run.rows if not row.delay], description="clips"):
+            runner = make_runner(row, run.bundles, run.executed_steps)
+            files.append(record_clip(folder / f"clip_{row.name}.mp4", row, runner, run.pool, shown.seed, task))
     return files
 
 

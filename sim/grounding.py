@@ -87,10 +87,15 @@ def grounding(config: GroundingConfig) -> dict[str, Any]:
             f"{config.policy.path} regresses {count} terms; {needed} to {len(privileged.names)} are needed: "
             f"{', '.join(privileged.names[:needed])}."
         )
-    found, truth = _predictions(bundle, config)
-    rows = error_rows(found, truth, config.edges, privileged.positions)
-    Console().print(_table(rows, list(privileged.positions)))
-    report = {"program": MADE_BY, "rows": rows, "seed": config.seed, "scenes": config.scenes}
+    found, truth, asked = _predictions(bundle, config)
+    rows, names = error_rows(found, truth, config.edges, privileged.positions), list(privileged.positions)
+    tasks = {
+        str(task): error_rows(found[asked == task], truth[asked == task], (), privileged.positions)[-1]
+        for task in np.unique(asked)
+    }
+    Console().print(_table(rows, names, "distance (m)"))
+    Console().print(_table(list(tasks.values()), names, "task", list(tasks)))
+    report = {"program": MADE_BY, "rows": rows, "tasks": tasks, "seed": config.seed, "scenes": config.scenes}
     if output is not None:
         write_text(output, json.dumps(report, indent=2) + "\n")
         Console().print(f"Written: {output}", soft_wrap=True, highlight=False)
@@ -136,11 +141,11 @@ def error_rows(
 
 
 @torch.inference_mode()
-def _predictions(bundle: Bundle, config: GroundingConfig) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Predicted and true leading terms (N, E) on random scenes and arm poses."""
+def _predictions(bundle: Bundle, config: GroundingConfig) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Predicted and true leading terms (N, E) on random scenes and arm poses, and the tasks (N,)."""
     policy, preprocessor, _ = bundle
     scale = torch.tensor(policy.config.auxiliary_scale)
-    found, truth = [], []
+    found, truth, asked = [], [], []
     env, tasks = Environment(config.env), turns(config.env)
     env.needs("grounding", "privileged_state")
     seeds = range(config.seed, config.seed + config.scenes)
@@ -152,24 +157,26 @@ def _predictions(bundle: Bundle, config: GroundingConfig) -> tuple[NDArray[np.fl
                 env.scatter(np.random.default_rng(seed))
             observations.append(env.observe())
             instructions.append(env.instruction)
+            asked.append(env.task)
             truth.append(env.inner.privileged_state()[: len(scale)])
         batch = preprocessor(observation_batch(observations, instructions))
         state = policy.backbone.prefix_state(policy.backbone.embed_prefix(batch))
         found.append((policy.backbone.auxiliary(state).float().cpu() / scale).numpy())
     env.close()
-    return np.concatenate(found), np.stack(truth)
+    return np.concatenate(found), np.stack(truth), np.array(asked)
 
 
-def _table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
-    table = Table(title=f"Localisation error (cm) by distance between tool and {names[0]}")
+def _table(rows: Sequence[dict[str, Any]], names: Sequence[str], what: str, titles: Sequence[str] = ()) -> Table:
+    """The rows by `what`, with `titles` or by distance."""
+    table = Table(title=f"Localisation error (cm) by {what}" + ("" if titles else f" between tool and {names[0]}"))
     errors = [f"{name} p50 / p90" for name in names]
-    for column in ("distance (m)", "frames", *errors, f"{names[0]}, chance p50"):
+    for column in (what, "frames", *errors, f"{names[0]}, chance p50"):
         table.add_column(column, justify="right")
-    for row in rows:
+    for i, row in enumerate(rows):
         low, high = row["distance_m"]
         band = "all" if (low, high) == (0.0, None) else f"{low:.2f} - {'' if high is None else f'{high:.2f}'}"
         table.add_row(
-            band,
+            titles[i] if titles else band,
             str(row["frames"]),
             *(f"{row[f'{name}_p50_cm']:.1f} / {row[f'{name}_p90_cm']:.1f}" for name in names),
             f"{row['chance_cm']:.1f}",

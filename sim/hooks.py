@@ -8,29 +8,27 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
 from typing import Any
 
 from lerobot.envs.configs import EnvConfig
 from tqdm import tqdm
 
-from ceed_vla.discovery import FLAG, discovered
 from ceed_vla.errors import ConfigError, SimulationError
 from ceed_vla.fields import ranged
-from sim.environment import TAKEOVER_SEEDS, VALIDATION_SEED, check_expert, flags
+from sim.environment import TAKEOVER_SEEDS, VALIDATION_SEED, check_expert
+from sim.evaluate import CheckpointPath
+from sim.grounding import GroundingConfig, grounding
+from sim.processes import command, run_all
 from sim.tabletop.lerobot_env import mixed_tabletop
 
 logger = logging.getLogger(__name__)
 
 PROCESSES = 2  # that share the episodes of a validation or a takeover round
+SCENES = 400  # on which localisation is measured
 
 
 @EnvConfig.register_subclass("none")
@@ -78,7 +76,19 @@ class TeacherSimulation(StudentSimulation):
             "closed_loop": self.closed_loop("ar"),
             "record_takeover": recorder,
             "privileged": getattr(self.env, "privileged", None),
+            "localisation": partial(localisation, self.env) if self.grounding_gate else None,
         }
+
+
+def localisation(env: EnvConfig, policy: Path) -> dict[str, float]:
+    """Median error [m] of every position in every task on validation scenes: a `training.teacher.Localisation`."""
+    config = GroundingConfig(CheckpointPath(str(policy)), SCENES, VALIDATION_SEED, env)
+    return {
+        f"{name.removesuffix('_p50_cm')} in {task}": value / 100
+        for task, errors in grounding(config)["tasks"].items()
+        for name, value in errors.items()
+        if name.endswith("_p50_cm")
+    }
 
 
 class ClosedLoopValidation:
@@ -89,17 +99,18 @@ class ClosedLoopValidation:
 
     def __call__(self, policy: Path) -> tuple[int, int]:
         """(successes, episodes) of the checkpoint folder `policy`; a bar counts the episodes meanwhile."""
+        options = {
+            "policy.path": policy, "decoders": self.decoding, "seed": VALIDATION_SEED, "episodes": self.episodes,
+            "batch": -(-self.episodes // PROCESSES),
+        }  # fmt: skip
         commands = [
-            _command(
-                "sim.validate", self.env, policy_path=policy, seed=VALIDATION_SEED + first, episodes=count,
-                decoding=self.decoding,
-            )
-            for first, count in _shares(self.episodes)
-        ]  # fmt: skip
+            command("sim.worker", self.env, worker=worker, workers=PROCESSES, **options)
+            for worker in range(PROCESSES if self.episodes > 1 else 1)
+        ]
         outcomes = []
         with tqdm(total=self.episodes, desc="validate", unit="episode", dynamic_ncols=True) as bar:
-            for line in _run_all(commands):
-                if line.startswith('{"success": '):  # environments of others may print, too
+            for line in run_all(commands):
+                if line.startswith('{"decoder": '):  # environments of others may print, too
                     outcomes.append(json.loads(line)["success"])
                     bar.update()
                     bar.set_postfix_str(f"{sum(outcomes)} solved")
@@ -137,58 +148,19 @@ class TakeoverRecorder:
         for process, (first, count) in enumerate(_shares(self.episodes)):
             roots.append(folder / f"round_{index}_{process}")
             seed = self.seed + index * self.episodes + first
-            command = _command(
+            words = command(
                 "ceed_vla.cli", self.env, root=roots[-1], mode="takeover", episodes=count, seed=seed,
                 policy_path=policy, decoding="ar", resume="true",
                 progress="true" if process == 0 else "false",
             )  # fmt: skip
-            commands.append([*command[:3], "record", *command[3:]])
+            commands.append([*words[:3], "record", *words[3:]])
         folder.mkdir(parents=True, exist_ok=True)
-        for line in _run_all(commands):
+        for line in run_all(commands):
             logger.info(line.strip())
         return roots
-
-
-def _command(module: str, env: EnvConfig, **options: Any) -> list[str]:
-    """``python -m module --option=value ...``, with the environment's flags and the packages that were discovered."""
-    packages = {FLAG: ",".join(discovered())} if discovered() else {}
-    words = [f"--{name}={value}" for name, value in {**options, **packages}.items()]
-    return [sys.executable, "-m", module, *words, *flags(env)]
 
 
 def _shares(total: int) -> list[tuple[int, int]]:
     """(first, count) of the episodes of each process, nearly equally many; empty ranges are left out."""
     edges = [total * i // PROCESSES for i in range(PROCESSES + 1)]
     return [(a, b - a) for a, b in pairwise(edges) if b > a]
-
-
-def _run_all(commands: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Run all commands side by side and yield the lines that they print.
-
-    Raises:
-        SimulationError: One of them failed.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}
-    running = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True, env=environment) for c in commands]
-    lines: SimpleQueue[str | None] = SimpleQueue()
-
-    def read(process: subprocess.Popen[str]) -> None:
-        for line in process.stdout or ():
-            lines.put(line)
-        lines.put(None)
-
-    try:
-        for process in running:
-            Thread(target=read, args=(process,), daemon=True).start()
-        for _ in running:
-            while (line := lines.get()) is not None:
-                yield line
-        for command, process in zip(commands, running, strict=True):
-            if process.wait():
-                raise SimulationError(
-                    f"{' '.join(command[1:])} failed with exit status {process.returncode}; see above."
-                )
-    finally:
-        for process in running:
-            if process.poll() is None:
-                process.terminate()

@@ -34,7 +34,7 @@ STYLE: Any = {  # rcParams
 }
 
 
-PLOTS = ("success.png", "latency.png", "forwards.png")
+PLOTS = ("success.png", "latency.png", "forwards.png", "delays.png")
 
 
 def row_color(name: str) -> str:
@@ -47,9 +47,9 @@ def row_color(name: str) -> str:
 
 
 def write_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write ``success.png``, ``latency.png`` and ``forwards.png`` into a folder; those without data are left out."""
+    """Write `PLOTS` into a folder; those without data are left out."""
     with mpl.rc_context(STYLE):
-        figures = (draw(report) for draw in (success_figure, latency_figure, forwards_figure))
+        figures = (draw(report) for draw in (success_figure, latency_figure, forwards_figure, delay_figure))
         drawn = [(name, figure) for name, figure in zip(PLOTS, figures, strict=True) if figure is not None]
         return [save_figure(figure, folder / name) for name, figure in drawn]
 
@@ -145,6 +145,31 @@ def forwards_figure(report: Mapping[str, Any]) -> Figure | None:
     panels[-1].set_xlabel(f"block forwards of one chunk, after the prefill{note}\ndashed line: mean over all chunks")
     panels[0].set_title("Forwards per chunk in the closed loop")
     figure.subplots_adjust(hspace=0.45)
+    return figure
+
+
+def delay_figure(report: Mapping[str, Any]) -> Figure | None:
+    """Success against the control steps that a chunk takes, with 95 % intervals; a line for every decoder."""
+    lines: dict[str, list[Any]] = {}
+    for entry in report["decoders"].values():
+        if entry["episodes"]:
+            lines.setdefault(entry.get("delay_of", ""), []).append(entry)
+    if not any(entry.get("delay_steps") for entries in lines.values() for entry in entries):
+        return None
+    figure = Figure(figsize=(8.2, 4.4))
+    axes = figure.subplots()
+    for shift, (name, entries) in enumerate(lines.items()):
+        entries.sort(key=lambda entry: entry["delay_steps"])
+        rates = 100 * np.array([(e["success_rate"], *e["success_ci95"]) for e in entries])  # (delays, 3)
+        bars = np.abs(rates[:, 1:] - rates[:, :1]).T
+        steps = [entry["delay_steps"] + 0.04 * (shift - (len(lines) - 1) / 2) for entry in entries]
+        axes.errorbar(steps, rates[:, 0], bars, color=row_color(name), marker="o", capsize=3, label=name)
+    longest = max(entry["delay_steps"] for entries in lines.values() for entry in entries)
+    axes.set(ylim=(0, 103), xticks=range(longest + 1), ylabel="episodes solved [%]")
+    axes.set_xlabel(f"control steps (of {1 / report['fps']:.3g} s) that a chunk takes")
+    axes.yaxis.grid(True, color=FAINT)
+    axes.legend(frameon=False)
+    axes.set_title("Success with latency in the loop")
     return figure
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,27 @@ def paired_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [(name, reference, *(form.format(**pair) for form in forms)) for name, reference, pair in pairs]
 
 
+DELAYS = (
+    "While a chunk is decoded, the one before goes on; where it ends, the robot holds. A delay is rounded up to whole "
+    "control steps. Means over the solved episodes; motion is in the units of the actions."
+)
+DELAY_COLUMNS = ("decoder", "delay [steps]", "success [95 %]", "seconds", "path", "change per step", "jerk [1/s^3]")
+
+
+def delay_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Cells of what latency in the loop does, decoder by decoder."""
+    rows = sorted(report["decoders"].items(), key=lambda item: (item[1]["delay_of"], item[1]["delay_steps"]))
+
+    def cells(entry: Mapping[str, Any]) -> Iterator[str]:
+        steps = entry["steps_mean_of_successes"]
+        yield _MISSING if steps is None else f"{steps / report['fps']:.1f}"
+        for name in ("path", "action_rate", "jerk"):
+            value = entry.get(f"{name}_mean_of_successes")
+            yield _MISSING if value is None else f"{value:.3g}"
+
+    return [(name, str(entry["delay_steps"]), success_cell(entry), *cells(entry)) for name, entry in rows]
+
+
 PAIRED_COLUMNS = ("decoder", "against", "points [95 %]", "only this : only reference", "sign test p")
 
 
@@ -92,6 +113,8 @@ def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
             "",
             markdown_table(PAIRED_COLUMNS, pairs),
         ]
+    if any(entry.get("delay_steps") for entry in report["decoders"].values()):
+        parts += ["", "## Latency in the loop", "", DELAYS, "", markdown_table(DELAY_COLUMNS, delay_rows(report))]
     ends = _by_decoder(report, "exit_reasons", lambda count: str(count or 0))
     parts += ["", "## How the chunks ended", "", markdown_table(*ends), ""]
     parts += [f"![{Path(figure).stem}]({figure})\n" for figure in figures]

@@ -12,28 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from lerobot.envs.configs import EnvConfig
 from torch import Tensor
 
-from ceed_vla.errors import ConfigError
-from sim.environment import (
-    MIXED,
-    Bundle,
-    Environment,
-    EnvPool,
-    Observation,
-    images_of,
-    joined,
-    observation_batch,
-    turns,
-)
-from sim.tabletop.lerobot_env import mixed_tabletop
+from ceed_vla.real_time import decode_behind
+from sim.environment import MIXED, Bundle, Environment, EnvPool, Observation, images_of, observation_batch
 
 NO_LIMIT = 10**9  # steps
 
@@ -75,6 +62,7 @@ class EpisodeResult:
         success: Solved within the step limit.
         steps: Control steps done.
         forwards: Of every chunk, as the lists below: what `Chunk` says.
+        motion: How it moved, see `motion_of`; empty until the episode is over.
     """
 
     seed: int
@@ -87,6 +75,25 @@ class EpisodeResult:
     block_layers: list[int] = field(default_factory=list)
     prefix_layers: list[int] = field(default_factory=list)
     seconds: list[dict[str, float]] = field(default_factory=list)
+    motion: dict[str, float] = field(default_factory=dict)
+
+
+def motion_of(actions: np.ndarray, increments: Sequence[int], fps: int) -> dict[str, float]:
+    """How an episode's `actions` (T, A) moved the robot, in their own units.
+
+    ``action_rate`` is their mean change from step to step, ``path`` the length of the commanded path, ``jerk`` the mean
+    of its third derivative [1/s^3]. The path is what the dimensions `increments` add up to; without any, the actions.
+    """
+    steps = actions[:, list(increments)] if increments else np.diff(actions, axis=0)  # (T, ...)
+
+    def length(rows: np.ndarray) -> float:
+        return float(np.linalg.norm(rows, axis=1).mean()) if len(rows) else 0.0
+
+    return {
+        "action_rate": length(np.diff(actions, axis=0)),
+        "path": length(steps) * len(steps),
+        "jerk": length(np.diff(steps, 2, axis=0)) * fps**3,
+    }
 
 
 class PolicyRunner:
@@ -97,6 +104,8 @@ class PolicyRunner:
         decoding: A name, such as "cap2", or a `DecodingConfig`.
         generator: Random source of random guesses; None = the configuration's seed.
         executed_steps: Steps of a chunk that are executed before the next; the policy's own ``n_action_steps`` if None.
+        delay: Steps that the robot takes while a chunk is decoded. The chunk before goes on meanwhile, so its tokens of
+            these steps begin the new one (`ceed_vla.real_time`); where it ends, the robot holds.
     """
 
     def __init__(
@@ -105,27 +114,47 @@ class PolicyRunner:
         decoding: Any = "ceed",
         generator: torch.Generator | None = None,
         executed_steps: int | None = None,
+        delay: int = 0,
     ) -> None:
         self.policy, self.preprocessor, self.postprocessor = bundle
         self.executed_steps = int(executed_steps or self.policy.config.n_action_steps)
+        self.delay = delay
         self.decoding = decoding
         self.generator = generator
 
     @torch.inference_mode()
     def decode(
-        self, observations: Sequence[dict[str, Any]], instructions: Sequence[str], previous: Sequence[Tensor | None]
+        self,
+        observations: Sequence[dict[str, Any]],
+        instructions: Sequence[str],
+        previous: Sequence[Tensor | None],
+        frozen: Sequence[Tensor] = (),
     ) -> list[Chunk]:
-        """A chunk for each of B observations and instructions; `previous`: tokens (n,) of the one before, if any."""
+        """A chunk for each of B observations and instructions; `previous`: tokens (n,) of the one before, if any.
+
+        `frozen` are the tokens (k * A,) that each chunk begins with, if any.
+        """
+        if len(lengths := {len(tokens) for tokens in frozen}) > 1:  # not all in one batch
+            found: dict[int, Chunk] = {}
+            for length in lengths:
+                rows = [row for row, tokens in enumerate(frozen) if len(tokens) == length]
+                given: tuple[Sequence[Any], ...] = (observations, instructions, previous, frozen)
+                parts: list[Any] = [[values[row] for row in rows] for values in given]
+                found |= zip(rows, self.decode(*parts), strict=True)
+            return [found[row] for row in range(len(observations))]
         batch = observation_batch(observations, instructions)
         if self.preprocessor is not None:
             batch = self.preprocessor(batch)
-        result = self.policy.decode(
+        every = max(self.executed_steps, self.delay)  # steps from one observation to the next
+        result = decode_behind(
+            self.policy,
             batch,
+            torch.stack(list(frozen)) if lengths - {0} else None,
+            every,
             decoding=self.decoding,
             previous=stack_previous(previous),
             generator=self.generator,
-            shift_steps=self.executed_steps,
-            executed_steps=self.executed_steps,
+            shift_steps=every,
             read=False,
         )
         actions = self._actions(result.tokens)
@@ -171,12 +200,16 @@ class Episode:
         result: What has come of it so far.
         limit: Most control steps.
         previous: Tokens (n,) of the chunk before; None at the start.
+        rest: Its actions (k, A) that were not executed yet, and their tokens.
+        actions: Executed so far, (A,) each.
     """
 
     env: Environment
     result: EpisodeResult
     limit: int
     previous: Tensor | None = None
+    rest: tuple[Sequence[Any], Tensor] = ((), torch.empty(0, dtype=torch.int64))
+    actions: list[np.ndarray] = field(default_factory=list)
 
     @classmethod
     def start(cls, env: Environment, seed: int, task: str, limit: int) -> Episode:
@@ -212,13 +245,15 @@ class Replan:
     finished: bool = False
 
 
-def replan(
-    runner: PolicyRunner, episodes: Sequence[Episode], executed_steps: int, *, watch: bool = False
-) -> list[Replan]:
-    """Observe, decode once for all episodes, execute the first steps of every chunk; `watch` keeps the views."""
+def replan(runner: PolicyRunner, episodes: Sequence[Episode], *, watch: bool = False) -> list[Replan]:
+    """Observe, decode once for all episodes, execute until the next observation; `watch` keeps the views."""
     observations = [episode.env.observe() for episode in episodes]
+    size = getattr(runner.policy.tokenizer, "tokens_per_step", None) or 0  # none can be frozen where it varies
     chunks = runner.decode(
-        observations, [episode.result.instruction for episode in episodes], [e.previous for e in episodes]
+        observations,
+        [episode.result.instruction for episode in episodes],
+        [episode.previous for episode in episodes],
+        [episode.rest[1][: runner.delay * size] for episode in episodes] if runner.delay else (),
     )
     moments = []
     for episode, observation, chunk in zip(episodes, observations, chunks, strict=True):
@@ -230,94 +265,67 @@ def replan(
         result.block_layers.append(chunk.block_layers)
         result.prefix_layers.append(chunk.prefix_layers)
         result.seconds.append(chunk.seconds)
-        count = min(executed_steps, episode.limit - result.steps)
-        # A chunk that cannot be read holds the arm still.
-        for action in [env.hold_action()] * count if chunk.actions is None else chunk.actions[:count]:
+        # A chunk that cannot be read holds the arm still; so does one that ends before the next is ready.
+        fresh: Any = [None] * runner.executed_steps if chunk.actions is None else chunk.actions
+        before: list[Any] = [*episode.rest[0], *[None] * runner.delay][: runner.delay]
+        begin = min(runner.delay, len(episode.rest[0]))
+        end = begin + max(runner.executed_steps - runner.delay, 0)
+        episode.rest = fresh[end:], chunk.tokens[len(chunk.tokens) if chunk.actions is None else end * size :]
+        for planned in [*before, *fresh[begin:end]][: episode.limit - result.steps]:
+            action = env.hold_action() if planned is None else planned
             result.success = env.advance(action)
             result.steps += 1
+            episode.actions.append(action)
             if watch:
                 moment.views.append(images_of(env.observe()))
             if episode.over:
                 break
         moment.success, moment.finished = result.success, episode.over
+        if episode.over:
+            increments = getattr(runner.policy.config, "delta_dims", None) or ()
+            result.motion = motion_of(np.array(episode.actions), increments, env.config.fps)
         moments.append(moment)
     return moments
 
 
 def drive(
-    runner: PolicyRunner, pool: EnvPool, seed: int, executed_steps: int, task: str = MIXED, *, watch: bool = False
+    runner: PolicyRunner, pool: EnvPool, seed: int, task: str = MIXED, *, watch: bool = False
 ) -> Iterator[Replan]:
     """Run one episode in the first environment of a pool, the same as `rollout` does, and yield every replan."""
     episode = Episode.start(pool.env(0), seed, task, pool.max_episode_steps)
     while not episode.over:
-        yield from replan(runner, [episode], executed_steps, watch=watch)
+        yield from replan(runner, [episode], watch=watch)
 
 
 def rollout(
-    policy_bundle: Bundle,
-    seeds: Iterable[int],
-    env: EnvConfig | None = None,
-    *,
-    tasks: Sequence[str] | None = None,
-    decoding: Any = "ceed",
-    executed_steps: int | None = None,
-    batch: int = 20,
-    pool: EnvPool | None = None,
-    generator: torch.Generator | None = None,
-    on_episode: Callable[[EpisodeResult], None] | None = None,
+    runner: PolicyRunner,
+    pool: EnvPool,
+    episodes: Iterable[tuple[int, str]],
+    on_episode: Callable[[EpisodeResult], None] = lambda result: None,
 ) -> list[EpisodeResult]:
-    """Run one episode per seed; when one ends, the next seed takes over its environment.
+    """Run `episodes` of (seed, task); when one ends, the next takes over its environment.
 
-    Results are in the order of `seeds`.
-
-    Args:
-        policy_bundle: Policy, pre-processor, post-processor, as `ceed_vla.load` returns them.
-        seeds: Episodes to run.
-        env: The environment; None = the tabletop with mixed tasks.
-        tasks: One per seed; None = those of the environment take turns.
-        decoding: "ar", "jacobi", "ceed" or a `DecodingConfig`.
-        executed_steps: Actions executed of each chunk before the next is decoded; None = the policy's own
-            `n_action_steps`.
-        batch: Environments that run side by side.
-        pool: Environments to use again, for which the bundle was `joined`; overrides `env` and `batch`.
-        generator: Random source of random guesses.
-        on_episode: Called per finished episode.
-
-    Raises:
-        ConfigError: Impossible `seeds`, `batch`, `executed_steps` or `tasks`.
-        SimulationError: An environment that cannot be made.
+    Results are in the order of the episodes; `on_episode` is called as each ends. The runner's bundle is `joined` for
+    the environments of `pool`, all of which run side by side.
     """
-    seeds = list(seeds)
-    env = pool.config if pool is not None else env or mixed_tabletop()
-    tasks = [turns(env)[i % len(turns(env))] for i in range(len(seeds))] if tasks is None else list(tasks)
-    if len(tasks) != len(seeds):
-        raise ConfigError(f"{len(tasks)} tasks for {len(seeds)} seeds; give one per seed")
-    bad = [s for s in seeds if not isinstance(s, int | np.integer) or isinstance(s, bool) or s < 0]
-    if bad:
-        raise ConfigError(f"seed {bad[0]!r}; a seed is a whole number of at least 0")
-    if executed_steps is not None and executed_steps < 1:
-        raise ConfigError(f"executed_steps={executed_steps} must be at least 1")
-    bundle = joined(policy_bundle, env) if pool is None else policy_bundle
-    runner = PolicyRunner(bundle, decoding, generator, executed_steps)
     results: list[EpisodeResult] = []
-    waiting = zip(seeds, tasks, strict=True)
-    with EnvPool(min(batch, max(len(seeds), 1)), env) if pool is None else nullcontext(pool) as envs:
+    waiting = iter(episodes)
 
-        def begin(slot: int) -> Episode | None:
-            """The next waiting episode, in the environment of a slot; None if all have begun."""
-            for seed, task in waiting:
-                episode = Episode.start(envs.env(slot), seed, task, envs.max_episode_steps)
-                results.append(episode.result)
-                return episode
-            return None
+    def begin(slot: int) -> Episode | None:
+        """The next waiting episode, in the environment of a slot; None if all have begun."""
+        for seed, task in waiting:
+            episode = Episode.start(pool.env(slot), seed, task, pool.max_episode_steps)
+            results.append(episode.result)
+            return episode
+        return None
 
-        slots = [begin(slot) for slot in range(envs.size)]
-        while active := {slot: episode for slot, episode in enumerate(slots) if episode is not None}:
-            replan(runner, list(active.values()), runner.executed_steps)
-            for episode in active.values():
-                if episode.over and on_episode is not None:
-                    on_episode(episode.result)
-            slots = [begin(i) if episode is not None and episode.over else episode for i, episode in enumerate(slots)]
+    slots = [begin(slot) for slot in range(pool.size)]
+    while active := {slot: episode for slot, episode in enumerate(slots) if episode is not None}:
+        replan(runner, list(active.values()))
+        for episode in active.values():
+            if episode.over:
+                on_episode(episode.result)
+        slots = [begin(i) if episode is not None and episode.over else episode for i, episode in enumerate(slots)]
     return results
 
 

@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from ceed_vla.decoding import DecodingConfig
-from ceed_vla.fields import SEEDS, check_fields, ranged
+from ceed_vla.fields import SEEDS, Checked, ranged
 from ceed_vla.outputs import claim_file
 from sim.environment import EVALUATION_SEEDS, Bundle, EnvPool, images_of, observation_batch, turns
 from sim.evaluate import MOVED, CheckpointPath, load_bundles
@@ -38,7 +38,7 @@ _EXIT_NOTES = {"max_iterations": "cap reached", "stable": "executed steps\nare f
 
 
 @dataclass
-class ShowConfig:
+class ShowConfig(Checked, prefix="--"):
     """Options of ``ceed-vla show``.
 
     Attributes:
@@ -62,9 +62,6 @@ class ShowConfig:
     env: EnvConfig = field(default_factory=mixed_tabletop)
     executed_steps: int = ranged(4, "[1, 4096]")
     device: str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self, "--")
 
 
 @dataclass
@@ -97,7 +94,7 @@ def show(config: ShowConfig) -> Path:
     policy = bundles["policy"][0].config
     with EnvPool(1, config.env) as pool:
         runner = PolicyRunner(bundles["policy"], policy.decoding, executed_steps=config.executed_steps)
-        moments = drive(runner, pool, config.seed, config.executed_steps, turns(config.env)[0])
+        moments = drive(runner, pool, config.seed, turns(config.env)[0])
         *_, replan = islice(moments, config.chunk + 1)  # the last one of a shorter episode
     panels = build_panels(bundles, replan, policy.decoding, config.executed_steps)
     with mpl.rc_context(STYLE):

@@ -42,7 +42,6 @@ def collect_observations(
     runner: PolicyRunner,
     pool: EnvPool,
     episodes: Iterable[tuple[int, str]],
-    executed_steps: int,
     chunks: int,
     largest_share: float = 0.25,
 ) -> list[Observations]:
@@ -56,7 +55,7 @@ def collect_observations(
     longest = max(1, int(chunks * largest_share))
     for seed, task in episodes:
         most = min(wanted, longest)
-        replans = islice(drive(runner, pool, seed, executed_steps, task), most)
+        replans = islice(drive(runner, pool, seed, task), most)
         collected.append([(replan.observation, replan.instruction) for replan in replans])
         wanted -= len(collected[-1])
         if wanted <= 0:
@@ -150,7 +149,7 @@ def in_engine(bundle: Bundle, engine: str) -> Bundle:
 def make_runner(row: Row, bundles: Mapping[str, Bundle], executed_steps: int) -> PolicyRunner:
     """The runner of a row; random guesses differ from chunk to chunk and are the same in every run."""
     generator = torch.Generator().manual_seed(row.decoding.seed)
-    return PolicyRunner(bundles[row.model], row.decoding, generator, executed_steps)
+    return PolicyRunner(bundles[row.model], row.decoding, generator, executed_steps, row.delay)
 
 
 def summarise(samples: Samples, reference: Samples, tokens: ActionTokens, executed_steps: int) -> dict[str, Any]:

@@ -25,13 +25,13 @@ from tqdm import tqdm
 from ceed_vla.checkpoints import load, save, weights_hash
 from ceed_vla.decoding import decoder_ladders, exit_ladders
 from ceed_vla.errors import ConfigError
-from ceed_vla.fields import COUNTS, SEEDS, check_fields, chosen, ranged
+from ceed_vla.fields import COUNTS, SEEDS, Checked, chosen, ranged
 from ceed_vla.files import write_text
-from ceed_vla.outputs import MADE_BY, claim_folder
+from ceed_vla.outputs import MADE_BY, claim_folder, default_console
 from sim.bench import PARETO, pareto
 from sim.calibrate import CHECKPOINT, plain
 from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, turns
-from sim.evaluate import CheckpointPath, default_console
+from sim.evaluate import CheckpointPath
 from sim.plots import save_figure
 from sim.rollout import PolicyRunner, rollout, wilson_interval
 from sim.summary import hardware
@@ -47,7 +47,7 @@ OTHER_DECODERS = 0.1  # share of random plans with a decoder that is not Jacobi'
 
 
 @dataclass
-class TuneConfig:
+class TuneConfig(Checked, prefix="--"):
     """Options of ``ceed-vla tune``.
 
     Attributes:
@@ -82,9 +82,6 @@ class TuneConfig:
     search_seed: int = ranged(0, SEEDS)
     engine: str = chosen("eager", ENGINES[:2])
     threads: int | None = ranged(None, "[1, 256]")
-
-    def __post_init__(self) -> None:
-        check_fields(self, "--")
 
 
 @dataclass(frozen=True)
@@ -187,7 +184,7 @@ class Search:
         if steps not in self.observed:
             driver = PolicyRunner(self.bundle, "jacobi_h", None, steps)
             seeds = ((self.config.seed + i, self.tasks[i % len(self.tasks)]) for i in range(10**6))
-            self.observed[steps] = collect_observations(driver, self.pool, seeds, steps, self.config.chunks)
+            self.observed[steps] = collect_observations(driver, self.pool, seeds, self.config.chunks)
         return self.observed[steps]
 
     def timed_plans(self, plans: Sequence[Plan]) -> dict[Plan, dict[str, float]]:
@@ -299,11 +296,10 @@ class Search:
     def drive(self, trial: Trial, seeds: range) -> None:
         """Run the episodes that are missing of `seeds`."""
         missing = [seed for seed in seeds if seed not in trial.solved]
-        results = rollout(
-            self.bundle, missing, tasks=[self.tasks[(s - self.config.seed) % len(self.tasks)] for s in missing],
-            decoding=trial.plan.decoding, executed_steps=trial.plan.executed_steps, pool=self.pool,
-            generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
+        episodes = [(seed, self.tasks[(seed - self.config.seed) % len(self.tasks)]) for seed in missing]
+        plan, generator = trial.plan, torch.Generator().manual_seed(0)
+        runner = PolicyRunner(self.bundle, plan.decoding, generator, plan.executed_steps)
+        results = rollout(runner, self.pool, episodes)
         trial.solved |= {result.seed: result.success for result in results}
 
 
@@ -360,7 +356,7 @@ def _figure(trials: Sequence[Trial], floor: float) -> Any:
     rows = {}
     for trial in trials:
         entry = trial.entry()
-        row = {"total_ms": {"p50": trial.p50, "p99": trial.p99}, "episodes": entry["episodes"]}
+        row = {"latency_ms": {"p50": trial.p50, "p99": trial.p99}, "episodes": entry["episodes"]}
         rows[f"{trial.plan.decoding} h{trial.plan.executed_steps}"] = {
             **row, "success_rate": entry["success"] / max(1, entry["episodes"])
         }  # fmt: skip

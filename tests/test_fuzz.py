@@ -25,7 +25,7 @@ from ceed_vla.checkpoints import load, save
 from ceed_vla.cli_flags import UsageError, parse_flags
 from ceed_vla.errors import CeedVLAError
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
-from sim.tabletop.policy import tabletop_config
+from tests.helpers.tabletop import tabletop_config
 
 SIZES = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 16, "stem_channels": [4] * 4, "chunk_size": 4}
 # More cases than the suite has time for: FUZZ_FACTOR=20 FUZZ_SEED=1 pytest tests/test_fuzz.py

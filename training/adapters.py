@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ceed_vla.errors import ConfigError
-from ceed_vla.fields import check_fields, chosen, ranged
+from ceed_vla.fields import Checked, chosen, ranged
 from ceed_vla.lora import A, B
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 
@@ -29,7 +29,7 @@ TARGETS = ("language", "all")
 
 
 @dataclass
-class LoRAConfig:
+class LoRAConfig(Checked, prefix="lora."):
     """Low-rank adapters; needs `pip install "ceed_vla[vlm]"`.
 
     Attributes:
@@ -45,9 +45,6 @@ class LoRAConfig:
     dropout: float = ranged(0.0, "[0, 1)")
     targets: str = chosen("language", TARGETS)
     train: str = "state,auxiliary"
-
-    def __post_init__(self) -> None:
-        check_fields(self, "lora.")
 
 
 def attach(policy: CeedVLAPolicy, config: LoRAConfig) -> None:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
@@ -27,9 +26,9 @@ from ceed_vla.checkpoints import load
 from ceed_vla.data.frames import ACTION, FrameStore, open_dataset
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError, DatasetError
-from ceed_vla.fields import COUNTS, check_fields, ranged
+from ceed_vla.fields import COUNTS, Checked, ranged
 from ceed_vla.files import replacing, write_text
-from ceed_vla.outputs import MADE_BY, claim_folder
+from ceed_vla.outputs import MADE_BY, claim_folder, default_console
 from ceed_vla.tokens.base import ActionTokens
 from training.mixture import check_compatible, check_fits
 from training.settings import full_disk, split_list
@@ -41,7 +40,7 @@ _DRAWN = 200  # frames
 
 
 @dataclass
-class OpenLoopConfig:
+class OpenLoopConfig(Checked):
     """Settings of `ceed-vla open-loop`.
 
     Attributes:
@@ -63,9 +62,6 @@ class OpenLoopConfig:
     executed_steps: int | None = ranged(None, "[1, 4096]")
     device: str | None = None
     threads: int | None = ranged(None, "[1, 256]")
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass
@@ -214,7 +210,7 @@ def _print(report: dict[str, Any]) -> None:
             f"{100 * entry['tokens_equal_ar']:.1f} %",
             f"{latency['p50']:.1f} / {latency['p95']:.1f}", str(entry["malformed"]),
         )  # fmt: skip
-    Console(width=None if Console().is_terminal else 120).print(table)
+    default_console().print(table)
 
 
 def _draw(store: FrameStore, actions: dict[str, NDArray[np.float32]], path: Path) -> None:

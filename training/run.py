@@ -24,7 +24,7 @@ from ceed_vla.data.frame_stream import StreamingConfig
 from ceed_vla.decoding.names import CEED, OWN
 from ceed_vla.devices import check_device
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
-from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, chosen, ranged
+from ceed_vla.fields import COUNTS, SEEDS, THREADS, Checked, chosen, ranged
 from ceed_vla.files import read_json, strange, write_text
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.supervision import finish_training
@@ -47,7 +47,7 @@ RATES, NONE_OR_RATES = "(0, 10]", "[0, 10]"
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Checked):
     """Settings of every training run.
 
     Attributes:
@@ -92,9 +92,6 @@ class RunConfig:
     max_clipped: float = ranged(MOST_CLIPPED, SHARES)
     streaming: StreamingConfig = field(default_factory=StreamingConfig)
     resume: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 class Run:

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 # What a takeover round needs: (policy folder, round, folder for the new data sets) -> the recorded roots.
 # It is called again when the run is resumed from a state before the end of that round.
+Localisation = Callable[[Path], dict[str, float]]  # of a checkpoint folder: median error [m] by what is looked for
 RecordTakeover = Callable[[Path, int, Path], list[Path]]
 
 
@@ -49,6 +50,8 @@ class TrainConfig(RunConfig):
             auxiliary target too, where they are not set (auxiliary_weight 0 switches the target off).
         policy_path: Start from this checkpoint; it replaces `policy` (but for the device).
         grounding_steps: Optimiser steps on grounding frames alone, first.
+        grounding_gate: Largest median error [m] of every object in every task on held-out scenes after these steps;
+            where one is larger, training ends before it sees an action. 0: no gate.
         steps: Optimiser steps on demonstrations.
         grounding_batch: Grounding frames beside every step.
         named_terms: Once there are actions to learn, regress only so many leading terms of the auxiliary target, those
@@ -67,6 +70,7 @@ class TrainConfig(RunConfig):
     policy_path: str = ""
     grounding_steps: int = ranged(1000, NONE_OR_COUNTS)
     steps: int = ranged(8000, COUNTS)
+    grounding_gate: float = ranged(0.0, "[0, 10]")
     grounding_batch: int = ranged(12, "[0, 1e6]")
     named_terms: int | None = ranged(None, "[0, 1e6]")
     muon_lr: float = ranged(2e-3, NONE_OR_RATES)
@@ -117,6 +121,7 @@ def train(
     closed_loop: ClosedLoop | None = None,
     record_takeover: RecordTakeover | None = None,
     privileged: Privileged | None = None,
+    localisation: Localisation | None = None,
 ) -> Path:
     """Train a teacher, and return the folder of the final checkpoint.
 
@@ -126,13 +131,14 @@ def train(
         record_takeover: Records one takeover round; needed when ``config.rounds > 0``.
         privileged: What the environment says of ``observation.environment_state``; without it only a set
             ``auxiliary_scale`` is regressed.
+        localisation: Measures what ``config.grounding_gate`` limits.
 
     Raises:
-        ConfigError: Missing or contradicting settings.
+        ConfigError: Missing or contradicting settings, or a gate that is not met: the state is saved, to go on from.
         DatasetError: Unreadable or incompatible data sets.
         CheckpointError: Nothing to resume, or a state of other sizes.
     """
-    return TeacherRun(config, closed_loop, record_takeover, privileged).run()
+    return TeacherRun(config, closed_loop, record_takeover, privileged, localisation).run()
 
 
 class TeacherRun(Run):
@@ -146,6 +152,7 @@ class TeacherRun(Run):
         closed_loop: ClosedLoop | None = None,
         record_takeover: RecordTakeover | None = None,
         privileged: Privileged | None = None,
+        localisation: Localisation | None = None,
     ) -> None:
         if config.rounds and record_takeover is None:
             raise ConfigError(
@@ -156,9 +163,14 @@ class TeacherRun(Run):
                 "max_minutes may end a run before its takeovers, or before it has seen an action: give --rounds 0 and "
                 "--grounding_steps 0 with it, or no --max_minutes."
             )
+        if config.grounding_gate and not (localisation and config.grounding_roots and config.grounding_steps):
+            raise ConfigError(
+                "grounding_gate needs --grounding_roots, --grounding_steps and an environment with known positions."
+            )
         asked = config.policy.asked_device or config.policy.device or "cpu"  # LeRobot replaces one that is not there
         super().__init__(config, asked, closed_loop)
         self.config, self.record_takeover, self.privileged = config, record_takeover, privileged
+        self.localisation = localisation
         self.demonstrations = [open_dataset(root, decode=False) for root in split_list(config.roots)]
         self.grounding = [open_dataset(root, decode=False) for root in split_list(config.grounding_roots)]
         self._check_data()
@@ -230,6 +242,8 @@ class TeacherRun(Run):
 
     def before_step(self) -> None:
         config = self.config
+        if config.grounding_gate and self.step == self.first:
+            self._check_grounding()
         self.policy.auxiliary_terms = (self.named or None) if self.step >= self.first else None
         while len(self.takeovers) < config.rounds:
             share = 0.75 * (len(self.takeovers) + 1) / (config.rounds + 1)
@@ -264,6 +278,27 @@ class TeacherRun(Run):
         noise = random.random((size, augmentation_size(self.policy)), dtype=np.float32)[part :: self.num_parts]
         batch[AUGMENTATION_NOISE] = torch.from_numpy(noise)
         return batch, self.share(len(noise), size)
+
+    def _check_grounding(self) -> None:
+        from accelerate.utils import broadcast_object_list
+
+        folder = self.save_policy("grounded")
+        found: list[dict[str, float]] = [{}]
+        if self.accelerator.is_main_process and self.localisation is not None:
+            found = [self.localisation(folder)]
+        errors: dict[str, float] = broadcast_object_list(found)[0]
+        self.model.train()
+        over = {name: error for name, error in errors.items() if not error <= self.config.grounding_gate}
+        logger.info("median localisation error: %s", ", ".join(f"{n} {100 * e:.1f} cm" for n, e in errors.items()))
+        if over:
+            self.save_state()
+            worst = max(over, key=lambda name: over[name])
+            raise ConfigError(
+                f"After {self.first} grounding steps {worst} is off by {100 * over[worst]:.1f} cm (median); {len(over)}"
+                f" of {len(errors)} are over --grounding_gate={self.config.grounding_gate:g} m. A policy that does not "
+                "see where things are learns nothing from actions: go on with --resume=true and more "
+                "--grounding_steps, give more --grounding_roots, or look at `ceed-vla grounding`."
+            )
 
     def _takeover_round(self, index: int) -> None:
         """Record takeovers of the policy as it is now, and train on them from here on."""

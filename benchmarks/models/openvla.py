@@ -1,13 +1,8 @@
-"""A tiny random OpenVLA in the published file format: to try a pipeline, and for examples.
-
-python -m benchmarks.models.openvla DIR    # a folder as `ceed-vla convert --from openvla` takes it
-"""
+"""A tiny random OpenVLA in the published file format: to try a pipeline, and for examples."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +16,16 @@ from ceed_vla.errors import ConfigError
 
 SIDE, WORDS = 56, 32000  # of the images [px], and ids before padding
 TEXT = "stack put place pick up push the red blue green yellow cube block in bin plate on to left right of open drawer"
-LOW = (-1.0, -1.0, -1.0, -0.25, -0.25, -1.0, -1.0)  # the tabletop's actions
-HIGH = (1.0, 1.0, 1.0, 0.25, 0.25, 1.0, 1.0)
+# Of the tabletop's actions: 1 % and 99 % quantiles, and what is normalised.
+LOW = [-1.0, -1.0, -1.0, -0.25, -0.25, -1.0, -1.0]
+HIGH = [1.0, 1.0, 1.0, 0.25, 0.25, 1.0, 1.0]
+MASK = [True] * 6 + [False]
 
 
-def write_openvla(
-    folder: str | Path, *, low: Sequence[float] = LOW, high: Sequence[float] = HIGH, width: int = 96, seed: int = 0
-) -> Path:
+def write_openvla(folder: str | Path, *, width: int = 96, seed: int = 0) -> Path:
     """Write config.json, preprocessor_config.json, tokenizer.json and model.safetensors of a random model.
 
-    `low` and `high` are the 1 % and 99 % quantiles of every action dimension, the last one a gripper's, which is not
-    normalised; the `width` of the language model is a multiple of 8.
+    The `width` of its language model is a multiple of 8.
 
     Raises:
         ConfigError: The folder is not empty.
@@ -40,13 +34,13 @@ def write_openvla(
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; give a new folder.")
-    config = _config(list(low), list(high), width)
+    config = _config(width)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "preprocessor_config.json").write_text(json.dumps(_IMAGES, indent=2) + "\n")
     _tokenizer().save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
-    model = OpenVLABackbone(Architecture(config), len(low), config["n_action_bins"], "float32")
+    model = OpenVLABackbone(Architecture(config), len(LOW), config["n_action_bins"], "float32")
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, parameter in sorted(model.named_parameters()):
@@ -73,8 +67,7 @@ _IMAGES: dict[str, Any] = {
 }
 
 
-def _config(low: list[float], high: list[float], width: int) -> dict[str, Any]:
-    mask = [True] * (len(low) - 1) + [False]
+def _config(width: int) -> dict[str, Any]:
     return {
         "model_type": "openvla",
         "architectures": ["OpenVLAForActionPrediction"],
@@ -82,7 +75,7 @@ def _config(low: list[float], high: list[float], width: int) -> dict[str, Any]:
         "image_sizes": [SIDE, SIDE],
         "llm_backbone_id": "llama2-7b-pure",
         "n_action_bins": 256,
-        "norm_stats": {"tabletop": {"action": {"q01": low, "q99": high, "mask": mask}}},
+        "norm_stats": {"tabletop": {"action": {"q01": LOW, "q99": HIGH, "mask": MASK}}},
         "pad_to_multiple_of": 64,
         "text_config": {
             "model_type": "llama",
@@ -118,13 +111,3 @@ def _tokenizer() -> Tokenizer:
     tokenizer.train_from_iterator([PROMPT.format(instruction=TEXT)], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return tokenizer
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder")
-    print(write_openvla(parser.parse_args().folder))
-
-
-if __name__ == "__main__":
-    main()

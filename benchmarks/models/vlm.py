@@ -63,13 +63,13 @@ def make_tokenizer(special: list[str], **names: str) -> PreTrainedTokenizerFast:
     )
 
 
-def _text(kind: str, tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> dict[str, Any]:
+def _text(kind: str, tokenizer: PreTrainedTokenizerFast, width: int) -> dict[str, Any]:
     return {
         "model_type": kind,
         "vocab_size": len(tokenizer) + 7,  # rows beyond the tokenizer, as real models have
         "hidden_size": width,
         "intermediate_size": 2 * width,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
@@ -94,12 +94,12 @@ def _vision(kind: str) -> dict[str, Any]:
 _SQUARE = {"height": IMAGE, "width": IMAGE}
 
 
-def _llava(width: int, layers: int) -> tuple[Any, Any]:
+def _llava(width: int) -> tuple[Any, Any]:
     tokenizer = make_tokenizer(["<image>"], image_token="<image>")
     config = AutoConfig.for_model(
         "llava",
         vision_config=_vision("clip_vision_model"),
-        text_config=_text("llama", tokenizer, width, layers),
+        text_config=_text("llama", tokenizer, width),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     processor = transformers.LlavaProcessor(
@@ -113,13 +113,13 @@ def _llava(width: int, layers: int) -> tuple[Any, Any]:
     return config, processor
 
 
-def _llava_onevision(width: int, layers: int) -> tuple[Any, Any]:
+def _llava_onevision(width: int) -> tuple[Any, Any]:
     tokenizer = make_tokenizer(["<image>", "<video>"], image_token="<image>", video_token="<video>")
     pinpoints = [[IMAGE, IMAGE]]
     config = AutoConfig.for_model(
         "llava_onevision",
         vision_config=_vision("siglip_vision_model"),
-        text_config=_text("qwen2", tokenizer, width, layers),
+        text_config=_text("qwen2", tokenizer, width),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
         image_grid_pinpoints=pinpoints,
@@ -135,7 +135,7 @@ def _llava_onevision(width: int, layers: int) -> tuple[Any, Any]:
     return config, processor
 
 
-def _qwen(kind: str, vision: dict[str, Any], videos: Any, join: Any, width: int, layers: int) -> tuple[Any, Any]:
+def _qwen(kind: str, vision: dict[str, Any], videos: Any, join: Any, width: int) -> tuple[Any, Any]:
     """Qwen2.5-VL and Qwen3-VL: patches in one list, three rotary axes."""
     special = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
     names = dict(zip(("vision_bos_token", "image_token", "vision_eos_token", "video_token"), special, strict=True))
@@ -149,7 +149,7 @@ def _qwen(kind: str, vision: dict[str, Any], videos: Any, join: Any, width: int,
         kind,
         vision_config={**sizes, "out_hidden_size": width, **vision},
         text_config={
-            **_text(f"{kind}_text", tokenizer, width, layers),
+            **_text(f"{kind}_text", tokenizer, width),
             "head_dim": width // 4,
             "rope_parameters": rope,
         },
@@ -173,14 +173,14 @@ _QWEN2_5 = {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}
 _QWEN3 = {"patch_size": 16, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
 
 
-def _smolvlm(kind: str, width: int, layers: int) -> tuple[Any, Any]:
+def _smolvlm(kind: str, width: int) -> tuple[Any, Any]:
     """Idefics3 (SmolVLM), and SmolVLM2, which also takes videos."""
     special = ["<image>", "<video>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
     tokenizer = make_tokenizer(special, image_token="<image>", video_token="<video>")
     config = AutoConfig.for_model(
         kind,
         vision_config=_vision(f"{kind}_vision"),
-        text_config=_text("llama", tokenizer, width, layers),
+        text_config=_text("llama", tokenizer, width),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         pad_token_id=tokenizer.pad_token_id,
         scale_factor=2,
@@ -194,7 +194,7 @@ def _smolvlm(kind: str, width: int, layers: int) -> tuple[Any, Any]:
     return config, transformers.SmolVLMProcessor(images, tokenizer, SmolVLMVideoProcessor(**sizes), **joint)
 
 
-def _paligemma(width: int, layers: int) -> tuple[Any, Any]:
+def _paligemma(width: int) -> tuple[Any, Any]:
     tokenizer = make_tokenizer(["<image>"], image_token="<image>")
     images: Any = transformers.SiglipImageProcessor(size=_SQUARE)
     images.image_seq_length = (IMAGE // PATCH) ** 2
@@ -202,7 +202,7 @@ def _paligemma(width: int, layers: int) -> tuple[Any, Any]:
     config = AutoConfig.for_model(
         "paligemma",
         vision_config={**_vision("siglip_vision_model"), "vision_use_head": False},
-        text_config={**_text("gemma", tokenizer, width, layers), "head_dim": width // 4},
+        text_config={**_text("gemma", tokenizer, width), "head_dim": width // 4},
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         projection_dim=width,
         hidden_size=width,
@@ -210,7 +210,7 @@ def _paligemma(width: int, layers: int) -> tuple[Any, Any]:
     return config, processor
 
 
-FAMILIES: dict[str, Callable[[int, int], tuple[Any, Any]]] = {
+FAMILIES: dict[str, Callable[[int], tuple[Any, Any]]] = {
     "llava": _llava,
     "llava_onevision": _llava_onevision,
     "qwen2_5_vl": partial(_qwen, "qwen2_5_vl", _QWEN2_5, Qwen2VLVideoProcessor, transformers.Qwen2_5_VLProcessor),
@@ -221,9 +221,7 @@ FAMILIES: dict[str, Callable[[int, int], tuple[Any, Any]]] = {
 }
 
 
-def make_tiny_vlm(
-    family: str, folder: str | Path, *, width: int = 64, layers: int = 2, seed: int = 0, scale: float = 1.0
-) -> Path:
+def make_tiny_vlm(family: str, folder: str | Path, *, width: int = 64, scale: float = 1.0) -> Path:
     """Write a tiny random model of one of `FAMILIES` and its processor into a folder.
 
     The `width` of its language model is a multiple of 24 or of 32, and `scale` a factor on the matrices there: above 1
@@ -234,9 +232,9 @@ def make_tiny_vlm(
     """
     if family not in FAMILIES:
         raise ConfigError(f"No tiny model of the family {family!r}; choose one of {', '.join(FAMILIES)}.")
-    config, processor = FAMILIES[family](width, layers)
+    config, processor = FAMILIES[family](width)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config)
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and "visual" not in name and "vision" not in name:
@@ -251,8 +249,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write a tiny random image-text-to-text model.")
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("folder")
-    for name, default in (("--width", 64), ("--layers", 2), ("--seed", 0)):
-        parser.add_argument(name, type=int, default=default)
     print(make_tiny_vlm(**vars(parser.parse_args())))
 
 

@@ -23,13 +23,24 @@ from ceed_vla.tokens.openvla import OpenVLATokensConfig
 EXPECTED = "expected.json"  # reference outputs beside a model, for `ceed-vla verify`
 
 
-def openvla_policy(config: ConvertConfig) -> CeedVLAConfig:
-    """The policy configuration of an OpenVLA folder."""
+def _camera_size(text: str) -> tuple[int, int] | None:
+    """(height, width) of "480x640"."""
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text, re.ASCII)
+    sides = [int(side) for side in found.groups()] if found else [0]
+    if not all(1 <= side <= LARGEST_SIDE for side in sides):
+        raise ConfigError(f"camera_size is {text[:50]!r}; give HEIGHTxWIDTH (480x640), sides up to {LARGEST_SIDE}.")
+    return sides[0], sides[1]
+
+
+def published_policy(config: ConvertConfig) -> tuple[CeedVLAPolicy, Any, Any]:
+    """The model as (policy in eval mode, pre-processor, post-processor), not saved."""
     published = read_config(config.path)
     key, statistics = action_statistics(config.path, config.unnorm_key)
     seen = published["image_sizes"][0]
     height, width = _camera_size(config.camera_size) or ((seen, seen) if isinstance(seen, int) else seen[-2:])
-    return CeedVLAConfig(
+    settings = CeedVLAConfig(
         input_features={f"observation.images.{config.camera}": PolicyFeature(FeatureType.VISUAL, (3, height, width))},
         output_features={"action": PolicyFeature(FeatureType.ACTION, (len(statistics["q01"]),))},
         chunk_size=config.chunk_size,
@@ -46,22 +57,6 @@ def openvla_policy(config: ConvertConfig) -> CeedVLAConfig:
         device=config.device,
         push_to_hub=False,
     )
-
-
-def _camera_size(text: str) -> tuple[int, int] | None:
-    """(height, width) of "480x640"."""
-    if not text:
-        return None
-    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text, re.ASCII)
-    sides = [int(side) for side in found.groups()] if found else [0]
-    if not all(1 <= side <= LARGEST_SIDE for side in sides):
-        raise ConfigError(f"camera_size is {text[:50]!r}; give HEIGHTxWIDTH (480x640), sides up to {LARGEST_SIDE}.")
-    return sides[0], sides[1]
-
-
-def published_policy(config: ConvertConfig) -> tuple[CeedVLAPolicy, Any, Any]:
-    """The model as (policy in eval mode, pre-processor, post-processor), not saved."""
-    settings = openvla_policy(config)
     policy = CeedVLAPolicy(settings).to(config.device).eval()
     return policy, *make_ceed_vla_pre_post_processors(settings)
 

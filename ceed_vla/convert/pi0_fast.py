@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from ceed_vla.backbones.pi0_fast.config import Pi0FastConfig, Pi0FastTokensConfig
 from ceed_vla.backbones.pi0_fast.inputs import PromptTokensStep, load_text_tokenizer
-from ceed_vla.backbones.pi0_fast.loading import EMBEDDING, HEAD, decode_architecture, describe_model
-from ceed_vla.backbones.pi0_fast.tokens import TextIds
+from ceed_vla.backbones.pi0_fast.model import EMBEDDING, HEAD, decode_architecture, describe_model
+from ceed_vla.backbones.pi0_fast.tokens import text_ids
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.convert.config import ConvertConfig
 from ceed_vla.decoding.config import DecodingConfig
@@ -80,7 +80,7 @@ def find_folder(name: str, setting: str) -> Path:
 
 
 def _tokens(config: PI0FastConfig, fast: Path, text: Path, scored: int) -> Pi0FastTokensConfig:
-    codec, ids = FastCodec.from_folder(fast), TextIds.of(load_text_tokenizer(text))
+    codec = FastCodec.from_folder(fast)
     tokens = Pi0FastTokensConfig(
         max_tokens=config.max_decoding_steps,
         check_marker=config.validate_action_token_prefix,
@@ -89,7 +89,7 @@ def _tokens(config: PI0FastConfig, fast: Path, text: Path, scored: int) -> Pi0Fa
         bpe=codec.bpe.to_str(),
         scale=codec.scale,
         least=codec.least,
-        **{**vars(ids), "marker": list(ids.marker)},
+        **text_ids(load_text_tokenizer(text)),
     )
     tokens.num_tokens = tokens.build(config.chunk_size, int(config.output_features["action"].shape[0])).vocabulary_size
     return tokens

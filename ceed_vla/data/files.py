@@ -245,7 +245,7 @@ def _finite(values: NDArray[Any], what: str, largest: float) -> NDArray[np.float
 def read_tasks(root: Path, used: NDArray[np.int64]) -> list[str]:
     """Instructions in the order of their index; `used` (N,) are the indices of the frames."""
     file = root / "meta" / "tasks.parquet"
-    with readable(file, "every frame needs its instruction (`task`)"):
+    with readable(file, "the set is damaged: copy it again, with the instruction (`task`) of every frame"):
         table = pq.ParquetFile(regular(file, DatasetError)).read()
         name = "task" if "task" in table.column_names else "__index_level_0__"
         pairs = sorted(zip(table["task_index"].to_pylist(), table[name].to_pylist(), strict=True))

@@ -38,7 +38,11 @@ def read_images(info: Info, rows: dict[str, NDArray[Any]]) -> ImageMaps:
     try:
         stamps = [[str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns] for f in sources]
         key = json.dumps({"shapes": shapes, "files": stamps})
-        _check_own(cache)
+        if cache.is_symlink() or (cache.exists() and not cache.is_dir()):
+            raise DatasetError(f"{cache} is a link or a file; images go into a folder of that name. Remove it.")
+        foreign = cache.is_dir() and not (cache / COMPLETE).is_file()
+        if foreign and any(not file.name.startswith(".") for file in cache.iterdir()):
+            raise DatasetError(f"{cache} has no {COMPLETE}, so its files are no images of ours; move them.")
         maps = _decoded_before(cache, key, shapes)
         if maps is None:
             _decode_images(info, rows, shapes, cache)
@@ -49,15 +53,6 @@ def read_images(info: Info, rows: dict[str, NDArray[Any]]) -> ImageMaps:
     if maps is None:
         raise DatasetError(f"{cache} changed while the images were decoded; start again.")
     return maps
-
-
-def _check_own(cache: Path) -> None:
-    """Refuse a ``.frames`` that leads elsewhere, or that holds what we did not write."""
-    if cache.is_symlink() or (cache.exists() and not cache.is_dir()):
-        raise DatasetError(f"{cache} is a link or a file; images go into a folder of that name. Remove it.")
-    foreign = cache.is_dir() and not (cache / COMPLETE).is_file()
-    if foreign and any(not file.name.startswith(".") for file in cache.iterdir()):
-        raise DatasetError(f"{cache} has no {COMPLETE}, so its files are no images of ours; move them.")
 
 
 def _decoded_before(cache: Path, key: str, shapes: Shapes) -> ImageMaps | None:

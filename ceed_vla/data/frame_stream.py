@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.data.images import WINDOW, ImageReader
-from ceed_vla.fields import check_fields, ranged
+from ceed_vla.fields import Checked, ranged
 
 
 @dataclass
-class StreamingConfig:
+class StreamingConfig(Checked, prefix="streaming."):
     """Which data sets are decoded into files once, and which again and again as they are drawn.
 
     Attributes:
@@ -25,9 +25,6 @@ class StreamingConfig:
 
     above_gb: float = ranged(100.0, "[0, 1e9]")
     memory_gb: float = ranged(0.5, "(0, 1e6]")
-
-    def __post_init__(self) -> None:
-        check_fields(self, "streaming.")
 
 
 class StreamedImages:

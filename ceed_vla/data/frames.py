@@ -21,8 +21,6 @@ from ceed_vla.data.images import WINDOW, ImageReader, window_edges
 from ceed_vla.errors import DatasetError
 from ceed_vla.fields import short
 
-__all__ = ["ACTION", "ENVIRONMENT", "STATE", "FrameStore", "open_dataset", "read_chunks"]
-
 logger = logging.getLogger(__name__)
 
 Images = NDArray[np.uint8] | StreamedImages

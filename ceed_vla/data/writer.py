@@ -29,6 +29,7 @@ from lerobot.utils.constants import DEFAULT_FEATURES
 from lerobot.utils.utils import flatten_dict
 
 from ceed_vla.data import commits
+from ceed_vla.data.files import read_tasks
 from ceed_vla.data.statistics import Statistics, image_statistics, vector_statistics
 from ceed_vla.errors import DatasetError
 
@@ -69,7 +70,9 @@ class DatasetWriter:
         try:
             self._info = load_info(self.root)
             self._stats = load_stats(self.root)
-            known = _known_tasks(self.root) if self._info.total_episodes else []
+            known = read_tasks(self.root, np.zeros(1, np.int64)) if self._info.total_episodes else []
+            if len(set(known)) < len(known):
+                raise DatasetError(f"{self.root}/meta/tasks.parquet repeats an instruction; record into a new root.")
             self._schema = get_hf_features_from_features(self._info.features).arrow_schema
             self._check_stored(known)
         except DatasetError:
@@ -278,16 +281,6 @@ class DatasetWriter:
                 flat = pa.array(values.reshape(-1), type=field.type.value_type)
                 arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
         return pa.Table.from_arrays(arrays, schema=self._schema)
-
-
-def _known_tasks(root: Path) -> list[str]:
-    """Instructions in the order of their index."""
-    table = pq.ParquetFile(root / "meta" / "tasks.parquet").read(columns=["task", "task_index"]).to_pydict()
-    tasks = [task for _, task in sorted(zip(table["task_index"], table["task"], strict=True))]
-    text = all(isinstance(task, str) and task for task in tasks) and len(set(tasks)) == len(tasks)
-    if not text or sorted(table["task_index"]) != list(range(len(tasks))):
-        raise DatasetError(f"{root}/meta/tasks.parquet does not number the instructions; record into a new root.")
-    return tasks
 
 
 def _png(image: np.ndarray) -> bytes:

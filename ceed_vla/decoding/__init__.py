@@ -30,29 +30,6 @@ from ceed_vla.tensors import check_tokens
 from ceed_vla.tokens.base import ActionTokens
 from ceed_vla.tokens.grammar import GrammarBackbone
 
-__all__ = [
-    "BlockRequest",
-    "DecodeResult",
-    "DecodingConfig",
-    "ExitRule",
-    "Seen",
-    "decode_autoregressive",
-    "decode_block",
-    "decode_deer",
-    "decode_del",
-    "decode_depth",
-    "decode_jacobi",
-    "decode_ngram",
-    "decode_spec",
-    "decoder_ladders",
-    "exit_ladders",
-    "find_decoder",
-    "named_config",
-    "prefill",
-    "register_decoder",
-    "register_exit",
-]
-
 
 def prefill(backbone: Backbone, batch: dict[str, Tensor], config: DecodingConfig) -> Prefix:
     """Run the prefix as far as the decoder wants it."""

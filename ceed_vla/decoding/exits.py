@@ -100,25 +100,18 @@ class Confidence(ExitRule):
 
 
 @register_exit(
-    r"gap(?P<gap>\d*\.?\d+)", "gap<P>", "or until the best token leads by P everywhere",
+    r"gap(?P<confidence>\d*\.?\d+)", "gap<P>", "or until the best token leads by P everywhere",
     _ladder("gap", 0.5, 0.3, 0.2, 0.1, 0.05, 0.02),
 )  # fmt: skip
-class Gap(ExitRule):
+class Gap(Confidence):
     """In every watched slot the best token's probability exceeds the next one's by more than this (DSSD's signal)."""
 
-    reason = "gap"
-
-    def __init__(self, gap: float | str) -> None:
-        self.least = float(gap)
+    reason, field, ordered = "gap", "", False
 
     def measure(self, logits: Tensor, tokens: Tensor) -> Tensor:
         best, second = logits.float().topk(2, dim=-1).values.unbind(-1)  # (B, k)
         total = logits.float().logsumexp(-1)
         return (best - total).exp() - (second - total).exp()
-
-    def ends(self, seen: Seen, measured: np.ndarray | None) -> np.ndarray:
-        assert measured is not None
-        return measured.min(1) > self.least
 
 
 @register_exit(

@@ -115,8 +115,7 @@ class FastTokensConfig(ActionTokensConfig):
         except ValueError as error:
             raise ConfigError(f"merges holds no pairs of ids ({error}); fit the tokens again.") from error
         codec = FastCodec.from_merges(pairs, self.scale, *self.symbols)
-        grippers = self.gripper_indices(action_dim)
-        return FastTokenizer(self.action_low, self.action_high, chunk_steps, codec, self.max_tokens, grippers)
+        return FastTokenizer(self, codec, self.gripper_indices(action_dim))
 
     def validate_features(self, action_dim: int) -> None:
         super().validate_features(action_dim)
@@ -167,20 +166,13 @@ class FastTokenizer(VariableLengthTokens):
         smoothed: Chunks that lost their highest frequencies because they would have overfilled a block.
     """
 
-    def __init__(
-        self,
-        low: Sequence[float],
-        high: Sequence[float],
-        chunk_steps: int,
-        codec: FastCodec,
-        block_length: int,
-        gripper_dims: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, settings: FastTokensConfig, codec: FastCodec, gripper_dims: Sequence[int]) -> None:
+        low, high = settings.action_low, settings.action_high
         self.low = torch.tensor([float(v) for v in low], dtype=torch.float64)  # (A,)
         self.high = torch.tensor([float(v) for v in high], dtype=torch.float64)  # (A,)
         if len(low) != len(high) or not len(low) or not bool((self.low < self.high).all()):
             raise ConfigError(f"low {list(low)} must be below high {list(high)} in every dimension.")
-        self.action_dim, self.chunk_steps, self.block_length = len(low), int(chunk_steps), int(block_length)
+        self.action_dim, self.chunk_steps, self.block_length = len(low), settings.chunk_steps, settings.max_tokens
         self.gripper_dims = from_front(gripper_dims, self.action_dim)
         self.codec = codec
         self.stop, self.vocabulary_size = codec.vocabulary_size, codec.vocabulary_size + 1
@@ -193,7 +185,7 @@ class FastTokenizer(VariableLengthTokens):
         try:
             self.zero = self.encode(zero.clamp(self.low, self.high))[0]
         except TokenError as error:
-            raise ConfigError(f"block_length {block_length} does not even hold the chunk of zeros.") from error
+            raise ConfigError(f"block_length {self.block_length} does not even hold the chunk of zeros.") from error
         self.clipped = 0
 
     def _write(self, actions: Tensor) -> list[list[int]]:

@@ -31,13 +31,12 @@ class FastCodec:
     Args:
         bpe: Byte-pair encoding of coefficient texts.
         scale: Coefficients are multiplied by this before rounding; the step of a coefficient is ``1 / scale``.
-        least: Coefficient of character 0; smaller ones are clipped and counted.
+        least: Coefficient of character 0; smaller ones are clipped.
         most: Largest coefficient that the encoding knows; None if it knows every character.
 
     Attributes:
         vocabulary_size: Ids ``0 .. vocabulary_size - 1``.
         merges: The pairs of ids that a fitted codec joins; empty for a folder's.
-        clipped: Coefficients that `encode` clipped since construction.
     """
 
     def __init__(self, bpe: Tokenizer, scale: float, least: int, most: int | None = None) -> None:
@@ -46,7 +45,6 @@ class FastCodec:
         self.bpe, self.scale, self.least, self.most = bpe, float(scale), int(least), most
         self.vocabulary_size = int(bpe.get_vocab_size())
         self.merges: list[tuple[int, int]] = []
-        self.clipped = 0
 
     @classmethod
     def fit(cls, chunks: Tensor, vocabulary_size: int, scale: float) -> FastCodec:
@@ -143,9 +141,8 @@ class FastCodec:
         rounded = _coefficients(chunks, self.scale)  # (B, m * A)
         if frequencies is not None:
             rounded[:, frequencies * chunks.shape[2] :] = 0
-        inside = rounded.clamp(self.least, self.most)
-        self.clipped += int((inside != rounded).sum())
-        return [encoding.ids for encoding in self.bpe.encode_batch(_texts(inside, self.least))]
+        texts = _texts(rounded.clamp(self.least, self.most), self.least)
+        return [encoding.ids for encoding in self.bpe.encode_batch(texts)]
 
     def decode(self, ids: Sequence[int], steps: int, action_dim: int) -> Tensor:
         """The chunk (m, A) float64 that `ids` stand for, in normalised units, or `MalformedChunkError`."""

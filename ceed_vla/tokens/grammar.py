@@ -28,7 +28,10 @@ class Grammar:
 
     def __init__(self, lengths: Tensor, stop: int, total: int, block_length: int) -> None:
         self.lengths, self.stop, self.total, self.block_length = lengths, stop, total, block_length
-        self.fewest = _fewest(sorted({int(v) for v in lengths if v > 0}), total)  # (total + 1,)
+        sizes, fewest = {int(v) for v in lengths if v > 0}, [0]  # tokens that make 0 .. total coefficients
+        for size in range(1, total + 1):
+            fewest.append(1 + min((fewest[size - length] for length in sizes if length <= size), default=total))
+        self.fewest = torch.tensor(fewest)  # (total + 1,)
 
     def allowed(self, used: Tensor, slots: Tensor) -> Tensor:
         """Tokens (B, k, V) that `slots` (k,) may hold behind `used` (B, k) coefficients; none if no chunk begins so."""
@@ -69,11 +72,3 @@ class GrammarBackbone:
 
     def _mask(self, logits: Tensor, used: Tensor, slots: Tensor) -> Tensor:
         return logits.masked_fill(~self.grammar.allowed(used, slots), -torch.inf)
-
-
-def _fewest(lengths: list[int], total: int) -> Tensor:
-    """(total + 1,) fewest tokens of the given `lengths` that make 0 .. total coefficients."""
-    fewest = [0] + [total + 1] * total
-    for size in range(1, total + 1):
-        fewest[size] = 1 + min((fewest[size - length] for length in lengths if length <= size), default=total)
-    return torch.tensor(fewest)

@@ -22,17 +22,11 @@ _SEPARATOR = "=" * 80
 
 
 class BagWriter:
-    """An MCAP file of serialized ROS 2 messages; its folder is made, an older file replaced.
-
-    Raises:
-        ConfigError: The package `mcap` is not installed.
-    """
+    """An MCAP file of serialized ROS 2 messages; its folder is made, an older file replaced."""
 
     def __init__(self, path: str | Path) -> None:
-        try:
-            from mcap.writer import Writer
-        except ImportError as error:
-            raise ConfigError(f"Bags need the package mcap ({error}); install ceed_vla[ros2].") from error
+        from mcap.writer import Writer
+
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.counts: Counter[str] = Counter()  # topic -> messages written
@@ -73,16 +67,10 @@ def record(node: Node, bag: BagWriter, topic: str, message_type: Any, qos: Any) 
 
 
 def read_messages(path: str | Path, topics: Sequence[str]) -> Iterator[tuple[str, int, Any]]:
-    """(topic, time of sending [ns], message) of every message on `topics`, in the order they came.
+    """(topic, time of sending [ns], message) of every message on `topics`, in the order they came."""
+    from mcap.reader import make_reader
+    from mcap_ros2.decoder import DecoderFactory
 
-    Raises:
-        ConfigError: The packages `mcap` and `mcap-ros2-support` are not installed.
-    """
-    try:
-        from mcap.reader import make_reader
-        from mcap_ros2.decoder import DecoderFactory
-    except ImportError as error:
-        raise ConfigError(f"Bags need mcap-ros2-support ({error}); install ceed_vla[ros2].") from error
     with Path(path).open("rb") as file:
         reader = make_reader(file, decoder_factories=[DecoderFactory()])
         for found in reader.iter_decoded_messages(topics=list(topics)):

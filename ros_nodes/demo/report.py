@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.table import Table
 
 from ceed_vla.errors import ConfigError
@@ -36,40 +35,27 @@ class Episode:
     window: Window  # when the command stream counts [ns]
 
 
-@dataclass(frozen=True)
-class CommandTiming:
-    """How steadily commands came."""
+def command_timing(sent: Sequence[int], windows: Sequence[Window]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ros.json and details.json say of commands `sent` in windows [ns]; pauses between windows do not count.
 
-    commands: int  # in the windows
-    rate: float  # [Hz]
-    missed: float  # intervals longer than `MISSED` periods, as a share of all
-    jitter_p50: float  # percentiles of |interval - period| [s]
-    jitter_p99: float
-    longest: float  # interval [s]
-
-
-def command_timing(sent: Sequence[int] | NDArray[np.int64], windows: Sequence[Window], period: float) -> CommandTiming:
-    """Timing of commands `sent` [ns], a `period` [s] apart, inside windows [ns]; pauses between windows do not count.
+    Jitter is |interval - period|; an interval longer than `MISSED` periods is a missed tick.
 
     Raises:
         ConfigError: No window has two commands.
     """
-    if not period > 0.0:
-        raise ConfigError(f"The period is {period} s; it must be more than 0.")
     times = np.sort(np.asarray(sent, dtype=np.int64))
     parts = [times[(times >= start) & (times <= end)] for start, end in windows]
     intervals = np.concatenate([np.diff(part) for part in parts]) * 1e-9 if parts else np.zeros(0)
     if not len(intervals):
         raise ConfigError(f"{len(times)} commands in {len(windows)} windows make no interval to measure.")
-    jitter = np.abs(intervals - period)
-    return CommandTiming(
-        commands=sum(len(part) for part in parts),
-        rate=float(len(intervals) / intervals.sum()),
-        missed=float(np.mean(intervals > MISSED * period)),
-        jitter_p50=float(np.percentile(jitter, 50)),
-        jitter_p99=float(np.percentile(jitter, 99)),
-        longest=float(intervals.max()),
-    )
+    jitter = np.abs(intervals - 1.0 / COMMAND_RATE)
+    report = {
+        "command_rate_hz": round(float(len(intervals) / intervals.sum()), 2),
+        "missed_ticks_fraction": round(float(np.mean(intervals > MISSED / COMMAND_RATE)), 5),
+        "jitter_ms": {f"p{share}": round(1e3 * float(np.percentile(jitter, share)), 3) for share in (50, 99)},
+    }
+    longest = round(1e3 * float(intervals.max()), 2)
+    return report, {"commands": sum(len(part) for part in parts), "longest_gap_ms": longest}
 
 
 def build_report(
@@ -87,15 +73,13 @@ def build_report(
     `topic`, ran in `windows` [ns]; the policy node was killed at `killed` [ns].
     """
     sent = [moment for _, moment, _ in read_messages(bag, [topic])]
-    timing = command_timing(sent, windows, 1.0 / COMMAND_RATE)
+    timing, more_timing = command_timing(sent, windows)
     solved = sum(episode.success for episode in episodes)
     seam, inner = number(policy, "seam_step_max"), number(policy, "inner_step_max")
     holds, clamps = counts(policy, "holds"), counts(policy, "clamps")
     holds.pop("disabled", None)  # between episodes, on request
     report = {
-        "command_rate_hz": round(timing.rate, 2),
-        "missed_ticks_fraction": round(timing.missed, 5),
-        "jitter_ms": {"p50": round(1e3 * timing.jitter_p50, 3), "p99": round(1e3 * timing.jitter_p99, 3)},
+        **timing,
         "episodes": len(episodes),
         "success_rate": round(solved / len(episodes), 4),
         "success_ci95": [round(bound, 4) for bound in wilson_interval(solved, len(episodes))],
@@ -108,8 +92,7 @@ def build_report(
     details = {
         "holds_by_reason": holds,
         "clamps_by_kind": clamps,
-        "commands": timing.commands,
-        "longest_gap_ms": round(1e3 * timing.longest, 2),
+        **more_timing,
         "beyond_decode_ms": _percentiles(policy, "beyond_decode_ms", ("p50", "p99")),
         "forwards_mean": number(policy, "forwards_mean"),
         "exit_reasons": policy.get("exit_reasons", ""),

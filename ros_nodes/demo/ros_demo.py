@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +17,9 @@ from ceed_vla.discovery import discovered
 from ceed_vla.errors import ConfigError, NodeError
 from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
 from ceed_vla.folders import resolve_checkpoint
-from ros_nodes.demo.report import COMMAND_RATE, Episode, Window, build_report, console_table
+from ceed_vla.outputs import default_console
+from ros_nodes.demo.report import COMMAND_RATE, Episode, build_report, console_table
 from sim.environment import EVALUATION_SEEDS
-from sim.evaluate import default_console
 from sim.tabletop import MAX_EPISODE_STEPS
 from sim.tabletop.env import CTRL_DT
 from sim.tabletop.tasks import SPLITS, TASKS
@@ -96,16 +96,14 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
     """Run the demonstration; returns ``ros.json``, or simulated_time.json. Without a `console` the terminal is used.
 
     Raises:
-        ConfigError: ROS is not installed, or the robot has no such action interface.
+        ConfigError: The robot has no such action interface.
         CheckpointError: No such checkpoint.
         NodeError: A node ended, refused a request or did not answer.
     """
-    try:
-        from ros_nodes.demo.session import Session
-        from ros_nodes.demo.simulated_time import simulated_time
-        from ros_nodes.robot.robot_file import load_robot_config
-    except ImportError as error:
-        raise ConfigError(f"ros-demo needs ROS 2; install ceed_vla[ros2] ({error}).") from error
+    from ros_nodes.demo.session import Session
+    from ros_nodes.demo.simulated_time import simulated_time
+    from ros_nodes.robot.robot_file import load_robot_config
+
     console = console or default_console()
     if config.simulated_time:
         return simulated_time(config, console)
@@ -126,10 +124,16 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
     simulated = {"split": config.split}
     with closing(Session(folder, domain, interface, ros_arguments(policy), ros_arguments(simulated))) as session:
         session.wait_until_ready()
-        episodes = [_run_episode(session, config, config.seed + index, console) for index in range(config.episodes)]
+        episodes = []
+        for seed in range(config.seed, config.seed + config.episodes):
+            one = _act(session, config, seed, config.max_episode_steps * CTRL_DT, lambda: session.solved)
+            result = "solved" if one.success else "failed"
+            console.print(f"  {seed}  {result:<7}{one.seconds:5.1f} s  {one.instruction}")
+            episodes.append(one)
         windows = [episode.window for episode in episodes]
         if config.stream_seconds:
-            windows.append(_stream(session, config, console))
+            windows.append(_act(session, config, config.seed, config.stream_seconds).window)
+            console.print(f"  commands streamed for {config.stream_seconds:.0f} s")
         session.spin(_DIAGNOSED)
         values = dict(session.policy)
         killed = _kill_in_motion(session, config, console) if config.kill else None
@@ -159,27 +163,17 @@ def _begin(session: Session, config: RosDemoConfig, seed: int) -> str:
     return instruction
 
 
-def _run_episode(session: Session, config: RosDemoConfig, seed: int, console: Console) -> Episode:
-    """Let the policy act until success or the time limit."""
+def _act(
+    session: Session, config: RosDemoConfig, seed: int, seconds: float, until: Callable[[], bool] = lambda: False
+) -> Episode:
+    """Let the policy act for so many `seconds`, or until a condition holds: then it is a success."""
     session.enable(False)
     instruction = _begin(session, config, seed)
-    start, began = time.monotonic(), time.time_ns()
-    success = session.spin(config.max_episode_steps * CTRL_DT, until=lambda: session.solved)
-    seconds, ended = time.monotonic() - start, time.time_ns()
-    session.enable(False)
-    console.print(f"  {seed}  {'solved' if success else 'failed':<7}{seconds:5.1f} s  {instruction}")
-    return Episode(seed, instruction, success, round(seconds, 2), (began, ended))
-
-
-def _stream(session: Session, config: RosDemoConfig, console: Console) -> Window:
-    """Let the policy act for a time, whatever it achieves."""
-    _begin(session, config, config.seed)
     began = time.time_ns()
-    session.spin(config.stream_seconds)
+    success = session.spin(seconds, until)
     ended = time.time_ns()
     session.enable(False)
-    console.print(f"  commands streamed for {config.stream_seconds:.0f} s")
-    return began, ended
+    return Episode(seed, instruction, success, round(1e-9 * (ended - began), 2), (began, ended))
 
 
 def _kill_in_motion(session: Session, config: RosDemoConfig, console: Console) -> int:

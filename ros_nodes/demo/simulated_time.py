@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from sensor_msgs.msg import JointState
 
-from ros_nodes.robot.interfaces.base import Command, CommandedArm
+from ros_nodes.robot.interfaces.base import Command
 from ros_nodes.robot.messages import array_to_image
 from ros_nodes.robot.parameters import defaults
 from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
@@ -57,9 +57,6 @@ class TimedWorker:
     def begin(self) -> None:
         """It is loaded."""
 
-    def close(self) -> None:
-        """Nothing runs."""
-
     @property
     def idle(self) -> bool:
         return self._answer is None
@@ -82,9 +79,6 @@ class SimulatedLoop:
     def __init__(self, robot: SimRobot, worker: TimedWorker, values: dict[str, Any]) -> None:
         self.robot, self.worker = robot, worker
         self.setup: PolicySetup = make_setup(values, lambda: None, SLEW, lambda *_, **__: worker)
-        limits, self._period = self.setup.safety.limits, 1.0 / values["command_rate"]
-        joints, low, high = limits.joint_names, limits.position_low, limits.position_high
-        self._arm = CommandedArm(joints, self._period, low, high, self.setup.model)
         self._last: Decision | None = None
         self._gripped = -np.inf
 
@@ -132,9 +126,9 @@ class SimulatedLoop:
         decision, measured = setup.controller.tick(now, now), setup.safety.measured
         last, self._last = self._last, decision
         if decision is not None and decision.positions is not None and measured is not None:
-            velocities = speeds(decision, last, self._period, setup.safety.limits.max_velocity)
+            velocities = speeds(decision, last, setup.arm.period, setup.safety.limits.max_velocity)
             command = Command(decision.positions, velocities, measured, _stamp(now))
-            obey(self.robot, setup.interface.message(command, self._arm), now)
+            obey(self.robot, setup.interface.message(command, setup.arm), now)
             if decision.gripper is not None and now - self._gripped >= GRIPPER_PERIOD:
                 self._gripped = now
                 self.robot.command_gripper([decision.gripper])

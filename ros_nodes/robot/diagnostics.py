@@ -24,10 +24,24 @@ def level_of(state: State, *, warn: bool) -> bytes:
 
 def running_values(controller: PolicyController, safety: SafetyFilter, now: float) -> dict[str, Any]:
     """What an active node counts and measures; `now` is steady time [s]."""
-    stream = controller.stream
+    stream, numbers = controller.stream, controller.statistics
     return {
         "instruction": stream.instruction,
-        **_statistics(controller, now),
+        "command_rate_hz": numbers.rate(now),
+        "ticks": numbers.ticks,
+        "missed_ticks": numbers.missed,
+        "slipped_steps": numbers.slips,
+        **{f"jitter_p{share}_ms": 1e3 * numbers.jitter.percentile(share) for share in (50, 99)},
+        **{f"decode_ms_p{share}": 1e3 * numbers.decode.percentile(share) for share in (50, 95, 99)},
+        **{f"observation_to_command_ms_p{share}": 1e3 * numbers.to_command.percentile(share) for share in (50, 99)},
+        **{f"beyond_decode_ms_p{share}": 1e3 * numbers.beyond_decode.percentile(share) for share in (50, 99)},
+        "forwards_mean": numbers.forwards.mean,
+        "exit_reasons": " ".join(f"{reason}={count}" for reason, count in numbers.exit_reasons.items()),
+        "deadline_misses": numbers.deadline_misses,
+        "inference_errors": numbers.errors,
+        "last_inference_error": numbers.last_error,
+        "seam_step_max": numbers.seam_step,
+        "inner_step_max": numbers.inner_step,
         **{f"clamps.{kind}": count for kind, count in safety.clamps.items()},
         "clamps": sum(safety.clamps.values()),
         **{f"holds.{code}": count for code, count in safety.holds.items()},
@@ -48,27 +62,6 @@ def status_message(
     array = DiagnosticArray(status=[status])
     array.header.stamp = stamp
     return array
-
-
-def _statistics(controller: PolicyController, now: float) -> dict[str, Any]:
-    numbers = controller.statistics
-    return {
-        "command_rate_hz": numbers.rate(now),
-        "ticks": numbers.ticks,
-        "missed_ticks": numbers.missed,
-        "slipped_steps": numbers.slips,
-        **{f"jitter_p{share}_ms": 1e3 * numbers.jitter.percentile(share) for share in (50, 99)},
-        **{f"decode_ms_p{share}": 1e3 * numbers.decode.percentile(share) for share in (50, 95, 99)},
-        **{f"observation_to_command_ms_p{share}": 1e3 * numbers.to_command.percentile(share) for share in (50, 99)},
-        **{f"beyond_decode_ms_p{share}": 1e3 * numbers.beyond_decode.percentile(share) for share in (50, 99)},
-        "forwards_mean": numbers.forwards.mean,
-        "exit_reasons": " ".join(f"{reason}={count}" for reason, count in numbers.exit_reasons.items()),
-        "deadline_misses": numbers.deadline_misses,
-        "inference_errors": numbers.errors,
-        "last_inference_error": numbers.last_error,
-        "seam_step_max": numbers.seam_step,
-        "inner_step_max": numbers.inner_step,
-    }
 
 
 def _text(value: Any) -> str:

@@ -23,18 +23,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 from ros_nodes.robot.predictor import PolicySpec, Predictor, PredictorSettings, Request, Response
 
-__all__ = ["MODES", "InferenceWorker", "PolicySpec", "Request", "Response"]
-
 logger = logging.getLogger(__name__)
 
 MODES = ("process", "thread")
-LOAD_TIMEOUT = 120.0  # [s]
-TOO_LATE = "The checkpoint was not ready after {:g} s; is the machine busy?"
 
 
 class _PolicyDied(Exception):  # noqa: N818 - an event, not a message for users
@@ -69,8 +65,6 @@ class InferenceWorker:
         self._notify = notify
         self._inbox: queue.SimpleQueue[tuple[Request, float | None] | None] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Response] = queue.SimpleQueue()
-        self._loaded = threading.Event()
-        self._load_error: CeedVLAError | None = None
         self._closed = self._busy = False
         self.failed: str | None = None  # why this worker will never answer again
         self._thread = threading.Thread(target=self._infer, name="inference", daemon=True)
@@ -78,27 +72,9 @@ class InferenceWorker:
     def begin(self) -> None:
         """Load the policy and warm it up meanwhile; then `ready`, or `failed` says why not, and `notify` is called.
 
-        Raises:
-            ConfigError: This worker was started before.
+        A worker begins once.
         """
-        if self._thread.ident is not None or self._closed:
-            raise ConfigError("A worker starts once; make a new one.")
         self._thread.start()
-
-    def start(self, timeout_s: float = LOAD_TIMEOUT) -> PolicySpec:
-        """`begin`, and wait until the policy is there, for at most `timeout_s` [s].
-
-        Raises:
-            CheckpointError: Missing, damaged, of a kind that cannot be served, or not ready in time.
-            ConfigError: An unknown way to decode; or this worker was started before.
-        """
-        self.begin()
-        late = not self._loaded.wait(timeout_s)
-        error = CheckpointError(TOO_LATE.format(timeout_s)) if late else self._load_error
-        if error is not None:
-            self.close()
-            raise error
-        return self.spec
 
     @property
     def ready(self) -> bool:
@@ -107,15 +83,9 @@ class InferenceWorker:
 
     @property
     def spec(self) -> PolicySpec:
-        """What the policy wants and gives; `ConfigError` before `start`."""
-        if self._spec is None:
-            raise ConfigError("The policy is not loaded; call start() first.")
+        """What the policy wants and gives, when it is `ready`."""
+        assert self._spec is not None
         return self._spec
-
-    @property
-    def pid(self) -> int | None:
-        """The process that runs the policy; None while there is none."""
-        return self._policy.pid
 
     @property
     def idle(self) -> bool:
@@ -148,23 +118,14 @@ class InferenceWorker:
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
 
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _infer(self) -> None:
         try:
             self._spec = self._policy.load()
-        except Exception as error:  # or `start` would wait for its whole timeout
-            self._load_error = _load_error(error)
-            self.failed = None if self._closed else str(self._load_error)
-        self._loaded.set()
+        except Exception as error:  # policies of any make raise anything
+            self.failed = None if self._closed else _reason(error)
         if not self._closed:
             self._notify()
-        while self._load_error is None and (job := self._inbox.get()) is not None:
+        while self.ready and (job := self._inbox.get()) is not None:
             request, deadline = job
             try:
                 response = self._policy.predict(request, deadline)
@@ -184,7 +145,6 @@ class _SameProcess:
     def __init__(self, settings: PredictorSettings) -> None:
         self._settings = settings
         self._stopped = threading.Event()
-        self.pid = os.getpid()
 
     def load(self) -> PolicySpec:
         self._predictor = Predictor(self._settings, wait=self._stopped.wait)
@@ -207,10 +167,6 @@ class _OwnProcess:
         self._lock = threading.Lock()  # a process that is being started cannot be stopped yet
         self._stopped = False
 
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
-
     def load(self) -> PolicySpec:
         self._pipe, theirs = multiprocessing.Pipe()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -229,8 +185,8 @@ class _OwnProcess:
         except OSError as error:
             raise self._died() from error
         answer = self._receive()
-        if isinstance(answer, CeedVLAError):
-            raise answer
+        if isinstance(answer, str):
+            raise CheckpointError(answer)
         assert isinstance(answer, PolicySpec)
         return answer
 
@@ -278,7 +234,7 @@ def _serve(number: int) -> None:
     except EOFError:
         return
     except Exception as error:
-        pipe.send(_load_error(error))
+        pipe.send(_reason(error))
         return
     try:
         pipe.send(predictor.spec)
@@ -289,12 +245,12 @@ def _serve(number: int) -> None:
         return  # the parent is gone
 
 
-def _load_error(error: Exception) -> CeedVLAError:
-    """What `InferenceWorker.start` raises, and what passes through a pipe."""
+def _reason(error: Exception) -> str:
+    """Why the policy is not there."""
     if isinstance(error, CeedVLAError):
-        return error
-    text = str(error) if isinstance(error, _PolicyDied) else f"{type(error).__name__}: {error}"
-    return CheckpointError(f"The policy could not be loaded. {text}")
+        return str(error)
+    kind = "" if isinstance(error, _PolicyDied) else f"{type(error).__name__}: "
+    return f"The policy could not be loaded. {kind}{error}"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ try:
     from builtin_interfaces.msg import Time
     from rclpy.node import Node
     from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
-    from sensor_msgs.msg import CompressedImage, Image, JointState
+    from sensor_msgs.msg import CompressedImage, Image
 except ImportError as error:
     raise ImportError(
         "ROS 2 is not importable here: install the extra 'ros2' (pip install 'ceed_vla[ros2]', x86_64 Linux), "
@@ -93,24 +93,12 @@ def array_to_image(pixels: NDArray[np.uint8], stamp: Time, frame_id: str) -> Ima
     return message
 
 
-def joint_state_by_name(
-    message: JointState, names: Sequence[str], *, velocities: bool = True
-) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-    """Positions (J,) and velocities (J,) of the named joints, whatever their order in the message.
-
-    Velocities are None if the message has none, or if they are not wanted: some drivers send NaN there.
+def by_name(have: Sequence[str], values: Sequence[float], names: Sequence[str], what: str) -> NDArray[np.float64]:
+    """The `values` of `names` (J,) among those that a message has, in any order; errors call them `what`.
 
     Raises:
-        ObservationError: Joints missing or named twice, arrays of other lengths than the names, values not finite.
+        ObservationError: Joints missing or named twice, another number of values than of names, values not finite.
     """
-    positions = by_name(message.name, message.position, names, "positions")
-    if not velocities or not message.velocity:
-        return positions, None
-    return positions, by_name(message.name, message.velocity, names, "velocities")
-
-
-def by_name(have: Sequence[str], values: Sequence[float], names: Sequence[str], what: str) -> NDArray[np.float64]:
-    """The `values` of `names` (J,) among those that a message has; errors call them `what`."""
     if len(values) != len(have):
         raise ObservationError(f"The joint state has {len(have)} names and {len(values)} {what}.")
     if len(set(have)) != len(have):

@@ -15,7 +15,7 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from ceed_vla.errors import ConfigError, ObservationError
 from ceed_vla.kinematics import Array
 from ros_nodes.robot.joint_table import JointTable
-from ros_nodes.robot.messages import by_name, compressed_to_array, image_to_array, joint_state_by_name, seconds
+from ros_nodes.robot.messages import by_name, compressed_to_array, image_to_array, seconds
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.robot_file import POSE_COMPONENTS, ImageSource, RobotConfig
 from ros_nodes.robot.safety import JOINT_STATES, Hold
@@ -100,14 +100,14 @@ class Observations:
     def _read_joints(self, message: JointState) -> None:
         arm, gripper = self._robot.arm, self._robot.gripper
         try:
-            positions, velocities = joint_state_by_name(message, arm.joints, velocities=self._wants_velocities)
-            if self._wants_velocities and velocities is None:
-                raise ObservationError("The joint state has no velocities, but the policy's state has.")
-            efforts, opening = None, None
+            positions = by_name(message.name, message.position, arm.joints, "positions")
+            velocities, efforts, opening = None, None, None
+            if self._wants_velocities:  # some drivers send NaN there
+                velocities = by_name(message.name, message.velocity, arm.joints, "velocities")
             if self._wants_efforts:
                 efforts = by_name(message.name, message.effort, arm.joints, "efforts")
             if gripper is not None and gripper.joints:
-                fingers, _ = joint_state_by_name(message, gripper.joints, velocities=False)
+                fingers = by_name(message.name, message.position, gripper.joints, "positions")
                 opening = gripper.measured.ours(float(fingers.sum()))
         except ObservationError as error:
             self._joint_fault = str(error)

@@ -28,7 +28,6 @@ from ceed_vla.discovery import discover
 from ceed_vla.errors import CeedVLAError, NodeError
 from ros_nodes.robot import parameters
 from ros_nodes.robot.diagnostics import level_of, running_values, status_message
-from ros_nodes.robot.inference import LOAD_TIMEOUT, TOO_LATE, InferenceWorker
 from ros_nodes.robot.mode import LOADING, Mode, State
 from ros_nodes.robot.observations import Camera
 from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
@@ -40,6 +39,7 @@ from ros_nodes.robot.streaming import Streaming
 from ros_nodes.robot.texts import instruction_problem, short
 
 LONGEST_FAILURE = 500  # characters: what is wrong, what is allowed and what to do
+_LOAD_TIMEOUT = 120.0  # of a start by itself [s]
 _LOOK = 0.05  # how often a start by itself asks whether the policy is loaded [s]
 
 
@@ -165,8 +165,9 @@ class PolicyNode(LifecycleNode):
             self._autostart.cancel()
             self._must_succeed(self.trigger_activate())
             self._starting = False
-        elif time.monotonic() - self._begun > LOAD_TIMEOUT:
-            raise NodeError(f"configure failed: {TOO_LATE.format(LOAD_TIMEOUT)}")
+        elif time.monotonic() - self._begun > _LOAD_TIMEOUT:
+            late = f"the checkpoint was not ready after {_LOAD_TIMEOUT:g} s; is the machine busy?"
+            raise NodeError(f"configure failed: {late}")
 
     def _must_succeed(self, result: TransitionCallbackReturn) -> None:
         if result != TransitionCallbackReturn.SUCCESS:
@@ -209,21 +210,20 @@ class PolicyNode(LifecycleNode):
             self._setup.controller.observed(self._active.now())
 
     def _on_answer(self) -> None:
-        if self._setup is not None and not self._announced:
-            self._announce(self._setup.worker)
-        if self._setup is not None and self._active is not None:
+        if self._setup is None:
+            return
+        worker = self._setup.worker
+        if not self._announced:  # it is loaded, or never will be
+            self._announced = True
+            if worker.failed is None:
+                spec, decoding = worker.spec, f" ({worker.spec.decoding})" if worker.spec.decoding else ""
+                chunk = f"chunks of {spec.chunk_steps} steps, {1e3 * spec.warmup_s:.0f} ms for one{decoding}"
+                self.get_logger().info(f"{spec.checkpoint}: {spec.policy_type}, {chunk}")
+            elif not self._starting:
+                self.get_logger().error(worker.failed)
+            self.show_state()
+        if self._active is not None:
             self._setup.controller.receive(self._active.now())
-
-    def _announce(self, worker: InferenceWorker) -> None:
-        """The policy is loaded, or never will be."""
-        self._announced = True
-        if worker.failed is None:
-            spec, decoding = worker.spec, f" ({worker.spec.decoding})" if worker.spec.decoding else ""
-            chunk = f"chunks of {spec.chunk_steps} steps, {1e3 * spec.warmup_s:.0f} ms for one{decoding}"
-            self.get_logger().info(f"{spec.checkpoint}: {spec.policy_type}, {chunk}")
-        elif not self._starting:
-            self.get_logger().error(worker.failed)
-        self.show_state()
 
     def _on_instruction(self, message: String) -> None:
         problem = instruction_problem(message.data)
@@ -296,7 +296,12 @@ class PolicyNode(LifecycleNode):
         if setup is not None and self._active is not None:
             values |= running_values(setup.controller, setup.safety, self._active.now())
         message = state.reason or (f"all pixels of {', '.join(blank)} are equal" if blank else state.mode)
-        self._publish(level_of(state, warn=bool(blank)), message, values)
+        values |= {name: self.get_parameter(name).value for name in ("checkpoint", "action_interface")}
+        values["scheduling"] = self._scheduling
+        hardware = self.get_parameter("robot_config").value or "tabletop"
+        level, name = level_of(state, warn=bool(blank)), f"{self.get_fully_qualified_name()}: policy"
+        stamp = self.get_clock().now().to_msg()
+        self._diagnostics.publish(status_message(name, hardware, level, message, values, stamp))
 
     def _state(self) -> State:
         if self._setup is None:
@@ -313,14 +318,6 @@ class PolicyNode(LifecycleNode):
         if (state.mode, state.code or state.detail) != self._told:
             self._told = state.mode, state.code or state.detail
             self._states.publish(String(data=str(state)))
-
-    def _publish(self, level: bytes, message: str, values: dict[str, Any]) -> None:
-        shown = {name: self.get_parameter(name).value for name in ("checkpoint", "action_interface")}
-        shown["scheduling"] = self._scheduling
-        hardware = self.get_parameter("robot_config").value or "tabletop"
-        stamp = self.get_clock().now().to_msg()
-        name = f"{self.get_fully_qualified_name()}: policy"
-        self._diagnostics.publish(status_message(name, hardware, level, message, values | shown, stamp))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

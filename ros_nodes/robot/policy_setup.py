@@ -11,7 +11,7 @@ import numpy as np
 from ceed_vla.errors import ConfigError
 from ros_nodes.robot.controller import PolicyController
 from ros_nodes.robot.inference import InferenceWorker
-from ros_nodes.robot.interfaces.base import ActionInterface
+from ros_nodes.robot.interfaces.base import ActionInterface, CommandedArm
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Camera, Observations
 from ros_nodes.robot.plausibility import PHYSICAL_VELOCITY
@@ -29,7 +29,7 @@ class PolicySetup:
 
     robot: RobotConfig
     interface: ActionInterface
-    model: ModelArm | None
+    arm: CommandedArm
     worker: InferenceWorker
     observations: Observations
     safety: SafetyFilter
@@ -60,7 +60,10 @@ def make_setup(
     if replan_steps and spec.chunk_steps and replan_steps > spec.chunk_steps:
         raise ConfigError(f"replan_steps is {replan_steps}; chunks of {spec.checkpoint} have {spec.chunk_steps} steps.")
     observations = Observations(robot, spec.cameras, spec.states, model, values["frozen_image_timeout"])
-    safety = SafetyFilter(safety_limits(robot, interface, model, observations.cameras, values))
+    limits = safety_limits(robot, interface, model, observations.cameras, values)
+    low, high = limits.position_low, limits.position_high
+    arm = CommandedArm(robot.arm.joints, 1.0 / values["command_rate"], low, high, model)
+    safety = SafetyFilter(limits)
     safety.follows = not values["dry_run"]
     worker = make_worker(
         values["checkpoint"],
@@ -88,7 +91,7 @@ def make_setup(
         blend_in=values["blend_in"],
     )
     worker.begin()
-    return PolicySetup(robot, interface, model, worker, observations, safety, controller)
+    return PolicySetup(robot, interface, arm, worker, observations, safety, controller)
 
 
 def arm_model(robot: RobotConfig) -> ModelArm | None:

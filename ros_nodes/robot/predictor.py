@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.discovery import discover
-from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, NotFiniteError, ObservationError
+from ceed_vla.errors import CeedVLAError, CheckpointError, NotFiniteError, ObservationError, root_cause
+from ceed_vla.fields import COUNTS, Checked, ranged
 from ros_nodes.robot.failure_log import FailureLog
 from ros_nodes.robot.texts import short, shown
 
@@ -77,26 +78,19 @@ class _InstructionError(ObservationError):
 
 
 @dataclass(frozen=True)
-class PredictorSettings:
-    """How to run a checkpoint; `ConfigError` for a number outside its range."""
+class PredictorSettings(Checked):
+    """How to run a checkpoint; `ConfigError` for a value that cannot be."""
 
     checkpoint: str  # LeRobot checkpoint folder, or "teacher" / "student"
     discover_packages: str = ""  # comma-separated, to import before: they register what the checkpoint names
     decoding: str = "ceed"  # a name that `CeedVLAPolicy.decoding_config` knows; other policies have one way
-    replan_steps: int | None = None  # steps behind the frozen ones that must have converged; None: the checkpoint's own
-    threads: int = 1  # of torch
+    # Steps behind the frozen ones that must have converged; None: the checkpoint's own.
+    replan_steps: int | None = ranged(None, COUNTS)
+    threads: int = ranged(1, COUNTS)  # of torch
     device: str = "cpu"
-    chunk_deadline: float = 1.0  # by which decoding "plan" chooses among the checkpoint's plan<MS> [s]
-    warmup: int = 3  # calls on a blank observation before the first request
-    delay_s: float = 0.0  # added to every chunk, to see what slow inference does [s]
-
-    def __post_init__(self) -> None:
-        replan = 1 if self.replan_steps is None else self.replan_steps
-        if min(self.threads, self.warmup, replan) < 1 or not 0 <= self.delay_s < 60 or self.chunk_deadline <= 0:
-            raise ConfigError(
-                f"threads {self.threads}, warmup {self.warmup} and replan_steps {self.replan_steps} must be at least "
-                f"1, delay_s {self.delay_s} in [0, 60), chunk_deadline {self.chunk_deadline} above 0."
-            )
+    chunk_deadline: float = ranged(1.0, "(0, inf)")  # by which decoding "plan" chooses among the plan<MS> [s]
+    warmup: int = ranged(3, COUNTS)  # calls on a blank observation before the first request
+    delay_s: float = ranged(0.0, "[0, 60)")  # added to every chunk, to see what slow inference does [s]
 
 
 class Predictor:
@@ -116,9 +110,9 @@ class Predictor:
         torch.set_num_threads(settings.threads)
         discover(settings.discover_packages, "discover_packages")
         self._settings, self._wait = settings, wait
-        self._policy, self._preprocess, self._postprocess = _load(settings)
-        config = self._policy.config
-        self._is_ceed = config.type == "ceed_vla"
+        self.spec = declared_spec(settings.checkpoint)
+        self._policy, self._preprocess, self._postprocess = _load(settings, self.spec.policy_type)
+        self._is_ceed = self.spec.policy_type == "ceed_vla"
         self._decoding = self._decoding_config(settings.decoding) if self._is_ceed else None
         # Tokens of variable length belong to no step: they can be neither frozen nor counted in steps.
         self._can_freeze = self._is_ceed and self._policy.tokenizer.tokens_per_step is not None
@@ -126,7 +120,6 @@ class Predictor:
         self._failures: FailureLog | None = None  # while it warms up, an error ends the load
         steps = self._preprocess.steps if self._is_ceed else ()
         self._vocabulary: set[str] = {word for step in steps for word in getattr(step, "vocabulary", ())}
-        self.spec = declared_spec(settings.checkpoint)
         self.spec = self._warm_up()
         if self._is_ceed:
             self.spec = self._choose_plan()
@@ -323,16 +316,12 @@ def declared_spec(checkpoint: str) -> PolicySpec:
         ) from error
 
 
-def _load(settings: PredictorSettings) -> tuple[Any, Any, Any]:
+def _load(settings: PredictorSettings, kind: str) -> tuple[Any, Any, Any]:
     """(policy in evaluation mode, pre-processor, post-processor) of any LeRobot checkpoint folder."""
     from ceed_vla.checkpoints import load, resolve_checkpoint
     from ceed_vla.devices import check_device
-    from ceed_vla.files import read_json
 
     folder, device = resolve_checkpoint(settings.checkpoint), check_device(settings.device)
-    kind = read_json(folder / "config.json").get("type")
-    if not isinstance(kind, str):
-        raise CheckpointError(f"{settings.checkpoint}: config.json names no policy type; copy it again.")
     if kind == "ceed_vla":
         return load(folder, device=device)
     try:
@@ -340,10 +329,8 @@ def _load(settings: PredictorSettings) -> tuple[Any, Any, Any]:
     except CheckpointError:
         raise
     except Exception as error:  # every policy of LeRobot fails in its own way
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise CheckpointError(
-            f"The checkpoint {settings.checkpoint} of type {kind!r} cannot be loaded "
-            f"({type(error).__name__}: {reason[:300]})."
+            f"The checkpoint {settings.checkpoint} of type {kind!r} cannot be loaded ({root_cause(error)})."
         ) from error
 
 
@@ -365,7 +352,7 @@ def _load_other(folder: Path, kind: str, device: str) -> tuple[Any, Any, Any]:
     config = PreTrainedConfig.from_pretrained(folder)
     config.device = device
     if config.n_obs_steps > 1:
-        raise CheckpointError(f"it reads {config.n_obs_steps} observations at once, the node gives one")
+        raise CheckpointError(f"The policy reads {config.n_obs_steps} observations at once; the node gives one.")
     if hasattr(config, "pretrained_backbone_weights"):
         config.pretrained_backbone_weights = None  # the checkpoint holds them: nothing to download
     check_foreign_processors(folder, config)

@@ -15,7 +15,7 @@ from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ceed_vla.kinematics import Array
 from ros_nodes.robot.controller import PolicyController
-from ros_nodes.robot.interfaces.base import Command, CommandedArm
+from ros_nodes.robot.interfaces.base import Command
 from ros_nodes.robot.messages import COMMAND, clock_time
 from ros_nodes.robot.policy_setup import PolicySetup
 from ros_nodes.robot.safety import Decision
@@ -43,11 +43,6 @@ class Streaming:
         self._node, self._setup, self._told = node, setup, told
         self._dry = node.get_parameter("dry_run").value
         self._simulated = node.get_parameter("use_sim_time").value
-        self._period = 1.0 / node.get_parameter("command_rate").value
-        limits = setup.safety.limits
-        self._arm = CommandedArm(
-            limits.joint_names, self._period, limits.position_low, limits.position_high, setup.model
-        )
         interface, gripper = setup.interface, setup.robot.gripper
         topic = "~/preview_command" if self._dry else interface.topic
         self._commands = node.create_publisher(interface.message_type, topic, COMMAND)
@@ -61,7 +56,7 @@ class Streaming:
         self._gripped: tuple[float, float] | None = None  # last opening [m], and when [s]
         self._last: Decision | None = None
         clock = node.get_clock() if self._simulated else steady
-        self._ticks = node.create_timer(self._period, self._tick, clock=clock)
+        self._ticks = node.create_timer(setup.arm.period, self._tick, clock=clock)
         self._looks = node.create_timer(CONFLICT_PERIOD, self._look_for_others, clock=steady)
 
     def now(self) -> float:
@@ -94,7 +89,7 @@ class Streaming:
         if chunk in (0, self._shown) or self._planned is None:
             return
         self._shown, dt = chunk, controller.stream.action_dt
-        message = JointTrajectory(joint_names=[*self._arm.joints, "gripper"])
+        message = JointTrajectory(joint_names=[*self._setup.arm.joints, "gripper"])
         message.header.stamp = self._node.get_clock().now().to_msg()
         for index, (joints, opening) in enumerate(controller.planned()):
             time_from_start = Duration(nanoseconds=round(1e9 * dt * (index + 1))).to_msg()
@@ -109,9 +104,9 @@ class Streaming:
         last, self._last = self._last, decision
         if decision is None or decision.positions is None or measured is None:
             return
-        velocities = speeds(decision, last, self._period, self._setup.safety.limits.max_velocity)
+        velocities = speeds(decision, last, self._setup.arm.period, self._setup.safety.limits.max_velocity)
         command = Command(decision.positions, velocities, measured, self._node.get_clock().now().to_msg())
-        self._commands.publish(self._setup.interface.message(command, self._arm))
+        self._commands.publish(self._setup.interface.message(command, self._setup.arm))
         if decision.gripper is not None and not self._dry:
             self._grip(decision.gripper, now)
 

@@ -123,7 +123,7 @@ class Fields:
     # ---- internals ----------------------------------------------------------------------------------------------
 
     def _name(self, key: str) -> str:
-        return f"{self.path}.{key}" if self.path else str(key)
+        return f"{self.path}.{key}" if self.path else key
 
     def _get(self, key: str, default: Any) -> Any:
         self._taken.add(key)
@@ -144,7 +144,4 @@ class Fields:
 def _mapping(source: Path, name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{source}: {short(name)} is {shown(value)}; give keys with values.")
-    strange = [key for key in value if not isinstance(key, str)]
-    if strange:
-        raise ConfigError(f"{source}: {short(name)} has the key {shown(strange[0])}; keys are texts.")
     return value

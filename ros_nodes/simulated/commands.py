@@ -22,20 +22,16 @@ def obey(robot: SimRobot, message: Any, now: float) -> None:
         linear, angular = message.twist.linear, message.twist.angular
         robot.command_twist((linear.x, linear.y, linear.z), (angular.x, angular.y, angular.z))
     elif isinstance(message, JointTrajectory):
-        _follow(robot, message, now)
+        stamp, points = seconds(message.header.stamp), message.points
+        moving = [len(point.velocities) > 0 for point in points]
+        if any(moving) and not all(moving):
+            raise SimulationError("Some way-points have velocities and some have none; give all or none.")
+        robot.command_trajectory(
+            list(message.joint_names),
+            [seconds(point.time_from_start) for point in points],
+            [list(point.positions) for point in points],
+            [list(point.velocities) for point in points] if any(moving) else None,
+            delay=stamp - now if stamp else 0.0,
+        )
     else:
         robot.command_positions(message.data)
-
-
-def _follow(robot: SimRobot, message: JointTrajectory, now: float) -> None:
-    stamp, points = seconds(message.header.stamp), message.points
-    moving = [len(point.velocities) > 0 for point in points]
-    if any(moving) and not all(moving):
-        raise SimulationError("Some way-points have velocities and some have none; give all or none.")
-    robot.command_trajectory(
-        list(message.joint_names),
-        [seconds(point.time_from_start) for point in points],
-        [list(point.positions) for point in points],
-        [list(point.velocities) for point in points] if any(moving) else None,
-        delay=stamp - now if stamp else 0.0,
-    )

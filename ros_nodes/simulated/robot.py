@@ -10,9 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from ceed_vla.errors import SimulationError
 from ros_nodes.simulated.controllers import Array, Controller, ForwardPosition, ServoTwist, Trajectory, finite
-from sim.tabletop import arm, tasks
+from sim.tabletop import arm
 from sim.tabletop.env import TabletopEnv
-from sim.tabletop.render import check_image_size, render
 from sim.tabletop.scene import CAMERAS, FINGER_STROKE, SIM_DT
 
 ARM_JOINTS = tuple(f"joint{index + 1}" for index in range(len(arm.HOME)))
@@ -37,12 +36,11 @@ class SimRobot:
     """
 
     def __init__(self, split: str = "train", image_size: int = 96, command_timeout: float = 0.05) -> None:
-        check_image_size(image_size)
         if not command_timeout > 0.0:
             raise SimulationError(f"command_timeout is {command_timeout} s; it must be more than 0.")
-        self.image_size, self.command_timeout = image_size, command_timeout
+        self.command_timeout = command_timeout
         self.time, self.holds = 0.0, 0
-        self._env = TabletopEnv(task="mixed", split=split, cameras=(), render_mode=None)
+        self._env = TabletopEnv(split=split, image_size=image_size, cameras=())
         self._arm = arm.SceneArm(self._env.scene.model, self._env.scene.tcp_site)
         self._controller: Controller | None = None
         self._owed = 0.0  # time that is too short for a physics step yet [s]
@@ -53,12 +51,9 @@ class SimRobot:
     def reset(self, seed: int, task: str = "mixed") -> str:
         """Draw a scene and put the arm at rest in its start pose; forgets earlier commands. Returns the instruction.
 
-        The `seed` determines everything; `task` is a family of `tasks.TASKS`, or "mixed" to draw one.
+        The `seed` determines everything; `task` is a family, or "mixed" to draw one.
         """
-        tasks.check_choice("task", task, (*tasks.TASKS, "mixed"))
-        if seed < 0:
-            raise SimulationError(f"The seed is {seed}; it must not be negative.")
-        self._env.reset(seed=seed, options={} if task == "mixed" else {"task": task})
+        self._env.reset(seed=seed, options={"task": task})
         self._controller, self._owed = None, 0.0
         self._joints = self._env.data.ctrl[: len(ARM_JOINTS)].copy()
         return self.instruction
@@ -97,7 +92,7 @@ class SimRobot:
     def images(self) -> dict[str, NDArray[np.uint8]]:
         """An image (S, S, 3) of every camera, all of this moment."""
         mujoco.mj_forward(self._env.scene.model, self._env.data)  # poses of the state after the last physics step
-        return {name: render(self._env.data, name, self.image_size) for name in CAMERAS}
+        return {name: self._env.view(name, self._env.image_size) for name in CAMERAS}
 
     # ------------------------------------------------------------------ commands; `SimulationError` for refused ones
 

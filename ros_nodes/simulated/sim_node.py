@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 if sys.platform == "linux":
@@ -22,7 +23,6 @@ from ros_nodes.robot.messages import COMMAND, LATCHED, SENSOR, array_to_image  #
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from geometry_msgs.msg import TwistStamped
-from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.parameter import Parameter
@@ -76,7 +76,7 @@ class SimNode(Node):
         self.create_timer(1.0 / (JOINT_STATE_RATE * self._factor), self._tick, clock=steady)
         self._camera_timer = self.create_timer(self._camera_period, self._on_camera_time, clock=steady)
         self.create_timer(1.0, self._publish_diagnostics, clock=steady)
-        self.add_on_set_parameters_callback(self._check_parameters)
+        self.add_on_set_parameters_callback(partial(parameters.refusal, SIM_PARAMETERS, configured=True))
         self.add_post_set_parameters_callback(self._take_parameters)
 
     def _make_topics(self) -> None:
@@ -136,9 +136,6 @@ class SimNode(Node):
         self._publish_images()
         self.get_logger().info(f"Episode of seed {seed}, {self._robot.family}: {self._robot.instruction}")
         return self._robot.instruction
-
-    def _check_parameters(self, changes: Sequence[Parameter]) -> SetParametersResult:
-        return parameters.refusal(SIM_PARAMETERS, changes, configured=True)
 
     def _take_parameters(self, changes: Sequence[Parameter]) -> None:
         if any(change.name == "camera_rate" for change in changes):

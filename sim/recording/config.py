@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from lerobot.envs.configs import EnvConfig
 
+from ceed_vla.decoding.names import named_config
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, check_fields, chosen, ranged
-from sim.decoders import checked_name
 from sim.environment import RECORDING_SEEDS, TAKEOVER_SEEDS, check_expert, flags, recorded_tasks
 from sim.tabletop.lerobot_env import CeedTabletopEnv
 
@@ -91,7 +91,7 @@ class RecordConfig:
         self.root = Path(self.root)
         if self.root == Path():
             raise ConfigError(f"root is {str(self.root)!r}; name a new folder for the data set.")
-        self.decoding = checked_name(self.decoding)
+        named_config(self.decoding)
         if self.seed is None:
             self.seed = TAKEOVER_SEEDS[0] if self.mode == "takeover" else RECORDING_SEEDS[0]
         if self.mode != "grounding":

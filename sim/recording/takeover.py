@@ -38,7 +38,7 @@ def takeover_attempts(runner: PolicyRunner, pool: EnvPool, seeds: range, config:
             drive.chunks_left = int(drive.rng.integers(1, max(1, config.max_chunks // config.switches) + 1))
             drive.episode.previous = None
         while active := [drive for drive in drives if drive.chunks_left and not drive.episode.over]:
-            replan(runner, [drive.episode for drive in active], config.executed_steps)
+            replan(runner, [drive.episode for drive in active])
             for drive in active:
                 drive.chunks_left -= 1
                 if drive.episode.result.success:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ceed_vla.errors import SimulationError
 from ceed_vla.kinematics import CommandedPose, PoseLimits, rpy_matrix
+from sim.render import check_image_size, render
 from sim.tabletop import arm, expert, layout, tasks
-from sim.tabletop.render import check_image_size, render
 from sim.tabletop.scene import CAMERAS, FINGER_STROKE, SIM_DT, load_scene
 
 CTRL_DT = 0.1  # [s]
@@ -78,7 +78,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         for camera in cameras:
             tasks.check_choice("camera", camera, CAMERAS)
         for size in (image_size, render_size):
-            check_image_size(size)
+            check_image_size(size, tasks.MAX_IMAGE_SIZE)
         if render_mode not in (None, "rgb_array"):
             raise SimulationError(f'Unknown render_mode {render_mode!r}; use "rgb_array" or None.')
         self.task, self.split = task, split
@@ -107,7 +107,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Draw a scene and an instruction; `seed` determines everything.
 
-        `options` may fix "task", "color", "other" (second colour or side) and "phrase" (index or template).
+        `options` may fix "task", "color", "other" (second colour or side) and "phrase" (index).
 
         Raises:
             SimulationError: On a negative seed or unknown options, or when the split has no such combination.
@@ -135,9 +135,13 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         success: bool = info["is_success"]
         return self.observe(), float(success), success, False, info
 
+    def view(self, camera: str, size: int) -> NDArray[np.uint8]:
+        """Image (size, size, 3) of the present state."""
+        return render("tabletop", self.scene.model, self.data, camera, size)
+
     def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]
         """Front view (render_size, render_size, 3), or None without a render mode."""
-        return None if self.render_mode is None else render(self.data, "front", self.render_size)
+        return None if self.render_mode is None else self.view("front", self.render_size)
 
     # ------------------------------------------------------------------ for recorders, experts, evaluators
 
@@ -201,7 +205,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         """The observation of the current state (renders the cameras)."""
         observation: dict[str, Any] = {}
         if self.cameras:
-            observation["pixels"] = {name: render(self.data, name, self.image_size) for name in self.cameras}
+            observation["pixels"] = {name: self.view(name, self.image_size) for name in self.cameras}
         observation["agent_pos"] = self._agent_pos()
         return observation
 
@@ -227,7 +231,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         )
 
     def privileged_state(self) -> NDArray[np.float32]:
-        """What the simulator knows and the policy does not: (E,) float32, `sim.tabletop.policy` [m, rad]."""
+        """What the simulator knows and the policy does not: (E,) float32, `sim.tabletop.lerobot_env` [m, rad]."""
         now, target = self.situation(), self.command.target
         angle = 4.0 * (now.cube_yaws[target] - now.tcp_yaw)
         cubes = np.column_stack([now.cubes, now.cube_yaws])

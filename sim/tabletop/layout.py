@@ -19,7 +19,7 @@ CUBE_YAW = 0.3  # largest start yaw [rad]
 LANE = 0.085  # half width of the strip that a pushed cube needs free [m]
 ALL_CUBES_CHANCE = 0.25
 
-_OPTIONS = ("task", "color", "other", "phrase")
+_OPTIONS = ("task", "color", "other", "phrase", "lerobot_new_rollout")  # LeRobot says the last, which changes nothing
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ def draw_command(
     check_choice("task", task, (*TASKS, "mixed"))
     family = str(rng.choice(TASKS)) if task == "mixed" else task
     choices = combinations(family, split, colors)
-    for name, values in (("color", COLORS), ("other", SIDES if family == "push_cube" else COLORS)):
+    for name, values in (
+        ("color", COLORS), ("other", SIDES if family == "push_cube" else COLORS),
+        ("phrase", tuple(range(len(PHRASES[family])))),
+    ):  # fmt: skip
         if options.get(name) is not None:
             check_choice(name, options[name], values)
             choices = [c for c in choices if getattr(c, name) == options[name]]
-    if options.get("phrase") is not None:
-        phrase = _phrase_index(family, options["phrase"])
-        choices = [c for c in choices if c.phrase == phrase]
     if not choices:
         raise SimulationError(
             f"No combination of {family} in split {split!r} fits the options {options!r} with the cubes "
@@ -100,16 +100,3 @@ def _lane_is_free(command: Command, cubes: NDArray[np.float64], here: NDArray[np
     """Whether no other cube stands between the target and its edge zone, with room for the open fingers."""
     away = cubes[here[here != command.target]] - cubes[command.target]  # (others, 2)
     return not np.any((command.side * away[:, 1] > -CUBE_HALF) & (np.abs(away[:, 0]) < LANE))
-
-
-def _phrase_index(family: str, phrase: object) -> int:
-    """Index of a phrasing given as an index or as its template."""
-    templates = PHRASES[family]
-    if isinstance(phrase, int | np.integer) and 0 <= phrase < len(templates):
-        return int(phrase)
-    if phrase in templates:
-        return templates.index(str(phrase))
-    raise SimulationError(
-        f"Unknown phrase {phrase!r} of {family}; give an index below {len(templates)} or one of: "
-        f"{'; '.join(templates)}."
-    )

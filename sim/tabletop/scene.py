@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import mujoco
 import numpy as np
 
+from sim.render import tune
 from sim.tabletop import arm, tasks
 
 SIM_DT = 0.004  # [s]
@@ -70,13 +71,7 @@ class Scene:
 def load_scene() -> Scene:
     """Compile the scene (once per process) with the fast rendering settings."""
     model = mujoco.MjModel.from_xml_string(scene_xml())
-    # Shadows, multisampling and reflections cost most of the time of software rendering at 96 px.
-    model.vis.quality.shadowsize = 0
-    model.vis.quality.offsamples = 0
-    model.vis.quality.numslices = 12
-    model.vis.quality.numstacks = 8
-    model.light_castshadow[:] = 0
-    model.mat_reflectance[:] = 0
+    tune(model)
     joints = [model.joint(f"cube_{color}") for color in tasks.COLORS]
     return Scene(
         model=model,

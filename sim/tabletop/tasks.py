@@ -129,10 +129,10 @@ def combinations(family: str, split: str, colors: Sequence[str] = COLORS) -> lis
     return [c for c in every if split == "all" or is_heldout(c) == (split == "heldout")]
 
 
-def check_choice(what: str, value: object, choices: Sequence[str]) -> None:
+def check_choice(what: str, value: object, choices: Sequence[object]) -> None:
     """Raise `SimulationError` unless `value` is one of `choices`."""
     if value not in choices:
-        raise SimulationError(f"Unknown {what} {value!r}; choose one of {', '.join(choices)}.")
+        raise SimulationError(f"Unknown {what} {value!r}; choose one of {', '.join(map(str, choices))}.")
 
 
 @dataclass

@@ -18,9 +18,9 @@ from torch import Tensor
 from ceed_vla import CeedVLAConfig, CeedVLAPolicy
 from ceed_vla.backbones.base import check_features
 from ceed_vla.backbones.compact.config import CompactConfig
+from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.backbones.openvla.config import OpenVLAConfig
 from ceed_vla.backbones.openvla.folder import Architecture
-from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.cli_flags import UsageError, format_help, parse_flags
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
@@ -28,7 +28,7 @@ from ceed_vla.files import read_files, write_files
 from ceed_vla.tokens.base import ActionTokensConfig
 from ceed_vla.tokens.openvla import OpenVLATokensConfig
 from ceed_vla.tokens.uniform import UniformTokensConfig
-from sim.tabletop.policy import tabletop_config
+from tests.helpers.tabletop import tabletop_config
 
 
 @dataclass
@@ -179,7 +179,9 @@ def test_kinds_that_do_not_fit_the_features(changes: dict[str, Any], message: st
 
 
 def test_uniform_bins_and_openvla_ids_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OpenVLAConfig, "_architecture", lambda _: Architecture({"n_action_bins": 256}))
+    bins = {"n_action_bins": 256, "pad_to_multiple_of": 64, "use_fused_vision_backbone": False}
+    architecture = Architecture({**bins, "text_config": {"vocab_size": 32064}})
+    monkeypatch.setattr(OpenVLAConfig, "_architecture", lambda _: architecture)
     shape = PolicyShape({"observation.images.front": (3, 8, 8)}, 0, 7, 1, UniformTokensConfig())
     with pytest.raises(ConfigError, match="255 values, the model 256 action ids"):
         OpenVLAConfig(architecture="{}").build(shape)

@@ -20,7 +20,7 @@ from ceed_vla import CeedVLAPolicy
 from ceed_vla.backbones.check import check_backbone
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.compact.model import CompactBackbone
-from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.decoding import decode_block
 from ceed_vla.engine import compiled
 from ceed_vla.errors import ConfigError, NotFiniteError, TokenError

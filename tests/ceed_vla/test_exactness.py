@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ceed_vla.backbones.compact.config import CompactConfig
-from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.tokens.uniform import ActionTokenizer, UniformTokensConfig
 

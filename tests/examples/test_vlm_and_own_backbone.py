@@ -18,7 +18,7 @@ import torch
 from ceed_vla.backbones.check import check_backbone
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError
-from sim.tabletop.policy import tabletop_config
+from tests.helpers.tabletop import tabletop_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

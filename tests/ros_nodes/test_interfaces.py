@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from builtin_interfaces.msg import Time
 from rclpy.parameter import Parameter
 from std_msgs.msg import Float64MultiArray
+from workers import load_error, process_of, running
 
 from ceed_vla.discovery import discover
 from ceed_vla.errors import ConfigError
@@ -111,10 +113,10 @@ def test_an_interface_of_ones_own_is_one_file(own: Path, arm: CommandedArm) -> N
 
 @pytest.mark.slow
 def test_the_inference_process_imports_the_packages_first(own: Path) -> None:
-    with InferenceWorker("student", discover_packages="own_interface", warmup=1) as worker:
-        assert (own.parent / f"imported-{worker.pid}").exists()
-    with pytest.raises(ConfigError, match="discover_packages: the package 'nowhere' cannot be imported"):
-        InferenceWorker("student", discover_packages="nowhere").start()
+    with running("student", discover_packages="own_interface", warmup=1) as worker:
+        assert (own.parent / f"imported-{process_of(worker)}").exists()
+    with closing(InferenceWorker("student", discover_packages="nowhere")) as worker:
+        assert "discover_packages: the package 'nowhere' cannot be imported" in (load_error(worker) or "")
 
 
 @pytest.mark.slow

@@ -117,15 +117,9 @@ def test_damaged_images_raise_nothing_else(kind: str) -> None:
 
 
 def test_joints_are_matched_by_name() -> None:
-    message = JointState(name=["c", "a", "b"], position=[3.0, 1.0, 2.0], velocity=[0.3, 0.1, 0.2])
-    positions, velocities = messages.joint_state_by_name(message, ["a", "c"])
+    message = JointState(name=["c", "a", "b"], position=[3.0, 1.0, 2.0])
+    positions = messages.by_name(message.name, message.position, ["a", "c"], "positions")
     np.testing.assert_array_equal(positions, [1.0, 3.0])
-    assert velocities is not None
-    np.testing.assert_array_equal(velocities, [0.1, 0.3])
-
-
-def test_velocities_are_optional() -> None:
-    assert messages.joint_state_by_name(JointState(name=["a"], position=[1.0]), ["a"])[1] is None
 
 
 @pytest.mark.parametrize(
@@ -134,16 +128,15 @@ def test_velocities_are_optional() -> None:
         (JointState(name=["a"], position=[1.0]), "lacks b; it has a"),
         (JointState(), "lacks a, b; it has no joints"),
         (JointState(name=["a", "b"], position=[1.0]), "2 names and 1 positions"),
-        (JointState(name=["a", "b"], position=[1.0, 2.0], velocity=[1.0]), "2 names and 1 velocities"),
         (JointState(name=["a", "a", "b"], position=[1.0, 2.0, 3.0]), "twice: a, a, b"),
         (JointState(name=["a"] * 10_000 + ["b"], position=[1.0] * 10_001), r"twice: a, .*\.\.\.\."),
         (JointState(name=["a", "b"], position=[1.0, math.nan]), "positions are not finite: b nan"),
-        (JointState(name=["a", "b"], position=[1.0, 2.0], velocity=[math.inf, 0.0]), "velocities are not"),
+        (JointState(name=["a", "b"], position=[math.inf, 0.0]), "positions are not finite: a inf"),
     ],
 )
 def test_malformed_joint_states_are_refused(message: JointState, error: str) -> None:
     with pytest.raises(ObservationError, match=error):
-        messages.joint_state_by_name(message, ["a", "b"])
+        messages.by_name(message.name, message.position, ["a", "b"], "positions")
 
 
 def test_latched_values_reach_late_subscribers_and_images_never_queue() -> None:

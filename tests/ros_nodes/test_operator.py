@@ -54,7 +54,10 @@ class Cell:
 
     def said(self, text: str, since: int = 0) -> None:
         """Wait until a state since the `since`-th had this text."""
-        said = lambda: [state.data for state in self.states[since:]]
+
+        def said() -> list[str]:
+            return [state.data for state in self.states[since:]]
+
         self.graph.wait(lambda: any(text in state for state in said()), f"the state {text!r}", 90.0, said)
 
 
@@ -74,7 +77,7 @@ def shared_cell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cell]:
 
 @pytest.fixture
 def cell(shared_cell: Cell) -> Cell:
-    """One session of processes for several tests: in each the robot is well and moves, whatever the test before left."""
+    """One session of processes for several tests: in each the robot is well and moves, whatever was before."""
     robot = shared_cell.robot
     robot.images = robot.alive = robot.powered = True
     robot.blank = False

@@ -308,24 +308,29 @@ def test_a_gripper_that_counts_the_other_way(tmp_path: Path) -> None:
     assert observations.snapshot(motion)["observation.state"][-1] == pytest.approx(50.0)
 
 
-def test_efforts_are_a_part_of_states_and_crops_of_images(tmp_path: Path) -> None:
-    values = example(state={"observation.state": ["joint_positions", "joint_efforts"]})
+def test_velocities_and_efforts_are_parts_of_states_and_crops_of_images(tmp_path: Path) -> None:
+    values = example(state={"observation.state": ["joint_positions", "joint_velocities", "joint_efforts"]})
     camera = "observation.images.front"
     values["images"][camera] |= {"crop": [2, 1, 4, 5], "resize": False}
     robot = load_robot_config(write(tmp_path, values))
-    observations = Observations(robot, {camera: (3, 4, 5)}, {"observation.state": 12}, None)
-    state = JointState(name=[*robot.arm.joints, "finger_joint"], position=[0.1] * 7, effort=[2.0] * 6 + [9.0])
+    observations = Observations(robot, {camera: (3, 4, 5)}, {"observation.state": 18}, None)
+    state = JointState(name=[*robot.arm.joints, "finger_joint"], position=[0.1] * 7)
+    state.velocity, state.effort = [1.0] * 6 + [9.0], [2.0] * 6 + [9.0]
     observations.take_joints(state)
     pixels = np.arange(8 * 7 * 3, dtype=np.uint8).reshape(8, 7, 3)
     observations.cameras[0].take(array_to_image(pixels, Time(sec=1), "front"))
     seen = observations.snapshot(Motion(robot))
-    np.testing.assert_array_equal(seen["observation.state"][6:], 2.0)
+    np.testing.assert_array_equal(seen["observation.state"][6:], [1.0] * 6 + [2.0] * 6)
     np.testing.assert_array_equal(seen[camera], pixels[2:6, 1:6])
     observations.cameras[0].take(array_to_image(pixels[:5], Time(sec=1), "front"))
     assert "crops [2, 1, 4, 5]" in observations.cameras[0].fault
     observations.cameras[0].take(array_to_image(pixels, Time(sec=2), "front"))
-    observations.take_joints(JointState(name=[*robot.arm.joints, "finger_joint"], position=[0.1] * 7))
-    assert "efforts" in observations.fault.detail
+    state.effort = []
+    observations.take_joints(state)
+    assert "7 names and 0 efforts" in observations.fault.detail
+    state.velocity = []
+    observations.take_joints(state)
+    assert "7 names and 0 velocities" in observations.fault.detail
 
 
 def test_a_frame_rate_may_be_said_as_it_is(tmp_path: Path) -> None:

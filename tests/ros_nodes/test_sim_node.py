@@ -23,7 +23,7 @@ from std_msgs.msg import Bool, Float64MultiArray, String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
-from ros_nodes.robot.messages import LATCHED, SENSOR, image_to_array, joint_state_by_name, seconds
+from ros_nodes.robot.messages import LATCHED, SENSOR, by_name, image_to_array, seconds
 from ros_nodes.simulated import sim_node
 from sim.tabletop.env import TabletopEnv
 
@@ -47,14 +47,12 @@ while True:
 
 def positions(states: list[JointState]) -> np.ndarray:
     """Arm joints (7,) of the newest state [rad]."""
-    return joint_state_by_name(states[-1], ARM)[0]
+    return by_name(states[-1].name, states[-1].position, ARM, "positions")
 
 
 def speed(state: JointState) -> float:
     """Largest arm joint speed [rad/s]."""
-    velocities = joint_state_by_name(state, ARM)[1]
-    assert velocities is not None
-    return float(np.abs(velocities).max())
+    return float(np.abs(by_name(state.name, state.velocity, ARM, "velocities")).max())
 
 
 def ready(graph: Any, *arguments: str) -> list[JointState]:

@@ -18,8 +18,8 @@ from lerobot.envs.configs import EnvConfig, LiberoEnv
 
 from ceed_vla.errors import ConfigError, SimulationError
 from sim.environment import Environment, EnvPool, check_expert, flags, joined, register_installed
-from sim.rollout import rollout
 from sim.tabletop.lerobot_env import CeedTabletopEnv
+from tests.helpers.episodes import run_seeds
 
 
 class Plain(gymnasium.Env[dict[str, Any], Any]):
@@ -82,7 +82,7 @@ class Adder:
     def __init__(self, camera: str = "observation.image") -> None:
         inputs = {camera: SimpleNamespace(shape=(3, 8, 8)), "observation.state": SimpleNamespace(shape=(1,))}
         self.config = SimpleNamespace(
-            n_action_steps=4, input_features=inputs, action_feature=SimpleNamespace(shape=(1,))
+            n_action_steps=4, delta_dims=None, input_features=inputs, action_feature=SimpleNamespace(shape=(1,))
         )
         self.tokenizer = SimpleNamespace(
             readable=lambda tokens: torch.ones(len(tokens), dtype=torch.bool),
@@ -105,7 +105,7 @@ class Adder:
 
 def test_a_plain_environment_is_evaluated() -> None:
     policy = Adder()
-    results = rollout((policy, None, None), [1, 2, 3], PlainConfig(), batch=2)
+    results = run_seeds(policy, [1, 2, 3], PlainConfig(), batch=2)
     assert [(r.seed, r.success, r.steps, r.forwards) for r in results] == [(s, True, 6, [1, 1]) for s in (1, 2, 3)]
     assert {r.task for r in results} == {"plain"}
     assert {r.instruction for r in results} == {"add"}
@@ -120,7 +120,7 @@ def test_the_tasks_of_a_suite_take_turns(monkeypatch: pytest.MonkeyPatch) -> Non
         return {"suite": {i: gymnasium.vector.SyncVectorEnv([Plain] * n_envs) for i in range(2)}}
 
     monkeypatch.setattr(PlainConfig, "create_envs", create_envs)
-    results = rollout((Adder(), None, None), [4, 5, 6], PlainConfig(episode_length=5))
+    results = run_seeds(Adder(), [4, 5, 6], PlainConfig(episode_length=5))
     assert [(r.task, r.steps) for r in results] == [("suite/0", 5), ("suite/1", 5), ("suite/0", 5)]
 
 
@@ -130,7 +130,7 @@ def test_what_is_missing_is_said() -> None:
     with pytest.raises(ConfigError, match=r"reads or writes observation\.image\.top \(3, 8, 8\), --env.type=sim_tests"):
         joined((Adder("observation.image.top"), None, None), PlainConfig())
     with pytest.raises(SimulationError, match=r"does not say in info\['is_success'\]"):
-        rollout((Adder(), None, None), [1], PlainConfig(silent=True))
+        run_seeds(Adder(), [1], PlainConfig(silent=True))
     with pytest.raises(SimulationError, match=r"lacks privileged_state\(\) and scatter\(\), which grounding needs"):
         Environment(PlainConfig()).needs("grounding", "privileged_state", "scatter")
     with pytest.raises(

@@ -24,16 +24,15 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.outputs import is_own
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
-from sim.decoders import resolve_rows
-from sim.demo import DECODERS, DemoConfig
+from sim.decoders import parse_decoders, resolve_rows
 from sim.episode_log import EPISODES, EpisodeLog
-from sim.evaluate import CheckpointPath, EvalConfig, check, evaluate
+from sim.evaluate import CheckpointPath, DemoConfig, EvalConfig, evaluate
 from sim.plots import write_plots
 from sim.rollout import EpisodeResult
 from sim.show import ShowConfig, show
 from sim.tabletop.lerobot_env import CeedTabletopEnv
-from sim.tabletop.policy import tabletop_config
 from sim.tabletop.tasks import TASKS, combinations
+from tests.helpers.tabletop import tabletop_config
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +96,9 @@ def test_options_are_parsed_from_the_command_line() -> None:
         ({"batch": 10**6}, "--batch is 1000000"),
         ({"timing_chunks": -1}, "--timing_chunks is -1"),
         ({"executed_steps": 99}, "a chunk of"),
+        ({"delay_ms": [0.0, 350.0]}, "--delay_ms has a delay of 4 control steps; a chunk has 4: give less"),
+        ({"delay_ms": [-1.0]}, "--delay_ms"),
+        ({"workers": 0}, "--workers is 0"),
         ({"device": "cuda:77"}, "The device is 'cuda:77'; this machine has cpu"),
         ({"decoders": "ar,cap0"}, "Decoder 'cap0': its cap K is 0; it must be a whole number in [1, 1e6]"),
         ({"decoders": "teacher_cap0"}, "its cap K is 0"),
@@ -123,10 +125,11 @@ def test_impossible_options_are_named(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_demo_is_an_evaluation_with_valid_decoders(checkpoint: Path, tmp_path: Path) -> None:
-    teacher = CheckpointPath(str(checkpoint))
-    assert check(options(checkpoint, tmp_path, decoders=DECODERS, teacher=teacher)) == DECODERS.split(",")
-    assert DemoConfig().episodes >= 20
+def test_demo_is_an_evaluation_of_the_shipped_policies() -> None:
+    config = DemoConfig()
+    assert (config.policy.path, config.teacher.path) == ("student", "teacher")
+    assert parse_decoders(config.decoders, has_teacher=True) == config.decoders.split(",")
+    assert config.episodes >= 20
 
 
 def test_rows_follow_the_checkpoint_and_the_executed_steps() -> None:
@@ -207,7 +210,6 @@ def lines_of(folder: Path) -> list[str]:
 def test_resume_gives_the_report_of_a_run_in_one_go(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:
-    monkeypatch.setattr(evaluate_module, "GROUP_BATCHES", 1)  # groups of two seeds
     changes = {"decoders": "jacobi_random,ceed", "episodes": 5, "batch": 2, "timing_chunks": 0}
     whole = evaluate(options(checkpoint, tmp_path / "whole", **changes), quiet())
     folder, append = tmp_path / "parts", EpisodeLog.append
@@ -239,6 +241,40 @@ def test_resume_gives_the_report_of_a_run_in_one_go(
     assert len(started) == 11
     assert evaluate(options(checkpoint, folder, **changes), quiet()) == whole  # a complete report is replaced
     assert len(started) == 21
+
+
+def test_latency_in_the_loop_has_rows_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
+    changes = {"decoders": "ar,ceed", "timing_chunks": 0, "delay_ms": [0.0, 150.0], "clips": True}
+    report = evaluate(options(checkpoint, tmp_path, **changes), quiet())
+    rows = report["decoders"]
+    assert {name: entry["delay_steps"] for name, entry in rows.items()} == {
+        "ar": 0, "ceed": 0, "ar@150ms": 2, "ceed@150ms": 2
+    }  # fmt: skip
+    assert list(rows["ceed@150ms"]["paired"]) == ["ar@150ms"]
+    assert rows["ceed@150ms"]["episodes"] == 2
+    text = (tmp_path / "report.md").read_text()
+    assert "## Latency in the loop" in text
+    assert "| ceed@150ms | 2 | 0/2" in text
+    assert is_own(tmp_path / "delays.png")
+    assert {file.name for file in tmp_path.glob("*.mp4")} == {"clip_ar.mp4", "clip_ceed.mp4"}
+    episodes = [json.loads(line) for line in lines_of(tmp_path)[1:]]
+    assert all(set(episode["motion"]) == {"action_rate", "path", "jerk"} for episode in episodes)
+    with pytest.raises(ConfigError, match="is of another evaluation: its decoders"):
+        evaluate(options(checkpoint, tmp_path, **{**changes, "delay_ms": [0.0, 250.0]}, resume=True), quiet())
+
+
+@pytest.mark.slow
+def test_workers_run_the_same_episodes(checkpoint: Path, tmp_path: Path) -> None:
+    changes = {"decoders": "jacobi_random,ceed", "episodes": 5, "batch": 2, "timing_chunks": 0, "threads": 1}
+    changes |= {"delay_ms": [0.0, 100.0]}
+    alone = evaluate(options(checkpoint, tmp_path / "alone", **changes), quiet())
+    shared = evaluate(options(checkpoint, tmp_path / "shared", **changes, workers=2), quiet())
+    assert shared["decoders"] == alone["decoders"]
+    assert sorted(lines_of(tmp_path / "shared")) == sorted(lines_of(tmp_path / "alone"))
+    kept = lines_of(tmp_path / "shared")
+    (tmp_path / "shared" / EPISODES).write_text("\n".join([*kept[:-3], ""]))
+    again = evaluate(options(checkpoint, tmp_path / "shared", **changes, workers=2, resume=True), quiet())
+    assert again["decoders"] == alone["decoders"]
 
 
 @pytest.fixture(scope="module")

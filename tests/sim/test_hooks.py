@@ -26,7 +26,7 @@ def test_rounds_use_every_seed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             seeds.extend(range(int(options["seed"]), int(options["seed"]) + int(options["episodes"])))
         return []
 
-    monkeypatch.setattr(hooks, "_run_all", note)
+    monkeypatch.setattr(hooks, "run_all", note)
     recorder = TakeoverRecorder(CeedTabletopEnv(), 5, seed=31_440, rounds=2)
     for index in range(2):
         recorder(tmp_path / "policy", index, tmp_path / "takeover")
@@ -45,10 +45,10 @@ def test_a_validation_counts_the_episodes_as_they_end(
 ) -> None:
     lines = [
         "made 3 environments\n",
-        '{"success": true, "seed": 40000, "task": "x"}\n',
-        '{"success": false}\n',
+        '{"decoder": "ar", "success": true, "seed": 40000, "task": "x"}\n',
+        '{"decoder": "ar", "success": false}\n',
     ]
-    monkeypatch.setattr(hooks, "_run_all", lambda commands: iter(lines))
+    monkeypatch.setattr(hooks, "run_all", lambda commands: iter(lines))
     assert ClosedLoopValidation(CeedTabletopEnv(), 2)(Path("policy")) == (1, 2)
     assert "2/2" in capfd.readouterr().err
     with pytest.raises(SimulationError, match="reported 2 of 4 episodes"):
@@ -58,7 +58,7 @@ def test_a_validation_counts_the_episodes_as_they_end(
 def test_processes_get_the_environment_and_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery, "_discovered", {"json"})
     seen: list[Sequence[str]] = []
-    monkeypatch.setattr(hooks, "_run_all", lambda commands: iter(seen.extend(commands) or ()))
+    monkeypatch.setattr(hooks, "run_all", lambda commands: iter(seen.extend(commands) or ()))
     env = CeedTabletopEnv(task="push_cube", cameras=["front"], split="heldout")
     TakeoverRecorder(env, 2, 30_000, 1)(Path("policy"), 0, Path("takeover"))
     for words in seen:

@@ -19,9 +19,19 @@ from ceed_vla.errors import ConfigError
 from sim.environment import EnvPool
 from sim.record import record
 from sim.recording.config import RecordConfig
-from sim.rollout import rollout, stack_previous, wilson_interval
+from sim.rollout import (
+    Episode,
+    EpisodeResult,
+    PolicyRunner,
+    motion_of,
+    replan,
+    rollout,
+    stack_previous,
+    wilson_interval,
+)
 from sim.tabletop.lerobot_env import CeedTabletopEnv
-from sim.tabletop.policy import tabletop_config
+from tests.helpers.episodes import run_seeds
+from tests.helpers.tabletop import tabletop_config
 
 CHUNK, DIMS = 8, 7
 COMMAND = slice(-6, None)  # of the state: commanded position, yaw and gripper
@@ -53,11 +63,12 @@ class FakePolicy:
         generator: Any = None,
         shift_steps: int | None = None,
         executed_steps: int | None = None,
+        frozen: Any = None,
         read: bool = True,
     ) -> Any:
         states = batch["observation.state"]
         rows = len(states)
-        self.calls.append(SimpleNamespace(batch=batch, decoding=decoding, previous=previous))
+        self.calls.append(SimpleNamespace(batch=batch, decoding=decoding, previous=previous, frozen=frozen))
         actions = torch.zeros(rows, CHUNK, DIMS)
         if self.act is not None:
             actions += torch.from_numpy(np.stack([self.act(state) for state in states.numpy()]))[:, None]
@@ -81,10 +92,6 @@ def mixed(length: int) -> CeedTabletopEnv:
     return CeedTabletopEnv(task="mixed", episode_length=length)
 
 
-def bundle(policy: FakePolicy) -> tuple[Any, Any, Any]:
-    return policy, None, None
-
-
 def reach(state: np.ndarray) -> np.ndarray:
     """A moving policy: up and to the left, by the measured position, so that it differs between scenes."""
     return np.array([0, 0.5 * np.sign(0.2 - state[1]), 0.3, 0, 0, 0, 1], dtype=np.float32)
@@ -92,7 +99,7 @@ def reach(state: np.ndarray) -> np.ndarray:
 
 def test_counts_of_failing_episodes() -> None:
     policy = FakePolicy()
-    results = rollout(bundle(policy), range(40_000, 40_003), mixed(10), decoding="jacobi", batch=2)
+    results = run_seeds(policy, range(40_000, 40_003), mixed(10), decoding="jacobi", batch=2)
     assert [r.seed for r in results] == [40_000, 40_001, 40_002]
     assert not any(r.success for r in results)
     assert [r.steps for r in results] == [10, 10, 10]
@@ -111,7 +118,7 @@ def test_counts_of_failing_episodes() -> None:
 
 def test_previous_is_reset_with_the_episode() -> None:
     policy = FakePolicy()
-    results = rollout(bundle(policy), [1, 2, 3], push(16), batch=2, executed_steps=8)
+    results = run_seeds(policy, [1, 2, 3], push(16), batch=2, executed_steps=8)
     assert [r.task for r in results] == ["push_cube"] * 3
     assert policy.calls[0].previous is None
     assert policy.calls[1].previous.tolist() == [[1] * 56] * 2
@@ -128,7 +135,7 @@ def test_stack_previous_marks_missing_rows() -> None:
 def test_episodes_do_not_depend_on_their_neighbours() -> None:
     def trace(batch: int) -> dict[int, list[list[float]]]:
         policy = FakePolicy(reach)
-        results = rollout(bundle(policy), [7, 8], mixed(12), batch=batch)
+        results = run_seeds(policy, [7, 8], mixed(12), batch=batch)
         states = [call.batch["observation.state"].tolist() for call in policy.calls]
         flat = [call[slot] for slot in range(batch) for call in states]
         assert len(flat) == sum(math.ceil(r.steps / 4) for r in results)
@@ -147,14 +154,14 @@ def test_success_ends_an_episode_early() -> None:
                 self.actions[:, 0] = torch.from_numpy(env.expert_action())
                 return result
 
-        results = rollout(bundle(Expert()), [11], executed_steps=1, pool=pool)
+        results = rollout(PolicyRunner((Expert(), None, None), executed_steps=1), pool, [(11, "push_cube")])
     assert results[0].success
     assert results[0].steps == len(results[0].forwards) < 120
 
 
 def test_a_malformed_chunk_holds_the_arm_and_the_episode_goes_on() -> None:
     policy = FakePolicy(reach, malformed={2})
-    (result,) = rollout(bundle(policy), [7], mixed(16))
+    (result,) = run_seeds(policy, [7], mixed(16))
     assert result.exit_reasons == ["converged", "malformed", "converged", "converged"]
     assert result.steps == 16
     commands = np.concatenate([call.batch["observation.state"] for call in policy.calls])[:, COMMAND]
@@ -164,34 +171,96 @@ def test_a_malformed_chunk_holds_the_arm_and_the_episode_goes_on() -> None:
     assert [call.previous is None for call in policy.calls] == [True, False, True, False]
 
 
-def test_families_take_turns_or_are_given() -> None:
+def test_families_take_turns() -> None:
     tasks = ["stack_cubes", "cube_in_bin"]
     env = CeedTabletopEnv(task=",".join(tasks), episode_length=4)
-    assert [r.task for r in rollout(bundle(FakePolicy()), [5, 6, 7], env)] == [*tasks, tasks[0]]
-    assert [r.task for r in rollout(bundle(FakePolicy()), [5, 6], env, tasks=tasks[::-1])] == tasks[::-1]
-    with pytest.raises(ConfigError, match="2 tasks for 1 seeds"):
-        rollout(bundle(FakePolicy()), [5], env, tasks=tasks)
+    assert [r.task for r in run_seeds(FakePolicy(), [5, 6, 7], env)] == [*tasks, tasks[0]]
 
 
 def test_a_policy_of_other_features_is_refused() -> None:
     policy = FakePolicy()
     policy.config.input_features["observation.images.top"] = policy.config.image_features["observation.images.front"]
     with pytest.raises(ConfigError, match=r"reads or writes observation\.images\.top .*observation\.images\.wrist"):
-        rollout(bundle(policy), [5], push())
+        run_seeds(policy, [5], push())
+
+
+class Noted:
+    """An environment that only notes its actions; holding is None."""
+
+    def __init__(self) -> None:
+        self.config, self.success, self.finished = SimpleNamespace(fps=10), False, False
+        self.actions: list[Any] = []
+
+    def observe(self) -> dict[str, Any]:
+        return {"pixels": np.zeros((4, 4, 3), np.uint8), "agent_pos": np.zeros(14, np.float32)}
+
+    def hold_action(self) -> np.ndarray:
+        return np.array([-1.0])
+
+    def advance(self, action: np.ndarray) -> bool:
+        self.actions.append(int(action[0]))
+        return False
+
+
+class Counting(FakePolicy):
+    """Its chunk c has the actions, and the tokens, 10 c, 10 c + 1, ..."""
+
+    def __init__(self, size: int | None = 1) -> None:
+        super().__init__()
+        self.config.delta_dims = None
+        self.tokenizer = SimpleNamespace(
+            tokens_per_step=size,
+            readable=lambda tokens: torch.ones(len(tokens), dtype=torch.bool),
+            decode=lambda tokens: tokens[..., None].float(),
+        )
+
+    def decode(self, batch: dict[str, Any], *args: Any, **options: Any) -> Any:
+        result = super().decode(batch, *args, **options)
+        result.tokens = (10 * len(self.calls) + torch.arange(CHUNK)).expand(len(result.tokens), -1)
+        return result
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("delay", "expected"),
     [
-        ({"batch": 0}, "at least 1"),
-        ({"executed_steps": 0}, "at least 1"),
-        ({"seeds": [-1]}, "seed -1"),
-        ({"seeds": [1.5]}, r"seed 1\.5"),
+        (0, [10, 11, 12, 13, 20, 21, 22, 23, 30, 31, 32, 33]),
+        (1, [-1, 10, 11, 12, 13, 21, 22, 23, 24, 31, 32, 33]),
+        (3, [-1, -1, -1, 10, 11, 12, 13, 23, 24, 25, 26, 33]),
+        (6, [-1, -1, -1, -1, -1, -1, 10, 11, 12, 13, 14, 15]),
+        (7, [*[-1] * 7, *range(10, 17), 27, *[-1] * 6, 31, 32]),  # a chunk ends before the next is ready
     ],
 )
-def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        rollout(bundle(FakePolicy()), **{"seeds": [1], **options})
+def test_the_chunk_before_goes_on_while_the_next_is_decoded(delay: int, expected: list[int]) -> None:
+    for size in (1, None):
+        policy, env = Counting(size), Noted()
+        episode = Episode(env, EpisodeResult(0), len(expected))  # type: ignore[arg-type]
+        runner = PolicyRunner((policy, None, None), executed_steps=4, delay=delay)
+        while not episode.over:
+            replan(runner, [episode])
+        assert env.actions == expected
+        frozen = [[] if call.frozen is None else call.frozen[0].tolist() for call in policy.calls[:2]]
+        assert frozen == [[], [10, 11, 12, 13, 14, 15, 16, 17][4 - min(delay, 4) :][:delay] if size and delay else []]
+
+
+def test_rows_with_other_frozen_tokens_are_decoded_apart() -> None:
+    policy = Counting()
+    runner = PolicyRunner((policy, None, None), executed_steps=4, delay=2)
+    frozen = [torch.tensor([1, 2]), torch.empty(0, dtype=torch.int64), torch.tensor([3, 4])]
+    chunks = runner.decode([Noted().observe()] * 3, ["a", "b", "c"], [None] * 3, frozen)
+    assert len(chunks) == 3
+    asked = {tuple(call.batch["task"]): call.frozen for call in policy.calls}
+    assert asked[("b",)] is None
+    assert asked[("a", "c")].tolist() == [[1, 2], [3, 4]]
+
+
+def test_motion() -> None:
+    actions = np.array([[0.0, 1], [1, 1], [3, 1], [6, 1], [6, 1]])
+    motion = motion_of(actions, (), fps=10)
+    assert motion == pytest.approx({"action_rate": 1.5, "path": 6.0, "jerk": 1000 * (0 + 4) / 2})
+    assert motion_of(actions, (0,), 10) == pytest.approx(
+        {"action_rate": 1.5, "path": 16.0, "jerk": 1000 * (1 + 1 + 3) / 3}
+    )
+    assert motion_of(actions[:1], (), 10) == {"action_rate": 0.0, "path": 0.0, "jerk": 0.0}
 
 
 def test_interval_of_a_success_rate() -> None:
@@ -208,7 +277,7 @@ def test_takeover_stores_only_finished_corrections(tmp_path: Path, switches: int
     options = {"env": push(), "episodes": 3, "batch": 2, "max_chunks": 3, "switches": switches}
     config = RecordConfig(root=root, mode="takeover", decoding="cap2", progress=False, **options)
     policy = FakePolicy(reach)
-    summary = record(config, policy_bundle=bundle(policy))
+    summary = record(config, policy_bundle=(policy, None, None))
     assert {call.decoding for call in policy.calls} == {"cap2"}
     assert summary.attempts == sum(summary.outcomes.values()) == 3
     recorded = summary.outcomes.get("push_cube/recorded", 0)

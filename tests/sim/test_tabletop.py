@@ -14,10 +14,10 @@ from gymnasium.utils.env_checker import check_env
 
 from ceed_vla.errors import SimulationError
 from ceed_vla.kinematics import rpy_matrix
+from sim import render as rendering
 from sim.tabletop import ENV_ID, arm, layout, tasks
-from sim.tabletop import render as rendering
 from sim.tabletop.env import ACTION_NAMES, STATE_NAMES, WORKSPACE_HIGH, WORKSPACE_LOW, TabletopEnv
-from sim.tabletop.policy import PRIVILEGED
+from sim.tabletop.lerobot_env import PRIVILEGED
 from sim.tabletop.scene import load_scene
 
 
@@ -55,7 +55,7 @@ def test_an_unknown_render_mode_is_refused():
         ({"task": "fold_towel"}, "stack_cubes"),
         ({"color": "pink"}, "yellow"),
         ({"task": "push_cube", "other": "up"}, "left"),
-        ({"phrase": 9}, "index below 4"),
+        ({"phrase": 9}, "Unknown phrase 9; choose one of 0, 1, 2, 3"),
         ({"colour": "red"}, "color"),
         ({"task": "stack_cubes", "color": "red", "other": "red"}, "drop an option"),
     ],

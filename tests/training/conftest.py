@@ -69,7 +69,7 @@ def write_dataset(
 
 def tiny_policy(**changes: Any) -> Any:
     """A policy configuration that trains in seconds."""
-    from sim.tabletop.policy import tabletop_config
+    from tests.helpers.tabletop import tabletop_config
 
     sizes = {"width": 32, "layers": 1, "heads": 2, "mlp_width": 32, "stem_channels": [8] * 4, "chunk_size": 4}
     return tabletop_config(**{**sizes, "n_action_steps": 2, "num_bins": 63, **changes})
@@ -78,7 +78,7 @@ def tiny_policy(**changes: Any) -> Any:
 def vlm_policy(base: Path, **changes: Any) -> Any:
     """A policy configuration around a tiny image-text-to-text model in the folder `base`."""
     from ceed_vla.backbones.vlm.config import VLMConfig
-    from sim.tabletop.policy import tabletop_config
+    from tests.helpers.tabletop import tabletop_config
 
     settings = {"chunk_size": 4, "n_action_steps": 2, "auxiliary_scale": []}
     backbone = {k: changes.pop(k) for k in ("weights", "proprio", "dtype", "cameras", "action_ids") if k in changes}

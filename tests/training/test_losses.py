@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.compact.model import LANGUAGE_KEY, STATE_KEY, CompactBackbone
-from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.tokens.uniform import UniformTokensConfig
 from training.losses import (
     after_first_divergence,

@@ -58,6 +58,26 @@ def test_grounding_frames_come_first_and_then_beside(studio: Any, read_log: Call
     assert sorted(read_log(studio.teacher_run, "ar_loss")) == list(range(4, 64))
 
 
+def test_a_policy_that_does_not_see_learns_no_actions(
+    studio: Any, tmp_path: Path, read_log: Callable[..., dict[int, float]]
+) -> None:
+    asked: list[Path] = []
+
+    def localisation(policy: Path) -> dict[str, float]:
+        asked.append(policy)
+        return {"target in a": 0.01, "target in b": 0.03 if len(asked) == 1 else 0.015}
+
+    output, settings = tmp_path / "run", {"grounding_gate": 0.02, "steps": 2}
+    with pytest.raises(ConfigError, match=r"After 3 grounding steps target in b is off by 3\.0 cm \(median\); 1 of 2"):
+        train(studio.train_config(output, grounding_steps=3, **settings), localisation=localisation)
+    assert read_log(output, "ar_loss") == {}
+    assert (asked[0] / "model.safetensors").is_file()
+    train(studio.train_config(output, grounding_steps=5, resume=True, **settings), localisation=localisation)
+    assert len(asked) == 2
+    assert sorted(read_log(output, "grounding_loss")) == list(range(1, 8))
+    assert sorted(read_log(output, "ar_loss")) == [6, 7]
+
+
 def test_the_checkpoint_acts(studio: Any) -> None:
     policy, pre, _ = ceed_vla.load(studio.teacher)
     from ceed_vla.data.frames import open_dataset
@@ -280,6 +300,7 @@ def test_nothing_to_resume(studio: Any, tmp_path: Path) -> None:
         ({"roots": "GROUNDING"}, ConfigError, "holds no actions"),
         ({"roots": "MISSING"}, DatasetError, "No LeRobotDataset"),
         ({"rounds": 1}, ConfigError, "nothing records takeovers"),
+        ({"grounding_gate": 0.01}, ConfigError, "grounding_gate needs --grounding_roots"),
         ({"roots": "FILE", "output_dir": "FILE"}, ConfigError, "which is a file"),
     ],
 )

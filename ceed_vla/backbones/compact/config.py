@@ -10,8 +10,7 @@ from typing import Any, ClassVar, Self
 from ceed_vla.backbones.base import TrainableBackbone
 from ceed_vla.backbones.compact.model import CompactBackbone
 from ceed_vla.backbones.compact.words import make_instruction_step
-from ceed_vla.backbones.config import BackboneConfig
-from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.config import BackboneConfig, PolicyShape
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import check_fields, ranged
 

@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ceed_vla.backbones.base import CutPrefix, Prefix, TrainableBackbone, check_depth, check_features
 from ceed_vla.backbones.compact.stem import CameraStem, EarlyReadout
+from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.backbones.exits import check_linear
-from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.cache import KVCache
 from ceed_vla.errors import ObservationError
 from ceed_vla.images import check_images

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lerobot.configs import FeatureType, PipelineFeatureType, PolicyFeature
 from lerobot.lerobot_types import RobotObservation, TransitionKey
-from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
+from lerobot.processor import ProcessorStepRegistry
 from lerobot.utils.constants import OBS_LANGUAGE_TOKENS, OBS_STATE
 
-from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.config import InputsStep, PolicyShape
 from ceed_vla.errors import ConfigError, ObservationError
 from ceed_vla.fields import check_fields, ranged
 from ceed_vla.instructions import batch_instructions
@@ -37,7 +36,7 @@ def build_vocabulary(instructions: Iterable[str]) -> list[str]:
 
 @ProcessorStepRegistry.register(name="ceed_vla_instruction_words")
 @dataclass
-class InstructionWordsStep(ObservationProcessorStep):
+class InstructionWordsStep(InputsStep):
     """Turn ``task`` strings into ``observation.language.tokens`` (B, L) int64, padded with 0; unknown words are 1.
 
     The whole vocabulary is saved with the pipeline, so that a checkpoint loads without a network.
@@ -92,17 +91,6 @@ class InstructionWordsStep(ObservationProcessorStep):
         if len(tasks) == 1 and state is not None:
             ids = ids.expand(len(state), -1)  # one instruction for the whole batch
         return {**observation, OBS_LANGUAGE_TOKENS: ids}
-
-    def get_config(self) -> dict[str, Any]:
-        return {"vocabulary": self.vocabulary, "max_words": self.max_words}
-
-    def transform_features(
-        self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
-    ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
-        features[PipelineFeatureType.OBSERVATION][OBS_LANGUAGE_TOKENS] = PolicyFeature(
-            type=FeatureType.LANGUAGE, shape=(self.max_words,)
-        )
-        return features
 
 
 def make_instruction_step(instructions: Iterable[str], max_words: int, rows: int) -> InstructionWordsStep:

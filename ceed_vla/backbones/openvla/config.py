@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ceed_vla.backbones.base import TrainableBackbone
-from ceed_vla.backbones.config import BackboneConfig
+from ceed_vla.backbones.config import BackboneConfig, PolicyShape
 from ceed_vla.backbones.openvla.folder import Architecture, check_config, describe_model
 from ceed_vla.backbones.openvla.inputs import OpenVLAInputsStep
-from ceed_vla.backbones.shape import PolicyShape
-from ceed_vla.backbones.transformers.architecture import least_sizes, read_architecture
-from ceed_vla.backbones.transformers.config import DTYPES, TransformersConfig
+from ceed_vla.backbones.transformers.config import DTYPES, TransformersConfig, least_sizes, read_architecture
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import chosen
 from ceed_vla.instructions import check_template
@@ -49,7 +47,7 @@ class OpenVLAConfig(TransformersConfig):
             )
 
     def build(self, shape: PolicyShape) -> TrainableBackbone:
-        from ceed_vla.backbones.openvla.model import OpenVLABackbone, load_weights
+        from ceed_vla.backbones.openvla.model import OpenVLABackbone, load_weights, quantize
 
         new = not self.architecture
         if new:
@@ -71,8 +69,6 @@ class OpenVLAConfig(TransformersConfig):
         if self.weights == "reference":
             model.refer()
         if self.quantization != "none":
-            from ceed_vla.backbones.openvla.quantization import quantize
-
             quantize(model.decoder, self.quantization, shape.device)
         return model
 

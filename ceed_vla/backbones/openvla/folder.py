@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ceed_vla.backbones.transformers.architecture import least_sizes, read_architecture
-from ceed_vla.backbones.transformers.config import DTYPES
+from ceed_vla.backbones.transformers.config import DTYPES, least_sizes, read_architecture
 from ceed_vla.errors import CheckpointError, ConfigError, root_cause
 from ceed_vla.files import read_json
 
@@ -40,41 +38,24 @@ VICUNA_PROMPT = (
 )
 
 
-@dataclass(frozen=True)
 class Architecture:
-    """The describing part of an OpenVLA configuration: entries of config.json."""
+    """The describing part of an OpenVLA configuration, from the entries `values` of config.json.
 
-    values: dict[str, Any]
+    Attributes:
+        text: Configuration of the language model.
+        words: Vocabulary of the text model before it was padded: action ids count down from here.
+        bins: Action ids ``V``.
+        fused: Whether there are two vision towers.
+        dtype: Type the weights were published in.
+        prompt: Text around ``{instruction}`` that the model was trained with.
+    """
 
-    @property
-    def words(self) -> int:
-        """Vocabulary of the text model before it was padded: action ids count down from here."""
-        return int(self.text["vocab_size"]) - int(self.values["pad_to_multiple_of"])
-
-    @property
-    def bins(self) -> int:
-        """Action ids ``V``."""
-        return int(self.values["n_action_bins"])
-
-    @property
-    def text(self) -> dict[str, Any]:
-        """Configuration of the language model."""
-        return dict(self.values["text_config"])
-
-    @property
-    def fused(self) -> bool:
-        """Whether there are two vision towers."""
-        return bool(self.values["use_fused_vision_backbone"])
-
-    @property
-    def dtype(self) -> str:
-        """Type the weights were published in."""
-        return str(self.values.get("torch_dtype", "float32"))
-
-    @property
-    def prompt(self) -> str:
-        """Text around ``{instruction}`` that the model was trained with."""
-        return VICUNA_PROMPT if str(self.values.get("llm_backbone_id")).startswith("vicuna") else PROMPT
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values, self.text = values, dict(values["text_config"])
+        self.words = int(self.text["vocab_size"]) - int(values["pad_to_multiple_of"])
+        self.bins, self.fused = int(values["n_action_bins"]), bool(values["use_fused_vision_backbone"])
+        self.dtype = str(values.get("torch_dtype", "float32"))
+        self.prompt = VICUNA_PROMPT if str(values.get("llm_backbone_id")).startswith("vicuna") else PROMPT
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from lerobot.configs import FeatureType, PipelineFeatureType, PolicyFeature
 from lerobot.lerobot_types import RobotObservation, TransitionKey
-from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
+from lerobot.processor import ProcessorStepRegistry
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ceed_vla.backbones.config import InputsStep, PolicyShape
 from ceed_vla.backbones.openvla.folder import PROMPT, read_config
 from ceed_vla.backbones.openvla.images import OpenVLAImages
 from ceed_vla.backbones.openvla.tokenizer import read_tokenizer
-from ceed_vla.backbones.shape import PolicyShape
 from ceed_vla.backbones.transformers.step_files import TOKENIZER_FILES, FilesStep
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.files import read_files, read_json
@@ -33,7 +32,7 @@ EMPTY_TOKEN = 29871
 
 @ProcessorStepRegistry.register(name="ceed_vla_openvla_inputs")
 @dataclass
-class OpenVLAInputsStep(FilesStep, ObservationProcessorStep):
+class OpenVLAInputsStep(FilesStep, InputsStep):
     """Make ``observation.openvla.input_ids``, ``...attention_mask`` (B, L) and ``...pixel_values`` (B, C, S, S).
 
     Attributes:
@@ -79,9 +78,6 @@ class OpenVLAInputsStep(FilesStep, ObservationProcessorStep):
             )
         return self
 
-    def get_config(self) -> dict[str, Any]:
-        return {"camera": self.camera, "prompt": self.prompt}
-
     def _open(self, folder: Path, source: str) -> None:
         if not (folder / IMAGES_FILE).is_file():
             raise CheckpointError(f"{source} lacks {IMAGES_FILE}; copy it too.")
@@ -111,12 +107,3 @@ class OpenVLAInputsStep(FilesStep, ObservationProcessorStep):
         """Ids of a prompt, with the empty token at its end."""
         ids = self._tokenizer(text)
         return ids if ids[-1:] == [EMPTY_TOKEN] else [*ids, EMPTY_TOKEN]
-
-    def transform_features(
-        self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
-    ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
-        size = self._images.sizes[0]
-        seen = features[PipelineFeatureType.OBSERVATION]
-        seen[IDS_KEY] = PolicyFeature(type=FeatureType.LANGUAGE, shape=(0,))
-        seen[PIXELS_KEY] = PolicyFeature(type=FeatureType.VISUAL, shape=(3 * len(self._images.sizes), *size))
-        return features

@@ -23,10 +23,72 @@ from transformers.initialization import no_init_weights
 from ceed_vla.backbones.base import check_features
 from ceed_vla.backbones.openvla.folder import Architecture
 from ceed_vla.backbones.openvla.inputs import IDS_KEY, MASK_KEY, PIXELS_KEY
-from ceed_vla.backbones.openvla.vision import Projector, VisionTowers
 from ceed_vla.backbones.transformers.backbone import TransformersBackbone, check_left_padding, read_weights
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
-from ceed_vla.errors import CheckpointError
+from ceed_vla.errors import CheckpointError, ConfigError
+
+
+class VisionTowers(nn.Module):
+    """One timm tower, or two whose patch features are concatenated; their names are those of published weights."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.featurizer = _tower(architecture, 0)
+        self.fused_featurizer = _tower(architecture, 1) if architecture.fused else None
+
+    @property
+    def width(self) -> int:
+        """Features of one patch."""
+        return sum(cast("int", tower.embed_dim) for tower in self._towers)
+
+    @property
+    def _towers(self) -> list[nn.Module]:
+        return [tower for tower in (self.featurizer, self.fused_featurizer) if tower is not None]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3 * towers, S, S) to patch features (B, patches, width) of the second-to-last layers."""
+        pairs = zip(cast("list[Any]", self._towers), pixels.split(3, dim=1), strict=True)
+        features = [tower.get_intermediate_layers(part, n=[len(tower.blocks) - 2])[0] for tower, part in pairs]
+        return torch.cat(features, dim=2)
+
+
+def _tower(architecture: Architecture, index: int) -> nn.Module:
+    """A timm model without its classifier."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ConfigError("OpenVLA's vision towers need timm; install ceed_vla[vlm].") from error
+    values = architecture.values
+    name = values["timm_model_ids"][index]
+    sizes, activations = values["image_sizes"], values.get("timm_override_act_layers")
+    settings = {
+        "img_size": sizes[index],
+        "act_layer": activations[index] if activations else None,
+        **(values.get("timm_model_kwargs") or [{}, {}])[index],  # both lists were checked (`check_config`)
+    }
+    try:
+        tower: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **settings)
+    except Exception as error:  # timm raises many kinds
+        raise CheckpointError(f"timm cannot build {name!r} of config.json ({error}).") from error
+    if len(getattr(tower, "blocks", ())) < 2:
+        raise CheckpointError(f"The vision tower {name!r} is no transformer of at least 2 blocks.")
+    return tower
+
+
+class Projector(nn.Module):
+    """Patch features to embeddings (B, patches, d); two layers for one tower, three for two."""
+
+    def __init__(self, vision_width: int, width: int, fused: bool) -> None:
+        super().__init__()
+        middle = 4 * vision_width if fused else width
+        self.fc1 = nn.Linear(vision_width, middle)
+        self.fc2 = nn.Linear(middle, width)
+        self.fc3 = nn.Linear(width, width) if fused else None
+        self.activation = nn.GELU()
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.fc2(self.activation(self.fc1(features)))
+        return x if self.fc3 is None else self.fc3(self.activation(x))
 
 
 class OpenVLABackbone(TransformersBackbone):
@@ -103,3 +165,35 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         rename=lambda name: name.replace(".scale_factor", ".gamma"),  # the publisher renames timm's LayerScale
         skip=lambda name: name.endswith("rotary_emb.inv_freq"),  # older transformers saved what is computed
     )
+
+
+def quantize(module: nn.Module, kind: str, device: str) -> None:
+    """Replace the linear layers inside `module`, for `device`, by "8bit" (LLM.int8) or "4bit" (NF4) ones.
+
+    bitsandbytes quantises the weights when the module moves to a GPU.
+    """
+    if not str(device).startswith("cuda"):
+        raise ConfigError(f"backbone.quantization is {kind!r} and the device {device!r}; it needs a GPU (device=cuda).")
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ConfigError(f"backbone.quantization {kind!r} needs bitsandbytes; install it, or set none.") from error
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, _quantized(bitsandbytes, child, kind))
+
+
+def _quantized(bitsandbytes: Any, linear: nn.Linear, kind: str) -> nn.Module:
+    layers, bias = bitsandbytes.nn, linear.bias is not None
+    weight = linear.weight.detach()
+    if kind == "8bit":
+        layer = layers.Linear8bitLt(linear.in_features, linear.out_features, bias, has_fp16_weights=False)
+        layer.weight = layers.Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False)
+    else:
+        layer = layers.Linear4bit(
+            linear.in_features, linear.out_features, bias, compute_dtype=weight.dtype, quant_type="nf4"
+        )
+        layer.weight = layers.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    layer.bias = linear.bias
+    return cast("nn.Module", layer)

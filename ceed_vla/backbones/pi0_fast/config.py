@@ -8,15 +8,12 @@ from typing import Any, ClassVar
 
 import ceed_vla.backbones.pi0_fast.inputs  # noqa: F401  (registers its step)
 from ceed_vla.backbones.base import TrainableBackbone
-from ceed_vla.backbones.config import BackboneConfig
-from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer, TextIds
-from ceed_vla.backbones.shape import PolicyShape
-from ceed_vla.backbones.transformers.architecture import read_architecture
-from ceed_vla.backbones.transformers.config import TransformersConfig
+from ceed_vla.backbones.config import BackboneConfig, PolicyShape
+from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer
+from ceed_vla.backbones.transformers.config import TransformersConfig, read_architecture
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import ranged
 from ceed_vla.tokens.base import ActionTokensConfig
-from ceed_vla.tokens.fast_codec import FastCodec
 
 
 @ActionTokensConfig.register_subclass("pi0_fast")
@@ -70,11 +67,7 @@ class Pi0FastTokensConfig(ActionTokensConfig):
                 "action_tokens.type is pi0_fast without its tokenizers; make the policy with "
                 "`ceed-vla convert --from pi0_fast`. For FAST tokens of own data set action_tokens.type=fast."
             )
-        codec = FastCodec.from_json(self.bpe, self.scale, self.least)
-        text = TextIds(self.words, self.bos, self.stop, tuple(self.marker))
-        return Pi0FastTokenizer(
-            codec, text, chunk_steps, action_dim, self.max_tokens, self.skip_tokens, self.scored, self.check_marker
-        )
+        return Pi0FastTokenizer(self, chunk_steps, action_dim)
 
 
 @BackboneConfig.register_subclass("pi0_fast")
@@ -85,8 +78,7 @@ class Pi0FastConfig(TransformersConfig):
     steps: ClassVar[tuple[str, ...]] = ("pi0_fast_prepare_state_tokenizer_processor_step", "ceed_vla_pi0_fast_prompt")
 
     def build(self, shape: PolicyShape) -> TrainableBackbone:
-        from ceed_vla.backbones.pi0_fast import loading
-        from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone
+        from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone, build_model, describe_model, load_weights
 
         tokens = shape.action_tokens
         if not isinstance(tokens, Pi0FastTokensConfig):
@@ -96,12 +88,12 @@ class Pi0FastConfig(TransformersConfig):
             )
         new = not self.architecture
         if new:
-            self.architecture = loading.describe_model(self.path)
+            self.architecture = describe_model(self.path)
             self.check_size(shape)
-        model = loading.build_model(self.architecture)
+        model = build_model(self.architecture)
         backbone = Pi0FastBackbone(model, tokens.build(shape.chunk_size, shape.action_dim))
         if new or self.weights == "reference":
-            loading.load_weights(backbone, self.path)
+            load_weights(backbone, self.path)
         if self.weights == "reference":
             backbone.refer()
         return backbone

@@ -9,7 +9,7 @@ from typing import Any
 from lerobot.lerobot_types import RobotObservation
 from lerobot.processor import ProcessorStepRegistry, TokenizerProcessorStep
 
-from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.backbones.transformers.step_files import LOCAL, TOKENIZER_FILES, FilesStep
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.files import read_files

@@ -12,9 +12,12 @@ writes no action.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
+import draccus
 import torch
 from lerobot.policies.common.vla_utils import prepare_attention_masks_4d
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
@@ -25,11 +28,25 @@ from transformers import PreTrainedModel
 
 from ceed_vla.backbones.base import Prefix, check_features
 from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer
-from ceed_vla.backbones.transformers.backbone import TransformersBackbone
+from ceed_vla.backbones.transformers.backbone import TransformersBackbone, read_weights
+from ceed_vla.backbones.transformers.config import read_architecture
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
 from ceed_vla.cache import StaticCache
-from ceed_vla.errors import ConfigError
+from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.files import read_json
 from ceed_vla.images import check_images
+
+_RANGES = {
+    "chunk_size": (1, 4096),
+    "n_action_steps": (1, 4096),
+    "tokenizer_max_length": (1, 65536),
+    "max_decoding_steps": (2, 65536),
+    "fast_skip_tokens": (0, 10**7),
+    "image_resolution": (1, 4096),
+    "empty_cameras": (0, 16),
+}
+HEAD = "model.paligemma_with_expert.paligemma.lm_head.weight"
+EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 
 
 class Pi0FastBackbone(TransformersBackbone):
@@ -51,7 +68,7 @@ class Pi0FastBackbone(TransformersBackbone):
         self.model = model
         self.config: PI0FastConfig = model.config
         self.augmented_images = tuple(k for k in self.config.image_features if ".empty_camera_" not in k)
-        self._bos = tokenizer.text.bos
+        self._bos = tokenizer.settings.bos
         forbidden = torch.ones(words, dtype=torch.bool, device=ids.device).index_fill_(0, ids, False)  # (V,)
         self.register_buffer("forbidden", forbidden if full else None, persistent=False)
 
@@ -119,3 +136,43 @@ class Pi0FastBackbone(TransformersBackbone):
             speculative = wrong.cumsum(1).bool()  # outputs 1 .. k - 1
             logits[:, 1:].masked_fill_(speculative.unsqueeze(-1) & self.forbidden, -torch.inf)
         return logits
+
+
+def describe_model(folder: str | Path) -> str:
+    """LeRobot's configuration (JSON) in a checkpoint folder, for the CPU and without compilation."""
+    values = read_json(Path(folder) / "config.json")
+    kind = values.get("type")
+    if kind != "pi0_fast":
+        raise CheckpointError(f"{folder} holds a policy of type {kind!r}; this reads LeRobot's 'pi0_fast'.")
+    return json.dumps({**values, "device": "cpu", "compile_model": False, "gradient_checkpointing": False})
+
+
+def decode_architecture(architecture: str) -> PI0FastConfig:
+    """LeRobot's configuration from its JSON; `CheckpointError` for values that LeRobot refuses, or without features."""
+    values = read_architecture(architecture)
+    values.pop("type", None)
+    try:
+        config = draccus.decode(PI0FastConfig, values)
+        config.validate_features()
+        for name, (low, high) in _RANGES.items():
+            found = getattr(config, name)
+            if not all(low <= value <= high for value in (found if isinstance(found, tuple | list) else [found])):
+                raise ConfigError(f"{name} is {found}; it must lie in [{low}, {high}].")
+    except Exception as error:  # draccus raises its own kinds, and passes on those of the configuration
+        raise CheckpointError(f"LeRobot's config.json cannot be used ({error}).") from error
+    return config
+
+
+def build_model(architecture: str) -> PI0FastPytorch:
+    """LeRobot's model with random weights. It gets no tokenizer: the backbone knows the ids."""
+    return PI0FastPytorch(decode_architecture(architecture))
+
+
+def load_weights(holder: nn.Module, folder: str | Path) -> None:
+    """Read the weights of LeRobot's checkpoint into ``holder.model``; LeRobot's loader keeps random ones on failure."""
+    read_weights(
+        holder,
+        Path(folder),
+        rename=lambda name: name if name.startswith("model.") else f"model.{name}",
+        copies={EMBEDDING: HEAD},  # published checkpoints hold the matrix that both share once
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,34 +14,17 @@ from ceed_vla.tokens.variable_length import VariableLengthTokens
 MARKER, STOP = "Action: ", "|"
 
 
-@dataclass(frozen=True)
-class TextIds:
-    """What pi0-FAST needs to know of its text tokenizer.
-
-    Attributes:
-        words: Ids of the tokenizer, from whose end the FAST ids count.
-        bos: Id that ends the prompt.
-        stop: Id of "|".
-        marker: Ids of "Action: ".
-    """
-
-    words: int
-    bos: int
-    stop: int
-    marker: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> TextIds:
-        """Read them off a transformers tokenizer; `ConfigError` if it has no "|" or no BOS token."""
-        stop, bos = tokenizer.convert_tokens_to_ids(STOP), tokenizer.bos_token_id
-        marker = tokenizer.encode(MARKER, add_special_tokens=False)
-        if stop is None or stop == tokenizer.unk_token_id or bos is None or not marker:
-            raise ConfigError(f"The text tokenizer has no {STOP!r} or no BOS token; is it PaliGemma's?")
-        return cls(int(tokenizer.vocab_size), int(bos), int(stop), tuple(int(i) for i in marker))
+def text_ids(tokenizer: Any) -> dict[str, Any]:
+    """What `Pi0FastTokensConfig` holds of a transformers tokenizer; `ConfigError` if it has no "|" or no BOS token."""
+    stop, bos = tokenizer.convert_tokens_to_ids(STOP), tokenizer.bos_token_id
+    marker = tokenizer.encode(MARKER, add_special_tokens=False)
+    if stop is None or stop == tokenizer.unk_token_id or bos is None or not marker:
+        raise ConfigError(f"The text tokenizer has no {STOP!r} or no BOS token; is it PaliGemma's?")
+    return {"words": int(tokenizer.vocab_size), "bos": int(bos), "stop": int(stop), "marker": [int(i) for i in marker]}
 
 
 class Pi0FastTokenizer(VariableLengthTokens):
-    """Chunks of normalised actions as pi0-FAST writes them, from the settings of `Pi0FastTokensConfig`.
+    """Chunks of normalised actions as pi0-FAST writes them; `settings` are a `Pi0FastTokensConfig`.
 
     Unlike LeRobot's detokeniser it neither fills up nor cuts off a chunk of another length, and a malformed one is an
     error instead of zeros. With `scored` ids a token is any of these, otherwise an index into `action_ids`.
@@ -51,27 +33,18 @@ class Pi0FastTokenizer(VariableLengthTokens):
         action_ids: (N,) text ids that an action may hold: the marker, the FAST ids and the stop token.
     """
 
-    def __init__(
-        self,
-        codec: FastCodec,
-        text: TextIds,
-        chunk_steps: int,
-        action_dim: int,
-        block_length: int,
-        skip_tokens: int = 128,
-        scored: int = 0,
-        check_marker: bool = True,
-    ) -> None:
-        self.codec, self.text, self.scored, self.check_marker = codec, text, scored, check_marker
-        self.chunk_steps, self.action_dim, self.block_length = chunk_steps, action_dim, block_length
-        self._last = text.words - 1 - skip_tokens  # text id of FAST id 0; the others descend from it
+    def __init__(self, settings: Any, chunk_steps: int, action_dim: int) -> None:
+        codec, scored = FastCodec.from_json(settings.bpe, settings.scale, settings.least), settings.scored
+        self.settings, self.codec, self.scored = settings, codec, scored
+        self.chunk_steps, self.action_dim, self.block_length = chunk_steps, action_dim, settings.max_tokens
+        self._last = settings.words - 1 - settings.skip_tokens  # text id of FAST id 0; the others descend from it
         first = self._last - codec.vocabulary_size + 1
         if first < 0:
             raise ConfigError(
-                f"The text tokenizer has {text.words} ids, too few for {codec.vocabulary_size} FAST ids before the "
-                f"last {skip_tokens}; do the two tokenizers belong together?"
+                f"The text tokenizer has {settings.words} ids, too few for {codec.vocabulary_size} FAST ids before the "
+                f"last {settings.skip_tokens}; do the two tokenizers belong together?"
             )
-        ids = sorted({*range(first, self._last + 1), *text.marker, text.stop})
+        ids = sorted({*range(first, self._last + 1), *settings.marker, settings.stop})
         self.action_ids = torch.tensor(ids)  # (N,)
         self._text_id = list(range(scored)) or ids  # token -> text id
         self._token = {i: token for token, i in enumerate(self._text_id)}  # text id -> token
@@ -81,20 +54,21 @@ class Pi0FastTokenizer(VariableLengthTokens):
                 "belong together?"
             )
         self.vocabulary_size = len(self._text_id)
-        self.stop = self._token[text.stop]
+        self.stop = self._token[settings.stop]
         self.speculative = torch.tensor([self._token[i] for i in ids])
         self.low, self.high = -torch.ones(action_dim).double(), torch.ones(action_dim).double()  # normalised, about
         self.zero = self.encode(torch.zeros(1, chunk_steps, action_dim))[0]
 
     def _write(self, actions: Tensor) -> list[list[int]]:
-        rows = [[*self.text.marker, *(self._last - i for i in ids)] for ids in self.codec.encode(actions)]
+        rows = [[*self.settings.marker, *(self._last - i for i in ids)] for ids in self.codec.encode(actions)]
         return [[self._token[i] for i in row] for row in rows]
 
     def _read(self, tokens: list[int]) -> Tensor:
         if not all(0 <= token < self.vocabulary_size for token in tokens):
             raise MalformedChunkError(f"its tokens do not all lie in [0, {self.vocabulary_size - 1}].")
-        ids, marker, at = [self._text_id[token] for token in tokens], list(self.text.marker), 0
-        if self.check_marker and ids[:2] != marker[:2]:  # LeRobot looks at two tokens, whatever the marker takes
+        ids, marker, at = [self._text_id[token] for token in tokens], list(self.settings.marker), 0
+        # LeRobot looks at two tokens, whatever the marker takes.
+        if self.settings.check_marker and ids[:2] != marker[:2]:
             raise MalformedChunkError(f"it begins with the text ids {ids[:3]}, not with {MARKER!r}.")
         while at <= len(ids) - len(marker):  # LeRobot drops the marker wherever it is
             if ids[at : at + len(marker)] == marker:

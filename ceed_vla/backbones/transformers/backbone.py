@@ -81,7 +81,14 @@ class TransformersBackbone(TrainableBackbone):
     def prefill_embeddings(self, embeddings: PrefixEmbeddings) -> TransformersPrefix:
         """`prefill` from what `embed_prefix` made."""
         cache, real = TransformersCache(), embeddings.real
-        self._check_positions(real.shape[1])
+        config: Any = self.decoder.config  # some rotary embeddings depend on how many positions there are
+        kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+        if kind in ("dynamic", "longrope") and real.shape[1] + self.block_length > config.max_position_embeddings:
+            raise ConfigError(
+                f"The prompt has {real.shape[1]} positions and the block {self.block_length}; behind "
+                f"{config.max_position_embeddings} (max_position_embeddings) this model's rope_scaling changes all "
+                "positions with every further one, so keys and values cannot be kept. Use another model."
+            )
         # The exits' own layers see the prefix too, with what the layer before is called with.
         with _behind(self.decoder, [(depth, e.layer) for depth, e in self.exits.items() if e.layer is not None]):
             hidden = self._run(embeddings.embeds, cache.begin(real.shape[1]), embeddings.inputs)[:, -1]  # (B, d)
@@ -126,17 +133,6 @@ class TransformersBackbone(TrainableBackbone):
         with runs(self.pretrained):
             output = self.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **inputs)
         return cast("Tensor", output.last_hidden_state)
-
-    def _check_positions(self, length: int) -> None:
-        """Refuse rotary embeddings that depend on how many positions there are."""
-        config: Any = self.decoder.config
-        kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-        if kind in ("dynamic", "longrope") and length + self.block_length > config.max_position_embeddings:
-            raise ConfigError(
-                f"The prompt has {length} positions and the block {self.block_length}; behind "
-                f"{config.max_position_embeddings} (max_position_embeddings) this model's rope_scaling changes all "
-                "positions with every further one, so keys and values cannot be kept. Use another model."
-            )
 
     def packed_logits(
         self, embeddings: PrefixEmbeddings, blocks: Sequence[Tensor], depth: int | None = None

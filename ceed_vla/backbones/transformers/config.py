@@ -1,21 +1,29 @@
-"""Settings that the families of published models share."""
+"""Settings that the families of published models share, and the architecture that describes such a model as JSON."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ceed_vla.backbones.config import BackboneConfig
-from ceed_vla.backbones.shape import PolicyShape
-from ceed_vla.fields import check_fields, chosen
+from ceed_vla.backbones.config import BackboneConfig, PolicyShape
+from ceed_vla.errors import CheckpointError
+from ceed_vla.fields import Checked, chosen
 from ceed_vla.weights import check_sizes, weight_files
 
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = ("copied", "reference")  # into checkpoints, or by reference to the folder they were read from
+# Names in the configurations of transformers; a model has one of each row.
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "depth")
+_WIDTH = ("hidden_size", "n_embd", "d_model", "embed_dim")
+_OTHERS = ("intermediate_size", "vocab_size", "num_attention_heads", "head_dim", "image_size", "patch_size")
+_PARTS = ("text_config", "vision_config")
 
 
 @dataclass
-class TransformersConfig(BackboneConfig):
+class TransformersConfig(BackboneConfig, Checked, prefix="backbone."):
     """Base of families whose weights somebody else published.
 
     Attributes:
@@ -29,12 +37,51 @@ class TransformersConfig(BackboneConfig):
     weights: str = chosen("copied", WEIGHTS)
     architecture: str = ""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "backbone.")
-
     def weight_files(self) -> list[Path]:
         return weight_files(Path(self.path)) if self.weights == "reference" else []
 
     def check_size(self, shape: PolicyShape) -> None:
         """Refuse an `architecture` that describes more than the folder's weights, before a model is built of it."""
         check_sizes(weight_files(Path(self.path)), *self.least_sizes(shape))
+
+
+def read_architecture(text: str) -> dict[str, Any]:
+    """The mapping in ``backbone.architecture``; `CheckpointError` if it names code of its own (auto_map) anywhere."""
+    try:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise TypeError(f"a {type(values).__name__}")
+        remote = _names_code(values)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"backbone.architecture does not describe a model ({str(error)[:200]}); copy config.json again."
+        ) from error
+    if remote:
+        raise CheckpointError("backbone.architecture names code of its own (auto_map), which is never run.")
+    return values
+
+
+def least_sizes(values: Mapping[str, Any]) -> tuple[int, int]:
+    """Layers of a transformer's configuration, and the fewest numbers that its weights have; of all its parts."""
+    parts = [part for part in map(values.get, _PARTS) if isinstance(part, dict)]
+    if parts:
+        found = [least_sizes(part) for part in parts]
+        return sum(layers for layers, _ in found), sum(numbers for _, numbers in found)
+    sizes = {}
+    for name in (*_LAYERS, *_WIDTH, *_OTHERS):
+        value = values.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise CheckpointError(
+                f"{name} of the model's configuration is {str(value)[:200]!r}; it must be a positive whole number."
+            )
+        sizes[name] = value or 0
+    layers, width = (max(sizes[name] for name in names) for names in (_LAYERS, _WIDTH))
+    inside = max(sizes["intermediate_size"], sizes["num_attention_heads"] * sizes["head_dim"])
+    places = (sizes["image_size"] // sizes["patch_size"]) ** 2 if sizes["patch_size"] else 0
+    return layers, width * (layers * inside + max(sizes["vocab_size"], places))
+
+
+def _names_code(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "auto_map" in value or any(map(_names_code, value.values()))
+    return isinstance(value, list) and any(map(_names_code, value))

@@ -9,10 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from ceed_vla.backbones.base import TrainableBackbone
-from ceed_vla.backbones.config import BackboneConfig
-from ceed_vla.backbones.shape import PolicyShape
-from ceed_vla.backbones.transformers.architecture import least_sizes, read_architecture
-from ceed_vla.backbones.transformers.config import DTYPES, TransformersConfig
+from ceed_vla.backbones.config import BackboneConfig, PolicyShape
+from ceed_vla.backbones.transformers.config import DTYPES, TransformersConfig, least_sizes, read_architecture
 from ceed_vla.backbones.vlm.inputs import CAMERAS, VLMInputsStep
 from ceed_vla.backbones.vlm.processor import load_processor
 from ceed_vla.errors import ConfigError

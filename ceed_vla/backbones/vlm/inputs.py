@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from lerobot.configs import FeatureType, PipelineFeatureType, PolicyFeature
 from lerobot.lerobot_types import RobotObservation, TransitionKey
-from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
+from lerobot.processor import ProcessorStepRegistry
 from PIL import Image
 from torch import Tensor
 
-from ceed_vla.backbones.shape import PolicyShape
+from ceed_vla.backbones.config import InputsStep, PolicyShape
 from ceed_vla.backbones.transformers.step_files import FilesStep
 from ceed_vla.backbones.vlm.chat_template import render
 from ceed_vla.backbones.vlm.processor import load_processor
@@ -34,7 +33,7 @@ LONGEST_PROMPT = 65_536  # [tokens]
 
 @ProcessorStepRegistry.register(name="ceed_vla_vlm_inputs")
 @dataclass
-class VLMInputsStep(FilesStep, ObservationProcessorStep):
+class VLMInputsStep(FilesStep, InputsStep):
     """Make ``observation.vlm.input_ids``, ``...attention_mask``, ``...pixel_values`` and what else the model reads.
 
     Every tensor has the rows of the batch first. Where the model wants all images or patches in one list, the key is
@@ -73,9 +72,6 @@ class VLMInputsStep(FilesStep, ObservationProcessorStep):
 
     def _open(self, folder: Path, source: str) -> None:
         self._processor = load_processor(folder, source)
-
-    def get_config(self) -> dict[str, Any]:
-        return {"sizes": self.sizes, "layout": self.layout, "prompt": self.prompt, "state_places": self.state_places}
 
     def observation(self, observation: RobotObservation) -> RobotObservation:
         self.check_files()
@@ -132,12 +128,6 @@ class VLMInputsStep(FilesStep, ObservationProcessorStep):
             if value.shape == ids.shape:  # one entry a token
                 added = value.new_full((len(ids), self.state_places), {IDS: ordinary, MASK: 1}.get(name, 0))
                 inputs[name] = torch.cat([value, added], dim=1)
-
-    def transform_features(
-        self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
-    ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
-        features[PipelineFeatureType.OBSERVATION][ROW_KEY + IDS] = PolicyFeature(type=FeatureType.LANGUAGE, shape=(0,))
-        return features
 
 
 def keyed(inputs: dict[str, Tensor], rows: int) -> dict[str, Tensor]:

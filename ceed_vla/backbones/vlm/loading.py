@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from ceed_vla.backbones.transformers.architecture import least_sizes, read_architecture
+from ceed_vla.backbones.transformers.config import least_sizes, read_architecture
 from ceed_vla.backbones.transformers.step_files import LOCAL
 from ceed_vla.backbones.vlm.model import VLMBackbone
 from ceed_vla.cache import TransformersCache
@@ -21,8 +21,13 @@ from ceed_vla.files import read_json
 from ceed_vla.weights import check_floating, check_sizes, check_weights, weight_files
 
 
-def check_folder(folder: Path) -> None:
-    """Check that a folder holds an image-text-to-text model with all its weights, and needs no code of its own."""
+def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """Read an image-text-to-text model with all its weights.
+
+    `CheckpointError` for another model, one that needs code of its own, and weights that are damaged, incomplete or of
+    other sizes.
+    """
+    folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(
             f"backbone.path is {str(folder)!r}, which is no folder; give a local one with config.json and "
@@ -37,14 +42,9 @@ def check_folder(folder: Path) -> None:
             f"are {', '.join(sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))}."
         )
     sizes = least_sizes(read_architecture(json.dumps({k: v for k, v in config.items() if k != "auto_map"})))
-    check_sizes(weight_files(folder), *sizes)
-
-
-def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """Read a model with all its weights; `CheckpointError` if these are damaged, incomplete or of other sizes."""
-    folder = Path(folder)
-    check_folder(folder)
-    check_floating(weight_files(folder))
+    files = weight_files(folder)
+    check_sizes(files, *sizes)
+    check_floating(files)
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True, **LOCAL

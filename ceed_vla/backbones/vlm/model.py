@@ -25,6 +25,7 @@ from ceed_vla.backbones.transformers.backbone import TransformersBackbone, check
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
 from ceed_vla.backbones.vlm.inputs import FLAT_KEY, IDS, MASK, ROW_KEY
 from ceed_vla.errors import ConfigError, ObservationError
+from ceed_vla.fields import short
 
 STATE_KEY = "observation.state"
 STATE_RANGE = 3.0  # the bins of a state span so many standard deviations to both sides
@@ -57,7 +58,12 @@ class VLMBackbone(TransformersBackbone):
         auxiliary_dim: int = 0,
     ) -> None:
         embedding = cast("nn.Embedding", model.get_input_embeddings())
-        check_action_ids(action_ids, embedding.num_embeddings, block_length)
+        rows, different = embedding.num_embeddings, len(set(action_ids))
+        if block_length < 1 or not 0 < different == len(action_ids) or min(action_ids) < 0 or max(action_ids) >= rows:
+            raise ConfigError(
+                f"block_length is {block_length}, the action ids are {short(list(action_ids))}; a block needs a token, "
+                f"and the ids must be different ones in [0, {rows - 1}], the rows of the model's embedding."
+            )
         super().__init__(block_length, len(action_ids), torch.tensor(list(action_ids), device=model.device))
         _make_causal(model)
         self.model = model
@@ -178,17 +184,6 @@ def language_model(model: PreTrainedModel) -> nn.Module:
             "use a model such as LLaVA, LLaVA-OneVision, Qwen2.5-VL, SmolVLM or PaliGemma."
         )
     return cast("nn.Module", decoder)
-
-
-def check_action_ids(action_ids: Sequence[int], vocabulary: int, block_length: int) -> None:
-    """Raise `ConfigError` unless the ids are different ones of the vocabulary, and the block holds a token."""
-    if block_length < 1 or not action_ids:
-        raise ConfigError(f"block_length is {block_length} with {len(action_ids)} action ids; both must be at least 1.")
-    if min(action_ids) < 0 or max(action_ids) >= vocabulary or len(set(action_ids)) < len(action_ids):
-        raise ConfigError(
-            f"The action ids {min(action_ids)}..{max(action_ids)} must be different ids in [0, {vocabulary - 1}], "
-            "the rows of the model's embedding."
-        )
 
 
 class _Arrived(Exception):  # noqa: N818  (a message, not a mistake)

@@ -24,8 +24,9 @@ from benchmarks.models.pi0_fast import (
     write_fast_tokenizer,
     write_text_tokenizer,
 )
+from ceed_vla.backbones.pi0_fast.config import Pi0FastTokensConfig
 from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone
-from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer, TextIds
+from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer, text_ids
 from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_block
 from ceed_vla.tokens.fast_codec import FastCodec
 
@@ -73,15 +74,17 @@ def observe(batch: int, seed: int = 0) -> dict[str, Tensor]:
 def wrap(policy: Any, vocabulary: str = "full") -> tuple[Pi0FastBackbone, Pi0FastTokenizer]:
     """Our backbone and tokenizer over LeRobot's policy."""
     config = policy.config
-    tokenizer = Pi0FastTokenizer(
-        FastCodec.from_folder(config.action_tokenizer_name),
-        TextIds.of(policy._paligemma_tokenizer),
-        config.chunk_size,
-        DIM,
-        config.max_decoding_steps,
-        config.fast_skip_tokens,
+    codec = FastCodec.from_folder(config.action_tokenizer_name)
+    settings = Pi0FastTokensConfig(
+        max_tokens=config.max_decoding_steps,
+        skip_tokens=config.fast_skip_tokens,
         scored=WORDS if vocabulary == "full" else 0,
+        bpe=codec.bpe.to_str(),
+        scale=codec.scale,
+        least=codec.least,
+        **text_ids(policy._paligemma_tokenizer),
     )
+    tokenizer = settings.build(config.chunk_size, DIM)
     return Pi0FastBackbone(policy.model, tokenizer).eval(), tokenizer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone
-from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer, TextIds
+from ceed_vla.backbones.pi0_fast.tokens import text_ids
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.engine import compiled
 from ceed_vla.errors import CheckpointError, ConfigError, MalformedChunkError, ObservationError, TokenError
@@ -171,12 +172,12 @@ def test_bad_input(lab: Any) -> None:
     with pytest.raises(ConfigError, match="do tokenizer and weights belong together"):
         Pi0FastBackbone(policy.model, tokenizer)
     with pytest.raises(ConfigError, match="the model scores 600"):
-        Pi0FastTokenizer(tokenizer.codec, tokenizer.text, lab.STEPS, lab.DIM, 20, lab.SKIP, scored=600)
+        replace(tokenizer.settings, scored=600).build(lab.STEPS, lab.DIM)
     with pytest.raises(ConfigError, match="too few for"):
-        Pi0FastTokenizer(tokenizer.codec, TextIds(200, 2, 5, (6, 7)), lab.STEPS, lab.DIM, 20, lab.SKIP)
+        replace(tokenizer.settings, words=200, stop=5, marker=[6, 7], scored=0).build(lab.STEPS, lab.DIM)
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     with pytest.raises(ConfigError, match="no BOS token"):
-        TextIds.of(plain)
+        text_ids(plain)
     with pytest.raises(ConfigError, match="are no bins"):
         lab.decode(backbone, tokenizer, lab.observe(1), DecodingConfig(confidence=0.5))
     with pytest.raises(CheckpointError, match=r"processor_config\.json cannot be read"):

@@ -13,7 +13,7 @@ import torch
 from ceed_vla import CeedVLAConfig, CeedVLAPolicy
 from ceed_vla.checkpoints import save
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
-from sim.tabletop.policy import tabletop_config
+from tests.helpers.tabletop import tabletop_config
 
 FRONT, WRIST, STATE = "observation.images.front", "observation.images.wrist", "observation.state"
 ENVIRONMENT = "observation.environment_state"

@@ -25,7 +25,7 @@ from ceed_vla.backbones.vlm.model import IDS_KEY, MASK_KEY, STATE_KEY, VLMBackbo
 from ceed_vla.backbones.vlm.processor import load_processor
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
-from sim.tabletop.policy import tabletop_config
+from tests.helpers.tabletop import tabletop_config
 
 
 def load(folder: Path) -> Any:

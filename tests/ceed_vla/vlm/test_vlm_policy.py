@@ -18,7 +18,7 @@ from ceed_vla.checkpoints import save, weights_hash
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
-from sim.tabletop.policy import tabletop_config
+from tests.helpers.tabletop import tabletop_config
 
 STATS = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
 

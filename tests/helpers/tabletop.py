@@ -1,4 +1,4 @@
-"""The configuration of policies for the tabletop, and the meaning of its privileged state."""
+"""The configuration of policies for the tabletop."""
 
 from __future__ import annotations
 
@@ -9,25 +9,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.tokens.uniform import UniformTokensConfig
-from sim.environment import Privileged
-from sim.tabletop.tasks import COLORS
-
-_NAMES = (
-    *("target_dx", "target_dy", "target_dz", "target_cos_4yaw", "target_sin_4yaw"),
-    *("goal_dx", "goal_dy", "goal_dz"),
-    *(f"{thing}_{part}" for thing in (*COLORS, "bin", "plate") for part in ("x", "y", "z", "yaw")),
-)
-# The named cube and goal as seen from the gripper, in units of 3 cm, then every object in decimetres. Without the
-# objects a policy learns where things are only through which one is named, far more slowly. Yaws count little: at
-# 96 px they are mostly noise, which would drown the centimetres that a stack needs.
-_NAMED_SCALE = (30.0, 30.0, 30.0, 0.3, 0.3, 30.0, 30.0, 30.0)
-_OBJECTS_SCALE = (10.0, 10.0, 1.0, 0.1) * 6
-PRIVILEGED = Privileged(
-    names=_NAMES,
-    scale=(*_NAMED_SCALE, *_OBJECTS_SCALE),
-    named=len(_NAMED_SCALE),
-    positions={"target": (0, 3), "goal": (5, 8)},
-)
+from sim.tabletop.lerobot_env import PRIVILEGED
 
 
 def tabletop_config(**changes: object) -> CeedVLAConfig:

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Meta-World's MT10 from nothing on two cores: demonstrations, a teacher that sees before it acts, a student, both evaluated.
+# Needs the extra `metaworld`. Every step goes on where an interrupt left it: run the script again.
+#
+#   bash recipes/metaworld_mt10.sh [OUTPUT_FOLDER]
+#   EPISODES=250 SCENES=4000 STEPS=9000 bash recipes/metaworld_mt10.sh    # more of everything
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-outputs/mt10}
+export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore
+env=--env.type=ceed_metaworld
+
+record() { # name mode episodes seed
+  ceed-vla record $env --resume true --root "$out/data/$1" --mode "$2" --episodes "$3" --seed "$4" "${@:5}"
+}
+wait_all() { # with their exit status: a plain wait would hide a failure
+  local job
+  for job in $(jobs -p); do wait "$job"; done
+}
+started() { [ -e "$out/$1/progress.json" ] && echo true || echo false; }
+finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors" ]; }
+
+# 1. Scenes without actions, and demonstrations with bursts of random steps; two processes side by side.
+for half in 0 1; do
+  (record ground$half grounding "${SCENES:-3000}" $((6000 + 6000 * half)) --poses_per_scene 1
+    record perturb$half perturb "${EPISODES:-300}" $((1000 + 2000 * half))) &
+done
+wait_all
+demos="$out/data/perturb0,$out/data/perturb1"
+
+# 2. The teacher; it sees no action before it knows where things are. Then takeovers (DAgger).
+finished teacher || torchrun --nproc_per_node 2 -m ceed_vla.cli train $env --output_dir "$out/teacher" --roots "$demos" \
+  --grounding_roots "$out/data/ground0,$out/data/ground1" --grounding_steps "${GROUNDING_STEPS:-1500}" \
+  --grounding_gate "${GATE:-0.03}" --steps "${STEPS:-5000}" --rounds 2 --takeover_episodes 200 --lr 2e-3 \
+  --validate_episodes 40 --threads 1 --resume "$(started teacher)"
+teacher=$out/teacher/checkpoints/final
+
+# 3. Its trajectories, and the student.
+for shard in 0 1; do
+  ceed-vla collect --policy_path "$teacher" --roots "$demos" --output_dir "$out/trajectories" --max_frames 20000 \
+    --num_shards 2 --shard_index $shard --resume true &
+done
+wait_all
+finished student || ceed-vla distill $env --teacher_path "$teacher" --trajectories.path "$out/trajectories" \
+  --roots "$demos" --output_dir "$out/student" --steps 2000 --lr 1e-3 --muon_lr 1e-3 --max_iterations 2 --confidence 0.2 \
+  --validate_episodes 0 --resume "$(started student)"
+
+# 4. What the teacher sees, and both in the loop: 50 episodes a task.
+ceed-vla grounding $env --policy.path "$teacher" --output "$out/grounding.json"
+ceed-vla eval $env --policy.path "$out/student/checkpoints/final" --teacher.path "$teacher" --episodes 500 --seed 50000 \
+  --decoders jacobi,ceed,cap1 --timing_chunks 0 --workers 2 --output_dir "$out/evaluate" --resume true

@@ -1,0 +1,95 @@
+"""Meta-World as LeRobot's environment, rendered fast: `--env.type=ceed_metaworld --env.task=mt10`.
+
+Observations, tasks, success and seeds are those of LeRobot's own `metaworld`, whose images are of 480 x 480 pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import gymnasium
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.envs.configs import EnvConfig, MetaworldEnv
+from lerobot.envs.utils import freeze_after_episode_end
+from numpy.typing import NDArray
+
+from ceed_vla.errors import ConfigError
+from ceed_vla.fields import check_fields, ranged, short
+from sim.environment import MIXED, Privileged
+from sim.metaworld import ENV_ID, MAX_EPISODE_STEPS
+from sim.metaworld.tasks import ALL_TASKS, LARGEST_IMAGE, PRIVILEGED, TASKS
+
+
+@EnvConfig.register_subclass("ceed_metaworld")
+@dataclass
+class CeedMetaworldEnv(MetaworldEnv):
+    """Meta-World's tasks by language.
+
+    Attributes:
+        task: "mt10", "all" (50 tasks) or a comma-separated list, which take turns (LeRobot: one suite each); or
+            "mixed": the environment draws a task of MT10 for every episode.
+        fps: Control rate [Hz].
+        episode_length: Step limit of an episode.
+        image_size: Side of the camera image [px].
+    """
+
+    privileged: ClassVar[Privileged] = PRIVILEGED
+
+    task: str = "mt10"
+    episode_length: int = ranged(MAX_EPISODE_STEPS, "[1, 500]")  # Meta-World ends itself at 500
+    image_size: int = ranged(96, f"[16, {LARGEST_IMAGE}]")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self.obs_type = "pixels_agent_pos"
+        super().__post_init__()
+        shape = (self.image_size, self.image_size, 3)
+        self.features["pixels/top"] = PolicyFeature(type=FeatureType.VISUAL, shape=shape)
+        self.tasks()
+        if not find_spec("metaworld"):
+            raise ConfigError("--env.type=ceed_metaworld needs Meta-World: pip install 'ceed_vla[metaworld]'.")
+
+    @property
+    def gym_id(self) -> str:
+        return ENV_ID
+
+    @property
+    def gym_kwargs(self) -> dict[str, Any]:
+        """Keywords of `gymnasium.make`."""
+        return {"tasks": self.tasks(), "image_size": self.image_size, "max_episode_steps": self.episode_length}
+
+    def tasks(self) -> list[str]:
+        """Tasks that take turns over the seeds.
+
+        Raises:
+            ConfigError: Unknown task.
+        """
+        sets = {"mt10": TASKS, MIXED: TASKS, "all": ALL_TASKS}
+        names = [name.strip() for name in (self.task or "").split(",") if name.strip()]
+        found = list(sets[names[0]]) if len(names) == 1 and names[0] in sets else names
+        if unknown := [name for name in found if name not in ALL_TASKS] or ([] if found else ["nothing"]):
+            raise ConfigError(
+                f"--env.task is unknown: {short(', '.join(unknown))}; choose 'mt10', 'mixed', 'all' or some of "
+                f"{', '.join(ALL_TASKS)}."
+            )
+        return found
+
+    def act(self, env: Any) -> NDArray[Any]:
+        """Action (4,) of Meta-World's scripted expert."""
+        return env.expert_action()
+
+    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, VectorEnv]]:
+        """One vector environment per task, for LeRobot's tools: {task: {0: env}}; finished ones are frozen."""
+        vector: Any = SyncVectorEnv
+        if use_async_envs and n_envs > 1:
+            vector = partial(AsyncVectorEnv, context="forkserver")
+        make = partial(gymnasium.make, ENV_ID, disable_env_checker=True)
+        makers = {task: partial(make, **{**self.gym_kwargs, "tasks": [task]}) for task in self.tasks()}
+        return {
+            task: {0: vector([freeze_after_episode_end(made)] * n_envs, autoreset_mode=AutoresetMode.NEXT_STEP)}
+            for task, made in makers.items()
+        }

@@ -1,0 +1,37 @@
+"""Inference workers whose policy is loaded, for tests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ros_nodes.robot.inference import InferenceWorker
+
+
+def load_error(worker: InferenceWorker, timeout: float = 120.0) -> str | None:
+    """Begin, and wait until the policy is there; or why it never will be."""
+    worker.begin()
+    end = time.monotonic() + timeout
+    while not worker.ready and worker.failed is None:
+        assert time.monotonic() < end, "the policy is not loaded"
+        time.sleep(0.005)
+    return worker.failed
+
+
+@contextmanager
+def running(checkpoint: str | Path, **options: Any) -> Iterator[InferenceWorker]:
+    """A worker with its policy, and an end to it."""
+    with closing(InferenceWorker(checkpoint, **options)) as worker:
+        assert load_error(worker) is None
+        yield worker
+
+
+def process_of(worker: InferenceWorker) -> int:
+    """Id of the process of mode "process"; waits until there is one."""
+    policy: Any = worker._policy
+    while policy._process is None:
+        time.sleep(0.005)
+    return int(policy._process.pid)

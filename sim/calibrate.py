@@ -34,7 +34,7 @@ from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY, claim_folder, default_console
 from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, observation_batch, turns
 from sim.evaluate import CheckpointPath
-from sim.rollout import Chunk, PolicyRunner, rollout, stack_previous, wilson_interval
+from sim.rollout import Chunk, PolicyRunner, rollout, stack_previous, success_entry
 from sim.tabletop.lerobot_env import mixed_tabletop
 
 OFF = 0.05  # of an action's range
@@ -139,17 +139,16 @@ class Measured:
     Attributes:
         risks: (E,) share of off chunks of every episode.
         forwards: Forwards of every chunk.
-        success: Episodes that were solved.
+        solved: Whether every episode was solved.
     """
 
     name: str
     risks: NDArray[np.float64]
     forwards: NDArray[np.float64]
-    success: int
+    solved: list[bool]
 
     def entry(self, epsilons: Sequence[float]) -> dict[str, Any]:
         """For the report."""
-        low, high = wilson_interval(self.success, len(self.risks))
         return {
             "risk": round(float(self.risks.mean()), 5),
             "risk_ci95": [round(v, 5) for v in bootstrap(self.risks)],
@@ -157,9 +156,7 @@ class Measured:
             "p_values": {str(e): round(p_value(self.risks, e), 6) for e in epsilons},
             "forwards_mean": round(float(self.forwards.mean()), 4),
             "forwards_p95": float(np.percentile(self.forwards, 95)),
-            "success": self.success,
-            "episodes": len(self.risks),
-            "success_ci95": [round(low, 4), round(high, 4)],
+            **success_entry(self.solved),
         }
 
 
@@ -271,7 +268,7 @@ def measured(config: CalibrateConfig, bundle: Bundle, pool: EnvPool, name: str) 
         results = rollout(runner, pool, episodes, lambda _: bar.update())
     risks = np.array([np.mean([seconds["off"] for seconds in result.seconds]) for result in results])
     forwards = np.array([count for result in results for count in result.forwards], dtype=float)
-    return Measured(name, risks, forwards, sum(result.success for result in results))
+    return Measured(name, risks, forwards, [result.success for result in results])
 
 
 def _print(report: dict[str, Any], console: Console, file: Path) -> None:

@@ -64,6 +64,24 @@ class EpisodeLog:
             results[values["decoder"]].append(episode)
         return results
 
+    def shared(self, folder: Path) -> Results:
+        """Episodes of another evaluation in `folder` by decoders that are the same there: equal model, settings, seeds.
+
+        Raises:
+            ConfigError: No evaluation there, or a damaged one.
+        """
+        header = _values((_lines(folder / EPISODES) or [""])[0])
+        theirs = header.get("identity") if isinstance(header, dict) else None
+        if not isinstance(theirs, dict) or not isinstance(theirs.get("decoders"), dict):
+            raise ConfigError(f"--reuse is {folder}, which has no {EPISODES} of an evaluation.")
+        alike = {name for name, value in self.identity.items() if theirs.get(name) == value}
+        models = {"policy", "teacher"} & alike
+        if self.identity.keys() - alike - {"policy", "teacher", "decoders"}:
+            return {}
+        found = EpisodeLog(folder, theirs, self.plan, self.longest).read()
+        same = {n: row for n, row in self.identity["decoders"].items() if theirs["decoders"].get(n) == row}
+        return {name: found[name] for name, row in same.items() if row["model"] in models}
+
     def start(self, results: Results) -> None:
         """Write a file of `results`."""
         header = json.dumps({"program": MADE_BY, "identity": self.identity})

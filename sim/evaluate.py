@@ -91,6 +91,8 @@ class EvalConfig(Checked, prefix="--"):
             fastest: every row in both, and in the faster one in the report. The episodes stay eager.
         threads: Threads of torch; None leaves torch's choice.
         device: Overrides the checkpoints' device.
+        reuse: Folder of another evaluation, whose episodes of decoders that are the same, such as the teacher's, are
+            taken.
         resume: Keep the finished episodes of an interrupted evaluation with the same options in `output_dir`.
     """
 
@@ -113,6 +115,7 @@ class EvalConfig(Checked, prefix="--"):
     engine: str = chosen("eager", ENGINES)
     threads: int | None = ranged(None, "[1, 256]")
     device: str | None = None
+    reuse: str = ""
     resume: bool = False
 
 
@@ -215,7 +218,9 @@ def prepared(config: EvalConfig, pool: EnvPool) -> tuple[Evaluation, EpisodeLog]
     log = EpisodeLog(
         Path(config.output_dir), _identity(config, rows, bundles), dict(_plan(config)), pool.max_episode_steps
     )
-    kept = _whole_shards(config, rows, log.read()) if config.resume else {row.name: [] for row in rows}
+    kept: Results = {row.name: [] for row in rows} | (log.shared(Path(config.reuse)) if config.reuse else {})
+    kept |= {name: episodes for name, episodes in (log.read() if config.resume else {}).items() if episodes}
+    kept = _whole_shards(config, rows, kept)
     return Evaluation(config, rows, bundles, kept, pool, executed), log
 
 

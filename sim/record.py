@@ -39,7 +39,6 @@ class RecordSummary:
         episodes: Stored LeRobot episodes.
         attempts: Attempts made, earlier runs of a resumed set included.
         outcomes: Attempts by "family/outcome".
-        seconds: Wall time of this run.
     """
 
     root: Path
@@ -47,7 +46,6 @@ class RecordSummary:
     frames: int
     attempts: int
     outcomes: dict[str, int]
-    seconds: float
 
     def __str__(self) -> str:
         outcomes = ", ".join(f"{name} {count}" for name, count in sorted(self.outcomes.items()))
@@ -67,7 +65,6 @@ def record(config: RecordConfig, policy_bundle: Bundle | None = None, on_attempt
         KeyboardInterrupt: Interrupted; all complete units of work are stored, `resume` goes on after them.
     """
     _check_root(config, policy_bundle)
-    started = time.perf_counter()
     with EnvPool(config.batch, config.env) as pool, handled_by():
         run_unit, features = _recorder(config, pool, policy_bundle), frame_features(pool.env(0), config)
         try:
@@ -82,8 +79,7 @@ def record(config: RecordConfig, policy_bundle: Bundle | None = None, on_attempt
             session.run(run_unit, on_attempt)
         finally:
             session.close()
-    seconds, outcomes = time.perf_counter() - started, dict(session.outcomes)
-    return RecordSummary(config.root, writer.episodes, writer.frames, session.attempts, outcomes, seconds)
+    return RecordSummary(config.root, writer.episodes, writer.frames, session.attempts, dict(session.outcomes))
 
 
 def _check_root(config: RecordConfig, policy_bundle: Bundle | None) -> None:

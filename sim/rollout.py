@@ -337,3 +337,15 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     centre = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
     half = z / (1 + z**2 / trials) * math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def success_entry(solved: Iterable[bool]) -> dict[str, Any]:
+    """What a report says of episodes: how many, how many were `solved`, and the rate with its interval."""
+    outcomes = list(solved)
+    success, count = sum(outcomes), len(outcomes)
+    return {
+        "success": success,
+        "episodes": count,
+        "success_rate": round(success / count, 4) if count else None,
+        "success_ci95": [round(bound, 4) for bound in wilson_interval(success, count)],
+    }

@@ -15,14 +15,14 @@ import torch
 
 import ceed_vla
 from sim.paired import compare_paired
-from sim.rollout import EpisodeResult, wilson_interval
+from sim.rollout import EpisodeResult, success_entry
 
 
 def row_entry(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
     """One decoder's success with its Wilson interval, overall and per task; forwards of the chunks; how they ended."""
     forwards = np.array([count for episode in episodes for count in episode.forwards])
     families = sorted({episode.task for episode in episodes})
-    entry = _success(episodes)
+    entry = success_entry(episode.success for episode in episodes)
     if len(forwards):
         entry |= {
             "chunks": len(forwards),
@@ -39,7 +39,7 @@ def row_entry(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
     for name in solved[0].motion if solved else ():
         entry[f"{name}_mean_of_successes"] = float(np.mean([episode.motion.get(name, 0.0) for episode in solved]))
     entry["exit_reasons"] = dict(sorted(Counter(r for episode in episodes for r in episode.exit_reasons).items()))
-    entry["per_task"] = {family: _success([e for e in episodes if e.task == family]) for family in families}
+    entry["per_task"] = {family: success_entry(e.success for e in episodes if e.task == family) for family in families}
     entry["failed_seeds"] = sorted(episode.seed for episode in episodes if not episode.success)
     return entry
 
@@ -71,17 +71,6 @@ def hardware(device: str) -> dict[str, Any]:
         "memory_gb": round(memory, 1),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
-    }
-
-
-def _success(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
-    success, count = sum(episode.success for episode in episodes), len(episodes)
-    low, high = wilson_interval(success, count)
-    return {
-        "success": success,
-        "episodes": count,
-        "success_rate": round(success / count, 4) if count else None,
-        "success_ci95": [round(low, 4), round(high, 4)],
     }
 
 

@@ -33,7 +33,7 @@ from sim.calibrate import CHECKPOINT, plain
 from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, turns
 from sim.evaluate import CheckpointPath
 from sim.plots import save_figure
-from sim.rollout import PolicyRunner, rollout, wilson_interval
+from sim.rollout import PolicyRunner, rollout, success_entry
 from sim.summary import hardware
 from sim.tabletop.lerobot_env import mixed_tabletop
 from sim.timing import ENGINES, Observations, bare_parts, collect_observations, in_engine, measure, percentiles
@@ -135,15 +135,12 @@ class Trial:
 
     def entry(self) -> dict[str, Any]:
         """For plans.json."""
-        success, count = sum(self.solved.values()), len(self.solved)
         return {
             "decoding": self.plan.decoding,
             "executed_steps": self.plan.executed_steps,
             "p50_ms": self.p50,
             "p99_ms": self.p99,
-            "success": success,
-            "episodes": count,
-            "success_ci95": [round(v, 4) for v in wilson_interval(success, count)],
+            **success_entry(self.solved.values()),
         }
 
 
@@ -353,13 +350,12 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
 
 
 def _figure(trials: Sequence[Trial], floor: float) -> Any:
-    rows = {}
-    for trial in trials:
-        entry = trial.entry()
-        row = {"latency_ms": {"p50": trial.p50, "p99": trial.p99}, "episodes": entry["episodes"]}
-        rows[f"{trial.plan.decoding} h{trial.plan.executed_steps}"] = {
-            **row, "success_rate": entry["success"] / max(1, entry["episodes"])
-        }  # fmt: skip
+    rows = {
+        f"{trial.plan.decoding} h{trial.plan.executed_steps}": {
+            "latency_ms": {"p50": trial.p50, "p99": trial.p99}, **trial.entry()
+        }
+        for trial in trials
+    }  # fmt: skip
     return pareto({"decoders": rows, "floor_ms": floor})
 
 

@@ -65,7 +65,7 @@ def test_thresholds_are_tested_from_the_strictest_on(monkeypatch: pytest.MonkeyP
     def measured(config: Any, bundle: Any, pool: Any, name: str) -> Measured:
         asked.append(name)
         risk, forwards = risks.get(name, 0.5), 5.0 - 0.1 * len(asked)
-        return Measured(name, np.full(400, risk), np.full(9, forwards), 7)
+        return Measured(name, np.full(400, risk), np.full(9, forwards), [True] * 7)
 
     monkeypatch.setattr(sim.calibrate, "measured", measured)
     config = CalibrateConfig(signals=["conf", "agree"], epsilons=[0.02, 0.1, 0.001], episodes=400)

@@ -263,6 +263,23 @@ def test_latency_in_the_loop_has_rows_of_its_own(checkpoint: Path, tmp_path: Pat
         evaluate(options(checkpoint, tmp_path, **{**changes, "delay_ms": [0.0, 250.0]}, resume=True), quiet())
 
 
+def test_the_teachers_rows_are_taken_from_an_earlier_report(checkpoint: Path, tmp_path: Path) -> None:
+    changes = {"timing_chunks": 0, "teacher": CheckpointPath(str(checkpoint)), "decoders": "ceed"}
+    first = evaluate(options(checkpoint, tmp_path / "first", **changes), quiet())
+    rows = (tmp_path / "first" / EPISODES).read_text().replace('"steps": 8', '"steps": 7')  # to tell them apart
+    (tmp_path / "first" / EPISODES).write_text(rows)
+    changes |= {"decoders": "ceed,cap1", "reuse": str(tmp_path / "first")}
+    again = evaluate(options(checkpoint, tmp_path / "again", **changes), quiet())
+    assert list(again["decoders"]) == [*first["decoders"], "cap1"]
+    steps = {json.loads(line)["decoder"]: json.loads(line)["steps"] for line in lines_of(tmp_path / "again")[1:]}
+    assert steps == {"teacher_ar": 7, "teacher_cap4": 7, "ceed": 7, "cap1": 8}
+    other = evaluate(options(checkpoint, tmp_path / "other", **changes, seed=50_010), quiet())
+    assert other["decoders"]["teacher_ar"]["episodes"] == 2
+    assert all('"steps": 8' in line for line in lines_of(tmp_path / "other")[1:])
+    with pytest.raises(ConfigError, match=r"--reuse is .* which has no episodes"):
+        evaluate(options(checkpoint, tmp_path / "none", **{**changes, "reuse": str(tmp_path)}), quiet())
+
+
 @pytest.mark.slow
 def test_workers_run_the_same_episodes(checkpoint: Path, tmp_path: Path) -> None:
     changes = {"decoders": "jacobi_random,ceed", "episodes": 5, "batch": 2, "timing_chunks": 0, "threads": 1}

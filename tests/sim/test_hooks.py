@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from ceed_vla.cli import COMMANDS, config_of
 from ceed_vla.cli_flags import parse_flags, take_packages
 from ceed_vla.errors import ConfigError, SimulationError
 from sim import hooks
+from sim.grounding import GroundingConfig
 from sim.hooks import ClosedLoopValidation, TakeoverRecorder
 from sim.recording.config import RecordConfig
 from sim.tabletop.lerobot_env import CeedTabletopEnv
@@ -74,9 +76,28 @@ def test_a_validation_that_fails_says_why(tmp_path: Path, capfd: pytest.CaptureF
     assert "error: " in capfd.readouterr().err
 
 
+def test_the_gate_asks_for_every_object_in_every_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[GroundingConfig] = []
+
+    def grounding(config: GroundingConfig) -> dict[str, Any]:
+        asked.append(config)
+        errors = {"target_p50_cm": 1.5, "target_p90_cm": 9.0, "goal_p50_cm": 2.0, "chance_cm": 20.0, "frames": 7}
+        return {"tasks": {"push": errors, "stack": {**errors, "goal_p50_cm": 3.0}}}
+
+    monkeypatch.setattr(hooks, "grounding", grounding)
+    flags = ["--grounding_gate=0.02", "--roots=x", "--env.task=push_cube"]
+    gate = parse_flags(config_of(COMMANDS["train"]), flags).arguments()["localisation"]
+    assert gate(Path("policy")) == {
+        "target in push": 0.015, "goal in push": 0.02, "target in stack": 0.015, "goal in stack": 0.03
+    }  # fmt: skip
+    assert (asked[0].policy.path, asked[0].env.task, asked[0].seed) == ("policy", "push_cube", 40_000)
+
+
 def test_no_simulator_means_no_validation_and_no_takeovers() -> None:
     config = parse_flags(config_of(COMMANDS["train"]), ["--env.type=none", "--roots=x"])
-    assert config.arguments() == {"closed_loop": None, "record_takeover": None, "privileged": None}
+    assert config.arguments() == {
+        "closed_loop": None, "record_takeover": None, "privileged": None, "localisation": None
+    }  # fmt: skip
     assert config.rounds == 0
     config = parse_flags(config_of(COMMANDS["train"]), ["--validate_episodes=0", "--roots=x"])
     assert config.arguments()["closed_loop"] is None

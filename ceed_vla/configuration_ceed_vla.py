@@ -175,11 +175,6 @@ class CeedVLAConfig(PreTrainedConfig):
         return self.shape.block_length
 
     @property
-    def vocabulary_size(self) -> int:
-        """Values ``V`` of one action token."""
-        return self.action_tokens.vocabulary_size
-
-    @property
     def cameras(self) -> tuple[str, ...]:
         """Feature names of the cameras, in the order of the prefix."""
         return tuple(sorted(self.image_features))

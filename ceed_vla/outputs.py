@@ -44,6 +44,14 @@ def claim_file(option: str, text: str, suffix: str) -> Path:
     return path
 
 
+def named_folder(option: str, text: str) -> Path:
+    """The folder that an option names; it need not exist. `ConfigError` for an empty name or a file."""
+    path = _path(option, text)
+    if _is_there(path) and not path.is_dir():
+        raise ConfigError(f"--{option} is {text!r}, which is a file; name a folder.")
+    return path
+
+
 def claim_folder(option: str, text: str, names: Iterable[str], known_by: Iterable[str]) -> Path:
     """The folder that an option names, if files `names` may be written into it: a new or empty one, or one of ours.
 
@@ -52,9 +60,7 @@ def claim_folder(option: str, text: str, names: Iterable[str], known_by: Iterabl
     Raises:
         ConfigError: An empty name, a file, or what somebody else put there.
     """
-    path = _path(option, text)
-    if _is_there(path) and not path.is_dir():
-        raise ConfigError(f"--{option} is {text!r}, which is a file; name a folder.")
+    path = named_folder(option, text)
     content = sorted(file.name for file in path.iterdir() if file.name[0] != ".") if path.is_dir() else []
     strange = [name for name in names if _is_there(path / name) and not is_own(path / name)]
     if content and not any(is_own(path / name) for name in known_by):

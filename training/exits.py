@@ -22,14 +22,15 @@ from ceed_vla.backbones.exits import EXITS, KINDS, make_exits
 from ceed_vla.checkpoints import load, save
 from ceed_vla.data.frame_stream import StreamingConfig
 from ceed_vla.devices import check_device
-from ceed_vla.errors import CeedVLAError, ConfigError
+from ceed_vla.errors import CeedVLAError
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, chosen, ranged
 from ceed_vla.files import write_text
+from ceed_vla.outputs import claim_folder
 from training.corruption import StateDraw, draw_states
 from training.distill_data import OnlineData
 from training.optim import cosine_factor
 from training.run import RATES
-from training.settings import BATCHES, output_folder
+from training.settings import BATCHES
 from training.trajectories import guess_shares
 
 REPORT = "exits.json"
@@ -82,9 +83,7 @@ def exits(config: ExitsConfig) -> Path:
         DatasetError: Data sets that do not fit.
         CheckpointError: A checkpoint that cannot be loaded or written.
     """
-    output = output_folder(config.output_dir, "the checkpoint with exits")
-    if output.is_dir() and any(output.iterdir()):
-        raise ConfigError(f"{config.output_dir} is not empty; give a new folder.")
+    output = claim_folder("output_dir", config.output_dir, (), ())
     check_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)

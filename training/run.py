@@ -27,12 +27,13 @@ from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, Checked, chosen, ranged
 from ceed_vla.files import read_json, strange, write_text
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from ceed_vla.outputs import named_folder
 from ceed_vla.supervision import finish_training
 from training import states
 from training.adapters import LoRAConfig
 from training.clipping import MOST_CLIPPED
 from training.optim import build_optimizers, computes_bfloat16, cosine_factor
-from training.settings import BATCHES, NONE_OR_COUNTS, SHARES, full_disk, output_folder
+from training.settings import BATCHES, NONE_OR_COUNTS, SHARES, full_disk
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class Run:
         from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, set_seed
 
         self.settings, self.closed_loop = config, closed_loop
-        self.output = output_folder(config.output_dir, "checkpoints and logs")
+        self.output = named_folder("output_dir", config.output_dir)
         self._check_folder()
         check_device(device)
         if config.threads:

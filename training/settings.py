@@ -1,4 +1,4 @@
-"""What the settings of several commands share: lists in a text, output folders, and disks that are full."""
+"""What the settings of several commands share: lists in a text, and disks that are full."""
 
 from __future__ import annotations
 
@@ -36,19 +36,6 @@ def number_list(text: str, name: str) -> list[float]:
     if not all(0 <= number <= LARGEST for number in numbers):
         raise ConfigError(f"{name} is {text!r}; it must be numbers in [0, {LARGEST:.0e}], with commas.")
     return numbers
-
-
-def output_folder(text: str, purpose: str) -> Path:
-    """The folder that ``output_dir`` names; it need not exist.
-
-    Raises:
-        ConfigError: No name, or a file's.
-    """
-    if not text.strip():
-        raise ConfigError(f"No --output_dir; name the folder for {purpose}.")
-    if Path(text).exists() and not Path(text).is_dir():
-        raise ConfigError(f"output_dir is {text}, which is a file; name a folder for {purpose}.")
-    return Path(text)
 
 
 @contextmanager

@@ -30,9 +30,10 @@ from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, ranged
 from ceed_vla.files import replacing, write_text
+from ceed_vla.outputs import named_folder
 from training.clipping import MOST_CLIPPED, check_clipping
 from training.mixture import check_fits
-from training.settings import SHARES, full_disk, number_list, output_folder, split_list
+from training.settings import SHARES, full_disk, number_list, split_list
 from training.shards import GUESSES, META, MOST_TOKENS, SCHEMA, blocks, find_shards, lengths_of, read_meta, read_shard
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ def collect(config: CollectConfig) -> Path:
     Raises:
         ConfigError: Bad settings, or a folder that belongs to another teacher, data set or mixture.
     """
-    output = output_folder(config.output_dir, "the trajectories")
+    output = named_folder("output_dir", config.output_dir)
     if config.num_shards == 1 and "WORLD_SIZE" in os.environ:  # set by torchrun and accelerate
         rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
         if not (rank.isdecimal() and world.isdecimal()):
@@ -131,9 +132,9 @@ def collect(config: CollectConfig) -> Path:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # every process its own GPU
     policy, pre, _ = load(config.policy_path, device=config.device)
     steps = policy.config.n_action_steps
-    if policy.config.vocabulary_size > MOST_TOKENS:
+    if policy.tokenizer.vocabulary_size > MOST_TOKENS:
         raise ConfigError(
-            f"The policy's tokens have {policy.config.vocabulary_size} values; trajectories store 16 bits. Restrict "
+            f"The policy's tokens have {policy.tokenizer.vocabulary_size} values; trajectories store 16 bits. Restrict "
             "them to actions (pi0-FAST: convert with --vocabulary=actions)."
         )
     if steps % config.frame_stride:
@@ -308,7 +309,7 @@ def layout_of(policy: Any) -> dict[str, int]:
     """What trajectories and the policy that uses them must have in common."""
     config = policy.config
     layout = {name: getattr(config, name) for name in ("chunk_size", "action_dim", "block_length")}
-    return {**layout, "num_bins": config.vocabulary_size, "shift_steps": config.n_action_steps}
+    return {**layout, "num_bins": config.action_tokens.vocabulary_size, "shift_steps": config.n_action_steps}
 
 
 def read_trajectories(folder: str | Path, teacher: str | Path | None = None) -> Trajectories:

@@ -38,7 +38,7 @@ def test_training_fits_the_tokens_and_the_checkpoint_keeps_them(studio: Any, tea
     assert isinstance(tokens, FastTokensConfig)
     assert tokens.fitted
     assert policy.config.block_length == tokens.max_tokens <= 4 * 7
-    assert policy.config.vocabulary_size == tokens.vocabulary_size <= 129
+    assert policy.config.action_tokens.vocabulary_size == tokens.vocabulary_size <= 129
     store = open_dataset(studio.demo)
     chunks, _ = store.chunks(np.arange(len(store)), 4)
     assert (policy.tokenizer.decode(policy.tokenizer.encode(chunks)) - chunks).abs().max() < 0.2

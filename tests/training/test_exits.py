@@ -52,7 +52,7 @@ def test_what_cannot_work_is_refused(studio: Any, deep: Path, tmp_path: Path) ->
     for change, message in (
         ({"layers": []}, "the layers of this model"),
         ({"layers": [3]}, "the layers of this model"),
-        ({"output_dir": str(studio.teacher)}, "is not empty"),
+        ({"output_dir": str(studio.teacher)}, r"which holds .* name a new or empty folder"),
         ({"roots": ""}, "No data"),
     ):
         with pytest.raises(ConfigError, match=message):

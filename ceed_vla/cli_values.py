@@ -155,7 +155,7 @@ def _as(value: Any, hint: Any, name: str) -> tuple[bool, Any]:
         return isinstance(value, dict), shaped(value, hint, f"{name}.") if isinstance(value, dict) else None
     origin, inside = typing.get_origin(hint) or hint, typing.get_args(hint) or (Any,)
     if origin in (list, tuple):
-        if type(value) in (str, int, float):  # 0,50,100 is [0, 50, 100]
+        if type(value) in (str, int, float) and value not in ("None", "none"):  # 0,50,100 is [0, 50, 100]
             value = [part.strip() for part in str(value).split(",")]
         fits = isinstance(value, list)
         return fits, [_typed(v, inside[0], f"{name}.{i}") for i, v in enumerate(value)] if fits else None

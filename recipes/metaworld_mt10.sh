@@ -3,7 +3,7 @@
 # Needs the extra `metaworld`. Every step goes on where an interrupt left it: run the script again.
 #
 #   bash recipes/metaworld_mt10.sh [OUTPUT_FOLDER]
-#   EPISODES=250 SCENES=4000 STEPS=9000 bash recipes/metaworld_mt10.sh    # more of everything
+#   EPISODES=500 SCENES=6000 STEPS=9000 bash recipes/metaworld_mt10.sh    # more of everything
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-outputs/mt10}

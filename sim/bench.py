@@ -74,7 +74,7 @@ def bench(config: BenchConfig, console: Console | None = None) -> dict[str, Any]
     report = evaluate(config, console, probes)
     result = {**report, "decoders": rows_of(report)}
     folder = Path(config.output_dir)
-    if config.timing_chunks:
+    if report["timing"]:
         result["floor_ms"], result["ar_over_parts"] = floor(report, "policy"), ar_over_parts(report)
         save_figure(pareto(result), folder / PARETO)
     write_text(folder / BENCH, json.dumps(result, indent=2))

@@ -68,7 +68,7 @@ class EpisodeLog:
         """Episodes of another evaluation in `folder` by decoders that are the same there: equal model, settings, seeds.
 
         Raises:
-            ConfigError: No evaluation there, or a damaged one.
+            ConfigError: No evaluation there, a damaged one, or one of other episodes.
         """
         header = _values((_lines(folder / EPISODES) or [""])[0])
         theirs = header.get("identity") if isinstance(header, dict) else None
@@ -76,8 +76,10 @@ class EpisodeLog:
             raise ConfigError(f"--reuse is {folder}, which has no {EPISODES} of an evaluation.")
         alike = {name for name, value in self.identity.items() if theirs.get(name) == value}
         models = {"policy", "teacher"} & alike
-        if self.identity.keys() - alike - {"policy", "teacher", "decoders"}:
-            return {}
+        if other := sorted(self.identity.keys() - alike - {"policy", "teacher", "decoders"}):
+            raise ConfigError(
+                f"--reuse is {folder}, an evaluation with other {', '.join(other)}; nothing fits."
+            )
         found = EpisodeLog(folder, theirs, self.plan, self.longest).read()
         same = {n: row for n, row in self.identity["decoders"].items() if theirs["decoders"].get(n) == row}
         return {name: found[name] for name, row in same.items() if row["model"] in models}

@@ -211,8 +211,10 @@ def prepared(config: EvalConfig, pool: EnvPool) -> tuple[Evaluation, EpisodeLog]
     executed = config.executed_steps or bundles["policy"][0].config.n_action_steps
     config = replace(config, executed_steps=executed)
     rows = resolve_rows(names, {model: bundle[0].config for model, bundle in bundles.items()})
-    rows = [row.delayed(ms, config.env.fps) for ms in dict.fromkeys(config.delay_ms) for row in rows]
-    longest, steps = max(row.delay for row in rows), bundles["policy"][0].config.chunk_size
+    rows = [row.delayed(ms, config.env.fps) for ms in dict.fromkeys(config.delay_ms or [0.0]) for row in rows]
+    longest, steps = max(row.delay for row in rows), min(b[0].config.chunk_size for b in bundles.values())
+    if longest:
+        pool.env(0).needs("--delay_ms", "hold_action")
     if longest >= steps:
         raise ConfigError(f"--delay_ms has a delay of {longest} control steps; a chunk has {steps}: give less.")
     log = EpisodeLog(

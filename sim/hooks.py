@@ -72,11 +72,12 @@ class TeacherSimulation(StudentSimulation):
         recorder = None
         if self.rounds:
             recorder = TakeoverRecorder(self.env, self.takeover_episodes, self.takeover_seed, self.rounds)
+        known = getattr(self.env, "privileged", None)
         return {
             "closed_loop": self.closed_loop("ar"),
             "record_takeover": recorder,
-            "privileged": getattr(self.env, "privileged", None),
-            "localisation": partial(localisation, self.env) if self.grounding_gate else None,
+            "privileged": known,
+            "localisation": partial(localisation, self.env) if self.grounding_gate and known else None,
         }
 
 
@@ -101,7 +102,7 @@ class ClosedLoopValidation:
         """(successes, episodes) of the checkpoint folder `policy`; a bar counts the episodes meanwhile."""
         options = {
             "policy.path": policy, "decoders": self.decoding, "seed": VALIDATION_SEED, "episodes": self.episodes,
-            "batch": -(-self.episodes // PROCESSES),
+            "batch": min(20, -(-self.episodes // PROCESSES)),
         }  # fmt: skip
         commands = [
             command("sim.worker", self.env, worker=worker, workers=PROCESSES, **options)

@@ -37,9 +37,13 @@ STYLE: Any = {  # rcParams
 PLOTS = ("success.png", "latency.png", "forwards.png", "delays.png")
 
 
+def _plain(name: str) -> str:
+    return name.removeprefix("teacher_").partition("@")[0]
+
+
 def row_color(name: str) -> str:
     """Colour of a decoder: grey is autoregressive, light blue the teacher, the others the policy."""
-    if name.removeprefix("teacher_") in ("ar", "ar_h"):
+    if _plain(name) in ("ar", "ar_h"):
         return GREY
     if name.startswith("teacher_"):
         return SKY
@@ -121,7 +125,7 @@ def latency_figure(report: Mapping[str, Any]) -> Figure | None:
 def forwards_figure(report: Mapping[str, Any]) -> Figure | None:
     """How many block forwards the chunks took; autoregressive rows are only named in the note."""
     rows = {name: entry for name, entry in report["decoders"].items() if entry.get("forwards_histogram")}
-    block = {name: entry for name, entry in rows.items() if name.removeprefix("teacher_") not in ("ar", "ar_h")}
+    block = {name: entry for name, entry in rows.items() if _plain(name) not in ("ar", "ar_h")}
     if not block:
         return None
     counts = {name: {int(k): v for k, v in entry["forwards_histogram"].items()} for name, entry in block.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from lerobot.envs.configs import EnvConfig
 from ceed_vla.discovery import FLAG, discovered
 from ceed_vla.errors import SimulationError
 from sim.environment import flags
+
+logger = logging.getLogger(__name__)
 
 
 def command(module: str, env: EnvConfig, **options: Any) -> list[str]:
@@ -37,6 +40,8 @@ def run_all(commands: Sequence[Sequence[str]]) -> Iterator[str]:
     def read(process: subprocess.Popen[str]) -> None:
         for line in process.stdout or ():
             lines.put(line)
+        if process.wait():
+            logger.error("a process failed; the others go on: %s", " ".join(map(str, process.args)))  # type: ignore[arg-type]
         lines.put(None)
 
     try:

@@ -270,6 +270,8 @@ def replan(runner: PolicyRunner, episodes: Sequence[Episode], *, watch: bool = F
         before: list[Any] = [*episode.rest[0], *[None] * runner.delay][: runner.delay]
         begin = min(runner.delay, len(episode.rest[0]))
         end = begin + max(runner.executed_steps - runner.delay, 0)
+        if held := (runner.delay - begin) * size:  # so many tokens fewer are behind the robot at the next observation
+            episode.previous = torch.cat([chunk.tokens[:held], chunk.tokens])[: len(chunk.tokens)]
         episode.rest = fresh[end:], chunk.tokens[len(chunk.tokens) if chunk.actions is None else end * size :]
         for planned in [*before, *fresh[begin:end]][: episode.limit - result.steps]:
             action = env.hold_action() if planned is None else planned

@@ -34,5 +34,5 @@ def work(config: WorkerConfig) -> None:
 
 
 if __name__ == "__main__":
-    command = Command("", "sim.worker", "WorkerConfig", "work", "no report is kept")
+    command = Command("", "sim.worker", "WorkerConfig", "work", "the finished episodes are kept by what started it")
     raise SystemExit(run("worker", command, sys.argv[1:]))

@@ -20,7 +20,7 @@ from ceed_vla.errors import DatasetError
 from ceed_vla.fields import Checked
 from ceed_vla.files import replacing
 from ceed_vla.outputs import MADE_BY, claim_file, default_console
-from training.clipping import check_actions
+from training.clipping import MOST_CLIPPED, check_actions
 from training.defaults import NEAR_ZERO, SPARSE, describe, take_from_data
 from training.fit_tokens import fit_action_tokens
 
@@ -135,8 +135,8 @@ def choices(store: FrameStore, settings: CeedVLAConfig) -> list[str]:
         "never change: their tokens are always the same": [d for d, row in enumerate(rows) if row["distinct"] == 1],
     }  # fmt: skip
     lines = [f"{', '.join(rows[d]['name'] for d in dims)}: {what}." for what, dims in found.items() if dims]
-    chosen = [f"Training would take {describe(policy, tokens, store, 0)}.", *lines]
-    check_actions(tokens, store.action, 1.0)
+    chosen = [f"Training without a simulator would take {describe(policy, tokens, store, 0)}.", *lines]
+    check_actions(tokens, store.action, MOST_CLIPPED)
     return chosen
 
 

@@ -283,6 +283,7 @@ class TeacherRun(Run):
         from accelerate.utils import broadcast_object_list
 
         folder = self.save_policy("grounded")
+        self.save_state()
         found: list[dict[str, float]] = [{}]
         if self.accelerator.is_main_process and self.localisation is not None:
             found = [self.localisation(folder)]
@@ -291,7 +292,6 @@ class TeacherRun(Run):
         over = {name: error for name, error in errors.items() if not error <= self.config.grounding_gate}
         logger.info("median localisation error: %s", ", ".join(f"{n} {100 * e:.1f} cm" for n, e in errors.items()))
         if over:
-            self.save_state()
             worst = max(over, key=lambda name: over[name])
             raise ConfigError(
                 f"After {self.first} grounding steps {worst} is off by {100 * over[worst]:.1f} cm (median); {len(over)}"

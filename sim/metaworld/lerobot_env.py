@@ -18,7 +18,7 @@ from lerobot.envs.utils import freeze_after_episode_end
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
-from ceed_vla.fields import check_fields, ranged, short
+from ceed_vla.fields import check_fields, chosen, ranged, short
 from sim.environment import MIXED, Privileged
 from sim.metaworld import ENV_ID, MAX_EPISODE_STEPS
 from sim.metaworld.tasks import ALL_TASKS, LARGEST_IMAGE, PRIVILEGED, TASKS
@@ -32,7 +32,7 @@ class CeedMetaworldEnv(MetaworldEnv):
     Attributes:
         task: "mt10", "all" (50 tasks) or a comma-separated list, which take turns (LeRobot: one suite each); or
             "mixed": the environment draws a task of MT10 for every episode.
-        fps: Control rate [Hz].
+        fps: Control rate [Hz], Meta-World's own.
         episode_length: Step limit of an episode.
         image_size: Side of the camera image [px].
     """
@@ -40,12 +40,13 @@ class CeedMetaworldEnv(MetaworldEnv):
     privileged: ClassVar[Privileged] = PRIVILEGED
 
     task: str = "mt10"
+    fps: int = ranged(80, "[80, 80]")
+    obs_type: str = chosen("pixels_agent_pos", ("pixels_agent_pos",))
     episode_length: int = ranged(MAX_EPISODE_STEPS, "[1, 500]")  # Meta-World ends itself at 500
     image_size: int = ranged(96, f"[16, {LARGEST_IMAGE}]")
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self.obs_type = "pixels_agent_pos"
         super().__post_init__()
         shape = (self.image_size, self.image_size, 3)
         self.features["pixels/top"] = PolicyFeature(type=FeatureType.VISUAL, shape=shape)

@@ -16,8 +16,10 @@ from gymnasium import spaces
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig, LiberoEnv
 
+from ceed_vla.checkpoints import load
 from ceed_vla.errors import ConfigError, SimulationError
 from sim.environment import Environment, EnvPool, check_expert, flags, joined, register_installed
+from sim.evaluate import CheckpointPath, EvalConfig, prepared
 from sim.tabletop.lerobot_env import CeedTabletopEnv
 from tests.helpers.episodes import run_seeds
 
@@ -113,6 +115,15 @@ def test_a_plain_environment_is_evaluated() -> None:
     assert batch["observation.image"].shape == (2, 3, 8, 8)
     assert batch["observation.image"].max().item() == pytest.approx(20 / 255)
     assert batch["observation.state"].tolist() == [[2.0], [2.0]]
+
+
+def test_latency_needs_to_know_how_to_hold_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sim.evaluate.load_bundles", lambda config: {"policy": (load("student")[0], None, None)})
+    folder = str(tmp_path / "out")
+    config = EvalConfig(CheckpointPath("student"), env=PlainConfig(), delay_ms=[100.0], output_dir=folder)
+    message = r"lacks hold_action\(\), which --delay_ms needs"
+    with EnvPool(1, config.env) as pool, pytest.raises(SimulationError, match=message):
+        prepared(config, pool)
 
 
 def test_the_tasks_of_a_suite_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

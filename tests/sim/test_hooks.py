@@ -99,6 +99,8 @@ def test_no_simulator_means_no_validation_and_no_takeovers() -> None:
         "closed_loop": None, "record_takeover": None, "privileged": None, "localisation": None
     }  # fmt: skip
     assert config.rounds == 0
+    config = parse_flags(config_of(COMMANDS["train"]), ["--env.type=none", "--grounding_gate=0.1", "--roots=x"])
+    assert config.arguments()["localisation"] is None
     config = parse_flags(config_of(COMMANDS["train"]), ["--validate_episodes=0", "--roots=x"])
     assert config.arguments()["closed_loop"] is None
     config = parse_flags(config_of(COMMANDS["train"]), ["--env.type=pusht", "--roots=x"])

@@ -242,6 +242,19 @@ def test_the_chunk_before_goes_on_while_the_next_is_decoded(delay: int, expected
         assert frozen == [[], [10, 11, 12, 13, 14, 15, 16, 17][4 - min(delay, 4) :][:delay] if size and delay else []]
 
 
+def test_the_guess_continues_behind_what_was_executed() -> None:
+    policy, env = Counting(), Noted()
+    episode = Episode(env, EpisodeResult(0), 14)  # type: ignore[arg-type]
+    runner = PolicyRunner((policy, None, None), executed_steps=4, delay=3)
+    while not episode.over:
+        replan(runner, [episode])
+    # Three holds and a step, then 11, 12, 13 frozen: shifted by 4, the guess begins with them.
+    assert policy.calls[1].previous[0, 4:].tolist() == [11, 12, 13, 14]
+    assert policy.calls[1].frozen[0].tolist() == [11, 12, 13]
+    assert policy.calls[2].previous[0, 4:].tolist() == [24, 25, 26, 27]
+    assert policy.calls[2].frozen[0].tolist() == [24, 25, 26]
+
+
 def test_rows_with_other_frozen_tokens_are_decoded_apart() -> None:
     policy = Counting()
     runner = PolicyRunner((policy, None, None), executed_steps=4, delay=2)

@@ -77,9 +77,7 @@ class EpisodeLog:
         alike = {name for name, value in self.identity.items() if theirs.get(name) == value}
         models = {"policy", "teacher"} & alike
         if other := sorted(self.identity.keys() - alike - {"policy", "teacher", "decoders"}):
-            raise ConfigError(
-                f"--reuse is {folder}, an evaluation with other {', '.join(other)}; nothing fits."
-            )
+            raise ConfigError(f"--reuse is {folder}, an evaluation with other {', '.join(other)}; nothing fits.")
         found = EpisodeLog(folder, theirs, self.plan, self.longest).read()
         same = {n: row for n, row in self.identity["decoders"].items() if theirs["decoders"].get(n) == row}
         return {name: found[name] for name, row in same.items() if row["model"] in models}

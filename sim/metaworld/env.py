@@ -19,7 +19,7 @@ from lerobot.envs.metaworld import TASK_POLICY_MAPPING
 from numpy.typing import NDArray
 
 from ceed_vla.errors import SimulationError
-from sim.metaworld.tasks import ACTION_NAMES, INSTRUCTIONS, LARGEST_IMAGE, PRIVILEGED, STATE_NAMES, TASKS
+from sim.metaworld.tasks import ACTION_NAMES, INSTRUCTIONS, LARGEST_IMAGE, STATE_NAMES, TASKS
 from sim.render import check_image_size, render, tune
 
 CAMERA = "corner2"
@@ -115,9 +115,7 @@ class MetaworldTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     def privileged_state(self) -> NDArray[np.float32]:
         """Object and goal as seen from the hand (6,) [m]."""
         world, hand = self._world, self._values[:3]
-        state = np.concatenate([self._values[4:7] - hand, world._target_pos - hand]).astype(np.float32)
-        assert state.shape == (len(PRIVILEGED.names),)
-        return state
+        return np.concatenate([self._values[4:7] - hand, world._target_pos - hand]).astype(np.float32)
 
     def hold_action(self) -> NDArray[np.float32]:
         return np.array([0.0, 0.0, 0.0, self._grip], dtype=np.float32)

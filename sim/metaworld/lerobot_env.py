@@ -21,7 +21,7 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.fields import check_fields, chosen, ranged, short
 from sim.environment import MIXED, Privileged
 from sim.metaworld import ENV_ID, MAX_EPISODE_STEPS
-from sim.metaworld.tasks import ALL_TASKS, LARGEST_IMAGE, PRIVILEGED, TASKS
+from sim.metaworld.tasks import ALL_TASKS, LARGEST_IMAGE, PRIVILEGED_NAMES, TASKS
 
 
 @EnvConfig.register_subclass("ceed_metaworld")
@@ -37,7 +37,9 @@ class CeedMetaworldEnv(MetaworldEnv):
         image_size: Side of the camera image [px].
     """
 
-    privileged: ClassVar[Privileged] = PRIVILEGED
+    privileged: ClassVar[Privileged] = Privileged(
+        PRIVILEGED_NAMES, scale=(30.0,) * 6, named=6, positions={"object": (0, 3), "target": (3, 6)}
+    )
 
     task: str = "mt10"
     fps: int = ranged(80, "[80, 80]")

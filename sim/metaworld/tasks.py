@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 
-from sim.environment import Privileged
-
 LARGEST_IMAGE = 480  # [px]
 # All fifty, by name, with LeRobot's instructions.
 INSTRUCTIONS: dict[str, str] = json.loads(
@@ -20,9 +18,4 @@ TASKS = (
 )  # fmt: skip
 ACTION_NAMES = ("dx", "dy", "dz", "gripper")
 STATE_NAMES = ("hand_x", "hand_y", "hand_z", "gripper_opening")
-PRIVILEGED = Privileged(
-    names=tuple(f"{thing}_d{axis}" for thing in ("object", "target") for axis in "xyz"),
-    scale=(30.0,) * 6,
-    named=6,
-    positions={"object": (0, 3), "target": (3, 6)},
-)
+PRIVILEGED_NAMES = tuple(f"{thing}_d{axis}" for thing in ("object", "target") for axis in "xyz")

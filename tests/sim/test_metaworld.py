@@ -169,6 +169,10 @@ def test_without_meta_world_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
 def test_the_type_is_known_without_importing_meta_world() -> None:
     code = "import sim.environment, sys; assert 'metaworld' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+    for first in ("sim.metaworld.tasks", "sim.metaworld.lerobot_env"):  # whichever is imported first
+        subprocess.run([sys.executable, "-c", f"import {first}"], check=True)
+    code = "import gymnasium, sim.metaworld; gymnasium.make('ceed_vla/Metaworld-v3')"
+    subprocess.run([sys.executable, "-c", code], check=True)
     assert flags(GroundingConfig(env=CeedMetaworldEnv(task="reach-v3")).env) == [
         "--env.type=ceed_metaworld", "--env.task=reach-v3"
     ]  # fmt: skip

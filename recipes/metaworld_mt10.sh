@@ -3,7 +3,7 @@
 # Needs the extra `metaworld`. Every step goes on where an interrupt left it: run the script again.
 #
 #   bash recipes/metaworld_mt10.sh [OUTPUT_FOLDER]
-#   EPISODES=500 SCENES=6000 STEPS=9000 bash recipes/metaworld_mt10.sh    # more of everything
+#   EPISODES=500 SCENES=12000 STEPS=6000 bash recipes/metaworld_mt10.sh    # more of everything
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-outputs/mt10}
@@ -22,17 +22,23 @@ finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors"
 
 # 1. Scenes without actions, and demonstrations with bursts of random steps; two processes side by side.
 for half in 0 1; do
-  (record ground$half grounding "${SCENES:-3000}" $((6000 + 6000 * half)) --poses_per_scene 1
-    record perturb$half perturb "${EPISODES:-300}" $((1000 + 2000 * half))) &
+  (record ground$half grounding "${SCENES:-6000}" $((6000 + 12000 * half)) --poses_per_scene 1
+    record perturb$half perturb "${EPISODES:-220}" $((1000 + 2000 * half))) &
 done
 wait_all
 demos="$out/data/perturb0,$out/data/perturb1"
 
-# 2. The teacher; it sees no action before it knows where things are. Then takeovers (DAgger).
-finished teacher || torchrun --nproc_per_node 2 -m ceed_vla.cli train $env --output_dir "$out/teacher" --roots "$demos" \
-  --grounding_roots "$out/data/ground0,$out/data/ground1" --grounding_steps "${GROUNDING_STEPS:-1500}" \
-  --grounding_gate "${GATE:-0.03}" --steps "${STEPS:-5000}" --rounds 2 --takeover_episodes 200 --lr 2e-3 \
-  --validate_episodes 40 --threads 1 --resume "$(started teacher)"
+# 2. The teacher, in two runs: it sees no action before it knows where things are, then one takeover round (DAgger); then on
+#    from there at half the learning rate. The gate lets two goals pass that are balls of 2 px in the air (README.md).
+train() { # name, and what differs
+  finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli train $env --output_dir "$out/$1" \
+    --grounding_roots "$out/data/ground0,$out/data/ground1" --threads 1 --resume "$(started "$1")" "${@:2}"
+}
+train first --roots "$demos" --grounding_steps 1500 --grounding_gate "${GATE:-0.06}" --steps "${STEPS:-2600}" --rounds 1 \
+  --takeover_episodes 200 --lr 2e-3 --validate_episodes 40
+train teacher --policy_path "$out/first/checkpoints/final" --grounding_steps 0 --steps "${MORE_STEPS:-1700}" --rounds 0 \
+  --roots "$demos,$out/first/takeover/round_0_0,$out/first/takeover/round_0_1" --root_weights 0.35,0.35,0.15,0.15 \
+  --lr 1e-3 --muon_lr 1e-3 --validate_episodes 40
 teacher=$out/teacher/checkpoints/final
 
 # 3. Its trajectories, and the student.

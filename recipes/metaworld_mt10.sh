@@ -41,7 +41,7 @@ train teacher --policy_path "$out/first/checkpoints/final" --grounding_steps 0 -
   --lr 1e-3 --muon_lr 1e-3 --validate_episodes 40
 teacher=$out/teacher/checkpoints/final
 
-# 3. Its trajectories, and the student.
+# 3. Its trajectories, and the student (these settings are a first try: only their commands were run, at small sizes).
 for shard in 0 1; do
   ceed-vla collect --policy_path "$teacher" --roots "$demos" --output_dir "$out/trajectories" --max_frames 20000 \
     --num_shards 2 --shard_index $shard --resume true &

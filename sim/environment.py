@@ -32,6 +32,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from importlib import import_module
 from importlib.metadata import distributions
 from pathlib import Path
@@ -40,9 +41,16 @@ from typing import Any
 import draccus
 import numpy as np
 import torch
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.factory import make_env
-from lerobot.envs.utils import NEW_ROLLOUT_OPTION, close_envs, env_to_policy_features, preprocess_observation
+from lerobot.envs.utils import (
+    NEW_ROLLOUT_OPTION,
+    close_envs,
+    env_to_policy_features,
+    freeze_after_episode_end,
+    preprocess_observation,
+)
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES
 from numpy.typing import NDArray
 
@@ -78,6 +86,21 @@ class Privileged:
     scale: tuple[float, ...]
     named: int = 0
     positions: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def suites(makers: dict[str, Any], n_envs: int, use_async_envs: bool) -> dict[str, dict[int, VectorEnv]]:
+    """What `create_envs` of several tasks gives LeRobot's tools: {task: {0: env}}, from what makes each task's.
+
+    LeRobot reports success per suite, hence one suite a task. Finished sub-environments are frozen: they cost nothing
+    while the others go on.
+    """
+    vector: Any = SyncVectorEnv
+    if use_async_envs and n_envs > 1:
+        vector = partial(AsyncVectorEnv, context="forkserver")
+    return {
+        task: {0: vector([freeze_after_episode_end(make)] * n_envs, autoreset_mode=AutoresetMode.NEXT_STEP)}
+        for task, make in makers.items()
+    }
 
 
 def register_installed() -> None:

@@ -1,4 +1,4 @@
-"""Meta-World's tasks (arXiv 1910.10897, version 3) behind one Gymnasium id, rendered twenty times as fast as by LeRobot.
+"""Meta-World's tasks (arXiv 1910.10897, version 3) behind one Gymnasium id, rendered twenty times as fast.
 
 Importing this package registers the id; it imports neither torch nor MuJoCo.
 """

@@ -11,15 +11,14 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import gymnasium
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import VectorEnv
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig, MetaworldEnv
-from lerobot.envs.utils import freeze_after_episode_end
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import check_fields, chosen, ranged, short
-from sim.environment import MIXED, Privileged
+from sim.environment import MIXED, Privileged, suites
 from sim.metaworld import ENV_ID, MAX_EPISODE_STEPS
 from sim.metaworld.tasks import ALL_TASKS, LARGEST_IMAGE, PRIVILEGED_NAMES, TASKS
 
@@ -86,13 +85,7 @@ class CeedMetaworldEnv(MetaworldEnv):
         return env.expert_action()
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, VectorEnv]]:
-        """One vector environment per task, for LeRobot's tools: {task: {0: env}}; finished ones are frozen."""
-        vector: Any = SyncVectorEnv
-        if use_async_envs and n_envs > 1:
-            vector = partial(AsyncVectorEnv, context="forkserver")
+        """One vector environment per task, for LeRobot's tools: {task: {0: env}}."""
         make = partial(gymnasium.make, ENV_ID, disable_env_checker=True)
         makers = {task: partial(make, **{**self.gym_kwargs, "tasks": [task]}) for task in self.tasks()}
-        return {
-            task: {0: vector([freeze_after_episode_end(made)] * n_envs, autoreset_mode=AutoresetMode.NEXT_STEP)}
-            for task, made in makers.items()
-        }
+        return suites(makers, n_envs, use_async_envs)

@@ -12,16 +12,15 @@ from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import VectorEnv
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
-from lerobot.envs.utils import freeze_after_episode_end
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import check_fields, chosen, ranged, short
-from sim.environment import MIXED, Privileged
+from sim.environment import MIXED, Privileged, suites
 from sim.tabletop import ENV_ID, MAX_EPISODE_STEPS
 from sim.tabletop.tasks import CAMERAS, COLORS, MAX_IMAGE_SIZE, SPLITS, TASKS
 
@@ -128,20 +127,9 @@ class CeedTabletopEnv(EnvConfig):
         return env.expert_action()
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, VectorEnv]]:
-        """One vector environment per family: {suite: {0: env}}, the suite named like the family.
-
-        LeRobot reports success per suite, hence one suite per family. Finished sub-environments are frozen:
-        they cost nothing while the others go on.
-        """
-        vector: Any = SyncVectorEnv
-        if use_async_envs and n_envs > 1:
-            vector = partial(AsyncVectorEnv, context="forkserver")
+        """One vector environment per family: {suite: {0: env}}, the suite named like the family."""
         make = partial(gymnasium.make, ENV_ID, disable_env_checker=True, **self.gym_kwargs)
-        makers = {name: partial(make, task=name) for name in self.families()}
-        return {
-            family: {0: vector([freeze_after_episode_end(make)] * n_envs, autoreset_mode=AutoresetMode.NEXT_STEP)}
-            for family, make in makers.items()
-        }
+        return suites({name: partial(make, task=name) for name in self.families()}, n_envs, use_async_envs)
 
 
 def mixed_tabletop() -> CeedTabletopEnv:

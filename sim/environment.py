@@ -278,6 +278,10 @@ class EnvPool(AbstractContextManager["EnvPool"]):
         self.size, self.config, self._instruction = size, config, instruction
         self._envs: list[Environment] = []
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process makes its own environments."""
+        return EnvPool, (self.size, self.config, self._instruction)
+
     def env(self, slot: int) -> Environment:
         """The environment of a slot (0 <= slot < size)."""
         while len(self._envs) <= slot:

@@ -98,12 +98,6 @@ class EpisodeLog:
             error.filename = str(self.file)
             raise
 
-    def episode(self, line: str) -> tuple[str, EpisodeResult] | None:
-        """Decoder and episode of a `line_of`; None if it is none of this evaluation."""
-        values = _values(line)
-        found = self._episode(values)
-        return None if found is None else (values["decoder"], found)
-
     def _check_identity(self, header: Any) -> None:
         theirs = header.get("identity") if isinstance(header, dict) else None
         if not isinstance(theirs, dict):

@@ -18,16 +18,16 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from ceed_vla.checkpoints import load, resolve_checkpoint, weights_hash
 from ceed_vla.decoding.registry import find_decoder
-from ceed_vla.errors import ConfigError, SimulationError
+from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, Checked, chosen, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY, claim_folder, default_console
+from ceed_vla.workers import MOST, Workers
 from sim.clips import record_clip
 from sim.decoders import Row, parse_decoders, resolve_rows
 from sim.environment import EVALUATION_SEEDS, Bundle, EnvPool, flags, joined, turns
 from sim.episode_log import EPISODES, EpisodeLog, Results, fingerprint, refuse_unfinished
 from sim.plots import PLOTS, write_plots
-from sim.processes import command, run_all
 from sim.report import console_table, markdown
 from sim.rollout import EpisodeResult, rollout
 from sim.summary import hardware, paired_entries, row_entry, versions
@@ -48,7 +48,6 @@ from sim.timing import (
 logger = logging.getLogger(__name__)
 
 EPISODE_COUNTS = "[1, 100000]"
-WORKERS = 64
 REPORT = "report.json"
 MOVED = {"env": "env.type", "task": "env.task", "split": "env.split", "max_episode_steps": "env.episode_length"}
 MOVED |= {"compile": "engine"}
@@ -107,7 +106,7 @@ class EvalConfig(Checked, prefix="--"):
     seed: int = ranged(EVALUATION_SEEDS, SEEDS)
     output_dir: str = "outputs/eval"
     batch: int = ranged(20, "[1, 1000]")
-    workers: int = ranged(1, f"[1, {WORKERS}]")
+    workers: int = ranged(1, MOST)
     delay_ms: list[float] = ranged([0.0], "[0, 1e5]")
     executed_steps: int | None = ranged(None, "[1, 4096]")
     clips: bool = True
@@ -184,7 +183,7 @@ def _evaluate(config: EvalConfig, pool: EnvPool, console: Console, probes: Any) 
     complete = False
     try:
         _write_json(_build_report(run, complete=False), folder)
-        _run_all_episodes(run, console, folder, log)
+        _run_all_episodes(run, console, log)
         _run_timing(run, console)
         complete = True
     finally:
@@ -207,11 +206,10 @@ def prepared(config: EvalConfig, pool: EnvPool) -> tuple[Evaluation, EpisodeLog]
     """What is evaluated, with the episodes that are kept of a run before, and where episodes are written."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    names, bundles = _decoders(config), load_bundles(config)
+    bundles = load_bundles(config)
     executed = config.executed_steps or bundles["policy"][0].config.n_action_steps
     config = replace(config, executed_steps=executed)
-    rows = resolve_rows(names, {model: bundle[0].config for model, bundle in bundles.items()})
-    rows = [row.delayed(ms, config.env.fps) for ms in dict.fromkeys(config.delay_ms or [0.0]) for row in rows]
+    rows = _rows(config, bundles)
     longest, steps = max(row.delay for row in rows), min(b[0].config.chunk_size for b in bundles.values())
     if longest:
         pool.env(0).needs("--delay_ms", "hold_action")
@@ -224,6 +222,11 @@ def prepared(config: EvalConfig, pool: EnvPool) -> tuple[Evaluation, EpisodeLog]
     kept |= {name: episodes for name, episodes in (log.read() if config.resume else {}).items() if episodes}
     kept = _whole_shards(config, rows, kept)
     return Evaluation(config, rows, bundles, kept, pool, executed), log
+
+
+def _rows(config: EvalConfig, bundles: dict[str, Bundle]) -> list[Row]:
+    rows = resolve_rows(_decoders(config), {model: bundle[0].config for model, bundle in bundles.items()})
+    return [row.delayed(ms, config.env.fps) for ms in dict.fromkeys(config.delay_ms or [0.0]) for row in rows]
 
 
 def load_bundles(config: Any) -> dict[str, Bundle]:
@@ -270,7 +273,7 @@ def _identity(config: EvalConfig, rows: Sequence[Row], bundles: dict[str, Bundle
     }
 
 
-def _shards(config: EvalConfig) -> list[list[tuple[int, str]]]:
+def shards(config: EvalConfig) -> list[list[tuple[int, str]]]:
     """(seed, task) of the episodes that one decoder runs before the next one."""
     plan = _plan(config)
     return [plan[start : start + config.batch] for start in range(0, len(plan), config.batch)]
@@ -281,27 +284,37 @@ def _whole_shards(config: EvalConfig, rows: Sequence[Row], results: Results) -> 
     for row in rows:
         if row.decoding.guess == "random":
             done = {episode.seed for episode in results[row.name]}
-            whole = {seed for shard in _shards(config) if done >= {s for s, _ in shard} for seed, _ in shard}
+            whole = {seed for shard in shards(config) if done >= {s for s, _ in shard} for seed, _ in shard}
             results[row.name] = [episode for episode in results[row.name] if episode.seed in whole]
     return results
 
 
-def run_episodes(run: Evaluation, on_episode: Callable[[str, EpisodeResult], None], worker: int = 0) -> None:
-    """All decoders on one shard of seeds after the other, so that an early stop leaves comparable rows.
+def shard_runner(config: EvalConfig, pool: EnvPool) -> Callable[[tuple[str, Any]], tuple[str, list[EpisodeResult]]]:
+    """What runs the episodes of a shard by the decoder of a name, in a process of its own; see `Workers`."""
+    bundles = load_bundles(config)
+    rows = {row.name: row for row in _rows(config, bundles)}
 
-    Of several workers, each takes every so-manieth shard.
+    def run(item: tuple[str, list[tuple[int, str]]]) -> tuple[str, list[EpisodeResult]]:
+        name, episodes = item
+        steps = config.executed_steps or bundles["policy"][0].config.n_action_steps
+        return name, rollout(make_runner(rows[name], bundles, steps), pool, episodes)
+
+    return run
+
+
+def _run_all_episodes(run: Evaluation, console: Console, log: EpisodeLog) -> None:
+    """The episodes that are missing, here or in several processes; each is on disk before the next one counts.
+
+    All decoders run one shard of seeds after the other, so that an early stop leaves comparable rows.
     """
-    done = {name: {episode.seed for episode in episodes} for name, episodes in run.results.items()}
-    for shard in _shards(run.config)[worker :: run.config.workers]:
-        for row in run.rows:
-            missing = [(seed, task) for seed, task in shard if seed not in done[row.name]]
-            runner = make_runner(row, run.bundles, run.executed_steps)
-            rollout(runner, run.pool, missing, partial(on_episode, row.name))
-
-
-def _run_all_episodes(run: Evaluation, console: Console, folder: Path, log: EpisodeLog) -> None:
-    """The episodes that are missing, here or in several processes; each is on disk before the next one counts."""
     config = run.config
+    done = {name: {episode.seed for episode in episodes} for name, episodes in run.results.items()}
+    missing = [
+        (row, episodes)
+        for shard in shards(config)
+        for row in run.rows
+        if (episodes := [(seed, task) for seed, task in shard if seed not in done[row.name]])
+    ]
     with _progress(console) as progress:
         kept = sum(map(len, run.results.values()))
         bar = progress.add_task("episodes", total=config.episodes * len(run.rows), completed=kept)
@@ -312,20 +325,14 @@ def _run_all_episodes(run: Evaluation, console: Console, folder: Path, log: Epis
             progress.update(bar, advance=1, description=name)
 
         if config.workers == 1:
-            run_episodes(run, finish)
+            for row, episodes in missing:
+                runner = make_runner(row, run.bundles, run.executed_steps)
+                rollout(runner, run.pool, episodes, partial(finish, row.name))
             return
-        options = ("seed", "episodes", "executed_steps", "batch", "workers", "decoders", "output_dir", "device")
-        given = {name: getattr(config, name) for name in options if getattr(config, name) is not None}
-        given |= {"policy.path": config.policy.path, "delay_ms": ",".join(map(str, config.delay_ms)), "resume": True}
-        given |= {"instruction": config.instruction} if config.instruction else {}
-        given |= {"teacher.path": config.teacher.path} if config.teacher.path else {}
-        shares = range(min(config.workers, len(_shards(config))))
-        for line in run_all([command("sim.worker", config.env, worker=worker, **given) for worker in shares]):
-            if (found := log.episode(line)) is not None:  # environments of others may print, too
-                finish(*found)
-    missing = config.episodes * len(run.rows) - sum(map(len, run.results.values()))
-    if missing:
-        raise SimulationError(f"{missing} episodes did not come from the workers; see above.")
+        with Workers(config.workers, shard_runner, config, run.pool) as workers:
+            for name, results in workers.map([(row.name, episodes) for row, episodes in missing]):
+                for episode in results:
+                    finish(name, episode)
 
 
 def _run_timing(run: Evaluation, console: Console) -> None:

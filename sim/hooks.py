@@ -1,28 +1,27 @@
 """What training needs of the simulator: its flags, and plain callables for validation and takeover recording.
 
-`ceed_vla.cli` joins these to `training`, which never imports `sim`. Both callables start processes with one thread
-each: two such processes use two cores better than two threads in one.
+`ceed_vla.cli` joins these to `training`, which never imports `sim`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from lerobot.envs.configs import EnvConfig
 from tqdm import tqdm
 
-from ceed_vla.errors import ConfigError, SimulationError
+from ceed_vla.errors import ConfigError
 from ceed_vla.fields import ranged
-from sim.environment import TAKEOVER_SEEDS, VALIDATION_SEED, check_expert
-from sim.evaluate import CheckpointPath
+from ceed_vla.workers import Workers
+from sim.environment import TAKEOVER_SEEDS, VALIDATION_SEED, EnvPool, check_expert
+from sim.evaluate import CheckpointPath, EvalConfig, shard_runner, shards
 from sim.grounding import GroundingConfig, grounding
-from sim.processes import command, run_all
+from sim.record import record
+from sim.recording.config import RecordConfig
 from sim.tabletop.lerobot_env import mixed_tabletop
 
 logger = logging.getLogger(__name__)
@@ -100,25 +99,19 @@ class ClosedLoopValidation:
 
     def __call__(self, policy: Path) -> tuple[int, int]:
         """(successes, episodes) of the checkpoint folder `policy`; a bar counts the episodes meanwhile."""
-        options = {
-            "policy.path": policy, "decoders": self.decoding, "seed": VALIDATION_SEED, "episodes": self.episodes,
-            "batch": min(20, -(-self.episodes // PROCESSES)),
-        }  # fmt: skip
-        commands = [
-            command("sim.worker", self.env, worker=worker, workers=PROCESSES, **options)
-            for worker in range(PROCESSES if self.episodes > 1 else 1)
-        ]
-        outcomes = []
-        with tqdm(total=self.episodes, desc="validate", unit="episode", dynamic_ncols=True) as bar:
-            for line in run_all(commands):
-                if line.startswith('{"decoder": '):  # environments of others may print, too
-                    outcomes.append(json.loads(line)["success"])
-                    bar.update()
-                    bar.set_postfix_str(f"{sum(outcomes)} solved")
-        if len(outcomes) != self.episodes:
-            raise SimulationError(
-                f"A validation of {policy} reported {len(outcomes)} of {self.episodes} episodes; see above."
-            )
+        config = EvalConfig(
+            CheckpointPath(str(policy)), env=self.env, decoders=self.decoding, episodes=self.episodes,
+            seed=VALIDATION_SEED, batch=min(20, -(-self.episodes // PROCESSES)),
+        )  # fmt: skip
+        outcomes: list[bool] = []
+        with (
+            tqdm(total=self.episodes, desc="validate", unit="episode", dynamic_ncols=True) as bar,
+            Workers(PROCESSES, shard_runner, config, EnvPool(config.batch, self.env)) as workers,
+        ):
+            for _, results in workers.map([(self.decoding, shard) for shard in shards(config)]):
+                outcomes += [episode.success for episode in results]
+                bar.update(len(results))
+                bar.set_postfix_str(f"{sum(outcomes)} solved")
         return sum(outcomes), len(outcomes)
 
 
@@ -144,24 +137,11 @@ class TakeoverRecorder:
         self.env, self.episodes, self.seed = env, episodes, seed
 
     def __call__(self, policy: Path, index: int, folder: Path) -> list[Path]:
-        """Record round `index` with the checkpoint `policy` into new roots under `folder`; resumes broken ones."""
-        roots, commands = [], []
-        for process, (first, count) in enumerate(_shares(self.episodes)):
-            roots.append(folder / f"round_{index}_{process}")
-            seed = self.seed + index * self.episodes + first
-            words = command(
-                "ceed_vla.cli", self.env, root=roots[-1], mode="takeover", episodes=count, seed=seed,
-                policy_path=policy, decoding="ar", resume="true",
-                progress="true" if process == 0 else "false",
-            )  # fmt: skip
-            commands.append([*words[:3], "record", *words[3:]])
+        """Record round `index` with the checkpoint `policy` into a new root under `folder`; resumes a broken one."""
         folder.mkdir(parents=True, exist_ok=True)
-        for line in run_all(commands):
-            logger.info(line.strip())
-        return roots
-
-
-def _shares(total: int) -> list[tuple[int, int]]:
-    """(first, count) of the episodes of each process, nearly equally many; empty ranges are left out."""
-    edges = [total * i // PROCESSES for i in range(PROCESSES + 1)]
-    return [(a, b - a) for a, b in pairwise(edges) if b > a]
+        root, seed = folder / f"round_{index}", self.seed + index * self.episodes
+        config = RecordConfig(
+            root, self.env, self.episodes, "takeover", seed, policy_path=policy, resume=True, workers=PROCESSES
+        )
+        logger.info("%s", record(config))
+        return [root]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from ceed_vla.data.commits import PROGRESS_FILE, is_recording
 from ceed_vla.data.files import is_whole
 from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import ConfigError, DatasetError
+from ceed_vla.workers import Workers
 from sim.environment import Bundle, EnvPool, joined
 from sim.recording.attempts import Attempt, expert_attempt, frame_features, grounding_scenes
 from sim.recording.config import RecordConfig
@@ -65,8 +66,12 @@ def record(config: RecordConfig, policy_bundle: Bundle | None = None, on_attempt
         KeyboardInterrupt: Interrupted; all complete units of work are stored, `resume` goes on after them.
     """
     _check_root(config, policy_bundle)
-    with EnvPool(config.batch, config.env) as pool, handled_by():
-        run_unit, features = _recorder(config, pool, policy_bundle), frame_features(pool.env(0), config)
+    with (
+        handled_by(),
+        EnvPool(config.batch, config.env) as pool,
+        Workers(config.workers, unit_recorder, config, pool, policy_bundle) as workers,
+    ):
+        features = frame_features(pool.env(0), config)
         try:
             name, env = f"local/{config.root.resolve().name}", config.env
             writer = DatasetWriter(config.root, repo_id=name, fps=env.fps, features=features, robot_type=env.type)
@@ -76,7 +81,7 @@ def record(config: RecordConfig, policy_bundle: Bundle | None = None, on_attempt
             ) from error
         session = _Session(config, writer)
         try:
-            session.run(run_unit, on_attempt)
+            session.run(workers.map(session.units()), on_attempt)
         finally:
             session.close()
     return RecordSummary(config.root, writer.episodes, writer.frames, session.attempts, dict(session.outcomes))
@@ -92,7 +97,9 @@ def _check_root(config: RecordConfig, policy_bundle: Bundle | None) -> None:
         raise ConfigError("mode takeover needs --policy_path, the checkpoint folder of the policy that drives")
 
 
-def _recorder(config: RecordConfig, pool: EnvPool, policy_bundle: Bundle | None) -> Callable[[range], list[Attempt]]:
+def unit_recorder(
+    config: RecordConfig, pool: EnvPool, policy_bundle: Bundle | None
+) -> Callable[[range], list[Attempt]]:
     """The function that records one unit of seeds in the configured mode."""
     if config.mode == "takeover":
         bundle = joined(policy_bundle or load(config.policy_path or ""), config.env)
@@ -155,10 +162,14 @@ class _Session:
         self.failed_seeds: list[int] = list(stored.get("failed_seeds", []))
         self.episode_seeds: list[int] = list(stored.get("episode_seeds", []))
 
-    def run(self, run_unit: Callable[[range], list[Attempt]], on_attempt: Hook | None) -> None:
-        first, last = self.config.first_seed, self.config.first_seed + self.config.episodes
-        while (seed := first + self.attempts) < last:
-            attempts = run_unit(range(seed, min(seed + self.config.unit_size, last)))
+    def units(self) -> list[range]:
+        """Seeds of the units that are missing."""
+        first, size = self.config.first_seed, self.config.unit_size
+        last = first + self.config.episodes
+        return [range(seed, min(seed + size, last)) for seed in range(first + self.attempts, last, size)]
+
+    def run(self, units: Iterable[list[Attempt]], on_attempt: Hook | None) -> None:
+        for attempts in units:
             for attempt in attempts:
                 if on_attempt is not None:
                     on_attempt(attempt)

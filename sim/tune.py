@@ -11,7 +11,7 @@ many of fresh seeds: the search's own numbers flatter the winner.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, Checked, chosen, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY, claim_folder, default_console
+from ceed_vla.workers import MOST, Workers
 from sim.bench import PARETO, pareto
 from sim.calibrate import CHECKPOINT, plain
 from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, turns
@@ -41,6 +42,7 @@ from sim.timing import ENGINES, Observations, bare_parts, collect_observations, 
 PLANS = "plans.json"
 OVER_FLOOR = (1.2, 1.5, 2.0, 3.0)  # budgets, where none is given
 GUESSES = ("", "mid")
+SHARD = 20  # episodes side by side
 PLAY_OFF = 4  # times the episodes of a generation
 BEST, BEST_BY_HAND = 4, 2  # of every budget that play off
 OTHER_DECODERS = 0.1  # share of random plans with a decoder that is not Jacobi's
@@ -67,6 +69,7 @@ class TuneConfig(Checked, prefix="--"):
         search_seed: Seed of the search.
         engine: Of the timing: eager or compiled.
         threads: Threads of torch; None leaves torch's choice.
+        workers: Processes that share the episodes; timing has the machine to itself.
     """
 
     policy: CheckpointPath = field(default_factory=CheckpointPath)
@@ -82,6 +85,7 @@ class TuneConfig(Checked, prefix="--"):
     search_seed: int = ranged(0, SEEDS)
     engine: str = chosen("eager", ENGINES[:2])
     threads: int | None = ranged(None, "[1, 256]")
+    workers: int = ranged(1, MOST)
 
 
 @dataclass(frozen=True)
@@ -147,8 +151,8 @@ class Trial:
 class Search:
     """The search of one run; `run` returns all trials that fit the largest budget."""
 
-    def __init__(self, config: TuneConfig, bundle: Bundle, pool: EnvPool) -> None:
-        self.config, self.bundle, self.pool = config, bundle, pool
+    def __init__(self, config: TuneConfig, bundle: Bundle, pool: EnvPool, workers: Workers) -> None:
+        self.config, self.bundle, self.pool, self.workers = config, bundle, pool, workers
         self.random, self.tasks = np.random.default_rng(config.search_seed), turns(config.env)
         self.steps = bundle[0].config.chunk_size
         self.usual = min(bundle[0].config.n_action_steps, self.steps)
@@ -294,10 +298,22 @@ class Search:
         """Run the episodes that are missing of `seeds`."""
         missing = [seed for seed in seeds if seed not in trial.solved]
         episodes = [(seed, self.tasks[(seed - self.config.seed) % len(self.tasks)]) for seed in missing]
-        plan, generator = trial.plan, torch.Generator().manual_seed(0)
-        runner = PolicyRunner(self.bundle, plan.decoding, generator, plan.executed_steps)
-        results = rollout(runner, self.pool, episodes)
-        trial.solved |= {result.seed: result.success for result in results}
+        shards = [(trial.plan, episodes[i : i + SHARD]) for i in range(0, len(episodes), SHARD)]
+        for solved in self.workers.map(shards):
+            trial.solved |= solved
+
+
+def shard_runner(config: TuneConfig) -> Callable[[tuple[Plan, list[tuple[int, str]]]], dict[int, bool]]:
+    """What runs a shard of a plan's episodes, in a process of its own; see `Workers`."""
+    pool, bundle = EnvPool(SHARD, config.env), joined(load(config.policy.path), config.env)
+
+    def run(item: tuple[Plan, list[tuple[int, str]]]) -> dict[int, bool]:
+        plan, episodes = item
+        generator = torch.Generator().manual_seed(0)
+        runner = PolicyRunner(bundle, plan.decoding, generator, plan.executed_steps)
+        return {result.seed: result.success for result in rollout(runner, pool, episodes)}
+
+    return run
 
 
 def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
@@ -313,8 +329,8 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     policy, pre, post = load(config.policy.path)
-    with EnvPool(20, config.env) as pool:
-        search = Search(config, joined((policy, pre, post), config.env), pool)
+    with EnvPool(SHARD, config.env) as pool, Workers(config.workers, shard_runner, config) as workers:
+        search = Search(config, joined((policy, pre, post), config.env), pool, workers)
         trials, final = search.run(), search.final()
     if not any(found for _, found, _ in final):
         raise ConfigError(f"No plan fits {search.budgets} ms; the floor is {search.floor} ms. Raise --budgets_ms.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, ranged
 from ceed_vla.files import replacing, write_text
 from ceed_vla.outputs import named_folder
+from ceed_vla.workers import MOST, Workers
 from training.clipping import MOST_CLIPPED, check_clipping
 from training.mixture import check_fits
 from training.settings import SHARES, full_disk, number_list, split_list
@@ -57,6 +58,7 @@ class CollectConfig:
         batch_size: Frames decoded together.
         shard_index: This process's part, from 0.
         num_shards: Processes that share the work; under torchrun or `accelerate launch` leave both out.
+        workers: Processes that this one starts for its part.
         seed: Seed of episodes and guesses.
         threads: CPU threads; 0 leaves torch's default.
         max_clipped: Largest share of a dimension's actions far outside the policy's range.
@@ -75,6 +77,7 @@ class CollectConfig:
     batch_size: int = ranged(64, "[1, 1e6]")
     shard_index: int = ranged(0, "[0, 1e6]")
     num_shards: int = ranged(1, "[1, 1e6]")
+    workers: int = ranged(1, MOST)
     seed: int = ranged(0, SEEDS)
     threads: int = ranged(0, THREADS)
     max_clipped: float = ranged(MOST_CLIPPED, SHARES)
@@ -128,9 +131,7 @@ def collect(config: CollectConfig) -> Path:
         config = replace(config, shard_index=int(rank), num_shards=int(world))
     if config.threads:
         torch.set_num_threads(config.threads)
-    if config.device == "cuda" and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # every process its own GPU
-    policy, pre, _ = load(config.policy_path, device=config.device)
+    policy, _, stores = found = _opened(config)
     steps = policy.config.n_action_steps
     if policy.tokenizer.vocabulary_size > MOST_TOKENS:
         raise ConfigError(
@@ -139,7 +140,6 @@ def collect(config: CollectConfig) -> Path:
         )
     if steps % config.frame_stride:
         raise ConfigError(f"frame_stride {config.frame_stride} does not divide n_action_steps = {steps}.")
-    stores = [open_dataset(root, streaming=config.streaming) for root in split_list(config.roots)]
     if not stores:
         raise ConfigError("No data: set --roots to one or more recorded folders.")
     for store in stores:
@@ -149,23 +149,33 @@ def collect(config: CollectConfig) -> Path:
     kept = "complete shards are kept; go on with --resume=true"
     with full_disk(output, kept):
         meta = _write_meta(config, policy, stores, len(units), output)
-    collector = _Collector(config, policy, pre, guess_shares(config.guesses))
     mine = units[config.shard_index :: config.num_shards]
     done = {name for _, name, _ in mine if (output / name).exists()}
     for _, name, frames in mine:
         if name in done:
             read_shard(output / name, meta, frames)  # which checks that it is whole
-    with tqdm(total=sum(len(f) for _, _, f in mine), desc="trajectories", unit="frame", dynamic_ncols=True) as bar:
-        for root, name, frames in mine:
-            if name in done:
-                bar.update(len(frames))
-                continue
-            table = collector.run(stores[root], root, frames, bar)
+    missing, malformed, alone = [unit for unit in mine if unit[1] not in done], 0, config.workers == 1
+    with (
+        tqdm(total=sum(len(f) for _, _, f in mine), desc="trajectories", unit="frame", dynamic_ncols=True) as bar,
+        Workers(config.workers, _Collector, config, *([found, bar.update] if alone else [])) as workers,
+    ):
+        bar.update(bar.total - sum(len(f) for _, _, f in missing))
+        for (_, name, frames), (table, unread) in zip(missing, workers.map(missing), strict=True):
             with full_disk(output, kept), replacing(output / name) as temporary:
                 pq.write_table(table, temporary, compression="zstd")
-    if collector.malformed:
-        logger.warning("%d of the teacher's chunks are malformed; they are kept.", collector.malformed)
+            malformed += unread
+            bar.update(0 if alone else len(frames))
+    if malformed:
+        logger.warning("%d of the teacher's chunks are malformed; they are kept.", malformed)
     return output
+
+
+def _opened(config: CollectConfig) -> tuple[Any, Any, list[FrameStore]]:
+    """Policy, pre-processor and data sets."""
+    if config.device == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # every process its own GPU
+    policy, pre, _ = load(config.policy_path, device=config.device)
+    return policy, pre, [open_dataset(root, streaming=config.streaming) for root in split_list(config.roots)]
 
 
 def guess_shares(text: str) -> NDArray[np.float64]:
@@ -197,14 +207,24 @@ def _work_units(stores: Sequence[FrameStore], config: CollectConfig) -> Iterator
 
 
 class _Collector:
-    """Decodes the frames of one work unit in the order that "previous" guesses need."""
+    """Decodes the frames of one work unit after the other, in the order that "previous" guesses need.
 
-    def __init__(self, config: CollectConfig, policy: Any, pre: Any, shares: NDArray[np.float64]) -> None:
-        self.config, self.policy, self.pre, self.shares = config, policy, pre, shares
-        self.steps = policy.config.n_action_steps
-        self.n, self.malformed = policy.config.block_length, 0
+    Args:
+        found: What `_opened` gives; None: it is opened here, in a process of its own (see `Workers`).
+        advance: Is told how many frames are done.
+    """
 
-    def run(self, store: FrameStore, root: int, frames: NDArray[np.int64], progress: tqdm) -> pa.Table:
+    stores: list[FrameStore]
+
+    def __init__(self, config: CollectConfig, found: Any = None, advance: Callable[[int], Any] = int) -> None:
+        self.config, self.shares, self.advance = config, guess_shares(config.guesses), advance
+        self.policy, self.pre, self.stores = found or _opened(config)
+        self.steps, self.n = self.policy.config.n_action_steps, self.policy.config.block_length
+
+    def __call__(self, unit: tuple[int, str, NDArray[np.int64]]) -> tuple[pa.Table, int]:
+        """The trajectories of a unit, and how many of its chunks are malformed."""
+        (root, _, frames), self.malformed = unit, 0
+        store = self.stores[root]
         random = np.random.default_rng([self.config.seed, root, int(frames[0])])
         start = np.searchsorted(store.episode, store.episode[frames])
         waves = (frames - start) // self.steps
@@ -215,8 +235,9 @@ class _Collector:
             for part in range(0, len(of_wave), self.config.batch_size):
                 chosen = of_wave[part : part + self.config.batch_size]
                 rows += [{"root": root, **row} for row in self._decode(store, chosen, known, random)]
-                progress.update(len(chosen))
-        return pa.table({key: pa.array([row[key] for row in rows], kind) for key, kind in SCHEMA.items()})
+                self.advance(len(chosen))
+        table = pa.table({key: pa.array([row[key] for row in rows], kind) for key, kind in SCHEMA.items()})
+        return table, self.malformed
 
     def _decode(
         self,

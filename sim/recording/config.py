@@ -11,6 +11,7 @@ from lerobot.envs.configs import EnvConfig
 from ceed_vla.decoding.names import named_config
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, check_fields, chosen, ranged
+from ceed_vla.workers import MOST
 from sim.environment import RECORDING_SEEDS, TAKEOVER_SEEDS, check_expert, flags, recorded_tasks
 from sim.tabletop.lerobot_env import CeedTabletopEnv
 
@@ -18,7 +19,7 @@ MODES = ("clean", "perturb", "grounding", "takeover")
 STEPS = "[1, 1e6]"
 
 # Fields that a resumed run may change; all others decide what is recorded.
-_FREE = ("root", "episodes", "resume", "commit_frames", "progress")
+_FREE = ("root", "episodes", "resume", "commit_frames", "progress", "workers")
 
 
 @dataclass
@@ -26,7 +27,7 @@ class RecordConfig:
     """Record demonstrations of the scripted expert into one LeRobotDataset v3 folder.
 
     Change first: `env.task`, `episodes`, `mode`, `root`. Every attempt has its own seed, `seed + i`, and the
-    tasks take turns, so an interrupted set is balanced. **Sharding:** processes with disjoint ranges
+    tasks take turns, so an interrupted set is balanced. **Sharding:** machines with disjoint ranges
     `[seed, seed + episodes)` and different roots record disjoint data; training reads several roots.
 
     Attributes:
@@ -50,6 +51,7 @@ class RecordConfig:
         decoding: Decoder of that policy, by a name that `ceed-vla eval` knows: "ar", "ceed", "cap1" and so on.
         executed_steps: Actions executed per chunk in mode takeover.
         batch: Environments driven in lock step in mode takeover.
+        workers: Processes that share the attempts; what is recorded does not depend on it.
         max_chunks: The policy drives 1 to `max_chunks` chunks before the expert takes over.
         takeover_steps: Control steps within which the expert must finish after (the last) takeover.
         switches: Times the expert takes over within one attempt; all but the last hand back after 8-16 steps.
@@ -80,6 +82,7 @@ class RecordConfig:
     decoding: str = "ar"
     executed_steps: int = ranged(4, "[1, 4096]")
     batch: int = ranged(16, "[1, 1000]")
+    workers: int = ranged(1, MOST)
     max_chunks: int = ranged(15, STEPS)
     takeover_steps: int = ranged(60, STEPS)
     switches: int = ranged(1, STEPS)

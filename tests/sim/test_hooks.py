@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ceed_vla import discovery
 from ceed_vla.cli import COMMANDS, config_of
-from ceed_vla.cli_flags import parse_flags, take_packages
-from ceed_vla.errors import ConfigError, SimulationError
+from ceed_vla.cli_flags import parse_flags
+from ceed_vla.errors import CheckpointError, ConfigError
 from sim import hooks
 from sim.grounding import GroundingConfig
 from sim.hooks import ClosedLoopValidation, TakeoverRecorder
@@ -20,19 +18,15 @@ from sim.tabletop.lerobot_env import CeedTabletopEnv
 
 
 def test_rounds_use_every_seed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seeds: list[int] = []
-
-    def note(commands: Sequence[Sequence[str]]) -> list[str]:
-        for command in commands:
-            options = dict(part[2:].split("=", 1) for part in command if part.startswith("--"))
-            seeds.extend(range(int(options["seed"]), int(options["seed"]) + int(options["episodes"])))
-        return []
-
-    monkeypatch.setattr(hooks, "run_all", note)
-    recorder = TakeoverRecorder(CeedTabletopEnv(), 5, seed=31_440, rounds=2)
-    for index in range(2):
-        recorder(tmp_path / "policy", index, tmp_path / "takeover")
+    seen: list[RecordConfig] = []
+    monkeypatch.setattr(hooks, "record", seen.append)
+    env = CeedTabletopEnv(task="push_cube", cameras=["front"], split="heldout")
+    recorder = TakeoverRecorder(env, 5, seed=31_440, rounds=2)
+    roots = [recorder(tmp_path / "policy", index, tmp_path / "takeover") for index in range(2)]
+    assert roots == [[tmp_path / "takeover" / "round_0"], [tmp_path / "takeover" / "round_1"]]
+    seeds = [c.first_seed + i for c in seen for i in range(c.episodes)]
     assert seeds == list(range(31_440, 31_450))
+    assert all((c.env, c.mode, c.resume) == (env, "takeover", True) for c in seen)
 
 
 @pytest.mark.parametrize(("seed", "rounds"), [(29_999, 1), (39_999, 1), (30_000, 5001)])
@@ -42,38 +36,13 @@ def test_rounds_that_leave_their_seeds_are_refused(seed: int, rounds: int) -> No
     TakeoverRecorder(CeedTabletopEnv(), 2, seed=39_998, rounds=1)
 
 
-def test_a_validation_counts_the_episodes_as_they_end(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    lines = [
-        "made 3 environments\n",
-        '{"decoder": "ar", "success": true, "seed": 40000, "task": "x"}\n',
-        '{"decoder": "ar", "success": false}\n',
-    ]
-    monkeypatch.setattr(hooks, "run_all", lambda commands: iter(lines))
-    assert ClosedLoopValidation(CeedTabletopEnv(), 2)(Path("policy")) == (1, 2)
-    assert "2/2" in capfd.readouterr().err
-    with pytest.raises(SimulationError, match="reported 2 of 4 episodes"):
-        ClosedLoopValidation(CeedTabletopEnv(), 4)(Path("policy"))
-
-
-def test_processes_get_the_environment_and_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discovery, "_discovered", {"json"})
-    seen: list[Sequence[str]] = []
-    monkeypatch.setattr(hooks, "run_all", lambda commands: iter(seen.extend(commands) or ()))
-    env = CeedTabletopEnv(task="push_cube", cameras=["front"], split="heldout")
-    TakeoverRecorder(env, 2, 30_000, 1)(Path("policy"), 0, Path("takeover"))
-    for words in seen:
-        assert "--discover_packages_path=json" in words
-        config = parse_flags(RecordConfig, take_packages(words[4:])[1])
-        assert (config.env, config.mode, config.resume) == (env, "takeover", True)
-
-
 @pytest.mark.slow
-def test_a_validation_that_fails_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SimulationError, match="failed with exit status 1"):
-        ClosedLoopValidation(CeedTabletopEnv(), 2)(tmp_path)
-    assert "error: " in capfd.readouterr().err
+def test_a_validation_is_shared_and_says_why_it_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    env = CeedTabletopEnv(episode_length=8)
+    assert ClosedLoopValidation(env, 3, "cap1")(Path("student"))[1] == 3
+    assert "3/3" in capfd.readouterr().err
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        ClosedLoopValidation(env, 2)(tmp_path)
 
 
 def test_the_gate_asks_for_every_object_in_every_task(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,6 +124,24 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, mode: str, options
     assert record(config(broken, episodes=4, mode=mode, resume=True, **options)).frames == summary.frames
 
 
+@pytest.mark.slow
+def test_workers_record_the_same(tmp_path: Path, config: Any) -> None:
+    record(config(tmp_path / "alone", episodes=5, mode="perturb"))
+
+    def interrupt(attempt: Any) -> None:
+        if attempt.seed == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record(config(tmp_path / "shared", episodes=5, mode="perturb", workers=2), on_attempt=interrupt)
+    record(config(tmp_path / "shared", episodes=5, mode="perturb", workers=3, resume=True))
+    assert rows(tmp_path / "shared") == rows(tmp_path / "alone")
+    options = {"mode": "takeover", "policy_path": "student", "decoding": "cap1", "batch": 2, "seed": 30_000}
+    for workers, name in ((1, "driven"), (2, "driven_by_two")):
+        record(config(tmp_path / name, episodes=4, workers=workers, **options))
+    assert rows(tmp_path / "driven_by_two") == rows(tmp_path / "driven")
+
+
 def test_sigterm_is_an_interrupt(tmp_path: Path, config: Any) -> None:
     def kill(attempt: Any) -> None:
         if attempt.seed == 1:

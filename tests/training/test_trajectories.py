@@ -198,6 +198,12 @@ def test_processes_share_the_shards(
     assert table_of(tmp_path / "two") == whole
 
 
+@pytest.mark.slow
+def test_workers_collect_the_same(studio: Any, whole: dict[str, Any], tmp_path: Path) -> None:
+    collect(studio.collect_config(tmp_path / "two", workers=2))
+    assert table_of(tmp_path / "two") == whole
+
+
 # ---- refusals ---------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,84 @@
+"""Processes of this machine that share work: faster, with one thread each, than as many threads in one process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
+from itertools import islice
+from typing import Any
+
+from ceed_vla.discovery import discover, discovered
+from ceed_vla.errors import CeedVLAError
+
+MOST = "[1, 64]"  # workers, as settings say it
+_state: dict[str, Any] = {}  # of a worker's process
+
+
+class Workers(AbstractContextManager["Workers"]):
+    """`count` processes, each of which makes a function by ``make(*arguments)`` and calls it for item after item.
+
+    What comes of an item must not depend on the process, nor on the items before it. One worker is this process, with
+    its own threads. All that is passed is pickled; `make` is a function of a module.
+    """
+
+    def __init__(self, count: int, make: Callable[..., Callable[[Any], Any]], *arguments: Any) -> None:
+        self.count, self._make = count, (make, arguments)
+        self._call: Callable[[Any], Any] | None = None
+        if count > 1:
+            self._others = set(multiprocessing.active_children())
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(count, context, _begin, (discovered(), *self._make))
+
+    def map(self, items: Iterable[Any]) -> Iterator[Any]:
+        """What comes of the items, in their order.
+
+        Raises:
+            CeedVLAError: As the function does, or a process died.
+        """
+        if self.count == 1:
+            make, arguments = self._make
+            self._call = self._call or make(*arguments)
+            yield from map(self._call, items)
+            return
+        waiting, left = deque[Future[Any]](), iter(items)
+        try:
+            while True:
+                waiting += (self._pool.submit(_work, item) for item in islice(left, 2 * self.count - len(waiting)))
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise CeedVLAError("A worker's process died: out of memory, or killed. Use fewer --workers.") from error
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if self.count == 1:
+            return
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        if kind is not None:  # an interrupt does not wait for what is under way
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.terminate()
+
+
+def _begin(packages: list[str], make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
+    os.environ["LP_NUM_THREADS"] = "1"  # of a renderer without a GPU
+    if torch := sys.modules.get("torch"):  # `make` came with it
+        torch.set_num_threads(1)
+    _state.update(packages=packages, make=make, arguments=arguments)
+
+
+def _work(item: Any) -> Any:
+    if "call" not in _state:  # not in `_begin`, whose errors reach nobody
+        discover(",".join(_state["packages"]))
+        _state["call"] = _state["make"](*_state["arguments"])
+    return _state["call"](item)

@@ -1,0 +1,43 @@
+"""Processes that share work: results in order, errors as they are, packages discovered, nothing left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+from shared_work import make
+
+from ceed_vla import discovery
+from ceed_vla.errors import CeedVLAError, TokenError
+from ceed_vla.workers import Workers
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_results_come_in_order_and_errors_as_they_are(count: int) -> None:
+    with Workers(count, make, 100) as workers:
+        assert [value for value, _ in workers.map(range(12))] == list(range(100, 112))
+        assert [value for value, _ in workers.map([])] == []
+        with pytest.raises(TokenError, match="item -1 is none"):
+            list(workers.map([3, -1, 4]))
+        assert [value for value, _ in workers.map(iter([5]))] == [105]
+    assert not multiprocessing.active_children()
+
+
+def test_processes_import_what_was_discovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "package_of_a_user.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(discovery, "_discovered", {"package_of_a_user"})
+    with Workers(2, make, 0) as workers:
+        assert list(workers.map([1])) == [(1, True)]
+
+
+def test_a_process_that_dies_is_an_error_and_nothing_is_left() -> None:
+    with pytest.raises(CeedVLAError, match="died"), Workers(2, make, 0) as workers:
+        list(workers.map([1, -2, 3]))
+    with pytest.raises(KeyboardInterrupt), Workers(2, make, 0) as workers:  # noqa: PT012
+        next(workers.map(range(1000)))
+        raise KeyboardInterrupt
+    for process in multiprocessing.active_children():
+        process.join(5)
+    assert not multiprocessing.active_children()

@@ -118,6 +118,13 @@ COMMANDS = {
         must="policy_path roots output_dir layers",
         may="kind steps batch_size lr device seed threads",
     ),
+    "reinforce": _row(
+        "learn when to exit from what becomes of episodes",
+        "training.reinforce ReinforceConfig reinforce",
+        must="policy_path output_dir",
+        may="env.type env.task cap decay rounds groups scouts seed workers",
+        simulator="sim.hooks ReinforceSimulation",
+    ),
     "open-loop": _row(
         "compare decoders on held-out data, without a simulator: error, forwards, latency",
         "training.open_loop OpenLoopConfig open_loop",

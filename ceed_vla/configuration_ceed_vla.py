@@ -114,8 +114,8 @@ class CeedVLAConfig(PreTrainedConfig):
         for name, meant in self.decodings.items():
             if not OWN.fullmatch(name) or OWN.fullmatch(meant):
                 raise ConfigError(
-                    f"decodings has {short(name)}: {short(meant)}; a checkpoint's own names are risk<E> and plan, and "
-                    "stand for others."
+                    f"decodings has {short(name)}: {short(meant)}; a checkpoint's own names are risk<E>, plan and "
+                    "learned, and stand for others."
                 )
             self.named(name)
         self.named(self.decode_with)

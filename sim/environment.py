@@ -20,6 +20,7 @@ On the unwrapped environment:
     hold_action() -> (A,)        keeps the robot where it is, for `eval --delay_ms`; zeros without it
     disturbance(rng) -> (A,)     a random action of `record --mode perturb`; uniform without it
     scatter(rng), retarget(rng)  a random pose of the robot, another instruction for the scene; for grounding scenes
+    snapshot() -> Any, restore(snapshot)    all that decides what comes next; for `reinforce`
     observe(), advance(action), is_success()     a step that renders only what somebody looks at; all three or none
 
 With the task "mixed" the environment draws a task at every reset; recordings take turns all the same.
@@ -242,6 +243,12 @@ class Environment:
         if hasattr(self.inner, "disturbance"):
             return self.inner.disturbance(rng)
         return rng.uniform(*self.action_bounds).astype(np.float32)
+
+    def follow(self, other: Environment) -> None:
+        """Go on from where another environment of the same configuration is."""
+        self.inner.restore(other.inner.snapshot())
+        self._observation = None
+        self.task, self.success, self.finished = other.task, other.success, other.finished
 
     def scatter(self, rng: np.random.Generator) -> None:
         self.inner.scatter(rng)

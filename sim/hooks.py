@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import ranged
-from ceed_vla.workers import Workers
+from ceed_vla.workers import MOST, Workers
 from sim.environment import TAKEOVER_SEEDS, VALIDATION_SEED, EnvPool, check_expert
 from sim.evaluate import CheckpointPath, EvalConfig, shard_runner, shards
 from sim.grounding import GroundingConfig, grounding
 from sim.record import record
 from sim.recording.config import RecordConfig
+from sim.serial_groups import SerialGroups
 from sim.tabletop.lerobot_env import mixed_tabletop
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,23 @@ class TeacherSimulation(StudentSimulation):
             "privileged": known,
             "localisation": partial(localisation, self.env) if self.grounding_gate and known else None,
         }
+
+
+@dataclass
+class ReinforceSimulation:
+    """The flags by which `reinforce` uses a simulator.
+
+    Attributes:
+        env: Where episodes run; it has ``snapshot`` and ``restore``, see `sim.environment`.
+        workers: Processes that share them.
+    """
+
+    env: EnvConfig = field(default_factory=mixed_tabletop)
+    workers: int = ranged(PROCESSES, MOST)
+
+    def arguments(self) -> dict[str, Any]:
+        """What the command's function takes besides the configuration."""
+        return {"rollouts": SerialGroups(self.env, self.workers)}
 
 
 def localisation(env: EnvConfig, policy: Path) -> dict[str, float]:

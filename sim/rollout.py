@@ -175,6 +175,10 @@ class PolicyRunner:
             for row, (chunk, reason) in enumerate(zip(actions, result.exit_reason, strict=True))
         ]
 
+    def chunk(self, tokens: Tensor) -> Chunk:
+        """The chunk that `tokens` (n,) stand for, of which nothing else is known."""
+        return Chunk(tokens, self._actions(tokens.unsqueeze(0))[0], 0, "given", {})
+
     def _actions(self, tokens: Tensor) -> list[np.ndarray | None]:
         """The chunks (m, A) of `tokens` (B, n) in the environment's units, None where they stand for none."""
         readable = self.policy.tokenizer.readable(tokens)  # (B,)
@@ -248,46 +252,58 @@ class Replan:
 def replan(runner: PolicyRunner, episodes: Sequence[Episode], *, watch: bool = False) -> list[Replan]:
     """Observe, decode once for all episodes, execute until the next observation; `watch` keeps the views."""
     observations = [episode.env.observe() for episode in episodes]
-    size = getattr(runner.policy.tokenizer, "tokens_per_step", None) or 0  # none can be frozen where it varies
+    size = tokens_per_step(runner)
     chunks = runner.decode(
         observations,
         [episode.result.instruction for episode in episodes],
         [episode.previous for episode in episodes],
         [episode.rest[1][: runner.delay * size] for episode in episodes] if runner.delay else (),
     )
-    moments = []
-    for episode, observation, chunk in zip(episodes, observations, chunks, strict=True):
-        env, result = episode.env, episode.result
-        moment = Replan(observation, result.instruction, episode.previous, chunk, result.steps)
-        episode.previous = chunk.warm_start
-        result.forwards.append(chunk.forwards)
-        result.exit_reasons.append(chunk.exit_reason)
-        result.block_layers.append(chunk.block_layers)
-        result.prefix_layers.append(chunk.prefix_layers)
-        result.seconds.append(chunk.seconds)
-        # A chunk that cannot be read holds the arm still; so does one that ends before the next is ready.
-        fresh: Any = [None] * runner.executed_steps if chunk.actions is None else chunk.actions
-        before: list[Any] = [*episode.rest[0], *[None] * runner.delay][: runner.delay]
-        begin = min(runner.delay, len(episode.rest[0]))
-        end = begin + max(runner.executed_steps - runner.delay, 0)
-        if held := (runner.delay - begin) * size:  # so many tokens fewer are behind the robot at the next observation
-            episode.previous = torch.cat([chunk.tokens[:held], chunk.tokens])[: len(chunk.tokens)]
-        episode.rest = fresh[end:], chunk.tokens[len(chunk.tokens) if chunk.actions is None else end * size :]
-        for planned in [*before, *fresh[begin:end]][: episode.limit - result.steps]:
-            action = env.hold_action() if planned is None else planned
-            result.success = env.advance(action)
-            result.steps += 1
-            episode.actions.append(action)
-            if watch:
-                moment.views.append(images_of(env.observe()))
-            if episode.over:
-                break
-        moment.success, moment.finished = result.success, episode.over
+    return [
+        execute(runner, episode, observation, chunk, watch=watch)
+        for episode, observation, chunk in zip(episodes, observations, chunks, strict=True)
+    ]
+
+
+def execute(
+    runner: PolicyRunner, episode: Episode, observation: Observation, chunk: Chunk, *, watch: bool = False
+) -> Replan:
+    """Execute a chunk until the next observation; `watch` keeps the views."""
+    env, result = episode.env, episode.result
+    moment = Replan(observation, result.instruction, episode.previous, chunk, result.steps)
+    episode.previous = chunk.warm_start
+    result.forwards.append(chunk.forwards)
+    result.exit_reasons.append(chunk.exit_reason)
+    result.block_layers.append(chunk.block_layers)
+    result.prefix_layers.append(chunk.prefix_layers)
+    result.seconds.append(chunk.seconds)
+    # A chunk that cannot be read holds the arm still; so does one that ends before the next is ready.
+    fresh: Any = [None] * runner.executed_steps if chunk.actions is None else chunk.actions
+    before: list[Any] = [*episode.rest[0], *[None] * runner.delay][: runner.delay]
+    begin = min(runner.delay, len(episode.rest[0]))
+    end, size = begin + max(runner.executed_steps - runner.delay, 0), tokens_per_step(runner)
+    if held := (runner.delay - begin) * size:  # so many tokens fewer are behind the robot at the next observation
+        episode.previous = torch.cat([chunk.tokens[:held], chunk.tokens])[: len(chunk.tokens)]
+    episode.rest = fresh[end:], chunk.tokens[len(chunk.tokens) if chunk.actions is None else end * size :]
+    for planned in [*before, *fresh[begin:end]][: episode.limit - result.steps]:
+        action = env.hold_action() if planned is None else planned
+        result.success = env.advance(action)
+        result.steps += 1
+        episode.actions.append(action)
+        if watch:
+            moment.views.append(images_of(env.observe()))
         if episode.over:
-            increments = getattr(runner.policy.config, "delta_dims", None) or ()
-            result.motion = motion_of(np.array(episode.actions), increments, env.config.fps)
-        moments.append(moment)
-    return moments
+            break
+    moment.success, moment.finished = result.success, episode.over
+    if episode.over:
+        increments = getattr(runner.policy.config, "delta_dims", None) or ()
+        result.motion = motion_of(np.array(episode.actions), increments, env.config.fps)
+    return moment
+
+
+def tokens_per_step(runner: PolicyRunner) -> int:
+    """Tokens of a step; 0 where it varies, so that none can be frozen."""
+    return getattr(runner.policy.tokenizer, "tokens_per_step", None) or 0
 
 
 def drive(

@@ -20,6 +20,7 @@ from ceed_vla.decoding.depth import decode_deer, decode_depth
 from ceed_vla.decoding.drafts import decode_del, decode_spec
 from ceed_vla.decoding.exits import ExitRule, Seen
 from ceed_vla.decoding.jacobi import decode_jacobi
+from ceed_vla.decoding.learned import Learned
 from ceed_vla.decoding.names import named_config
 from ceed_vla.decoding.ngram import decode_ngram
 from ceed_vla.decoding.registry import decoder_ladders, exit_ladders, find_decoder, register_decoder, register_exit

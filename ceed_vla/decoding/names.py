@@ -21,14 +21,14 @@ from ceed_vla.fields import short
 CEED, EXECUTED, FRESH = "ceed", "h", "fresh"
 _GUESSES = ("mid", "random")
 _STRICT = DecodingConfig()
-OWN = re.compile(r"risk\d*\.?\d+|plan(\d*\.?\d+)?", re.ASCII)  # what `calibrate` and `tune` write into a checkpoint
+OWN = re.compile(r"risk\d*\.?\d+|plan(\d*\.?\d+)?|learned", re.ASCII)  # what commands write into a checkpoint
 
 
 def names_help() -> str:
     """What a decoding's name may be."""
     return (
         f"{CEED} (the checkpoint's), {meanings()}; exit rules can be joined (conf<P>_cap<K>); Jacobi ones also with "
-        "_fresh (the tail), _mid or _random (the guess); a checkpoint may have risk<E> and plan<MS>"
+        "_fresh (the tail), _mid or _random (the guess); a checkpoint may have risk<E>, plan<MS> and learned"
     )
 
 
@@ -48,7 +48,7 @@ def named_config(
         if own is not None and decoding not in own:
             raise ConfigError(
                 f"The checkpoint has no decoding {decoding!r}; it has {', '.join(sorted(own)) or 'none of its own'}. "
-                "`ceed-vla calibrate` measures risk<E>, `ceed-vla tune` finds plan<MS>."
+                "`ceed-vla calibrate` measures risk<E>, `tune` finds plan<MS>, `reinforce` learned."
             )
         return ceed if own is None else _parse(own[decoding], ceed)
     return _parse(decoding, ceed)

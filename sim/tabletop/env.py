@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import gymnasium
@@ -208,6 +209,24 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             observation["pixels"] = {name: self.view(name, self.image_size) for name in self.cameras}
         observation["agent_pos"] = self._agent_pos()
         return observation
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that decides what comes next, for `restore` here or in another environment of the same settings."""
+        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        state = np.empty(mujoco.mj_stateSize(self.scene.model, kind))
+        mujoco.mj_getState(self.scene.model, self.data, state, kind)
+        own = (self._command, self._present, self._pose, self.gripper_open, self._joints)
+        return {"physics": state, "own": deepcopy(own), "random": self.np_random.bit_generator.state}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Go on from a `snapshot`: the same actions give the same observations, byte for byte."""
+        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        own = deepcopy(snapshot["own"])
+        self._command, self._present, self._pose, self.gripper_open, self._joints = own
+        self.np_random.bit_generator.state = snapshot["random"]
+        mujoco.mj_setState(self.scene.model, self.data, snapshot["physics"], kind)
+        mujoco.mj_forward(self.scene.model, self.data)  # poses; it moves the solver's start, too
+        mujoco.mj_setState(self.scene.model, self.data, snapshot["physics"], kind)
 
     def situation(self) -> tasks.Situation:
         """The part of the simulator state that success tests and experts need."""

@@ -134,7 +134,7 @@ def test_workers_record_the_same(tmp_path: Path, config: Any) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         record(config(tmp_path / "shared", episodes=5, mode="perturb", workers=2), on_attempt=interrupt)
-    record(config(tmp_path / "shared", episodes=5, mode="perturb", workers=3, resume=True))
+    record(config(tmp_path / "shared", episodes=5, mode="perturb", resume=True))
     assert rows(tmp_path / "shared") == rows(tmp_path / "alone")
     options = {"mode": "takeover", "policy_path": "student", "decoding": "cap1", "batch": 2, "seed": 30_000}
     for workers, name in ((1, "driven"), (2, "driven_by_two")):

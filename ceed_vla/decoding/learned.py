@@ -1,0 +1,74 @@
+"""An exit rule that was learnt from what became of episodes (`ceed-vla reinforce`, after S-GRPO, arXiv 2505.07686).
+
+    head2.5x1x0x0.3x-1_cap3    the weights of its features, and the bias, are its name
+
+So it needs no file of its own: a checkpoint that has one calls it ``learned``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ceed_vla.decoding.exits import ExitRule, Seen, mass_near
+from ceed_vla.decoding.registry import register_exit
+from ceed_vla.errors import ConfigError
+
+FEATURES = ("least", "mean", "changed", "first")
+_NUMBER = r"-?\d{1,3}(?:\.\d{1,3})?"
+
+
+@dataclass
+class Group:
+    """The states of one decode path, and what became of the episode from each.
+
+    Attributes:
+        seed: The episode's.
+        features: What a head sees after each of K forwards: (K, F).
+        solved: (K,) whether the episode was solved from that state; None throughout where all execute the same.
+    """
+
+    seed: int
+    features: NDArray[np.float64]
+    solved: list[bool | None]
+
+
+def features(seen: Seen, mass: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What the rule sees of every row: (B, F).
+
+    Log-odds of the `mass` (B, M) near the tokens, in the least certain watched slot and in the mean one; the share of
+    watched tokens that the last iteration moved; and whether it was the first iteration.
+    """
+    odds = np.log(np.clip(mass, 1e-3, 1 - 1e-3)) - np.log1p(-np.clip(mass, 1e-3, 1 - 1e-3))
+    first = np.full(len(mass), float(seen.iteration == 1))
+    return np.stack([odds.min(1), odds.mean(1), (seen.moved > 0).mean(1), first], axis=1)
+
+
+@register_exit(
+    rf"head(?P<weights>{_NUMBER}(?:x{_NUMBER})*)", "head<W>", "or until a head of weights WxWx... says so"
+)  # fmt: skip
+class Learned(ExitRule):
+    """A weighted sum of `features` and a bias is positive."""
+
+    reason, ordered = "learned", True
+
+    def __init__(self, weights: str) -> None:
+        *self.weights, self.bias = (float(number) for number in weights.split("x"))
+        if len(self.weights) != len(FEATURES):
+            raise ConfigError(f"head{weights} has {len(self.weights)} weights and a bias; {FEATURES} need one each.")
+
+    def measure(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        return mass_near(logits, tokens)
+
+    def ends(self, seen: Seen, measured: np.ndarray | None) -> NDArray[np.bool_]:
+        assert measured is not None
+        found: NDArray[np.bool_] = features(seen, measured) @ self.weights + self.bias > 0
+        return found
+
+
+def head_name(weights: NDArray[np.float64]) -> str:
+    """The name of the rule with these weights, the bias last (F + 1,)."""
+    return "head" + "x".join(f"{weight:.2f}".rstrip("0").rstrip(".") for weight in weights)

@@ -1,0 +1,143 @@
+"""Learning when to exit: the closed form, a planted optimum, strata that weigh back, and a run in the simulator."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ceed_vla import load
+from ceed_vla.decoding.learned import FEATURES, Group
+from ceed_vla.errors import ConfigError, SimulationError
+from sim.environment import EnvPool, joined
+from sim.rollout import PolicyRunner, rollout
+from sim.serial_groups import SerialGroups, group_runner
+from sim.tabletop.env import TabletopEnv
+from sim.tabletop.lerobot_env import CeedTabletopEnv
+from training.reinforce import (
+    START,
+    ReinforceConfig,
+    Strata,
+    described,
+    drawn,
+    learn,
+    reinforce,
+    scout,
+    tabulated,
+)
+
+
+def planted(count: int) -> list[Group]:
+    """States that are wrong where many tokens moved, whatever the confidence; the second is always right."""
+    random = np.random.default_rng(0)
+    groups = []
+    for seed in range(count):
+        seen = np.column_stack([random.normal(0, 2, (2, 2)), random.random((2, 1)), [[1.0], [0.0]]])
+        wrong = seen[0, 2] > 0.5
+        groups.append(Group(seed, seen, [not wrong, True]))
+    return groups
+
+
+def all_alike(count: int) -> Strata:
+    return Strata({"differ": [], "alike": [(s, "t", 9) for s in range(count)]}, dict.fromkeys(range(count), "alike"))
+
+
+def test_chances_are_those_of_leaving_in_turn() -> None:
+    config, strata = ReinforceConfig(), all_alike(2)
+    strata.solved = {"alike": 1.0}
+    groups = [Group(0, np.zeros((3, 4)), [True] * 3), Group(1, np.zeros((1, 4)), [None])]
+    table = tabulated(config, groups, strata)
+    chances = table.chances(torch.tensor([0.0, 0, 0, 0, np.log(3)], dtype=torch.float64))
+    np.testing.assert_allclose(chances, [[0.75, 0.1875, 0.0625], [1, 0, 0]], atol=1e-12)
+    np.testing.assert_allclose(table.advantage.sum(1), 0, atol=1e-12)
+    assert table.advantage[0, 0] > table.advantage[0, 1] > table.advantage[0, 2]
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.5])
+def test_a_head_learns_what_goes_wrong_and_what_it_is_worth(decay: float) -> None:
+    config = ReinforceConfig(decay=decay, leash=1e-4)
+    groups, strata = planted(400), all_alike(400)
+    strata.solved = {"alike": 1.0}
+    table = tabulated(config, groups, strata)
+    head = learn(config, table)
+    leaves = np.array([[*g.features[0], 1] for g in groups]) @ head > 0
+    wrong = np.array([not g.solved[0] for g in groups])
+    assert np.mean(leaves != wrong) > 0.95
+    found = described(groups, table, head)
+    assert found["advantage"][1] > found["advantage"][0]
+    assert found["only_last_solves"] == wrong.sum()
+    assert found["without_spread_of_outcome"] == round(1 - wrong.mean(), 4)
+    held = learn(ReinforceConfig(decay=decay, leash=1e3), table)
+    np.testing.assert_allclose(held, START, atol=0.2)
+
+
+class Script:
+    """Rollouts by rule: one forward fails on every fifth seed."""
+
+    def outcomes(self, policy: str, decoders: Sequence[str], seeds: range) -> Iterator[tuple[str, int, str, bool, int]]:
+        for seed in seeds:
+            yield from ((name, seed, "t", name != "cap1" or seed % 5 > 0, 10 + seed % 2) for name in decoders)
+
+    def groups(self, policy: str, decoder: str, cap: int, decisions: Sequence[tuple[int, str, int]]) -> Iterator[Group]:
+        for seed, _, _ in decisions:
+            yield Group(seed, np.zeros((2, len(FEATURES))), [seed % 5 > 0, True])
+
+
+def test_strata_weigh_back_to_their_share() -> None:
+    config = ReinforceConfig(scouts=100, groups=400, seed=30_000)
+    strata = scout(config, Script())
+    assert {name: len(found) for name, found in strata.episodes.items()} == {"differ": 20, "alike": 80}
+    assert strata.solved == {"differ": 1.0, "alike": 1.0}
+    decisions = drawn(config, strata, np.random.default_rng(0))
+    assert all(0 <= at < 11 for _, _, at in decisions)
+    of = [strata.of[seed] for seed, _, _ in decisions]
+    assert of.count("differ") == 200
+    groups = list(Script().groups("", "", 2, decisions))
+    table = tabulated(config, groups, strata)
+    wrong = torch.tensor([not group.solved[0] for group in groups])
+    assert (table.weight * wrong).mean().item() == pytest.approx(0.2, abs=0.005)
+    assert table.weight.mean().item() == pytest.approx(1)
+
+
+def test_bad_settings(tmp_path: Path) -> None:
+    for change in ({"cap": 1}, {"decay": 0.0}, {"groups": 0}):
+        with pytest.raises(ConfigError):
+            ReinforceConfig(**change)  # type: ignore[arg-type]
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="output_dir"):
+        reinforce(ReinforceConfig("student", str(tmp_path)), Script())
+
+
+@pytest.mark.slow
+def test_branches_go_on_as_an_episode_would() -> None:
+    env = CeedTabletopEnv(task="push_cube", episode_length=60)
+    seeds = range(36_000, 36_006)
+    bundle = joined(load("student"), env)
+    with EnvPool(6, env) as pool:
+        alone = rollout(PolicyRunner(bundle, "cap1"), pool, [(seed, "push_cube") for seed in seeds])
+    groups = group_runner("student", env, "cap1", 2)([(seed, "push_cube", 1) for seed in seeds])
+    assert len(groups) == 6
+    ran = [group for group in groups if group.solved[0] is not None]
+    assert ran
+    for group in ran:  # the first state is the one that cap1 executes
+        assert group.features.shape == (len(group.solved), len(FEATURES))
+        assert group.solved[0] == alone[seeds.index(group.seed)].success
+    assert group_runner("student", env, "cap1", 2)([(36_000, "push_cube", 500)]) == []
+
+
+@pytest.mark.slow
+def test_from_the_shipped_student_to_a_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = CeedTabletopEnv(task="push_cube", episode_length=40)
+    config = ReinforceConfig("student", str(tmp_path / "out"), cap=2, rounds=1, groups=4, scouts=4, steps=20)
+    assert reinforce(config, SerialGroups(env, 1)) == tmp_path / "out"
+    report = json.loads((tmp_path / "out" / "reinforce.json").read_text())
+    policy, _, _ = load(tmp_path / "out")
+    assert policy.config.decodings["learned"] == f"{report['rounds'][0]['head']}_cap2"
+    assert policy.decoding_config("learned").exits == (report["rounds"][0]["head"],)
+    monkeypatch.delattr(TabletopEnv, "snapshot")
+    with pytest.raises(SimulationError, match=r"lacks snapshot\(\), which reinforce needs"):
+        next(SerialGroups(env, 1).groups("student", "cap1", 2, [(0, "x", 0)]))

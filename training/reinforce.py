@@ -1,0 +1,270 @@
+"""``ceed-vla reinforce``: learn when to exit from what becomes of episodes (S-GRPO, arXiv 2505.07686).
+
+A decode path is a serial group: one state a forward, each driven to the end of the episode from the same state of the
+simulator. A state's reward is success times ``decay ** forwards``; its advantage is that over the group's mean. What
+leaving and staying are worth in every state is then known, and a head learns to choose. The policy's weights stay.
+
+Most groups end alike. So half of them are of seeds where one forward and many do not fare alike, weighted back to their
+share, which keeps the expectation and cuts its noise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from ceed_vla.checkpoints import load, save
+from ceed_vla.decoding.learned import FEATURES, Group, head_name
+from ceed_vla.errors import ConfigError
+from ceed_vla.fields import COUNTS, SEEDS, check_fields, ranged
+from ceed_vla.files import write_text
+from ceed_vla.outputs import claim_folder
+
+REPORT, LEARNED = "reinforce.json", "learned"
+START = np.array([1.0, 0.0, 0.0, 0.0, 1.386])  # conf0.2: the least certain slot's log-odds above those of 0.2
+SWEEPS = 4  # what staying is worth depends on the head
+LARGEST = 99.0  # weight that a name holds
+DIFFER, ALIKE = "differ", "alike"
+
+
+class Rollouts(Protocol):
+    """What the simulator does; see `sim.serial_groups.SerialGroups`."""
+
+    def outcomes(
+        self, policy: str, decoders: Sequence[str], seeds: range
+    ) -> Iterator[tuple[str, int, str, bool, int]]: ...
+
+    def groups(
+        self, policy: str, decoder: str, cap: int, decisions: Sequence[tuple[int, str, int]]
+    ) -> Iterator[Group]: ...
+
+
+@dataclass
+class ReinforceConfig:
+    """Settings of `ceed-vla reinforce`.
+
+    Attributes:
+        policy_path: The policy, whose weights stay.
+        output_dir: A new folder for a copy of it that knows the decoding "learned", and reinforce.json.
+        cap: Most forwards; states of a group.
+        decay: Of the reward with every forward. A chunk that goes wrong costs an episode rarely: 0.99 is worth one
+            episode in a hundred for every chunk that leaves one forward earlier.
+        rounds: Groups are driven by the head that the round before learnt; all of them teach.
+        groups: Groups a round.
+        scouts: Episodes that show where outcomes differ.
+        leash: Weight of straying (cross-entropy of each choice) from the head that a run starts with, `conf0.2`.
+        seed: First seed; those of takeovers, 30000 to 39999, are for training.
+        steps: Most steps of each fit.
+    """
+
+    policy_path: str = ""
+    output_dir: str = ""
+    cap: int = ranged(3, "[2, 64]")
+    decay: float = ranged(0.995, "(0, 1]")
+    rounds: int = ranged(2, "[1, 1000]")
+    groups: int = ranged(2000, COUNTS)
+    scouts: int = ranged(800, COUNTS)
+    leash: float = ranged(0.001, "[0, 1e6]")
+    seed: int = ranged(36_000, SEEDS)
+    steps: int = ranged(100, COUNTS)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass
+class Strata:
+    """Seeds by whether outcomes differ there.
+
+    Attributes:
+        episodes: Of every stratum (seed, task, chunks).
+        of: The stratum of every seed.
+        solved: Share of the episodes that many forwards solve, by stratum.
+    """
+
+    episodes: dict[str, list[tuple[int, str, int]]] = field(default_factory=lambda: {DIFFER: [], ALIKE: []})
+    of: dict[int, str] = field(default_factory=dict)
+    solved: dict[str, float] = field(default_factory=dict)
+
+    def weight(self, stratum: str, drawn: int, total: int) -> float:
+        """Of each of `drawn` groups among `total`: its stratum's share of chunks over its share of the groups."""
+        chunks = {name: sum(count for _, _, count in episodes) for name, episodes in self.episodes.items()}
+        return (chunks[stratum] / sum(chunks.values())) / (drawn / total)
+
+
+def reinforce(config: ReinforceConfig, rollouts: Rollouts) -> Path:
+    """Learn a head, write a copy of the policy that knows it, and return its folder.
+
+    Raises:
+        ConfigError: Bad settings, or a folder that is not empty.
+        CheckpointError: A checkpoint that cannot be loaded.
+        SimulationError: An environment that cannot go on from a state it was in.
+    """
+    output = claim_folder("output_dir", config.output_dir, (), ())
+    policy, pre, post = load(config.policy_path)
+    if policy.tokenizer.tokens_per_step is None:
+        raise ConfigError("Tokens of variable length belong to no step: no exit is learnt for them.")
+
+    def named(head: NDArray[np.float64]) -> str:
+        return f"{head_name(head)}_cap{config.cap}"
+
+    strata = scout(config, rollouts)
+    head, groups, rounds = START, list[Group](), []
+    for number in range(config.rounds):
+        decisions = drawn(config, strata, np.random.default_rng([config.seed, number]))
+        with tqdm(total=len(decisions), desc=f"groups {number + 1}", unit="group", dynamic_ncols=True) as bar:
+            for group in rollouts.groups(config.policy_path, named(head), config.cap, decisions):
+                groups.append(group)
+                bar.update()
+        table = tabulated(config, groups, strata)
+        head = learn(config, table)
+        rounds.append({"head": head_name(head), **described(groups, table, head)})
+        print(f"round {number + 1}: {json.dumps(rounds[-1])}")
+    policy.config.decodings = {**policy.config.decodings, LEARNED: named(head)}
+    save(output, policy, pre, post)
+    counts = {name: {"seeds": len(strata.episodes[name]), "solved": strata.solved[name]} for name in strata.episodes}
+    write_text(output / REPORT, json.dumps({"features": FEATURES, "strata": counts, "rounds": rounds}, indent=2))
+    print(f"Written: {output}, whose decoding {LEARNED} is {policy.config.decodings[LEARNED]}")
+    return output
+
+
+def scout(config: ReinforceConfig, rollouts: Rollouts) -> Strata:
+    """Where one forward and many fare differently, or both fail."""
+    one, many = "cap1", f"cap{config.cap}"
+    seeds, strata = range(config.seed, config.seed + config.scouts), Strata()
+    found: dict[int, dict[str, tuple[str, bool, int]]] = {seed: {} for seed in seeds}
+    with tqdm(total=2 * config.scouts, desc="scouts", unit="episode", dynamic_ncols=True) as bar:
+        for decoder, seed, task, solved, chunks in rollouts.outcomes(config.policy_path, [one, many], seeds):
+            found[seed][decoder] = (task, solved, chunks)
+            bar.update()
+    for seed, by_decoder in found.items():
+        (task, first, _), (_, second, chunks) = by_decoder[one], by_decoder[many]
+        strata.of[seed] = ALIKE if first and second else DIFFER
+        strata.episodes[strata.of[seed]].append((seed, task, chunks))
+    for name, episodes in strata.episodes.items():
+        strata.solved[name] = sum(found[seed][many][1] for seed, _, _ in episodes) / max(len(episodes), 1)
+    return strata
+
+
+def drawn(config: ReinforceConfig, strata: Strata, random: np.random.Generator) -> list[tuple[int, str, int]]:
+    """Decisions (seed, task, chunks before): half of each stratum that there is, episodes by their chunks."""
+    there = [episodes for episodes in strata.episodes.values() if episodes]
+    found = []
+    for episodes in there:
+        lengths = np.array([chunks for _, _, chunks in episodes], dtype=float)
+        for index in random.choice(len(episodes), config.groups // len(there), p=lengths / lengths.sum()):
+            seed, task, chunks = episodes[index]
+            found.append((seed, task, int(random.integers(chunks))))
+    return [found[i] for i in random.permutation(len(found))]
+
+
+@dataclass
+class Table:
+    """All groups side by side, filled up to the longest: G groups of K states.
+
+    Attributes:
+        seen: Features and a one for the bias, (G, K, F + 1).
+        advantage: (G, K).
+        last: (G,) index of the last state.
+        weight: (G,) of the groups.
+    """
+
+    seen: Tensor
+    advantage: Tensor
+    last: Tensor
+    weight: Tensor
+
+    def chances(self, head: Tensor) -> Tensor:
+        """Chances (G, K) that a head (F + 1,) leaves in each state; in the last one it must."""
+        leave = torch.sigmoid(self.seen @ head)
+        leave = torch.where(torch.arange(leave.shape[1]) >= self.last[:, None], 1.0, leave)
+        stay = torch.cat([torch.ones_like(leave[:, :1]), (1 - leave[:, :-1]).cumprod(1)], dim=1)
+        return leave * stay
+
+    def staying(self, head: Tensor) -> Tensor:
+        """What staying in each state is worth (G, K): the advantage where `head` then leaves."""
+        leave = torch.sigmoid(self.seen @ head)
+        worth, found = self.advantage[:, -1], [torch.zeros_like(self.advantage[:, -1])]
+        for k in range(self.advantage.shape[1] - 2, -1, -1):
+            found.insert(0, worth)
+            ahead = leave[:, k] * self.advantage[:, k] + (1 - leave[:, k]) * worth
+            worth = torch.where(k >= self.last, self.advantage[:, k], ahead)
+        return torch.stack(found, dim=1)
+
+    def expected(self, chances: Tensor, values: Tensor) -> Tensor:
+        """The weighted mean of what `values` (G, K), or (K,), are where each group is left."""
+        return (self.weight * (chances * values).sum(1)).mean()
+
+
+def tabulated(config: ReinforceConfig, groups: Sequence[Group], strata: Strata) -> Table:
+    """Features and advantages; groups whose states do the same are taken to be solved as often as their stratum."""
+    count, longest, of = len(groups), max(len(g.solved) for g in groups), [strata.of[g.seed] for g in groups]
+    weights = {name: strata.weight(name, of.count(name), count) for name in set(of)}
+    seen = torch.zeros(count, longest, len(FEATURES) + 1, dtype=torch.float64)
+    advantage = torch.zeros(count, longest, dtype=torch.float64)
+    for row, (group, stratum) in enumerate(zip(groups, of, strict=True)):
+        k = len(group.solved)
+        solved = [strata.solved[stratum] if s is None else float(s) for s in group.solved]
+        reward = torch.tensor(
+            [s * config.decay**forwards for forwards, s in enumerate(solved, start=1)], dtype=torch.float64
+        )
+        seen[row, :k] = torch.from_numpy(np.column_stack([group.features, np.ones(k)]))
+        advantage[row, :k] = reward - reward.mean()
+    last = torch.tensor([len(group.solved) - 1 for group in groups])
+    return Table(seen, advantage, last, torch.tensor([weights[name] for name in of], dtype=torch.float64))
+
+
+def learn(config: ReinforceConfig, table: Table) -> NDArray[np.float64]:
+    """The head (F + 1,) that leaves where leaving is worth more than staying, on its leash.
+
+    Chances saturate, and their gradient with them: a head that never leaves would stay one. So each sweep solves the
+    classification that the present head poses: in each state to leave or to stay, weighted by what is at stake. The
+    logistic loss is convex and has the same best head where the features suffice.
+    """
+    start = torch.from_numpy(START)
+    head, usual = start.clone(), torch.sigmoid(table.seen @ start)
+    inner = torch.arange(usual.shape[1]) < table.last[:, None]  # in the last state nothing is chosen
+    for _ in range(SWEEPS):
+        stake = table.weight[:, None] * (table.advantage - table.staying(head)) * inner  # (G, K)
+        head = head.clone().requires_grad_(True)
+        optimizer = torch.optim.LBFGS([head], max_iter=config.steps, line_search_fn="strong_wolfe")
+
+        def loss(head: Tensor = head, optimizer: Any = optimizer, stake: Tensor = stake) -> Tensor:
+            optimizer.zero_grad()
+            scores = table.seen @ head
+            wrong = stake.abs() * F.softplus(-stake.sign() * scores)
+            strayed = F.binary_cross_entropy_with_logits(scores, usual, reduction="none") * inner
+            total = (wrong + config.leash * strayed).sum(1).mean()
+            total.backward()  # type: ignore[no-untyped-call]
+            return total
+
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+        head = head.detach()
+    head *= min(1.0, LARGEST / float(head.abs().max()))  # a rule asks for the sign alone
+    return head.numpy().round(2)
+
+
+def described(groups: Sequence[Group], table: Table, head: NDArray[np.float64]) -> dict[str, Any]:
+    """For the report: the groups, and what the heads of the start and of the end are expected to do."""
+    ran = [group for group in groups if group.solved[0] is not None]
+    forwards = torch.arange(1.0, table.seen.shape[1] + 1, dtype=torch.float64)
+    heads = [table.chances(torch.from_numpy(weights)) for weights in (START, head)]
+    return {
+        "groups": len(groups),
+        "all_states_alike": len(groups) - len(ran),
+        "without_spread_of_outcome": round(sum(len(set(group.solved)) == 1 for group in groups) / len(groups), 4),
+        "only_last_solves": sum(bool(g.solved[-1]) and not g.solved[0] for g in ran),
+        "only_first_solves": sum(bool(g.solved[0]) and not g.solved[-1] for g in ran),
+        "forwards": [round(float(table.expected(chances, forwards)), 4) for chances in heads],
+        "advantage": [round(float(table.expected(chances, table.advantage)), 6) for chances in heads],
+    }

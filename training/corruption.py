@@ -50,14 +50,19 @@ def draw_states(
 
 def guess_states(policy: CeedVLAPolicy, previous: Tensor, draw: StateDraw) -> Tensor:
     """Initial guesses (B, n); rows without a previous chunk (-1) get random tokens instead."""
-    device, tokenizer, steps = previous.device, policy.tokenizer, policy.config.n_action_steps
-    kind = torch.from_numpy(draw.kind).to(device)
-    kind[(kind == PREVIOUS) & (previous[:, 0] < 0)] = RANDOM
+    rows = torch.arange(len(previous), device=previous.device)
+    return all_guesses(policy, previous, draw)[torch.from_numpy(draw.kind).to(previous.device), rows]
+
+
+def all_guesses(policy: CeedVLAPolicy, previous: Tensor, draw: StateDraw) -> Tensor:
+    """Of every kind (kinds, B, n); a row without a previous chunk (-1) has random tokens in its place."""
+    tokenizer, steps = policy.tokenizer, policy.config.n_action_steps
     guesses = [
         draw.guess if name == "random" else tokenizer.guess(name, len(previous), previous, steps) for name in GUESSES
     ]
-    rows = torch.arange(len(previous), device=device)
-    return torch.stack([guess.to(device) for guess in guesses])[kind, rows]  # (B, n)
+    found = torch.stack([guess.to(previous.device) for guess in guesses])
+    found[PREVIOUS] = torch.where(previous[:, :1] < 0, found[RANDOM], found[PREVIOUS])
+    return found
 
 
 @torch.no_grad()

@@ -49,6 +49,8 @@ class DistillConfig(RunConfig):
             distance between teacher and demonstration.
         guesses: "online": shares of previous, mid and random guesses, as in inference.
         max_updates: "online": at most so many own Jacobi updates of the guess.
+        curriculum: "online": which of the states are drawn: "uniform", or by "spread", how unevenly the student's
+            updates treat them (`training.curriculum`).
         max_iterations: Iteration cap of the student's early-exit decoding.
         confidence: Its confidence rule (`DecodingConfig.confidence`); None for the cap alone.
         device: Where to train: "cpu", or an accelerator such as "cuda".
@@ -65,6 +67,7 @@ class DistillConfig(RunConfig):
     delta_quantile: float = ranged(0.95, "(0, 1]")
     guesses: str = "0.7,0.2,0.1"
     max_updates: int = ranged(2, "[0, 1000]")
+    curriculum: str = chosen("uniform", ("uniform", "spread"))
     max_iterations: int = ranged(2, "[1, 1e6]")
     confidence: float | None = ranged(None, "(0, 1]")
     device: str = "cpu"
@@ -82,6 +85,8 @@ class DistillConfig(RunConfig):
         super().__post_init__()
         guess_shares(self.guesses)
         find_loss(self.loss)
+        if self.curriculum != "uniform" and self.states == "stored":
+            raise ConfigError("--curriculum spread draws among the student's own states; use --states online.")
 
 
 def distill(config: DistillConfig, closed_loop: ClosedLoop | None = None) -> Path:
@@ -176,7 +181,8 @@ class DistillRun(Run):
         batch = self.data.batch(rows, draw)
         own = None if self.config.states == "stored" else (draw, self.config.max_updates)
         with torch.no_grad():
-            embeddings, states = self.model("prepare", batch, own)
+            curriculum = self.shares if self.config.curriculum == "spread" else None
+            embeddings, states = self.model("prepare", batch, own, curriculum)
         return {**batch, "embeddings": embeddings, "states": states}
 
     def _counts(self, parts: list[dict[str, Any]]) -> Tensor:

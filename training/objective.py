@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ceed_vla.decoding import DecodeResult, DecodingConfig
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from training.adapters import teacher_weights
 from training.corruption import StateDraw, online_states
+from training.curriculum import informative_states
 from training.losses import DistillationTerms, Loss, needs
 
 
@@ -61,17 +63,22 @@ class DistillationObjective(nn.Module):
             self.student.train(training)
 
     @torch.no_grad()
-    def prepare(self, batch: dict[str, Any], own: tuple[StateDraw, int] | None) -> tuple[Any, Tensor]:
+    def prepare(
+        self, batch: dict[str, Any], own: tuple[StateDraw, int] | None, curriculum: NDArray[Any] | None = None
+    ) -> tuple[Any, Tensor]:
         """Prefix embeddings, once for all forwards of a step, and states ``Y`` (B, n).
 
         `batch` holds the observation, ``previous`` (B, n), and ``teacher_states`` (B, n), which are taken unless there
-        are the draw and most updates of the student's `own`.
+        are the draw and most updates of the student's `own`; with the shares of guesses, by `curriculum`.
         """
         with self._evaluating():
             embeddings = self.student.backbone.embed_prefix(batch)
             if own is None:
                 return embeddings, batch["teacher_states"]
-            return embeddings, online_states(self.student, embeddings, batch["previous"], *own)
+            student, previous = self.student, batch["previous"]
+            if curriculum is None:
+                return embeddings, online_states(student, embeddings, previous, *own)
+            return embeddings, informative_states(student, embeddings, previous, batch["fixed_point"], *own, curriculum)
 
     def losses(self, embeddings: Any, batch: dict[str, Any], counts: Tensor) -> DistillationTerms:
         """Loss terms of a part of a batch with ``fixed_point``, ``states``, ``labels`` and ``label_weight`` (B, n);

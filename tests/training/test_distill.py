@@ -20,6 +20,7 @@ from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
 from ceed_vla.tokens.uniform import ActionTokenizer
 from training.corruption import draw_states, guess_states, online_states
+from training.curriculum import FLOOR, informative_states
 from training.distill import DistillConfig, DistillRun, distill
 from training.distill_data import StoredData, TrajectoriesConfig
 from training.trajectories import collect
@@ -204,6 +205,55 @@ def test_online_states_are_jacobi_updates_of_a_guess(
     assert found.any(1).all()  # every number of updates occurs
 
 
+class Counting:
+    """A student whose every update puts the next wrong token right, and with it all behind 4 right ones."""
+
+    config = SimpleNamespace(n_action_steps=1)
+
+    def __init__(self) -> None:
+        self.backbone = SimpleNamespace(packed_logits=self.packed_logits)
+        self.tokenizer = SimpleNamespace(
+            guess=lambda kind, rows, *_, **__: torch.full((rows, 8), {"mid": 2}.get(kind, 1))
+        )
+
+    def packed_logits(self, embeddings: Any, blocks: list[torch.Tensor]) -> Any:
+        found = []
+        for block in blocks:
+            new = block.clone()
+            for row in new:
+                wrong = row.nonzero().flatten()
+                row[wrong[:1]] = 0
+                row[wrong if len(wrong) <= 5 else wrong[:1]] = 0
+            found.append(torch.nn.functional.one_hot(new, 3).float())
+        return None, found
+
+
+def test_the_curriculum_draws_where_an_update_changes_most() -> None:
+    fixed, rows = torch.zeros(3000, 8, dtype=torch.int64), 3000
+    draw = draw_states(Counting(), rows, SHARES, 0, np.random.default_rng(1))
+    previous = torch.ones(rows, 8, dtype=torch.int64)
+    states = informative_states(Counting(), None, previous, fixed, draw, 4, SHARES)
+    wrong = (states != 0).sum(1)  # 8, 7, 6, 5 after 0 to 3 updates, then none
+    gain = {8: 1 / 8, 7: 1 / 8, 6: 1 / 8, 5: 5 / 8, 0: 0.0}
+    total = sum(value + FLOOR for value in gain.values())
+    for left, value in gain.items():
+        assert (wrong == left).float().mean().item() == pytest.approx((value + FLOOR) / total, abs=0.03)
+    mid = (states == 2).any(1)[wrong > 0].float().mean().item()
+    assert mid == pytest.approx(0.2, abs=0.03)  # guesses keep their shares
+    half = informative_states(Counting(), None, previous[::2], fixed[::2], draw[::2], 4, SHARES)
+    assert torch.equal(half, states[::2])  # however the batch is split
+
+
+def test_a_run_with_the_curriculum(studio: Any, tmp_path: Path, read_log: Callable[..., dict[int, float]]) -> None:
+    config = studio.distill_config(tmp_path / "run", steps=4, batch_size=4, curriculum="spread")
+    distill(config)
+    uniform = studio.distill_config(tmp_path / "other", steps=4, batch_size=4)
+    distill(uniform)
+    assert (tmp_path / "run" / FINAL / "model.safetensors").read_bytes() != (
+        tmp_path / "other" / FINAL / "model.safetensors"
+    ).read_bytes()
+
+
 # ---- refusals ---------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +262,8 @@ def test_online_states_are_jacobi_updates_of_a_guess(
     [
         ({"loss": "l2"}, "trust_region, paper"),
         ({"states": "none"}, "online, stored"),
+        ({"curriculum": "hard"}, "uniform, spread"),
+        ({"curriculum": "spread", "states": "stored"}, "use --states online"),
         ({"omega": -1.0}, r"omega is -1.0.*\[0, 1e6\]"),
         ({"omega": float("nan")}, "omega is nan"),
         ({"max_iterations": 0}, "max_iterations is 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from ceed_vla.errors import CheckpointError
@@ -17,10 +18,17 @@ FILES = (*POLICY_FILES, *PROCESSOR_FILES)
 
 
 def pretrained_path(name: str) -> Path:
-    """Folder of a checkpoint inside the package: "teacher" (autoregressive), "student" (consistency-distilled)."""
-    if not isinstance(name, str) or name not in PRETRAINED:
+    """Folder of a checkpoint inside the package: "teacher" (autoregressive), "student" (consistency-distilled).
+
+    "metaworld/student" is the student of an installed wheel of weights, ceed_vla_metaworld, which is not imported.
+    """
+    wheel, _, own = name.rpartition("/") if isinstance(name, str) else ("", "", "")
+    if own not in PRETRAINED or not (not wheel or wheel.isidentifier()):
         raise CheckpointError(f"No shipped checkpoint is called {short(name)}; choose one of {', '.join(PRETRAINED)}.")
-    path = Path(__file__).parent / "pretrained" / name
+    spec = find_spec(f"ceed_vla_{wheel}") if wheel else None
+    if wheel and (spec is None or spec.origin is None):
+        raise CheckpointError(f"There is no folder {name}, and no wheel ceed_vla_{wheel} is installed.")
+    path = (Path(spec.origin).parent if spec and spec.origin else Path(__file__).parent / "pretrained") / own
     if not (path / WEIGHTS).is_file():
         raise CheckpointError(f"The shipped checkpoint {name!r} is missing from this installation; reinstall.")
     return path
@@ -34,7 +42,8 @@ def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
         raise CheckpointError(f"The checkpoint is {short(path)}; give a folder, or one of {', '.join(PRETRAINED)}.")
     folder = Path(path)
     try:
-        if not folder.exists() and str(path) in PRETRAINED:
+        named = folder.name in PRETRAINED and len(folder.parts) <= 2 and not folder.is_absolute()
+        if named and not folder.exists() and not (len(folder.parts) == 2 and folder.parent.exists()):
             return pretrained_path(str(path))
         if (folder / "pretrained_model").is_dir():
             folder = folder / "pretrained_model"

@@ -1,0 +1,86 @@
+"""A wheel of checkpoints, `ceed_vla_NAME`: once it is installed, ``NAME/student`` is a checkpoint's name everywhere.
+
+python scripts/weights_wheel.py --name metaworld --folder outputs/mt10 --card recipes/metaworld_mt10.md
+pip install outputs/mt10/ceed_vla_metaworld-*.whl
+ceed-vla eval --env.type=ceed_metaworld --policy.path metaworld/student
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import draccus
+from setuptools import build_meta
+
+from ceed_vla import __version__
+from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.folders import PRETRAINED, resolve_checkpoint
+
+PROJECT = """[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "ceed_vla_{name}"
+version = "{version}"
+description = "Checkpoints of ceed_vla: {names}"
+license = "Apache-2.0"
+[tool.setuptools]
+packages = ["ceed_vla_{name}"]
+[tool.setuptools.package-data]
+ceed_vla_{name} = ["**"]
+"""
+
+
+@dataclass
+class WheelConfig:
+    """What goes into the wheel.
+
+    Attributes:
+        name: Of the package, behind ceed_vla_.
+        folder: Holds runs or checkpoints called teacher and student; the wheel is written into it.
+        card: Model card that goes with them.
+    """
+
+    name: str
+    folder: Path
+    card: Path
+
+
+def build(config: WheelConfig) -> Path:
+    """Build the wheel, and return its file.
+
+    Raises:
+        ConfigError: A name that is none, or no model card.
+        CheckpointError: No checkpoint.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9]*", config.name) or not config.card.is_file():
+        raise ConfigError(
+            f"--name {config.name!r} must be lower-case letters and digits, --card a file ({config.card})."
+        )
+    ends = [config.folder / name / "checkpoints/final" for name in PRETRAINED]
+    found = {end.parents[1].name: end if end.is_dir() else end.parents[1] for end in ends if end.parents[1].is_dir()}
+    if not found:
+        raise CheckpointError(f"{config.folder} holds neither {' nor '.join(PRETRAINED)}.")
+    with tempfile.TemporaryDirectory() as temporary:
+        package = Path(temporary) / f"ceed_vla_{config.name}"
+        for name, folder in found.items():
+            shutil.copytree(resolve_checkpoint(folder), package / name)
+        shutil.copy(config.card, package / "README.md")
+        (package / "__init__.py").write_text(f'"""Checkpoints: {", ".join(found)}."""\n')
+        text = PROJECT.format(name=config.name, version=__version__, names=", ".join(found))
+        (Path(temporary) / "pyproject.toml").write_text(text)
+        output, before = config.folder.resolve(), Path.cwd()
+        os.chdir(temporary)
+        try:
+            return output / build_meta.build_wheel(str(output))
+        finally:
+            os.chdir(before)
+
+
+if __name__ == "__main__":
+    print(f"Written: {build(draccus.parse(WheelConfig))}")

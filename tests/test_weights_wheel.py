@@ -1,0 +1,60 @@
+"""A wheel of weights: built from a folder, installed, and found by name without being imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ceed_vla
+from ceed_vla.checkpoints import resolve_checkpoint
+from ceed_vla.errors import CheckpointError, ConfigError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("weights_wheel", ROOT / "scripts" / "weights_wheel.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_from_a_run_to_a_name(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = tmp_path / "run" / "student" / "checkpoints" / "final"
+    final.mkdir(parents=True)
+    (final / "pretrained_model").symlink_to(ceed_vla.pretrained_path("student"))
+    card = tmp_path / "card.md"
+    card.write_text("# Card\n")
+    wheel = script.build(script.WheelConfig("ofatest", tmp_path / "run", card))
+    assert wheel.parent == tmp_path / "run"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="no wheel ceed_vla_other is installed"):
+        resolve_checkpoint("other/student")
+    folder = resolve_checkpoint("ofatest/student")
+    assert folder == tmp_path / "site" / "ceed_vla_ofatest" / "student"
+    assert "ceed_vla_ofatest" not in sys.modules
+    assert ceed_vla.load("ofatest/student")[0].config.chunk_size == 8
+    assert (folder.parent / "README.md").read_text() == "# Card\n"
+    with pytest.raises(CheckpointError, match="missing from this installation"):
+        resolve_checkpoint("ofatest/teacher")
+
+
+def test_nothing_to_build(script: Any, tmp_path: Path) -> None:
+    (tmp_path / "card.md").touch()
+    with pytest.raises(CheckpointError, match="neither teacher nor student"):
+        script.build(script.WheelConfig("x", tmp_path, tmp_path / "card.md"))
+    for name, card in (("../x", tmp_path / "card.md"), ("x", tmp_path / "none.md")):
+        with pytest.raises(ConfigError, match="lower-case"):
+            script.build(script.WheelConfig(name, tmp_path, card))

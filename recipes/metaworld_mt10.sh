@@ -3,53 +3,44 @@
 # Needs the extra `metaworld`. Every step goes on where an interrupt left it: run the script again.
 #
 #   bash recipes/metaworld_mt10.sh [OUTPUT_FOLDER]
-#   EPISODES=500 SCENES=12000 STEPS=6000 bash recipes/metaworld_mt10.sh    # more of everything
+#   EPISODES=1000 SCENES=24000 STEPS=6000 bash recipes/metaworld_mt10.sh    # more of everything
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-outputs/mt10}
 export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore
 env=--env.type=ceed_metaworld
 
-record() { # name mode episodes seed
-  ceed-vla record $env --resume true --root "$out/data/$1" --mode "$2" --episodes "$3" --seed "$4" "${@:5}"
-}
-wait_all() { # with their exit status: a plain wait would hide a failure
-  local job
-  for job in $(jobs -p); do wait "$job"; done
+record() { # name mode episodes seed, and what differs
+  ceed-vla record $env --resume true --workers 2 --root "$out/data/$1" --mode "$2" --episodes "$3" --seed "$4" "${@:5}"
 }
 started() { [ -e "$out/$1/progress.json" ] && echo true || echo false; }
 finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors" ]; }
 
-# 1. Scenes without actions, and demonstrations with bursts of random steps; two processes side by side.
-for half in 0 1; do
-  (record ground$half grounding "${SCENES:-6000}" $((6000 + 12000 * half)) --poses_per_scene 1
-    record perturb$half perturb "${EPISODES:-220}" $((1000 + 2000 * half))) &
-done
-wait_all
-demos="$out/data/perturb0,$out/data/perturb1"
+# 1. Scenes without actions, and demonstrations with bursts of random steps.
+record ground grounding "${SCENES:-12000}" 6000 --poses_per_scene 1
+record perturb perturb "${EPISODES:-440}" 1000
+demos="$out/data/perturb" takeover="$out/first/takeover/round_0"
 
 # 2. The teacher, in two runs: it sees no action before it knows where things are, then one takeover round (DAgger); then on
 #    from there at half the learning rate. The gate lets two goals pass that are balls of 2 px in the air (README.md).
 train() { # name, and what differs
   finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli train $env --output_dir "$out/$1" \
-    --grounding_roots "$out/data/ground0,$out/data/ground1" --threads 1 --resume "$(started "$1")" "${@:2}"
+    --grounding_roots "$out/data/ground" --threads 1 --resume "$(started "$1")" "${@:2}"
 }
 train first --roots "$demos" --grounding_steps 1500 --grounding_gate "${GATE:-0.06}" --steps "${STEPS:-2600}" --rounds 1 \
   --takeover_episodes 200 --lr 2e-3 --validate_episodes 40
 train teacher --policy_path "$out/first/checkpoints/final" --grounding_steps 0 --steps "${MORE_STEPS:-1700}" --rounds 0 \
-  --roots "$demos,$out/first/takeover/round_0_0,$out/first/takeover/round_0_1" --root_weights 0.35,0.35,0.15,0.15 \
+  --roots "$demos,$takeover" --root_weights 0.7,0.3 \
   --lr 1e-3 --muon_lr 1e-3 --validate_episodes 40
 teacher=$out/teacher/checkpoints/final
 
-# 3. Its trajectories, and the student (these settings are a first try: only their commands were run, at small sizes).
-for shard in 0 1; do
-  ceed-vla collect --policy_path "$teacher" --roots "$demos" --output_dir "$out/trajectories" --max_frames 20000 \
-    --num_shards 2 --shard_index $shard --resume true &
-done
-wait_all
-finished student || ceed-vla distill $env --teacher_path "$teacher" --trajectories.path "$out/trajectories" \
-  --roots "$demos" --output_dir "$out/student" --steps 2000 --lr 1e-3 --muon_lr 1e-3 --max_iterations 2 --confidence 0.2 \
-  --validate_episodes 0 --resume "$(started student)"
+# 3. Its trajectories, where the demonstrations and the takeovers went, and the student.
+ceed-vla collect --policy_path "$teacher" --roots "$demos,$takeover" --output_dir "$out/trajectories" --max_frames 30000 \
+  --workers 2 --resume true
+finished student || torchrun --nproc_per_node 2 -m ceed_vla.cli distill $env --teacher_path "$teacher" \
+  --trajectories.path "$out/trajectories" --roots "$demos,$takeover" --output_dir "$out/student" --steps 2500 --lr 1e-3 \
+  --muon_lr 1e-3 --max_updates 1 --max_iterations 2 --confidence 0.2 --threads 1 --validate_episodes 0 \
+  --resume "$(started student)"
 
 # 4. What the teacher sees, and both in the loop: 50 episodes a task.
 ceed-vla grounding $env --policy.path "$teacher" --output "$out/grounding.json"

@@ -175,9 +175,8 @@ def _evaluate(config: EvalConfig, pool: EnvPool, console: Console, probes: Any) 
     folder = claim_folder("output_dir", config.output_dir, own, (REPORT, EPISODES))
     if not config.resume:
         refuse_unfinished(folder, REPORT)
-    run, log = prepared(config, pool)
-    config = run.config
-    run.probes = probes(run.bundles)
+    run, log = _prepared(config, pool)
+    run.probes, config = probes(run.bundles), run.config
     folder.mkdir(parents=True, exist_ok=True)
     log.start(run.results)
     complete = False
@@ -202,7 +201,7 @@ def _decoders(config: EvalConfig) -> list[str]:
     return parse_decoders(config.decoders, has_teacher=bool(config.teacher.path))
 
 
-def prepared(config: EvalConfig, pool: EnvPool) -> tuple[Evaluation, EpisodeLog]:
+def _prepared(config: EvalConfig, pool: EnvPool) -> tuple[Evaluation, EpisodeLog]:
     """What is evaluated, with the episodes that are kept of a run before, and where episodes are written."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -296,8 +295,7 @@ def shard_runner(config: EvalConfig, pool: EnvPool) -> Callable[[tuple[str, Any]
 
     def run(item: tuple[str, list[tuple[int, str]]]) -> tuple[str, list[EpisodeResult]]:
         name, episodes = item
-        steps = config.executed_steps or bundles["policy"][0].config.n_action_steps
-        return name, rollout(make_runner(rows[name], bundles, steps), pool, episodes)
+        return name, rollout(make_runner(rows[name], bundles, config.executed_steps), pool, episodes)
 
     return run
 
@@ -316,8 +314,8 @@ def _run_all_episodes(run: Evaluation, console: Console, log: EpisodeLog) -> Non
         if (episodes := [(seed, task) for seed, task in shard if seed not in done[row.name]])
     ]
     with _progress(console) as progress:
-        kept = sum(map(len, run.results.values()))
-        bar = progress.add_task("episodes", total=config.episodes * len(run.rows), completed=kept)
+        kept, total = sum(map(len, run.results.values())), config.episodes * len(run.rows)
+        bar = progress.add_task("episodes", total=total, completed=kept)
 
         def finish(name: str, episode: EpisodeResult) -> None:
             log.append(name, episode)
@@ -440,9 +438,9 @@ def _write_clips(run: Evaluation, folder: Path, console: Console) -> list[Path]:
     first = sorted(run.results[run.rows[0].name], key=lambda episode: episode.seed)
     shown = next((episode for episode in first if episode.success), first[0])
     task = dict(_plan(config))[shown.seed]
-    files = []
+    rows, files = [row for row in run.rows if not row.delay], []
     with _progress(console) as progress:
-        for row in progress.track([row for row in run.rows if not row.delay], description="clips"):
+        for row in progress.track(rows, description="clips"):
             runner = make_runner(row, run.bundles, run.executed_steps)
             files.append(record_clip(folder / f"clip_{row.name}.mp4", row, runner, run.pool, shown.seed, task))
     return files

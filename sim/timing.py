@@ -146,7 +146,7 @@ def in_engine(bundle: Bundle, engine: str) -> Bundle:
     return policy, *bundle[1:]
 
 
-def make_runner(row: Row, bundles: Mapping[str, Bundle], executed_steps: int) -> PolicyRunner:
+def make_runner(row: Row, bundles: Mapping[str, Bundle], executed_steps: int | None) -> PolicyRunner:
     """The runner of a row; random guesses differ from chunk to chunk and are the same in every run."""
     generator = torch.Generator().manual_seed(row.decoding.seed)
     return PolicyRunner(bundles[row.model], row.decoding, generator, executed_steps, row.delay)

@@ -83,7 +83,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12,<3.14",
     packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
-    package_data={NAME: ["py.typed", "pretrained/**/*.safetensors", "pretrained/**/*.json", "pretrained/**/*.md"]},
+    package_data={
+        NAME: ["py.typed", "pretrained/**/*.safetensors", "pretrained/**/*.json", "pretrained/**/*.md"],
+        "sim": ["tabletop/*.xml"],
+    },
     data_files=[(folder, files) for folder, files in DATA_FILES if files],
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,6 +142,17 @@ def test_versions_agree() -> None:
     assert version is not None
     assert f"<version>{version[1]}</version>" in (ROOT / "package.xml").read_text()
     assert f'version = "{version[1]}"' in (ROOT / "lerobot_policy_ceed_vla/pyproject.toml").read_text()
+
+
+def test_every_file_of_the_packages_is_installed(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    packages = ("ceed_vla/", "training/", "sim/", "ros_nodes/")
+    missing = [
+        name for path in FILES if (name := name_of(path)).startswith(packages) and not (tmp_path / name).exists()
+    ]
+    assert not missing
 
 
 def test_constraints_pin_exact_public_versions() -> None:

@@ -1,8 +1,7 @@
-"""Kinematics of the 7-joint arm: Denavit-Hartenberg table, joint limits, pose and Jacobian.
+"""Kinematics of the 7-joint arm in `arm.xml`: joint limits, pose and Jacobian.
 
-The figures are the public ones of the Franka Emika Panda (modified / Craig convention). The tool centre point (TCP)
-frame has x forward, y to the left and z up when the gripper points straight down, so its orientation is the identity
-there and the sign of its quaternion never flips in normal use.
+The tool centre point (TCP) frame has x forward, y to the left and z up when the gripper points straight down, so its
+orientation is the identity there and the sign of its quaternion never flips in normal use.
 """
 
 from __future__ import annotations
@@ -12,19 +11,6 @@ import numpy as np
 
 from ceed_vla.kinematics import ArmKinematics, Array
 
-# a [m], d [m], alpha [rad] of joints 1..7.
-DH = (
-    (0.0, 0.333, 0.0),
-    (0.0, 0.0, -np.pi / 2),
-    (0.0, 0.316, np.pi / 2),
-    (0.0825, 0.0, np.pi / 2),
-    (-0.0825, 0.384, -np.pi / 2),
-    (0.0, 0.0, np.pi / 2),
-    (0.088, 0.0, np.pi / 2),
-)
-FLANGE_OFFSET = 0.107  # joint 7 frame to flange, along z [m]
-HAND_YAW = -np.pi / 4  # hand about the flange's z [rad]
-TCP_OFFSET = 0.12  # flange to TCP, along z [m]
 JOINT_LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])  # [rad]
 JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])  # [rad]
 HOME = np.array([0.0, -0.60, 0.0, -2.55, 0.0, 1.95, np.pi / 4])  # gripper down, fingers open along y [rad]

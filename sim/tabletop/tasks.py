@@ -48,7 +48,7 @@ PHRASES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# Sizes and places [m]; the scene is built from them and the success tests use them.
+# Sizes and places [m] for the success tests, as `scene.xml` has them.
 CUBE_HALF = 0.0225
 BIN_INNER_HALF = 0.065
 BIN_WALL = 0.005

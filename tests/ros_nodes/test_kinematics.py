@@ -14,7 +14,7 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.kinematics import CommandedPose, PoseLimits, rotate_rpy, rpy_matrix, turn_matrix, turn_vector
 from ros_nodes.robot.kinematics import ModelArm
 from sim.tabletop import arm, env
-from sim.tabletop.scene import scene_xml
+from sim.tabletop.scene import SCENE
 
 JOINTS = tuple(f"joint{i}" for i in range(1, 8))
 URDF = """<robot name="two">
@@ -56,16 +56,9 @@ LIMITS = PoseLimits(0.05, 0.25, env.WORKSPACE_LOW, env.WORKSPACE_HIGH, env.MAX_T
 
 
 @pytest.fixture(scope="module")
-def scene_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole scene, with fingers, free cubes and actuators that the kinematics must leave out."""
-    path = tmp_path_factory.mktemp("model") / "scene.xml"
-    path.write_text(scene_xml())
-    return path
-
-
-@pytest.fixture(scope="module")
-def kinematics(scene_file: Path) -> ModelArm:
-    return ModelArm(scene_file, "tcp", JOINTS, home=arm.HOME)
+def kinematics() -> ModelArm:
+    """Of the whole scene, with fingers, free cubes and actuators that the kinematics must leave out."""
+    return ModelArm(SCENE, "tcp", JOINTS, home=arm.HOME)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -195,15 +188,15 @@ def test_a_urdf_works_too_and_joints_keep_the_given_order(tmp_path: Path) -> Non
     np.testing.assert_allclose(found, [1.5, 0.2], atol=1e-2)
 
 
-def test_bad_models_and_names_are_named(scene_file: Path, tmp_path: Path) -> None:
+def test_bad_models_and_names_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         ModelArm(tmp_path / "missing.xml", "tcp", JOINTS)
     (tmp_path / "broken.xml").write_text("<mujoco><body")
     with pytest.raises(ConfigError, match="cannot be read"):
         ModelArm(tmp_path / "broken.xml", "tcp", JOINTS)
     with pytest.raises(ConfigError, match=r"joint8.* which has joint1, joint2"):
-        ModelArm(scene_file, "tcp", ("joint8",))
+        ModelArm(SCENE, "tcp", ("joint8",))
     with pytest.raises(ConfigError, match="no site or body 'tool'; its sites are tcp"):
-        ModelArm(scene_file, "tool", JOINTS)
+        ModelArm(SCENE, "tool", JOINTS)
     with pytest.raises(ConfigError, match="one position each"):
-        ModelArm(scene_file, "tcp", ("cube_red",))
+        ModelArm(SCENE, "tcp", ("cube_red",))

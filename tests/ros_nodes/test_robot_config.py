@@ -59,7 +59,7 @@ def test_packaged_robot_is_the_simulated_one() -> None:
 
 
 def test_packaged_model_is_current() -> None:
-    assert (CONFIG / "tabletop_arm.xml").read_text() == scene.arm_xml()
+    assert (CONFIG / "tabletop_arm.xml").read_text() == scene.SCENE.with_name("arm.xml").read_text()
 
 
 def test_model_has_the_kinematics_of_the_scene() -> None:

@@ -18,7 +18,7 @@ from sim import render as rendering
 from sim.tabletop import ENV_ID, arm, layout, tasks
 from sim.tabletop.env import ACTION_NAMES, STATE_NAMES, WORKSPACE_HIGH, WORKSPACE_LOW, TabletopEnv
 from sim.tabletop.lerobot_env import PRIVILEGED
-from sim.tabletop.scene import load_scene
+from sim.tabletop.scene import FINGER_STROKE, MAX_IMAGE_SIZE, SIM_DT, load_scene
 
 
 def make(**options) -> TabletopEnv:
@@ -195,6 +195,30 @@ def test_scenes_can_be_solved(family):
         gaps = np.linalg.norm(places[:, None] - places[None], axis=-1) + np.eye(len(places))
         assert gaps.min() >= layout.CUBE_SPACING
         assert abs(scene.bin[1] - scene.plate[1]) >= layout.FAR_SPACING
+
+
+def test_the_model_has_the_sizes_that_python_knows():
+    model = load_scene().model
+    walls = model.geom_bodyid == model.body("bin").id
+    floor, *sides = zip(model.geom_pos[walls], model.geom_size[walls], strict=True)
+    outer = tasks.BIN_INNER_HALF + tasks.BIN_WALL
+    np.testing.assert_allclose(floor[1], [outer, outer, tasks.BIN_WALL / 2])
+    for position, size in sides:
+        thin = int(np.argmin(size))
+        assert abs(position[thin]) - size[thin] == pytest.approx(tasks.BIN_INNER_HALF)
+        assert position[2] + size[2] == pytest.approx(tasks.BIN_HEIGHT)
+    (plate,) = np.flatnonzero(model.geom_bodyid == model.body("plate").id)
+    np.testing.assert_allclose(model.geom_size[plate][:2], [tasks.PLATE_RADIUS, tasks.PLATE_HEIGHT / 2])
+    for color in tasks.COLORS:
+        np.testing.assert_allclose(model.geom(f"cube_{color}").size, tasks.CUBE_HALF)
+    for side, sign in (("left", 1), ("right", -1)):
+        zone = model.geom(f"zone_{side}")
+        ends = np.array([zone.pos - zone.size, zone.pos + zone.size])[:, :2] * [1, sign]
+        np.testing.assert_allclose(np.sort(ends, axis=0).T, [tasks.ZONE_X, (tasks.ZONE_INNER, tasks.ZONE_OUTER)])
+    np.testing.assert_array_equal(model.jnt_range[:7].T, [arm.JOINT_LOW, arm.JOINT_HIGH])
+    np.testing.assert_array_equal(model.jnt_range[7:9], [(0, FINGER_STROKE)] * 2)
+    assert model.opt.timestep == SIM_DT
+    assert model.vis.global_.offwidth == model.vis.global_.offheight == MAX_IMAGE_SIZE
 
 
 def test_kinematics_of_the_model_match_the_denavit_hartenberg_table():

@@ -10,7 +10,7 @@ set -euo pipefail
 out=$(realpath -m "${1:-outputs/smolvlm}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-python -m benchmarks.models.vlm smolvlm "$out/model"
+python -m benchmarks.models.smolvlm "$out/model"
 ceed-vla record --root "$out/data" --episodes 12
 ceed-vla record --root "$out/held-out" --episodes 8 --seed 1000
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_vlms import make_tiny_vlm
 
 import ceed_vla
-from benchmarks.models.vlm import make_tiny_vlm
 from ceed_vla.checkpoints import load
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import ConfigError

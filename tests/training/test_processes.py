@@ -13,9 +13,9 @@ import draccus
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from tiny_vlms import make_tiny_vlm
 
 import ceed_vla
-from benchmarks.models.vlm import make_tiny_vlm
 from ceed_vla.errors import ConfigError
 from training.adapters import LoRAConfig
 from training.distill import distill

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_vlms import make_tiny_vlm
 
 import ceed_vla
-from benchmarks.models.vlm import make_tiny_vlm
 from ceed_vla.cli import main
 from training.trajectories import read_trajectories
 

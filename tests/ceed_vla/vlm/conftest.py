@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_vlms import make_tiny_vlm
 from torch import Tensor
 
-from benchmarks.models.vlm import make_tiny_vlm
 from ceed_vla.backbones.vlm.inputs import VLMInputsStep
 from ceed_vla.backbones.vlm.loading import choose_action_ids, load_model
 from ceed_vla.backbones.vlm.model import FLAT_KEY, ROW_KEY, VLMBackbone

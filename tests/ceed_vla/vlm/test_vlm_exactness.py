@@ -8,8 +8,8 @@ import pytest
 import torch
 from decoders import greedy, jacobi
 from engines import assert_same_tokens
+from tiny_vlms import FAMILIES
 
-from benchmarks.models.vlm import FAMILIES
 from ceed_vla.backbones.vlm.model import MASK_KEY, STATE_KEY, VLMBackbone
 from ceed_vla.engine import compiled
 from ceed_vla.tokens.uniform import ActionTokenizer

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from lerobot.processor import PolicyProcessorPipeline
+from tiny_vlms import FAMILIES
 
-from benchmarks.models.vlm import FAMILIES
 from ceed_vla.backbones.vlm.inputs import VLMInputsStep, keyed
 from ceed_vla.backbones.vlm.model import FLAT_KEY, IDS_KEY, MASK_KEY, ROW_KEY
 from ceed_vla.backbones.vlm.processor import load_processor

@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny_vlms import FAMILIES
 
-from benchmarks.models.vlm import FAMILIES, make_tiny_vlm
 from ceed_vla.backbones.vlm.config import VLMConfig
 from ceed_vla.backbones.vlm.loading import (
     architecture,
@@ -257,8 +257,3 @@ def test_a_processor_of_another_model(backbone: Any, observe: Any) -> None:
     _, step = backbone("llava")
     with pytest.raises(ObservationError, match="cannot read the observation"):
         model.prefill(observe(step, 2))
-
-
-def test_an_unknown_tiny_family(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="choose one of llava, "):
-        make_tiny_vlm("gpt", tmp_path)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_vlms import FAMILIES
 
 import ceed_vla
-from benchmarks.models.vlm import FAMILIES
 from ceed_vla import CeedVLAPolicy
 from ceed_vla.backbones.vlm.config import VLMConfig
 from ceed_vla.checkpoints import save, weights_hash

@@ -18,6 +18,7 @@ import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
+import robots_page
 from rcl_interfaces.srv import GetParameters
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
@@ -25,7 +26,6 @@ from std_msgs.msg import Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
 
 from ros_nodes.robot.messages import LATCHED, SENSOR, array_to_image
-from scripts import robots_page
 from tests.ros_nodes.conftest import Graph, Status
 
 slow = pytest.mark.slow

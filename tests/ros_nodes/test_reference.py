@@ -9,16 +9,17 @@ import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
+import robots_page
+
 from ros_nodes.robot.diagnostics import HARMLESS
 from ros_nodes.robot.safety import CLAMPS, HOLD_CODES
-from scripts import robots_page
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = robots_page.PAGE.read_text(encoding="utf-8")
 
 
 def test_tables_are_those_of_the_code() -> None:
-    assert robots_page.filled(TEXT) == TEXT, "run python -m scripts.robots_page"
+    assert robots_page.filled(TEXT) == TEXT, "run python tests/helpers/robots_page.py"
     assert set(re.findall(r"<!-- (.*?) -->", TEXT)) == {*robots_page.tables(), "end"}
 
 

@@ -1,6 +1,6 @@
 """The tables of docs/robots.md, made from the code: topics, services and parameters of both nodes.
 
-``python -m scripts.robots_page`` writes them into the page again; a test compares.
+``python tests/helpers/robots_page.py`` writes them into the page again; a test compares.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ros_nodes.robot.robot_file import load_robot_config
 from ros_nodes.simulated.parameters import SIM_PARAMETERS
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "robots.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "robots.md"
 IN, OUT, SERVICE = "in", "out", "service"
 DRY = ("policy/preview_command", "policy/planned")  # with dry_run only
 OF_POLICY = ("policy/state", *DRY)

@@ -23,10 +23,9 @@ from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import chosen
 from ceed_vla.files import write_text
-from sim.environment import Bundle
 from sim.evaluate import EvalConfig, evaluate
 from sim.plots import INK, row_color, save_figure
-from sim.report import layers_cell, markdown_table, success_cell
+from sim.report import cells, markdown_table
 from sim.timing import ENGINES
 
 BENCH, TABLE, PARETO = "bench.json", "bench.md", "pareto.png"
@@ -71,7 +70,7 @@ def bench(config: BenchConfig, console: Console | None = None) -> dict[str, Any]
         rows = [*CeedVLAConfig.read(folder).decodings, *depth_rows(*described_exits(folder))]
         config.decoders = ",".join([ROWS, *rows, *[TEACHER_ROWS] * bool(config.teacher.path)])
     config.decoders = f"ar,ar_h,{config.decoders}"  # everything is compared with them
-    report = evaluate(config, console, probes)
+    report = evaluate(config, console, lambda bundles: {"act": sim.rivals.act(bundles["policy"])})
     result = {**report, "decoders": rows_of(report)}
     folder = Path(config.output_dir)
     if report["timing"]:
@@ -89,11 +88,6 @@ def depth_rows(kind: str, depths: Sequence[int]) -> list[str]:
         rows += [f"deer{upper}t3_conf0.2_cap2" for lower, upper in pairwise(depths) if upper == lower + 1]
         rows += [f"spec{depths[0]}x4", f"spec{depths[0]}x4r2", "del"]
     return rows
-
-
-def probes(bundles: dict[str, Bundle]) -> dict[str, Any]:
-    """What is timed beside the decoders."""
-    return {"act": sim.rivals.act(bundles["policy"])}
 
 
 def floor(report: Mapping[str, Any], model: str) -> float:
@@ -116,28 +110,20 @@ def rows_of(report: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of ``bench.json``: those of the report, and ratios of p50 of chunks to the same model's floor, and
     to its AR and AR of the executed steps in their faster engines (``ratio_to_ar_compiled``).
     """
-    rows = {}
-    for name, entry in report["decoders"].items():
-        row = dict(entry)
-        if "latency_ms" in entry:
-            model, prefix = ("teacher", "teacher_") if name.startswith("teacher_") else ("policy", "")
-            p50, others = entry["latency_ms"]["p50"], report["decoders"]
-            row |= {
-                "tokens_per_forward": round(_wanted(report, entry) / entry["forwards_mean"], 2),
-                "engine": report["timing"]["engines"][name],
-                "ratio_to_floor": round(p50 / floor(report, model), 3),
-            }
-            for rival in ("ar", "ar_h"):
-                if prefix + rival in others:
-                    row[f"ratio_to_{rival}_compiled"] = round(others[prefix + rival]["latency_ms"]["p50"] / p50, 3)
-        rows[name] = row
+    rows = {name: dict(entry) for name, entry in report["decoders"].items()}
+    for name, row in rows.items():
+        if "latency_ms" not in row:
+            continue
+        model, prefix = ("teacher", "teacher_") if name.startswith("teacher_") else ("policy", "")
+        p50 = row["latency_ms"]["p50"]
+        share = report["executed_steps"] / report["chunk_size"] if row["decoding"]["watch"] == "executed" else 1
+        row["tokens_per_forward"] = round(report["block_length"] * share / row["forwards_mean"], 2)
+        row["engine"] = report["timing"]["engines"][name]
+        row["ratio_to_floor"] = round(p50 / floor(report, model), 3)
+        for rival in ("ar", "ar_h"):
+            if prefix + rival in rows:
+                row[f"ratio_to_{rival}_compiled"] = round(rows[prefix + rival]["latency_ms"]["p50"] / p50, 3)
     return rows
-
-
-def _wanted(report: Mapping[str, Any], entry: Mapping[str, Any]) -> float:
-    """Tokens that a row's decoder must get right."""
-    share = report["executed_steps"] / report["chunk_size"] if entry["decoding"]["watch"] == "executed" else 1
-    return float(report["block_length"] * share)
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -148,20 +134,17 @@ def markdown(result: Mapping[str, Any]) -> str:
     )  # fmt: skip
     lines = []
     for name, row in result["decoders"].items():
-        forwards = f"{row.get('forwards_mean', 0):.2f} / {row.get('forwards_p95', 0):.0f}"
-        cells = [name, success_cell(row), forwards, layers_cell(row)]
+        *first, _, _, _, agreement = cells(name, row)
+        own = ["-"] * (len(head) - len(first) - 1)
         if "latency_ms" in row:
-            total = row["latency_ms"]
-            cells += [
-                f"{total['p50']:.1f} / {total['p95']:.1f} / {total['p99']:.1f}",
+            own = [
                 *(f"{row[f'{part}_ms']['p50']:.1f}" for part in ("prefill", "decode")),
                 row["engine"],
                 *(f"{row.get(f'ratio_to_{rival}_compiled', 0):.1f}" for rival in ("ar", "ar_h")),
                 f"{row['ratio_to_floor']:.2f}",
                 f"{row['action_error']:.4f}",
-                f"{100 * row['ar_agreement']:.1f} %",
             ]
-        lines.append((*cells, *["-"] * (len(head) - len(cells))))
+        lines.append((*first, *own, agreement))
     parts = [f"# {result['env']}, {result['task']}", "", markdown_table(head, lines), ""]
     if "floor_ms" in result:
         parts += [

@@ -119,24 +119,16 @@ def error_rows(
     distance = np.linalg.norm(first, axis=1)  # (N,)
     off = {name: 100 * np.linalg.norm(found[:, part] - truth[:, part], axis=1) for name, part in parts.items()}
     mean = 100 * np.linalg.norm(first.mean(0) - first, axis=1)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for low, high in [*pairwise([0.0, *edges, np.inf]), (0.0, np.inf)]:
         inside = (distance >= low) & (distance < high)
-        if inside.any():
-            quantiles = {
-                f"{name}_{label}_cm": round(float(np.quantile(values[inside], share)), 2)
-                for name, values in off.items()
-                for label, share in (("p50", 0.5), ("p90", 0.9))
-            }
-            chance = round(float(np.median(mean[inside])), 2)
-            rows.append(
-                {
-                    "distance_m": [low, None if np.isinf(high) else high],
-                    "frames": int(inside.sum()),
-                    **quantiles,
-                    "chance_cm": chance,
-                }
-            )
+        if not inside.any():
+            continue
+        row = {"distance_m": [low, None if np.isinf(high) else high], "frames": int(inside.sum())}
+        for name, values in off.items():
+            for label, share in (("p50", 0.5), ("p90", 0.9)):
+                row[f"{name}_{label}_cm"] = round(float(np.quantile(values[inside], share)), 2)
+        rows.append(row | {"chance_cm": round(float(np.median(mean[inside])), 2)})
     return rows
 
 

@@ -37,7 +37,7 @@ _MISSING = "-"
 
 def table_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Cells of the main table, one tuple of `COLUMNS` for every decoder."""
-    return [_cells(name, entry) for name, entry in report["decoders"].items()]
+    return [cells(name, entry) for name, entry in report["decoders"].items()]
 
 
 def _by_decoder(
@@ -72,16 +72,20 @@ def delay_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Cells of what latency in the loop does, decoder by decoder."""
     rows = sorted(report["decoders"].items(), key=lambda item: (item[1]["delay_of"], item[1]["delay_steps"]))
 
-    def cells(entry: Mapping[str, Any]) -> Iterator[str]:
+    def motion(entry: Mapping[str, Any]) -> Iterator[str]:
         steps = entry["steps_mean_of_successes"]
         yield _MISSING if steps is None else f"{steps / report['fps']:.1f}"
         for name in ("path", "action_rate", "jerk"):
             value = entry.get(f"{name}_mean_of_successes")
             yield _MISSING if value is None else f"{value:.3g}"
 
-    return [(name, str(entry["delay_steps"]), success_cell(entry), *cells(entry)) for name, entry in rows]
+    return [(name, str(entry["delay_steps"]), success_cell(entry), *motion(entry)) for name, entry in rows]
 
 
+PAIRED = (
+    "Difference of the success rates in percentage points (Newcombe's paired interval); "
+    "episodes that only one of the two solved."
+)
 PAIRED_COLUMNS = ("decoder", "against", "points [95 %]", "only this : only reference", "sign test p")
 
 
@@ -90,29 +94,19 @@ def markdown(report: Mapping[str, Any], figures: Sequence[str] = ()) -> str:
     parts = [f"# Evaluation on {report['env']}", ""]
     if not report["complete"]:
         parts += ["**Partial: the evaluation was interrupted; only the episodes that finished are counted.**", ""]
+    columns = tuple(column.replace("\n", " ").replace(" -up", "-up") for column in COLUMNS)
     parts += [
         _conditions(report),
         "",
-        markdown_table(
-            tuple(column.replace("\n", " ").replace(" -up", "-up") for column in COLUMNS), table_rows(report)
-        ),
+        markdown_table(columns, table_rows(report)),
         "",
+        *(f"- {note}" for note in NOTES),
     ]
-    parts += [f"- {note}" for note in NOTES]
     header, rows = _by_decoder(report, "per_task", success_cell)
     if len(header) > 1:
         parts += ["", "## Success by task", "", markdown_table(header, rows)]
-    pairs = paired_rows(report)
-    if pairs:
-        parts += [
-            "",
-            "## Paired comparison on common seeds",
-            "",
-            "Difference of the success rates in percentage points (Newcombe's paired interval); "
-            "episodes that only one of the two solved.",
-            "",
-            markdown_table(PAIRED_COLUMNS, pairs),
-        ]
+    if pairs := paired_rows(report):
+        parts += ["", "## Paired comparison on common seeds", "", PAIRED, "", markdown_table(PAIRED_COLUMNS, pairs)]
     if any(entry.get("delay_steps") for entry in report["decoders"].values()):
         parts += ["", "## Latency in the loop", "", DELAYS, "", markdown_table(DELAY_COLUMNS, delay_rows(report))]
     ends = _by_decoder(report, "exit_reasons", lambda count: str(count or 0))
@@ -140,27 +134,26 @@ def console_table(report: Mapping[str, Any], width: int = 120) -> Table:
     return table
 
 
-def _cells(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
-    def number(key: str, form: str) -> str:
-        return form.format(**entry) if key in entry else _MISSING
+def cells(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """One row of `COLUMNS`, with `_MISSING` for what was not measured."""
+
+    def filled(form: str) -> str:
+        try:
+            return form.format(**entry)
+        except KeyError:
+            return _MISSING
 
     return (
         name,
         success_cell(entry),
-        number("forwards_mean", "{forwards_mean:.2f} / {forwards_p95:.0f}"),
-        layers_cell(entry),
-        number("latency_ms", "{latency_ms[p50]:.1f} / {latency_ms[p95]:.1f} / {latency_ms[p99]:.1f}"),
-        number("control_rate_hz", "{control_rate_hz:.0f}"),
-        number("speedup_vs_ar", "{speedup_vs_ar:.1f}x"),
-        number("decode_speedup_vs_ar", "{decode_speedup_vs_ar:.1f}x"),
+        filled("{forwards_mean:.2f} / {forwards_p95:.0f}"),
+        filled("{block_layers_mean:.2f} + {prefix_layers_mean:.2f}"),
+        filled("{latency_ms[p50]:.1f} / {latency_ms[p95]:.1f} / {latency_ms[p99]:.1f}"),
+        filled("{control_rate_hz:.0f}"),
+        filled("{speedup_vs_ar:.1f}x"),
+        filled("{decode_speedup_vs_ar:.1f}x"),
         _agreement(entry.get("ar_agreement")),
     )
-
-
-def layers_cell(entry: Mapping[str, Any]) -> str:
-    """Layers of the block's forwards and of the prefix, means."""
-    found = [entry.get(f"{name}_layers_mean") for name in ("block", "prefix")]
-    return _MISSING if None in found else f"{found[0]:.2f} + {found[1]:.2f}"
 
 
 def _agreement(value: float | None) -> str:

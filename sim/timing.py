@@ -19,7 +19,7 @@ from ceed_vla.tensors import check_tokens
 from ceed_vla.tokens.base import ActionTokens
 from sim.decoders import Row
 from sim.environment import Bundle, EnvPool, observation_batch
-from sim.rollout import Chunk, PolicyRunner, drive
+from sim.rollout import PolicyRunner, drive
 
 WARM_UP = 3
 ENGINES = ("eager", "compiled", "fastest")
@@ -51,11 +51,9 @@ def collect_observations(
     One episode gives at most `largest_share` of them, so that a stuck one cannot dominate.
     """
     collected: list[Observations] = []
-    wanted = chunks
-    longest = max(1, int(chunks * largest_share))
+    wanted, longest = chunks, max(1, int(chunks * largest_share))
     for seed, task in episodes:
-        most = min(wanted, longest)
-        replans = islice(drive(runner, pool, seed, task), most)
+        replans = islice(drive(runner, pool, seed, task), min(wanted, longest))
         collected.append([(replan.observation, replan.instruction) for replan in replans])
         wanted -= len(collected[-1])
         if wanted <= 0:
@@ -93,7 +91,10 @@ def measure(
                     continue
                 started = time.perf_counter()
                 chunk = runners[name].decode([observation], [instruction], [previous.get(name)])[0]
-                _append(samples[name], chunk, time.perf_counter() - started)
+                samples[name].total.append(time.perf_counter() - started)
+                samples[name].prefill.append(chunk.seconds["prefill"])
+                samples[name].decode.append(chunk.seconds["decode"])
+                samples[name].tokens.append(chunk.tokens)
                 previous[name] = chunk.warm_start
             on_chunk()
     return samples, probed
@@ -179,10 +180,3 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     """p50, p95 and p99 in [ms]."""
     values = 1000 * np.percentile(seconds, (50, 95, 99))
     return {name: round(float(value), 3) for name, value in zip(("p50", "p95", "p99"), values, strict=True)}
-
-
-def _append(samples: Samples, chunk: Chunk, total: float) -> None:
-    samples.total.append(total)
-    samples.prefill.append(chunk.seconds["prefill"])
-    samples.decode.append(chunk.seconds["decode"])
-    samples.tokens.append(chunk.tokens)

@@ -62,8 +62,10 @@ class Trunk(TransformersBackbone):
         self.language_model.tie_weights()
         generator = torch.Generator(device).manual_seed(0)
         for parameter in self.language_model.parameters():
-            scale = 1.0 if parameter.ndim < 2 else parameter.shape[1] ** -0.5
-            parameter.data.normal_(std=scale, generator=generator) if parameter.ndim > 1 else parameter.data.fill_(1)
+            if parameter.ndim > 1:
+                parameter.data.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+            else:
+                parameter.data.fill_(1)
         self.eval()
 
     @property

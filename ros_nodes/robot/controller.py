@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,7 +77,7 @@ class PolicyController:
             replan_steps=replan_steps,
             instruction=instruction,
         )
-        self.hold: Hold | None = Hold("disabled", "not enabled")
+        self.hold = safety.forbidden
         self.conflict: str | None = None
         self._enable_asked = False
         self._blend_in, self._blend = blend_in, 1.0  # share of what is wanted now
@@ -123,11 +122,9 @@ class PolicyController:
     @property
     def state(self) -> State:
         """What is true now, whatever was at the last tick."""
-        hold = self.hold
-        if self._safety.stopped is not None:
-            hold = Hold("estop", f"emergency stop ({self._safety.stopped})")
-        elif not self._safety.enabled and not self._enable_asked:
-            hold = Hold("disabled", "not enabled")
+        hold, forbidden = self.hold, self._safety.forbidden
+        if forbidden is not None and not self._enable_asked:
+            hold = forbidden
         elif self.conflict is not None or (self.stream.broken is not None and self._home is None):
             hold = self._objection()
         return State.of(hold)
@@ -171,7 +168,7 @@ class PolicyController:
             return None
         self.statistics.sent(now, decision.positions, self._seam)
         self._seam = False
-        return self._without_old_gripper(decision)
+        return decision
 
     def after_tick(self, now: float) -> None:
         """What takes time and can wait until the command is sent: the next step, and asking for a chunk."""
@@ -277,10 +274,10 @@ class PolicyController:
         """The last command once more, so that a twist ends too; then nothing."""
         if self._silent:
             if self._safety.stopped is not None:
-                hold = Hold("estop", f"emergency stop ({self._safety.stopped})")
+                hold = self._safety.forbidden
             elif self._safety.enabled and self.conflict is None:
                 hold = self._pose_fault(clock) or hold
-            self.hold = hold or Hold("disabled", "not enabled")
+            self.hold = hold or self._safety.forbidden
             return None
         self._silent = True
         self._drop_plans()
@@ -289,7 +286,7 @@ class PolicyController:
         self.hold = self._cause(decision.hold)
         if decision.positions is None or self.conflict is not None:
             return None
-        return self._without_old_gripper(decision)
+        return decision
 
     def _wait(self, dt: float, clock: float, hold: Hold | None) -> Decision:
         """Hold with nothing planned; begin as soon as nobody objects."""
@@ -372,7 +369,3 @@ class PolicyController:
         self.stream.stop()
         self._step_hold = None
         self._seam = self._boundary = False
-
-    def _without_old_gripper(self, decision: Decision) -> Decision:
-        """Without the gripper's command of an earlier motion, which the filter still knows."""
-        return decision if self._motion.gripper is not None else replace(decision, gripper=None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import io
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -91,29 +90,6 @@ def array_to_image(pixels: NDArray[np.uint8], stamp: Time, frame_id: str) -> Ima
     message.header.stamp, message.header.frame_id = stamp, frame_id
     message.data = array.array("B", pixels.tobytes())  # any other sequence is copied element by element
     return message
-
-
-def by_name(have: Sequence[str], values: Sequence[float], names: Sequence[str], what: str) -> NDArray[np.float64]:
-    """The `values` of `names` (J,) among those that a message has, in any order; errors call them `what`.
-
-    Raises:
-        ObservationError: Joints missing or named twice, another number of values than of names, values not finite.
-    """
-    if len(values) != len(have):
-        raise ObservationError(f"The joint state has {len(have)} names and {len(values)} {what}.")
-    if len(set(have)) != len(have):
-        raise ObservationError(f"The joint state names a joint twice: {short(', '.join(have))}.")
-    table = dict(zip(have, values, strict=True))
-    missing = [name for name in names if name not in table]
-    if missing:
-        raise ObservationError(
-            f"The joint state lacks {', '.join(missing)}; it has {short(', '.join(have)) or 'no joints'}."
-        )
-    chosen = np.array([table[name] for name in names], dtype=np.float64)
-    if not np.isfinite(chosen).all():
-        bad = [f"{name} {value}" for name, value in zip(names, chosen, strict=True) if not np.isfinite(value)]
-        raise ObservationError(f"The joint state's {what} are not finite: {', '.join(bad)}.")
-    return chosen
 
 
 def seconds(stamp: Any) -> float:

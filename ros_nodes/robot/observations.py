@@ -15,8 +15,9 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from ceed_vla.errors import ConfigError, ObservationError
 from ceed_vla.kinematics import Array
 from ros_nodes.robot.joint_table import JointTable
-from ros_nodes.robot.messages import by_name, compressed_to_array, image_to_array, seconds
+from ros_nodes.robot.messages import compressed_to_array, image_to_array, seconds
 from ros_nodes.robot.motion import Motion
+from ros_nodes.robot.plausibility import by_name
 from ros_nodes.robot.robot_file import POSE_COMPONENTS, ImageSource, RobotConfig
 from ros_nodes.robot.safety import JOINT_STATES, Hold
 

@@ -1,6 +1,7 @@
-"""Whether joint states can be true: a broken sensor, swapped names or another unit do what no arm does. Free of ROS.
+"""Whether joint states are whole, and can be true: a broken sensor, swapped names or another unit do what no arm does.
 
 An arm that is commanded from such a state moves at its limit, so `SafetyFilter` holds until an operator has looked.
+Free of ROS.
 """
 
 from __future__ import annotations
@@ -9,12 +10,37 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ceed_vla.errors import ObservationError
 from ceed_vla.kinematics import Array
+from ros_nodes.robot.texts import short
 
 PHYSICAL_VELOCITY = float(np.pi)  # of a joint whose own limit is not known [rad/s]
 _SPEEDS = 2.0  # physical velocities that are believed
 _SLACK = 0.05  # noise, and stamps that jitter [rad]
 _OUTSIDE = 0.1  # beyond the position limits [rad]
+
+
+def by_name(have: Sequence[str], values: Sequence[float], names: Sequence[str], what: str) -> Array:
+    """The `values` of `names` (J,) among those that a joint state has, in any order; errors call them `what`.
+
+    Raises:
+        ObservationError: Joints missing or named twice, another number of values than of names, values not finite.
+    """
+    if len(values) != len(have):
+        raise ObservationError(f"The joint state has {len(have)} names and {len(values)} {what}.")
+    if len(set(have)) != len(have):
+        raise ObservationError(f"The joint state names a joint twice: {short(', '.join(have))}.")
+    table = dict(zip(have, values, strict=True))
+    missing = [name for name in names if name not in table]
+    if missing:
+        raise ObservationError(
+            f"The joint state lacks {', '.join(missing)}; it has {short(', '.join(have)) or 'no joints'}."
+        )
+    chosen = np.array([table[name] for name in names], dtype=np.float64)
+    if not np.isfinite(chosen).all():
+        bad = [f"{name} {value}" for name, value in zip(names, chosen, strict=True) if not np.isfinite(value)]
+        raise ObservationError(f"The joint state's {what} are not finite: {', '.join(bad)}.")
+    return chosen
 
 
 class Plausibility:

@@ -16,24 +16,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ceed_vla.errors import ConfigError
+from ceed_vla.errors import ConfigError, ObservationError
 from ceed_vla.kinematics import Array
-from ros_nodes.robot.plausibility import PHYSICAL_VELOCITY, Plausibility
-from ros_nodes.robot.texts import shown
+from ros_nodes.robot.plausibility import PHYSICAL_VELOCITY, Plausibility, by_name
 
 JOINT_STATES = "joint_states"
-HOLD_CODES = (
-    "estop",  # latched by `SafetyFilter.estop`
-    "disabled",
-    "no_joint_states",  # none has come yet
-    "bad_joint_states",  # the last one lacked joints or was not finite
-    "implausible_joint_states",  # they did what no arm does; latched until `SafetyFilter.enable`
-    "frozen_joint_states",  # they stayed the same while commands went on; latched as well
-    "stale",  # an input is too old, or never came
-    "clock",  # an input comes from the future, or no time has passed: the clock went back
-    "joint_set",  # a command for another number of joints
-    "not_finite",  # a command with NaN or infinity
-)
 CLAMPS = ("position", "step", "velocity", "acceleration", "gripper")
 # Joint states that do not change for so long [s] while commands went on by so much [rad] are no measurements.
 FROZEN_TIME, FROZEN_WAY = 0.5, 0.05
@@ -74,13 +61,12 @@ class SafetyLimits:
             value = np.array(getattr(self, name), dtype=np.float64)
             if value.shape != (len(names),) or not np.isfinite(value).all():
                 raise ConfigError(f"{name} is {value.tolist()}; give one finite number for each of {list(names)}.")
+            if not name.startswith("position") and (value <= 0).any():
+                raise ConfigError(f"{name} is {value.tolist()}; every value must be positive.")
             object.__setattr__(self, name, value)
         if (self.position_low >= self.position_high).any():
             joint = names[int((self.position_low >= self.position_high).argmax())]
             raise ConfigError(f"The lower position limit of {joint} is not below the upper one.")
-        for name in ("max_velocity", "max_step", "physical_velocity"):
-            if (getattr(self, name) <= 0).any():
-                raise ConfigError(f"{name} is {getattr(self, name).tolist()}; every value must be positive.")
         if JOINT_STATES not in self.timeouts:
             raise ConfigError(f"timeouts has {sorted(self.timeouts)}; {JOINT_STATES!r} must have one.")
         wrong = {name: value for name, value in self.timeouts.items() if not 0 < value < math.inf}
@@ -98,7 +84,7 @@ class SafetyLimits:
 class Hold:
     """Why the arm holds."""
 
-    code: str  # one of `HOLD_CODES`, or a caller's own; holds are counted by it
+    code: str  # docs/robots.md explains each; holds are counted by it
     detail: str  # the same for a person, with values and limits
 
 
@@ -109,7 +95,7 @@ class Decision:
     # (J,) [rad], always finite and inside the limits; None if there was no command yet and nobody knows where the arm
     # is: send nothing then.
     positions: Array | None
-    gripper: float | None  # opening [m]; None if it was never commanded
+    gripper: float | None  # opening [m]; None if it was not commanded since `SafetyFilter.enable`
     hold: Hold | None  # why this repeats the last command; None in normal motion
     clamped: tuple[str, ...] = ()  # which of `CLAMPS` changed what was asked for
 
@@ -166,21 +152,22 @@ class SafetyFilter:
         as in a simulation that is reset, and only a position outside the limits counts. Jumps and frozen states are not
         found without `stamps`, the times of measurement [s].
         """
-        self._fault = self._joint_fault(names, positions)
-        if self._fault is not None:
+        wanted, times = self.limits.joint_names, None
+        try:
+            measured = by_name(names, positions, wanted, "positions")
+            if stamps is not None:
+                times = by_name(names, np.broadcast_to(stamps, len(names)), wanted, "stamps")
+        except ObservationError as error:
+            self._fault = Hold("bad_joint_states", str(error))
             return self._fault
-        places = [list(names).index(name) for name in self.limits.joint_names]
-        measured = np.array([positions[place] for place in places], dtype=np.float64)
-        times = None if stamps is None else np.broadcast_to(stamps, len(names))[places]
         outside = self._plausibility.outside(measured)
         doubt = outside or self._plausibility.jump(measured, times)
         frozen = "" if times is None else self._frozen(measured, float(times.min()))
         if (doubt or frozen) and self.enabled and self._latched is None:
             code = "implausible_joint_states" if doubt else "frozen_joint_states"
             self._latched = Hold(code, f"{doubt or frozen}; see where the arm is, then enable")
-        if outside:
-            self._fault = Hold("implausible_joint_states", outside)
-        else:
+        self._fault = Hold("implausible_joint_states", outside) if outside else None
+        if not outside:
             self._measured = measured
         return self._latched or self._fault
 
@@ -189,7 +176,7 @@ class SafetyFilter:
         return self._latched or self._fault or self._age_fault(JOINT_STATES, age)
 
     def enable(self, age: float | None = 0.0) -> Hold | None:
-        """Allow motion, from the measured position on; unlatches implausible joint states. Returns why not, or None.
+        """Allow motion from the measured position on; forgets what is latched and what the gripper was told.
 
         `age` is as in `pose_fault`.
         """
@@ -201,7 +188,7 @@ class SafetyFilter:
         if late is not None:
             return Hold("stale", late.detail)
         assert self._measured is not None
-        self._latched = self._still = None
+        self._latched = self._still = self._gripper = None
         self._last = np.clip(self._measured, self.limits.position_low, self.limits.position_high)
         self.enabled = True
         return None
@@ -268,13 +255,16 @@ class SafetyFilter:
         self.clamps.update(clamped)
         return Decision(self.last_command, self._gripper, None, clamped)
 
-    def _reason_to_hold(self, ages: Mapping[str, float | None]) -> Hold | None:
+    @property
+    def forbidden(self) -> Hold | None:
+        """Why an operator does not allow motion; None if it is allowed."""
         if self.stopped is not None:
             return Hold("estop", f"emergency stop ({self.stopped})")
-        if not self.enabled:
-            return Hold("disabled", "not enabled")
+        return None if self.enabled else Hold("disabled", "not enabled")
+
+    def _reason_to_hold(self, ages: Mapping[str, float | None]) -> Hold | None:
         faults = (self._age_fault(name, ages.get(name)) for name in self.limits.timeouts)
-        return self._latched or self._fault or next(filter(None, faults), None)
+        return self.forbidden or self._latched or self._fault or next(filter(None, faults), None)
 
     def _age_fault(self, name: str, age: float | None) -> Hold | None:
         limit = self.limits.timeouts[name]
@@ -301,20 +291,6 @@ class SafetyFilter:
         if way <= min(FROZEN_WAY, 0.5 * float(self.limits.max_step.min())):
             return ""
         return f"the joint states are the same for {stamp - still[1]:.2f} s, while the command moved {way:.3f} rad"
-
-    def _joint_fault(self, names: Sequence[str], positions: Sequence[float]) -> Hold | None:
-        wanted = self.limits.joint_names
-        missing = [name for name in wanted if name not in names]
-        if missing:
-            detail = f"lacks {shown(missing)}; it has {shown(list(names))}"
-            return Hold("bad_joint_states", f"the joint state {detail}")
-        if len(names) != len(positions) or any(list(names).count(name) != 1 for name in wanted):
-            detail = f"{len(positions)} positions for the joints {shown(list(names))}"
-            return Hold("bad_joint_states", detail)
-        bad = [
-            name for name, value in zip(names, positions, strict=True) if name in wanted and not math.isfinite(value)
-        ]
-        return Hold("bad_joint_states", f"the position of {bad} is not finite") if bad else None
 
     def _command_fault(self, wanted: Array, gripper: float | None, dt: float) -> Hold | None:
         if not dt > 0:  # NaN too

@@ -18,6 +18,7 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 
 from ceed_vla.errors import ObservationError
 from ros_nodes.robot import messages
+from ros_nodes.robot.plausibility import by_name
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
 
@@ -118,7 +119,7 @@ def test_damaged_images_raise_nothing_else(kind: str) -> None:
 
 def test_joints_are_matched_by_name() -> None:
     message = JointState(name=["c", "a", "b"], position=[3.0, 1.0, 2.0])
-    positions = messages.by_name(message.name, message.position, ["a", "c"], "positions")
+    positions = by_name(message.name, message.position, ["a", "c"], "positions")
     np.testing.assert_array_equal(positions, [1.0, 3.0])
 
 
@@ -136,7 +137,7 @@ def test_joints_are_matched_by_name() -> None:
 )
 def test_malformed_joint_states_are_refused(message: JointState, error: str) -> None:
     with pytest.raises(ObservationError, match=error):
-        messages.by_name(message.name, message.position, ["a", "b"], "positions")
+        by_name(message.name, message.position, ["a", "b"], "positions")
 
 
 def test_latched_values_reach_late_subscribers_and_images_never_queue() -> None:

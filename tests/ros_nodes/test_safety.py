@@ -63,7 +63,7 @@ def test_no_command_is_ever_unsafe(events: list[tuple[Any, ...]]) -> None:
             safety.measure(NAMES[: len(values[0])] + ("other",) * (len(values[0]) - 2), values[0])
         elif kind != "command":
             if kind == "enable" and safety.enable() is None:
-                last = None
+                last, gripper_set = None, False
             elif kind != "enable":
                 getattr(safety, kind)()
         else:
@@ -165,11 +165,11 @@ def test_stale_inputs_hold_the_last_command(ages: dict[str, Any], code: str, det
 @pytest.mark.parametrize(
     ("names", "positions", "detail"),
     [
-        (("shoulder", "wrist"), [0.0, 0.0], r"lacks ['elbow']; it has ['shoulder', 'wrist']"),
-        (NAMES, [0.0], "1 positions for the joints"),
-        (("shoulder", "elbow", "elbow"), [0.0, 0.0, 0.1], "3 positions for the joints"),
-        (NAMES, [0.0, math.nan], "position of ['elbow'] is not finite"),
-        ((), [], "lacks ['shoulder', 'elbow']"),
+        (("shoulder", "wrist"), [0.0, 0.0], "lacks elbow; it has shoulder, wrist"),
+        (NAMES, [0.0], "2 names and 1 positions"),
+        (("shoulder", "elbow", "elbow"), [0.0, 0.0, 0.1], "names a joint twice: shoulder, elbow, elbow"),
+        (NAMES, [0.0, math.nan], "positions are not finite: elbow nan"),
+        ((), [], "lacks shoulder, elbow; it has no joints"),
     ],
 )
 def test_a_bad_joint_state_holds_until_a_good_one(names: Any, positions: Any, detail: str) -> None:

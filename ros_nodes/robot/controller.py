@@ -11,20 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from ceed_vla.kinematics import Array
 from ros_nodes.robot.chunk_stream import Target
-from ros_nodes.robot.inference import InferenceWorker
-from ros_nodes.robot.loop_statistics import LoopStatistics
 from ros_nodes.robot.mode import WAITING, State
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Observations
 from ros_nodes.robot.policy_stream import PolicyStream
 from ros_nodes.robot.safety import JOINT_STATES, Decision, Hold, SafetyFilter
-from ros_nodes.robot.step_grid import SLEW, StepGrid, ticks_per_step
 
 # How long the last command is repeated while nobody knows where the arm is [s]: by hand nobody moves an arm and powers
 # it up again sooner. Afterwards it would leap back as its drives come on.
@@ -33,50 +29,21 @@ HOME_SPEED = 0.2  # of the fastest joint on the way home [rad/s]
 
 
 class PolicyController:
-    """Streams the actions of a `worker` at a `command_rate` [Hz].
+    """Sends the actions of a `stream` through the `safety` filter, at the rate of its grid.
 
-    `action_dt`, `replan_steps` and `instruction` are as in `PolicyStream`, `slew` as in `StepGrid`. Motion begins
-    gently: for `blend_in` [s] after `enable` commands lie between the pose then and what is wanted.
-
-    Raises:
-        ConfigError: A command rate that is too slow for the steps.
+    Motion begins gently: for `blend_in` [s] after `enable` commands lie between the pose then and what is wanted.
 
     Attributes:
         ages: `Observations.ages`.
-        stream: The policy's actions.
         hold: Why the arm held at the last tick; None in motion.
         conflict: Set it to the reason why nothing may be sent now, though motion is enabled (another commander).
     """
 
     def __init__(
-        self,
-        observations: Observations,
-        motion: Motion,
-        safety: SafetyFilter,
-        worker: InferenceWorker,
-        *,
-        action_dt: float,
-        command_rate: float,
-        replan_steps: int | None = None,
-        instruction: str = "",
-        slew: float = SLEW,
-        blend_in: float = 0.0,
+        self, observations: Observations, motion: Motion, safety: SafetyFilter, stream: PolicyStream, blend_in: float
     ) -> None:
-        self._observations, self._motion, self._safety = observations, motion, safety
-        self.ages = observations.ages
-        self._rate = command_rate
-        self.grid = StepGrid(command_rate, ticks_per_step(command_rate, action_dt), slew)
-        self.statistics = LoopStatistics(1.0 / command_rate)
-        self.stream = PolicyStream(
-            observations,
-            motion,
-            worker,
-            self.statistics,
-            action_dt=action_dt,
-            least_lead=1.01 / self.grid.ticks_per_step,
-            replan_steps=replan_steps,
-            instruction=instruction,
-        )
+        self._observations, self._motion, self._safety, self.stream = observations, motion, safety, stream
+        self.ages, self.grid, self.statistics = observations.ages, stream.grid, stream.statistics
         self.hold = safety.forbidden
         self.conflict: str | None = None
         self._enable_asked = False
@@ -92,7 +59,7 @@ class PolicyController:
         self._start: Array = motion.joints  # where the step that runs starts, ...
         self._start_part = 0.0  # ... and at which of its ticks
         self._wanted: Array = motion.joints  # the last command before it was judged
-        self._before_step: tuple[Any, ...] = motion.save()
+        self._before_step = motion.copy()
         self._step_hold: Hold | None = None
         self._seam = False
 
@@ -149,11 +116,11 @@ class PolicyController:
 
     def tick(self, now: float, clock: float) -> Decision | None:
         """The command at steady time `now` [s], which is `clock` in the messages' stamps [s]; None to send nothing."""
-        dt = now - self._last_tick if self._last_tick is not None else 1.0 / self._rate
+        dt = now - self._last_tick if self._last_tick is not None else self.grid.nominal
         self._last_tick = now
         self._watch_clock(dt, clock)
         self.grid.count(now, dt)
-        dt = max(dt, 1.0 / self._rate)  # a tick that only makes up for a late one is no faster motion
+        dt = max(dt, self.grid.nominal)  # a tick that only makes up for a late one is no faster motion
         self.receive(now)
         refused = self.enable(clock, insist=True) if self._enable_asked else None
         hold = refused or self._objection()
@@ -179,7 +146,7 @@ class PolicyController:
                 self._begin_step()
             else:
                 self._boundary = True
-        if self.stream.ask_if_due(now, self.grid.remaining(now), self.grid.until_images(now)) is not None:
+        if self.stream.ask_if_due(now) is not None:
             self.grid.delay()
 
     def planned(self) -> list[tuple[Array, float | None]]:
@@ -197,15 +164,14 @@ class PolicyController:
         self.grid.images_came(now)
         if not self.stream.started:
             return
-        wait, remaining = self.grid.until_images(now), self.grid.remaining(now)
-        plan = self.stream.ask_if_due(now, remaining, wait)
+        plan = self.stream.ask_if_due(now)
         if plan is not None and plan.deadline_s is not None:
-            slack = plan.frozen_steps + remaining - self.stream.lead
-            self.grid.align(slack * self.stream.action_dt, wait)
+            slack = plan.frozen_steps + self.grid.remaining(now) - self.stream.lead
+            self.grid.align(slack * self.grid.action_dt, self.grid.until_images(now))
 
     def receive(self, now: float) -> None:
         """Take the policy's answer if there is one; called as soon as it comes, so that its step begins in time."""
-        if self.stream.receive(now, self.grid.remaining(now)) and self._step_hold is not None:
+        if self.stream.receive(now) and self._step_hold is not None:
             self.grid.begin_now()  # nothing moves: the next step need not wait for its boundary
             self._boundary = True
         if not self.stream.arrived:
@@ -335,7 +301,7 @@ class PolicyController:
         self.statistics.slips += self.grid.begin_step()
         held = self._safety.last_command if self._step_hold is not None else None
         self._start, self._start_part = self._motion.joints if held is None else held, 0.0
-        self._before_step = self._motion.save()
+        self._before_step = self._motion.copy()
         self._execute(self.stream.target())
 
     def _redo_step(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import copy
-from typing import Any
 
 import numpy as np
 
@@ -42,20 +41,15 @@ class Motion:
         if self._pose is not None and self._model is not None:
             self._pose.reset(*self._model.pose(self.joints))
 
-    def save(self) -> tuple[Any, ...]:
-        """Where everything is now, for `restore`."""
-        return self.joints, self.gripper, self._open, copy(self._pose)
-
-    def restore(self, saved: tuple[Any, ...]) -> None:
-        """Undo what was done since `save`."""
-        self.joints, self.gripper, self._open, pose = saved
-        self._pose = copy(pose)
-
     def copy(self) -> Motion:
-        """One that may go ahead."""
+        """Where everything is now: one that may go ahead, or come back by `restore`."""
         other = copy(self)
-        other.restore(self.save())
+        other._pose = copy(self._pose)
         return other
+
+    def restore(self, other: Motion) -> None:
+        """Undo what was done since `other` was copied."""
+        vars(self).update(vars(other.copy()))
 
     def advance(self, action: Array) -> None:
         """Execute one action (A,).

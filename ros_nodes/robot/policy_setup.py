@@ -15,9 +15,11 @@ from ros_nodes.robot.interfaces.base import ActionInterface, CommandedArm
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Camera, Observations
 from ros_nodes.robot.plausibility import PHYSICAL_VELOCITY
+from ros_nodes.robot.policy_stream import PolicyStream
 from ros_nodes.robot.predictor import PolicySpec, declared_spec
 from ros_nodes.robot.robot_file import RobotConfig, load_robot_config, with_topics
 from ros_nodes.robot.safety import JOINT_STATES, SafetyFilter, SafetyLimits
+from ros_nodes.robot.step_grid import StepGrid
 
 if TYPE_CHECKING:
     from ros_nodes.robot.kinematics import ModelArm
@@ -78,18 +80,10 @@ def make_setup(
         delay_s=values["inference_delay"],
         notify=notify,
     )
-    controller = PolicyController(
-        observations,
-        Motion(robot, model),
-        safety,
-        worker,
-        action_dt=robot.action.dt,
-        command_rate=values["command_rate"],
-        replan_steps=replan_steps,
-        instruction=values["instruction"],
-        slew=slew,
-        blend_in=values["blend_in"],
-    )
+    motion, grid = Motion(robot, model), StepGrid(values["command_rate"], robot.action.dt, slew)
+    instruction = values["instruction"]
+    stream = PolicyStream(observations, motion, worker, grid, replan_steps=replan_steps, instruction=instruction)
+    controller = PolicyController(observations, motion, safety, stream, values["blend_in"])
     worker.begin()
     return PolicySetup(robot, interface, arm, worker, observations, safety, controller)
 

@@ -14,7 +14,7 @@ from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Observations
 from ros_nodes.robot.predictor import BAD_INSTRUCTION, Request, Response
 from ros_nodes.robot.safety import Hold
-from ros_nodes.robot.step_grid import UNSURE
+from ros_nodes.robot.step_grid import UNSURE, StepGrid
 from ros_nodes.robot.texts import instruction_problem
 
 _FIRST_RETRY, _LAST_RETRY = 0.1, 2.0  # between a failure and the next request; doubled each time [s]
@@ -35,10 +35,9 @@ class _Asked:
 class PolicyStream(ChunkStream):
     """Asks a `worker` that has begun, one request at a time, from the newest observation, as soon as it is ready.
 
-    `action_dt` and `least_lead` are as in `ChunkStream`; so is `replan_steps`; with None the checkpoint decides.
+    `replan_steps` is as in `ChunkStream`; with None the checkpoint decides. Times `now` are the grid's, steady [s].
 
     Attributes:
-        broken: Why the policy will never answer; None if it may.
         instruction: What the policy is told.
         failure: `Response.code` of the last answer, unless it is the instruction's.
     """
@@ -48,18 +47,16 @@ class PolicyStream(ChunkStream):
         observations: Observations,
         motion: Motion,
         worker: InferenceWorker,
-        statistics: LoopStatistics,
+        grid: StepGrid,
         *,
-        action_dt: float,
-        least_lead: float,
-        replan_steps: int | None,
-        instruction: str,
+        replan_steps: int | None = None,
+        instruction: str = "",
     ) -> None:
-        self._observations, self._motion = observations, motion
-        self._worker, self._statistics = worker, statistics
+        self.grid, self.statistics = grid, LoopStatistics(grid.nominal)
+        self._observations, self._motion, self._worker = observations, motion, worker
         self._asked: dict[int, _Asked] = {}
         self._replan_steps, self._loaded = replan_steps, False
-        super().__init__(1, 1, action_dt, least_lead=least_lead)
+        super().__init__(1, 1, grid.action_dt, least_lead=1.01 / grid.ticks_per_step)
         self._load()
         self.instruction = instruction
         self.try_again()
@@ -78,6 +75,7 @@ class PolicyStream(ChunkStream):
 
     @property
     def broken(self) -> str | None:
+        """Why the policy will never answer; None if it may."""
         self._load()
         return self._worker.failed
 
@@ -111,12 +109,8 @@ class PolicyStream(ChunkStream):
             return Hold("no_instruction", "publish one on ~/instruction or set the parameter instruction")
         return Hold("bad_instruction", self._refusal) if self._refusal is not None else None
 
-    def ask_if_due(self, now: float, remaining: float, wait: float) -> Plan | None:
-        """Ask for the next chunk unless observations that are still to come will do; the plan that was sent, if any.
-
-        Times: `now` is steady [s], `remaining` until the next boundary of the step grid [steps], `wait` until the next
-        images [s].
-        """
+    def ask_if_due(self, now: float) -> Plan | None:
+        """Ask for the next chunk unless images that are still to come will do; the plan that was sent, if any."""
         if not self._loaded or not self._worker.idle or now < self._retry_at:
             return None
         if self._replan_steps is None:
@@ -124,33 +118,33 @@ class PolicyStream(ChunkStream):
             # slow policy frozen steps would be most of a chunk.
             own = self._worker.spec.n_action_steps
             self.replan_steps = own if self.delay_steps > _SLOW else max(own - 1, 1)
-        plan = self.plan(remaining, (wait + UNSURE) / self.action_dt)
+        plan = self.plan(self.grid.remaining(now), (self.grid.until_images(now) + UNSURE) / self.action_dt)
         if plan is None or self._ask(plan, now):
             return plan
         self.cancel(plan.id)
         return None
 
-    def receive(self, now: float, remaining: float) -> bool:
-        """Take the policy's answer if there is one; whether it will be used. Arguments as in `ask_if_due`."""
+    def receive(self, now: float) -> bool:
+        """Take the policy's answer if there is one; whether it will be used."""
         response = self._worker.poll()
         if response is None:
             return False
         asked, accepted = self._asked.pop(response.id, None), False
         if response.error is None:
             try:
-                accepted = self.offer(response.id, response.actions, response.tokens, remaining)
+                accepted = self.offer(response.id, response.actions, response.tokens, self.grid.remaining(now))
             except ConfigError as error:
                 response = Response(response.id, error=str(error))
-        self._statistics.answered(response)
+        self.statistics.answered(response)
         if response.error is not None:
             self._failed(response, now)
             return False
         self.try_again()
         if asked is None or not accepted:
             return False
-        self._statistics.last_error = ""
+        self.statistics.last_error = ""
         late = asked.plan.deadline_s is not None and now - asked.sent > asked.plan.deadline_s
-        self._statistics.deadline_misses += late
+        self.statistics.deadline_misses += late
         self._asked = {response.id: replace(asked, decode_s=response.seconds.get("total", 0.0))}
         return True
 
@@ -167,8 +161,8 @@ class PolicyStream(ChunkStream):
         if self._fresh is None:
             return
         latency = clock - self._fresh.taken
-        self._statistics.to_command.append(latency)
-        self._statistics.beyond_decode.append(latency - self._fresh.decode_s)
+        self.statistics.to_command.append(latency)
+        self.statistics.beyond_decode.append(latency - self._fresh.decode_s)
         self._fresh = None
 
     def _ask(self, plan: Plan, now: float) -> bool:

@@ -20,28 +20,28 @@ _DEAD_BAND = 0.001  # deviation from `_SLACK` at which the grid stays [s]
 _GAIN, _FASTEST_DRIFT = 0.3, 0.006  # of the integral term, and the largest [s] from one chunk to the next
 
 
-def ticks_per_step(command_rate: float, action_dt: float) -> float:
-    """Commands in one step of the policy, at least 1; `ConfigError` if the commands are too slow for it."""
-    ticks = command_rate * action_dt
-    if ticks < 1 - 1e-6:
-        raise ConfigError(
-            f"command_rate is {command_rate:g} Hz; it must be at least the {1 / action_dt:g} steps per second of the "
-            "robot's file."
-        )
-    return float(round(ticks)) if abs(ticks - round(ticks)) < 1e-6 else ticks
-
-
 class StepGrid:
-    """Numbers ticks, of which `rate` come in a second, and says where in a step they are.
+    """Numbers ticks, of which `rate` come in a second, and says where in a step of `action_dt` [s] they are.
 
     A step begins at the tick that is the last of the step before; its own ticks are 1 to `ticks_per_step`. That may be
     no whole number (30 steps a second at 100 Hz): then it begins between two ticks. A tick may be moved by `slew`
     periods; 0 where somebody else gives the ticks, such as /clock.
+
+    Raises:
+        ConfigError: A rate that is too low for the steps.
     """
 
-    def __init__(self, rate: float, ticks_per_step: float, slew: float = SLEW) -> None:
-        self.ticks_per_step = ticks_per_step
-        self.period = 1.0 / rate  # time until the next tick but one, nearly always this [s]
+    def __init__(self, rate: float, action_dt: float, slew: float = SLEW) -> None:
+        ticks = rate * action_dt
+        if ticks < 1 - 1e-6:
+            raise ConfigError(
+                f"command_rate is {rate:g} Hz; it must be at least the {1 / action_dt:g} steps per second of the "
+                "robot's file."
+            )
+        self.action_dt = action_dt
+        self.ticks_per_step = float(round(ticks)) if abs(ticks - round(ticks)) < 1e-6 else ticks
+        self.nominal = 1.0 / rate  # time between two ticks [s]
+        self.period = self.nominal  # until the next tick but one, nearly always the same [s]
         self._rate, self._slew = rate, slew
         self._shift = 0.0  # how much earlier the ticks shall come [s]
         self._drift = 0.0  # of the cameras against the steps, from one chunk to the next [s]

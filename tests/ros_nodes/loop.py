@@ -17,9 +17,11 @@ from ros_nodes.robot.controller import PolicyController
 from ros_nodes.robot.messages import array_to_image
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Observations
+from ros_nodes.robot.policy_stream import PolicyStream
 from ros_nodes.robot.predictor import PolicySpec, Request, Response
 from ros_nodes.robot.robot_file import Action, Arm, ImageSource, Limits, RobotConfig
 from ros_nodes.robot.safety import JOINT_STATES, Decision, SafetyFilter, SafetyLimits
+from ros_nodes.robot.step_grid import SLEW, StepGrid
 
 FEATURE = "observation.images.front"
 JOINTS = ("shoulder", "elbow")
@@ -113,7 +115,14 @@ class Loop:
     """
 
     def __init__(
-        self, camera_rate: float = 30.0, phase: float = 0.017, enable: bool = True, dt: float = DT, **options: Any
+        self,
+        camera_rate: float = 30.0,
+        phase: float = 0.017,
+        enable: bool = True,
+        dt: float = DT,
+        slew: float = SLEW,
+        replan_steps: int | None = 4,
+        blend_in: float = 0.0,
     ) -> None:
         self.policy, self.now = Policy(), 100.0
         config = robot()
@@ -129,17 +138,12 @@ class Loop:
                 {JOINT_STATES: 0.2, "front": 0.3},
             )
         )
-        self.controller = PolicyController(
-            self.observations,
-            Motion(config),
-            self.safety,
-            self.policy,  # type: ignore[arg-type]
-            action_dt=dt,
-            command_rate=RATE,
-            instruction="climb",
-            **{"replan_steps": 4, **options},
+        motion, grid = Motion(config), StepGrid(RATE, dt, slew)
+        worker: Any = self.policy
+        self.stream = PolicyStream(
+            self.observations, motion, worker, grid, replan_steps=replan_steps, instruction="climb"
         )
-        self.stream = self.controller.stream
+        self.controller = PolicyController(self.observations, motion, self.safety, self.stream, blend_in)
         self.sent: list[tuple[float, Decision | None]] = []
         self.position = np.zeros(2)
         self.follows = True  # commands move the arm

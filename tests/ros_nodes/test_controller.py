@@ -14,7 +14,7 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
 from ceed_vla.errors import ConfigError
 from ros_nodes.robot.controller import HOME_SPEED
-from ros_nodes.robot.step_grid import SLEW, ticks_per_step
+from ros_nodes.robot.step_grid import SLEW, StepGrid
 from tests.ros_nodes.loop import CLIMB, DT, EVEN, RATE, H, Loop
 
 
@@ -124,10 +124,10 @@ def test_a_policy_that_died_holds_and_says_so() -> None:
 
 
 def test_ticks_fit_steps() -> None:
-    assert ticks_per_step(100.0, 0.1) == 10
-    assert ticks_per_step(100.0, 1 / 30) == pytest.approx(10 / 3)
+    assert StepGrid(100.0, 0.1).ticks_per_step == 10
+    assert StepGrid(100.0, 1 / 30).ticks_per_step == pytest.approx(10 / 3)
     with pytest.raises(ConfigError, match="at least the 10 steps per second"):
-        ticks_per_step(9.0, 0.1)
+        StepGrid(9.0, 0.1)
 
 
 # ---- cameras and frame rates that fit nothing -----------------------------------------------------------------------

@@ -23,7 +23,6 @@ from rich.progress import track
 from rich.table import Table
 from sensor_msgs.msg import JointState
 
-from ros_nodes.robot.interfaces.base import Command
 from ros_nodes.robot.messages import array_to_image
 from ros_nodes.robot.parameters import defaults
 from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
@@ -31,7 +30,7 @@ from ros_nodes.robot.policy_setup import PolicySetup, make_setup
 from ros_nodes.robot.predictor import PolicySpec, Predictor, PredictorSettings, Request, Response
 from ros_nodes.robot.safety import Decision
 from ros_nodes.robot.step_grid import SLEW
-from ros_nodes.robot.streaming import GRIPPER_PERIOD, speeds
+from ros_nodes.robot.streaming import GRIPPER_PERIOD, command_message
 from ros_nodes.simulated.commands import obey
 from ros_nodes.simulated.robot import JOINTS, SimRobot
 from sim.plots import save_figure
@@ -122,17 +121,16 @@ class SimulatedLoop:
         self.setup.safety.measure(*self.setup.observations.take_joints(message))
 
     def _tick(self, now: float) -> None:
-        setup = self.setup
-        decision, measured = setup.controller.tick(now, now), setup.safety.measured
-        last, self._last = self._last, decision
-        if decision is not None and decision.positions is not None and measured is not None:
-            velocities = speeds(decision, last, setup.arm.period, setup.safety.limits.max_velocity)
-            command = Command(decision.positions, velocities, measured, _stamp(now))
-            obey(self.robot, setup.interface.message(command, setup.arm), now)
-            if decision.gripper is not None and now - self._gripped >= GRIPPER_PERIOD:
+        controller = self.setup.controller
+        decision = controller.tick(now, now)
+        message = command_message(self.setup, decision, self._last, _stamp(now))
+        self._last = decision
+        if message is not None:
+            obey(self.robot, message, now)
+            if decision is not None and decision.gripper is not None and now - self._gripped >= GRIPPER_PERIOD:
                 self._gripped = now
                 self.robot.command_gripper([decision.gripper])
-        setup.controller.after_tick(now)
+        controller.after_tick(now)
 
 
 def simulated_time(config: Any, console: Console) -> dict[str, Any]:

@@ -230,9 +230,9 @@ class PolicyController:
         """Plan nothing, and start from the measured pose; what the gripper was told stays true if it is `resumed`."""
         self._drop_plans()
         self.statistics.paused()
-        joints, measured = self._observations.joints, self._safety.measured
+        measured = self._safety.measured
         assert measured is not None
-        self._motion.restart(measured, joints.opening if joints and not resumed else None)
+        self._motion.restart(measured, None if resumed else self._observations.opening)
         self._enabled_at = clock
         self._blend, self._held = 0.0, measured
 

@@ -180,24 +180,14 @@ class _OwnProcess:
                 raise CheckpointError("The worker was closed while it was starting.")
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
         theirs.close()  # or the pipe would not end with the child
-        try:
-            self._pipe.send(self._settings)
-        except OSError as error:
-            raise self._died() from error
-        answer = self._receive()
-        if isinstance(answer, str):
-            raise CheckpointError(answer)
-        assert isinstance(answer, PolicySpec)
-        return answer
+        spec: PolicySpec | str = self._ask(self._settings)
+        if isinstance(spec, str):
+            raise CheckpointError(spec)
+        return spec
 
     def predict(self, request: Request, deadline: float | None) -> Response:
-        try:
-            self._pipe.send((request, deadline))
-        except OSError as error:
-            raise self._died() from error
-        answer = self._receive()
-        assert isinstance(answer, Response)
-        return answer
+        response: Response = self._ask((request, deadline))
+        return response
 
     def stop(self, timeout_s: float) -> None:
         with self._lock:
@@ -211,17 +201,16 @@ class _OwnProcess:
             self._process.kill()
             self._process.wait()
 
-    def _receive(self) -> object:
+    def _ask(self, question: Any) -> Any:
+        """What the child answers."""
         try:
+            self._pipe.send(question)
             return self._pipe.recv()
         except (EOFError, OSError) as error:
-            raise self._died() from error
-
-    def _died(self) -> _PolicyDied:
-        assert self._process is not None
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(1.0)
-        return _PolicyDied(f"The inference process ended (exit code {self._process.returncode}).")
+            assert self._process is not None
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(1.0)
+            raise _PolicyDied(f"The inference process ended (exit code {self._process.returncode}).") from error
 
 
 def _serve(number: int) -> None:

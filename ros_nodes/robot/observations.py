@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,23 +25,17 @@ if TYPE_CHECKING:
 
 MOVED = 0.05  # a joint moves so far, and an image must have changed [rad]
 AT_ONCE = 0.1  # between stamps of an image and of the pose that it shows [s]
-
-
-@dataclass(frozen=True)
-class Joints:
-    """A joint state in the robot's order."""
-
-    positions: Array  # (J,) of the arm [rad]
-    velocities: Array | None  # (J,) [rad/s]; None unless the policy's state has them
-    opening: float | None  # of the gripper [m]; None without a measured gripper
-    efforts: Array | None = None  # (J,) [N m]; None unless the policy's state has them
+_MEASURED = {"joint_positions": "position", "joint_velocities": "velocity", "joint_efforts": "effort"}
 
 
 class Observations:
     """Takes messages, keeps the newest, and answers with a policy's observation; `PolicySpec` has its features.
 
     A camera that repeats one image for longer than `frozen_after` [s] while the arm moves is a fault; 0: it never is.
-    The newest of every joint is in `table`.
+
+    Attributes:
+        table: The newest of every joint.
+        opening: Measured opening of the gripper [m]; None without.
 
     Raises:
         ConfigError: The policy wants a camera or a state that the robot does not have, or of another length.
@@ -69,12 +62,14 @@ class Observations:
                 )
         self.cameras = [Camera(images[feature], shape) for feature, shape in cameras.items()]
         self._features = tuple(states)
-        parts = {part for feature in states for part in robot.states[feature]}
-        self._wants_velocities, self._wants_efforts = "joint_velocities" in parts, "joint_efforts" in parts
+        # Component of a state -> the values of a joint state that are read for it: some drivers send NaN as velocities.
+        parts = {"joint_positions", *(part for feature in states for part in robot.states[feature])}
+        self._measured = {part: values for part, values in _MEASURED.items() if part in parts}
         self.table = JointTable((*robot.arm.joints, *(robot.gripper.joints if robot.gripper else ())))
         # Camera -> when its image changed [s], the pose then (None where that is not known), and whether it is stuck.
         self._looks: dict[str, tuple[float | None, Array | None, bool]] = {}
-        self.joints: Joints | None = None
+        self._joints: dict[str, Array] = {}  # component -> (J,) of the arm [rad], [rad/s], [N m]; empty at first
+        self.opening: float | None = None
         self._joint_stamp: float | None = None
         self._joint_fault: str | None = None
 
@@ -95,27 +90,21 @@ class Observations:
         Returns what `SafetyFilter.measure` takes: names, positions and stamps of all joints that are known.
         """
         merged, stamps = self.table.take(message)
-        self._read_joints(merged)
-        return merged.name, merged.position, stamps
-
-    def _read_joints(self, message: JointState) -> None:
-        arm, gripper = self._robot.arm, self._robot.gripper
+        gripper, opening = self._robot.gripper, None
         try:
-            positions = by_name(message.name, message.position, arm.joints, "positions")
-            velocities, efforts, opening = None, None, None
-            if self._wants_velocities:  # some drivers send NaN there
-                velocities = by_name(message.name, message.velocity, arm.joints, "velocities")
-            if self._wants_efforts:
-                efforts = by_name(message.name, message.effort, arm.joints, "efforts")
+            joints = {
+                part: by_name(merged.name, getattr(merged, values), self._robot.arm.joints, part.removeprefix("joint_"))
+                for part, values in self._measured.items()
+            }
             if gripper is not None and gripper.joints:
-                fingers = by_name(message.name, message.position, gripper.joints, "positions")
+                fingers = by_name(merged.name, merged.position, gripper.joints, "positions")
                 opening = gripper.measured.ours(float(fingers.sum()))
         except ObservationError as error:
             self._joint_fault = str(error)
-            return
-        self._joint_fault = None
-        self.joints = Joints(positions, velocities, opening, efforts)
-        self._joint_stamp = seconds(message.header.stamp)
+        else:
+            self._joint_fault, self._joint_stamp = None, seconds(merged.header.stamp)
+            self._joints, self.opening = joints, opening
+        return merged.name, merged.position, stamps
 
     @property
     def fault(self) -> Hold | None:
@@ -132,9 +121,8 @@ class Observations:
         self._looks.clear()
 
     def _frozen(self) -> Hold | None:
-        for camera in self.cameras if self._frozen_after and self.joints is not None else ():
-            assert self.joints is not None
-            name, pose = camera.source.name, self.joints.positions
+        for camera in self.cameras if self._frozen_after and self._joints else ():
+            name, pose = camera.source.name, self._joints["joint_positions"]
             known = abs((self._joint_stamp or 0.0) - (camera.stamp or 0.0)) < AT_ONCE
             changed, before, stuck = self._looks.get(name, (None, None, False))
             if changed != camera.changed or before is None:
@@ -161,7 +149,8 @@ class Observations:
 
     def forget(self) -> None:
         """Forget all messages: their stamps are worth nothing after a jump of the clock."""
-        self.joints = self._joint_stamp = self._joint_fault = None
+        self.opening = self._joint_stamp = self._joint_fault = None
+        self._joints = {}
         self.table.forget()
         self.look_anew()
         for camera in self.cameras:
@@ -173,27 +162,23 @@ class Observations:
         Raises:
             ObservationError: An input is missing or malformed.
         """
-        if self.joints is None:
+        if not self._joints:
             raise ObservationError("There is no joint state yet.")
         images = {camera.source.feature: camera.pixels() for camera in self.cameras}
-        return {**images, **{feature: self._state(feature, self.joints, motion) for feature in self._features}}
+        return {**images, **{feature: self._state(feature, motion) for feature in self._features}}
 
-    def _state(self, feature: str, joints: Joints, motion: Motion) -> NDArray[np.float32]:
-        parts = self._robot.states[feature]
-        units, gripper, opening = self._robot.arm.units, self._robot.gripper, joints.opening
-        if gripper is not None and opening is not None:
-            opening = gripper.policy.theirs(opening)
-        values: dict[str, Array | float | None] = {
-            "joint_positions": units.theirs(joints.positions),
-            "joint_velocities": None if joints.velocities is None else joints.velocities / units.scale,
-            "joint_efforts": joints.efforts,
-            "finger_opening": opening,
-            **motion.commanded,
-        }
+    def _state(self, feature: str, motion: Motion) -> NDArray[np.float32]:
+        parts, units, gripper = self._robot.states[feature], self._robot.arm.units, self._robot.gripper
+        positions = self._joints["joint_positions"]
+        values: dict[str, Any] = {**self._joints, **motion.commanded, "joint_positions": units.theirs(positions)}
+        if "joint_velocities" in values:
+            values["joint_velocities"] = values["joint_velocities"] / units.scale
+        if gripper is not None and self.opening is not None:
+            values["finger_opening"] = gripper.policy.theirs(self.opening)
         if self._model is not None and set(POSE_COMPONENTS) & set(parts):
-            values["tcp_position"], matrix = self._model.pose(joints.positions)
+            values["tcp_position"], matrix = self._model.pose(positions)
             values["tcp_quaternion"] = self._model.quaternion(matrix)
-        return np.concatenate([np.atleast_1d(np.asarray(values[part])) for part in parts]).astype(np.float32)
+        return np.concatenate([np.atleast_1d(values[part]) for part in parts]).astype(np.float32)
 
 
 class Camera:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from builtin_interfaces.msg import Time
 from rclpy.clock import Clock
 from rclpy.duration import Duration
 from rclpy.node import Node
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
-from ceed_vla.kinematics import Array
 from ros_nodes.robot.controller import PolicyController
 from ros_nodes.robot.interfaces.base import Command
 from ros_nodes.robot.messages import COMMAND, clock_time
@@ -24,12 +25,16 @@ CONFLICT_PERIOD = 0.2  # how often other commanders are looked for [s]
 GRIPPER_PERIOD = 0.1  # an unchanged gripper command is repeated this often [s]
 
 
-def speeds(decision: Decision, last: Decision | None, period: float, limit: Array) -> Array:
-    """(J,) [rad/s] since the `last` command, at most `limit`: a late command catches up by a longer step."""
-    assert decision.positions is not None
-    if last is None or last.positions is None or decision.hold is not None:
-        return np.zeros_like(decision.positions)
-    return np.clip((decision.positions - last.positions) / period, -limit, limit)
+def command_message(setup: PolicySetup, decision: Decision | None, last: Decision | None, stamp: Time) -> Any | None:
+    """What the arm's controller is sent for a decision that follows the `last` one; None to send nothing."""
+    measured = setup.safety.measured
+    if decision is None or decision.positions is None or measured is None:
+        return None
+    speeds = np.zeros_like(decision.positions)
+    if last is not None and last.positions is not None and decision.hold is None:
+        limit = setup.safety.limits.max_velocity  # a late command catches up by a longer step
+        speeds = np.clip((decision.positions - last.positions) / setup.arm.period, -limit, limit)
+    return setup.interface.message(Command(decision.positions, speeds, measured, stamp), setup.arm)
 
 
 class Streaming:
@@ -100,15 +105,12 @@ class Streaming:
     def _send(self) -> None:
         now = self.now()
         decision = self._setup.controller.tick(now, clock_time(self._node))
-        measured = self._setup.safety.measured
-        last, self._last = self._last, decision
-        if decision is None or decision.positions is None or measured is None:
-            return
-        velocities = speeds(decision, last, self._setup.arm.period, self._setup.safety.limits.max_velocity)
-        command = Command(decision.positions, velocities, measured, self._node.get_clock().now().to_msg())
-        self._commands.publish(self._setup.interface.message(command, self._setup.arm))
-        if decision.gripper is not None and not self._dry:
-            self._grip(decision.gripper, now)
+        message = command_message(self._setup, decision, self._last, self._node.get_clock().now().to_msg())
+        self._last = decision
+        if message is not None:
+            self._commands.publish(message)
+            if decision is not None and decision.gripper is not None and not self._dry:
+                self._grip(decision.gripper, now)
 
     def _grip(self, opening: float, now: float) -> None:
         """Send the gripper's opening [m], unless it was sent just before."""

@@ -36,7 +36,7 @@ _KEPT = 1000  # messages that a slow recorder may fall behind
 class Session:
     """Two node processes in a ROS domain of their own, and a bag of what they say.
 
-    They stay on this machine unless the environment says otherwise.
+    They stay on this machine unless the environment says otherwise. Every method may raise `NodeError`.
 
     Args:
         folder: Where their output ("sim.log", "policy.log") and "bag.mcap" go.
@@ -112,8 +112,6 @@ class Session:
                 start_new_session=True,  # Ctrl-C reaches this process only, which ends them in order
             )
 
-    # ------------------------------------------------------------------ for users; all may raise `NodeError`
-
     def wait_until_ready(self) -> None:
         """Return when both nodes answer and the policy is loaded."""
         begun = (None, "unconfigured", "inactive")  # a node that cannot start ends
@@ -178,8 +176,6 @@ class Session:
             self._executor.shutdown()
             self._node.destroy_node()
             rclpy.try_shutdown(context=self._context)
-
-    # ------------------------------------------------------------------ internals
 
     def _call(self, service: str, kind: Any, request: Any) -> Any:
         client = self._node.create_client(kind, service)

@@ -249,8 +249,6 @@ class ChunkStream:
             return 0, np.empty((0, 0), np.float32)
         return self._running.plan.id, self._running.actions[self._position()[0] :]
 
-    # ---- internals ----------------------------------------------------------------------------------------------
-
     def _position(self) -> tuple[int, int]:
         """Next step of the running chunk, and how many it has left."""
         if self._running is None:

@@ -241,7 +241,7 @@ class Camera:
     def _read(self, message: Image | CompressedImage) -> NDArray[np.uint8]:
         compressed = self.source.transport == "compressed"
         pixels = compressed_to_array(message) if compressed else image_to_array(message)
-        if self.source.crop is not None:
+        if self.source.crop:
             top, left, kept_height, kept_width = self.source.crop
             if top + kept_height > pixels.shape[0] or left + kept_width > pixels.shape[1]:
                 size = f"{pixels.shape[1]} x {pixels.shape[0]} pixels"

@@ -11,6 +11,7 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from ceed_vla.errors import ConfigError
+from ceed_vla.fields import Allowed, Interval, describe, fits
 from ros_nodes.robot.texts import shown
 
 START, SETUP, LIVE = "start", "setup", "live"
@@ -28,19 +29,15 @@ class NodeParameter:
     check: Callable[[str], str | None] = lambda _: None  # what else is wrong with a text; None if nothing is
 
     @property
-    def is_number(self) -> bool:
-        """Whether it has a range."""
-        return isinstance(self.default, int | float) and not isinstance(self.default, bool)
+    def values(self) -> Allowed | None:
+        """The texts or numbers that it may be; None for all of its type."""
+        numbers = Interval(f"[{self.within[0]:g}, {self.within[1]:.10g}]") if any(self.within) else None
+        return tuple(self.choices) or numbers
 
     @property
     def allowed(self) -> str:
         """What may be set, in words."""
-        if self.choices:
-            return f"one of {', '.join(self.choices)}"
-        if self.is_number:
-            whole = "a whole number" if isinstance(self.default, int) else "a number"
-            return f"{whole} in [{self.within[0]:g}, {self.within[1]:g}]"
-        return "true or false" if isinstance(self.default, bool) else "a text"
+        return describe(type(self.default), self.values)
 
     @property
     def descriptor(self) -> ParameterDescriptor:
@@ -61,13 +58,7 @@ class NodeParameter:
 
     def problem(self, value: Any) -> str | None:
         """Why `value` is refused; None if it is allowed."""
-        kinds: tuple[type, ...] = (int, float) if isinstance(self.default, float) else (type(self.default),)
-        fits = isinstance(value, kinds) and isinstance(value, bool) == isinstance(self.default, bool)
-        if fits and self.choices:
-            fits = value in self.choices
-        elif fits and self.is_number:
-            fits = self.within[0] <= value <= self.within[1]
-        if not fits:
+        if not fits(value, type(self.default), self.values):
             return f"{self.name} is {shown(value)}; it must be {self.allowed}."
         wrong = self.check(value) if isinstance(value, str) else None
         return f"{self.name} cannot be taken: {wrong}." if wrong else None

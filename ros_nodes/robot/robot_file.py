@@ -36,7 +36,7 @@ class ImageSource:
     topic: str
     transport: str  # "raw" (sensor_msgs/Image) or "compressed" (sensor_msgs/CompressedImage)
     resize: bool  # scale images to the policy's size; otherwise another size is a fault
-    crop: tuple[int, int, int, int] | None = None  # top, left, height, width [px] of what is kept, before resizing
+    crop: tuple[int, ...] = ()  # top, left, height, width [px] of what is kept, before resizing; empty for all
 
     @property
     def name(self) -> str:
@@ -160,9 +160,6 @@ class RobotConfig:
         return self.interfaces[name]
 
 
-# ---- the file ----------------------------------------------------------------------------------------------------
-
-
 def packaged_config() -> Path:
     """The tabletop robot's file: in the source tree, or where pip or colcon installed it.
 
@@ -222,21 +219,15 @@ def with_topics(robot: RobotConfig, topics: str) -> RobotConfig:
     return replace(robot, images=images, joint_states=chosen.get("joint_states", robot.joint_states))
 
 
-# ---- the parts of the file ------------------------------------------------------------------------------------------
-
-
 def _images(fields: Fields) -> tuple[ImageSource, ...]:
     sources = []
     for feature, image in fields.children():
         if not feature.startswith("observation."):
             raise fields.error(feature, "is no feature; it must start with 'observation.'")
         transport = image.text("transport", "raw", ("raw", "compressed"))
-        crop: tuple[int, int, int, int] | None = None
-        if "crop" in image:
-            top, left, height, width = (int(value) for value in image.numbers("crop", 4, 0, 1e5))
-            if not height or not width:
-                raise image.error("crop", "is empty; give [top, left, height, width] in pixels")
-            crop = top, left, height, width
+        crop = tuple(int(value) for value in image.numbers("crop", 4, 0, 1e5, optional=True))
+        if 0 in crop[2:]:
+            raise image.error("crop", "is empty; give [top, left, height, width] in pixels")
         sources.append(ImageSource(feature, image.topic("topic"), transport, image.flag("resize", False), crop))
     names = [source.name for source in sources]
     if len(set(names)) != len(names) or "joint_states" in names:
@@ -317,13 +308,10 @@ def _action(fields: Fields) -> Action:
 
 
 def _limits(fields: Fields, joints: int) -> Limits:
-    low: tuple[float, ...] = ()
-    high: tuple[float, ...] = ()
-    if "position" in fields:
-        position = fields.child("position")
-        low, high = position.numbers("low", joints), position.numbers("high", joints)
-        if not all(a < b for a, b in zip(low, high, strict=True)):
-            raise position.error("low", f"is not below high for every joint: {low}, {high}")
+    given, position = "position" in fields, fields.child("position", optional=True)
+    low, high = (position.numbers(end, joints, optional=not given) for end in ("low", "high"))
+    if not all(a < b for a, b in zip(low, high, strict=True)):
+        raise position.error("low", f"is not below high for every joint: {low}, {high}")
     return Limits(
         low,
         high,

@@ -237,7 +237,9 @@ class SafetyFilter:
         if positions is None and hold is None:
             raise ConfigError("There is no command; pass a reason to hold.")
         wanted = np.empty(0) if positions is None else np.asarray(positions, dtype=np.float64)
-        reason = self._reason_to_hold(ages) or hold or self._command_fault(wanted, gripper, dt)
+        late = next(filter(None, (self._age_fault(name, ages.get(name)) for name in self.limits.timeouts)), None)
+        fault = self.forbidden or self._latched or self._fault or late
+        reason = fault or hold or self._command_fault(wanted, gripper, dt)
         known = self.pose_fault(ages.get(JOINT_STATES)) is None
         if self._last is None and self._measured is not None and known:
             self._last = np.clip(self._measured, self.limits.position_low, self.limits.position_high)
@@ -261,10 +263,6 @@ class SafetyFilter:
         if self.stopped is not None:
             return Hold("estop", f"emergency stop ({self.stopped})")
         return None if self.enabled else Hold("disabled", "not enabled")
-
-    def _reason_to_hold(self, ages: Mapping[str, float | None]) -> Hold | None:
-        faults = (self._age_fault(name, ages.get(name)) for name in self.limits.timeouts)
-        return self.forbidden or self._latched or self._fault or next(filter(None, faults), None)
 
     def _age_fault(self, name: str, age: float | None) -> Hold | None:
         limit = self.limits.timeouts[name]

@@ -49,8 +49,6 @@ class StepGrid:
         self._origin, self._tick = 0.0, 0  # time of tick 0 [s], the newest tick
         self._first = 0.0  # tick at which the step that runs began
 
-    # ---- ticks --------------------------------------------------------------------------------------------------
-
     def count(self, now: float, dt: float) -> None:
         """Number the tick at `now` [s], `dt` after the last one [s]; the ticks of a longer gap are left out.
 
@@ -93,8 +91,6 @@ class StepGrid:
         """Steps until the first command of the next step."""
         left = math.floor(self._first + self.ticks_per_step + 1e-6) + 1 - (now - self._origin) * self._rate
         return max(left / self.ticks_per_step, 0.0)
-
-    # ---- images -------------------------------------------------------------------------------------------------
 
     def images_came(self, now: float) -> None:
         """Every camera has a new image."""

@@ -120,8 +120,6 @@ class Fields:
             known = short(", ".join(sorted(self._taken)))
             raise self.error(unknown[0], f"is unknown; the keys here are {known}")
 
-    # ---- internals ----------------------------------------------------------------------------------------------
-
     def _name(self, key: str) -> str:
         return f"{self.path}.{key}" if self.path else key
 

@@ -16,14 +16,13 @@ from sim.tabletop.scene import CAMERAS, FINGER_STROKE, SIM_DT
 
 ARM_JOINTS = tuple(f"joint{index + 1}" for index in range(len(arm.HOME)))
 JOINTS = (*ARM_JOINTS, "finger_left", "finger_right")
-MAX_OPENING = 2 * FINGER_STROKE  # [m]
 
 
 class SimRobot:
     """Arm, gripper, cameras and scene.
 
-    The last command wins, whichever interface it came through. When commands stop for `command_timeout`, the arm stops
-    where it is; the gripper keeps its command.
+    The last command wins, whichever interface it came through; `SimulationError` for a refused one. When commands stop
+    for `command_timeout`, the arm stops where it is; the gripper keeps its command.
 
     Args:
         split: Which combinations of colours and phrasings are drawn: "train", "heldout" or "all".
@@ -45,8 +44,6 @@ class SimRobot:
         self._controller: Controller | None = None
         self._owed = 0.0  # time that is too short for a physics step yet [s]
         self._joints: Array = arm.HOME.copy()  # set-point
-
-    # ------------------------------------------------------------------ episodes
 
     def reset(self, seed: int, task: str = "mixed") -> str:
         """Draw a scene and put the arm at rest in its start pose; forgets earlier commands. Returns the instruction.
@@ -72,8 +69,6 @@ class SimRobot:
         mujoco.mj_forward(self._env.scene.model, self._env.data)
         return self._env.is_success()
 
-    # ------------------------------------------------------------------ sensors
-
     @property
     def positions(self) -> Array:
         """Measured positions (9,) of `JOINTS` [rad], fingers [m]."""
@@ -93,8 +88,6 @@ class SimRobot:
         """An image (S, S, 3) of every camera, all of this moment."""
         mujoco.mj_forward(self._env.scene.model, self._env.data)  # poses of the state after the last physics step
         return {name: self._env.view(name, self._env.image_size) for name in CAMERAS}
-
-    # ------------------------------------------------------------------ commands; `SimulationError` for refused ones
 
     def command_positions(self, positions: ArrayLike) -> None:
         """Go to joint positions (7,) [rad] at once."""
@@ -145,8 +138,6 @@ class SimRobot:
         """Stop the arm where it is."""
         self._controller = None
         self._joints = _inside(self.positions[: len(ARM_JOINTS)])
-
-    # ------------------------------------------------------------------ time
 
     def advance(self, duration: float) -> None:
         """Let a time [s] pass, in physics steps of `SIM_DT`; the rest is kept for the next call."""

@@ -112,8 +112,6 @@ class SimNode(Node):
 
         self.create_subscription(message_type, topic, callback, COMMAND)
 
-    # ------------------------------------------------------------------ commands
-
     def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         if self.get_parameter("advance_seed").value:
             self.set_parameters([Parameter("seed", value=self.get_parameter("seed").value + 1)])
@@ -140,8 +138,6 @@ class SimNode(Node):
     def _take_parameters(self, changes: Sequence[Parameter]) -> None:
         if any(change.name == "camera_rate" for change in changes):
             self._camera_timer.timer_period_ns = round(1e9 * self._camera_period)
-
-    # ------------------------------------------------------------------ time
 
     @property
     def _camera_period(self) -> float:
@@ -181,8 +177,6 @@ class SimNode(Node):
         stamp = self._now().to_msg()
         for name, pixels in self._robot.images().items():
             self._images[name].publish(array_to_image(pixels, stamp, f"{name}_camera_optical_frame"))
-
-    # ------------------------------------------------------------------ what the operator sees
 
     def _publish_diagnostics(self) -> None:
         kinds = (Float64MultiArray, JointTrajectory, TwistStamped)

@@ -317,7 +317,7 @@ def test_bad_checkpoint_is_no_crash_and_the_lifecycle_works(graph: Any, tmp_path
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"command_rate": 1e9}, "command_rate is 1000000000.0; it must be a number in [5, 500]."),
+        ({"command_rate": 1e9}, "command_rate is 1000000000.0; it must be a finite number in [5, 500]."),
         ({"action_interface": "wheels"}, "one of forward_position, joint_trajectory, servo_twist"),
     ],
 )

@@ -8,9 +8,10 @@ from denavit_hartenberg import forward_kinematics
 
 from ceed_vla.errors import SimulationError
 from ceed_vla.kinematics import matrix_rpy
-from ros_nodes.simulated.robot import ARM_JOINTS, MAX_OPENING, SimRobot
+from ros_nodes.simulated.robot import ARM_JOINTS, SimRobot
 from sim.tabletop import arm
 from sim.tabletop.env import TabletopEnv
+from sim.tabletop.scene import FINGER_STROKE
 
 AT_REST = 0.05  # [rad/s]
 PERIOD = 0.01  # [s]
@@ -61,7 +62,7 @@ def test_the_same_joint_targets_solve_what_the_environment_solves(robot: SimRobo
     for _ in range(60):
         start = env.data.ctrl[:7].copy()
         env.advance(env.expert_action())
-        robot.command_gripper([MAX_OPENING if env.gripper_open else 0.0])
+        robot.command_gripper([2 * FINGER_STROKE if env.gripper_open else 0.0])
         for tick in range(10):
             robot.command_positions(start + (env.data.ctrl[:7] - start) * (tick + 1) / 10)
             robot.advance(PERIOD)
@@ -110,7 +111,7 @@ def test_the_gripper_keeps_its_command_when_the_arm_holds(robot: SimRobot) -> No
     assert robot.positions[7:].sum() < 0.005
     robot.command_gripper([1.0])
     robot.advance(1.0)
-    assert robot.positions[7:].sum() == pytest.approx(MAX_OPENING, abs=0.005)
+    assert robot.positions[7:].sum() == pytest.approx(2 * FINGER_STROKE, abs=0.005)
 
 
 @pytest.mark.parametrize("wrong", [[0.0] * 6, [[0.0] * 7], [0.0] * 6 + [float("nan")], [], ["a"] * 7])

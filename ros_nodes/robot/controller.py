@@ -20,7 +20,7 @@ from ros_nodes.robot.mode import WAITING, State
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Observations
 from ros_nodes.robot.policy_stream import PolicyStream
-from ros_nodes.robot.safety import JOINT_STATES, Decision, Hold, SafetyFilter
+from ros_nodes.robot.safety import JOINT_STATES, MAX_DT, Decision, Hold, SafetyFilter
 
 # How long the last command is repeated while nobody knows where the arm is [s]: by hand nobody moves an arm and powers
 # it up again sooner. Afterwards it would leap back as its drives come on.
@@ -178,8 +178,11 @@ class PolicyController:
             return
         if self._boundary:
             self._begin_step()
-        elif self.grid.part <= self.stream.grace * self.grid.ticks_per_step:
-            self._redo_step()
+        elif self.grid.part <= self.stream.grace * self.grid.ticks_per_step and (target := self.stream.redo()):
+            # It came just after the step had begun, and decides on the rest of it.
+            self._motion.restore(self._before_step)
+            self._start, self._start_part = self._wanted, self.grid.part
+            self._execute(target)
 
     def _watch_clock(self, dt: float, clock: float) -> None:
         """After a step back, the stamps of the inputs are of a time that is still to come: wait for new ones."""
@@ -288,7 +291,7 @@ class PolicyController:
         last = self._safety.last_command
         assert last is not None
         way = home - last
-        share = min(HOME_SPEED * min(dt, self._safety.limits.max_dt) / max(float(np.abs(way).max()), 1e-9), 1.0)
+        share = min(HOME_SPEED * min(dt, MAX_DT) / max(float(np.abs(way).max()), 1e-9), 1.0)
         ages = {**dict.fromkeys(self.ages(clock), 0.0), JOINT_STATES: self.ages(clock)[JOINT_STATES]}
         decision = self._safety.command(last + share * way, None, dt=dt, ages=ages, hold=None)
         if share == 1.0 and decision.hold is None and not decision.clamped:
@@ -303,14 +306,6 @@ class PolicyController:
         self._start, self._start_part = self._motion.joints if held is None else held, 0.0
         self._before_step = self._motion.copy()
         self._execute(self.stream.target())
-
-    def _redo_step(self) -> None:
-        """Let the answer that came just after the step had begun decide on the rest of it."""
-        target = self.stream.redo()
-        if target is not None:
-            self._motion.restore(self._before_step)
-            self._start, self._start_part = self._wanted, self.grid.part
-            self._execute(target)
 
     def _execute(self, target: Target) -> None:
         if target.action is None:

@@ -108,12 +108,9 @@ class PolicyNode(LifecycleNode):
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Hold the measured pose, then stream; waits while the policy loads."""
         assert self._setup is not None
-        try:
-            if self._setup.worker.failed is not None:
-                raise NodeError(f"{self._setup.worker.failed} Clean up and configure again.")
-            self._active = Streaming(self, self._setup, self._steady, self.show_state)
-        except CeedVLAError as error:
-            return self._fail("activate", error)
+        if self._setup.worker.failed is not None:
+            return self._fail("activate", NodeError(f"{self._setup.worker.failed} Clean up and configure again."))
+        self._active = Streaming(self, self._setup, self._steady, self.show_state)
         if self.get_parameter("start_enabled").value:
             self._setup.controller.enable(clock_time(self), insist=True)
         gc.collect()

@@ -22,6 +22,8 @@ from ros_nodes.robot.plausibility import PHYSICAL_VELOCITY, Plausibility, by_nam
 
 JOINT_STATES = "joint_states"
 CLAMPS = ("position", "step", "velocity", "acceleration", "gripper")
+# Longest time between two commands that counts for `max_velocity` [s]: after a stall the command catches up slowly.
+MAX_DT = 0.05
 # Joint states that do not change for so long [s] while commands went on by so much [rad] are no measurements.
 FROZEN_TIME, FROZEN_WAY = 0.5, 0.05
 
@@ -40,9 +42,6 @@ class SafetyLimits:
     max_velocity: Array  # (J,) [rad/s]: change of the command per second
     max_step: Array  # (J,) [rad]: distance of a command from the measured position
     timeouts: Mapping[str, float]  # input name -> largest age [s]; "joint_states" must be one of them
-    # Longest time between two commands that counts for `max_velocity` [s]: after a stall of the sender the command
-    # catches up at limited speed.
-    max_dt: float = 0.05
     gripper_low: float = 0.0  # opening [m]
     gripper_high: float = 0.1  # opening [m]
     # (J,) that the joints reach physically [rad/s], for `Plausibility`; empty: the larger of `max_velocity` and
@@ -72,8 +71,6 @@ class SafetyLimits:
         wrong = {name: value for name, value in self.timeouts.items() if not 0 < value < math.inf}
         if wrong:
             raise ConfigError(f"The timeouts {wrong} must be positive and finite [s].")
-        if not 0 < self.max_dt < math.inf:
-            raise ConfigError(f"max_dt is {self.max_dt} s; it must be positive and finite.")
         if not -math.inf < self.gripper_low < self.gripper_high < math.inf:
             raise ConfigError(
                 f"The gripper limits [{self.gripper_low}, {self.gripper_high}] must be finite and in order."
@@ -156,7 +153,7 @@ class SafetyFilter:
         try:
             measured = by_name(names, positions, wanted, "positions")
             if stamps is not None:
-                times = by_name(names, np.broadcast_to(stamps, len(names)), wanted, "stamps")
+                times = by_name(names, np.broadcast_to(stamps, len(names)).tolist(), wanted, "stamps")
         except ObservationError as error:
             self._fault = Hold("bad_joint_states", str(error))
             return self._fault
@@ -227,7 +224,7 @@ class SafetyFilter:
             positions: (J,) wanted [rad]; None only together with `hold`.
             gripper: Wanted opening [m]; None keeps the last one.
             dt: Time since the last command [s]. The command changes by at most ``max_velocity * dt``, with `dt` cut
-                to ``limits.max_dt``.
+                to `MAX_DT`.
             ages: Input name -> age [s], None if it never came. Every input in ``limits.timeouts`` is checked.
             hold: The caller's own reason to hold: "starved", a worker that failed, ...
 
@@ -247,7 +244,7 @@ class SafetyFilter:
             self.holds[reason.code] += 1
             self._speed = np.zeros_like(self._speed)
             return Decision(self.last_command, self._gripper, reason)
-        dt, before = min(dt, self.limits.max_dt), self._last
+        dt, before = min(dt, MAX_DT), self._last
         self._last, clamped = self._clamp(wanted, dt)
         assert before is not None
         self._speed = (self._last - before) / dt

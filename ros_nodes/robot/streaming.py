@@ -84,16 +84,15 @@ class Streaming:
         period = round(1e9 * controller.grid.period)
         if period != self._ticks.timer_period_ns:
             self._ticks.timer_period_ns = period
-        if self._planned is not None:
-            self._show_plan(controller)
+        self._show_plan(controller)
         self._told()
 
     def _show_plan(self, controller: PolicyController) -> None:
-        """Where the chunk that has just taken over would move arm and gripper."""
+        """In a dry run: where the chunk that has just taken over would move arm and gripper."""
         chunk, _ = controller.stream.upcoming
         if chunk in (0, self._shown) or self._planned is None:
             return
-        self._shown, dt = chunk, controller.stream.action_dt
+        self._shown, dt = chunk, controller.grid.action_dt
         message = JointTrajectory(joint_names=[*self._setup.arm.joints, "gripper"])
         message.header.stamp = self._node.get_clock().now().to_msg()
         for index, (joints, opening) in enumerate(controller.planned()):

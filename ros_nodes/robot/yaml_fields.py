@@ -21,9 +21,10 @@ TOPIC = re.compile(r"(~/|/)?[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*")
 class Fields:
     """One mapping of a YAML file; `source` and `path`, "action.workspace", say in messages which."""
 
-    def __init__(self, source: Path, path: str, values: dict[str, Any]) -> None:
-        self.source, self.path = source, path
-        self._values = values
+    def __init__(self, source: Path, path: str, values: Any) -> None:
+        if not isinstance(values, dict):
+            raise ConfigError(f"{source}: {short(path) or 'the file'} is {shown(values)}; give keys with values.")
+        self.source, self.path, self._values = source, path, values
         self._taken: set[str] = set()
         self._children: list[Fields] = []
 
@@ -39,7 +40,7 @@ class Fields:
         except Exception as error:  # too deep, impossible dates, ...: YAML's constructors raise anything
             reason = short(error) or type(error).__name__
             raise ConfigError(f"{short(file)} cannot be read: {reason}") from error
-        return cls(file, "", _mapping(file, "the file", values))
+        return cls(file, "", values)
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -54,7 +55,7 @@ class Fields:
     def child(self, key: str, *, optional: bool = False) -> Fields:
         """The mapping below `key`; an empty one if it is optional and absent."""
         value = self._get(key, {} if optional else _MISSING)
-        self._children.append(Fields(self.source, self._name(key), _mapping(self.source, self._name(key), value)))
+        self._children.append(Fields(self.source, self._name(key), value))
         return self._children[-1]
 
     def children(self) -> Iterator[tuple[str, Fields]]:
@@ -137,9 +138,3 @@ class Fields:
         if not low <= value <= high:
             raise self.error(key, f"has {shown(value)}; it must lie in [{low:g}, {high:g}]")
         return float(value)
-
-
-def _mapping(source: Path, name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{source}: {short(name)} is {shown(value)}; give keys with values.")
-    return value

@@ -87,13 +87,12 @@ class SimNode(Node):
         self._diagnostics = self.create_publisher(DiagnosticArray, "diagnostics", COMMAND)
         self._clock_topic = self.create_publisher(ClockMessage, "/clock", SENSOR) if self._publishes_clock else None
         robot = self._robot
-        positions, gripper = "forward_position_controller/commands", "gripper_controller/commands"
 
         def move(message: Any) -> None:
             obey(robot, message, 1e-9 * self._now().nanoseconds)
 
-        self._obey(positions, Float64MultiArray, move)
-        self._obey(gripper, Float64MultiArray, lambda message: robot.command_gripper(message.data))
+        self._obey("forward_position_controller/commands", Float64MultiArray, move)
+        self._obey("gripper_controller/commands", Float64MultiArray, lambda told: robot.command_gripper(told.data))
         self._obey("joint_trajectory_controller/joint_trajectory", JointTrajectory, move)
         self._obey("servo_node/delta_twist_cmds", TwistStamped, move)
         self.create_service(Trigger, "~/reset_episode", self._on_reset)

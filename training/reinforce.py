@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 from ceed_vla.checkpoints import load, save
 from ceed_vla.decoding.learned import FEATURES, Group, head_name
-from ceed_vla.errors import ConfigError
+from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, SEEDS, check_fields, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import claim_folder
 
-REPORT, LEARNED = "reinforce.json", "learned"
+REPORT, GROUPS, LEARNED = "reinforce.json", "groups.jsonl", "learned"
 START = np.array([1.0, 0.0, 0.0, 0.0, 1.386])  # conf0.2: the least certain slot's log-odds above those of 0.2
 SWEEPS = 4  # what staying is worth depends on the head
 LARGEST = 99.0  # weight that a name holds
@@ -62,6 +62,7 @@ class ReinforceConfig:
         rounds: Groups are driven by the head that the round before learnt; all of them teach.
         groups: Groups a round.
         scouts: Episodes that show where outcomes differ.
+        groups_from: Folder of another run, whose groups teach; nothing is rolled out. To try other settings below.
         leash: Weight of straying (cross-entropy of each choice) from the head that a run starts with, `conf0.2`.
         seed: First seed; those of takeovers, 30000 to 39999, are for training.
         steps: Most steps of each fit.
@@ -74,6 +75,7 @@ class ReinforceConfig:
     rounds: int = ranged(2, "[1, 1000]")
     groups: int = ranged(2000, COUNTS)
     scouts: int = ranged(800, COUNTS)
+    groups_from: str = ""
     leash: float = ranged(0.001, "[0, 1e6]")
     seed: int = ranged(36_000, SEEDS)
     steps: int = ranged(100, COUNTS)
@@ -108,6 +110,7 @@ def reinforce(config: ReinforceConfig, rollouts: Rollouts) -> Path:
     Raises:
         ConfigError: Bad settings, or a folder that is not empty.
         CheckpointError: A checkpoint that cannot be loaded.
+        DatasetError: No groups in `groups_from`.
         SimulationError: An environment that cannot go on from a state it was in.
     """
     output = claim_folder("output_dir", config.output_dir, (), ())
@@ -118,13 +121,20 @@ def reinforce(config: ReinforceConfig, rollouts: Rollouts) -> Path:
     def named(head: NDArray[np.float64]) -> str:
         return f"{head_name(head)}_cap{config.cap}"
 
-    strata = scout(config, rollouts)
-    head, groups, rounds = START, list[Group](), []
-    for number in range(config.rounds):
-        decisions = drawn(config, strata, np.random.default_rng([config.seed, number]))
-        with tqdm(total=len(decisions), desc=f"groups {number + 1}", unit="group", dynamic_ncols=True) as bar:
-            for group in rollouts.groups(config.policy_path, named(head), config.cap, decisions):
+    old = config.groups_from
+    strata, groups = read_groups(Path(old) / GROUPS) if old else (scout(config, rollouts), list[Group]())
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / GROUPS, "".join(line_of(item) + "\n" for item in (strata, *groups)))
+    head, rounds = START, []
+    for number in range(1 if old else config.rounds):
+        decisions = [] if old else drawn(config, strata, np.random.default_rng([config.seed, number]))
+        with (
+            (output / GROUPS).open("a") as file,
+            tqdm(total=len(decisions), desc=f"groups {number + 1}", unit="group", dynamic_ncols=True) as bar,
+        ):
+            for group in rollouts.groups(config.policy_path, named(head), config.cap, decisions) if decisions else ():
                 groups.append(group)
+                file.write(line_of(group) + "\n")
                 bar.update()
         table = tabulated(config, groups, strata)
         head = learn(config, table)
@@ -136,6 +146,28 @@ def reinforce(config: ReinforceConfig, rollouts: Rollouts) -> Path:
     write_text(output / REPORT, json.dumps({"features": FEATURES, "strata": counts, "rounds": rounds}, indent=2))
     print(f"Written: {output}, whose decoding {LEARNED} is {policy.config.decodings[LEARNED]}")
     return output
+
+
+def line_of(item: Any) -> str:
+    """Strata or a group as JSON."""
+    return json.dumps(asdict(item), default=np.ndarray.tolist)
+
+
+def read_groups(file: Path) -> tuple[Strata, list[Group]]:
+    """The groups of another run, also of one that was interrupted; `DatasetError` for a file that has none."""
+    try:
+        first, *lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        of = {int(seed): str(name) for seed, name in first["of"].items()}
+        strata = Strata(
+            {name: list(map(tuple, found)) for name, found in first["episodes"].items()}, of, first["solved"]
+        )
+        groups = [Group(g["seed"], np.array(g["features"], dtype=float), g["solved"]) for g in lines]
+        fits = all(g.seed in of and g.features.shape == (len(g.solved), len(FEATURES)) for g in groups)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{file} cannot be read as groups ({type(error).__name__}); run without it.") from error
+    if not groups or not fits:
+        raise DatasetError(f"{file} holds no groups that a head can learn from; run without it.")
+    return strata, groups
 
 
 def scout(config: ReinforceConfig, rollouts: Rollouts) -> Strata:

@@ -12,7 +12,7 @@ import torch
 
 from ceed_vla import load
 from ceed_vla.decoding.learned import FEATURES, Group
-from ceed_vla.errors import ConfigError, SimulationError
+from ceed_vla.errors import ConfigError, DatasetError, SimulationError
 from sim.environment import EnvPool, joined
 from sim.rollout import PolicyRunner, rollout
 from sim.serial_groups import SerialGroups, group_runner
@@ -138,6 +138,15 @@ def test_from_the_shipped_student_to_a_head(tmp_path: Path, monkeypatch: pytest.
     policy, _, _ = load(tmp_path / "out")
     assert policy.config.decodings["learned"] == f"{report['rounds'][0]['head']}_cap2"
     assert policy.decoding_config("learned").exits == (report["rounds"][0]["head"],)
+    again = ReinforceConfig("student", str(tmp_path / "again"), cap=2, steps=20, groups_from=str(tmp_path / "out"))
+    reinforce(again, Script())  # which is not asked
+    assert json.loads((tmp_path / "again" / "reinforce.json").read_text()) == report
+    lines = (tmp_path / "out" / "groups.jsonl").read_text().splitlines()
+    for damage in (lines[:1], [*lines, "{"], lines[1:], [lines[0], lines[1].replace('"seed": 3', '"seed": 9')]):
+        (tmp_path / "out" / "groups.jsonl").write_text("\n".join(damage))
+        again.output_dir = str(tmp_path / "damaged")
+        with pytest.raises(DatasetError, match=r"groups\.jsonl"):
+            reinforce(again, Script())
     monkeypatch.delattr(TabletopEnv, "snapshot")
     with pytest.raises(SimulationError, match=r"lacks snapshot\(\), which reinforce needs"):
         next(SerialGroups(env, 1).groups("student", "cap1", 2, [(0, "x", 0)]))

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from itertools import islice
+from threading import Thread
 from typing import Any
 
 from ceed_vla.discovery import discover, discovered
@@ -71,10 +72,18 @@ class Workers(AbstractContextManager["Workers"]):
 
 def _begin(packages: list[str], make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
+    Thread(target=_follow, daemon=True).start()
     os.environ["LP_NUM_THREADS"] = "1"  # of a renderer without a GPU
     if torch := sys.modules.get("torch"):  # `make` came with it
         torch.set_num_threads(1)
     _state.update(packages=packages, make=make, arguments=arguments)
+
+
+def _follow() -> None:
+    """End with the first process, also where that was killed and could end nobody."""
+    if (first := multiprocessing.parent_process()) is not None:
+        first.join()
+        os._exit(1)
 
 
 def _work(item: Any) -> Any:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,3 +45,36 @@ def test_a_process_that_dies_is_an_error_and_nothing_is_left() -> None:
     for process in multiprocessing.active_children():
         process.join(5)
     assert not multiprocessing.active_children()
+
+
+KILLED = """
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from shared_work import make
+from ceed_vla.workers import Workers
+if __name__ == "__main__":
+    with Workers(2, make, 0) as workers:
+        found = workers.map(range(10**6))
+        next(found)
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        list(found)
+"""
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text(KILLED)
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests' / 'helpers'}"}
+    command = [sys.executable, str(tmp_path / "main.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        workers = [int(word) for word in process.stdout.readline().split()]
+        process.kill()
+    assert len(workers) == 2
+    end = time.monotonic() + 30
+    while (left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not left

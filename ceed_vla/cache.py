@@ -60,6 +60,10 @@ class BlockCache:
             )
         self.length += t
 
+    def disown(self) -> None:
+        """Let nothing of what is written behind `length` be committed, whichever layers wrote it."""
+        self._written = self.length
+
     def roll_back(self) -> None:
         """Forget the block and keep the prefix, ready to decode another block behind it."""
         self.length = self._written = self.prefix_length

@@ -99,6 +99,12 @@ class CompiledBackbone(nn.Module):
         prefix.cache.place(tokens.shape[1], shallow=True)
         return cast("tuple[list[Tensor], Tensor]", self.backbone.depth_logits(prefix, tokens, depths))
 
+    @torch.no_grad()
+    def program_logits(self, prefix: Prefix, tokens: Tensor, program: Sequence[int]) -> Tensor:
+        """As the backbone's, eagerly."""
+        prefix.cache.place(tokens.shape[1], shallow=True)
+        return cast("Tensor", self.backbone.program_logits(prefix, tokens, program))
+
     def _window(self, k: int) -> int:
         return min(window for window in self.windows if window >= k)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ceed_vla.cache import BlockCache, StaticCache
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, ObservationError
+from ceed_vla.fields import short
 from ceed_vla.tensors import is_plain
 
 
@@ -153,6 +154,10 @@ class TrainableBackbone(nn.Module, Backbone):
         """
         raise ConfigError(f"{type(self).__name__} reads no forward at several depths (`depth_logits`).")
 
+    def program_logits(self, prefix: Prefix, tokens: Tensor, program: Sequence[int]) -> Tensor:
+        """As `block_logits`, through the layers of a `check_program`, in its order; nothing of it can be committed."""
+        raise ConfigError(f"{type(self).__name__} runs no programs of layers (`program_logits`).")
+
     def recompute_activations(self) -> None:
         """Keep only the layers' inputs for the backward pass (gradient checkpointing); `ConfigError` where none can."""
         raise ConfigError(f"{type(self).__name__} cannot recompute activations; leave out --gradient_checkpointing.")
@@ -175,6 +180,14 @@ def check_depth(depth: int | None, layers: int) -> int:
     if depth is not None and not (isinstance(depth, int) and 1 <= depth <= layers):
         raise ConfigError(f"depth is {depth!r}; it must be whole layers, in [1, {layers}].")
     return layers if depth is None else depth
+
+
+def check_program(program: Sequence[int], layers: int) -> Sequence[int]:
+    """`program`; raises `ConfigError` unless it lists 1 to twice the `layers`, each in [0, layers - 1]."""
+    if not 1 <= len(program) <= 2 * layers or not all(isinstance(i, int) and 0 <= i < layers for i in program):
+        allowed = f"1 to {2 * layers} layers, of 0 to {layers - 1}"
+        raise ConfigError(f"The program is {short(list(program))}; it must list {allowed}.")
+    return program
 
 
 def check_features(

@@ -23,6 +23,7 @@ from ceed_vla.decoding.jacobi import decode_jacobi
 from ceed_vla.decoding.learned import Learned
 from ceed_vla.decoding.names import named_config
 from ceed_vla.decoding.ngram import decode_ngram
+from ceed_vla.decoding.programs import decode_program
 from ceed_vla.decoding.registry import decoder_ladders, exit_ladders, find_decoder, register_decoder, register_exit
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult

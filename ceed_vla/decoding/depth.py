@@ -10,6 +10,7 @@ an exit rule stays exact.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -31,18 +32,29 @@ def decode_depth(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> D
 
     Raises as `decode_jacobi`, and `ConfigError` for a backbone of fewer layers or a cap below 2.
     """
-    started, depth, config = request.clock(), int(request.options["depth"]), request.config
+    depth = int(request.options["depth"])
+    _check_layers(backbone, request, depth, depth)
+    own = getattr(backbone, "exits", {}).get(depth)
+    shallow = depth + (own is not None and own.layer is not None)  # with the exit's own layer
+    return first_then_jacobi(backbone, prefix, request, lambda t: backbone.block_logits(prefix, t, depth), shallow)
+
+
+def first_then_jacobi(
+    backbone: Backbone, prefix: Prefix, request: BlockRequest, forward: Callable[[Tensor], Tensor], layers: int
+) -> DecodeResult:
+    """Jacobi decoding behind one `forward`, tokens (B, n - 1) to logits (B, n - 1, V), of so many `layers`.
+
+    It proves and commits nothing. Raises as `decode_jacobi`, and `ConfigError` for a cap below 2.
+    """
+    started, config = request.clock(), request.config
     if config.max_iterations is not None:
         if config.max_iterations < 2:
             raise ConfigError(f"{config.method} with a cap of 1 proves nothing: the last forward is full; use cap2.")
         config = replace(config, max_iterations=config.max_iterations - 1)
-    tokens, given = _first_state(backbone, prefix, request, depth, depth)
-    logits = backbone.block_logits(prefix, tokens[:, :-1], depth)
-    guess = _after(tokens, logits, given)
+    tokens, given = _first_state(backbone, prefix, request)
+    guess = _after(tokens, forward(tokens[:, :-1]), given)
     result = decode_jacobi(backbone, prefix, _rest(replace(request, config=config, guess=guess), started))
-    own = getattr(backbone, "exits", {}).get(depth)
-    shallow = depth + (own is not None and own.layer is not None)  # with the exit's own layer
-    result.layer_forwards = shallow + result.iterations * backbone.num_layers
+    result.layer_forwards = layers + result.iterations * backbone.num_layers
     result.forwards, result.iterations = result.forwards + 1, result.iterations + 1
     return result
 
@@ -61,7 +73,8 @@ def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
     Raises as `decode_jacobi`, and `ConfigError` for a backbone of fewer layers.
     """
     started, depth, most = request.clock(), int(request.options["depth"]), float(request.options["bins"])
-    tokens, given = _first_state(backbone, prefix, request, depth - 1, depth)
+    _check_layers(backbone, request, depth - 1, depth)
+    tokens, given = _first_state(backbone, prefix, request)
     (lower, upper), hidden = cast("Any", backbone).depth_logits(prefix, tokens[:, :-1], (depth - 1, depth))
     state, batch, n = _after(tokens, upper, given), len(tokens), backbone.block_length
     apart = (_after(tokens, lower, given) - state).abs()[:, : request.watched_tokens(n, given)]
@@ -118,13 +131,15 @@ class _Continued:
         return self._backbone.block_logits(prefix, tokens, depth)
 
 
-def _first_state(
-    backbone: Backbone, prefix: Prefix, request: BlockRequest, lowest: int, deepest: int
-) -> tuple[Tensor, int]:
-    """The guess (B, n) as the first forward sees it, and how many of its tokens are given."""
-    batch, n, layers = len(prefix.logits), backbone.block_length, backbone.num_layers
+def _check_layers(backbone: Backbone, request: BlockRequest, lowest: int, deepest: int) -> None:
+    layers = backbone.num_layers
     if not 1 <= lowest <= deepest < layers:
         raise ConfigError(f"{request.config.method} reads layers {lowest} to {deepest}; allowed are [1, {layers - 1}].")
+
+
+def _first_state(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> tuple[Tensor, int]:
+    """The guess (B, n) as the first forward sees it, and how many of its tokens are given."""
+    batch, n = len(prefix.logits), backbone.block_length
     if request.guess is None:
         raise TokenError(f"Jacobi decoding starts from a guess ({batch}, {n}); pass one.")
     given = request.frozen_tokens(backbone, batch)

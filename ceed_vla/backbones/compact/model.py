@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ceed_vla.backbones.base import CutPrefix, Prefix, TrainableBackbone, check_depth, check_features
+from ceed_vla.backbones.base import CutPrefix, Prefix, TrainableBackbone, check_depth, check_features, check_program
 from ceed_vla.backbones.compact.stem import CameraStem, EarlyReadout
 from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.backbones.exits import check_linear
@@ -233,6 +233,16 @@ class CompactBackbone(TrainableBackbone):
 
     def continue_block(self, prefix: Prefix, hidden: Tensor, depth: int) -> Tensor:
         x = self._run(hidden, prefix.cache, prefix.cache.mask(hidden.shape[1]), done=depth)
+        return cast("Tensor", self.head(self.final_norm(x)))
+
+    def program_logits(self, prefix: Prefix, tokens: Tensor, program: Sequence[int]) -> Tensor:
+        cache, length = prefix.cache, tokens.shape[1]
+        x, mask = self.action_tokens(tokens) + cache.rows(self.slots, length), cache.mask(length)
+        for index in check_program(program, self.num_layers):
+            q, k, v = self.trunk[index].project(x)
+            keys, values = cache.write(index, k, v)
+            x = self.trunk[index].finish(x, q, keys, values, mask)
+        cache.disown()
         return cast("Tensor", self.head(self.final_norm(x)))
 
     def packed_logits(

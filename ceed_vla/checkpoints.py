@@ -10,7 +10,7 @@ from lerobot.policies.factory import make_pre_post_processors
 
 from ceed_vla.checkpoint_files import weights_hash
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-from ceed_vla.errors import CheckpointError, root_cause
+from ceed_vla.errors import CheckpointError, raised_as
 from ceed_vla.files import saving
 from ceed_vla.folders import pretrained_path, resolve_checkpoint
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
@@ -28,11 +28,9 @@ def load(path: str | Path, device: str | None = None, merge_adapters: bool = Tru
     folder = resolve_checkpoint(path)
     config = CeedVLAConfig.read(folder, "cpu" if device is None else device)
     policy = CeedVLAPolicy.from_pretrained(folder, config=config, merge_adapters=merge_adapters)
-    try:
-        overrides = {"device_processor": {"device": config.device}}
+    overrides = {"device_processor": {"device": config.device}}
+    with raised_as(CheckpointError, f"The processors of {path} do not load", "copy it again."):
         pre, post = make_pre_post_processors(config, str(folder), preprocessor_overrides=overrides)
-    except Exception as error:  # LeRobot's pipelines raise many kinds
-        raise CheckpointError(f"The processors of {path} do not load ({root_cause(error)}); copy it again.") from error
     return policy, checked(pre), checked(post)
 
 

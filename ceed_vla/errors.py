@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 try:
     from draccus.utils import ParsingError
 except ImportError:  # a robot's node whose policy runs in another Python needs no LeRobot
@@ -22,6 +25,20 @@ def root_cause(error: BaseException) -> str:
         error = error.__cause__
     line = (str(error).strip().splitlines() or ["no message"])[0][:300]
     return line if isinstance(error, CeedVLAError) else f"{type(error).__name__}: {line}"
+
+
+@contextmanager
+def raised_as(kind: type[CeedVLAError], what: str, advice: str) -> Iterator[None]:
+    """Raise what a library raises as a `kind`, whose message is `what`, the cause and `advice`; our own errors pass.
+
+    For what others wrote: files, settings and models, with which each library fails in kinds of its own.
+    """
+    try:
+        yield
+    except CeedVLAError:
+        raise
+    except Exception as error:
+        raise kind(f"{what} ({root_cause(error)}); {advice}") from error
 
 
 class CheckpointError(CeedVLAError):

@@ -14,7 +14,7 @@ from lerobot.processor import (
 )
 
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-from ceed_vla.errors import CeedVLAError, ObservationError, root_cause
+from ceed_vla.errors import ObservationError, raised_as
 
 LEAST_DEVIATION = 1e-3  # of a state's dimension, in its own units
 
@@ -52,15 +52,9 @@ class CheckedPipeline(DataProcessorPipeline[Any, Any]):
     """A LeRobot pipeline that says what it was given when a step cannot read it."""
 
     def __call__(self, data: Any) -> Any:
-        try:
+        advice = "pass what the environment gave, batched, or the policy's actions."
+        with raised_as(ObservationError, f"The {self.name} cannot read a {type(data).__name__}", advice):
             return super().__call__(data)
-        except CeedVLAError:
-            raise
-        except Exception as error:  # steps of LeRobot raise whatever Python does with a wrong type
-            raise ObservationError(
-                f"The {self.name} cannot read a {type(data).__name__} ({root_cause(error)}); pass what the environment "
-                "gave, batched, or the policy's actions."
-            ) from error
 
 
 def checked(pipeline: DataProcessorPipeline[Any, Any]) -> CheckedPipeline:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from ceed_vla.checkpoints import load
 from ceed_vla.convert.config import ConvertConfig
 from ceed_vla.convert.openvla import EXPECTED, published_policy
 from ceed_vla.devices import check_device
-from ceed_vla.errors import CheckpointError, VerificationError
+from ceed_vla.errors import CheckpointError, VerificationError, raised_as
 from ceed_vla.fields import check_fields, chosen, fits, short
 from ceed_vla.files import read_json
 
@@ -73,15 +72,13 @@ def read_cases(folder: str | Path) -> tuple[NDArray[np.uint8], list[dict[str, An
     if not folder.is_dir():
         raise CheckpointError(f"No folder at {folder}; give one with a model, {IMAGES} and {EXPECTED}.")
     values = read_json(folder / EXPECTED)
-    try:
+    with raised_as(CheckpointError, f"{folder / IMAGES} has no array 'images' that can be read", "copy it again."):
         with zipfile.ZipFile(folder / IMAGES) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
         if size > LARGEST_IMAGES:
             raise ValueError(f"it unpacks to {size / 1e9:.1f} GB")
         with np.load(folder / IMAGES, allow_pickle=False) as arrays:
             images = arrays["images"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise CheckpointError(f"{folder / IMAGES} has no array 'images' that can be read ({error}).") from error
     cases = values.get("cases")
     if not isinstance(cases, list) or not cases or not isinstance(values.get("chunk"), int):
         raise CheckpointError(f"{folder / EXPECTED} needs a whole number 'chunk' and a list 'cases'.")

@@ -17,7 +17,7 @@ from ceed_vla.backbones.pi0_fast.tokens import text_ids
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.convert.config import ConvertConfig
 from ceed_vla.decoding.config import DecodingConfig
-from ceed_vla.errors import CheckpointError
+from ceed_vla.errors import CheckpointError, raised_as
 from ceed_vla.files import read_json, write_text
 from ceed_vla.folders import PROCESSOR_FILES, WEIGHTS, resolve_checkpoint
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
@@ -71,12 +71,9 @@ def find_folder(name: str, setting: str) -> Path:
         return Path(name).resolve()
     from huggingface_hub import snapshot_download
 
-    try:
+    what = f"{setting} {name!r} is no folder, nor was it downloaded"
+    with raised_as(CheckpointError, what, f"give --{setting}=DIR."):
         return Path(snapshot_download(name, local_files_only=True))
-    except Exception as error:  # the library raises many kinds, all for "not here"
-        raise CheckpointError(
-            f"{setting} {name!r} is no folder, nor was it downloaded; give --{setting}=DIR."
-        ) from error
 
 
 def _tokens(config: PI0FastConfig, fast: Path, text: Path, scored: int) -> Pi0FastTokensConfig:

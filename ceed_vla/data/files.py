@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ceed_vla.errors import CeedVLAError, DatasetError
+from ceed_vla.errors import DatasetError, raised_as
 from ceed_vla.files import plain_name, read_json, regular
 
 STATE, ACTION, ENVIRONMENT = "observation.state", "action", "observation.environment_state"
@@ -54,15 +54,9 @@ class Info:
     labels: dict[str, list[Any]]
 
 
-@contextmanager
-def readable(file: Path | str, remedy: str = "copy it again") -> Iterator[None]:
+def readable(file: Path | str, remedy: str = "copy it again") -> AbstractContextManager[None]:
     """Turn whatever a reader raises into a `DatasetError` that names the file."""
-    try:
-        yield
-    except CeedVLAError:
-        raise
-    except Exception as error:  # pyarrow, Pillow and video decoders each raise their own kinds, and KeyError
-        raise DatasetError(f"{file} cannot be read ({type(error).__name__}: {str(error)[:200]}); {remedy}.") from error
+    return raised_as(DatasetError, f"{file} cannot be read", f"{remedy}.")
 
 
 def is_whole(value: object, low: int, high: int = MOST) -> bool:

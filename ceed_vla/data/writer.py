@@ -31,7 +31,7 @@ from lerobot.utils.utils import flatten_dict
 from ceed_vla.data import commits
 from ceed_vla.data.files import read_tasks
 from ceed_vla.data.statistics import Statistics, image_statistics, vector_statistics
-from ceed_vla.errors import DatasetError
+from ceed_vla.errors import DatasetError, raised_as
 
 _PNG_LEVEL = 3  # smaller and as fast as level 1 on rendered scenes
 _FREE_SPACE = 64 * 2**20  # [bytes] stop in time: with less, a commit may not fit any more
@@ -67,7 +67,8 @@ class DatasetWriter:
         """Read the last commit; pending episodes are dropped."""
         self._files = commits.undo_incomplete_commit(self.root)
         self._pending_file.unlink(missing_ok=True)
-        try:
+        remedy = "Copy it again, or record into a new root."
+        with raised_as(DatasetError, f"{self.root} cannot be continued, its meta or data files are damaged", remedy):
             self._info = load_info(self.root)
             self._stats = load_stats(self.root)
             known = read_tasks(self.root, np.zeros(1, np.int64)) if self._info.total_episodes else []
@@ -75,13 +76,6 @@ class DatasetWriter:
                 raise DatasetError(f"{self.root}/meta/tasks.parquet repeats an instruction; record into a new root.")
             self._schema = get_hf_features_from_features(self._info.features).arrow_schema
             self._check_stored(known)
-        except DatasetError:
-            raise
-        except Exception as error:  # LeRobot, pandas and pyarrow each raise their own kinds
-            raise DatasetError(
-                f"{self.root} cannot be continued: its meta or data files are damaged ({type(error).__name__}: "
-                f"{str(error)[:200]}). Copy it again, or record into a new root."
-            ) from error
         self._task_ids = {task: index for index, task in enumerate(known)}
         self._batches = sum(name.startswith("data/") for name in self._files)  # one data and one episodes file each
         self._start_batch()

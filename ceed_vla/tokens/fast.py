@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ceed_vla.errors import CheckpointError, ConfigError, TokenError
+from ceed_vla.errors import CheckpointError, ConfigError, TokenError, raised_as
 from ceed_vla.fields import check_fields, ranged
 from ceed_vla.files import read_json, write_text
 from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig, check_ends, from_front
@@ -110,10 +110,8 @@ class FastTokensConfig(ActionTokensConfig):
                 f"The FAST tokens were fitted on chunks of {self.chunk_steps} steps, the policy's have {chunk_steps}; "
                 "fit them again."
             )
-        try:
+        with raised_as(ConfigError, "merges holds no pairs of ids", "fit the tokens again."):
             pairs = [(int(a), int(b)) for a, _, b in (merge.partition("+") for merge in self.merges.split())]
-        except ValueError as error:
-            raise ConfigError(f"merges holds no pairs of ids ({error}); fit the tokens again.") from error
         codec = FastCodec.from_merges(pairs, self.scale, *self.symbols)
         return FastTokenizer(self, codec, self.gripper_indices(action_dim))
 

@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, trainers
 from torch import Tensor
 
-from ceed_vla.errors import CheckpointError, ConfigError, MalformedChunkError, TokenError
+from ceed_vla.errors import CheckpointError, ConfigError, MalformedChunkError, TokenError, raised_as
 from ceed_vla.files import read_json
 
 UNDECODABLE = "\ufffd"  # what a byte-level BPE writes for bytes that are no character
@@ -123,11 +123,8 @@ class FastCodec:
     @classmethod
     def from_json(cls, bpe: str, scale: float, least: int) -> FastCodec:
         """The codec of a published tokenizer: the content of its tokenizer.json, and its numbers."""
-        try:
-            tokenizer = Tokenizer.from_str(bpe)
-        except Exception as error:  # the library raises plain exceptions
-            raise ConfigError(f"The FAST tokenizer's BPE cannot be read ({str(error)[:200]}).") from error
-        return cls(tokenizer, scale, least)
+        with raised_as(ConfigError, "The FAST tokenizer's BPE cannot be read", "copy its folder again."):
+            return cls(Tokenizer.from_str(bpe), scale, least)
 
     def id_lengths(self) -> Tensor:
         """(vocabulary_size,) int64, the coefficients that each id of a fitted codec stands for."""

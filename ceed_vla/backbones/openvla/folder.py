@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ceed_vla.backbones.transformers.config import DTYPES, least_sizes, read_architecture
-from ceed_vla.errors import CheckpointError, ConfigError, root_cause
+from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.files import read_json
 
 STATISTICS = "dataset_statistics.json"  # of a fine-tune; wins over norm_stats in config.json
@@ -77,12 +77,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 def check_config(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
     """`config` as found in `file`, with the defaults of the format; `CheckpointError` for what cannot be built."""
-    try:
+    with raised_as(CheckpointError, f"{file} holds a value of another kind than OpenVLA's", "copy it again."):
         return _checked(file, config)
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError, OverflowError) as error:
-        raise CheckpointError(
-            f"{file} holds a value of another kind than OpenVLA's ({error!r}); copy it again."
-        ) from error
 
 
 def _checked(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
@@ -190,12 +186,10 @@ def action_statistics(folder: str | Path, unnorm_key: str = "") -> tuple[str, di
 
 def _quantiles(stats: Any, what: str) -> dict[str, Any]:
     """``q01``, ``q99`` and ``mask`` of one data set; `what` is what messages call it."""
-    try:
+    with raised_as(CheckpointError, f"{what} need q01 and q99, one number a dimension", "copy them again."):
         action = stats["action"]
         low, high = [float(v) for v in action["q01"]], [float(v) for v in action["q99"]]
         mask = [bool(v) for v in action.get("mask") or [True] * len(low)]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{what} need q01 and q99, one number a dimension ({root_cause(error)}).") from error
     if not all(math.isfinite(v) for v in (*low, *high)):
         raise CheckpointError(f"{what} hold NaN or infinity in q01 or q99; copy them again.")
     if not 0 < len(low) == len(high) == len(mask):

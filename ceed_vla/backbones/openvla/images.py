@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
 from ceed_vla.backbones.openvla.folder import LARGEST_SIDE
-from ceed_vla.errors import CheckpointError
+from ceed_vla.errors import CheckpointError, raised_as
 from ceed_vla.fields import short
 
 STRATEGIES = ("resize-naive", "letterbox", "resize-crop")
@@ -56,17 +56,13 @@ class OpenVLAImages:
         strategy = settings.get("image_resize_strategy", "letterbox")
         if strategy not in STRATEGIES:
             raise CheckpointError(f"{file}: image_resize_strategy is {strategy!r}; it may be {', '.join(STRATEGIES)}.")
-        try:
+        needed = f"input_sizes, interpolations ({', '.join(MODES)}), means and stds, one entry a vision tower"
+        with raised_as(CheckpointError, f"{file} needs {needed}", "copy it again."):
             sizes = [[int(v) for v in size[-2:]] for size in settings["input_sizes"]]
             self._transforms = [
                 _Transform(_expanded(settings, strategy, tower, size)) for tower, size in enumerate(sizes)
             ]
             fill = [int(255 * value) for value in settings["means"][-1]]  # the last tower's
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
-            raise CheckpointError(
-                f"{file} needs input_sizes, interpolations ({', '.join(MODES)}), means and stds, one entry a vision "
-                f"tower ({type(error).__name__}: {error})."
-            ) from error
         self.sizes = [part.crop for part in self._transforms]
         if len(set(map(tuple, self.sizes))) != 1:
             raise CheckpointError(f"{file}: the vision towers see {self.sizes} pixels; they must all be equal.")

@@ -25,7 +25,7 @@ from ceed_vla.backbones.openvla.folder import Architecture
 from ceed_vla.backbones.openvla.inputs import IDS_KEY, MASK_KEY, PIXELS_KEY
 from ceed_vla.backbones.transformers.backbone import TransformersBackbone, check_left_padding, read_weights
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
-from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 
 
 class VisionTowers(nn.Module):
@@ -66,10 +66,8 @@ def _tower(architecture: Architecture, index: int) -> nn.Module:
         "act_layer": activations[index] if activations else None,
         **(values.get("timm_model_kwargs") or [{}, {}])[index],  # both lists were checked (`check_config`)
     }
-    try:
+    with raised_as(CheckpointError, f"timm cannot build {name!r} of config.json", "copy the folder again."):
         tower: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **settings)
-    except Exception as error:  # timm raises many kinds
-        raise CheckpointError(f"timm cannot build {name!r} of config.json ({error}).") from error
     if len(getattr(tower, "blocks", ())) < 2:
         raise CheckpointError(f"The vision tower {name!r} is no transformer of at least 2 blocks.")
     return tower
@@ -104,12 +102,10 @@ class OpenVLABackbone(TransformersBackbone):
         settings = dict(architecture.text)
         self.dtype = getattr(torch, dtype)
         with no_init_weights():
-            try:
+            what = "text_config in config.json does not describe a model"
+            with raised_as(CheckpointError, what, "copy the folder again."):
                 config = AutoConfig.for_model(settings.pop("model_type"), **settings)
                 model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=False)
-            except Exception as error:  # transformers and torch each raise their own kinds
-                reason = " ".join(str(error).split())[:200]
-                raise CheckpointError(f"text_config in config.json does not describe a model ({reason}).") from error
             self.language_model = cast("PreTrainedModel", model)
             self.language_model.tie_weights()
             self.vision_backbone = VisionTowers(architecture).to(self.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.files import read_json
 
 FAST, SLOW = "tokenizer.json", "tokenizer.model"
@@ -22,12 +22,8 @@ def read_tokenizer(folder: Path, source: str) -> _Fast | _SentencePiece:
     settings = read_json(settings_file, source=name) if settings_file.is_file() else {}
     for name, kind in ((FAST, _Fast), (SLOW, _SentencePiece)):
         if (folder / name).is_file():
-            try:
+            with raised_as(CheckpointError, f"{source}: {name} cannot be read", "copy it again."):
                 return kind(folder / name, settings)
-            except (ConfigError, CheckpointError):
-                raise
-            except Exception as error:  # tokenizers and sentencepiece raise plain exceptions
-                raise CheckpointError(f"{source}: {name} cannot be read ({error}); copy it again.") from error
     raise CheckpointError(f"{source} lacks {FAST} and {SLOW}; copy one of them too.")
 
 

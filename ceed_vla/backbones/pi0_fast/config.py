@@ -11,7 +11,7 @@ from ceed_vla.backbones.base import TrainableBackbone
 from ceed_vla.backbones.config import BackboneConfig, PolicyShape
 from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer
 from ceed_vla.backbones.transformers.config import TransformersConfig, read_architecture
-from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.fields import ranged
 from ceed_vla.tokens.base import ActionTokensConfig
 
@@ -102,10 +102,8 @@ class Pi0FastConfig(TransformersConfig):
         from lerobot.policies.pi0_fast import modeling_pi0_fast  # names of sizes stand for fixed ones there
 
         variant = read_architecture(self.architecture).get("paligemma_variant", "gemma_2b")
-        try:
+        with raised_as(CheckpointError, "LeRobot's config.json cannot be used", "copy it again."):
             sizes = modeling_pi0_fast.get_gemma_config(variant)
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"LeRobot's config.json cannot be used ({error}).") from error
         return sizes.depth, sizes.depth * 3 * sizes.width * sizes.mlp_dim
 
     def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:

@@ -32,7 +32,7 @@ from ceed_vla.backbones.transformers.backbone import TransformersBackbone, read_
 from ceed_vla.backbones.transformers.config import read_architecture
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
 from ceed_vla.cache import StaticCache
-from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.files import read_json
 from ceed_vla.images import check_images
 
@@ -151,15 +151,13 @@ def decode_architecture(architecture: str) -> PI0FastConfig:
     """LeRobot's configuration from its JSON; `CheckpointError` for values that LeRobot refuses, or without features."""
     values = read_architecture(architecture)
     values.pop("type", None)
-    try:
+    with raised_as(CheckpointError, "LeRobot's config.json cannot be used", "copy it again."):
         config = draccus.decode(PI0FastConfig, values)
         config.validate_features()
         for name, (low, high) in _RANGES.items():
             found = getattr(config, name)
             if not all(low <= value <= high for value in (found if isinstance(found, tuple | list) else [found])):
-                raise ConfigError(f"{name} is {found}; it must lie in [{low}, {high}].")
-    except Exception as error:  # draccus raises its own kinds, and passes on those of the configuration
-        raise CheckpointError(f"LeRobot's config.json cannot be used ({error}).") from error
+                raise ValueError(f"{name} is {found}; it must lie in [{low}, {high}]")
     return config
 
 

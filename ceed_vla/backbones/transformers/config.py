@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ceed_vla.backbones.config import BackboneConfig, PolicyShape
-from ceed_vla.errors import CheckpointError
+from ceed_vla.errors import CheckpointError, raised_as
 from ceed_vla.fields import Checked, chosen
 from ceed_vla.weights import check_sizes, weight_files
 
@@ -47,15 +47,11 @@ class TransformersConfig(BackboneConfig, Checked, prefix="backbone."):
 
 def read_architecture(text: str) -> dict[str, Any]:
     """The mapping in ``backbone.architecture``; `CheckpointError` if it names code of its own (auto_map) anywhere."""
-    try:
-        values = json.loads(text)
+    with raised_as(CheckpointError, "backbone.architecture does not describe a model", "copy config.json again."):
+        values: dict[str, Any] = json.loads(text)
         if not isinstance(values, dict):
-            raise TypeError(f"a {type(values).__name__}")
+            raise TypeError(f"it is a {type(values).__name__}")
         remote = _names_code(values)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"backbone.architecture does not describe a model ({str(error)[:200]}); copy config.json again."
-        ) from error
     if remote:
         raise CheckpointError("backbone.architecture names code of its own (auto_map), which is never run.")
     return values

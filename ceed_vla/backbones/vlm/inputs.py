@@ -18,7 +18,7 @@ from ceed_vla.backbones.config import InputsStep, PolicyShape
 from ceed_vla.backbones.transformers.step_files import FilesStep
 from ceed_vla.backbones.vlm.chat_template import render
 from ceed_vla.backbones.vlm.processor import load_processor
-from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
+from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, raised_as
 from ceed_vla.fields import check_fields, chosen, ranged
 from ceed_vla.files import read_files
 from ceed_vla.images import camera_pixels
@@ -79,11 +79,9 @@ class VLMInputsStep(FilesStep, InputsStep):
         images = self._images(observation)  # (B lists of k images)
         tasks = batch_instructions(self.transition.get(TransitionKey.COMPLEMENTARY_DATA), len(images))
         texts = [self._text(task, len(row)) for task, row in zip(tasks, images, strict=True)]
-        try:
+        given = f"images of {self.sizes} with the prompt {texts[0]!r}"
+        with raised_as(ObservationError, f"{name} cannot read {given}", "use the checkpoint's own settings."):
             inputs = dict(self._processor(images=images, text=texts, padding=True, return_tensors="pt"))
-        except Exception as error:  # every family raises its own kinds
-            given = f"images of {self.sizes} with the prompt {texts[0]!r}"
-            raise ObservationError(f"{name} cannot read {given} ({error}).") from error
         inputs.pop("labels", None)
         if IDS not in inputs or inputs[IDS].shape[-1] > LONGEST_PROMPT:
             made = tuple(inputs[IDS].shape) if IDS in inputs else "no"

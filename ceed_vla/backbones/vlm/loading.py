@@ -16,7 +16,7 @@ from ceed_vla.backbones.transformers.config import least_sizes, read_architectur
 from ceed_vla.backbones.transformers.step_files import LOCAL
 from ceed_vla.backbones.vlm.model import VLMBackbone
 from ceed_vla.cache import TransformersCache
-from ceed_vla.errors import CheckpointError, ConfigError, root_cause
+from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.files import read_json
 from ceed_vla.weights import check_floating, check_sizes, check_weights, weight_files
 
@@ -45,12 +45,10 @@ def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTra
     files = weight_files(folder)
     check_sizes(files, *sizes)
     check_floating(files)
-    try:
+    with raised_as(CheckpointError, f"{folder} does not load", "copy it again."):
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True, **LOCAL
         )
-    except Exception as error:  # transformers, safetensors and torch each raise their own kinds
-        raise CheckpointError(f"{folder} does not load ({root_cause(error)}).") from error
     model, report = loaded
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := sorted(str(name) for name in report.get(problem, ())):
@@ -69,16 +67,12 @@ def architecture(model: PreTrainedModel) -> str:
 
 def build_model(text: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The model of `architecture`'s text, with weights still to be read."""
-    try:
-        values = read_architecture(text)
+    values = read_architecture(text)
+    with raised_as(CheckpointError, "backbone.architecture does not describe a model", "copy config.json again."):
         config = AutoConfig.for_model(values.pop("model_type"), **values)
         model = AutoModelForImageTextToText.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
-    except Exception as error:
-        raise CheckpointError(
-            f"backbone.architecture does not describe a model ({root_cause(error)}); copy config.json again."
-        ) from error
     return cast("PreTrainedModel", model.eval())
 
 
@@ -123,21 +117,14 @@ def check_decoding(backbone: VLMBackbone) -> None:
     ids = backbone.action_ids[None, :4]
     accepted = inspect.signature(model.forward).parameters
     extra = {"token_type_ids": torch.zeros_like(ids)} if "token_type_ids" in accepted else {}  # PaliGemma warns
-    try:
+    needed = "Jacobi decoding needs a causal language model with attention in every layer."
+    with raised_as(ConfigError, f"{type(model).__name__} cannot continue a key/value cache that was cut back", needed):
         afresh, continued = _with_and_without_cache(backbone.decoder, model.get_input_embeddings()(ids))
         logits = model(input_ids=ids, use_cache=False, **extra).logits  # (1, t, words)
         hidden = model.model(input_ids=ids, use_cache=False, **extra).last_hidden_state
         scores = model.get_output_embeddings()(hidden)
-    except Exception as error:  # every family fails in its own way
-        raise ConfigError(
-            f"{type(model).__name__} cannot continue a key/value cache that was cut back ({root_cause(error)}); "
-            "Jacobi decoding needs a causal language model with attention in every layer."
-        ) from error
     if not _close(afresh, continued):
-        raise ConfigError(
-            f"{type(model).__name__} gives other values from a key/value cache than without. Jacobi decoding needs a "
-            "causal language model with attention in every layer."
-        )
+        raise ConfigError(f"{type(model).__name__} gives other values from a key/value cache than without. {needed}")
     if not _close(logits, scores):
         raise ConfigError(
             f"{type(model).__name__} does more behind its last layer than one matrix (a soft cap or a scale); "

@@ -24,7 +24,7 @@ from ceed_vla.backbones.base import check_features
 from ceed_vla.backbones.transformers.backbone import TransformersBackbone, check_left_padding
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
 from ceed_vla.backbones.vlm.inputs import FLAT_KEY, IDS, MASK, ROW_KEY
-from ceed_vla.errors import ConfigError, ObservationError
+from ceed_vla.errors import ConfigError, ObservationError, raised_as
 from ceed_vla.fields import short
 
 STATE_KEY = "observation.state"
@@ -109,13 +109,9 @@ class VLMBackbone(TransformersBackbone):
         """Run everything in front of the language model, on the tensors of `VLMInputsStep` and the normalised state."""
         arguments = self._model_inputs(batch)
         real = arguments["attention_mask"].bool()
-        try:
+        advice = "its processor and its configuration disagree, or another pre-processor made the observation."
+        with raised_as(ObservationError, f"{type(self.model).__name__} cannot read the observation", advice):
             given = language_model_arguments(self.trunk, self.decoder, arguments)
-        except (ValueError, RuntimeError, TypeError, IndexError) as error:
-            raise ObservationError(
-                f"{type(self.model).__name__} cannot read the observation ({error}); its processor and its "
-                "configuration disagree, or the observation was not made by the checkpoint's pre-processor."
-            ) from error
         embeds = given.pop("inputs_embeds")  # (B, P, d)
         positions = given.get("position_ids")  # (B, P) or (axes, B, P)
         if positions is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-from ceed_vla.data.frames import FrameStore, read_chunks
+from ceed_vla.data.frames import FrameStore, open_dataset
 from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.fields import check_fields, ranged
 from ceed_vla.files import replacing
@@ -75,7 +75,8 @@ def fit_tokens(config: FitTokensConfig) -> dict[str, Any]:
             raise ConfigError(f"{output} exists and holds no fitted tokens; choose another --output.") from error
     settings = ("most_ids", "scale", "max_tokens", "action_low", "action_high", "gripper_dims")
     tokens = FastTokensConfig(**{name: getattr(config, name) for name in settings})
-    parts = [read_chunks(root, config.chunk_size) for root in split_list(config.roots)]
+    stores = [open_dataset(root, decode=False) for root in split_list(config.roots)]
+    parts = [all_chunks([store], config.chunk_size) for store in stores]
     if len({part.shape[2] for part in parts}) > 1:
         raise ConfigError(f"The data sets have actions of {[part.shape[2] for part in parts]} values; fit one robot.")
     chunks = torch.cat(parts)

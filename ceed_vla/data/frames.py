@@ -111,7 +111,7 @@ class FrameStore:
     def chunks(self, frames: NDArray[np.int64], chunk_size: int) -> tuple[Tensor, Tensor]:
         """Action chunks (B, m, A) from `frames` (B,) on and which steps lie past the episode's end (B, m)."""
         if self.action is None:
-            raise DatasetError(f"{self.root} holds no actions.")
+            raise DatasetError(f"{self.root} holds no actions; it has {', '.join(self.shapes)}.")
         frames = self._checked(frames, chunk_size)
         steps = frames[:, None] + np.arange(chunk_size)  # (B, m)
         last = self.episode_end[frames][:, None] - 1
@@ -126,27 +126,9 @@ class FrameStore:
         whole = found.ndim == 1 and (found.dtype.kind in "iu" or not len(found))
         if not whole or (len(found) and not 0 <= found.min() <= found.max() < len(self)):
             raise DatasetError(f"{self.root} has the frames 0..{len(self) - 1}, not {str(frames)[:100]}.")
-        check_chunk_size(chunk_size)
+        if type(chunk_size) is not int or not 1 <= chunk_size <= 4096:
+            raise DatasetError(f"chunk_size is {short(chunk_size)}; it must be a whole number in [1, 4096].")
         return found.astype(np.int64)
-
-
-def check_chunk_size(chunk_size: object) -> None:
-    """Raise `DatasetError` unless it is a number of steps."""
-    if type(chunk_size) is not int or not 1 <= chunk_size <= 4096:
-        raise DatasetError(f"chunk_size is {short(chunk_size)}; it must be a whole number in [1, 4096].")
-
-
-def read_chunks(root: str | Path, chunk_size: int) -> Tensor:
-    """The action chunk (N, m, A) that starts at every frame of a data set; its images are not decoded."""
-    check_chunk_size(chunk_size)
-    info = read_info(Path(root))
-    if ACTION not in info.vectors:
-        raise DatasetError(f"{root} holds no actions; it has {info.names}.")
-    rows = read_rows(info, [ACTION])
-    episode, frames = rows["episode_index"], np.arange(info.frames)
-    last = np.searchsorted(episode, episode, side="right") - 1
-    steps = frames[:, None] + np.arange(chunk_size)  # (N, m)
-    return torch.from_numpy(rows[ACTION][np.minimum(steps, last[:, None])])
 
 
 def _images(info: Info, rows: dict[str, NDArray[Any]], streaming: StreamingConfig) -> dict[str, Images]:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ceed_vla.data.frames import FrameStore, open_dataset, read_chunks
+from ceed_vla.data.frames import FrameStore, open_dataset
 from ceed_vla.errors import DatasetError
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
@@ -219,15 +219,6 @@ def test_nothing_that_a_data_set_says_wrongly_is_believed(copy: Path, damage: st
     break_it(copy)
     with pytest.raises(DatasetError, match=message):
         open_dataset(copy)
-
-
-@pytest.mark.parametrize("damage", ["fps 0", "other shape", "null action", "huge episode", "text action", "index"])
-def test_chunks_are_read_as_carefully(copy: Path, damage: str) -> None:
-    assert read_chunks(copy, CHUNK).shape == (50, CHUNK, 7)
-    break_it, message = {**INFO, **ROWS}[damage]
-    break_it(copy)
-    with pytest.raises(DatasetError, match=message):
-        read_chunks(copy, CHUNK)
 
 
 @pytest.mark.parametrize(

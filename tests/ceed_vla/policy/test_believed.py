@@ -13,7 +13,7 @@ import torch
 
 from ceed_vla import ActionTokenizer, DecodingConfig, load
 from ceed_vla.checkpoint_files import check_kinds
-from ceed_vla.data.frames import read_chunks
+from ceed_vla.data.frames import open_dataset
 from ceed_vla.decoding import named_config
 from ceed_vla.engine import compiled
 from ceed_vla.errors import CeedVLAError, ConfigError
@@ -51,8 +51,7 @@ BLOCK = torch.zeros(2, 6, dtype=torch.int64)
         lambda: load("student", device=HUGE),  # type: ignore[arg-type]
         lambda: load("student")[0].to(10**400),
         lambda: compiled(load("student")[0].backbone, "nope"),
-        lambda: read_chunks("nowhere", 10**7),
-        lambda: read_chunks("nowhere", True),
+        lambda: open_dataset("nowhere"),
         lambda: load_robot_config(None),  # type: ignore[arg-type]
     ],
 )  # fmt: skip

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ceed_vla.errors import DatasetError
+from ceed_vla.fields import Interval, fits
 from ceed_vla.files import read_json, strange, write_text
 
 PROGRESS_FILE = "recording.json"
@@ -32,10 +33,8 @@ def is_recording(root: Path) -> bool:
 def read_progress(root: Path) -> dict[str, Any]:
     """The last committed `recording.json`: ``total_episodes``, ``files`` and the caller's ``progress``."""
     record = read_json(root / PROGRESS_FILE, DatasetError)
-    files, count = record.get("files"), record.get("total_episodes")
-    named = isinstance(files, list) and all(isinstance(f, str) and _EPISODE_FILE.fullmatch(f) for f in files)
-    counted = isinstance(count, int) and not isinstance(count, bool) and count >= 0
-    if not (named and counted and isinstance(record.get("progress"), dict)):
+    counted = fits(record.get("total_episodes"), int, Interval("[0, inf)"))
+    if not (_are_episode_files(record.get("files")) and counted and fits(record.get("progress"), dict)):
         raise DatasetError(
             f"{root / PROGRESS_FILE} is damaged: its files, total_episodes or progress are not what `ceed-vla record` "
             "writes. Record into a new root."
@@ -49,7 +48,7 @@ def write_progress(root: Path, total_episodes: int, files: Sequence[str], progre
     write_text(root / PROGRESS_FILE, json.dumps(record, indent=1))
 
 
-def begin_commit(root: Path, total_episodes: int, adding: Sequence[str]) -> None:
+def begin_commit(root: Path, total_episodes: int, adding: list[str]) -> None:
     """Copy what the commit is about to rewrite, and name the parquet files that it adds.
 
     `total_episodes` are those before the commit.
@@ -59,8 +58,9 @@ def begin_commit(root: Path, total_episodes: int, adding: Sequence[str]) -> None
     present = [name for name in _META_FILES if (root / "meta" / name).is_file()]
     for name in present:
         shutil.copy2(root / "meta" / name, folder / name)
-    marker = {"total_episodes": total_episodes, "files": present, "adding": list(adding)}
-    write_text(folder / "marker.json", json.dumps(marker))
+    write_text(
+        folder / "marker.json", json.dumps({"total_episodes": total_episodes, "files": present, "adding": adding})
+    )
 
 
 def end_commit(root: Path) -> None:
@@ -111,15 +111,19 @@ def undo_incomplete_commit(root: Path) -> list[str]:
 
 
 def _read_marker(file: Path) -> dict[str, Any]:
-    marker = read_json(file, DatasetError)
-    files, adding, count = marker.get("files"), marker.get("adding", []), marker.get("total_episodes")
+    marker = {"adding": [], **read_json(file, DatasetError)}
+    files, count = marker.get("files"), marker.get("total_episodes")
     # Only the first commit finds no statistics and no tasks there; what is not listed is deleted.
     needed = {"info.json", *(_META_FILES if count else ())}
-    enough = isinstance(count, int) and isinstance(files, list) and set(map(str, files)) >= needed
-    enough = enough and isinstance(adding, list)
-    if not enough or not all(isinstance(name, str) and _EPISODE_FILE.fullmatch(name) for name in adding):
+    if not (
+        fits(count, int) and fits(files, list[str]) and needed <= {*files} and _are_episode_files(marker["adding"])
+    ):
         raise DatasetError(f"{file} is damaged, so an interrupted commit cannot be undone. Record into a new root.")
-    return {"total_episodes": count, "files": files, "adding": adding}
+    return marker
+
+
+def _are_episode_files(names: Any) -> bool:
+    return fits(names, list[str]) and all(map(_EPISODE_FILE.fullmatch, names))
 
 
 def _listed(names: Sequence[str]) -> str:

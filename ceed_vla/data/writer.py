@@ -47,20 +47,16 @@ class DatasetWriter:
     """
 
     def __init__(self, root: Path, *, repo_id: str, fps: int, features: Mapping[str, Mapping], robot_type: str) -> None:
-        self.root = root
-        self._fps, self._files = fps, list[str]()
-        if commits.is_recording(root):
-            self._load()
-            self._check_features(features)
-            return
-        if root.exists():
-            if not root.is_dir() or any(root.iterdir()):
-                raise DatasetError(f"{root} exists and is no recording; choose a new root")
-            root.rmdir()
-        LeRobotDatasetMetadata.create(
-            repo_id=repo_id, fps=fps, features=dict(features), robot_type=robot_type, root=root, use_videos=False
-        )
-        commits.write_progress(root, 0, [], {})
+        self.root, self._fps, self._features = root, fps, dict(features)
+        if not commits.is_recording(root):
+            if root.exists():
+                if not root.is_dir() or any(root.iterdir()):
+                    raise DatasetError(f"{root} exists and is no recording; choose a new root")
+                root.rmdir()
+            LeRobotDatasetMetadata.create(
+                repo_id=repo_id, fps=fps, features=self._features, robot_type=robot_type, root=root, use_videos=False
+            )
+            commits.write_progress(root, 0, [], {})
         self._load()
 
     def _load(self) -> None:
@@ -81,34 +77,39 @@ class DatasetWriter:
         self._start_batch()
 
     def _check_stored(self, tasks: list[str]) -> None:
-        """Before anything is appended: what is stored is whole, and what ``meta/`` says of it is true."""
+        """Before anything is appended: what is stored is whole, what ``meta/`` says of it true, its features ours."""
         info, root = self._info, self.root
-        rows = {
-            folder: sum(pq.ParquetFile(root / f).metadata.num_rows for f in self._files if f.startswith(folder))
+        frames, episodes = (
+            sum(pq.ParquetFile(root / file).metadata.num_rows for file in self._files if file.startswith(folder))
             for folder in ("data/", "meta/episodes/")
-        }
-        # `fps`, the templates and the sizes are those that this writer and LeRobot's readers work with.
-        expected = {
-            "total_frames": rows["data/"],
-            "total_episodes": commits.read_progress(root)["total_episodes"],
-            "total_tasks": len(tasks),
-            "fps": self._fps,
-            "chunks_size": DEFAULT_CHUNK_SIZE,
-            "data_path": DEFAULT_DATA_PATH,
-        }
-        wrong = [name for name, value in expected.items() if getattr(info, name) != value]
-        wrong += ["meta/episodes"] if rows["meta/episodes/"] != info.total_episodes else []
-        if wrong:
-            found = getattr(info, wrong[0], rows["meta/episodes/"])
-            raise DatasetError(
-                f"{root}: {wrong[0]} is {str(found)[:100]!r}, the stored files and this version give "
-                f"{str(expected.get(wrong[0], info.total_episodes))[:100]!r}. Copy it again, or record into a new root."
-            )
+        )
+        # `fps`, the template and the size are those that this writer and LeRobot's readers work with.
+        for name, found, expected in (
+            ("total_frames", info.total_frames, frames),
+            ("total_episodes", info.total_episodes, commits.read_progress(root)["total_episodes"]),
+            ("total_tasks", info.total_tasks, len(tasks)),
+            ("fps", info.fps, self._fps),
+            ("chunks_size", info.chunks_size, DEFAULT_CHUNK_SIZE),
+            ("data_path", info.data_path, DEFAULT_DATA_PATH),
+            ("rows of meta/episodes", episodes, info.total_episodes),
+        ):
+            if found != expected:
+                raise DatasetError(
+                    f"{root}: {name} is {str(found)[:100]!r}, the stored files and this version give "
+                    f"{str(expected)[:100]!r}. Copy it again, or record into a new root."
+                )
         if info.total_episodes:
             aggregate_stats([self._stats, self._stats])  # raises if the next commit's would
             values = [np.asarray(v, dtype=np.float64) for stats in self._stats.values() for v in stats.values()]
             if set(self._stats) != set(info.features) or not all(np.isfinite(v).all() for v in values):
                 raise DatasetError(f"{root}/meta/stats.json lacks features or is not finite; record into a new root.")
+        own = {name: feature for name, feature in info.features.items() if name not in DEFAULT_FEATURES}
+        stored, wanted = (
+            {name: (feature["dtype"], tuple(feature["shape"])) for name, feature in features.items()}
+            for features in (own, self._features)
+        )
+        if stored != wanted:
+            raise DatasetError(f"{root} stores {stored}; this recording writes {wanted}. Use a new root")
 
     def _start_batch(self) -> None:
         self._pending: list[tuple[int, list[str], dict[str, Statistics]]] = []  # (length, tasks, statistics)
@@ -145,11 +146,17 @@ class DatasetWriter:
         """
         if not frames:
             raise DatasetError("an episode needs at least one frame")
-        columns = self._stack(frames)
+        columns, steps = self._stack(frames), np.arange(len(frames))
         tasks = [frame["task"] for frame in frames]
         for task in tasks:
             self._task_ids.setdefault(task, len(self._task_ids))
-        columns.update(self._default_columns(tasks))
+        columns |= {  # LeRobot's own, (T,) each
+            "timestamp": (steps / self._info.fps).astype(np.float32),
+            "frame_index": steps,
+            "episode_index": np.full(len(tasks), self.episodes),
+            "index": steps + self.frames,
+            "task_index": np.array([self._task_ids[task] for task in tasks]),
+        }
         plain = [name for name in columns if self._info.features[name]["dtype"] != "image"]
         statistics = {
             name: (vector_statistics if name in plain else image_statistics)(values) for name, values in columns.items()
@@ -221,26 +228,13 @@ class DatasetWriter:
         write_stats(self._stats, self.root)
         write_info(info, self.root)
 
-    def _own_features(self) -> dict[str, Mapping]:
-        return {name: feature for name, feature in self._info.features.items() if name not in DEFAULT_FEATURES}
-
-    def _check_features(self, features: Mapping[str, Mapping]) -> None:
-        try:
-            stored = {name: (ft["dtype"], tuple(ft["shape"])) for name, ft in self._own_features().items()}
-        except (TypeError, KeyError, AttributeError) as error:
-            raise DatasetError(f"{self.root}: meta/info.json has features without type or shape ({error!r})") from error
-        wanted = {name: (ft["dtype"], tuple(ft["shape"])) for name, ft in features.items()}
-        if stored != wanted:
-            raise DatasetError(f"{self.root} stores {stored}; this recording writes {wanted}. Use a new root")
-
     def _stack(self, frames: Sequence[Frame]) -> dict[str, np.ndarray]:
         """Check and stack the caller's features: name -> (T, ...)."""
-        own = self._own_features()
-        columns = {}
+        names, columns = {*self._features, "task"}, {}
         for frame in frames:
-            if set(frame) != {*own, "task"} or not frame["task"]:
-                raise DatasetError(f"a frame has {sorted(frame)}; this data set stores {sorted([*own, 'task'])}")
-        for name, feature in own.items():
+            if set(frame) != names or not frame["task"]:
+                raise DatasetError(f"a frame has {sorted(frame)}; this data set stores {sorted(names)}")
+        for name, feature in self._features.items():
             shape = tuple(feature["shape"])
             dtype = np.dtype("uint8" if feature["dtype"] == "image" else feature["dtype"])
             for value in (frame[name] for frame in frames):
@@ -251,30 +245,15 @@ class DatasetWriter:
                 raise DatasetError(f"{name} holds NaN or infinite values; this episode is not stored")
         return columns
 
-    def _default_columns(self, tasks: list[str]) -> dict[str, np.ndarray]:
-        """LeRobot's bookkeeping columns of the next episode, each (T,)."""
-        steps = np.arange(len(tasks))
-        return {
-            "timestamp": (steps / self._info.fps).astype(np.float32),
-            "frame_index": steps,
-            "episode_index": np.full(len(tasks), self.episodes),
-            "index": steps + self.frames,
-            "task_index": np.array([self._task_ids[task] for task in tasks]),
-        }
-
     def _table(self, columns: Mapping[str, np.ndarray]) -> pa.Table:
-        arrays = []
+        cells: dict[str, Any] = {}
         for field in self._schema:
             values = columns[field.name]
             if self._info.features[field.name]["dtype"] == "image":
-                images = [{"bytes": _png(image), "path": f"frame-{i:06d}.png"} for i, image in enumerate(values)]
-                arrays.append(pa.array(images, type=field.type))
-            elif not pa.types.is_fixed_size_list(field.type):  # LeRobot keeps vectors of one number as numbers
-                arrays.append(pa.array(values.reshape(-1), type=field.type))
-            else:
-                flat = pa.array(values.reshape(-1), type=field.type.value_type)
-                arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type))
-        return pa.Table.from_arrays(arrays, schema=self._schema)
+                cells[field.name] = [{"bytes": _png(v), "path": f"frame-{i:06d}.png"} for i, v in enumerate(values)]
+            else:  # LeRobot keeps vectors of one number as numbers
+                cells[field.name] = list(values) if pa.types.is_fixed_size_list(field.type) else values.reshape(-1)
+        return pa.Table.from_pydict(cells, schema=self._schema)
 
 
 def _png(image: np.ndarray) -> bytes:

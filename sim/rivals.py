@@ -13,7 +13,7 @@ from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.cache import KVCache
 from ceed_vla.decoding import BlockRequest, DecodeResult, register_decoder
 from ceed_vla.decoding.drafts import refuse_jacobi_settings
-from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.errors import ConfigError
 from sim.environment import Bundle, observation_batch
 from sim.timing import Probe
 
@@ -28,11 +28,8 @@ def decode_pdvla(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> D
     started, batch, n = request.clock(), len(prefix.logits), backbone.block_length
     if not isinstance(prefix.cache, KVCache) or request.frozen is not None or request.stop is not None:
         raise ConfigError("pdvla needs the compact backbone, tokens of fixed length, and freezes nothing.")
-    if request.guess is None:
-        raise TokenError(f"pdvla starts from a guess ({batch}, {n}); pass one.")
-    refuse_jacobi_settings("pdvla", request.config)
-    prefix.cache.roll_back()
-    tokens = request.first_state(backbone, prefix, 0)
+    refuse_jacobi_settings(request.config)
+    tokens, _, _ = request.begin(backbone, prefix)
     tokens[:, 0] = prefix.logits.argmax(-1)
     forwards, running = 0, torch.ones(batch, dtype=torch.bool)  # (B,)
     iterations = torch.zeros(batch, dtype=torch.int64)

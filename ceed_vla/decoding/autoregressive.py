@@ -10,7 +10,6 @@ from ceed_vla.decoding.finite import check_rows, row_sums
 from ceed_vla.decoding.registry import register_decoder
 from ceed_vla.decoding.request import BlockRequest, after_stop
 from ceed_vla.decoding.result import DecodeResult
-from ceed_vla.errors import TokenError
 
 
 @register_decoder("ar", "ar", "token by token; ar_h stops after the executed steps")
@@ -29,12 +28,7 @@ def decode_autoregressive(backbone: Backbone, prefix: Prefix, request: BlockRequ
     """
     started, stop = request.clock(), request.stop
     batch, n = prefix.logits.shape[0], backbone.block_length
-    given = request.frozen_tokens(backbone, batch)
-    wanted = request.watched_tokens(n, given)
-    if wanted < n and request.guess is None:
-        raise TokenError(f"Only {wanted} of {n} tokens are decoded; pass a guess (B, {n}) for the others.")
-    prefix.cache.roll_back()
-    tokens = request.first_state(backbone, prefix, given)  # (B, n)
+    tokens, given, wanted = request.begin(backbone, prefix, guessed=False)  # (B, n)
 
     # Scores (B, V) of the first slot that is free.
     first = _next_scores(backbone, prefix, tokens[:, :given]) if given else prefix.logits

@@ -22,7 +22,7 @@ from ceed_vla.decoding.jacobi import decode_jacobi
 from ceed_vla.decoding.registry import register_decoder
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
-from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.errors import ConfigError
 
 
 @register_decoder(r"depth(?P<depth>\d+)", "depth<K>", "K layers first, then Jacobi")
@@ -51,7 +51,7 @@ def first_then_jacobi(
         if config.max_iterations < 2:
             raise ConfigError(f"{config.method} with a cap of 1 proves nothing: the last forward is full; use cap2.")
         config = replace(config, max_iterations=config.max_iterations - 1)
-    tokens, given = _first_state(backbone, prefix, request)
+    tokens, given, _ = _first_state(backbone, prefix, request)
     guess = _after(tokens, forward(tokens[:, :-1]), given)
     result = decode_jacobi(backbone, prefix, _rest(replace(request, config=config, guess=guess), started))
     result.layer_forwards = layers + result.iterations * backbone.num_layers
@@ -74,10 +74,10 @@ def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
     """
     started, depth, most = request.clock(), int(request.options["depth"]), float(request.options["bins"])
     _check_layers(backbone, request, depth - 1, depth)
-    tokens, given = _first_state(backbone, prefix, request)
+    tokens, given, watched = _first_state(backbone, prefix, request)
     (lower, upper), hidden = cast("Any", backbone).depth_logits(prefix, tokens[:, :-1], (depth - 1, depth))
-    state, batch, n = _after(tokens, upper, given), len(tokens), backbone.block_length
-    apart = (_after(tokens, lower, given) - state).abs()[:, : request.watched_tokens(n, given)]
+    state, batch = _after(tokens, upper, given), len(tokens)
+    apart = (_after(tokens, lower, given) - state).abs()[:, :watched]
     done = (apart.double().mean(1) <= most).cpu()  # (B,)
     cut = isinstance(prefix, CutPrefix)
     proven, ran = torch.full((batch,), given if cut else max(given, 1)), depth if cut else backbone.num_layers
@@ -137,17 +137,12 @@ def _check_layers(backbone: Backbone, request: BlockRequest, lowest: int, deepes
         raise ConfigError(f"{request.config.method} reads layers {lowest} to {deepest}; allowed are [1, {layers - 1}].")
 
 
-def _first_state(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> tuple[Tensor, int]:
-    """The guess (B, n) as the first forward sees it, and how many of its tokens are given."""
-    batch, n = len(prefix.logits), backbone.block_length
-    if request.guess is None:
-        raise TokenError(f"Jacobi decoding starts from a guess ({batch}, {n}); pass one.")
-    given = request.frozen_tokens(backbone, batch)
-    prefix.cache.roll_back()
-    tokens = request.first_state(backbone, prefix, given)
+def _first_state(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> tuple[Tensor, int, int]:
+    """`BlockRequest.begin`, with the prefix's token."""
+    tokens, given, watched = request.begin(backbone, prefix)
     if not given:
         tokens[:, 0] = prefix.logits.argmax(-1)
-    return tokens, given
+    return tokens, given, watched
 
 
 def _rest(request: BlockRequest, started: float) -> BlockRequest:

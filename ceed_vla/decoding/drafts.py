@@ -23,7 +23,7 @@ from ceed_vla.decoding.jacobi import Rows, jacobi_iteration
 from ceed_vla.decoding.registry import register_decoder
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
-from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.errors import ConfigError
 
 LONGEST = 12  # tokens of a draft that `del` considers
 PRIOR = (3.0, 4.0)  # right of all drafted tokens, before any was seen
@@ -66,16 +66,11 @@ def decode_drafts(
         ConfigError: Tokens of variable length, or settings that only Jacobi decoding has.
         NotFiniteError: Scores of a running row are NaN or infinite.
     """
-    started, batch, n, name = request.clock(), len(prefix.logits), backbone.block_length, request.config.method
+    started, batch, n = request.clock(), len(prefix.logits), backbone.block_length
     if request.stop is not None or request.tokens_per_step is None:
         raise ConfigError("Drafts (ngram, spec, del) are of blocks of fixed length; variable lengths need jacobi.")
-    refuse_jacobi_settings(name, request.config)
-    given = request.frozen_tokens(backbone, batch)
-    watched = request.watched_tokens(n, given)
-    if request.guess is None and (watched < n or drafter.whole_first):
-        raise TokenError(f"{name} starts from a guess ({batch}, {n}); pass one.")
-    prefix.cache.roll_back()
-    tokens = request.first_state(backbone, prefix, given)  # (B, n)
+    refuse_jacobi_settings(request.config)
+    tokens, given, watched = request.begin(backbone, prefix, guessed=drafter.whole_first)  # (B, n)
     best, first_tokens = prefix.logits.max(-1, keepdim=True)
     check_rows(row_sums(best, backbone).cpu().numpy())
     if not given:
@@ -127,11 +122,12 @@ def decode_drafts(
     return result
 
 
-def refuse_jacobi_settings(name: str, config: DecodingConfig) -> None:
+def refuse_jacobi_settings(config: DecodingConfig) -> None:
     """Raise `ConfigError` where a decoder would drop a setting without a word."""
     if config.relaxations or config.tail == "fresh" or config.window:
         raise ConfigError(
-            f"The decoder {name} has no exits, fresh tail or window, which are settings of jacobi; leave them out."
+            f"The decoder {config.method} has no exits, fresh tail or window, which are settings of jacobi; leave them "
+            "out."
         )
 
 

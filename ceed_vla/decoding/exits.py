@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ceed_vla.decoding.registry import find_exit, register_exit
-from ceed_vla.errors import ConfigError
+from ceed_vla.errors import ConfigError, raised_as
 
 if TYPE_CHECKING:
     from ceed_vla.decoding.config import DecodingConfig
@@ -115,7 +115,7 @@ class Gap(Confidence):
 
 
 @register_exit(
-    r"agree(?P<bins>\d+)", "agree<D>", "or until two states differ by D bins at most",
+    r"agree(?P<most>\d+)", "agree<D>", "or until two states differ by D bins at most",
     _ladder("agree", 0, 1, 2, 4, 8, 16, 32),
 )  # fmt: skip
 class Agreement(ExitRule):
@@ -123,23 +123,20 @@ class Agreement(ExitRule):
 
     reason, ordered = "agreement", True
 
-    def __init__(self, bins: int | str) -> None:
-        self.most = int(bins)
+    def __init__(self, most: int | str) -> None:
+        self.most = int(most)
 
     def ends(self, seen: Seen, measured: np.ndarray | None) -> np.ndarray:
         return seen.moved.max(1) <= self.most
 
 
 @register_exit(
-    r"changed(?P<tokens>\d+)", "changed<K>", "or until K tokens at most change", _ladder("changed", 0, 1, 2, 4, 8, 14)
+    r"changed(?P<most>\d+)", "changed<K>", "or until K tokens at most change", _ladder("changed", 0, 1, 2, 4, 8, 14)
 )
-class Changed(ExitRule):
+class Changed(Agreement):
     """The last iteration changed no more than so many watched tokens."""
 
-    reason = "few_changes"
-
-    def __init__(self, tokens: int | str) -> None:
-        self.most = int(tokens)
+    reason, ordered = "few_changes", False
 
     def ends(self, seen: Seen, measured: np.ndarray | None) -> np.ndarray:
         return (seen.moved > 0).sum(1) <= self.most
@@ -197,29 +194,20 @@ def exit_rules(config: DecodingConfig, ordered: bool = True) -> list[ExitRule]:
 
 def measure(rule: ExitRule, logits: Tensor, tokens: Tensor) -> Tensor | None:
     """What `rule` measures (B, k), or None; `ConfigError` if it fails, or gives something else."""
-    measured = _ask(rule, "measure", logits, tokens)
-    if measured is not None and getattr(measured, "shape", None) != tokens.shape:
-        raise _broken(rule, "measure", f"it gave {type(measured).__name__}, not a tensor {tuple(tokens.shape)}")
-    return measured  # type: ignore[no-any-return]
+    with raised_as(ConfigError, f"The exit rule {type(rule).__name__} does not work: measure", "correct it."):
+        measured = rule.measure(logits, tokens)
+        if measured is not None and getattr(measured, "shape", None) != tokens.shape:
+            raise TypeError(f"it gave {type(measured).__name__}, not a tensor {tuple(tokens.shape)}")
+    return measured
 
 
 def ended(rule: ExitRule, seen: Seen, measured: np.ndarray | None) -> np.ndarray | bool:
     """Which rows `rule` ends: (B,) bool, or one answer; `ConfigError` if it fails, or gives something else."""
-    rows, shape = _ask(rule, "ends", seen, measured), seen.exact.shape
-    if not isinstance(rows, bool) and not (isinstance(rows, np.ndarray) and rows.shape == shape):
-        raise _broken(rule, "ends", f"it gave {type(rows).__name__}, not a bool or a numpy array {shape}")
+    with raised_as(ConfigError, f"The exit rule {type(rule).__name__} does not work: ends", "correct it."):
+        rows, shape = rule.ends(seen, measured), seen.exact.shape
+        if not isinstance(rows, bool) and not (isinstance(rows, np.ndarray) and rows.shape == shape):
+            raise TypeError(f"it gave {type(rows).__name__}, not a bool or a numpy array {shape}")
     return rows
-
-
-def _ask(rule: ExitRule, method: str, *given: Any) -> Any:
-    try:
-        return getattr(rule, method)(*given)
-    except Exception as error:  # another's rule may raise anything
-        raise _broken(rule, method, f"{type(error).__name__}: {error}") from error
-
-
-def _broken(rule: ExitRule, method: str, reason: str) -> ConfigError:
-    return ConfigError(f"The exit rule {type(rule).__name__} does not work: {method}: {reason}.")
 
 
 def mass_near(logits: Tensor, tokens: Tensor) -> Tensor:

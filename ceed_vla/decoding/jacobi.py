@@ -20,7 +20,6 @@ from ceed_vla.decoding.finite import check_rows, row_sums, to_host
 from ceed_vla.decoding.registry import register_decoder
 from ceed_vla.decoding.request import BlockRequest, after_stop
 from ceed_vla.decoding.result import DecodeResult
-from ceed_vla.errors import TokenError
 
 
 @register_decoder("jacobi", "jacobi", "the whole block a forward, to its fixed point")
@@ -41,14 +40,8 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
     """
     started = last = request.clock()
     batch, n = prefix.logits.shape[0], backbone.block_length
-    if request.guess is None:
-        raise TokenError(f"Jacobi decoding starts from a guess ({batch}, {n}); pass one.")
-    given = request.frozen_tokens(backbone, batch)
-    watched = request.watched_tokens(n, given)
     rules = exit_rules(request.config, ordered=request.stop is None)
-    prefix.cache.roll_back()
-
-    tokens = request.first_state(backbone, prefix, given)  # (B, n)
+    tokens, given, watched = request.begin(backbone, prefix)  # (B, n)
     best, first_tokens = prefix.logits.max(-1, keepdim=True)  # (B, 1)
     if not given:
         tokens[:, :1] = first_tokens

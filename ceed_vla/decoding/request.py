@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -87,20 +88,27 @@ class BlockRequest:
             raise ConfigError(f"executed_steps is {self.executed_steps}; a block has {steps} steps.")
         return min(given + self.executed_steps * self.tokens_per_step, block_length)
 
-    def first_state(self, backbone: Backbone, prefix: Prefix, given: int) -> Tensor:
-        """The guess (B, n) with its `given` frozen tokens, on the prefix's device; 0 throughout without a guess.
+    def begin(self, backbone: Backbone, prefix: Prefix, guessed: bool = True) -> tuple[Tensor, int, int]:
+        """What a decoder starts from, behind a prefix that is rolled back: the guess (B, n) with the frozen tokens, on
+        the prefix's device; how many these are; and the end ``M`` of the slots that must be right.
 
-        `TokenError` for a guess of another shape, or with tokens outside the vocabulary.
+        Without a guess, which only some need to be `guessed`, the state is 0. `TokenError` and `ConfigError` for a
+        guess, frozen tokens or executed steps that do not fit.
         """
-        logits, n = prefix.logits, backbone.block_length
-        if self.guess is None:
-            tokens = torch.zeros(len(logits), n, dtype=torch.int64, device=logits.device)
+        (rows, _), device, n = prefix.logits.shape, prefix.logits.device, backbone.block_length
+        given = self.frozen_tokens(backbone, rows)
+        watched = self.watched_tokens(n, given)
+        if self.guess is not None:
+            check_tokens(self.guess, "The guess", (rows, n), backbone.vocabulary_size)
+            tokens = self.guess.to(device, torch.int64, copy=True)
+        elif guessed or watched < n:
+            raise TokenError(f"{self.config.method} does not decode all {n} tokens anew; pass a guess ({rows}, {n}).")
         else:
-            check_tokens(self.guess, "The guess", (len(logits), n), backbone.vocabulary_size)
-            tokens = self.guess.to(logits.device, torch.int64, copy=True)
-        if self.frozen is not None and given:
-            tokens[:, :given] = self.frozen
-        return tokens
+            tokens = torch.zeros(rows, n, dtype=torch.int64, device=device)
+        if given:
+            tokens[:, :given] = cast("Tensor", self.frozen)
+        prefix.cache.roll_back()
+        return tokens, given, watched
 
 
 def after_stop(stop: int, block: Tensor, states: list[Tensor] | None) -> tuple[Tensor, list[Tensor] | None]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ceed_vla.choices import Choice
 from ceed_vla.errors import ConfigError, TokenError
-from ceed_vla.fields import check_fields, ranged, short
+from ceed_vla.fields import Checked, ranged, short
 from ceed_vla.tensors import check_tokens
 
 if TYPE_CHECKING:
@@ -24,12 +24,10 @@ MOST_ROWS = 65_536
 GUESSES = ("previous", "mid", "random")
 
 
-def check_ends(low: Sequence[float], high: Sequence[float], action_dim: int | None = None) -> None:
-    """Refuse `action_low` and `action_high` of two lengths or, where `action_dim` is known, of another than that."""
-    if action_dim is None and len(low) != len(high):
+def check_ends(low: Sequence[float], high: Sequence[float]) -> None:
+    """Refuse `action_low` and `action_high` of two lengths."""
+    if len(low) != len(high):
         raise ConfigError(f"action_low has {len(low)} values, action_high {len(high)}; give one of each a dimension.")
-    if action_dim is not None and low and len(low) != action_dim:
-        raise ConfigError(f"action_low/action_high have {len(low)} values, the action has {action_dim}.")
 
 
 def from_front(gripper_dims: Sequence[int], action_dim: int) -> tuple[int, ...]:
@@ -150,10 +148,11 @@ class ActionTokens(abc.ABC):
 
 
 @dataclass
-class ActionTokensConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
+class ActionTokensConfig(Choice, Checked, draccus.ChoiceRegistry, abc.ABC):
     """Base of the settings of all vocabularies.
 
     Attributes:
+        listed: Settings that have one value for every action dimension, or are empty until they are filled.
         gripper_dims: Two-valued action dimensions, which decode to their two values exactly.
     """
 
@@ -161,10 +160,9 @@ class ActionTokensConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
     usual: ClassVar[str] = "uniform"
     ordered: ClassVar[bool] = True  # neighbouring tokens stand for neighbouring actions: soft labels make sense
 
-    gripper_dims: list[int] = ranged([-1], "[-1000, 1000]")
+    listed: ClassVar[tuple[str, ...]] = ()
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    gripper_dims: list[int] = ranged([-1], "[-1000, 1000]")
 
     @abc.abstractmethod
     def build(self, chunk_steps: int, action_dim: int) -> ActionTokens:
@@ -185,6 +183,9 @@ class ActionTokensConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
     def validate_features(self, action_dim: int) -> None:
         """Raise `ConfigError` if the settings do not fit the action."""
         self.gripper_indices(action_dim)
+        for name in self.listed:
+            if (count := len(getattr(self, name))) not in (0, action_dim):
+                raise ConfigError(f"{name} has {count} values, the action has {action_dim}.")
 
     def gripper_indices(self, action_dim: int) -> tuple[int, ...]:
         """`gripper_dims` as non-negative indices."""

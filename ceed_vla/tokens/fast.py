@@ -46,6 +46,7 @@ class FastTokensConfig(ActionTokensConfig):
     """
 
     ordered = False
+    listed = ("action_low", "action_high")
 
     path: str = ""
     most_ids: int = ranged(1024, "[2, 65536]")
@@ -114,10 +115,6 @@ class FastTokensConfig(ActionTokensConfig):
             pairs = [(int(a), int(b)) for a, _, b in (merge.partition("+") for merge in self.merges.split())]
         codec = FastCodec.from_merges(pairs, self.scale, *self.symbols)
         return FastTokenizer(self, codec, self.gripper_indices(action_dim))
-
-    def validate_features(self, action_dim: int) -> None:
-        super().validate_features(action_dim)
-        check_ends(self.action_low, self.action_high, action_dim)
 
     def write(self, file: str | Path) -> Path:
         """Write the fitted tokens to a JSON file that `path` reads."""

@@ -30,6 +30,8 @@ class OpenVLATokensConfig(ActionTokensConfig):
         mask: Dimensions that are normalised; filled with all but `gripper_dims` if empty.
     """
 
+    listed = ("q01", "q99", "mask")
+
     n_action_bins: int = ranged(256, "[3, 65536]")
     unnorm_key: str = ""
     q01: list[float] = ranged([], ACTIONS)
@@ -51,12 +53,6 @@ class OpenVLATokensConfig(ActionTokensConfig):
     def build(self, chunk_steps: int, action_dim: int) -> ActionTokens:
         grippers = self.gripper_indices(action_dim)
         return OpenVLATokenizer(self.q01, self.q99, self.mask, chunk_steps, self.n_action_bins, grippers)
-
-    def validate_features(self, action_dim: int) -> None:
-        super().validate_features(action_dim)
-        for name in ("q01", "q99", "mask"):
-            if (count := len(getattr(self, name))) not in (0, action_dim):
-                raise ConfigError(f"{name} has {count} values, the action has {action_dim}.")
 
 
 class OpenVLATokenizer(ActionTokens):

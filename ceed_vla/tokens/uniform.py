@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,8 @@ class UniformTokensConfig(ActionTokensConfig):
         gripper_dims: Two-valued action dimensions; always min/max, decoded exactly.
     """
 
+    listed = ("action_low", "action_high")
+
     num_bins: int = ranged(255, "[2, 65536]")
     action_range: str = chosen("quantile", ACTION_RANGES)
     action_low: list[float] = ranged([], ACTIONS)
@@ -66,10 +69,6 @@ class UniformTokensConfig(ActionTokensConfig):
     def build(self, chunk_steps: int, action_dim: int) -> ActionTokens:
         grippers = self.gripper_indices(action_dim)
         return ActionTokenizer(self.action_low, self.action_high, chunk_steps, self.num_bins, grippers)
-
-    def validate_features(self, action_dim: int) -> None:
-        super().validate_features(action_dim)
-        check_ends(self.action_low, self.action_high, action_dim)
 
 
 class ActionTokenizer(ActionTokens):
@@ -180,11 +179,7 @@ def _statistic(stats: Mapping[str, Any], key: str) -> list[float]:
             f"The action statistics lack {key!r} (they have {', '.join(sorted(stats)) or 'nothing'}); "
             'recompute the statistics of the data set, or use action_range "fixed".'
         )
-    try:
-        values = torch.as_tensor(stats[key], dtype=torch.float64).flatten()
-        finite = bool(torch.isfinite(values).all())
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"The action statistic {key!r} is no numbers ({short(error)}); recompute it.") from error
-    if not finite:
-        raise ConfigError(f"The action statistic {key!r} is {values.tolist()}; all values must be finite.")
-    return [float(v) for v in values]
+    values = numbers(stats[key], f"The action statistic {key!r}")
+    if not all(map(math.isfinite, values)):
+        raise ConfigError(f"The action statistic {key!r} is {values}; all values must be finite.")
+    return values

@@ -54,13 +54,7 @@ class VariableLengthTokens(ActionTokens):
         """Actions (B, m, A) float32 of `tokens` (B, n); what is behind a stop token is not read. `MalformedChunkError`
         for rows that stand for no chunk, which are counted in `malformed`.
         """
-        check_tokens(tokens, "tokens", (None, self.block_length), 0)
-        chunks, errors = [], {}
-        for row, ids in enumerate(tokens.tolist()):
-            try:
-                chunks.append(self._chunk(ids))
-            except MalformedChunkError as error:
-                errors[row] = str(error)
+        chunks, errors = self._chunks(tokens)
         self.malformed += len(errors)
         if errors:
             row, reason = next(iter(errors.items()))
@@ -73,14 +67,19 @@ class VariableLengthTokens(ActionTokens):
 
     def readable(self, tokens: Tensor) -> Tensor:
         """Which rows (B,) of `tokens` (B, n) stand for a chunk; nothing is counted."""
+        _, errors = self._chunks(tokens)
+        return torch.tensor([row not in errors for row in range(len(tokens))], dtype=torch.bool, device=tokens.device)
+
+    def _chunks(self, tokens: Tensor) -> tuple[list[Tensor], dict[int, MalformedChunkError]]:
+        """The chunks (m, A) that `tokens` (B, n) stand for, and by row what is wrong with the others."""
         check_tokens(tokens, "tokens", (None, self.block_length), 0)
-        rows = torch.ones(len(tokens), dtype=torch.bool)
+        chunks, errors = [], {}
         for row, ids in enumerate(tokens.tolist()):
             try:
-                self._chunk(ids)
-            except MalformedChunkError:
-                rows[row] = False
-        return rows.to(tokens.device)
+                chunks.append(self._chunk(ids))
+            except MalformedChunkError as error:
+                errors[row] = error
+        return chunks, errors
 
     def _chunk(self, ids: list[int]) -> Tensor:
         """The chunk (m, A) in front of the stop token."""

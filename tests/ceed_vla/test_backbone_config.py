@@ -170,7 +170,7 @@ def test_lerobots_files_and_flags_reach_the_kinds(tmp_path: Path) -> None:
         ({"backbone": OpenVLAConfig()}, "OpenVLA looks through one camera; set backbone.camera to one of"),
         ({"backbone": OpenVLAConfig(camera="left")}, "backbone.camera is 'left'; the policy has observation"),
         ({"action_tokens": OpenVLATokensConfig(q01=[0.0], q99=[1.0])}, "q01 has 1 values, the action has 7"),
-        ({"num_bins": 2, "action_low": [0.0], "action_high": [1.0]}, "have 1 values, the action has 7"),
+        ({"num_bins": 2, "action_low": [0.0], "action_high": [1.0]}, "has 1 values, the action has 7"),
     ],
 )
 def test_kinds_that_do_not_fit_the_features(changes: dict[str, Any], message: str) -> None:

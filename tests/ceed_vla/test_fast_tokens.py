@@ -247,7 +247,7 @@ def test_tokens_must_be_fitted_for_the_policys_chunk(tokens: FastTokensConfig) -
         FastTokensConfig().build(STEPS, DIM)
     with pytest.raises(ConfigError, match="fitted on chunks of 8 steps, the policy's have 4"):
         tokens.build(4, DIM)
-    with pytest.raises(ConfigError, match="have 7 values, the action has 6"):
+    with pytest.raises(ConfigError, match="has 7 values, the action has 6"):
         tokens.validate_features(6)
     with pytest.raises(ConfigError, match="most_ids is 1"):
         FastTokensConfig(most_ids=1)

@@ -237,31 +237,15 @@ def _read_words(config_class: type[Any], flags: Sequence[str], positional: str) 
 
 
 def _nested_defaults(config_class: type[Any]) -> dict[str, Any]:
-    """Values in which the default of a nested dataclass differs from that class's own defaults.
+    """Values of the nested dataclasses that a configuration has by default.
 
     Without them, `--policy.width=96` would build a new policy configuration without the outer class's choices.
     """
-    hints = type_hints(config_class)
-    defaults = {item.name: _default(item) for item in fields(config_class) if is_nested(hints.get(item.name))}
-    changes = {k: _changes(value, hints[k]) for k, value in defaults.items() if value is not MISSING}
-    return {name: values for name, values in changes.items() if values}
-
-
-def _changes(value: Any, kind: type[Any]) -> dict[str, Any]:
     import draccus
 
-    if is_choice(kind):
-        chosen = value.__class__
-        return {"type": kind.get_choice_name(chosen), **_changes(value, chosen)}
-    plain, hints, changed = kind(), type_hints(kind), {}
-    for item in (item for item in fields(kind) if item.init):
-        own, inner = getattr(value, item.name), hints.get(item.name)
-        if inner is not None and is_nested(inner):
-            if nested := _changes(own, inner):  # against the inner class: what the outer one gives it, too
-                changed[item.name] = nested
-        elif own != getattr(plain, item.name):
-            changed[item.name] = draccus.encode(own)
-    return changed
+    hints = type_hints(config_class)
+    defaults = {item.name: _default(item) for item in fields(config_class) if is_nested(hints.get(item.name))}
+    return {name: draccus.encode(value, hints[name]) for name, value in defaults.items() if value is not MISSING}
 
 
 def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

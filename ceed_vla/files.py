@@ -6,25 +6,18 @@ Names that a file gives (of cameras, shards, states) are plain names, so that wh
 from __future__ import annotations
 
 import json
-import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 from ceed_vla.fields import short
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 MOST_JSON = 2**28  # [bytes] of settings, tokenizers included
 LONGEST_NAME = 200
-
-
-# ---- reading ----------------------------------------------------------------------------------------------------
 
 
 def read_json(file: Path, error: type[CeedVLAError] = CheckpointError, source: str = "") -> dict[str, Any]:
@@ -66,40 +59,12 @@ def regular(file: Path, error: type[CeedVLAError] = CheckpointError, name: str =
     return file
 
 
-def strange(folder: Path) -> Iterator[Path]:
-    """Links, pipes and whatever else is neither file nor folder below `folder`, which may itself be a link."""
-    for place, folders, files in os.walk(folder):
-        for path in (Path(place, name) for name in (*folders, *files)):
-            if stat.S_IFMT(path.lstat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
-                yield path
-
-
 def plain_name(name: object, what: str, error: type[CeedVLAError] = CheckpointError) -> str:
     """`name`, as found in a file, if it stays in the folder it is joined to; else `error`, about `what` it names."""
     plain = isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable()
     if not plain or any(mark in str(name) for mark in "/\\:") or str(name).strip(". ") == "":
         raise error(f"{what} is {str(name)[:LONGEST_NAME]!r}; it must be a plain name, without a path.")
     return str(name)
-
-
-def read_files(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """The given files of `folder` that exist: name -> uint8 (bytes,)."""
-    import numpy as np
-    import torch
-
-    found = {name: regular(folder / name).read_bytes() for name in names if (folder / name).exists()}
-    return {name: torch.from_numpy(np.frombuffer(data, np.uint8).copy()) for name, data in found.items()}
-
-
-# ---- writing ----------------------------------------------------------------------------------------------------
-
-
-def write_files(files: Mapping[str, Tensor], folder: Path) -> None:
-    """Write files into an existing folder; `CheckpointError` for a name that is no plain one, or no file's bytes."""
-    for name, data in files.items():
-        if str(data.dtype) != "torch.uint8" or data.ndim != 1:
-            raise CheckpointError(f"The file {name!r} is {data.dtype}; it must be bytes. Copy it again.")
-        (folder / plain_name(name, "A file in the checkpoint")).write_bytes(data.cpu().numpy().tobytes())
 
 
 @contextmanager

@@ -33,7 +33,10 @@ def make_ceed_vla_pre_post_processors(
     if instructions is None:
         meta = dataset_meta or getattr(config, "_runtime_dataset_meta", None)  # where lerobot-train leaves it
         instructions = [] if meta is None else [str(task) for task in meta.tasks.index]
-    stats = None if dataset_stats is None else {name: _with_width(values) for name, values in dataset_stats.items()}
+    stats = None if dataset_stats is None else {name: dict(values) for name, values in dataset_stats.items()}
+    for values in (stats or {}).values():
+        if "std" in values:  # dimensions that never move: nothing is divided by zero
+            values["std"] = torch.as_tensor(values["std"]).clamp(min=LEAST_DEVIATION)
     steps = make_default_policy_processor_steps(config, stats)
     inputs = config.backbone.processor_steps(config.shape, list(instructions))
     pre, post = make_policy_processor_pipelines(
@@ -41,11 +44,6 @@ def make_ceed_vla_pre_post_processors(
         [steps.unnormalize, steps.to_cpu],
     )
     return checked(pre), checked(post)
-
-
-def _with_width(stats: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Statistics in which dimensions that never move have a small deviation: nothing is divided by zero."""
-    return {k: torch.as_tensor(v).clamp(min=LEAST_DEVIATION) if k == "std" else v for k, v in stats.items()}
 
 
 class CheckedPipeline(DataProcessorPipeline[Any, Any]):

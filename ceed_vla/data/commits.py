@@ -11,13 +11,14 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ceed_vla.errors import DatasetError
 from ceed_vla.fields import Interval, fits
-from ceed_vla.files import read_json, strange, write_text
+from ceed_vla.files import read_json, write_text
 
 PROGRESS_FILE = "recording.json"
 WORK_FOLDER = ".recording"
@@ -75,21 +76,24 @@ def undo_incomplete_commit(root: Path) -> list[str]:
     Only what the incomplete commit has added is deleted. Whatever else is there makes `root` no recording of ours, a
     `DatasetError`; so do damaged bookkeeping, links, and parquet files that are missing.
     """
-    links = [str(path.relative_to(root)) for path in strange(root)]
+    paths = [Path(place, name) for place, folders, files in os.walk(root) for name in (*folders, *files)]
+    links = [
+        str(p.relative_to(root)) for p in paths if stat.S_IFMT(p.lstat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR)
+    ]
     if links:
         raise DatasetError(
             f"{root} holds links or pipes ({_listed(links)}), through which recording would write elsewhere; put the "
             "files themselves there."
         )
     committed = read_progress(root)
-    files: list[str] = committed["files"]
+    known: list[str] = committed["files"]
     backup = root / WORK_FOLDER / "backup"
     marker = _read_marker(backup / "marker.json") if (backup / "marker.json").is_file() else {}
     incomplete = marker.get("total_episodes") == committed["total_episodes"]
-    added = set(marker["adding"]) - set(files) if incomplete else set()
+    added = set(marker["adding"]) - set(known) if incomplete else set()
     stored = [path for folder in ("data", "meta/episodes") for path in (root / folder).rglob("*") if path.is_file()]
     there = {path.relative_to(root).as_posix() for path in stored} - added
-    for what, names in (("lacks", set(files) - there), ("holds files that it does not know:", there - set(files))):
+    for what, names in (("lacks", set(known) - there), ("holds files that it does not know:", there - set(known))):
         if names:
             raise DatasetError(
                 f"{root} {what} {_listed(sorted(names))}. Bring the folder back to what `ceed-vla record` left there, "
@@ -107,7 +111,7 @@ def undo_incomplete_commit(root: Path) -> list[str]:
         for name in added:
             (root / name).unlink(missing_ok=True)
     end_commit(root)
-    return files
+    return known
 
 
 def _read_marker(file: Path) -> dict[str, Any]:

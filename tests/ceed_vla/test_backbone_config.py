@@ -21,10 +21,10 @@ from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.backbones.openvla.config import OpenVLAConfig
 from ceed_vla.backbones.openvla.folder import Architecture
+from ceed_vla.backbones.transformers.step_files import FilesStep, read_files
 from ceed_vla.cli_flags import UsageError, format_help, parse_flags
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError
-from ceed_vla.files import read_files, write_files
 from ceed_vla.tokens.base import ActionTokensConfig
 from ceed_vla.tokens.openvla import OpenVLATokensConfig
 from ceed_vla.tokens.uniform import UniformTokensConfig
@@ -238,13 +238,19 @@ def test_files_travel_as_tensors(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     files = read_files(tmp_path, ["a.json", "empty", "none"])
     assert set(files) == {"a.json", "empty"}
-    (tmp_path / "to").mkdir()
-    write_files(files, tmp_path / "to")
-    assert (tmp_path / "to" / "a.json").read_bytes() == b"\x00\xffz"
-    assert (tmp_path / "to" / "empty").read_bytes() == b""
+
+    class Step(FilesStep):
+        def _open(self, folder: Path, source: str) -> None:
+            self.found = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    step = Step()
+    step.load_state_dict(files)
+    assert step.found == {"a.json": b"\x00\xffz", "empty": b""}
     for name in ("../a", "/a", "", ".."):
         with pytest.raises(CheckpointError, match="plain name"):
-            write_files({name: files["a.json"]}, tmp_path / "to")
+            step.use({name: files["a.json"]}, "it")
+    with pytest.raises(CheckpointError, match="must be bytes"):
+        step.use({"a": files["a.json"].float()}, "it")
 
 
 def test_features_without_a_state_serve_a_model_that_reads_none() -> None:

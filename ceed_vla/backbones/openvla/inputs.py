@@ -17,9 +17,9 @@ from ceed_vla.backbones.config import InputsStep, PolicyShape
 from ceed_vla.backbones.openvla.folder import PROMPT, read_config
 from ceed_vla.backbones.openvla.images import OpenVLAImages
 from ceed_vla.backbones.openvla.tokenizer import read_tokenizer
-from ceed_vla.backbones.transformers.step_files import TOKENIZER_FILES, FilesStep
+from ceed_vla.backbones.transformers.step_files import TOKENIZER_FILES, FilesStep, read_files
 from ceed_vla.errors import CheckpointError, ConfigError
-from ceed_vla.files import read_files, read_json
+from ceed_vla.files import read_json
 from ceed_vla.images import camera_pixels
 from ceed_vla.instructions import batch_instructions, check_template, fill_template
 

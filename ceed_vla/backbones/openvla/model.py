@@ -35,19 +35,14 @@ class VisionTowers(nn.Module):
         super().__init__()
         self.featurizer = _tower(architecture, 0)
         self.fused_featurizer = _tower(architecture, 1) if architecture.fused else None
+        self.width = sum(tower.embed_dim for tower in self._towers())  # features of one patch
 
-    @property
-    def width(self) -> int:
-        """Features of one patch."""
-        return sum(cast("int", tower.embed_dim) for tower in self._towers)
-
-    @property
-    def _towers(self) -> list[nn.Module]:
+    def _towers(self) -> list[Any]:
         return [tower for tower in (self.featurizer, self.fused_featurizer) if tower is not None]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3 * towers, S, S) to patch features (B, patches, width) of the second-to-last layers."""
-        pairs = zip(cast("list[Any]", self._towers), pixels.split(3, dim=1), strict=True)
+        pairs = zip(self._towers(), pixels.split(3, dim=1), strict=True)
         features = [tower.get_intermediate_layers(part, n=[len(tower.blocks) - 2])[0] for tower, part in pairs]
         return torch.cat(features, dim=2)
 

@@ -78,7 +78,9 @@ class Pi0FastConfig(TransformersConfig):
     steps: ClassVar[tuple[str, ...]] = ("pi0_fast_prepare_state_tokenizer_processor_step", "ceed_vla_pi0_fast_prompt")
 
     def build(self, shape: PolicyShape) -> TrainableBackbone:
-        from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone, build_model, describe_model, load_weights
+        from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPytorch
+
+        from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone, decode_architecture, describe_model, load_weights
 
         tokens = shape.action_tokens
         if not isinstance(tokens, Pi0FastTokensConfig):
@@ -90,7 +92,9 @@ class Pi0FastConfig(TransformersConfig):
         if new:
             self.architecture = describe_model(self.path)
             self.check_size(shape)
-        model = build_model(self.architecture)
+        model = PI0FastPytorch(
+            decode_architecture(self.architecture)
+        )  # without a tokenizer: the backbone knows the ids
         backbone = Pi0FastBackbone(model, tokens.build(shape.chunk_size, shape.action_dim))
         if new or self.weights == "reference":
             load_weights(backbone, self.path)

@@ -10,9 +10,8 @@ from lerobot.lerobot_types import RobotObservation
 from lerobot.processor import ProcessorStepRegistry, TokenizerProcessorStep
 
 from ceed_vla.backbones.config import PolicyShape
-from ceed_vla.backbones.transformers.step_files import LOCAL, TOKENIZER_FILES, FilesStep
+from ceed_vla.backbones.transformers.step_files import LOCAL, FilesStep, read_files
 from ceed_vla.errors import CheckpointError, ConfigError
-from ceed_vla.files import read_files
 
 LONGEST_PROMPT = 65_536
 
@@ -38,7 +37,7 @@ class PromptTokensStep(FilesStep, TokenizerProcessorStep):
 
     def read_folder(self, path: str | Path) -> PromptTokensStep:
         """Take the tokenizer of a local folder; returns self."""
-        self.use(read_files(Path(path), TOKENIZER_FILES), str(path))
+        self.use(read_files(Path(path)), str(path))
         return self
 
     def _open(self, folder: Path, source: str) -> None:

@@ -161,11 +161,6 @@ def decode_architecture(architecture: str) -> PI0FastConfig:
     return config
 
 
-def build_model(architecture: str) -> PI0FastPytorch:
-    """LeRobot's model with random weights. It gets no tokenizer: the backbone knows the ids."""
-    return PI0FastPytorch(decode_architecture(architecture))
-
-
 def load_weights(holder: nn.Module, folder: str | Path) -> None:
     """Read the weights of LeRobot's checkpoint into ``holder.model``; LeRobot's loader keeps random ones on failure."""
     read_weights(

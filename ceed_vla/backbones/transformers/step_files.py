@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import abc
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ceed_vla.errors import CheckpointError
-from ceed_vla.files import write_files
+from ceed_vla.files import plain_name, regular
 
 # Nothing is fetched, and a file that names classes of its own (auto_map) does not get to run them.
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -24,6 +26,12 @@ TOKENIZER_FILES = (
 )
 
 
+def read_files(folder: Path, names: Iterable[str] = TOKENIZER_FILES) -> dict[str, Tensor]:
+    """The given files of `folder` that exist: name -> uint8 (bytes,)."""
+    found = {name: regular(folder / name).read_bytes() for name in names if (folder / name).exists()}
+    return {name: torch.from_numpy(np.frombuffer(data, np.uint8).copy()) for name, data in found.items()}
+
+
 class FilesStep(abc.ABC):
     """Beside a step's class as a base: its files lie in the checkpoint, which then needs no folder and no hub."""
 
@@ -34,9 +42,15 @@ class FilesStep(abc.ABC):
         """Read what the step uses of the files in `folder`; messages call it `source`."""
 
     def use(self, files: Mapping[str, Tensor], source: str) -> None:
-        """Take files as bytes: name -> uint8 (bytes,); messages call them `source`."""
+        """Take files as bytes: name -> uint8 (bytes,); messages call them `source`.
+
+        `CheckpointError` for a name that is no plain one, or no file's bytes.
+        """
         with tempfile.TemporaryDirectory() as folder:
-            write_files(files, Path(folder))
+            for name, data in files.items():
+                if data.dtype != torch.uint8 or data.ndim != 1:
+                    raise CheckpointError(f"The file {name!r} is {data.dtype}; it must be bytes. Copy it again.")
+                Path(folder, plain_name(name, "A file in the checkpoint")).write_bytes(data.cpu().numpy().tobytes())
             self._open(Path(folder), source)
         self._files = dict(files)
 

@@ -15,12 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from ceed_vla.backbones.config import InputsStep, PolicyShape
-from ceed_vla.backbones.transformers.step_files import FilesStep
+from ceed_vla.backbones.transformers.step_files import FilesStep, read_files
 from ceed_vla.backbones.vlm.chat_template import render
 from ceed_vla.backbones.vlm.processor import load_processor
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, raised_as
 from ceed_vla.fields import check_fields, chosen, ranged
-from ceed_vla.files import read_files
 from ceed_vla.images import camera_pixels
 from ceed_vla.instructions import batch_instructions, check_template, fill_template
 

@@ -68,18 +68,15 @@ def parse_flags[T](config_class: type[T], flags: Sequence[str], positional: str 
 
 def take_packages(flags: Sequence[str]) -> tuple[str, list[str]]:
     """LeRobot's flag `--discover_packages_path`: its value (empty without it), and the other words."""
-    names, others, words = [], [], list(flags)
-    while words:
-        word = words.pop(0)
+    names, others, words = [], [], iter(flags)
+    for word in words:
         flag, equals, text = word.partition("=")
         if flag != f"--{DISCOVER}":
             others.append(word)
             continue
-        if not equals and words and not words[0].startswith("--"):
-            text = words.pop(0)
-        if not text.strip():
+        names.append(text if equals else next(words, ""))
+        if not names[-1].strip() or names[-1].startswith("--"):
             raise UsageError(f"--{DISCOVER} needs a value")
-        names.append(text)
     return ",".join(names), others
 
 

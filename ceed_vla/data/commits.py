@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,9 +43,10 @@ def read_progress(root: Path) -> dict[str, Any]:
 
 
 def write_progress(root: Path, total_episodes: int, files: Sequence[str], progress: Mapping[str, Any]) -> None:
-    """The commit point: declare the parquet `files` and all that is in `meta/` valid."""
+    """The commit point: declare the parquet `files` and all that is in `meta/` valid, and drop the copies."""
     record = {"total_episodes": total_episodes, "files": sorted(files), "progress": dict(progress)}
     write_text(root / PROGRESS_FILE, json.dumps(record, indent=1))
+    _marker(root).unlink(missing_ok=True)
 
 
 def begin_commit(root: Path, total_episodes: int, adding: list[str]) -> None:
@@ -54,19 +54,12 @@ def begin_commit(root: Path, total_episodes: int, adding: list[str]) -> None:
 
     `total_episodes` are those before the commit.
     """
-    folder = root / WORK_FOLDER / "backup"
-    folder.mkdir(parents=True, exist_ok=True)
+    marker = _marker(root)
+    marker.parent.mkdir(parents=True, exist_ok=True)
     present = [name for name in _META_FILES if (root / "meta" / name).is_file()]
     for name in present:
-        shutil.copy2(root / "meta" / name, folder / name)
-    write_text(
-        folder / "marker.json", json.dumps({"total_episodes": total_episodes, "files": present, "adding": adding})
-    )
-
-
-def end_commit(root: Path) -> None:
-    """Drop the copies; the commit point has been passed."""
-    (root / WORK_FOLDER / "backup" / "marker.json").unlink(missing_ok=True)
+        shutil.copy2(root / "meta" / name, marker.parent / name)
+    write_text(marker, json.dumps({"total_episodes": total_episodes, "files": present, "adding": adding}))
 
 
 def undo_incomplete_commit(root: Path) -> list[str]:
@@ -76,19 +69,16 @@ def undo_incomplete_commit(root: Path) -> list[str]:
     Only what the incomplete commit has added is deleted. Whatever else is there makes `root` no recording of ours, a
     `DatasetError`; so do damaged bookkeeping, links, and parquet files that are missing.
     """
-    paths = [Path(place, name) for place, folders, files in os.walk(root) for name in (*folders, *files)]
-    links = [
-        str(p.relative_to(root)) for p in paths if stat.S_IFMT(p.lstat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR)
-    ]
-    if links:
+    strange = [path for path in root.rglob("*") if path.is_symlink() or not (path.is_file() or path.is_dir())]
+    if links := sorted(str(path.relative_to(root)) for path in strange):
         raise DatasetError(
             f"{root} holds links or pipes ({_listed(links)}), through which recording would write elsewhere; put the "
             "files themselves there."
         )
     committed = read_progress(root)
     known: list[str] = committed["files"]
-    backup = root / WORK_FOLDER / "backup"
-    marker = _read_marker(backup / "marker.json") if (backup / "marker.json").is_file() else {}
+    backup = _marker(root).parent
+    marker = _read_marker(_marker(root)) if _marker(root).is_file() else {}
     incomplete = marker.get("total_episodes") == committed["total_episodes"]
     added = set(marker["adding"]) - set(known) if incomplete else set()
     stored = [path for folder in ("data", "meta/episodes") for path in (root / folder).rglob("*") if path.is_file()]
@@ -110,8 +100,13 @@ def undo_incomplete_commit(root: Path) -> list[str]:
                 os.replace(backup / name, root / "meta" / name)
         for name in added:
             (root / name).unlink(missing_ok=True)
-    end_commit(root)
+    _marker(root).unlink(missing_ok=True)
     return known
+
+
+def _marker(root: Path) -> Path:
+    """What says that a commit has begun, beside its copies."""
+    return root / WORK_FOLDER / "backup" / "marker.json"
 
 
 def _read_marker(file: Path) -> dict[str, Any]:

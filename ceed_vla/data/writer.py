@@ -188,7 +188,6 @@ class DatasetWriter:
             self._files += adding
             self._batches += 1
         commits.write_progress(self.root, self._info.total_episodes, self._files, progress)
-        commits.end_commit(self.root)
         self._start_batch()
 
     def rollback(self) -> None:

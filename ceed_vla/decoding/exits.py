@@ -73,16 +73,10 @@ class ExitRule(abc.ABC):
         """Which rows end after this iteration: (B,) bool, or one answer for all; `measured` is (B, M)."""
 
 
-def _ladder(name: str, *thresholds: float) -> list[str]:
-    return [f"{name}{threshold:g}" for threshold in thresholds]
-
-
 @register_exit(
-    r"conf(?P<confidence>\d*\.?\d+)",
-    "conf<P>",
-    "or until confident",
-    _ladder("conf", 0.9, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1),
-)
+    r"conf(?P<confidence>\d*\.?\d+)", "conf<P>", "or until confident",
+    ["conf0.9", "conf0.7", "conf0.55", "conf0.4", "conf0.3", "conf0.2", "conf0.1"],
+)  # fmt: skip
 class Confidence(ExitRule):
     """The least certain watched slot has more than this mass within `NEAR` bins of its argmax."""
 
@@ -101,7 +95,7 @@ class Confidence(ExitRule):
 
 @register_exit(
     r"gap(?P<confidence>\d*\.?\d+)", "gap<P>", "or until the best token leads by P everywhere",
-    _ladder("gap", 0.5, 0.3, 0.2, 0.1, 0.05, 0.02),
+    ["gap0.5", "gap0.3", "gap0.2", "gap0.1", "gap0.05", "gap0.02"],
 )  # fmt: skip
 class Gap(Confidence):
     """In every watched slot the best token's probability exceeds the next one's by more than this (DSSD's signal)."""
@@ -116,7 +110,7 @@ class Gap(Confidence):
 
 @register_exit(
     r"agree(?P<most>\d+)", "agree<D>", "or until two states differ by D bins at most",
-    _ladder("agree", 0, 1, 2, 4, 8, 16, 32),
+    ["agree0", "agree1", "agree2", "agree4", "agree8", "agree16", "agree32"],
 )  # fmt: skip
 class Agreement(ExitRule):
     """The last two states are nowhere further apart in the watched slots than so many bins (DeeR's criterion)."""
@@ -131,8 +125,9 @@ class Agreement(ExitRule):
 
 
 @register_exit(
-    r"changed(?P<most>\d+)", "changed<K>", "or until K tokens at most change", _ladder("changed", 0, 1, 2, 4, 8, 14)
-)
+    r"changed(?P<most>\d+)", "changed<K>", "or until K tokens at most change",
+    ["changed0", "changed1", "changed2", "changed4", "changed8", "changed14"],
+)  # fmt: skip
 class Changed(Agreement):
     """The last iteration changed no more than so many watched tokens."""
 

@@ -15,9 +15,8 @@ from ceed_vla.fields import chosen, ranged, short
 from ceed_vla.tensors import check_actions, check_tokens, numbers, whole
 from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig, check_ends, from_front
 
-ACTION_RANGES = ("quantile", "min_max", "fixed")
-RANGE_MODES = ACTION_RANGES[:2]
-_RANGE_KEYS = {"quantile": ("q01", "q99"), "min_max": ("min", "max")}
+RANGE_MODES = {"quantile": ("q01", "q99"), "min_max": ("min", "max")}  # by what of the data's statistics
+ACTION_RANGES = (*RANGE_MODES, "fixed")
 MOST_BINS, MOST_STEPS = 65_536, 4096
 LARGEST = 1e30  # end of a range [action units]
 _LEAST_WIDTH = 1e-3  # a dimension that never moves still needs distinct bins [action units]
@@ -154,7 +153,7 @@ def ranges_from_stats(
         raise ConfigError(f"The action statistics are {short(stats)}; pass those of a LeRobot data set.")
     if mode not in RANGE_MODES:
         raise ConfigError(f"The range mode is {mode!r}; choose one of {', '.join(RANGE_MODES)}.")
-    low, high = (_statistic(stats, key) for key in _RANGE_KEYS[mode])
+    low, high = (_statistic(stats, key) for key in RANGE_MODES[mode])
     least, most = _statistic(stats, "min"), _statistic(stats, "max")
     if not len(low) == len(high) == len(least) == len(most):
         raise ConfigError("The action statistics have different lengths; recompute the data set's.")

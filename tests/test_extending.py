@@ -154,13 +154,13 @@ def test_mistakes_in_a_rule_or_a_decoder_are_named() -> None:
     policy, pre, _ = ceed_vla.load("student")
     observation = {name: torch.rand(1, 3, 96, 96) for name in policy.config.cameras}
     batch = pre({**observation, "observation.state": torch.rand(1, 14), "task": "push the red cube"})
-    with pytest.raises(ConfigError, match="exit rule Wrong does not work: ends: it gave Tensor"):
+    with pytest.raises(ConfigError, match=r"exit rule Wrong does not work: ends \(TypeError: it gave Tensor"):
         policy.decode(batch, "wrong_random")
     Wrong.ends = lambda self, seen, measured: measured.values  # type: ignore[method-assign]
-    with pytest.raises(ConfigError, match="Wrong does not work: ends: AttributeError"):
+    with pytest.raises(ConfigError, match=r"Wrong does not work: ends \(AttributeError"):
         policy.decode(batch, "wrong_random")
     Wrong.measure = lambda self, logits, tokens: logits  # type: ignore[method-assign]
-    with pytest.raises(ConfigError, match="Wrong does not work: measure: it gave Tensor"):
+    with pytest.raises(ConfigError, match=r"Wrong does not work: measure \(TypeError: it gave Tensor"):
         policy.decode(batch, "wrong_random")
     with pytest.raises(ConfigError, match="'nothing' returned a Tensor, not a DecodeResult"):
         policy.decode(batch, "nothing")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ class FastTokensConfig(ActionTokensConfig):
         with raised_as(ConfigError, "merges holds no pairs of ids", "fit the tokens again."):
             pairs = [(int(a), int(b)) for a, _, b in (merge.partition("+") for merge in self.merges.split())]
         codec = FastCodec.from_merges(pairs, self.scale, *self.symbols)
-        return FastTokenizer(self, codec, self.gripper_indices(action_dim))
+        return FastTokenizer(self, codec)
 
     def write(self, file: str | Path) -> Path:
         """Write the fitted tokens to a JSON file that `path` reads."""
@@ -153,7 +153,7 @@ class FastTokenizer(VariableLengthTokens):
     """FAST ids of a fitted `FastCodec`, and the stop token behind them.
 
     The range [low, high] of every dimension [action units] maps to [-1, 1] before the cosine transform; values outside
-    are clipped and counted. `gripper_dims` decode to the nearer range end exactly. `ConfigError` for ranges that define
+    are clipped and counted. Grippers decode to the nearer range end exactly. `ConfigError` for ranges that define
     no scale, or a block too short for the chunk of zeros.
 
     Attributes:
@@ -161,14 +161,14 @@ class FastTokenizer(VariableLengthTokens):
         smoothed: Chunks that lost their highest frequencies because they would have overfilled a block.
     """
 
-    def __init__(self, settings: FastTokensConfig, codec: FastCodec, gripper_dims: Sequence[int]) -> None:
+    def __init__(self, settings: FastTokensConfig, codec: FastCodec) -> None:
         low, high = settings.action_low, settings.action_high
         self.low = torch.tensor([float(v) for v in low], dtype=torch.float64)  # (A,)
         self.high = torch.tensor([float(v) for v in high], dtype=torch.float64)  # (A,)
         if len(low) != len(high) or not len(low) or not bool((self.low < self.high).all()):
             raise ConfigError(f"low {list(low)} must be below high {list(high)} in every dimension.")
         self.action_dim, self.chunk_steps, self.block_length = len(low), settings.chunk_steps, settings.max_tokens
-        self.gripper_dims = from_front(gripper_dims, self.action_dim)
+        self.gripper_dims = from_front(settings.gripper_dims, self.action_dim)
         self.codec = codec
         self.stop, self.vocabulary_size = codec.vocabulary_size, codec.vocabulary_size + 1
         self.speculative = torch.arange(self.vocabulary_size)

@@ -51,8 +51,7 @@ class OpenVLATokensConfig(ActionTokensConfig):
         self.mask = self.mask or [d not in grippers for d in range(action_dim)]
 
     def build(self, chunk_steps: int, action_dim: int) -> ActionTokens:
-        grippers = self.gripper_indices(action_dim)
-        return OpenVLATokenizer(self.q01, self.q99, self.mask, chunk_steps, self.n_action_bins, grippers)
+        return OpenVLATokenizer(self.q01, self.q99, self.mask, chunk_steps, self.n_action_bins, self.gripper_dims)
 
 
 class OpenVLATokenizer(ActionTokens):

@@ -66,8 +66,7 @@ class UniformTokensConfig(ActionTokensConfig):
         self.action_low, self.action_high = ranges
 
     def build(self, chunk_steps: int, action_dim: int) -> ActionTokens:
-        grippers = self.gripper_indices(action_dim)
-        return ActionTokenizer(self.action_low, self.action_high, chunk_steps, self.num_bins, grippers)
+        return ActionTokenizer(self.action_low, self.action_high, chunk_steps, self.num_bins, self.gripper_dims)
 
 
 class ActionTokenizer(ActionTokens):

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ceed_vla.backbones.transformers.config import DTYPES, least_sizes, read_architecture
+from ceed_vla.backbones.transformers.config import DTYPES, least_sizes, published_folder, read_architecture
 from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.files import read_json
 
@@ -60,12 +60,7 @@ class Architecture:
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json of an OpenVLA folder; `CheckpointError` for another kind of model, or contradictory entries."""
-    if not str(folder) or not Path(folder).is_dir():
-        raise CheckpointError(
-            f"{str(folder)!r} is no folder; give the local folder of an OpenVLA model, with config.json and "
-            "*.safetensors. A model of a hub must be downloaded first."
-        )
-    file = Path(folder) / "config.json"
+    file = published_folder(folder, "The path of the model") / "config.json"
     config = read_json(file)
     if config.get("model_type") != "openvla":
         raise CheckpointError(

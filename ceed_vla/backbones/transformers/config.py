@@ -45,6 +45,16 @@ class TransformersConfig(BackboneConfig, Checked, prefix="backbone."):
         check_sizes(weight_files(Path(self.path)), *self.least_sizes(shape))
 
 
+def published_folder(path: str | Path, what: str) -> Path:
+    """The folder of a model as it was published; `CheckpointError`, which calls the `path` so, if there is none."""
+    if not str(path) or not Path(path).is_dir():
+        raise CheckpointError(
+            f"{what} is {str(path)!r}, which is no folder; give the local folder of a model, with config.json and "
+            "*.safetensors. A model of a hub must be downloaded first."
+        )
+    return Path(path)
+
+
 def read_architecture(text: str) -> dict[str, Any]:
     """The mapping in ``backbone.architecture``; `CheckpointError` if it names code of its own (auto_map) anywhere."""
     with raised_as(CheckpointError, "backbone.architecture does not describe a model", "copy config.json again."):

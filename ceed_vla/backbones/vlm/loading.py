@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from ceed_vla.backbones.transformers.config import least_sizes, read_architecture
+from ceed_vla.backbones.transformers.config import least_sizes, published_folder, read_architecture
 from ceed_vla.backbones.transformers.step_files import LOCAL
 from ceed_vla.backbones.vlm.model import VLMBackbone
 from ceed_vla.cache import TransformersCache
@@ -27,12 +27,7 @@ def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTra
     `CheckpointError` for another model, one that needs code of its own, and weights that are damaged, incomplete or of
     other sizes.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"backbone.path is {str(folder)!r}, which is no folder; give a local one with config.json and "
-            "*.safetensors. A model of a hub must be downloaded first."
-        )
+    folder = published_folder(folder, "backbone.path")
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:

@@ -186,9 +186,9 @@ def test_the_camera_may_have_another_size_than_the_model_sees(
 
 def test_where_a_checkpoint_goes(published: Any, tmp_path: Path) -> None:
     source = {"path": str(published("siglip")), "unnorm_key": "garage"}
-    with pytest.raises(ConfigError, match="No --output_dir"):
+    with pytest.raises(ConfigError, match="--output_dir is empty"):
         convert(ConvertConfig(**source))
-    with pytest.raises(ConfigError, match="is no empty folder"):
+    with pytest.raises(ConfigError, match="name a new or empty folder"):
         convert(ConvertConfig(**source, output_dir=source["path"]))
     with pytest.raises(ConfigError, match="n_action_steps is 3, more than chunk_size = 2"):
         convert(ConvertConfig(**source, output_dir=str(tmp_path / "x"), chunk_size=2, n_action_steps=3))

@@ -189,7 +189,7 @@ def test_bad_folders(lab: Any, published: Any) -> None:
         convert_pi0_fast(folder, output, text_tokenizer=str(lab.folder / "fast" / ".."))
     with pytest.raises(ConfigError, match="vocabulary is 'some'"):
         convert_pi0_fast(folder, output, vocabulary="some")
-    with pytest.raises(ConfigError, match="is no empty folder"):
+    with pytest.raises(ConfigError, match="name a new or empty folder"):
         convert_pi0_fast(folder, folder)
     weights = load_file(folder / "model.safetensors")
     change("model.safetensors", "")

@@ -92,7 +92,7 @@ def test_a_configuration_that_was_edited(base: Any, tmp_path: Path) -> None:
     config = json.loads(file.read_text())
     for changes, message in (
         ({"architecture": "{"}, "does not describe a model"),
-        ({"action_token_ids": [1, 2, 3]}, "3 different ids up to 3 for 255 bins"),
+        ({"action_token_ids": [1, 2, 3]}, "3 ids for 255 bins"),
     ):
         file.write_text(json.dumps({**config, "backbone": {**config["backbone"], **changes}}))
         with pytest.raises((CheckpointError, ConfigError), match=message):

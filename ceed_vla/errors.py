@@ -28,14 +28,16 @@ def root_cause(error: BaseException) -> str:
 
 
 @contextmanager
-def raised_as(kind: type[CeedVLAError], what: str, advice: str) -> Iterator[None]:
-    """Raise what a library raises as a `kind`, whose message is `what`, the cause and `advice`; our own errors pass.
+def raised_as(
+    kind: type[CeedVLAError], what: str, advice: str, passing: type[CeedVLAError] = CeedVLAError
+) -> Iterator[None]:
+    """Raise what a library raises as a `kind`, whose message is `what`, the cause and `advice`; errors `passing` pass.
 
     For what others wrote: files, settings and models, with which each library fails in kinds of its own.
     """
     try:
         yield
-    except CeedVLAError:
+    except passing:
         raise
     except Exception as error:
         raise kind(f"{what} ({root_cause(error)}); {advice}") from error

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ceed_vla.devices import check_device, check_device_name
 from ceed_vla.discovery import named_by_user
-from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
+from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.fields import Interval, describe, fits, short
 from ceed_vla.files import plain_name, read_json
 from ceed_vla.folders import POSTPROCESSOR, PREPROCESSOR, PROCESSOR_FILES
@@ -107,9 +107,12 @@ class Step:
     settings: dict[str, Any]
     state: Path | None
 
-    def error(self, problem: object) -> CheckpointError:
+    def __str__(self) -> str:
+        return f"{self.file}: the step {self.name!r}"
+
+    def error(self, problem: str) -> CheckpointError:
         """An error about this step; raise it."""
-        return CheckpointError(f"{self.file}: the step {self.name!r} {problem}")
+        return CheckpointError(f"{self} {problem}")
 
     def tensor(self, name: str) -> Tensor | None:
         """A tensor of its state; None without."""
@@ -163,12 +166,10 @@ def _read_step(file: Path, entry: dict[str, Any], allowed: dict[str, Maker]) -> 
                 raise CheckpointError(f"{path} has the tensor {wrong[0][:100]!r} of no feature.")
     step = Step(file, name, settings, path)
     if name in allowed:
-        try:
+        with raised_as(
+            CheckpointError, f"{step} has other settings than it may have", "copy it again.", CheckpointError
+        ):
             allowed[name](**settings)
-        except CeedVLAError as error:
-            raise step.error(f"cannot be used: {error}") from error
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-            raise step.error(f"has other settings than it may have ({error}); copy it again.") from error
     return step
 
 
@@ -205,10 +206,8 @@ def check_processors(folder: Path, config: Any) -> None:
             raise CheckpointError(f"{folder / name} lacks the step {min(missing)!r}; copy it again.")
     for step in (*pre, *post):
         if step.name.startswith("ceed_vla_") and step.name in own:
-            try:
+            with raised_as(CheckpointError, f"{step} does not fit config.json", "copy both again.", CheckpointError):
                 own[step.name](**step.settings).check_policy(config.backbone, config.shape)
-            except CeedVLAError as error:
-                raise step.error(f"does not fit config.json: {error}") from error
         if step.name == DEVICE and step.settings.get("float_dtype") not in (None, "float32"):
             raise step.error(f"changes the type to {step.settings['float_dtype']}; the policy reads float32.")
         if step.name == "rename_observations_processor" and (
@@ -280,13 +279,11 @@ def _check_statistics(step: Step, feature: str, kind: str, shape: tuple[int, ...
 
 def _shapes(step: Step) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Feature -> type and shape, as the normaliser's settings say."""
-    try:
+    with raised_as(CheckpointError, f"{step} has features without type and shape", "copy it again."):
         return {
             str(name): (str(feature["type"]), tuple(int(side) for side in feature["shape"]))
             for name, feature in step.settings["features"].items()
         }
-    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
-        raise step.error(f"has features without type and shape ({error!r}); copy it again.") from error
 
 
 def _name(value: Any) -> str:

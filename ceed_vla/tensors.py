@@ -8,7 +8,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.errors import ConfigError, TokenError, raised_as
 from ceed_vla.fields import short
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -73,15 +73,13 @@ def check_actions(actions: object, chunk_steps: int, action_dim: int) -> None:
 
 def numbers(values: object, name: str) -> list[float]:
     """`values`, `name` in messages, as plain numbers, from any sequence of them, arrays and tensors included."""
-    try:
+    with raised_as(ConfigError, f"{name} is {short(values)}", "it must be a sequence of numbers."):
         if isinstance(values, str | bytes | Mapping | Set):
-            raise TypeError
+            raise TypeError(f"a {type(values).__name__}")
         listed = list(values)  # type: ignore[call-overload]
         if any(isinstance(value, str | bytes | bool) for value in listed):
-            raise TypeError
+            raise TypeError("it has a text or a truth value")
         return [float(value) for value in listed]
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise ConfigError(f"{name} is {short(values)}; it must be a sequence of numbers.") from error
 
 
 def whole(values: object, name: str) -> list[int]:

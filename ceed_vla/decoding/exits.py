@@ -168,16 +168,10 @@ def exit_rules(config: DecodingConfig, ordered: bool = True) -> list[ExitRule]:
 
     `ConfigError` for a rule that compares neighbouring tokens, and tokens that are not `ordered`.
     """
-    rules: list[ExitRule] = []
-    if config.confidence is not None:
-        rules.append(Confidence(config.confidence))
-    for name in config.exits:
-        entry, options = find_exit(name)
-        rules.append(entry.make(**options))
-    if config.max_iterations is not None:
-        rules.append(Cap(config.max_iterations))
-    if config.deadline_s is not None:
-        rules.append(Deadline(config.deadline_s))
+    rules: list[ExitRule] = [] if config.confidence is None else [Confidence(config.confidence)]
+    rules += [entry.make(**options) for entry, options in map(find_exit, config.exits)]
+    rules += [] if config.max_iterations is None else [Cap(config.max_iterations)]
+    rules += [] if config.deadline_s is None else [Deadline(config.deadline_s)]
     wrong = [rule.reason for rule in rules if rule.ordered]
     if wrong and not ordered:
         raise ConfigError(

@@ -136,10 +136,8 @@ class FastTokensConfig(ActionTokensConfig):
             raise CheckpointError(f"{file} holds no fitted tokens: it lacks {', '.join(lacking)}.")
         for name in self._stored():
             setattr(self, name, values[name])
-        try:
+        with raised_as(CheckpointError, f"{file} holds no fitted tokens", "fit them again.", CheckpointError):
             check_fields(self)
-        except ConfigError as error:
-            raise CheckpointError(f"{file} holds no fitted tokens: {error}") from error
 
     def _check_fitted(self) -> None:
         if not self.fitted:

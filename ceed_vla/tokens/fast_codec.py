@@ -112,13 +112,9 @@ class FastCodec:
         file = next((f for f in files if f.is_file()), None)
         if file is None:
             raise CheckpointError(f"The FAST tokenizer {folder} lacks tokenizer.json; copy the whole folder.")
-        try:
+        needed = "processor_config.json must name scale and min_token, and tokenizer.json hold a BPE."
+        with raised_as(CheckpointError, f"The FAST tokenizer {folder} cannot be used", needed, CheckpointError):
             return cls.from_json(file.read_text(), float(settings["scale"]), int(settings["min_token"]))
-        except Exception as error:  # a missing key, or a plain Exception of the tokenizers library
-            raise CheckpointError(
-                f"The FAST tokenizer {folder} cannot be used ({type(error).__name__}: {error}); "
-                "processor_config.json must name scale and min_token, and tokenizer.json hold a BPE."
-            ) from error
 
     @classmethod
     def from_json(cls, bpe: str, scale: float, least: int) -> FastCodec:

@@ -64,17 +64,11 @@ class OpenVLAInputsStep(FilesStep, InputsStep):
                 f"{path}: the tokenizer has ids up to {max(largest, EMPTY_TOKEN)} (empty token {EMPTY_TOKEN}), "
                 f"text_config.vocab_size in config.json is {words}; they belong to different models."
             )
-        towers = 2 if config["use_fused_vision_backbone"] else 1
-        if len(self._images.sizes) != towers:
+        seen = [[size] * 2 if isinstance(size, int) else list(size[-2:]) for size in config["image_sizes"]]
+        if self._images.sizes != seen:
             raise CheckpointError(
-                f"{Path(path) / IMAGES_FILE} prepares images for {len(self._images.sizes)} vision towers, "
-                f"config.json has {towers}."
-            )
-        seen, sizes = self._images.sizes[0], config["image_sizes"]
-        if any(list(seen) != ([size] * 2 if isinstance(size, int) else list(size[-2:])) for size in sizes):
-            raise CheckpointError(
-                f"{Path(path) / IMAGES_FILE} prepares images of {seen} pixels, image_sizes in config.json is {sizes}; "
-                "they belong to different models."
+                f"{Path(path) / IMAGES_FILE} prepares images of {self._images.sizes} pixels, the vision towers in "
+                f"config.json see {seen}; they belong to different models."
             )
         return self
 

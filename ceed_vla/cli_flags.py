@@ -157,7 +157,9 @@ def _describe(
         shown = "(required)" if value is MISSING else "" if value in (None, "") else text
         if meaning and allowed is not None:
             meaning = f"{meaning.rstrip('.')}; {allowed_text(allowed)}."
-        yield prefix + item.name.removesuffix("_"), _type_name(kind), meaning, shown
+        named = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+        short_kind = re.sub(r"\b\w+\.(?=\w)", "", named.replace(" | None", "")).upper()
+        yield prefix + item.name.removesuffix("_"), short_kind, meaning, shown
 
 
 def _describe_choice(kind: type[Any], name: str, meaning: str, value: Any, foreign: bool) -> Iterator[_Flag]:
@@ -178,11 +180,6 @@ def _describe_choice(kind: type[Any], name: str, meaning: str, value: Any, forei
 
 def _default(item: Field[Any]) -> Any:
     return item.default_factory() if item.default_factory is not MISSING else item.default
-
-
-def _type_name(kind: Any) -> str:
-    name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
-    return re.sub(r"\b\w+\.(?=\w)", "", name.replace(" | None", "")).upper()
 
 
 def _split_docstring(config_class: type[Any]) -> tuple[str, dict[str, str]]:

@@ -136,8 +136,7 @@ def _version(package: str) -> str:
 
 
 def _python() -> Generator[Finding]:
-    fits = sys.version_info[:2] in ((3, 12), (3, 13))
-    remedy = "" if fits else f"3.12 or 3.13 is needed; install one and {INSTALL}"
+    remedy = "" if sys.version_info[:2] in ((3, 12), (3, 13)) else f"3.12 or 3.13 is needed; install one and {INSTALL}"
     yield Finding("Python", f"{platform.python_version()}, {sys.executable}", remedy)
 
 
@@ -175,8 +174,9 @@ def _devices(probe: dict[str, Any]) -> Generator[Finding]:
         bfloat16 = "computes" if probe["bfloat16"] else "does not compute"
         yield Finding("CUDA", f"{', '.join(probe['cuda'])}; {bfloat16} in bfloat16")
     else:
-        build = "" if probe["built"] else " and a torch for CUDA"
-        remedy = f"nothing without an NVIDIA GPU; with one, its driver{build}"
+        remedy = (
+            f"nothing without an NVIDIA GPU; with one, its driver{'' if probe['built'] else ' and a torch for CUDA'}"
+        )
         yield Finding("CUDA", "no device", remedy, needed=False)
 
 

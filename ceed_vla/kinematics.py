@@ -21,6 +21,7 @@ _REACHED = (1e-4, 5e-4)  # [m], [rad]
 _FAR_OFF = 0.01  # remaining error from which another start is tried [m]
 _UNWIND = 0.3  # of a joint per call on the way to another branch [rad]
 _LIMIT_MARGIN = 0.02  # [rad]
+_SLACK = (0.005, 0.05)  # [m], [rad]: distance of the joint targets at which the commanded pose follows them
 _ROTATION_WEIGHT = 0.3  # [m/rad]: how much one radian counts against one metre
 _NEXT, _AFTER = [1, 2, 0], [2, 0, 1]  # cyclic successors of x, y, z, for cross products
 
@@ -86,8 +87,6 @@ class PoseLimits:
         workspace_high: (3,) [m].
         max_tilt: Largest commanded |roll| and |pitch|, less than pi/2 [rad].
         max_yaw: Largest commanded |yaw| [rad].
-        position_slack: Distance of the joint targets from the commanded pose at which the command follows them [m].
-        rotation_slack: The same for roll, pitch and yaw [rad].
     """
 
     position_scale: float
@@ -96,8 +95,6 @@ class PoseLimits:
     workspace_high: Array
     max_tilt: float
     max_yaw: float
-    position_slack: float = 0.005
-    rotation_slack: float = 0.05
 
 
 class CommandedPose:
@@ -132,9 +129,9 @@ class CommandedPose:
     def follow(self, position: Array, matrix: Array) -> None:
         """Go to the pose of the joint targets where it differs: the command never runs away from the arm."""
         rpy = matrix_rpy(matrix)
-        if np.abs(position - self.position).max() > self.limits.position_slack:
+        if np.abs(position - self.position).max() > _SLACK[0]:
             self.position = np.array(position)
-        if np.abs(rpy - self.rpy).max() > self.limits.rotation_slack:
+        if np.abs(rpy - self.rpy).max() > _SLACK[1]:
             self.rpy = rpy
 
 

@@ -39,9 +39,6 @@ _STATISTICS = {
     "QUANTILE10": ("q10", "q90"),
 }
 
-
-# ---- settings of LeRobot's steps ----------------------------------------------------------------------------------
-
 Maker = Callable[..., Any]
 
 
@@ -93,9 +90,6 @@ _TOKENIZER = _takes(
 # Of LeRobot's checkpoints, which conversion reads and does not run: the tokenizer is copied, the last one left out.
 REMOTE_CODE = ("action_tokenizer_processor",)
 CONVERTED: dict[str, Maker] = {**_PLAIN, "tokenizer_processor": _TOKENIZER, **dict.fromkeys(REMOTE_CODE, dict)}
-
-
-# ---- one step -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -181,9 +175,6 @@ def _of_named_package(name: str) -> bool:
         return False
     module = str(ProcessorStepRegistry.get(name).__module__)
     return module == "__main__" or named_by_user(module)
-
-
-# ---- a checkpoint's processors ------------------------------------------------------------------------------------
 
 
 def check_processors(folder: Path, config: Any) -> None:

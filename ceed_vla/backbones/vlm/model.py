@@ -183,23 +183,20 @@ def language_model(model: PreTrainedModel) -> nn.Module:
 
 
 class _Arrived(Exception):  # noqa: N818  (a message, not a mistake)
-    """The forward pass has reached the language model, with these arguments."""
-
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        self.arguments = arguments
-
-
-def _stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
-    raise _Arrived({**kwargs, **({"input_ids": args[0]} if args else {})})
+    """The forward pass has reached the language model."""
 
 
 def language_model_arguments(trunk: nn.Module, decoder: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """Run `trunk` on `inputs` up to its language model `decoder`; what that would be called with, but for the cache."""
-    handle = decoder.register_forward_pre_hook(_stop, with_kwargs=True)
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+        raise _Arrived(kwargs)
+
+    handle = decoder.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         trunk(**inputs, use_cache=False)
     except _Arrived as arrived:
-        return {k: v for k, v in arrived.arguments.items() if v is not None and k not in _NOT_KEPT}
+        return {k: v for k, v in arrived.args[0].items() if v is not None and k not in _NOT_KEPT}
     finally:
         handle.remove()
     raise ConfigError(f"{type(trunk).__name__} did not call its language model {type(decoder).__name__}.")

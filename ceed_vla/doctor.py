@@ -174,9 +174,8 @@ def _devices(probe: dict[str, Any]) -> Generator[Finding]:
         bfloat16 = "computes" if probe["bfloat16"] else "does not compute"
         yield Finding("CUDA", f"{', '.join(probe['cuda'])}; {bfloat16} in bfloat16")
     else:
-        remedy = (
-            f"nothing without an NVIDIA GPU; with one, its driver{'' if probe['built'] else ' and a torch for CUDA'}"
-        )
+        build = "" if probe["built"] else " and a torch for CUDA"
+        remedy = f"nothing without an NVIDIA GPU; with one, its driver{build}"
         yield Finding("CUDA", "no device", remedy, needed=False)
 
 

@@ -92,9 +92,7 @@ class Pi0FastConfig(TransformersConfig):
         if new:
             self.architecture = describe_model(self.path)
             self.check_size(shape)
-        model = PI0FastPytorch(
-            decode_architecture(self.architecture)
-        )  # without a tokenizer: the backbone knows the ids
+        model = PI0FastPytorch(decode_architecture(self.architecture))  # without a tokenizer, whose ids are known
         backbone = Pi0FastBackbone(model, tokens.build(shape.chunk_size, shape.action_dim))
         if new or self.weights == "reference":
             load_weights(backbone, self.path)

@@ -59,6 +59,13 @@ def regular(file: Path, error: type[CeedVLAError] = CheckpointError, name: str =
     return file
 
 
+def strange(folder: Path) -> Iterator[Path]:
+    """Links, pipes and whatever else is neither file nor folder below `folder`, which may itself be a link."""
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            yield path
+
+
 def plain_name(name: object, what: str, error: type[CeedVLAError] = CheckpointError) -> str:
     """`name`, as found in a file, if it stays in the folder it is joined to; else `error`, about `what` it names."""
     plain = isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable()

@@ -17,7 +17,7 @@ from typing import Any
 
 from ceed_vla.errors import DatasetError
 from ceed_vla.fields import Interval, fits
-from ceed_vla.files import read_json, write_text
+from ceed_vla.files import read_json, strange, write_text
 
 PROGRESS_FILE = "recording.json"
 WORK_FOLDER = ".recording"
@@ -69,8 +69,7 @@ def undo_incomplete_commit(root: Path) -> list[str]:
     Only what the incomplete commit has added is deleted. Whatever else is there makes `root` no recording of ours, a
     `DatasetError`; so do damaged bookkeeping, links, and parquet files that are missing.
     """
-    strange = [path for path in root.rglob("*") if path.is_symlink() or not (path.is_file() or path.is_dir())]
-    if links := sorted(str(path.relative_to(root)) for path in strange):
+    if links := sorted(str(path.relative_to(root)) for path in strange(root)):
         raise DatasetError(
             f"{root} holds links or pipes ({_listed(links)}), through which recording would write elsewhere; put the "
             "files themselves there."
@@ -110,7 +109,7 @@ def _marker(root: Path) -> Path:
 
 
 def _read_marker(file: Path) -> dict[str, Any]:
-    marker = {"adding": [], **read_json(file, DatasetError)}
+    marker: dict[str, Any] = {"adding": [], **read_json(file, DatasetError)}
     files, count = marker.get("files"), marker.get("total_episodes")
     # Only the first commit finds no statistics and no tasks there; what is not listed is deleted.
     needed = {"info.json", *(_META_FILES if count else ())}

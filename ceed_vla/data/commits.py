@@ -110,12 +110,10 @@ def _marker(root: Path) -> Path:
 
 def _read_marker(file: Path) -> dict[str, Any]:
     marker: dict[str, Any] = {"adding": [], **read_json(file, DatasetError)}
-    files, count = marker.get("files"), marker.get("total_episodes")
+    whole = fits(marker.get("total_episodes"), int) and fits(marker.get("files"), list[str])
     # Only the first commit finds no statistics and no tasks there; what is not listed is deleted.
-    needed = {"info.json", *(_META_FILES if count else ())}
-    if not (
-        fits(count, int) and fits(files, list[str]) and needed <= {*files} and _are_episode_files(marker["adding"])
-    ):
+    whole = whole and {"info.json", *(_META_FILES if marker["total_episodes"] else ())} <= {*marker["files"]}
+    if not (whole and _are_episode_files(marker["adding"])):
         raise DatasetError(f"{file} is damaged, so an interrupted commit cannot be undone. Record into a new root.")
     return marker
 

@@ -84,8 +84,9 @@ def bench(config: BenchConfig, console: Console | None = None) -> dict[str, Any]
 def depth_rows(kind: str, depths: Sequence[int]) -> list[str]:
     """What a policy with exits can: Balcony's and ASE's, DeeR-VLA's, LayerSkip's, Spec-VLA's and DEL's."""
     rows = [f"depth{depth}_cap2_fresh" for depth in depths]
-    if kind == "linear":
+    if kind in ("linear", "coarse"):
         rows += [f"deer{upper}t3_conf0.2_cap2" for lower, upper in pairwise(depths) if upper == lower + 1]
+    if kind == "linear":
         rows += [f"spec{depths[0]}x4", f"spec{depths[0]}x4r2", "del"]
     return rows
 

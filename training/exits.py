@@ -47,7 +47,8 @@ class ExitsConfig:
         roots: Comma-separated data sets, whose observations it sees.
         output_dir: A new folder for the checkpoint with its exits.
         layers: Depths that get an exit, in [1, layers - 1].
-        kind: "linear" (a norm and a residual linear layer) or "layer" (a layer of its own and a norm).
+        kind: "linear" (a norm and a residual linear layer), "layer" (a layer of its own and a norm), or "coarse" (as
+            linear, and a branch that reads a token a control step).
         reads: What the exits learn from: "states" and fixed points, or "fixed_points" alone, for drafts.
         guesses: Shares of previous, mid and random guesses.
         device: Where to train.

@@ -147,6 +147,10 @@ class TrainableBackbone(nn.Module, Backbone):
         """The layers, the norm behind the last one, and the width ``d``; `ConfigError` where exits cannot be."""
         raise ConfigError(f"{type(self).__name__} has no exits (`exit_parts`): every forward runs all of its layers.")
 
+    def coarse_branch(self) -> nn.Module:
+        """A new `CoarseBranch` for an exit that `DepthExit.beside` shows the block; `ConfigError` where none can be."""
+        raise ConfigError(f"{type(self).__name__} has no exits of kind coarse (`coarse_branch`); train linear ones.")
+
     def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         """As `block_logits` at each of the `depths`, in ascending order, from one forward to the last of them.
 

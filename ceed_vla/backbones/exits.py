@@ -11,6 +11,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,29 +21,41 @@ from ceed_vla.fields import short
 from ceed_vla.weights import copy_weights, opened
 
 EXITS = "exits.safetensors"
-KINDS = ("linear", "layer")
+KINDS = ("linear", "layer", "coarse")
 
 
 class DepthExit(nn.Module):
     """Hidden vectors (B, t, d) of some depth, as the head reads them.
 
     Attributes:
-        layer: A layer of its own, which the backbone runs before this; None for kind "linear".
+        kind: One of `KINDS`.
+        layer: A layer of its own, which the backbone runs before this; for kind "layer", else None.
         slot: Where its keys and values are, behind those of the base's layers.
+        branch: A `CoarseBranch`, for kind "coarse", else None.
     """
 
-    def __init__(self, norm: nn.Module, width: int, layer: nn.Module | None, slot: int) -> None:
+    def __init__(self, kind: str, norm: nn.Module, width: int, layer: nn.Module | None, slot: int) -> None:
         super().__init__()
-        self.norm, self.layer, self.slot = deepcopy(norm), deepcopy(layer), slot
+        self.kind, self.norm, self.layer, self.slot = kind, deepcopy(norm), deepcopy(layer), slot
+        self.branch: nn.Module | None = None
         self.linear = nn.Linear(width, width, bias=False) if layer is None else None
         if self.linear is not None:
             nn.init.zeros_(self.linear.weight)  # at first it is the last norm
             self.linear.to(next(norm.parameters()))
 
     def check(self, committed: int) -> None:
-        """Raise `ConfigError` where its own layer would attend to committed tokens, whose keys it never made."""
-        if self.layer is not None and committed:
-            raise ConfigError("An exit of kind layer has not seen the committed tokens; drafts need kind linear.")
+        """Raise `ConfigError` where it would have to see committed tokens, of which it kept nothing."""
+        if self.kind != "linear" and committed:
+            raise ConfigError(
+                f"An exit of kind {self.kind} has not seen the committed tokens; drafts need kind linear."
+            )
+
+    def beside(self, x: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+        """Hidden vectors (B, t, d), which end with those of `blocks` (B, k, d), with what the branch makes of these."""
+        if self.branch is None or not blocks:
+            return x
+        added = torch.cat([self.branch(block) for block in blocks], dim=1)
+        return x + F.pad(added, (0, 0, x.shape[1] - added.shape[1], 0))
 
     def forward(self, x: Tensor, *more: Any) -> Any:
         """As the norm in whose place it stands; some take and give more."""
@@ -59,7 +73,7 @@ def make_exits(backbone: Any, depths: Sequence[int], kind: str) -> dict[int, Dep
     chosen = sorted(set(depths))
     if kind not in KINDS or not chosen or not 1 <= chosen[0] <= chosen[-1] < len(layers):
         raise ConfigError(
-            f"Exits of kind {short(kind)} behind layers {short(list(depths))}: the kinds are {' and '.join(KINDS)}, "
+            f"Exits of kind {short(kind)} behind layers {short(list(depths))}: the kinds are {', '.join(KINDS)}, "
             f"the layers of this model in [1, {len(layers) - 1}]."
         )
     kinds = [{getattr(layer, "attention_type", None) for layer in layers[d - 1 : d + 1]} for d in chosen]
@@ -67,8 +81,10 @@ def make_exits(backbone: Any, depths: Sequence[int], kind: str) -> dict[int, Dep
         raise ConfigError("Here layers attend in several ways; an exit's own would not see the prefix. Use linear.")
     exits = {}
     for slot, depth in enumerate(chosen, start=len(layers)):
-        depth_exit = DepthExit(norm, width, layers[depth] if kind == "layer" else None, slot).requires_grad_(True)
-        exits[depth] = depth_exit
+        depth_exit = DepthExit(kind, norm, width, layers[depth] if kind == "layer" else None, slot)
+        if kind == "coarse":
+            depth_exit.branch = backbone.coarse_branch().to(next(norm.parameters()))
+        exits[depth] = depth_exit.requires_grad_(True)
         attention = getattr(depth_exit.layer, "self_attn", None)
         if attention is not None:  # of transformers: its place in the cache
             attention.layer_idx = depth_exit.slot
@@ -85,7 +101,7 @@ def save_exits(backbone: Any, folder: Path) -> None:
     """Write the exits of a backbone, if there are any."""
     exits: dict[int, DepthExit] = backbone.exits
     if exits:
-        kind = "linear" if next(iter(exits.values())).layer is None else "layer"
+        kind = next(iter(exits.values())).kind
         tensors = {name: value.contiguous() for name, value in _modules(exits).state_dict().items()}
         save_file(tensors, folder / EXITS, metadata={"kind": kind, "depths": ",".join(map(str, exits))})
 

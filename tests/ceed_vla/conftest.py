@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 
-from ceed_vla.backbones.base import Prefix
+from ceed_vla.backbones.base import Prefix, TrainableBackbone
 from ceed_vla.backbones.exits import KINDS, make_exits
 from ceed_vla.backbones.transformers.backbone import TransformersBackbone
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
@@ -262,6 +262,10 @@ def exits_leave_the_base_alone(backbone: Any, observation: dict[str, Tensor]) ->
     base, names = backbone.block_logits(prefix, tokens[:, :-1]), set(backbone.state_dict())
     greedy = decode_autoregressive(backbone, prefix, BlockRequest(DecodingConfig(method="ar")))
     for kind in KINDS:
+        if kind == "coarse" and type(backbone).coarse_branch is TrainableBackbone.coarse_branch:
+            with pytest.raises(ConfigError, match="no exits of kind coarse"):
+                make_exits(backbone, [1], kind)
+            continue
         backbone.exits = make_exits(backbone, range(1, layers), kind)
         assert set(backbone.state_dict()) == names
         for own in backbone.exits.values():
@@ -281,7 +285,7 @@ def exits_leave_the_base_alone(backbone: Any, observation: dict[str, Tensor]) ->
         _, (packed,) = backbone.packed_logits(backbone.embed_prefix(observation), [tokens], 1)
         packed[:, 1:].logsumexp(-1).sum().backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in backbone.exits[1].parameters())
-        if kind == "linear":
+        if kind != "layer":
             with torch.no_grad():
                 several, _ = backbone.depth_logits(again, tokens[:, :-1], list(backbone.exits))
             for depth, logits in zip(backbone.exits, several, strict=True):

@@ -114,7 +114,8 @@ def test_compact_backbone_jacobi_is_ar_and_teacher_forcing(
 ) -> None:
     torch.manual_seed(batch)
     sizes = CompactConfig(image_size=32, stem_channels=[8] * 4, width=32, layers=3, heads=2, mlp_width=48)
-    shape = PolicyShape({"observation.images.front": (3, 32, 32)}, 5, 7, 3, UniformTokensConfig())
+    tokens = UniformTokensConfig(action_low=[-1.0] * 7, action_high=[1.0] * 7)
+    shape = PolicyShape({"observation.images.front": (3, 32, 32)}, 5, 7, 3, tokens)
     backbone = sizes.build(shape).eval()
     for parameter in backbone.parameters():  # wide enough for every token to depend on those before it
         torch.nn.init.normal_(parameter, std=0.4)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ceed_vla import load
-from ceed_vla.backbones.exits import EXITS, make_exits
+from ceed_vla.backbones.exits import EXITS, KINDS, make_exits
 from ceed_vla.cache import KVCache
 from ceed_vla.checkpoints import save, weights_hash
 from ceed_vla.decoding.drafts import PRIOR, _Online
@@ -191,7 +191,7 @@ def test_the_online_choice_follows_what_it_saw() -> None:
     assert chooser.length == 1  # nearly always wrong
 
 
-@pytest.mark.parametrize("kind", ["linear", "layer"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_they_are_a_file_beside_bit_equal_weights(
     kind: str, student: tuple[Any, Any, Any], batch: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -219,6 +219,7 @@ def test_they_are_a_file_beside_bit_equal_weights(
         ({"kind": "linear", "depths": "1,9"}, "does not belong"),
         ({"kind": "wide", "depths": "1,3"}, "does not belong"),
         ({"kind": "layer", "depths": "1,3"}, "does not belong"),
+        ({"kind": "coarse", "depths": "1,3"}, "does not belong"),
         ({"kind": "linear", "depths": "1,2"}, "does not belong"),
         ({"kind": "linear", "depths": "1,2,3"}, "does not belong"),
         (None, "says depths"),

@@ -95,6 +95,7 @@ def test_exits_bring_their_rows() -> None:
     assert depth_rows("layer", [2, 3]) == ["depth2_cap2_fresh", "depth3_cap2_fresh"]
     rows = ["deer5t3_conf0.2_cap2", "spec2x4", "spec2x4r2", "del"]
     assert depth_rows("linear", [2, 4, 5])[3:] == rows
+    assert depth_rows("coarse", [2, 4, 5])[3:] == rows[:1]  # drafts read behind committed tokens
 
 
 def test_decoders_run_in_the_engines_that_they_can_run_in() -> None:

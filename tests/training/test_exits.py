@@ -24,7 +24,9 @@ def deep(studio: Any, tiny_policy: Any, tmp_path_factory: pytest.TempPathFactory
     return train(studio.train_config(folder, policy=tiny_policy(layers=3), steps=40))
 
 
-@pytest.mark.parametrize(("kind", "reads"), [("linear", "states"), ("layer", "states"), ("linear", "fixed_points")])
+@pytest.mark.parametrize(
+    ("kind", "reads"), [("linear", "states"), ("layer", "states"), ("coarse", "states"), ("linear", "fixed_points")]
+)
 def test_exits_learn_and_the_base_does_not(studio: Any, deep: Path, tmp_path: Path, kind: str, reads: str) -> None:
     def trained(steps: int, lr: float) -> tuple[Path, dict[str, float]]:
         sizes = {"kind": kind, "reads": reads, "steps": steps, "lr": lr, "eval_frames": 16}

@@ -11,6 +11,7 @@ decoder is a handful of kernels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, cast
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ceed_vla.backbones.base import CutPrefix, Prefix, TrainableBackbone, check_depth, check_features, check_program
+from ceed_vla.backbones.coarse import CoarseBranch
 from ceed_vla.backbones.compact.stem import CameraStem, EarlyReadout
 from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.backbones.exits import check_linear
 from ceed_vla.cache import KVCache
-from ceed_vla.errors import ObservationError
+from ceed_vla.errors import ConfigError, ObservationError
 from ceed_vla.images import check_images
 
 LANGUAGE_KEY = "observation.language.tokens"
@@ -80,7 +82,7 @@ class CompactBackbone(TrainableBackbone):
         self.cameras = self.augmented_images = tuple(shape.cameras)
         self.image_size, self.max_words = config.image_size, config.max_instruction_words
         self.state_dim = shape.state_dim
-        self.block_length, self.vocabulary_size = shape.block_length, shape.vocabulary_size
+        self.block_length, self.vocabulary_size, self._shape = shape.block_length, shape.vocabulary_size, shape
         width, grid, self.num_layers = config.width, config.image_grid, config.layers
         self._recompute = False
         tokens = grid**2 + bool(config.keypoints)  # of a camera
@@ -137,6 +139,14 @@ class CompactBackbone(TrainableBackbone):
 
     def exit_parts(self) -> tuple[Sequence[nn.Module], nn.Module, int]:
         return self.trunk, self.final_norm, self.final_norm.normalized_shape[0]
+
+    def coarse_branch(self) -> nn.Module:
+        """Of half the width, so that it costs a chunk about as much as the linear layer of an exit."""
+        shape, width = self._shape, self.final_norm.normalized_shape[0]
+        step, inner = shape.action_tokens.build(shape.chunk_size, shape.action_dim).tokens_per_step, max(width // 2, 1)
+        if step is None:
+            raise ConfigError("Exits of kind coarse pool the tokens of a step, and these belong to none; train linear.")
+        return CoarseBranch(Layer(inner, math.gcd(inner, 4), 2 * inner), inner, width, step)
 
     def distillation_parameters(self) -> list[str]:
         return [name for name, _ in self.named_parameters() if name.partition(".")[0] in DISTILLED]
@@ -202,32 +212,40 @@ class CompactBackbone(TrainableBackbone):
                     cache.write(own.slot, *own.layer.project(x)[1:])
         return x
 
-    def _read(self, x: Tensor, depth: int, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
-        """Hidden vectors (B, t, d) behind `depth` layers as the head reads them."""
+    def _read(
+        self,
+        x: Tensor,
+        depth: int,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+        blocks: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Hidden vectors (B, t, d) behind `depth` layers as the head reads them; the last are of embedded `blocks`."""
         own = self.exits.get(depth)
         if own is None or depth == self.num_layers:
             return cast("Tensor", self.final_norm(x))
+        if own.kind != "linear" and cache is not None:
+            own.check(cache.committed)
         if own.layer is not None:
-            own.check(cache.committed if cache is not None else 0)
             q, k, v = own.layer.project(x)
             keys, values = cache.write(own.slot, k, v) if cache is not None else (k, v)
             x = own.layer.finish(x, q, keys, values, mask)
-        return cast("Tensor", own(x))
+        return cast("Tensor", own(own.beside(x, blocks)))
 
     def block_logits(self, prefix: Prefix, tokens: Tensor, depth: int | None = None) -> Tensor:
         cache, length = prefix.cache, tokens.shape[1]
-        x = self.action_tokens(tokens) + cache.rows(self.slots, length)  # (B, k, d)
+        block = self.action_tokens(tokens) + cache.rows(self.slots, length)  # (B, k, d)
         mask, depth = cache.mask(length), check_depth(depth, self.num_layers)
-        return self.head(self._read(self._run(x, cache, mask, depth), depth, cache, mask))
+        return self.head(self._read(self._run(block, cache, mask, depth), depth, cache, mask, [block]))
 
     def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         check_linear(self.exits, depths)
         cache, length = prefix.cache, tokens.shape[1]
-        x, mask = self.action_tokens(tokens) + cache.rows(self.slots, length), cache.mask(length)
-        found, done = [], 0
+        block, mask = self.action_tokens(tokens) + cache.rows(self.slots, length), cache.mask(length)
+        x, found, done = block, [], 0
         for depth in depths:
             x = self._run(x, cache, mask, depth, done)
-            found.append(self.head(self._read(x, depth)))
+            found.append(self.head(self._read(x, depth, cache, blocks=[block])))
             done = depth
         return found, x
 
@@ -259,7 +277,7 @@ class CompactBackbone(TrainableBackbone):
         recompute, depth = self._recompute and self.training, check_depth(depth, self.num_layers)
         for layer in self.trunk[:depth]:
             x = checkpoint(layer, x, mask, use_reentrant=False) if recompute else layer(x, mask)
-        x = self._read(x, depth, mask=mask)
+        x = self._read(x, depth, mask=mask, blocks=inputs)
         state = x[:, embeddings.shape[1] - 1]  # (B, d)
         parts = x[:, embeddings.shape[1] :].split(n - 1, dim=1)
         return state, [self.head(torch.cat([state.unsqueeze(1), part], dim=1)) for part in parts]

@@ -161,7 +161,7 @@ def test_tokens_of_no_step_have_none() -> None:
 def test_compiled_code_reads_them_the_same() -> None:
     backbone, observation = model(5, 3, 4)
     tokens, engine = torch.randint(BINS, (ROWS, 12)), compiled(backbone, "eager")
-    for k in (2, 5, 11):  # filled up to 6 or 11 tokens
+    for k in (5, 11):  # filled up to 6 or 11 tokens
         eager = backbone.block_logits(backbone.prefill(observation), tokens[:, :k], 2)
         found = engine.block_logits(engine.prefill(observation), tokens[:, :k], 2)
         torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-4)

@@ -125,6 +125,12 @@ COMMANDS = {
         may="env.type env.task cap decay rounds groups scouts seed workers",
         simulator="sim.hooks ReinforceSimulation",
     ),
+    "context": _row(
+        "train which prefix tokens of a frozen policy are run: the others cost nothing",
+        "training.context ContextConfig context",
+        must="policy_path roots output_dir",
+        may="dropped steps batch_size lr seed",
+    ),
     "open-loop": _row(
         "compare decoders on held-out data, without a simulator: error, forwards, latency",
         "training.open_loop OpenLoopConfig open_loop",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import ceed_vla.processor_ceed_vla  # noqa: F401  (these register the steps that a checkpoint may name)
 from ceed_vla.backbones.base import runs
+from ceed_vla.backbones.context import load_context, save_context
 from ceed_vla.backbones.exits import load_exits, save_exits
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_block, prefill
@@ -107,6 +108,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
             raise CheckpointError(f"{folder}: config.json cannot be used ({error}).") from error
         load_weights(policy, folder, strict)
         load_exits(policy.backbone, folder)
+        load_context(policy.backbone, folder)
         if merge_adapters and policy.adapters:
             merge(policy, policy.adapters)
             policy.adapters = {}
@@ -131,12 +133,13 @@ class CeedVLAPolicy(PreTrainedPolicy):
         self.config._save_pretrained(save_directory)
         save_weights(self, save_directory, state_dict)
         save_exits(self.backbone, save_directory)
+        save_context(self.backbone, save_directory)
 
     def to(self, *arguments: Any, **options: Any) -> Any:
         """As torch's; `ConfigError` if there is no such device or type."""
         try:
-            for depth_exit in self.backbone.exits.values():
-                depth_exit.to(*arguments, **options)
+            for own in (*self.backbone.exits.values(), *self.backbone.context):
+                own.to(*arguments, **options)
             return super().to(*arguments, **options)
         except (RuntimeError, TypeError, ValueError, OverflowError, AssertionError) as error:
             raise ConfigError(f"It cannot move to {short(arguments or options)} ({short(error)}).") from error

@@ -163,7 +163,8 @@ class Run:
             ConfigError: No parameter learns, or a backbone that cannot recompute activations should.
         """
         self.policy, self.pre, self.post = policy.train(), pre, post
-        policy.config.decodings, policy.backbone.exits = {}, {}  # they say nothing of the weights that come
+        # They say nothing of the weights that come.
+        policy.config.decodings, policy.backbone.exits, policy.backbone.context = {}, {}, ()
         if OWN.fullmatch(policy.config.decode_with):
             policy.config.decode_with = CEED
         if self.settings.gradient_checkpointing:

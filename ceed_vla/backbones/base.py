@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -24,10 +24,12 @@ class Prefix[C: BlockCache]:
     Attributes:
         logits: Scores (B, V) of the first action token.
         cache: Keys and values of the prefix; decoders write the block behind them.
+        dropped: Tokens that were left out of it (`ceed_vla.backbones.context`).
     """
 
     logits: Tensor
     cache: C
+    dropped: int = field(default=0, kw_only=True)
 
     def moved(self, cache: StaticCache) -> Prefix[Any]:
         """The same in another cache, with logits that no later run of compiled code overwrites."""
@@ -91,6 +93,7 @@ class TrainableBackbone(nn.Module, Backbone):
         augmented_images: Keys of image tensors (B, 3, H, W) in [0, 1] that training shifts and brightens.
         cuts: Whether it has `prefill_to`, `extend` and `continue_block`.
         exits: Depth -> `ceed_vla.backbones.exits.DepthExit`, which reads it; they are no part of the model's weights.
+        context: The `ceed_vla.backbones.context.ContextScorer` that chooses prefix tokens, if there is one; as these.
         compilable: What `ceed_vla.engine` may compile, of "prefill" and "block"; the block of these runs on a
             `StaticCache` too.
     """
@@ -105,6 +108,7 @@ class TrainableBackbone(nn.Module, Backbone):
         super().__init__()
         self.auxiliary = self.early_auxiliary = None  # attributes of the class would hide submodules
         self.exits: dict[int, Any] = {}  # a dictionary, whose modules are not registered
+        self.context: tuple[Any, ...] = ()  # and neither are a tuple's
 
     @abc.abstractmethod
     def check_observation(self, batch: Mapping[str, Any]) -> int:
@@ -141,6 +145,14 @@ class TrainableBackbone(nn.Module, Backbone):
 
     def continue_block(self, prefix: Prefix, hidden: Tensor, depth: int) -> Tensor:
         """What `block_logits` gives for the tokens of a forward that ended at `depth`, behind the extended prefix."""
+        raise NotImplementedError
+
+    def prefix_tokens(self, embeddings: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, P, d) of what `embed_prefix` made; which (B, P) may go, equally many a row; and which stay."""
+        raise ConfigError(f"{type(self).__name__} runs all tokens of a prefix (`prefix_tokens`); leave out keep<K>.")
+
+    def keep_tokens(self, embeddings: Any, kept: Tensor) -> Any:
+        """What `embed_prefix` made, of the tokens `kept` (B, K) alone, in order and each at its own position."""
         raise NotImplementedError
 
     def exit_parts(self) -> tuple[Sequence[nn.Module], nn.Module, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.decoding.autoregressive import decode_autoregressive
 from ceed_vla.decoding.config import DecodingConfig
+from ceed_vla.decoding.context import decode_keep
 from ceed_vla.decoding.depth import decode_deer, decode_depth
 from ceed_vla.decoding.drafts import decode_del, decode_spec
 from ceed_vla.decoding.exits import ExitRule, Seen
@@ -34,12 +35,10 @@ from ceed_vla.tokens.grammar import GrammarBackbone
 
 
 def prefill(backbone: Backbone, batch: dict[str, Tensor], config: DecodingConfig) -> Prefix:
-    """Run the prefix as far as the decoder wants it."""
+    """Run the prefix, as the decoder has it made: by its ``prefill(backbone, batch, options)``, or whole."""
     entry, options = find_decoder(config.method)
-    wanted = getattr(entry.make, "prefix_depth", None)
-    if wanted is None or not getattr(backbone, "cuts", False):
-        return backbone.prefill(batch)
-    return cast("Any", backbone).prefill_to(batch, wanted(options))  # type: ignore[no-any-return]
+    own = getattr(entry.make, "prefill", None)
+    return backbone.prefill(batch) if own is None else cast("Prefix", own(backbone, batch, options))
 
 
 def decode_block(

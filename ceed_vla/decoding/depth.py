@@ -101,7 +101,9 @@ def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
     return result
 
 
-decode_deer.prefix_depth = lambda options: int(options["depth"])  # type: ignore[attr-defined]  # for `prefill`
+decode_deer.prefill = lambda backbone, batch, options: (  # type: ignore[attr-defined]
+    backbone.prefill_to(batch, int(options["depth"])) if getattr(backbone, "cuts", False) else backbone.prefill(batch)
+)
 decode_deer.relaxes = lambda _: True  # type: ignore[attr-defined]
 decode_deer.eager_only = True  # type: ignore[attr-defined]  # a compiled prefix runs through all layers
 

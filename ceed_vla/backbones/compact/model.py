@@ -169,6 +169,14 @@ class CompactBackbone(TrainableBackbone):
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:
         return self.prefill_embeddings(self.embed_prefix(observation))
 
+    def prefix_tokens(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        may_go = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        may_go[:, -1] = False  # the state, which predicts slot 0
+        return embeddings, may_go, ~may_go
+
+    def keep_tokens(self, embeddings: Tensor, kept: Tensor) -> Tensor:
+        return embeddings.gather(1, kept.unsqueeze(-1).expand(-1, -1, embeddings.shape[2]))
+
     def prefill_embeddings(self, embeddings: Tensor) -> Prefix:
         """`prefill` from embeddings (B, P, d) that `embed_prefix` made."""
         cache = self._cache(embeddings)

@@ -138,7 +138,10 @@ class OpenVLABackbone(TransformersBackbone):
             torch.cat([w[: i + 1], p, w[i + 1 :]]) for w, p, i in zip(words, patches, first, strict=True)
         ]  # each (P, d)
         real = F.pad(real, (0, patches.shape[1]), value=True)  # its padding is on the left
-        return PrefixEmbeddings.in_order(torch.stack(rows), real)
+        embeddings = PrefixEmbeddings.in_order(torch.stack(rows), real)
+        place = torch.arange(real.shape[1], device=real.device) - real.long().argmax(dim=1, keepdim=True)  # (B, P)
+        embeddings.patches = (place > 0) & (place <= patches.shape[1])
+        return embeddings
 
     def score(self, hidden: Tensor) -> Tensor:
         """Scores (..., V): the ids are neighbours, so that the head's rows need no copy."""

@@ -78,6 +78,14 @@ class TransformersBackbone(TrainableBackbone):
         """Run the prefix of every row once; rows may have prompts of different lengths."""
         return self.prefill_embeddings(self.embed_prefix(observation))
 
+    def prefix_tokens(self, embeddings: PrefixEmbeddings) -> tuple[Tensor, Tensor, Tensor]:
+        if embeddings.patches is None:
+            raise ConfigError(f"{type(self).__name__} marks no image patches, so all run; leave out keep<K>.")
+        return embeddings.embeds, embeddings.patches, embeddings.real & ~embeddings.patches
+
+    def keep_tokens(self, embeddings: PrefixEmbeddings, kept: Tensor) -> PrefixEmbeddings:
+        return embeddings.kept(kept)
+
     def prefill_embeddings(self, embeddings: PrefixEmbeddings) -> TransformersPrefix:
         """`prefill` from what `embed_prefix` made."""
         cache, real = TransformersCache(), embeddings.real

@@ -23,12 +23,14 @@ class PrefixEmbeddings:
         real: (B, P) bool, False on the padding.
         next_position: (B,) position of the first block token.
         inputs: The other arguments, as the family makes them: ``position_ids``, and ``attention_mask`` where needed.
+        patches: (B, P) bool, image patches that may go, equally many a row; None where none may. Needs `in_order`.
     """
 
     embeds: Tensor
     real: Tensor
     next_position: Tensor
     inputs: dict[str, Any] = field(default_factory=dict)
+    patches: Tensor | None = None
 
     @classmethod
     def in_order(cls, embeds: Tensor, real: Tensor) -> PrefixEmbeddings:
@@ -44,7 +46,14 @@ class PrefixEmbeddings:
     def __getitem__(self, rows: Any) -> PrefixEmbeddings:
         """The given rows; `ConfigError` where the language model reads something that is not arranged by rows."""
         inputs = {name: self._rows(name, value, rows) for name, value in self.inputs.items()}
-        return PrefixEmbeddings(self.embeds[rows], self.real[rows], self.next_position[rows], inputs)
+        patches = None if self.patches is None else self.patches[rows]
+        return PrefixEmbeddings(self.embeds[rows], self.real[rows], self.next_position[rows], inputs, patches)
+
+    def kept(self, tokens: Tensor) -> PrefixEmbeddings:
+        """The `tokens` (B, K) alone, each at the position that it has in the whole prefix; the block keeps its own."""
+        inputs = {name: value.gather(1, tokens) for name, value in self.inputs.items()}  # those of `in_order`
+        rows = torch.arange(len(self), device=tokens.device).unsqueeze(1)
+        return PrefixEmbeddings(self.embeds[rows, tokens], self.real.gather(1, tokens), self.next_position, inputs)
 
     def _rows(self, name: str, value: Any, rows: Any) -> Any:
         if isinstance(value, dict):  # masks of several kinds of layers

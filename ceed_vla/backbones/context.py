@@ -1,0 +1,75 @@
+"""Context: which tokens of a prefix run, chosen before the first layer by a module of its own beside frozen weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.weights import copy_weights, opened
+
+CONTEXT = "context.safetensors"
+
+
+class ContextScorer(nn.Module):
+    """How far the policy's scores would move without a prefix token, judged in its context (EXIT, arXiv 2412.12559)."""
+
+    def __init__(self, width: int, tokens: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.own, self.context = nn.Linear(width, 64), nn.Linear(2 * width, 64, bias=False)
+        self.out = nn.Linear(64, 1, bias=False)
+        self.place = nn.Parameter(torch.full((tokens,), 1 / tokens).log())  # (N,) what a token's place says alone
+        nn.init.normal_(self.out.weight, std=1e-3)
+
+    def forward(self, x: Tensor, may_go: Tensor, stays: Tensor) -> Tensor:
+        """Scores (B, N) of the tokens of x (B, P, d) that `may_go` (B, P); others stay, or are padding."""
+        x = self.norm(x.to(self.place.dtype))
+        marks = torch.stack([may_go | stays, stays], dim=1).to(x.dtype)  # (B, 2, P)
+        seen = (marks @ x / marks.sum(-1, keepdim=True).clamp(min=1)).flatten(1)  # (B, 2 d), of all and of what stays
+        own = self.own(x[may_go].view(len(x), len(self.place), -1)) + self.context(seen).unsqueeze(1)
+        return self.out(F.silu(own)).squeeze(-1) + self.place  # type: ignore[no-any-return]
+
+
+def keep_best(backbone: Any, embeddings: Any, count: int) -> tuple[Any, int]:
+    """`embeddings` of the `count` best tokens, if more may go, and how many went; `ConfigError` without a scorer."""
+    x, may_go, stays = backbone.prefix_tokens(embeddings)
+    tokens = int(may_go[0].sum())
+    if count >= tokens:
+        return embeddings, 0
+    if [len(scorer.place) for scorer in backbone.context] != [tokens]:
+        reason = f"Keeping {count} of {tokens} prefix tokens needs a checkpoint whose {CONTEXT} scores so many"
+        raise ConfigError(f"{reason}; train one: ceed-vla context.")
+    return keep_scored(backbone, embeddings, backbone.context[0](x, may_go, stays), count), tokens - count
+
+
+def keep_scored(backbone: Any, embeddings: Any, scores: Tensor, count: int) -> Any:
+    """`embeddings` with the `count` tokens of the highest `scores` (B, N), and all that may not go, in order."""
+    may_go = backbone.prefix_tokens(embeddings)[1]
+    ranked = torch.full(may_go.shape, torch.inf, device=scores.device)  # (B, P)
+    ranked[may_go] = scores.float().flatten()
+    left = may_go.shape[1] - scores.shape[1] + count
+    return backbone.keep_tokens(embeddings, ranked.topk(left).indices.sort(dim=1).values)
+
+
+def save_context(backbone: Any, folder: Path) -> None:
+    """Write the scorer of a backbone, if there is one."""
+    for scorer in backbone.context:
+        save_file(scorer.state_dict(), folder / CONTEXT)
+
+
+def load_context(backbone: Any, folder: Path) -> None:
+    """Attach the scorer of a checkpoint's folder, if there is one; `CheckpointError` for another model's, or damage."""
+    if not (file := folder / CONTEXT).is_file():
+        return
+    with opened(file) as tensors:
+        places = tensors.get_slice("place").get_shape() if "place" in tensors.keys() else []  # noqa: SIM118
+    scorer = ContextScorer(backbone.exit_parts()[2], places[0] if len(places) == 1 else 1)
+    if wrong := [name for names in copy_weights(scorer, [file]) for name in names]:
+        raise CheckpointError(f"{file} does not belong to this model: {', '.join(wrong)}.")
+    backbone.context = (scorer.eval().requires_grad_(False),)

@@ -1,0 +1,39 @@
+"""Context: Jacobi decoding behind the tokens of the prefix that matter most: ``keep24_conf0.2_cap2``."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ceed_vla.backbones.base import Backbone, Prefix
+from ceed_vla.backbones.context import keep_best
+from ceed_vla.decoding.jacobi import decode_jacobi
+from ceed_vla.decoding.registry import register_decoder
+from ceed_vla.decoding.request import BlockRequest
+from ceed_vla.decoding.result import DecodeResult
+
+
+@register_decoder(r"keep(?P<kept>[1-9]\d{0,4})", "keep<K>", "the K best prefix tokens", ("keep32", "keep24", "keep16"))
+@torch.no_grad()
+def decode_keep(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
+    """`decode_jacobi`; where tokens were left out, nothing is proven about the whole prefix (arXiv 2412.12559)."""
+    result = decode_jacobi(backbone, prefix, request)
+    if prefix.dropped:
+        result.exact_tokens = torch.full_like(result.exact_tokens, request.frozen_tokens(backbone, len(prefix.logits)))
+        result.exact = torch.zeros_like(result.exact)
+    return result
+
+
+def _kept(backbone: Any, batch: dict[str, Tensor], options: dict[str, str]) -> Prefix:
+    """The prefix of what is kept; where that is all, it is made as ever."""
+    embeddings, dropped = keep_best(backbone, backbone.embed_prefix(batch), int(options["kept"]))
+    prefix = cast("Prefix", backbone.prefill_embeddings(embeddings))
+    prefix.dropped = dropped
+    return prefix
+
+
+decode_keep.prefill = _kept  # type: ignore[attr-defined]
+decode_keep.relaxes = lambda _: True  # type: ignore[attr-defined]
+decode_keep.eager_only = True  # type: ignore[attr-defined]  # a compiled prefix has one length

@@ -1,0 +1,63 @@
+"""`ceed-vla context`: a scorer finds what costs nothing to leave out, the policy stays as it is, wrong settings not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ceed_vla
+from ceed_vla.checkpoints import weights_hash
+from ceed_vla.errors import ConfigError
+from training.context import LEAST, REPORT, ContextConfig, Scored, context
+from training.distill import distill
+from training.distill_data import DistillData
+
+
+def test_it_learns_what_one_token_costs(studio: Any, tmp_path: Path) -> None:
+    sizes = {"steps": 40, "eval_frames": 16, "batch_size": 8, "lr": 0.02}
+    folder = context(ContextConfig(str(studio.teacher), str(studio.demo), str(tmp_path / "out"), **sizes))
+    report = json.loads((folder / REPORT).read_text())
+    assert (report["steps"], report["dropped"]) == (40, 1)
+    for found in report["kept"].values():
+        assert set(found) == {"scorer", "places", "norm", "random"}
+        assert all(kl >= 0 and 0 <= same <= 1 for kl, same in found.values())
+    policy, pre, _ = ceed_vla.load(folder)
+    (scorer,) = policy.backbone.context
+    data = DistillData(str(studio.demo), policy, pre, eval_frames=16)
+    data.root, data.frame = np.zeros(len(data.stores[0]), int), np.arange(len(data.stores[0]))
+    data.split()
+    frames = Scored(data, data.held_out)
+    scores = scorer(*frames.tokens)  # (B, N)
+    count = scores.shape[1]
+    one = [frames.without((torch.arange(count) != i).float().expand_as(scores), count - 1)[0] for i in range(count)]
+    costs = torch.stack(one, dim=1).clamp(min=LEAST).log()  # (B, N)
+    assert torch.corrcoef(torch.stack([costs.flatten(), scores.flatten()]))[0, 1] > 0.6
+    costly = costs.gather(1, scores.topk(count // 4).indices)
+    assert costly.mean() > costs.mean() + 0.5
+    assert weights_hash(folder) == weights_hash(studio.teacher)
+    base, _, _ = ceed_vla.load(studio.teacher)
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), base.parameters(), strict=True))
+    # A student of other weights does not inherit it.
+    config = studio.distill_config(tmp_path / "student", teacher_path=str(folder), steps=1, save_every=1)
+    student, _, _ = ceed_vla.load(distill(config))
+    assert student.backbone.context == ()
+
+
+def test_what_cannot_work_is_refused(studio: Any, tmp_path: Path) -> None:
+    def config(**changes: Any) -> ContextConfig:
+        given = {"policy_path": str(studio.teacher), "roots": str(studio.demo), "output_dir": str(tmp_path / "new")}
+        return ContextConfig(**{**given, **changes})
+
+    for change, message in (
+        ({"output_dir": str(studio.teacher)}, r"which holds .* name a new or empty folder"),
+        ({"roots": ""}, "No data"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            context(config(**change))
+    with pytest.raises(ConfigError, match="dropped"):
+        config(dropped=0)

@@ -1,0 +1,140 @@
+"""``ceed-vla context``: train which prefix tokens of a frozen policy run, into a file beside a copy of its checkpoint.
+
+The scores of dropped tokens learn to add up to how far the policy's own scores at the fixed point move without them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import trange
+
+from ceed_vla.backbones.context import CONTEXT, ContextScorer, keep_scored
+from ceed_vla.checkpoints import load, save
+from ceed_vla.errors import CeedVLAError
+from ceed_vla.fields import COUNTS, SEEDS, check_fields, ranged
+from ceed_vla.files import write_text
+from ceed_vla.outputs import claim_folder
+from training.distill_data import DistillData
+from training.optim import cosine_factor
+from training.run import RATES
+from training.settings import BATCHES
+
+REPORT = "context.json"
+SUBSETS, LEAST, PLACES = 4, 1e-4, 10.0  # of a batch; divergence as good as none; learning rate of places over others
+
+
+@dataclass
+class ContextConfig:
+    """Settings of `ceed-vla context`.
+
+    Attributes:
+        policy_path: The policy.
+        roots: Comma-separated data sets, whose observations it sees.
+        output_dir: A new folder for the checkpoint with its scorer.
+        dropped: Most tokens that are dropped together, in random subsets; 1 leaves one out at a time.
+        eval_frames: Held-out frames that the report is about.
+    """
+
+    policy_path: str = ""
+    roots: str = ""
+    output_dir: str = ""
+    dropped: int = ranged(1, "[1, 99999]")
+    steps: int = ranged(200, COUNTS)
+    batch_size: int = ranged(16, BATCHES)
+    lr: float = ranged(1e-2, RATES)
+    eval_frames: int = ranged(64, BATCHES)
+    seed: int = ranged(0, SEEDS)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+class Scored:
+    """Prefixes of B frames with the policy's fixed points (B, n), and its log-probabilities (B, n, V) there."""
+
+    def __init__(self, data: DistillData, rows: Any) -> None:
+        batch, self.backbone = data.observations(rows), data.policy.backbone
+        self.fixed = data.policy.decode(batch, "jacobi", read=False).tokens
+        self.embeddings = self.backbone.embed_prefix(batch)
+        self.tokens: tuple[Tensor, Tensor, Tensor] = self.backbone.prefix_tokens(self.embeddings)
+        self.full = self._behind(self.embeddings)
+
+    def without(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Mean KL (B,), and which tokens (B, n) stay, behind the `count` tokens of the highest `scores` (B, N)."""
+        own = self._behind(keep_scored(self.backbone, self.embeddings, scores, count))
+        apart = F.kl_div(own, self.full, reduction="none", log_target=True).sum(-1).mean(-1)
+        return apart, own.argmax(-1) == self.fixed
+
+    def _behind(self, embeddings: Any) -> Tensor:
+        return self.backbone.packed_logits(embeddings, [self.fixed])[1][0].float().log_softmax(-1)
+
+
+def context(config: ContextConfig) -> Path:
+    """Train, write a checkpoint with a scorer and what it is worth, and return its folder; raises as `exits` does."""
+    output = claim_folder("output_dir", config.output_dir, (), ())
+    torch.manual_seed(config.seed)
+    policy, pre, post = load(config.policy_path)
+    policy.requires_grad_(False)
+    data = DistillData(config.roots, policy, pre, eval_frames=config.eval_frames, seed=config.seed)
+    data.root = np.concatenate([np.full(len(store), index) for index, store in enumerate(data.stores)])
+    data.frame = np.concatenate([np.arange(len(store)) for store in data.stores])
+    data.split()
+    frames = Scored(data, data.held_out)
+    scorer = ContextScorer(policy.backbone.exit_parts()[2], int(frames.tokens[1][0].sum()))
+    train(scorer, data, config)
+    policy.backbone.context = (scorer.requires_grad_(False),)
+    worth = held_out(scorer, frames, config.seed)
+    save(output, policy, pre, post)
+    write_text(output / REPORT, json.dumps({"steps": config.steps, "dropped": config.dropped, "kept": worth}, indent=2))
+    print(*(f"keep{count}: {found}" for count, found in worth.items()), f"Written: {output / CONTEXT}", sep="\n")
+    return output
+
+
+def train(scorer: ContextScorer, data: DistillData, config: ContextConfig) -> None:
+    """Train a scorer on what random subsets of the tokens cost."""
+    rate = {id(scorer.place): PLACES * config.lr}
+    groups = [{"params": [p], "lr": rate.get(id(p), config.lr)} for p in scorer.parameters()]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine_factor(s, config.steps, config.steps // 20))
+    tokens, most = len(scorer.place), min(config.dropped, len(scorer.place) - 1)
+    for step in (bar := trange(config.steps, desc="context", unit="step", dynamic_ncols=True)):
+        random = np.random.default_rng([config.seed, step])
+        frames, loss = Scored(data, data.draw(config.batch_size, random, step)), torch.zeros(())
+        for _ in range(SUBSETS):
+            count, order = int(random.integers(1, most + 1)), random.random((config.batch_size, tokens)).argsort(1)
+            kept = torch.from_numpy(order >= count)  # (B, N)
+            target = frames.without(kept.float(), tokens - count)[0].clamp(min=LEAST).log()  # (B,)
+            lost = scorer(*frames.tokens).masked_fill(kept, -torch.inf).logsumexp(-1)
+            loss = loss + (lost - target).abs().mean() / SUBSETS
+        if not torch.isfinite(loss):
+            raise CeedVLAError(f"The loss is {loss.item()} at step {step}: training diverged. Lower --lr.")
+        loss.backward()
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def held_out(scorer: ContextScorer, frames: Scored, seed: int) -> dict[int, Any]:
+    """Tokens kept -> what ways to choose them cost: mean KL, and the share of tokens that stay, behind right ones."""
+    (x, may_go, _), scores = frames.tokens, scorer(*frames.tokens)  # (B, N)
+    ways = {
+        "scorer": scores,
+        "places": scores.mean(0).expand_as(scores),  # the same in all frames
+        "norm": x[may_go].float().norm(dim=-1).view_as(scores),
+        "random": torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)),
+    }
+    return {
+        count: {
+            n: [round(cost.float().mean().item(), 4) for cost in frames.without(way, count)] for n, way in ways.items()
+        }
+        for count in sorted({max(1, scores.shape[1] * eighths // 8) for eighths in range(1, 8)})
+    }

@@ -175,7 +175,7 @@ def _evaluate(config: EvalConfig, pool: EnvPool, console: Console, probes: Any) 
     folder = claim_folder("output_dir", config.output_dir, own, (REPORT, EPISODES))
     if not config.resume:
         refuse_unfinished(folder, REPORT)
-    run, log = _prepared(config, pool)
+    run, log = prepared(config, pool)
     run.probes, config = probes(run.bundles), run.config
     folder.mkdir(parents=True, exist_ok=True)
     log.start(run.results)
@@ -201,7 +201,7 @@ def _decoders(config: EvalConfig) -> list[str]:
     return parse_decoders(config.decoders, has_teacher=bool(config.teacher.path))
 
 
-def _prepared(config: EvalConfig, pool: EnvPool) -> tuple[Evaluation, EpisodeLog]:
+def prepared(config: EvalConfig, pool: EnvPool) -> tuple[Evaluation, EpisodeLog]:
     """What is evaluated, with the episodes that are kept of a run before, and where episodes are written."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -1,6 +1,6 @@
 """What choosing the layers of every forward is worth at best: an oracle of programs (CoLa, arXiv 2507.07996).
 
-    python -m benchmarks.programs --policy.path student --roots DATA --frames 80 --output_dir D
+    python -m benchmarks.programs --policy.path student --roots DATA --frames 80 > programs.json
 
 A beam search skips and repeats layers for every frame, and once for all. A program's error is the mean distance [bins]
 of the executed tokens, after one forward from the warm guess, from the fixed point. The best of hundreds is good by
@@ -24,15 +24,11 @@ from ceed_vla.cli import Command, run
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, Checked, ranged
-from ceed_vla.files import write_text
-from ceed_vla.outputs import MADE_BY, claim_folder
 from sim.evaluate import CheckpointPath
-from sim.report import markdown_table
 from training.mixture import check_fits
 from training.settings import split_list
 
 type Program = tuple[int, ...]
-REPORT, TABLE = "programs.json", "programs.md"
 
 
 @dataclass
@@ -42,7 +38,6 @@ class ProgramsConfig(Checked, prefix="--"):
     Attributes:
         policy: The policy.
         roots: Comma-separated data sets.
-        output_dir: Folder for programs.json and programs.md.
         frames: Frames drawn, as many from each of them.
         breadth: Best programs of every length that the search goes on from.
         edits: Layers that a program skips or repeats, at most.
@@ -50,7 +45,6 @@ class ProgramsConfig(Checked, prefix="--"):
 
     policy: CheckpointPath = field(default_factory=CheckpointPath)
     roots: str = ""
-    output_dir: str = "outputs/programs"
     frames: int = ranged(80, "[4, 1e6]")
     breadth: int = ranged(2, COUNTS)
     edits: int = ranged(3, "[1, 64]")
@@ -101,20 +95,14 @@ def drawn(config: ProgramsConfig, policy: Any, pre: Any) -> list[tuple[Frame, Fr
 
 
 def choices(frames: list[Frame]) -> dict[str, list[Program]]:
-    """The oracle's program of every frame: the shortest that is not worse than the full one, the best that is not
-    longer, and (`equal`) that of least error plus the highest price of layers that keeps the mean error.
+    """The oracle's program of every frame: the shortest that is not worse than the full one, and the best that is not
+    longer.
     """
-
-    def least(score: Callable[[float, int, float], Any]) -> list[Program]:
-        return [min(f.errors, key=lambda p: score(f.errors[p], len(p), f.errors[f.full])) for f in frames]
-
-    layers = len(frames[0].full)
-    found = {"shortest": least(lambda error, size, full: (error > full, size, error))}
-    found["best"] = least(lambda error, size, full: (size > layers, error, size))
-    for price in np.geomspace(1e-4, 100, 60):
-        chosen = least(lambda error, size, full: error + price * size)  # noqa: B023
-        if entry(frames, chosen)["error"] <= entry(frames, chosen)["full"]:
-            found["equal"] = chosen
+    found: dict[str, list[Program]] = {"shortest": [], "best": []}
+    for frame in frames:
+        errors, full = frame.errors, frame.full
+        found["shortest"].append(min(errors, key=lambda p: (errors[p] > errors[full], len(p), errors[p])))
+        found["best"].append(min(errors, key=lambda p: (len(p) > len(full), errors[p], len(p))))
     return found
 
 
@@ -140,8 +128,7 @@ def null(frames: list[Frame]) -> dict[str, float]:
 
 @torch.inference_mode()
 def programs(config: ProgramsConfig) -> dict[str, Any]:
-    """Search, and write programs.json and programs.md; `ConfigError` for flags that cannot work."""
-    folder = claim_folder("output_dir", config.output_dir, (REPORT, TABLE), (REPORT,))
+    """Search, and print the report as JSON; `ConfigError` for flags that cannot work."""
     if not (config.policy.path and split_list(config.roots)):
         raise ConfigError("Set --policy.path to a checkpoint, and --roots to data sets.")
     policy, pre, _ = load(config.policy.path)
@@ -154,21 +141,12 @@ def programs(config: ProgramsConfig) -> dict[str, Any]:
         search(frame.error, full, config.breadth, config.edits)
     sizes = {len(p): min((q for q in together if len(q) == len(p)), key=lambda q: together[q]) for p in together}
     chosen = {"-".join(map(str, sizes[size])): [sizes[size]] * len(frames) for size in sorted(sizes)} | choices(frames)
-    report = {"program": MADE_BY, **{key: str(value) for key, value in vars(config).items()}, "null": null(frames)}
-    report["rows"], lines = {}, []
+    report: dict[str, Any] = {"null": null(frames)}
     for name, each in chosen.items():
-        lengths = [len(p) for p in each]
-        row = {"own": entry(frames, each), "later": entry(later, each)}
-        row["other"] = entry([frames[i] for i in order], [each[i] for i in np.roll(order, 1)])
-        saved = round(float(100 - 100 * np.mean(lengths) / len(full)), 2)
-        report["rows"][name] = {"saved": saved, "lengths": np.bincount(lengths).tolist(), **row}
-        lines.append((name, f"{saved}", *(" / ".join(f"{r[key]:.2f}" for r in row.values()) for key in row["own"])))
-    head = ("programs", "layers saved [%]", *(f"{key}: own / later / other frame" for key in row["own"]))
-    table = f"{markdown_table(head, lines)}\n\n{report['null']}\n\n*{MADE_BY}*\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / REPORT, json.dumps(report, indent=2))
-    write_text(folder / TABLE, table)
-    print(table)
+        report[name] = {"saved": round(float(100 - 100 * np.mean([len(p) for p in each]) / len(full)), 2)}
+        report[name] |= {"own": entry(frames, each), "later": entry(later, each)}
+        report[name]["other"] = entry([frames[i] for i in order], [each[i] for i in np.roll(order, 1)])
+    print(json.dumps(report, indent=1))
     return report
 
 

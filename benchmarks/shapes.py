@@ -100,8 +100,12 @@ def measure(timed: Timed, seconds: float, device: str, least: int = 3) -> dict[s
 
 @torch.inference_mode()
 def time_backbone(backbone: Any, rows: int, prefix_length: int, seconds: float, device: str) -> dict[str, Any]:
-    """All engines of one backbone, engine -> row -> percentiles: decodes, single forwards and the prefill."""
-    dtype = next(backbone.parameters()).dtype
+    """All engines of one backbone, engine -> row -> percentiles ("ms"): decodes, single forwards and the prefill; their
+    ratios ("x_ar"), and the peak of a GPU's memory.
+    """
+    dtype, cuda = next(backbone.parameters()).dtype, device.startswith("cuda")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     embeds = torch.randn(rows, prefix_length, backbone.width, generator=torch.Generator().manual_seed(2))
     observation = {"embeds": embeds.to(device, dtype)}
     built = {name: make(backbone) for name, make in engines(device).items()}
@@ -112,11 +116,12 @@ def time_backbone(backbone: Any, rows: int, prefix_length: int, seconds: float, 
         timed |= {f"{name} {part}": function for part, function in parts.items()}
     found = measure(timed, seconds, device)
     found |= measure({"eager prefill": lambda: backbone.prefill(observation)}, seconds / 10, device)
-    result: dict[str, Any] = {}
-    for name, times in found.items():
+    times: dict[str, Any] = {}
+    for name, percentiles in found.items():
         engine, part = name.split()
-        result.setdefault(engine, {})[part] = times
-    return result
+        times.setdefault(engine, {})[part] = percentiles
+    torch._dynamo.reset()
+    return {"ms": times, "x_ar": ratios(times), **({"peak_bytes": torch.cuda.max_memory_allocated()} if cuda else {})}
 
 
 def ratios(found: dict[str, Any]) -> dict[str, float]:
@@ -136,18 +141,9 @@ def shape(name: str, device: str, dtype: torch.dtype, seconds: float, batches: t
     """One of `SHAPES`, at every batch size."""
     backbone = Trunk(SHAPES[name], BLOCK, dtype, device)
     prefix = PREFIX[name.partition("-")[0]]
-    result: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in backbone.parameters()), "prefix": prefix, "block": BLOCK, "batches": {}
-    }  # fmt: skip
-    for rows in batches:
-        if device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
-        found = time_backbone(backbone, rows, prefix, seconds / len(batches), device)
-        result["batches"][rows] = {"ms": found, "x_ar": ratios(found)}
-        if device.startswith("cuda"):
-            result["batches"][rows]["peak_bytes"] = torch.cuda.max_memory_allocated()
-        torch._dynamo.reset()
-    return result
+    found = {rows: time_backbone(backbone, rows, prefix, seconds / len(batches), device) for rows in batches}
+    parameters = sum(p.numel() for p in backbone.parameters())
+    return {"parameters": parameters, "prefix": prefix, "block": BLOCK, "batches": found}
 
 
 def curves(factors: tuple[str, ...], device: str, seconds: float) -> dict[str, Any]:
@@ -158,9 +154,8 @@ def curves(factors: tuple[str, ...], device: str, seconds: float) -> dict[str, A
         sizes = {**USUAL, factor: value}
         backbone = CompactTrunk(sizes["n"], sizes["layers"], device=device)
         found = time_backbone(backbone, sizes["batch"], sizes["prefix"], seconds / len(todo), device)
-        result[factor][value] = {"ms": found, "x_ar": ratios(found)}
-        torch._dynamo.reset()
-        print(f"{factor} {value}: {result[factor][value]['x_ar']}", flush=True)
+        result[factor][value] = found
+        print(f"{factor} {value}: {found['x_ar']}", flush=True)
     return result
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +22,12 @@ from ceed_vla.data.files import is_whole
 from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.workers import Workers
-from sim.environment import Bundle, EnvPool, joined
+from sim.environment import EnvPool, joined
 from sim.recording.attempts import Attempt, expert_attempt, frame_features, grounding_scenes
 from sim.recording.config import RecordConfig
 from sim.recording.interrupts import handled_by, held_back
 from sim.recording.takeover import takeover_attempts
 from sim.rollout import PolicyRunner
-
-Hook = Callable[[Attempt], None]
 
 
 @dataclass
@@ -54,22 +52,19 @@ class RecordSummary:
         return f"{self.root}: {stored} of {self.attempts} attempts ({outcomes})"
 
 
-def record(config: RecordConfig, policy_bundle: Bundle | None = None, on_attempt: Hook | None = None) -> RecordSummary:
+def record(config: RecordConfig) -> RecordSummary:
     """Record a data set, or the rest of one.
-
-    Mode takeover loads `config.policy_path` if there is no `policy_bundle`; `on_attempt` is called after every attempt,
-    before it is stored.
 
     Raises:
         ConfigError: `root` exists (without `resume`), or was recorded with other options.
         DatasetError: `root` is no recording, or the disk is full. What was stored stays readable.
         KeyboardInterrupt: Interrupted; all complete units of work are stored, `resume` goes on after them.
     """
-    _check_root(config, policy_bundle)
+    _check_root(config)
     with (
         handled_by(),
         EnvPool(config.batch, config.env) as pool,
-        Workers(config.workers, unit_recorder, config, pool, policy_bundle) as workers,
+        Workers(config.workers, unit_recorder, config, pool) as workers,
     ):
         features = frame_features(pool.env(0), config)
         try:
@@ -81,28 +76,27 @@ def record(config: RecordConfig, policy_bundle: Bundle | None = None, on_attempt
             ) from error
         session = _Session(config, writer)
         try:
-            session.run(workers.map(session.units()), on_attempt)
+            for attempts in workers.map(session.units()):
+                session.store(attempts)
         finally:
             session.close()
     return RecordSummary(config.root, writer.episodes, writer.frames, session.attempts, dict(session.outcomes))
 
 
-def _check_root(config: RecordConfig, policy_bundle: Bundle | None) -> None:
+def _check_root(config: RecordConfig) -> None:
     occupied = config.root.exists() and (not config.root.is_dir() or any(config.root.iterdir()))
     if occupied and not config.resume:
         raise ConfigError(f"{config.root} exists; add --resume to continue it, or choose a new --root")
     if occupied and not is_recording(config.root):
         raise ConfigError(f"{config.root} was not written by `ceed-vla record`; choose a new --root")
-    if config.mode == "takeover" and policy_bundle is None and config.policy_path is None:
+    if config.mode == "takeover" and config.policy_path is None:
         raise ConfigError("mode takeover needs --policy_path, the checkpoint folder of the policy that drives")
 
 
-def unit_recorder(
-    config: RecordConfig, pool: EnvPool, policy_bundle: Bundle | None
-) -> Callable[[range], list[Attempt]]:
+def unit_recorder(config: RecordConfig, pool: EnvPool) -> Callable[[range], list[Attempt]]:
     """The function that records one unit of seeds in the configured mode."""
     if config.mode == "takeover":
-        bundle = joined(policy_bundle or load(config.policy_path or ""), config.env)
+        bundle = joined(load(config.policy_path or ""), config.env)
         steps = bundle[0].config.chunk_size
         if config.executed_steps > steps:
             raise ConfigError(f"executed_steps is {config.executed_steps}; the policy's chunks have {steps} steps.")
@@ -168,14 +162,7 @@ class _Session:
         last = first + self.config.episodes
         return [range(seed, min(seed + size, last)) for seed in range(first + self.attempts, last, size)]
 
-    def run(self, units: Iterable[list[Attempt]], on_attempt: Hook | None) -> None:
-        for attempts in units:
-            for attempt in attempts:
-                if on_attempt is not None:
-                    on_attempt(attempt)
-            self._store(attempts)
-
-    def _store(self, attempts: list[Attempt]) -> None:
+    def store(self, attempts: list[Attempt]) -> None:
         """Write one unit; counters change together with the frames they count."""
         with held_back(), self._disk_errors():
             if not self.writer.has_room():

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from ceed_vla.data.files import read_info, read_rows
 from ceed_vla.data.statistics import image_statistics, vector_statistics
 from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import ConfigError, DatasetError
-from sim.record import record
+from sim.record import _Session, record
 from sim.tabletop.tasks import TASKS
 
 
@@ -102,6 +104,21 @@ def test_grounding_frames_have_own_tasks_and_no_action(tmp_path: Path, config: A
 # -- interrupts, full disks, resume --
 
 
+@contextmanager
+def before_it_is_stored(hook: Callable[[Any], None]) -> Iterator[None]:
+    """Call `hook` with every attempt that is about to be stored."""
+    store = _Session.store
+
+    def watched(self: _Session, attempts: list[Any]) -> None:
+        for attempt in attempts:
+            hook(attempt)
+        store(self, attempts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Session, "store", watched)
+        yield
+
+
 @pytest.mark.parametrize(("mode", "options"), [("clean", {}), ("grounding", {"scenes_per_episode": 2})])
 def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, mode: str, options: dict[str, Any], config: Any) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -111,8 +128,8 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, mode: str, options
         if attempt.seed == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        record(config(broken, episodes=4, mode=mode, **options), on_attempt=interrupt)
+    with pytest.raises(KeyboardInterrupt), before_it_is_stored(interrupt):
+        record(config(broken, episodes=4, mode=mode, **options))
     assert 0 < len(read(broken)) < len(rows(whole))
     summary = record(config(broken, episodes=4, mode=mode, resume=True, **options))
     assert rows(broken) == rows(whole)
@@ -132,8 +149,8 @@ def test_workers_record_the_same(tmp_path: Path, config: Any) -> None:
         if attempt.seed == 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        record(config(tmp_path / "shared", episodes=5, mode="perturb", workers=2), on_attempt=interrupt)
+    with pytest.raises(KeyboardInterrupt), before_it_is_stored(interrupt):
+        record(config(tmp_path / "shared", episodes=5, mode="perturb", workers=2))
     record(config(tmp_path / "shared", episodes=5, mode="perturb", resume=True))
     assert rows(tmp_path / "shared") == rows(tmp_path / "alone")
     options = {"mode": "takeover", "policy_path": "student", "decoding": "cap1", "batch": 2, "seed": 30_000}
@@ -147,8 +164,8 @@ def test_sigterm_is_an_interrupt(tmp_path: Path, config: Any) -> None:
         if attempt.seed == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(KeyboardInterrupt):
-        record(config(tmp_path / "set", episodes=3), on_attempt=kill)
+    with pytest.raises(KeyboardInterrupt), before_it_is_stored(kill):
+        record(config(tmp_path / "set", episodes=3))
     assert read(tmp_path / "set").num_episodes == 1
 
 

@@ -285,12 +285,15 @@ def test_interval_of_a_success_rate() -> None:
 
 
 @pytest.mark.parametrize("switches", [1, 2])
-def test_takeover_stores_only_finished_corrections(tmp_path: Path, switches: int) -> None:
+def test_takeover_stores_only_finished_corrections(
+    tmp_path: Path, switches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "takeover"
     options = {"env": push(), "episodes": 3, "batch": 2, "max_chunks": 3, "switches": switches}
-    config = RecordConfig(root=root, mode="takeover", decoding="cap2", progress=False, **options)
+    config = RecordConfig(root=root, mode="takeover", policy_path=tmp_path, decoding="cap2", progress=False, **options)
     policy = FakePolicy(reach)
-    summary = record(config, policy_bundle=(policy, None, None))
+    monkeypatch.setattr("sim.record.load", lambda path: (policy, None, None))
+    summary = record(config)
     assert {call.decoding for call in policy.calls} == {"cap2"}
     assert summary.attempts == sum(summary.outcomes.values()) == 3
     recorded = summary.outcomes.get("push_cube/recorded", 0)

@@ -20,7 +20,6 @@ import sim.rivals
 from ceed_vla.backbones.exits import described_exits
 from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
-from ceed_vla.errors import ConfigError
 from ceed_vla.fields import chosen
 from ceed_vla.files import write_text
 from sim.evaluate import EvalConfig, evaluate
@@ -63,10 +62,8 @@ def bench(config: BenchConfig, console: Console | None = None) -> dict[str, Any]
         ConfigError: An option that cannot work, e.g. an unknown decoder.
         CheckpointError: A checkpoint that cannot be loaded.
     """
-    if not config.policy.path:
-        raise ConfigError("--policy.path is missing; give a checkpoint folder, or student for the shipped one.")
     if not config.decoders:
-        folder = resolve_checkpoint(config.policy.path)
+        folder = resolve_checkpoint(config.policy.given())
         rows = [*CeedVLAConfig.read(folder).decodings, *depth_rows(*described_exits(folder))]
         config.decoders = ",".join([ROWS, *rows, *[TEACHER_ROWS] * bool(config.teacher.path)])
     config.decoders = f"ar,ar_h,{config.decoders}"  # everything is compared with them

@@ -196,13 +196,11 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
         ConfigError: An option that cannot work.
         CheckpointError: A checkpoint that cannot be loaded.
     """
-    if not config.policy.path:
-        raise ConfigError("--policy.path is missing; give a checkpoint folder, or student for the shipped one.")
     name = AUDIT if config.names else REPORT
     folder = claim_folder("output_dir", config.output_dir, (name,), (REPORT, AUDIT))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    policy, pre, post = load(config.policy.path)
+    policy, pre, post = load(config.policy.given())
     if policy.tokenizer.tokens_per_step is None or not hasattr(policy.tokenizer, "low"):
         raise ConfigError("These tokens are no bins of actions: how far one is from another is unknown.")
     config = replace(config, executed_steps=config.executed_steps or policy.config.n_action_steps)

@@ -280,8 +280,6 @@ class EnvPool(AbstractContextManager["EnvPool"]):
     """A fixed number of environments, made when first needed and used again."""
 
     def __init__(self, size: int, config: EnvConfig, instruction: str = "") -> None:
-        if size < 1:
-            raise ConfigError(f"a pool needs at least 1 environment, not {size}")
         self.size, self.config, self._instruction = size, config, instruction
         self._envs: list[Environment] = []
 

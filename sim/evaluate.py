@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lerobot.envs.configs import EnvConfig
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
+from tqdm import tqdm
 
 from ceed_vla.checkpoints import load, resolve_checkpoint, weights_hash
 from ceed_vla.decoding.registry import find_decoder
@@ -47,7 +47,6 @@ from sim.timing import (
 
 logger = logging.getLogger(__name__)
 
-EPISODE_COUNTS = "[1, 100000]"
 REPORT = "report.json"
 MOVED = {"env": "env.type", "task": "env.task", "split": "env.split", "max_episode_steps": "env.episode_length"}
 MOVED |= {"compile": "engine"}
@@ -62,6 +61,14 @@ class CheckpointPath(Checked, prefix="the checkpoint's "):
     """
 
     path: str = ""
+
+    def given(self) -> str:
+        """The policy's path; `ConfigError` if there is none."""
+        if not self.path:
+            raise ConfigError(
+                "--policy.path is missing; give a checkpoint folder, or student or teacher for the shipped ones."
+            )
+        return self.path
 
 
 @dataclass
@@ -102,7 +109,7 @@ class EvalConfig(Checked, prefix="--"):
     env: EnvConfig = field(default_factory=mixed_tabletop)
     decoders: str = "ar,jacobi,ceed"
     instruction: str = ""
-    episodes: int = ranged(20, EPISODE_COUNTS)
+    episodes: int = ranged(20, "[1, 100000]")
     seed: int = ranged(EVALUATION_SEEDS, SEEDS)
     output_dir: str = "outputs/eval"
     batch: int = ranged(20, "[1, 1000]")
@@ -182,8 +189,8 @@ def _evaluate(config: EvalConfig, pool: EnvPool, console: Console, probes: Any) 
     complete = False
     try:
         _write_json(_build_report(run, complete=False), folder)
-        _run_all_episodes(run, console, log)
-        _run_timing(run, console)
+        _run_all_episodes(run, log)
+        _run_timing(run)
         complete = True
     finally:
         report = _build_report(run, complete=complete)
@@ -191,7 +198,7 @@ def _evaluate(config: EvalConfig, pool: EnvPool, console: Console, probes: Any) 
         if not complete:
             console.print(f"Stopped early; the partial report is in {files[1]}.")
     if config.clips:
-        files += _write_clips(run, folder, console)
+        files += _write_clips(run, folder)
     console.print(console_table(report, console.width))
     console.print("Written: " + ", ".join(str(file) for file in files), soft_wrap=True, highlight=False)
     return report
@@ -235,11 +242,7 @@ def load_bundles(config: Any) -> dict[str, Bundle]:
         CheckpointError: A checkpoint that cannot be loaded.
         ConfigError: No policy, no such device, or more steps are to be executed than a chunk has.
     """
-    if not config.policy.path:
-        raise ConfigError(
-            "--policy.path is missing; give a checkpoint folder, or student or teacher for the shipped ones."
-        )
-    paths = {"policy": config.policy.path, "teacher": config.teacher.path}
+    paths = {"policy": config.policy.given(), "teacher": config.teacher.path}
     bundles = {model: load(path, device=config.device) for model, path in paths.items() if path}
     for model, (policy, _, _) in bundles.items():
         if (config.executed_steps or 1) > policy.config.chunk_size:
@@ -300,7 +303,7 @@ def shard_runner(config: EvalConfig, pool: EnvPool) -> Callable[[tuple[str, Any]
     return run
 
 
-def _run_all_episodes(run: Evaluation, console: Console, log: EpisodeLog) -> None:
+def _run_all_episodes(run: Evaluation, log: EpisodeLog) -> None:
     """The episodes that are missing, here or in several processes; each is on disk before the next one counts.
 
     All decoders run one shard of seeds after the other, so that an early stop leaves comparable rows.
@@ -313,14 +316,14 @@ def _run_all_episodes(run: Evaluation, console: Console, log: EpisodeLog) -> Non
         for row in run.rows
         if (episodes := [(seed, task) for seed, task in shard if seed not in done[row.name]])
     ]
-    with _progress(console) as progress:
-        kept, total = sum(map(len, run.results.values())), config.episodes * len(run.rows)
-        bar = progress.add_task("episodes", total=total, completed=kept)
+    kept, total = sum(map(len, run.results.values())), config.episodes * len(run.rows)
+    with tqdm(total=total, initial=kept, unit="episode", dynamic_ncols=True) as bar:
 
         def finish(name: str, episode: EpisodeResult) -> None:
             log.append(name, episode)
             run.results[name].append(episode)
-            progress.update(bar, advance=1, description=name)
+            bar.set_description(name, refresh=False)
+            bar.update()
 
         if config.workers == 1:
             for row, episodes in missing:
@@ -333,7 +336,7 @@ def _run_all_episodes(run: Evaluation, console: Console, log: EpisodeLog) -> Non
                     finish(name, episode)
 
 
-def _run_timing(run: Evaluation, console: Console) -> None:
+def _run_timing(run: Evaluation) -> None:
     """Latency of all rows and their autoregressive references, on observations of the episodes of one row."""
     config = run.config
     if not config.timing_chunks:
@@ -357,9 +360,8 @@ def _run_timing(run: Evaluation, console: Console) -> None:
         for e in engines_of(row, engines)
     }
     parts = {f"{model} {e}": bare_parts(bundle) for e in engines for model, bundle in bundles[e].items()}
-    with _progress(console) as progress:
-        bar = progress.add_task("latency", total=chunks)
-        samples, probed = measure(runners, {**parts, **run.probes}, episodes, lambda: progress.advance(bar))
+    with tqdm(total=chunks, desc="latency", unit="chunk", dynamic_ncols=True) as bar:
+        samples, probed = measure(runners, {**parts, **run.probes}, episodes, bar.update)
     used = {}
     for row in (*rows, *references):
         mine = engines_of(row, engines)
@@ -432,19 +434,14 @@ def _write_report(report: dict[str, Any], folder: Path) -> list[Path]:
     return files + plots
 
 
-def _write_clips(run: Evaluation, folder: Path, console: Console) -> list[Path]:
+def _write_clips(run: Evaluation, folder: Path) -> list[Path]:
     """One clip a decoder, all of the same episode: the first one that the first decoder solved."""
     config = run.config
     first = sorted(run.results[run.rows[0].name], key=lambda episode: episode.seed)
     shown = next((episode for episode in first if episode.success), first[0])
     task = dict(_plan(config))[shown.seed]
     rows, files = [row for row in run.rows if not row.delay], []
-    with _progress(console) as progress:
-        for row in progress.track(rows, description="clips"):
-            runner = make_runner(row, run.bundles, run.executed_steps)
-            files.append(record_clip(folder / f"clip_{row.name}.mp4", row, runner, run.pool, shown.seed, task))
+    for row in tqdm(rows, desc="clips", unit="clip", dynamic_ncols=True):
+        runner = make_runner(row, run.bundles, run.executed_steps)
+        files.append(record_clip(folder / f"clip_{row.name}.mp4", row, runner, run.pool, shown.seed, task))
     return files
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console)

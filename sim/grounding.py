@@ -18,8 +18,8 @@ import torch
 from lerobot.envs.configs import EnvConfig
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
+from tqdm import tqdm
 
 from ceed_vla.checkpoints import load
 from ceed_vla.errors import ConfigError
@@ -70,8 +70,6 @@ def grounding(config: GroundingConfig) -> dict[str, Any]:
         ConfigError: No policy, or one without an auxiliary regression of the environment's leading terms.
         CheckpointError: A checkpoint that cannot be loaded.
     """
-    if not config.policy.path:
-        raise ConfigError("--policy.path is missing; give a checkpoint folder, or teacher for the shipped one.")
     output = claim_file("output", config.output, ".json") if config.output else None
     privileged: Privileged | None = getattr(config.env, "privileged", None)
     if privileged is None or not privileged.positions:
@@ -79,7 +77,7 @@ def grounding(config: GroundingConfig) -> dict[str, Any]:
             f"--env.type={config.env.type} does not say where positions are: its configuration lacks `privileged`, see "
             "sim/environment.py."
         )
-    bundle = joined(load(config.policy.path, device=config.device), config.env)
+    bundle = joined(load(config.policy.given(), device=config.device), config.env)
     needed = max(stop for _, stop in privileged.positions.values())
     count = len(bundle[0].config.auxiliary_scale)
     if not needed <= count <= len(privileged.names):
@@ -93,8 +91,9 @@ def grounding(config: GroundingConfig) -> dict[str, Any]:
         str(task): error_rows(found[asked == task], truth[asked == task], (), privileged.positions)[-1]
         for task in np.unique(asked)
     }
-    Console().print(_table(rows, names, "distance (m)"))
-    Console().print(_table(list(tasks.values()), names, "task", list(tasks)))
+    bands = {_band(*row["distance_m"]): row for row in rows}
+    Console().print(_table(bands, names, "distance (m)", f" between tool and {names[0]}"))
+    Console().print(_table(tasks, names, "task"))
     report = {"program": MADE_BY, "rows": rows, "tasks": tasks, "seed": config.seed, "scenes": config.scenes}
     if output is not None:
         write_text(output, json.dumps(report, indent=2) + "\n")
@@ -141,7 +140,7 @@ def _predictions(bundle: Bundle, config: GroundingConfig) -> tuple[NDArray[Any],
     env, tasks = Environment(config.env), turns(config.env)
     env.needs("grounding", "privileged_state")
     seeds = range(config.seed, config.seed + config.scenes)
-    for start in track(range(0, len(seeds), _BATCH), description="scenes"):
+    for start in tqdm(range(0, len(seeds), _BATCH), desc="scenes", unit="batch", dynamic_ncols=True):
         observations, instructions = [], []
         for seed in seeds[start : start + _BATCH]:
             env.reset(seed, tasks[seed % len(tasks)])
@@ -158,19 +157,16 @@ def _predictions(bundle: Bundle, config: GroundingConfig) -> tuple[NDArray[Any],
     return np.concatenate(found), np.stack(truth), np.array(asked)
 
 
-def _table(rows: Sequence[dict[str, Any]], names: Sequence[str], what: str, titles: Sequence[str] = ()) -> Table:
-    """The rows by `what`, with `titles` or by distance."""
-    table = Table(title=f"Localisation error (cm) by {what}" + ("" if titles else f" between tool and {names[0]}"))
+def _band(low: float, high: float | None) -> str:
+    return "all" if (low, high) == (0.0, None) else f"{low:.2f} - {'' if high is None else f'{high:.2f}'}"
+
+
+def _table(rows: dict[str, dict[str, Any]], names: Sequence[str], what: str, more: str = "") -> Table:
+    table = Table(title=f"Localisation error (cm) by {what}{more}")
     errors = [f"{name} p50 / p90" for name in names]
     for column in (what, "frames", *errors, f"{names[0]}, chance p50"):
         table.add_column(column, justify="right")
-    for i, row in enumerate(rows):
-        low, high = row["distance_m"]
-        band = "all" if (low, high) == (0.0, None) else f"{low:.2f} - {'' if high is None else f'{high:.2f}'}"
-        table.add_row(
-            titles[i] if titles else band,
-            str(row["frames"]),
-            *(f"{row[f'{name}_p50_cm']:.1f} / {row[f'{name}_p90_cm']:.1f}" for name in names),
-            f"{row['chance_cm']:.1f}",
-        )
+    for title, row in rows.items():
+        errors = [f"{row[f'{name}_p50_cm']:.1f} / {row[f'{name}_p90_cm']:.1f}" for name in names]
+        table.add_row(title, str(row["frames"]), *errors, f"{row['chance_cm']:.1f}")
     return table

@@ -135,13 +135,13 @@ class PolicyRunner:
         `frozen` are the tokens (k * A,) that each chunk begins with, if any.
         """
         if len(lengths := {len(tokens) for tokens in frozen}) > 1:  # not all in one batch
-            found: dict[int, Chunk] = {}
+            by_row: dict[int, Chunk] = {}
             for length in lengths:
                 rows = [row for row, tokens in enumerate(frozen) if len(tokens) == length]
                 given: tuple[Sequence[Any], ...] = (observations, instructions, previous, frozen)
                 parts: list[Any] = [[values[row] for row in rows] for values in given]
-                found |= zip(rows, self.decode(*parts), strict=True)
-            return [found[row] for row in range(len(observations))]
+                by_row |= zip(rows, self.decode(*parts), strict=True)
+            return [by_row[row] for row in range(len(observations))]
         batch = observation_batch(observations, instructions)
         if self.preprocessor is not None:
             batch = self.preprocessor(batch)
@@ -158,22 +158,14 @@ class PolicyRunner:
             read=False,
         )
         actions = self._actions(result.tokens)
-        tokens, forwards = result.tokens.cpu(), result.iterations.tolist()
+        tokens, forwards, found = result.tokens.cpu(), result.iterations.tolist(), []
         seconds = {**(result.seconds or {}), "rows": len(observations)}
         none = torch.zeros_like(result.iterations)
-        block, prefix = (none if found is None else found for found in (result.layer_forwards, result.prefix_layers))
-        return [
-            Chunk(
-                tokens[row],
-                chunk,
-                int(forwards[row]),
-                "malformed" if chunk is None else reason,
-                seconds,
-                int(block[row]),
-                int(prefix[row]),
-            )
-            for row, (chunk, reason) in enumerate(zip(actions, result.exit_reason, strict=True))
-        ]
+        block, prefix = (none if layers is None else layers for layers in (result.layer_forwards, result.prefix_layers))
+        for row, chunk in enumerate(actions):
+            reason = "malformed" if chunk is None else result.exit_reason[row]
+            found.append(Chunk(tokens[row], chunk, forwards[row], reason, seconds, int(block[row]), int(prefix[row])))
+        return found
 
     def chunk(self, tokens: Tensor) -> Chunk:
         """The chunk that `tokens` (n,) stand for, of which nothing else is known."""

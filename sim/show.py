@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import matplotlib as mpl
 import numpy as np
@@ -126,11 +126,8 @@ def _jacobi_panel(title: str, bundle: Bundle, replan: Replan, decoding: Decoding
     """All states on the way to the fixed point, and where `decoding` leaves it."""
     policy, preprocessor, _ = bundle
     batch = preprocessor(observation_batch([replan.observation], [replan.instruction]))
-    request = {
-        "previous": stack_previous([replan.previous]),
-        "shift_steps": executed_steps,
-        "executed_steps": executed_steps,
-    }
+    previous = stack_previous([replan.previous])
+    request: dict[str, Any] = {"previous": previous, "shift_steps": executed_steps, "executed_steps": executed_steps}
     strict = DecodingConfig(method="jacobi", guess=decoding.guess, seed=decoding.seed)
     result = policy.decode(batch, strict, record_states=True, **request)
     early = policy.decode(batch, decoding, **request)
@@ -139,14 +136,9 @@ def _jacobi_panel(title: str, bundle: Bundle, replan: Replan, decoding: Decoding
     title += f": {count} block forward{'s' if count != 1 else ''}"
     if all_forwards > count:
         title += f" (to convergence: {all_forwards})"
-    warm = decoding.guess == "previous" and request["previous"] is not None
-    return Panel(
-        title,
-        jacobi_status(states),
-        exit_row=count,
-        exit_note=_EXIT_NOTES.get(early.exit_reason[0], early.exit_reason[0]),
-        start="previous chunk" if warm else "guess",
-    )
+    note = _EXIT_NOTES.get(early.exit_reason[0], early.exit_reason[0])
+    start = "previous chunk" if decoding.guess == "previous" and previous is not None else "guess"
+    return Panel(title, jacobi_status(states), count, note, start)
 
 
 def jacobi_status(states: NDArray[np.integer]) -> NDArray[np.int_]:

@@ -39,19 +39,15 @@ class Samples:
 
 
 def collect_observations(
-    runner: PolicyRunner,
-    pool: EnvPool,
-    episodes: Iterable[tuple[int, str]],
-    chunks: int,
-    largest_share: float = 0.25,
+    runner: PolicyRunner, pool: EnvPool, episodes: Iterable[tuple[int, str]], chunks: int
 ) -> list[Observations]:
     """Observations at the replans of closed-loop episodes, one list an episode.
 
     The `runner` drives episodes of (seed, task) in the first environment of the pool until there are enough `chunks`.
-    One episode gives at most `largest_share` of them, so that a stuck one cannot dominate.
+    One episode gives a quarter of them at most, so that a stuck one cannot dominate.
     """
     collected: list[Observations] = []
-    wanted, longest = chunks, max(1, int(chunks * largest_share))
+    wanted, longest = chunks, max(1, chunks // 4)
     for seed, task in episodes:
         replans = islice(drive(runner, pool, seed, task), min(wanted, longest))
         collected.append([(replan.observation, replan.instruction) for replan in replans])
@@ -65,7 +61,7 @@ def measure(
     runners: Mapping[str, PolicyRunner],
     probes: Mapping[str, Probe],
     episodes: Sequence[Observations],
-    on_chunk: Callable[[], None] = lambda: None,
+    on_chunk: Callable[[], object] = lambda: None,
 ) -> tuple[dict[str, Samples], dict[str, dict[str, list[float]]]]:
     """Time every runner and probe on every observation; samples of the runners, and seconds by what the probes name.
 

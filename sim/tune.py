@@ -168,17 +168,14 @@ class Search:
 
     def run(self) -> list[Trial]:
         """All generations."""
-        candidates = [*self.named(), *(self.drawn() for _ in range(self.config.population))]
+        named = [replace(plan, executed_steps=self.usual) for plan in NAMED]
+        candidates = [*named, *(self.drawn() for _ in range(self.config.population))]
         for generation in range(self.config.generations):
             fitting = self.admit(candidates)
             self.halve(fitting, f"generation {generation + 1}")
             parents = self.parents()
             candidates = [self.child(parents) for _ in range(self.config.population)]
         return self.trials
-
-    def named(self) -> list[Plan]:
-        """`NAMED`, with the usual steps."""
-        return [replace(plan, executed_steps=self.usual) for plan in NAMED]
 
     def observations(self, steps: int) -> list[Observations]:
         """Observations at the replans of episodes that execute so many steps."""
@@ -203,11 +200,10 @@ class Search:
 
     def runs(self, plan: Plan) -> bool:
         """Whether this policy can decode so: it may have no exits, or fewer layers."""
-        episodes = self.observations(plan.executed_steps)
+        observation, instruction = self.observations(plan.executed_steps)[0][0]
         try:
-            for observation, instruction in episodes[0][:1] if episodes else ():
-                runner = PolicyRunner(self.timed, plan.decoding, None, plan.executed_steps)
-                runner.decode([observation], [instruction], [None])
+            runner = PolicyRunner(self.timed, plan.decoding, None, plan.executed_steps)
+            runner.decode([observation], [instruction], [None])
         except ConfigError:
             return False
         return True
@@ -272,12 +268,10 @@ class Search:
         """For every budget what the search chose and the best of `NAMED`, timed again together, on fresh seeds."""
         names, seed, episodes = {plan.decoding for plan in NAMED}, self.config.seed, PLAY_OFF * self.config.episodes
         by_hand = [t for t in self.trials if t.plan.decoding in names and t.plan.executed_steps == self.usual]
-        left = [
-            t
-            for budget in self.budgets
-            for t in (*self.best(self.trials, budget, BEST), *self.best(by_hand, budget, BEST_BY_HAND))
-        ]
-        playing = {trial.plan: trial for trial in left}
+        playing: dict[Plan, Trial] = {}
+        for budget in self.budgets:
+            best = (*self.best(self.trials, budget, BEST), *self.best(by_hand, budget, BEST_BY_HAND))
+            playing |= {trial.plan: trial for trial in best}
         for trial in tqdm(playing.values(), desc=f"play-off, {episodes} episodes", unit="plan", dynamic_ncols=True):
             self.drive(trial, range(seed, seed + episodes))
         for plan, found in self.timed_plans(list(playing)).items():  # in turns, as a budget cuts between neighbours
@@ -287,8 +281,7 @@ class Search:
             [next(iter(self.best(trials, budget, 1)), None) for trials in (list(playing.values()), named)]
             for budget in self.budgets
         ]
-        plans = {trial.plan: trial for pair in chosen for trial in pair if trial}
-        again = {plan: Trial(plan, trial.p50, trial.p99) for plan, trial in plans.items()}
+        again = {t.plan: Trial(t.plan, t.p50, t.p99) for pair in chosen for t in pair if t}
         for trial in tqdm(again.values(), desc="fresh seeds", unit="plan", dynamic_ncols=True):
             self.drive(trial, range(seed + episodes, seed + 2 * episodes))
         pairs = [[trial and again[trial.plan] for trial in pair] for pair in chosen]
@@ -309,8 +302,7 @@ def shard_runner(config: TuneConfig) -> Callable[[tuple[Plan, list[tuple[int, st
 
     def run(item: tuple[Plan, list[tuple[int, str]]]) -> dict[int, bool]:
         plan, episodes = item
-        generator = torch.Generator().manual_seed(0)
-        runner = PolicyRunner(bundle, plan.decoding, generator, plan.executed_steps)
+        runner = PolicyRunner(bundle, plan.decoding, torch.Generator().manual_seed(0), plan.executed_steps)
         return {result.seed: result.success for result in rollout(runner, pool, episodes)}
 
     return run
@@ -323,12 +315,10 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         ConfigError: An option that cannot work, or budgets that no plan fits.
         CheckpointError: A checkpoint that cannot be loaded.
     """
-    if not config.policy.path:
-        raise ConfigError("--policy.path is missing; give a checkpoint folder, or student for the shipped one.")
     folder = claim_folder("output_dir", config.output_dir, (PLANS, PARETO), (PLANS,))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    policy, pre, post = load(config.policy.path)
+    policy, pre, post = load(config.policy.given())
     with EnvPool(SHARD, config.env) as pool, Workers(config.workers, shard_runner, config) as workers:
         search = Search(config, joined((policy, pre, post), config.env), pool, workers)
         trials, final = search.run(), search.final()
@@ -376,9 +366,9 @@ def _figure(trials: Sequence[Trial], floor: float) -> Any:
 
 
 def _print(report: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"floor {report['floor_ms']:.1f} ms, {report['tried']} plans, {report['rejected']} too slow")
-    for column in ("budget [ms]", "decoding", "executed steps", "p50 / p99 [ms]", "solved", "best by hand", "solved"):
-        table.add_column(column)
+    columns = ("budget [ms]", "decoding", "executed steps", "p50 / p99 [ms]", "solved", "best by hand", "solved")
+    title = f"floor {report['floor_ms']:.1f} ms, {report['tried']} plans, {report['rejected']} too slow"
+    table = Table(*columns, title=title)
     for row in report["plans"]:
         if row["decoding"] is None:
             table.add_row(f"{row['budget_ms']:.1f}", "none fits")

@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 LEARNT, KEPT = "learnt", "teacher"  # names of the adapters
 HEADS = ("head", "lm_head")  # backbones read single rows of these weights
 LAYERS = ("Linear", "Linear4bit", "Linear8bitLt")
-TARGETS = ("language", "all")
 
 
 @dataclass
@@ -43,7 +42,7 @@ class LoRAConfig(Checked, prefix="lora."):
     rank: int = ranged(0, "[0, 4096]")
     alpha: int = ranged(0, "[0, 1e6]")
     dropout: float = ranged(0.0, "[0, 1)")
-    targets: str = chosen("language", TARGETS)
+    targets: str = chosen("language", ("language", "all"))
     train: str = "state,auxiliary"
 
 

@@ -31,8 +31,6 @@ from training.run import NONE_OR_RATES, RATES, ClosedLoop, Run, RunConfig
 from training.settings import BATCHES, NONE_OR_COUNTS
 from training.trajectories import guess_shares
 
-STATES = ("online", "stored")
-
 
 @dataclass
 class DistillConfig(RunConfig):
@@ -62,7 +60,7 @@ class DistillConfig(RunConfig):
     trajectories: TrajectoriesConfig = field(default_factory=TrajectoriesConfig)
     roots: str = ""
     loss: str = "trust_region"
-    states: str = chosen("online", STATES)
+    states: str = chosen("online", ("online", "stored"))
     omega: float = ranged(3.0, "[0, 1e6]")
     delta_quantile: float = ranged(0.95, "(0, 1]")
     guesses: str = "0.7,0.2,0.1"

@@ -22,19 +22,15 @@ class Mixture:
     `weights` are the shares of the stores, proportional to their frames if None.
 
     Raises:
-        DatasetError: No data set, data sets that do not go together, or other than one positive weight each.
+        DatasetError: Data sets that do not go together.
     """
 
     def __init__(
         self, stores: Sequence[FrameStore], weights: Sequence[float] | None, seed: int, chunk_size: int
     ) -> None:
-        if not stores:
-            raise DatasetError("No data set was given; name at least one recorded folder.")
         check_compatible(stores)
         self.stores, self.seed, self.chunk_size = list(stores), seed, chunk_size
         shares = np.asarray(weights if weights else [len(s) for s in stores], dtype=np.float64)
-        if len(shares) != len(stores) or not (shares >= 0).all() or not 0 < shares.sum() < np.inf:
-            raise DatasetError(f"{len(shares)} weights for {len(stores)} data sets; give one positive number each.")
         self.shares = shares / shares.sum()
         pairs = zip(stores, self.shares.tolist(), strict=True)
         self.windows = [sliding(store.edges, share * store.together, seed) for store, share in pairs]

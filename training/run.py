@@ -43,7 +43,6 @@ ClosedLoop = Callable[[Path], tuple[int, int]]
 PROGRESS = "progress.json"
 STATES = ("state_a", "state_b")  # written in turns, so that the last complete one survives an interrupt
 LOG, CHECKPOINTS, TRACKER, TAKEOVER = "log.jsonl", "checkpoints", "tensorboard", "takeover"
-PRECISIONS = ("auto", "bf16", "no")
 RATES, NONE_OR_RATES = "(0, 10]", "[0, 10]"
 
 
@@ -87,7 +86,7 @@ class RunConfig(Checked):
     validate_every: int = ranged(0, NONE_OR_COUNTS)
     save_every: int = ranged(200, COUNTS)
     log_every: int = ranged(20, COUNTS)
-    mixed_precision: str = chosen("auto", PRECISIONS)
+    mixed_precision: str = chosen("auto", ("auto", "bf16", "no"))
     seed: int = ranged(0, SEEDS)
     threads: int = ranged(0, THREADS)
     max_clipped: float = ranged(MOST_CLIPPED, SHARES)

@@ -97,11 +97,7 @@ class TeacherObjective(nn.Module):
         self.policy = policy
 
     def forward(
-        self,
-        batch: dict[str, Tensor] | None,
-        grounding: dict[str, Tensor] | None,
-        share: float = 1.0,
-        grounding_share: float = 1.0,
+        self, batch: dict[str, Tensor] | None, grounding: dict[str, Tensor] | None, share: float, grounding_share: float
     ) -> tuple[Tensor, dict[str, float]]:
         """Scalar loss and its parts, weighted with the shares of the two in their whole batches (`Run.share`)."""
         parts: dict[str, float] = {}
@@ -169,8 +165,9 @@ class TeacherRun(Run):
             )
         asked = config.policy.asked_device or config.policy.device or "cpu"  # LeRobot replaces one that is not there
         super().__init__(config, asked, closed_loop)
-        self.config, self.record_takeover, self.privileged = config, record_takeover, privileged
-        self.localisation = localisation
+        self.config, self.privileged = config, privileged
+        self.record_takeover: Any = record_takeover  # needed for rounds, as is the other for a gate
+        self.localisation: Any = localisation
         self.demonstrations = [open_dataset(root, decode=False) for root in split_list(config.roots)]
         self.grounding = [open_dataset(root, decode=False) for root in split_list(config.grounding_roots)]
         self._check_data()
@@ -280,14 +277,9 @@ class TeacherRun(Run):
         return batch, self.share(len(noise), size)
 
     def _check_grounding(self) -> None:
-        from accelerate.utils import broadcast_object_list
-
         folder = self.save_policy("grounded")
         self.save_state()
-        found: list[dict[str, float]] = [{}]
-        if self.accelerator.is_main_process and self.localisation is not None:
-            found = [self.localisation(folder)]
-        errors: dict[str, float] = broadcast_object_list(found)[0]
+        errors: dict[str, float] = self._of_the_first(lambda: self.localisation(folder))
         self.model.train()
         over = {name: error for name, error in errors.items() if not error <= self.config.grounding_gate}
         logger.info("median localisation error: %s", ", ".join(f"{n} {100 * e:.1f} cm" for n, e in errors.items()))
@@ -300,16 +292,18 @@ class TeacherRun(Run):
                 "--grounding_steps, give more --grounding_roots, or look at `ceed-vla grounding`."
             )
 
-    def _takeover_round(self, index: int) -> None:
-        """Record takeovers of the policy as it is now, and train on them from here on."""
+    def _of_the_first(self, find: Callable[[], Any]) -> Any:
+        """What the first process finds, in every process."""
         from accelerate.utils import broadcast_object_list
 
+        return broadcast_object_list([find() if self.accelerator.is_main_process else None])[0]
+
+    def _takeover_round(self, index: int) -> None:
+        """Record takeovers of the policy as it is now, and train on them from here on."""
         folder = self.save_policy(f"round_{index}")
         self.validate(folder)
-        roots: list[list[str]] = [[]]
-        if self.accelerator.is_main_process and self.record_takeover is not None:
-            roots = [[str(root) for root in self.record_takeover(folder, index, self.output / TAKEOVER)]]
-        self.takeovers += broadcast_object_list(roots)
+        roots = self._of_the_first(lambda: self.record_takeover(folder, index, self.output / TAKEOVER))
+        self.takeovers.append([str(root) for root in roots])
         self.mixture = self._mixture()
         self.save_state()
         self.model.train()

@@ -73,7 +73,6 @@ class SimulatedArm(Robot):
         """Nothing to do."""
 
     def get_observation(self) -> dict[str, Any]:
-        assert self._env is not None
         if self._idle:  # time goes on
             self._advance(self._env.hold_action())
         self._idle = True
@@ -94,7 +93,6 @@ class SimulatedArm(Robot):
         self._env = None
 
     def _advance(self, action: np.ndarray) -> None:
-        assert self._env is not None
         self._steps += 1
         if self._env.advance(action) and not self._solved:
             self._solved = self._steps

@@ -163,17 +163,6 @@ def test_weights_are_shares_of_the_batch(store: FrameStore) -> None:
     assert tags.count(1) / len(tags) == pytest.approx(0.75, abs=0.06)
 
 
-@pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [0.0, 0.0]])
-def test_bad_weights(store: FrameStore, weights: list[float]) -> None:
-    with pytest.raises(DatasetError, match="weights"):
-        Mixture([store, changed(store)], weights, 0, CHUNK)
-
-
-def test_no_data() -> None:
-    with pytest.raises(DatasetError, match="name at least one"):
-        Mixture([], None, 0, CHUNK)
-
-
 def test_statistics(studio: Any, store: FrameStore) -> None:
     other = open_dataset(studio.other)
     assert store.action is not None

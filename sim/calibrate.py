@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lerobot.envs.configs import EnvConfig
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -29,13 +28,12 @@ from ceed_vla.backbones.base import CutPrefix
 from ceed_vla.checkpoints import load, resolve_checkpoint, save, weights_hash
 from ceed_vla.decoding import decode_block, decoder_ladders, exit_ladders, named_config, prefill
 from ceed_vla.errors import ConfigError
-from ceed_vla.fields import COUNTS, SEEDS, check_fields, ranged
+from ceed_vla.fields import COUNTS, SEEDS, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY, claim_folder, default_console
 from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, observation_batch, turns
-from sim.evaluate import CheckpointPath
+from sim.evaluate import DrivenConfig
 from sim.rollout import Chunk, PolicyRunner, rollout, stack_previous, success_entry
-from sim.tabletop.lerobot_env import mixed_tabletop
 
 OFF = 0.05  # of an action's range
 REPORT, AUDIT = "calibration.json", "audit.json"
@@ -44,12 +42,10 @@ CAPS = ("cap4", "cap3", "cap2", "cap1")
 
 
 @dataclass
-class CalibrateConfig:
+class CalibrateConfig(DrivenConfig):
     """Options of ``ceed-vla calibrate``.
 
     Attributes:
-        policy: The policy whose exits are calibrated.
-        env: The environment that it drives in.
         output_dir: Folder for calibration.json and, in `checkpoint`, the policy with the names risk<E>.
         epsilons: Risks to be kept, each in (0, 1).
         alpha: Probability of a promise that is not kept.
@@ -63,8 +59,6 @@ class CalibrateConfig:
         threads: Threads of torch; None leaves torch's choice.
     """
 
-    policy: CheckpointPath = field(default_factory=CheckpointPath)
-    env: EnvConfig = field(default_factory=mixed_tabletop)
     output_dir: str = "outputs/calibrate"
     epsilons: list[float] = ranged([0.02, 0.05, 0.1], "[1e-6, 1)")
     alpha: float = ranged(0.1, "(0, 1)")
@@ -77,7 +71,7 @@ class CalibrateConfig:
     threads: int | None = ranged(None, "[1, 256]")
 
     def __post_init__(self) -> None:
-        check_fields(self, "--")
+        super().__post_init__()
         known = {**exit_ladders(), **decoder_ladders()}
         unknown = [signal for signal in self.signals if signal not in known]
         if unknown or not (self.signals or self.decoders) or not self.epsilons:

@@ -72,13 +72,24 @@ class CheckpointPath(Checked, prefix="the checkpoint's "):
 
 
 @dataclass
-class EvalConfig(Checked, prefix="--"):
+class DrivenConfig(Checked, prefix="--"):
+    """What the options of all commands share that run a policy in an environment.
+
+    Attributes:
+        policy: The policy.
+        env: The environment; its tasks take turns over the seeds, or it draws them (env.task=mixed).
+    """
+
+    policy: CheckpointPath = field(default_factory=CheckpointPath)
+    env: EnvConfig = field(default_factory=mixed_tabletop)
+
+
+@dataclass
+class EvalConfig(DrivenConfig):
     """Options of ``ceed-vla eval``.
 
     Attributes:
-        policy: The policy to evaluate.
         teacher: Its autoregressive teacher; adds the rows teacher_ar and teacher_cap4, and allows others.
-        env: The environment; its tasks take turns over the seeds, or it draws them (env.task=mixed).
         decoders: Comma-separated names: ar, ar_h (stops after the executed steps), jacobi (strict), ceed (the
             checkpoint's early exit), cap<K> (at most K forwards, e.g. cap2), conf<P>_cap<K> (or until confident, e.g.
             conf0.2_cap3); Jacobi ones also with _mid or _random (the guess); all with teacher_ in front.
@@ -104,9 +115,7 @@ class EvalConfig(Checked, prefix="--"):
 
     moved: ClassVar[dict[str, str]] = MOVED
 
-    policy: CheckpointPath = field(default_factory=CheckpointPath)
     teacher: CheckpointPath = field(default_factory=CheckpointPath)
-    env: EnvConfig = field(default_factory=mixed_tabletop)
     decoders: str = "ar,jacobi,ceed"
     instruction: str = ""
     episodes: int = ranged(20, "[1, 100000]")

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from lerobot.envs.configs import EnvConfig
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -23,25 +22,23 @@ from tqdm import tqdm
 
 from ceed_vla.checkpoints import load
 from ceed_vla.errors import ConfigError
-from ceed_vla.fields import SEEDS, check_fields, ranged
+from ceed_vla.fields import SEEDS, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY, claim_file
 from sim.environment import EVALUATION_SEEDS, Bundle, Environment, Privileged, joined, observation_batch, turns
-from sim.evaluate import CheckpointPath
-from sim.tabletop.lerobot_env import mixed_tabletop
+from sim.evaluate import DrivenConfig
 
 _BATCH = 64
 
 
 @dataclass
-class GroundingConfig:
+class GroundingConfig(DrivenConfig):
     """Options of ``ceed-vla grounding``.
 
     Attributes:
         policy: The policy; it must have an auxiliary regression (``auxiliary_scale``).
         scenes: Random scenes, each with one arm pose.
         seed: First seed; scenes from 50000 up are never recorded.
-        env: The environment.
         edges: Distances between tool and object that separate the rows [m].
         output: JSON file to write; empty for none.
         device: Overrides the checkpoint's device.
@@ -49,16 +46,14 @@ class GroundingConfig:
 
     moved: ClassVar[dict[str, str]] = {"split": "env.split"}
 
-    policy: CheckpointPath = field(default_factory=CheckpointPath)
     scenes: int = ranged(400, "[1, 100000]")
     seed: int = ranged(EVALUATION_SEEDS, SEEDS)
-    env: EnvConfig = field(default_factory=mixed_tabletop)
     edges: list[float] = ranged([0.15, 0.2, 0.25, 0.3, 0.35], "(0, 10]")
     output: str = ""
     device: str | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, "--")
+        super().__post_init__()
         if sorted(set(self.edges)) != list(self.edges):
             raise ConfigError(f"--edges is {str(self.edges)[:200]}; give increasing distances [m].")
 

@@ -100,7 +100,7 @@ class ReinforceSimulation:
 
 def localisation(env: EnvConfig, policy: Path) -> dict[str, float]:
     """Median error [m] of every position in every task on validation scenes: a `training.teacher.Localisation`."""
-    config = GroundingConfig(CheckpointPath(str(policy)), SCENES, VALIDATION_SEED, env)
+    config = GroundingConfig(CheckpointPath(str(policy)), env, SCENES, VALIDATION_SEED)
     return {
         f"{name.removesuffix('_p50_cm')} in {task}": value / 100
         for task, errors in grounding(config)["tasks"].items()

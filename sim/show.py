@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import matplotlib as mpl
 import numpy as np
 import torch
-from lerobot.envs.configs import EnvConfig
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -18,13 +17,12 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from ceed_vla.decoding import DecodingConfig
-from ceed_vla.fields import SEEDS, Checked, ranged
+from ceed_vla.fields import SEEDS, ranged
 from ceed_vla.outputs import claim_file
 from sim.environment import EVALUATION_SEEDS, Bundle, EnvPool, images_of, observation_batch, turns
-from sim.evaluate import MOVED, CheckpointPath, load_bundles
+from sim.evaluate import MOVED, CheckpointPath, DrivenConfig, load_bundles
 from sim.plots import BLUE, FAINT, GREY, INK, SKY, STYLE, VERMILLION, save_figure
 from sim.rollout import PolicyRunner, Replan, drive, stack_previous
-from sim.tabletop.lerobot_env import mixed_tabletop
 
 UNKNOWN, WRONG, AHEAD, SETTLED = range(4)
 _COLORS = (FAINT, "#F0A46A", SKY, BLUE)
@@ -38,28 +36,24 @@ _EXIT_NOTES = {"max_iterations": "cap reached", "stable": "executed steps\nare f
 
 
 @dataclass
-class ShowConfig(Checked, prefix="--"):
+class ShowConfig(DrivenConfig):
     """Options of ``ceed-vla show``.
 
     Attributes:
-        policy: The (distilled) policy.
         teacher: Its autoregressive teacher; without one the policy's own autoregressive decoding is shown.
         output: PNG file to write; an earlier picture of ours is replaced.
         seed: Seed of the episode.
         chunk: Which chunk of the episode is shown; the policy drives until then. 0 has no warm start.
-        env: The environment.
         executed_steps: Steps executed of each chunk.
         device: Overrides the checkpoints' device.
     """
 
     moved: ClassVar[dict[str, str]] = MOVED
 
-    policy: CheckpointPath = field(default_factory=CheckpointPath)
     teacher: CheckpointPath = field(default_factory=CheckpointPath)
     output: str = "show.png"
     seed: int = ranged(EVALUATION_SEEDS, SEEDS)
     chunk: int = ranged(3, "[0, 10000]")
-    env: EnvConfig = field(default_factory=mixed_tabletop)
     executed_steps: int = ranged(4, "[1, 4096]")
     device: str | None = None
 

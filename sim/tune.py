@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lerobot.envs.configs import EnvConfig
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -25,18 +24,17 @@ from tqdm import tqdm
 from ceed_vla.checkpoints import load, save, weights_hash
 from ceed_vla.decoding import decoder_ladders, exit_ladders
 from ceed_vla.errors import ConfigError
-from ceed_vla.fields import COUNTS, SEEDS, Checked, chosen, ranged
+from ceed_vla.fields import COUNTS, SEEDS, chosen, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY, claim_folder, default_console
 from ceed_vla.workers import MOST, Workers
 from sim.bench import PARETO, pareto
 from sim.calibrate import CHECKPOINT, plain
 from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, turns
-from sim.evaluate import CheckpointPath
+from sim.evaluate import DrivenConfig
 from sim.plots import save_figure
 from sim.rollout import PolicyRunner, rollout, success_entry
 from sim.summary import hardware
-from sim.tabletop.lerobot_env import mixed_tabletop
 from sim.timing import ENGINES, Observations, bare_parts, collect_observations, in_engine, measure, percentiles
 
 PLANS = "plans.json"
@@ -49,12 +47,10 @@ OTHER_DECODERS = 0.1  # share of random plans with a decoder that is not Jacobi'
 
 
 @dataclass
-class TuneConfig(Checked, prefix="--"):
+class TuneConfig(DrivenConfig):
     """Options of ``ceed-vla tune``.
 
     Attributes:
-        policy: The policy.
-        env: The environment that it drives in.
         output_dir: Folder for plans.json, pareto.png and, with `save`, the folder `checkpoint`.
         save: Write a copy of the policy that executes the steps of the largest budget's plan and knows it as plan, and
             as plan<MS> those of the other budgets that execute as many.
@@ -72,8 +68,6 @@ class TuneConfig(Checked, prefix="--"):
         workers: Processes that share the episodes; timing has the machine to itself.
     """
 
-    policy: CheckpointPath = field(default_factory=CheckpointPath)
-    env: EnvConfig = field(default_factory=mixed_tabletop)
     output_dir: str = "outputs/tune"
     save: bool = False
     budgets_ms: list[float] = ranged([], "(0, 1e6]")

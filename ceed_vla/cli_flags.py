@@ -208,9 +208,8 @@ def _read_words(config_class: type[Any], flags: Sequence[str], positional: str) 
         name, equals, text = word.removeprefix("--").partition("=")
         if name not in kinds and f"{name}.path" in kinds:
             name = f"{name}.path"  # --policy FOLDER
-        if word.startswith("--") and name not in kinds:
-            check_moved(name, config_class)
         if not word.startswith("--") or name not in kinds:
+            check_moved(name, config_class)
             raise unknown(name, kinds, word)
         if name in seen:
             raise UsageError(f"--{name} is given twice")

@@ -20,7 +20,7 @@ from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.names import CEED, OWN, named_config
 from ceed_vla.decoding.registry import find_decoder, find_exit
 from ceed_vla.devices import check_device, check_device_name
-from ceed_vla.errors import CheckpointError, ConfigError, root_cause
+from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.fields import check_fields, ranged, short
 from ceed_vla.files import plain_name, saving
 from ceed_vla.folders import resolve_checkpoint
@@ -138,12 +138,11 @@ class CeedVLAConfig(PreTrainedConfig):
         values = {name: value for name, value in read_values(folder).items() if name != "type"}
         if device is not None:
             values["device"] = check_device(device)
-        try:
+        what = f"{folder}: config.json cannot be used"  # draccus raises its own kinds, and passes on our ConfigErrors
+        with raised_as(CheckpointError, what, "copy it again, or correct it.", passing=()):
             config = draccus.decode(cls, values)
             config.validate_features()
             check_kinds(values, draccus.encode(config))
-        except Exception as error:  # draccus raises its own kinds, and passes on those of the configuration
-            raise CheckpointError(f"{folder}: config.json cannot be used ({root_cause(error)}).") from error
         return config
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:

@@ -63,14 +63,7 @@ class DoctorConfig:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table.
-
-    Attributes:
-        what: What was looked at.
-        found: What is there.
-        remedy: What to do; empty where nothing is to be done.
-        needed: Whether the package works without it only in part.
-    """
+    """One line of the table; a `remedy` says that it is not as it should be, `needed` that it has to be."""
 
     what: str
     found: str
@@ -129,10 +122,7 @@ def _run_probe(script: str) -> dict[str, Any]:
 
 def _version(package: str) -> str:
     """Empty if it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
+    return next((found.version for found in metadata.distributions(name=package)), "")
 
 
 def _python() -> Generator[Finding]:

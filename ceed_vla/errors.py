@@ -29,7 +29,7 @@ def root_cause(error: BaseException) -> str:
 
 @contextmanager
 def raised_as(
-    kind: type[CeedVLAError], what: str, advice: str, passing: type[CeedVLAError] = CeedVLAError
+    kind: type[CeedVLAError], what: str, advice: str, passing: type[CeedVLAError] | tuple[()] = CeedVLAError
 ) -> Iterator[None]:
     """Raise what a library raises as a `kind`, whose message is `what`, the cause and `advice`; errors `passing` pass.
 

@@ -29,10 +29,8 @@ def is_own(file: Path) -> bool:
 
 
 def claim_file(option: str, text: str, suffix: str) -> Path:
-    """The file that the value `text` of an option names, if it may be written.
-
-    Raises:
-        ConfigError: An empty name, another suffix, a folder, or a file of somebody else's.
+    """The file that the value `text` of an option names, if it may be written; `ConfigError` for an empty name, another
+    suffix, a folder, or a file of somebody else's.
     """
     path = _path(option, text)
     if path.is_dir():
@@ -55,10 +53,8 @@ def named_folder(option: str, text: str) -> Path:
 def claim_folder(option: str, text: str, names: Iterable[str], known_by: Iterable[str]) -> Path:
     """The folder that an option names, if files `names` may be written into it: a new or empty one, or one of ours.
 
-    A file of ours among `known_by` makes a folder ours.
-
-    Raises:
-        ConfigError: An empty name, a file, or what somebody else put there.
+    A file of ours among `known_by` makes a folder ours. `ConfigError` for an empty name, a file, or what somebody else
+    put there.
     """
     path = named_folder(option, text)
     content = sorted(file.name for file in path.iterdir() if file.name[0] != ".") if path.is_dir() else []

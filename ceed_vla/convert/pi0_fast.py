@@ -114,8 +114,5 @@ def _copy_pipeline(folder: Path, output: Path, name: str, text: Path) -> None:
             save_file(PromptTokensStep(**kept).read_folder(text).state_dict(), output / state)
             steps[index] = {"registry_name": "ceed_vla_pi0_fast_prompt", "config": kept, "state_file": state}
         elif "state_file" in step:
-            state = Path(step["state_file"]).name
-            if not (folder / state).is_file():
-                raise CheckpointError(f"{folder} lacks {state}, which {file.name} names; copy it too.")
-            shutil.copyfile(folder / state, output / state)
+            shutil.copyfile(folder / step["state_file"], output / step["state_file"])
     write_text(output / file.name, json.dumps({**pipeline, "steps": steps}, indent=2) + "\n")

@@ -32,10 +32,7 @@ class Info:
     """What ``meta/info.json`` says, as far as training reads it.
 
     Attributes:
-        root: The data set's folder.
         fps: Frames a second [Hz].
-        frames: Frames of all episodes.
-        episodes: Episodes.
         vectors: Shapes of state, action and environment state, where there are.
         cameras: Camera feature -> (H, W, 3).
         videos: Cameras that are stored as videos.

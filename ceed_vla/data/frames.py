@@ -31,13 +31,11 @@ class FrameStore:
     """Frames of one LeRobotDataset, as arrays over the frame index.
 
     Attributes:
-        root: The data set's folder.
         images: Camera feature -> (N, H, W, 3) uint8, memory-mapped or streamed.
         state: (N, D) float32.
         action: (N, A) float32, None for an action-free set.
         environment_state: (N, E) float32 or None.
         task: (N,) index into `tasks`.
-        tasks: Instructions.
         episode: (N,) episode index.
         episode_end: (N,) one past the last frame of the frame's episode.
         fps: Frames a second [Hz].

@@ -35,15 +35,11 @@ def window_edges(episode: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class ImageReader:
-    """Decodes the images of a data set, by `rows` with ``episode_index`` and ``timestamp`` of all frames.
-
-    Attributes:
-        edges: See `window_edges`.
-    """
+    """Decodes the images of a data set, by `rows` with ``episode_index`` and ``timestamp`` of all frames."""
 
     def __init__(self, info: Info, rows: dict[str, NDArray[Any]]) -> None:
         self.info, self.times = info, rows["timestamp"]
-        self.edges = window_edges(rows["episode_index"])
+        self.edges = window_edges(rows["episode_index"])  # (W + 1,)
         self.first = np.searchsorted(rows["episode_index"], np.arange(info.episodes))  # (E,) frame of every episode
         self.places = {camera: _video_places(info, camera) for camera in info.videos}
         stored = [camera for camera in info.cameras if camera not in info.videos]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import ranged
 from ceed_vla.tensors import check_actions, check_tokens
-from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig, from_front
+from ceed_vla.tokens.base import ACTIONS, ActionTokens, ActionTokensConfig
 from ceed_vla.tokens.uniform import ranges_from_stats
 
 
@@ -51,7 +51,7 @@ class OpenVLATokensConfig(ActionTokensConfig):
         self.mask = self.mask or [d not in grippers for d in range(action_dim)]
 
     def build(self, chunk_steps: int, action_dim: int) -> ActionTokens:
-        return OpenVLATokenizer(self.q01, self.q99, self.mask, chunk_steps, self.n_action_bins, self.gripper_dims)
+        return OpenVLATokenizer(self, chunk_steps)
 
 
 class OpenVLATokenizer(ActionTokens):
@@ -63,30 +63,21 @@ class OpenVLATokenizer(ActionTokens):
     action.
     """
 
-    def __init__(
-        self,
-        q01: Sequence[float],
-        q99: Sequence[float],
-        mask: Sequence[bool],
-        chunk_steps: int,
-        num_bins: int = 256,
-        gripper_dims: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, settings: OpenVLATokensConfig, chunk_steps: int) -> None:
+        q01, q99, mask = settings.q01, settings.q99, settings.mask
         if not len(q01) == len(q99) == len(mask) > 0:
             raise ConfigError(f"q01 has {len(q01)} values, q99 {len(q99)}, mask {len(mask)}; give one of each.")
-        if chunk_steps < 1 or num_bins < 3:
-            raise ConfigError(f"chunk_steps is {chunk_steps} (at least 1) and num_bins {num_bins} (at least 3).")
-        self.action_dim, self.chunk_steps, self.vocabulary_size = len(q01), int(chunk_steps), int(num_bins)
-        self.tokens_per_step, self.block_length = self.action_dim, self.chunk_steps * self.action_dim
-        self.gripper_dims = from_front(gripper_dims, self.action_dim)
-        self.mask = torch.tensor(list(mask), dtype=torch.bool)  # (A,)
+        self.action_dim, self.chunk_steps, self.vocabulary_size = len(q01), chunk_steps, settings.n_action_bins
+        self.tokens_per_step, self.block_length = self.action_dim, chunk_steps * self.action_dim
+        self.gripper_dims = settings.gripper_indices(self.action_dim)
+        self.mask = torch.tensor(mask)  # (A,)
         ones = torch.ones(self.action_dim, dtype=torch.float64)
         self.low = torch.where(self.mask, torch.tensor(q01, dtype=torch.float64), -ones)  # (A,)
         self.high = torch.where(self.mask, torch.tensor(q99, dtype=torch.float64), ones)  # (A,)
-        wrong = (~torch.isfinite(self.low + self.high) | (self.low > self.high)).nonzero()
+        wrong = (self.low > self.high).nonzero()
         if len(wrong):
             d = int(wrong[0])
-            raise ConfigError(f"Dimension {d} has the quantiles [{q01[d]}, {q99[d]}]; both must be finite, in order.")
+            raise ConfigError(f"Dimension {d} has the quantiles [{q01[d]}, {q99[d]}]; they must be in order.")
         # numpy's grid, not torch's: they differ in the last bit, and so would decoded actions.
         self._edges = torch.from_numpy(np.linspace(-1.0, 1.0, self.vocabulary_size))  # (V,)
         self._centres = (self._edges[:-1] + self._edges[1:]) / 2  # (V - 1,)

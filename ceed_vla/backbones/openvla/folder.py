@@ -73,46 +73,42 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def check_config(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
     """`config` as found in `file`, with the defaults of the format; `CheckpointError` for what cannot be built."""
     with raised_as(CheckpointError, f"{file} holds a value of another kind than OpenVLA's", "copy it again."):
-        return _checked(file, config)
-
-
-def _checked(file: Path | str, config: dict[str, Any]) -> dict[str, Any]:
-    config = {"n_action_bins": 256, "pad_to_multiple_of": 64, "use_fused_vision_backbone": None, **config}
-    missing = [key for key in ("text_config", "timm_model_ids", "image_sizes") if key not in config]
-    if missing:
-        raise CheckpointError(f"{file} lacks {', '.join(missing)}; it is no complete OpenVLA configuration.")
-    towers, text = config["timm_model_ids"], dict(config["text_config"])
-    read_architecture(json.dumps(text))
-    least_sizes(text)
-    if config["use_fused_vision_backbone"] is None:
-        config["use_fused_vision_backbone"] = len(towers) == 2
-    expected = 2 if config["use_fused_vision_backbone"] else 1
-    for key in _LISTS:
-        if config.get(key) is not None and len(config[key]) != expected:
+        config = {"n_action_bins": 256, "pad_to_multiple_of": 64, "use_fused_vision_backbone": None, **config}
+        missing = [key for key in ("text_config", "timm_model_ids", "image_sizes") if key not in config]
+        if missing:
+            raise CheckpointError(f"{file} lacks {', '.join(missing)}; it is no complete OpenVLA configuration.")
+        towers, text = config["timm_model_ids"], dict(config["text_config"])
+        read_architecture(json.dumps(text))
+        least_sizes(text)
+        if config["use_fused_vision_backbone"] is None:
+            config["use_fused_vision_backbone"] = len(towers) == 2
+        expected = 2 if config["use_fused_vision_backbone"] else 1
+        for key in _LISTS:
+            if config.get(key) is not None and len(config[key]) != expected:
+                raise CheckpointError(
+                    f"{file}: {key} has {len(config[key])} entries, use_fused_vision_backbone says {expected}."
+                )
+        _check_towers(file, config)
+        text.setdefault("model_type", str(config.get("llm_backbone_id", "llama")).partition("-")[0])
+        if text["model_type"] in ("llama2", "vicuna"):
+            text["model_type"] = "llama"
+        if text["model_type"] not in LANGUAGE_MODELS:
             raise CheckpointError(
-                f"{file}: {key} has {len(config[key])} entries, use_fused_vision_backbone says {expected}."
+                f"{file}: the language model (text_config.model_type) is {text['model_type']!r}; those that can be "
+                f"read, with a cache of keys and values, are {', '.join(LANGUAGE_MODELS)}."
             )
-    _check_towers(file, config)
-    text.setdefault("model_type", str(config.get("llm_backbone_id", "llama")).partition("-")[0])
-    if text["model_type"] in ("llama2", "vicuna"):
-        text["model_type"] = "llama"
-    if text["model_type"] not in LANGUAGE_MODELS:
-        raise CheckpointError(
-            f"{file}: the language model (text_config.model_type) is {text['model_type']!r}; those that can be read, "
-            f"with a cache of keys and values, are {', '.join(LANGUAGE_MODELS)}."
-        )
-    types = [part.get(name) for part in (config, text) for name in ("torch_dtype", "dtype")]
-    config["torch_dtype"] = str(next(filter(None, types), "float32")).removeprefix("torch.")
-    if config["torch_dtype"] not in DTYPES:
-        raise CheckpointError(f"{file}: torch_dtype is {config['torch_dtype']!r}; choose {', '.join(DTYPES)}.")
-    padding, bins = config["pad_to_multiple_of"], config["n_action_bins"]
-    words = text.setdefault("vocab_size", 32000) - padding
-    if not (isinstance(padding, int) and padding >= 0 and isinstance(bins, int) and 2 < bins <= words):
-        raise CheckpointError(
-            f"{file}: {config['n_action_bins']} action ids do not fit a vocabulary of {text['vocab_size']} that "
-            f"was padded by {config['pad_to_multiple_of']}."
-        )
-    return {**config, "text_config": text}
+        types = [part.get(name) for part in (config, text) for name in ("torch_dtype", "dtype")]
+        config["torch_dtype"] = str(next(filter(None, types), "float32")).removeprefix("torch.")
+        if config["torch_dtype"] not in DTYPES:
+            raise CheckpointError(f"{file}: torch_dtype is {config['torch_dtype']!r}; choose {', '.join(DTYPES)}.")
+        padding, bins = config["pad_to_multiple_of"], config["n_action_bins"]
+        words = text.setdefault("vocab_size", 32000) - padding
+        if not (isinstance(padding, int) and padding >= 0 and isinstance(bins, int) and 2 < bins <= words):
+            raise CheckpointError(
+                f"{file}: {config['n_action_bins']} action ids do not fit a vocabulary of {text['vocab_size']} that "
+                f"was padded by {config['pad_to_multiple_of']}."
+            )
+        return {**config, "text_config": text}
 
 
 def _check_towers(file: Path | str, config: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ one of transformers (sandboxed, without its tracking of generated tokens).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -66,7 +67,11 @@ def _main() -> None:
         raise jinja2.TemplateError(message)
 
     job = json.load(sys.stdin)
-    _limit()
+    with contextlib.suppress(ImportError, OSError, ValueError):  # the limit of wall time holds everywhere
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CPU, (_CPU_S, _CPU_S))
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
@@ -82,17 +87,6 @@ def _main() -> None:
     except Exception as error:
         answer = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
     json.dump(answer, sys.stdout)
-
-
-def _limit() -> None:
-    """Let the system end this process when it takes too much, where it can."""
-    try:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CPU, (_CPU_S, _CPU_S))
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    except (ImportError, OSError, ValueError):
-        return  # the limit of wall time holds everywhere
 
 
 if __name__ == "__main__":

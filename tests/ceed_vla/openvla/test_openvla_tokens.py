@@ -14,7 +14,7 @@ Q01, Q99, MASK = [-0.5, -100.0, 0.0], [0.5, 300.0, 1.0], [True, True, False]
 
 @pytest.fixture
 def tokenizer() -> OpenVLATokenizer:
-    return OpenVLATokenizer(Q01, Q99, MASK, chunk_steps=2, gripper_dims=[-1])
+    return OpenVLATokenizer(OpenVLATokensConfig(q01=Q01, q99=Q99, mask=MASK), chunk_steps=2)
 
 
 def test_decoding_equals_the_reference(tokenizer: OpenVLATokenizer) -> None:
@@ -72,12 +72,12 @@ def test_tokens_without_actions(tokenizer: OpenVLATokenizer, tokens: torch.Tenso
         ({"q01": [0.0]}, "one of each"),
         ({"q01": [1.0, 0.0, 0.0]}, r"Dimension 0 has the quantiles \[1.0, 0.5\]"),
         ({"q99": [0.5, float("nan"), 1.0]}, "finite"),
-        ({"num_bins": 2}, "at least 3"),
+        ({"n_action_bins": 2}, r"n_action_bins is 2; it must be a whole number in \[3,"),
     ],
 )
 def test_quantiles_that_define_nothing(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        OpenVLATokenizer(**{"q01": Q01, "q99": Q99, "mask": MASK, "chunk_steps": 2, **changes})  # type: ignore[arg-type]
+        OpenVLATokensConfig(**{"q01": Q01, "q99": Q99, "mask": MASK, **changes}).build(2, 3)  # type: ignore[arg-type]
 
 
 def test_quantiles_from_data() -> None:

@@ -40,19 +40,15 @@ Allowed = Interval | tuple[str, ...]  # numbers, or the texts of which a setting
 
 def ranged(default: Any, interval: str) -> Any:
     """A field whose number, or every number of whose list, lies in `interval`; None is left alone."""
-    return _declared(default, Interval(interval))
+    metadata = {_ALLOWED: Interval(interval)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def chosen(default: str, choices: Sequence[str]) -> Any:
     """A field that is one of `choices`."""
-    return _declared(default, tuple(choices))
-
-
-def _declared(default: Any, allowed: Allowed) -> Any:
-    metadata = {_ALLOWED: allowed}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={_ALLOWED: tuple(choices)})
 
 
 def allowed_of(item: Any) -> Allowed | None:
@@ -115,16 +111,12 @@ def fits(value: Any, hint: Any, allowed: Allowed | None = None) -> bool:
         return True
     if (options := options_of(hint)) != (hint,):
         return any(fits(value, option, allowed) for option in options)
-    if hint is type(None):
-        return value is None
     if hint in (int, float):
         number = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
         return number and abs(value) < _LARGEST and (not isinstance(allowed, Interval) or value in allowed)
     if hint is str:
         text = isinstance(value, str) and len(value) <= LONGEST_TEXT and "\0" not in value
         return text and (not isinstance(allowed, tuple) or value in allowed)
-    if hint is bool:
-        return isinstance(value, bool)
     if hint is Path:
         return isinstance(value, str | Path) and "\0" not in str(value)
     origin, inside = typing.get_origin(hint), typing.get_args(hint)

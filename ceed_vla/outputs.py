@@ -37,7 +37,7 @@ def claim_file(option: str, text: str, suffix: str) -> Path:
         raise ConfigError(f"--{option} is {text!r}, which is a folder; name a file in it.")
     if path.suffix.lower() != suffix:
         raise ConfigError(f"--{option} is {text!r}; a file with the ending {suffix} is written, so name one.")
-    if _is_there(path) and not is_own(path):
+    if path.exists(follow_symlinks=False) and not is_own(path):
         raise ConfigError(f"--{option} is {text!r}, a file that ceed-vla did not make; name another.")
     return path
 
@@ -45,7 +45,7 @@ def claim_file(option: str, text: str, suffix: str) -> Path:
 def named_folder(option: str, text: str) -> Path:
     """The folder that an option names; it need not exist. `ConfigError` for an empty name or a file."""
     path = _path(option, text)
-    if _is_there(path) and not path.is_dir():
+    if path.exists(follow_symlinks=False) and not path.is_dir():
         raise ConfigError(f"--{option} is {text!r}, which is a file; name a folder.")
     return path
 
@@ -58,7 +58,7 @@ def claim_folder(option: str, text: str, names: Iterable[str], known_by: Iterabl
     """
     path = named_folder(option, text)
     content = sorted(file.name for file in path.iterdir() if file.name[0] != ".") if path.is_dir() else []
-    strange = [name for name in names if _is_there(path / name) and not is_own(path / name)]
+    strange = [name for name in names if (path / name).exists(follow_symlinks=False) and not is_own(path / name)]
     if content and not any(is_own(path / name) for name in known_by):
         strange = strange or content
     if strange:
@@ -72,17 +72,12 @@ def _path(option: str, text: str) -> Path:
         raise ConfigError(f"--{option} is empty; name where to write.")
     path = Path(text)
     try:
-        existing = next(place for place in (path, *path.absolute().parents) if _is_there(place))
+        existing = next(place for place in (path, *path.absolute().parents) if place.exists(follow_symlinks=False))
     except OSError as error:
         raise ConfigError(f"--{option} is {text[:200]!r}; it cannot be a path ({error.strerror}).") from error
     if existing != path and not existing.is_dir():
         raise ConfigError(f"--{option} is {text!r}, but {existing} is a file; name another folder.")
     return path
-
-
-def _is_there(path: Path) -> bool:
-    """Whether a name is taken, by a link that leads nowhere too."""
-    return path.exists() or path.is_symlink()
 
 
 def default_console() -> Console:

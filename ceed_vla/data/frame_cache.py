@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ceed_vla.data.files import Info, data_files
 from ceed_vla.data.images import ImageReader
 from ceed_vla.errors import DatasetError
-from ceed_vla.files import write_text
+from ceed_vla.files import regular, write_text
 
 CACHE, COMPLETE = ".frames", "complete.json"
 
@@ -60,10 +60,8 @@ def _decoded_before(cache: Path, key: str, shapes: Shapes) -> ImageMaps | None:
     done, files = cache / COMPLETE, {camera: cache / f"{camera}.npy" for camera in shapes}
     if not done.is_file() or done.stat().st_size != len(key.encode()) or done.read_bytes() != key.encode():
         return None
-    if not all(file.is_file() for file in files.values()):
-        return None
     try:
-        maps = {camera: np.lib.format.open_memmap(file, mode="r") for camera, file in files.items()}
+        maps = {camera: np.lib.format.open_memmap(regular(file), mode="r") for camera, file in files.items()}
     except Exception:  # whatever is wrong with them, they are decoded again
         return None
     right = all(m.dtype == np.uint8 and m.shape == shapes[camera] for camera, m in maps.items())

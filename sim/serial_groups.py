@@ -28,7 +28,7 @@ Decision = tuple[int, str, int]  # seed, task, chunks before it
 Outcome = tuple[str, int, str, bool, int]  # decoder, seed, task, whether it was solved, chunks
 
 
-@register_exit("watched", "watched", "never; keeps what a head sees")
+@register_exit("watched", "watched", "")
 class Watched(Learned):
     """Ends no row."""
 

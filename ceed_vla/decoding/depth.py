@@ -60,7 +60,7 @@ def first_then_jacobi(
 
 
 @register_decoder(
-    r"deer(?P<depth>\d+)t(?P<bins>\d*\.?\d+)", "deer<K>t<D>", "or until exits K - 1 and K agree to D bins",
+    r"deer(?P<depth>\d+)t(?P<bins>\d*\.?\d+)", "deer<K>t<D>", "or until two exits agree to D bins",
     ("deer3t0.5", "deer3t1", "deer3t2", "deer3t3"),
 )  # fmt: skip
 @torch.no_grad()

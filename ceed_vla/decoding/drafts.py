@@ -187,7 +187,7 @@ def decode_spec(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
 decode_spec.relaxes = lambda options: bool(int(options["near"] or 0))  # type: ignore[attr-defined]
 
 
-@register_decoder("del", "del", "as spec, with K and L chosen online")
+@register_decoder("del", "del", "as spec, K and L chosen online")
 def decode_del(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Greedy tokens; depth and length of every draft are those that promise most tokens a layer call.
 

@@ -94,7 +94,7 @@ class Confidence(ExitRule):
 
 
 @register_exit(
-    r"gap(?P<confidence>\d*\.?\d+)", "gap<P>", "or until the best token leads by P everywhere",
+    r"gap(?P<confidence>\d*\.?\d+)", "gap<P>", "or until the best token leads by P",
     ["gap0.5", "gap0.3", "gap0.2", "gap0.1", "gap0.05", "gap0.02"],
 )  # fmt: skip
 class Gap(Confidence):
@@ -109,7 +109,7 @@ class Gap(Confidence):
 
 
 @register_exit(
-    r"agree(?P<most>\d+)", "agree<D>", "or until two states differ by D bins at most",
+    r"agree(?P<most>\d+)", "agree<D>", "or until two states are D bins apart",
     ["agree0", "agree1", "agree2", "agree4", "agree8", "agree16", "agree32"],
 )  # fmt: skip
 class Agreement(ExitRule):
@@ -125,7 +125,7 @@ class Agreement(ExitRule):
 
 
 @register_exit(
-    r"changed(?P<most>\d+)", "changed<K>", "or until K tokens at most change",
+    r"changed(?P<most>\d+)", "changed<K>", "or until K tokens change",
     ["changed0", "changed1", "changed2", "changed4", "changed8", "changed14"],
 )  # fmt: skip
 class Changed(Agreement):

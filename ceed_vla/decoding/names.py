@@ -28,7 +28,7 @@ def names_help() -> str:
     """What a decoding's name may be."""
     return (
         f"{CEED} (the checkpoint's), {meanings()}; exit rules can be joined (conf<P>_cap<K>); Jacobi ones also with "
-        "_fresh (the tail), _mid or _random (the guess); a checkpoint may have risk<E>, plan<MS> and learned"
+        "_fresh (the tail), _mid or _random (the guess); of a checkpoint: risk<E>, plan<MS>, learned"
     )
 
 

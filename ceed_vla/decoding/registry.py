@@ -20,7 +20,7 @@ class Entry:
     Attributes:
         pattern: Of its names; named groups are its options.
         shown: Its name in messages: "cap<K>".
-        meaning: In a few words.
+        meaning: In a few words; none for what is not shown.
         make: The decoder, or the class of the rule.
         ladder: Names of it that calibration and search try, from the strictest to the loosest.
     """
@@ -105,4 +105,5 @@ decoder_ladders, exit_ladders = _DECODERS.ladders, _EXITS.ladders
 
 def meanings() -> str:
     """All decoders and exit rules with their meanings, for help and messages."""
-    return ", ".join(f"{e.shown} ({e.meaning})" for e in (*_DECODERS.values(), *_EXITS.values()))
+    shown = [entry for entry in (*_DECODERS.values(), *_EXITS.values()) if entry.meaning]
+    return ", ".join(f"{entry.shown} ({entry.meaning})" for entry in shown)

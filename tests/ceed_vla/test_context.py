@@ -71,9 +71,8 @@ def test_the_prefix_is_that_of_the_best_tokens(kept: int, student: Any, batch: d
         best = sorted(sorted(range(TOKENS), key=lambda i: -scores[row, i])[:kept])
         own = backbone.prefill_embeddings(embeddings[row : row + 1, [*best, TOKENS]])
         torch.testing.assert_close(prefix.logits[row : row + 1], own.logits, rtol=1e-4, atol=1e-4)
-    assert (
-        len({tuple(row.topk(kept).indices.sort().values.tolist()) for row in scores}) > 1
-    )  # rows choose for themselves
+    chosen = {tuple(row.topk(kept).indices.sort().values.tolist()) for row in scores}
+    assert len(chosen) > 1 or kept == 1  # rows choose for themselves
 
 
 def test_behind_the_pruned_prefix_it_is_jacobi_and_proves_nothing(student: Any, batch: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,7 @@ def _tokenizer() -> Tokenizer:
     tokenizer.train_from_iterator([PROMPT.format(instruction=TEXT)], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return tokenizer
+
+
+if __name__ == "__main__":
+    print(write_openvla(sys.argv[1], seed=int(sys.argv[2]) if len(sys.argv) > 2 else 0))

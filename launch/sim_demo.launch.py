@@ -14,12 +14,12 @@ from launch_ros.parameter_descriptions import ParameterValue
 from launch_ros.substitutions import FindPackageShare
 
 LAUNCH = PathJoinSubstitution([FindPackageShare("ceed_vla"), "launch"])
-# Argument -> (default, description, type). Each overrides the simulation's parameter of its name.
-PARAMETERS = {
-    "task": ("mixed", "mixed, cube_in_bin, cube_on_plate, push_cube or stack_cubes", str),
-    "seed": ("0", "decides the scene", int),
+# Argument -> (default, description). These override the simulation's parameters of their names,
+SIMULATION = {
+    "task": ("mixed", "mixed, cube_in_bin, cube_on_plate, push_cube or stack_cubes"),
+    "seed": ("0", "decides the scene"),
 }
-# Passed on to policy.launch.py: argument -> (default, description).
+# and these are passed on to policy.launch.py.
 POLICY = {
     "namespace": ("", "namespace of both nodes"),
     "checkpoint": ("student", "LeRobot checkpoint folder, or teacher or student for the shipped ones"),
@@ -33,14 +33,12 @@ POLICY = {
 def generate_launch_description() -> LaunchDescription:
     """Two nodes, which end together, and which only this machine's find unless the environment says otherwise."""
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    described = {name: (default, text) for name, (default, text, _) in PARAMETERS.items()} | POLICY
     arguments = [
         DeclareLaunchArgument(name, default_value=default, description=text)
-        for name, (default, text) in described.items()
+        for name, (default, text) in (SIMULATION | POLICY).items()
     ]
-    overrides = {
-        name: ParameterValue(LaunchConfiguration(name), value_type=kind) for name, (_, _, kind) in PARAMETERS.items()
-    }
+    types = {"task": str, "seed": int}
+    overrides = {name: ParameterValue(LaunchConfiguration(name), value_type=kind) for name, kind in types.items()}
     sim = Node(
         package="ceed_vla",
         executable="sim_node",

@@ -17,7 +17,7 @@ from rich.table import Table
 from ceed_vla.errors import ConfigError
 from ros_nodes.demo.bag import read_messages
 from ros_nodes.robot.loop_statistics import MISSED
-from sim.rollout import wilson_interval
+from sim.rollout import success_entry
 
 COMMAND_RATE = 100.0  # of the policy node [Hz]
 _RESTING = 0.05  # speed of the fastest joint [rad/s]
@@ -74,15 +74,14 @@ def build_report(
     """
     sent = [moment for _, moment, _ in read_messages(bag, [topic])]
     timing, more_timing = command_timing(sent, windows)
-    solved = sum(episode.success for episode in episodes)
+    outcome = success_entry(episode.success for episode in episodes)
     seam, inner = number(policy, "seam_step_max"), number(policy, "inner_step_max")
     holds, clamps = counts(policy, "holds"), counts(policy, "clamps")
     holds.pop("disabled", None)  # between episodes, on request
+    states = ((moment, state) for _, moment, state in read_messages(bag, ["/joint_states"]))
     report = {
         **timing,
-        "episodes": len(episodes),
-        "success_rate": round(solved / len(episodes), 4),
-        "success_ci95": [round(bound, 4) for bound in wilson_interval(solved, len(episodes))],
+        **{key: outcome[key] for key in ("episodes", "success_rate", "success_ci95")},
         "seam_step_ratio": round(seam / inner, 3) if seam is not None and inner else None,
         "observation_to_command_ms": _percentiles(policy, "observation_to_command_ms", ("p50", "p99")),
         "decode_ms": _percentiles(policy, "decode_ms", ("p50", "p95", "p99")),
@@ -94,16 +93,10 @@ def build_report(
         "clamps_by_kind": clamps,
         **more_timing,
         "beyond_decode_ms": _percentiles(policy, "beyond_decode_ms", ("p50", "p99")),
-        "forwards_mean": number(policy, "forwards_mean"),
-        "exit_reasons": policy.get("exit_reasons", ""),
-        "deadline_misses": number(policy, "deadline_misses"),
-        "late_chunks": number(policy, "late_chunks"),
-        "starved": number(policy, "starved"),
-        "scheduling": policy.get("scheduling", ""),
+        **{key: number(policy, key) for key in ("forwards_mean", "deadline_misses", "late_chunks", "starved")},
+        **{key: policy.get(key, "") for key in ("exit_reasons", "scheduling")},
         "load": os.getloadavg()[0],
-        "rest_after_kill_ms": None
-        if killed is None
-        else rest_after(((sent, m) for _, sent, m in read_messages(bag, ["/joint_states"])), killed),
+        "rest_after_kill_ms": None if killed is None else rest_after(states, killed),
         "config": dict(options),
         "per_episode": [{k: v for k, v in asdict(one).items() if k != "window"} for one in episodes],
     }
@@ -154,16 +147,15 @@ def _percentiles(policy: Mapping[str, str], name: str, shares: Sequence[str]) ->
 def console_table(report: Mapping[str, Any], details: Mapping[str, Any]) -> Table:
     low, high = report["success_ci95"]
     solved = round(report["success_rate"] * report["episodes"])
-    latency, decode, jitter = report["observation_to_command_ms"], report["decode_ms"], report["jitter_ms"]
-    table = Table(show_header=False)
+    jitter = report["jitter_ms"]
     rows = [
         ("success", f"{solved} of {report['episodes']}  [{100 * low:.0f} %, {100 * high:.0f} %]"),
         ("command rate", f"{report['command_rate_hz']:.2f} Hz of {COMMAND_RATE:.0f}"),
         ("missed ticks", f"{100 * report['missed_ticks_fraction']:.2f} %"),
         ("jitter p50 / p99", f"{jitter['p50']:.2f} / {jitter['p99']:.2f} ms"),
-        ("decode p50 / p95 / p99", f"{_ms(decode, 'p50', 'p95', 'p99')} ms"),
-        ("observation to command p50 / p99", f"{_ms(latency, 'p50', 'p99')} ms"),
-        ("the same without decoding", f"{_ms(details['beyond_decode_ms'], 'p50', 'p99')} ms"),
+        ("decode p50 / p95 / p99", f"{_ms(report['decode_ms'])} ms"),
+        ("observation to command p50 / p99", f"{_ms(report['observation_to_command_ms'])} ms"),
+        ("the same without decoding", f"{_ms(details['beyond_decode_ms'])} ms"),
         ("joint step at seams / inside chunks", f"{report['seam_step_ratio'] or '-'}"),
         ("ticks held, by reason", ", ".join(f"{k} {v}" for k, v in details["holds_by_reason"].items()) or "0"),
         ("commands clamped", ", ".join(f"{k} {v}" for k, v in details["clamps_by_kind"].items()) or "0"),
@@ -173,10 +165,11 @@ def console_table(report: Mapping[str, Any], details: Mapping[str, Any]) -> Tabl
     if details["config"]["kill"]:
         rest = details["rest_after_kill_ms"]
         rows.append(("killed: arm at rest after", "never" if rest is None else f"{rest:.0f} ms"))
-    for name, value in rows:
-        table.add_row(name, value)
+    table = Table(show_header=False)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def _ms(values: Mapping[str, float | None], *shares: str) -> str:
-    return " / ".join("-" if values[share] is None else f"{values[share]:.1f}" for share in shares)
+def _ms(percentiles: Mapping[str, float | None]) -> str:
+    return " / ".join("-" if value is None else f"{value:.1f}" for value in percentiles.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -161,16 +160,13 @@ class Session:
 
     def close(self) -> None:
         """End both nodes, then the bag. May be called twice."""
-        for name in reversed(self._processes):  # the policy first: the arm comes to rest
-            process = self._processes[name]
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-                try:
-                    process.wait(5.0)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-        self._processes.clear()
+        for process in reversed(self._processes.values()):  # the policy first: the arm comes to rest
+            process.terminate()  # does nothing to one that has ended
+            try:
+                process.wait(5.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         self.bag.close()
         if self._context.ok():
             self._executor.shutdown()

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from builtin_interfaces.msg import Time
+from builtin_interfaces.msg import Time as TimeMessage
 from matplotlib.figure import Figure
+from rclpy.time import Time
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -186,8 +187,7 @@ def _episodes(
         instruction = robot.reset(seed, config.task)
         values = {**defaults(POLICY_PARAMETERS), **given, "instruction": instruction}
         loop = SimulatedLoop(robot, TimedWorker(predictor, latency), values)
-        began = robot.time
-        limit = config.max_episode_steps * CTRL_DT
+        began, limit = robot.time, config.max_episode_steps * CTRL_DT
         success = loop.episode(limit, config.camera_rate, 1e-3 * config.camera_jitter_ms, seed)
         taken = np.array(loop.setup.controller.statistics.to_command)
         yield {"seed": seed, "success": success, "seconds": round(robot.time - began, 2), "to_command": taken}
@@ -206,6 +206,5 @@ def _figure(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _stamp(now: float) -> Time:
-    nanoseconds = round(1e9 * now)
-    return Time(sec=nanoseconds // 10**9, nanosec=nanoseconds % 10**9)
+def _stamp(now: float) -> TimeMessage:
+    return Time(nanoseconds=round(1e9 * now)).to_msg()

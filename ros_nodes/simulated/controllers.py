@@ -78,14 +78,10 @@ class Trajectory:
         if self._slopes is None:
             return p0 + s * (p1 - p0), (p1 - p0) / span
         m0, m1 = span * self._slopes[index], span * self._slopes[index + 1]
-        position = (
-            (2 * s**3 - 3 * s**2 + 1) * p0
-            + (s**3 - 2 * s**2 + s) * m0
-            + (3 * s**2 - 2 * s**3) * p1
-            + (s**3 - s**2) * m1
-        )
-        slope = 6 * (s**2 - s) * (p0 - p1) + (3 * s**2 - 4 * s + 1) * m0 + (3 * s**2 - 2 * s) * m1
-        return position, slope / span
+        hermite = np.array([2 * s**3 - 3 * s**2 + 1, 3 * s**2 - 2 * s**3, s**3 - 2 * s**2 + s, s**3 - s**2])
+        slope = np.array([6 * s**2 - 6 * s, 6 * s - 6 * s**2, 3 * s**2 - 4 * s + 1, 3 * s**2 - 2 * s])
+        ends = np.stack([p0, p1, m0, m1])
+        return hermite @ ends, slope @ ends / span
 
 
 class ServoTwist:

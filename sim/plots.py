@@ -32,18 +32,16 @@ STYLE: Any = {  # rcParams
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-
-
 PLOTS = ("success.png", "latency.png", "forwards.png", "delays.png")
 
 
-def _plain(name: str) -> str:
-    return name.removeprefix("teacher_").partition("@")[0]
+def _token_by_token(name: str) -> bool:
+    return name.removeprefix("teacher_").partition("@")[0] in ("ar", "ar_h")
 
 
 def row_color(name: str) -> str:
     """Colour of a decoder: grey is autoregressive, light blue the teacher, the others the policy."""
-    if _plain(name) in ("ar", "ar_h"):
+    if _token_by_token(name):
         return GREY
     if name.startswith("teacher_"):
         return SKY
@@ -89,8 +87,8 @@ def success_figure(report: Mapping[str, Any]) -> Figure | None:
         xticks=range(0, 101, 20),
         xlabel="episodes solved [%]\n"
         "bar: all episodes   whisker: its 95 % Wilson interval   white dots: single task families",
+        title="Success on the same seeds",
     )
-    axes.set_title("Success on the same seeds")
     return figure
 
 
@@ -111,21 +109,21 @@ def latency_figure(report: Mapping[str, Any]) -> Figure | None:
         axes.plot(latency["p99"], y, "|", color=INK, ms=10, mew=1.6, zorder=5)
         text = f"{latency['p50']:.1f} ms   {entry['speedup_vs_ar']:.1f}x"
         axes.text(longest * 1.03, y, text, va="center", ha="left", fontsize=9)
+    threads, device = report["hardware"]["threads"], report["hardware"]["device"]
     axes.set(
         xlim=(0, longest * 1.28),
         xlabel="time from observation to chunk [ms]\n"
         "bar: p50, hatched: pre-processing and prefill   dot: p95   tick: p99\n"
         "at the right: p50, and how many times faster than the same model token by token",
+        title=f"Latency at batch 1, {device}, {threads} thread{'s' if threads != 1 else ''}",
     )
-    threads, device = report["hardware"]["threads"], report["hardware"]["device"]
-    axes.set_title(f"Latency at batch 1, {device}, {threads} thread{'s' if threads != 1 else ''}")
     return figure
 
 
 def forwards_figure(report: Mapping[str, Any]) -> Figure | None:
     """How many block forwards the chunks took; autoregressive rows are only named in the note."""
     rows = {name: entry for name, entry in report["decoders"].items() if entry.get("forwards_histogram")}
-    block = {name: entry for name, entry in rows.items() if _plain(name) not in ("ar", "ar_h")}
+    block = {name: entry for name, entry in rows.items() if not _token_by_token(name)}
     if not block:
         return None
     counts = {name: {int(k): v for k, v in entry["forwards_histogram"].items()} for name, entry in block.items()}
@@ -143,7 +141,7 @@ def forwards_figure(report: Mapping[str, Any]) -> Figure | None:
         axes.tick_params(axis="y", labelsize=7.5, length=0)
         axes.text(1.01, 0.5, f"{name}\nmean {mean:.2f}", transform=axes.transAxes, va="center", fontsize=10)
     step = 1 if longest <= 16 else 5
-    panels[-1].set(xlim=(0.3, longest + 0.7), xticks=range(step if step > 1 else 1, longest + 1, step))
+    panels[-1].set(xlim=(0.3, longest + 0.7), xticks=range(step, longest + 1, step))
     single = [f"{name} {entry['forwards_mean']:.0f}" for name, entry in rows.items() if name not in block]
     note = f"   (single-token forwards: {', '.join(single)})" if single else ""
     panels[-1].set_xlabel(f"block forwards of one chunk, after the prefill{note}\ndashed line: mean over all chunks")
@@ -169,11 +167,11 @@ def delay_figure(report: Mapping[str, Any]) -> Figure | None:
         steps = [entry["delay_steps"] + 0.04 * (shift - (len(lines) - 1) / 2) for entry in entries]
         axes.errorbar(steps, rates[:, 0], bars, color=row_color(name), marker="o", capsize=3, label=name)
     longest = max(entry["delay_steps"] for entries in lines.values() for entry in entries)
-    axes.set(ylim=(0, 103), xticks=range(longest + 1), ylabel="episodes solved [%]")
-    axes.set_xlabel(f"control steps (of {1 / report['fps']:.3g} s) that a chunk takes")
+    taken = f"control steps (of {1 / report['fps']:.3g} s) that a chunk takes"
+    axes.set(ylim=(0, 103), xticks=range(longest + 1), xlabel=taken, ylabel="episodes solved [%]")
+    axes.set_title("Success with latency in the loop")
     axes.yaxis.grid(True, color=FAINT)
     axes.legend(frameon=False)
-    axes.set_title("Success with latency in the loop")
     return figure
 
 

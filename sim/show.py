@@ -60,20 +60,13 @@ class ShowConfig(DrivenConfig):
 
 @dataclass
 class Panel:
-    """One decoding of the block, as drawn.
-
-    Attributes:
-        status: (rows, n) codes; row 0 is the state before the first forward.
-        exit_row: Forwards after which the decoder stopped.
-        exit_note: Why it stopped there; empty for no mark.
-        start: What row 0 is.
-    """
+    """One decoding of the block, as drawn."""
 
     title: str
-    status: NDArray[np.int_]
-    exit_row: int
-    exit_note: str = ""
-    start: str = ""
+    status: NDArray[np.int_]  # (rows, n) codes; row 0 is the state before the first forward
+    exit_row: int  # forwards after which the decoder stopped
+    exit_note: str = ""  # why it stopped there; empty for no mark
+    start: str = ""  # what row 0 is
 
 
 def show(config: ShowConfig) -> Path:
@@ -125,7 +118,6 @@ def _jacobi_panel(title: str, bundle: Bundle, replan: Replan, decoding: Decoding
     strict = DecodingConfig(method="jacobi", guess=decoding.guess, seed=decoding.seed)
     result = policy.decode(batch, strict, record_states=True, **request)
     early = policy.decode(batch, decoding, **request)
-    states = torch.cat(result.states).cpu().numpy()  # (iterations + 1, n)
     count, all_forwards = int(early.iterations[0]), int(result.iterations[0])
     title += f": {count} block forward{'s' if count != 1 else ''}"
     if all_forwards > count:
@@ -160,9 +152,9 @@ def draw(panels: list[Panel], replan: Replan, action_dim: int, executed_steps: i
     figure = Figure(figsize=(13.0, height))
     left, width = 0.285, 0.655
     top = height - 1.0
-    for i, (panel, inches) in enumerate(zip(panels, heights, strict=True)):
+    for panel, inches in zip(panels, heights, strict=True):
         axes = figure.add_axes((left, (top - inches) / height, width, inches / height))
-        _draw_panel(axes, panel, action_dim, executed_steps, last=i == len(panels) - 1)
+        _draw_panel(axes, panel, action_dim, executed_steps, last=panel is panels[-1])
         top -= inches + gap
     figure.text(0.025, 1 - 0.38 / height, f"“{replan.instruction}”", fontsize=16, fontweight="bold", va="center")
     _draw_cameras(figure, replan, height)
@@ -187,16 +179,12 @@ def _draw_panel(axes: Axes, panel: Panel, action_dim: int, executed_steps: int, 
             color=VERMILLION, fontsize=9, va="center", fontweight="bold",
         )  # fmt: skip
         axes.text(block + 0.4, 0, panel.start, color=GREY, fontsize=9, va="center")
-    axes.set(xlim=(0, block), ylim=(rows - 0.5, -0.5))
-    axes.set_title(panel.title)
-    axes.set_ylabel("forwards")
+    axes.set(xlim=(0, block), ylim=(rows - 0.5, -0.5), title=panel.title, ylabel="forwards")
     axes.set_yticks(range(rows) if rows <= 16 else [*range(0, rows - 2, 10), rows - 1])
-    steps = block // action_dim
-    labels = [f"step {i + 1}" if last or rows > 16 else "" for i in range(steps)]
-    axes.set_xticks([action_dim * (i + 0.5) for i in range(steps)], labels)
+    labels = [f"step {i + 1}" if last or rows > 16 else "" for i in range(block // action_dim)]
+    axes.set_xticks([action_dim * (i + 0.5) for i in range(len(labels))], labels)
     axes.tick_params(length=0, labelsize=8.5)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     if last:
         axes.annotate(
             "left of the dashed line: executed before the next chunk", (executed_steps * action_dim, 0), (-6, -24),

@@ -63,12 +63,12 @@ class DoctorConfig:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table; a `remedy` says that it is not as it should be, `needed` that it has to be."""
+    """One line of the table."""
 
-    what: str
+    what: str  # was looked at
     found: str
-    remedy: str = ""
-    needed: bool = True
+    remedy: str = ""  # empty where nothing is to be done
+    needed: bool = True  # without it the package works only in part
 
     @property
     def state(self) -> str:
@@ -96,8 +96,7 @@ def doctor(config: DoctorConfig, console: Console | None = None) -> dict[str, An
     for one in findings:
         table.add_row(Text(one.what), Text(one.found), Text(one.state, colors[one.state]), Text(one.remedy))
     console.print(table)
-    missing = [finding.what for finding in findings if finding.state == "missing"]
-    if missing:
+    if missing := [finding.what for finding in findings if finding.state == "missing"]:
         raise ConfigError(f"Not as needed: {', '.join(missing)}; the table says what to do.")
     return {"findings": [asdict(finding) for finding in findings]}
 
@@ -164,8 +163,9 @@ def _devices(probe: dict[str, Any]) -> Generator[Finding]:
         bfloat16 = "computes" if probe["bfloat16"] else "does not compute"
         yield Finding("CUDA", f"{', '.join(probe['cuda'])}; {bfloat16} in bfloat16")
     else:
-        build = "" if probe["built"] else " and a torch for CUDA"
-        remedy = f"nothing without an NVIDIA GPU; with one, its driver{build}"
+        remedy = (
+            f"nothing without an NVIDIA GPU; with one, its driver{'' if probe['built'] else ' and a torch for CUDA'}"
+        )
         yield Finding("CUDA", "no device", remedy, needed=False)
 
 
@@ -205,8 +205,7 @@ def _ros(probe: dict[str, Any]) -> Generator[Finding]:
 
 
 def _disk() -> Generator[Finding]:
-    temporary = Path(tempfile.gettempdir())
-    for what, folder in ("disk here", Path.cwd()), ("disk for temporary files", temporary):
+    for what, folder in ("disk here", Path.cwd()), ("disk for temporary files", Path(tempfile.gettempdir())):
         free, remedy = shutil.disk_usage(folder).free / 1e9, ""
         if free <= WANTED_FREE_GB:
             remedy = f"make room: {WANTED_FREE_GB:.0f} GB are good for data and checkpoints"
@@ -219,13 +218,13 @@ def _checkpoints() -> Generator[Finding]:
     from safetensors import SafetensorError, safe_open
 
     for name in ("teacher", "student"):
-        file, remedy = SHIPPED / name / "model.safetensors", "install again from a complete copy of the repository"
+        file = SHIPPED / name / "model.safetensors"
         try:
             with safe_open(file, "numpy") as content:  # refuses a file that is too short or too long
                 yield Finding(f"checkpoint {name}", f"{len(content.keys())} tensors")
         except (OSError, SafetensorError) as error:
             found = _short(f"{file.name} is no file of weights ({error})")
-            yield Finding(f"checkpoint {name}", found, remedy)
+            yield Finding(f"checkpoint {name}", found, "install again from a complete copy of the repository")
 
 
 def _short(text: str) -> str:

@@ -7,10 +7,10 @@ ceed-vla eval --env.type=ceed_metaworld --policy.path metaworld/student
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import tempfile
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,12 +74,9 @@ def build(config: WheelConfig) -> Path:
         (package / "__init__.py").write_text(f'"""Checkpoints: {", ".join(found)}."""\n')
         text = PROJECT.format(name=config.name, version=__version__, names=", ".join(found))
         (Path(temporary) / "pyproject.toml").write_text(text)
-        output, before = config.folder.resolve(), Path.cwd()
-        os.chdir(temporary)
-        try:
+        output = config.folder.resolve()
+        with chdir(temporary):
             return output / build_meta.build_wheel(str(output))
-        finally:
-            os.chdir(before)
 
 
 if __name__ == "__main__":

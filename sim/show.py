@@ -124,7 +124,7 @@ def _jacobi_panel(title: str, bundle: Bundle, replan: Replan, decoding: Decoding
         title += f" (to convergence: {all_forwards})"
     note = _EXIT_NOTES.get(early.exit_reason[0], early.exit_reason[0])
     start = "previous chunk" if decoding.guess == "previous" and previous is not None else "guess"
-    return Panel(title, jacobi_status(states), count, note, start)
+    return Panel(title, jacobi_status(torch.cat(result.states).cpu().numpy()), count, note, start)
 
 
 def jacobi_status(states: NDArray[np.integer]) -> NDArray[np.int_]:

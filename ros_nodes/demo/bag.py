@@ -6,7 +6,6 @@ import importlib
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from rclpy.node import Node
 
 _FIELD = re.compile(r"^([a-z]\w*/)?(?:msg/)?([A-Z]\w*)(?:<=\d+)?(?:\[.*?\])?\s")  # a field of a message type
-_SEPARATOR = "=" * 80
 
 
 class BagWriter:
@@ -29,7 +27,6 @@ class BagWriter:
 
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.counts: Counter[str] = Counter()  # topic -> messages written
         self._channels: dict[str, int] = {}
         self._file = self.path.open("wb")
         self._writer = Writer(self._file)
@@ -42,7 +39,6 @@ class BagWriter:
             schema = self._schema(kind, "ros2msg", message_definition(kind).encode())
             self._channels[topic] = self._writer.register_channel(topic, "cdr", schema)
         self._writer.add_message(self._channels[topic], received, data, published)
-        self.counts[topic] += 1
 
     def close(self) -> None:
         """Write the index; a bag that was not closed must be repaired before it is read. May be called twice."""
@@ -105,7 +101,7 @@ def message_definition(kind: str) -> str:
             if field:
                 waiting.append(((field[1] or package).rstrip("/"), field[2]))
     (_, own), *others = texts.items()
-    return "\n".join([own, *(f"{_SEPARATOR}\nMSG: {name}\n{text}" for name, text in others)])
+    return "\n".join([own, *(f"{'=' * 80}\nMSG: {name}\n{text}" for name, text in others)])
 
 
 def _definition_file(package: str, name: str) -> Path:

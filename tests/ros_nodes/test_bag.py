@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,18 @@ from std_msgs.msg import Float64MultiArray, String
 from ceed_vla.errors import ConfigError
 from ros_nodes.demo.bag import BagWriter, message_definition, read_messages, record
 from ros_nodes.robot.messages import COMMAND, LATCHED, SENSOR
+
+
+class CountingBag(BagWriter):
+    """Counts what it writes: topic -> messages."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.counts: Counter[str] = Counter()
+
+    def write(self, topic: str, *message: Any) -> None:
+        super().write(topic, *message)
+        self.counts[topic] += 1
 
 
 def test_definitions_contain_all_the_types_they_use() -> None:
@@ -52,7 +65,7 @@ def test_says_which_definition_is_missing() -> None:
 
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "bag.mcap"
-    with closing(BagWriter(path)) as bag:
+    with closing(CountingBag(path)) as bag:
         for index in range(5):
             data = serialize_message(Float64MultiArray(data=[float(index), 0.5]))
             bag.write("/numbers", "std_msgs/msg/Float64MultiArray", data, 10 * index, 10 * index + 3)
@@ -71,7 +84,7 @@ def test_rosbags_reads_what_the_simulated_robot_sent(graph: Any, tmp_path: Path)
     graph.start("sim_node", "-p", "seed:=2")
     graph.wait(lambda: heard, "joint states")
     path = tmp_path / "bag.mcap"
-    with closing(BagWriter(path)) as bag:
+    with closing(CountingBag(path)) as bag:
         for topic, kind, qos in (
             ("/joint_states", JointState, COMMAND),
             ("/front/image_raw", Image, SENSOR),

@@ -31,25 +31,20 @@ REQUIREMENTS = [
     "tensorboard>=2.19",
     "tqdm>=4.66,<5",
 ]
-ROS_WHEELS = "; platform_machine == 'x86_64' and sys_platform == 'linux'"  # elsewhere ROS comes from apt
+ROS_WHEELS = (
+    "ros-rclpy[fastrtps]>=7.1.6,<8",
+    "ros-diagnostic-msgs>=5.3,<6",
+    "ros-geometry-msgs>=5.3,<6",
+    "ros-lifecycle-msgs>=2,<3",
+    "ros-sensor-msgs>=5.3,<6",
+    "ros-std-msgs>=5.3,<6",
+    "ros-std-srvs>=5.3,<6",
+    "ros-trajectory-msgs>=5.3,<6",
+)
+WITH_WHEELS = "platform_machine == 'x86_64' and sys_platform == 'linux'"  # elsewhere ROS comes from apt
 EXTRAS = {
     # The policy and simulation nodes. On a robot rclpy and the messages are the distribution's.
-    "ros2": [
-        *(
-            f"{wheel}{ROS_WHEELS}"
-            for wheel in (
-                "ros-rclpy[fastrtps]>=7.1.6,<8",
-                "ros-diagnostic-msgs>=5.3,<6",
-                "ros-geometry-msgs>=5.3,<6",
-                "ros-lifecycle-msgs>=2,<3",
-                "ros-sensor-msgs>=5.3,<6",
-                "ros-std-msgs>=5.3,<6",
-                "ros-std-srvs>=5.3,<6",
-                "ros-trajectory-msgs>=5.3,<6",
-            )
-        ),
-        "mcap-ros2-support>=0.5.5,<1",
-    ],
+    "ros2": [*(f"{wheel}; {WITH_WHEELS}" for wheel in ROS_WHEELS), "mcap-ros2-support>=0.5.5,<1"],
     # Checkpoints of other families (OpenVLA, image-text-to-text models, pi0-FAST) and LoRA.
     "vlm": ["num2words>=0.5.14,<0.6", "peft>=0.18,<1", "scipy>=1.14,<2", "sentencepiece>=0.2", "timm>=1,<2"],
     # Meta-World's tasks, --env.type=ceed_metaworld; the next version wants a MuJoCo of its own.

@@ -78,23 +78,14 @@ def rotate_rpy(rpy: Array, delta: Array) -> Array:
 
 @dataclass(frozen=True)
 class PoseLimits:
-    """How end-effector actions move the commanded pose, and where it may be.
+    """How end-effector actions move the commanded pose, and where it may be."""
 
-    Attributes:
-        position_scale: Translation of a full action [m].
-        rotation_scale: Rotation of a full action [rad].
-        workspace_low: (3,) [m].
-        workspace_high: (3,) [m].
-        max_tilt: Largest commanded |roll| and |pitch|, less than pi/2 [rad].
-        max_yaw: Largest commanded |yaw| [rad].
-    """
-
-    position_scale: float
-    rotation_scale: float
-    workspace_low: Array
-    workspace_high: Array
-    max_tilt: float
-    max_yaw: float
+    position_scale: float  # translation of a full action [m]
+    rotation_scale: float  # rotation of a full action [rad]
+    workspace_low: Array  # (3,) [m]
+    workspace_high: Array  # (3,) [m]
+    max_tilt: float  # largest commanded |roll| and |pitch|, less than pi/2 [rad]
+    max_yaw: float  # largest commanded |yaw| [rad]
 
 
 class CommandedPose:

@@ -57,11 +57,7 @@ def continuation(tokens: ActionTokens, left_over: Tensor, delay: int, rows: int)
 
 
 def decode_behind(
-    policy: Any,
-    batch: dict[str, Tensor],
-    frozen: Tensor | None,
-    executed_steps: int | None = None,
-    **arguments: Any,
+    policy: Any, batch: dict[str, Tensor], frozen: Tensor | None, executed_steps: int | None = None, **arguments: Any
 ) -> DecodeResult:
     """`CeedVLAPolicy.decode` of a chunk that begins with frozen tokens (B, k * A).
 

@@ -38,17 +38,11 @@ ceed_vla_{name} = ["**"]
 
 @dataclass
 class WheelConfig:
-    """What goes into the wheel.
+    """What goes into the wheel."""
 
-    Attributes:
-        name: Of the package, behind ceed_vla_.
-        folder: Holds runs or checkpoints called teacher and student; the wheel is written into it.
-        card: Model card that goes with them.
-    """
-
-    name: str
-    folder: Path
-    card: Path
+    name: str  # of the package, behind ceed_vla_
+    folder: Path  # holds runs or checkpoints called teacher and student; the wheel is written into it
+    card: Path  # model card that goes with them
 
 
 def build(config: WheelConfig) -> Path:

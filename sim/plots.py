@@ -75,9 +75,7 @@ def success_figure(report: Mapping[str, Any]) -> Figure | None:
     for y, (name, entry) in enumerate(rows.items()):
         rate, (low, high) = 100 * entry["success_rate"], (100 * v for v in entry["success_ci95"])
         axes.barh(y, rate, height=0.62, color=row_color(name), alpha=0.85, zorder=2)
-        axes.errorbar(
-            rate, y, xerr=[[max(rate - low, 0)], [max(high - rate, 0)]], color=INK, capsize=4, lw=1.3, zorder=4
-        )
+        axes.errorbar(rate, y, xerr=[[rate - low], [high - rate]], color=INK, capsize=4, lw=1.3, zorder=4)
         axes.text(103, y, f"{entry['success']}/{entry['episodes']}", va="center", ha="left", fontsize=9)
         tasks = [100 * task["success_rate"] for task in entry["per_task"].values()]
         if len(tasks) > 1:

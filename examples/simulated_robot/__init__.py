@@ -22,15 +22,10 @@ ACTION = [f"{name}.pos" for name in ("x", "y", "z", "roll", "pitch", "yaw", "gri
 @RobotConfig.register_subclass("simulated_arm")
 @dataclass
 class SimulatedArmConfig(RobotConfig):
-    """The scene.
+    """The scene."""
 
-    Attributes:
-        seed: Of the episode.
-        family: Task family.
-    """
-
-    seed: int = VALIDATION_SEED
-    family: str = "cube_in_bin"
+    seed: int = VALIDATION_SEED  # of the episode
+    family: str = "cube_in_bin"  # task family
 
 
 class SimulatedArm(Robot):

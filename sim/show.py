@@ -150,8 +150,7 @@ def draw(panels: list[Panel], replan: Replan, action_dim: int, executed_steps: i
     heights = [row_inches * max(len(panel.status), 3) for panel in panels]
     height = sum(heights) + gap * len(panels) + 1.2
     figure = Figure(figsize=(13.0, height))
-    left, width = 0.285, 0.655
-    top = height - 1.0
+    left, width, top = 0.285, 0.655, height - 1.0
     for panel, inches in zip(panels, heights, strict=True):
         axes = figure.add_axes((left, (top - inches) / height, width, inches / height))
         _draw_panel(axes, panel, action_dim, executed_steps, last=panel is panels[-1])
@@ -193,9 +192,7 @@ def _draw_panel(axes: Axes, panel: Panel, action_dim: int, executed_steps: int, 
 
 
 def _draw_cameras(figure: Figure, replan: Replan, height: float) -> None:
-    side = 2.55  # [inch]
-    width = figure.get_figwidth()
-    top = height - 1.0
+    side, width, top = 2.55, figure.get_figwidth(), height - 1.0  # [inch]
     for name, pixels in images_of(replan.observation).items():
         axes = figure.add_axes((0.025, (top - side) / height, side / width, side / height))
         axes.imshow(pixels, interpolation="nearest")

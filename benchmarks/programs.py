@@ -24,7 +24,7 @@ from ceed_vla.cli import Command, run
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, Checked, ranged
-from sim.evaluate import CheckpointPath
+from sim.settings import CheckpointPath
 from training.mixture import check_fits
 from training.settings import split_list
 

@@ -32,8 +32,8 @@ from ceed_vla.fields import COUNTS, SEEDS, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY, claim_folder, default_console
 from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, observation_batch, turns
-from sim.evaluate import DrivenConfig
 from sim.rollout import Chunk, PolicyRunner, rollout, stack_previous, success_entry
+from sim.settings import DrivenConfig
 
 OFF = 0.05  # of an action's range
 REPORT, AUDIT = "calibration.json", "audit.json"

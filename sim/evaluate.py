@@ -12,14 +12,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from lerobot.envs.configs import EnvConfig
 from rich.console import Console
 from tqdm import tqdm
 
 from ceed_vla.checkpoints import load, resolve_checkpoint, weights_hash
 from ceed_vla.decoding.registry import find_decoder
 from ceed_vla.errors import ConfigError
-from ceed_vla.fields import SEEDS, Checked, chosen, ranged
+from ceed_vla.fields import SEEDS, chosen, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY, claim_folder, default_console
 from ceed_vla.workers import MOST, Workers
@@ -30,8 +29,8 @@ from sim.episode_log import EPISODES, EpisodeLog, Results, fingerprint, refuse_u
 from sim.plots import PLOTS, write_plots
 from sim.report import console_table, markdown
 from sim.rollout import EpisodeResult, rollout
+from sim.settings import CheckpointPath, DrivenConfig
 from sim.summary import hardware, paired_entries, row_entry, versions
-from sim.tabletop.lerobot_env import mixed_tabletop
 from sim.timing import (
     ENGINES,
     Probe,
@@ -50,38 +49,6 @@ logger = logging.getLogger(__name__)
 REPORT = "report.json"
 MOVED = {"env": "env.type", "task": "env.task", "split": "env.split", "max_episode_steps": "env.episode_length"}
 MOVED |= {"compile": "engine"}
-
-
-@dataclass
-class CheckpointPath(Checked, prefix="the checkpoint's "):
-    """Where a checkpoint lies.
-
-    Attributes:
-        path: Checkpoint folder, or "teacher" / "student" for the shipped ones.
-    """
-
-    path: str = ""
-
-    def given(self) -> str:
-        """The policy's path; `ConfigError` if there is none."""
-        if not self.path:
-            raise ConfigError(
-                "--policy.path is missing; give a checkpoint folder, or student or teacher for the shipped ones."
-            )
-        return self.path
-
-
-@dataclass
-class DrivenConfig(Checked, prefix="--"):
-    """What the options of all commands share that run a policy in an environment.
-
-    Attributes:
-        policy: The policy.
-        env: The environment; its tasks take turns over the seeds, or it draws them (env.task=mixed).
-    """
-
-    policy: CheckpointPath = field(default_factory=CheckpointPath)
-    env: EnvConfig = field(default_factory=mixed_tabletop)
 
 
 @dataclass

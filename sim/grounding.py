@@ -26,7 +26,7 @@ from ceed_vla.fields import SEEDS, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY, claim_file
 from sim.environment import EVALUATION_SEEDS, Bundle, Environment, Privileged, joined, observation_batch, turns
-from sim.evaluate import DrivenConfig
+from sim.settings import DrivenConfig
 
 _BATCH = 64
 

@@ -18,11 +18,12 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.fields import ranged
 from ceed_vla.workers import MOST, Workers
 from sim.environment import TAKEOVER_SEEDS, VALIDATION_SEED, EnvPool, check_expert
-from sim.evaluate import CheckpointPath, EvalConfig, shard_runner, shards
+from sim.evaluate import EvalConfig, shard_runner, shards
 from sim.grounding import GroundingConfig, grounding
 from sim.record import record
 from sim.recording.config import RecordConfig
 from sim.serial_groups import SerialGroups
+from sim.settings import CheckpointPath
 from sim.tabletop.lerobot_env import mixed_tabletop
 
 logger = logging.getLogger(__name__)

@@ -20,9 +20,10 @@ from ceed_vla.decoding import DecodingConfig
 from ceed_vla.fields import SEEDS, ranged
 from ceed_vla.outputs import claim_file
 from sim.environment import EVALUATION_SEEDS, Bundle, EnvPool, images_of, observation_batch, turns
-from sim.evaluate import MOVED, CheckpointPath, DrivenConfig, load_bundles
+from sim.evaluate import MOVED, load_bundles
 from sim.plots import BLUE, FAINT, GREY, INK, SKY, STYLE, VERMILLION, save_figure
 from sim.rollout import PolicyRunner, Replan, drive, stack_previous
+from sim.settings import CheckpointPath, DrivenConfig
 
 UNKNOWN, WRONG, AHEAD, SETTLED = range(4)
 _COLORS = (FAINT, "#F0A46A", SKY, BLUE)

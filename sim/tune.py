@@ -31,9 +31,9 @@ from ceed_vla.workers import MOST, Workers
 from sim.bench import PARETO, pareto
 from sim.calibrate import CHECKPOINT, plain
 from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, turns
-from sim.evaluate import DrivenConfig
 from sim.plots import save_figure
 from sim.rollout import PolicyRunner, rollout, success_entry
+from sim.settings import DrivenConfig
 from sim.summary import hardware
 from sim.timing import ENGINES, Observations, bare_parts, collect_observations, in_engine, measure, percentiles
 

@@ -12,7 +12,7 @@ from ceed_vla.decoding.request import BlockRequest, after_stop
 from ceed_vla.decoding.result import DecodeResult
 
 
-@register_decoder("ar", "ar", "token by token; ar_h stops after the executed steps")
+@register_decoder("ar", "ar", "token by token; ar_h: the executed steps")
 @torch.no_grad()
 def decode_autoregressive(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Decode a block token by token.

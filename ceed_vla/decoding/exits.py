@@ -94,7 +94,7 @@ class Confidence(ExitRule):
 
 
 @register_exit(
-    r"gap(?P<confidence>\d*\.?\d+)", "gap<P>", "or until the best token leads by P",
+    r"gap(?P<confidence>\d*\.?\d+)", "gap<P>", "or until the best leads by P",
     ["gap0.5", "gap0.3", "gap0.2", "gap0.1", "gap0.05", "gap0.02"],
 )  # fmt: skip
 class Gap(Confidence):
@@ -150,7 +150,7 @@ class Cap(ExitRule):
         return seen.readable() if seen.iteration == self.most else False
 
 
-@register_exit(r"deadline(?P<deadline_s>\d*\.?\d+)", "deadline<MS>", "or so many ms are over")
+@register_exit(r"deadline(?P<deadline_s>\d*\.?\d+)", "deadline<MS>", "or MS ms are over")
 class Deadline(ExitRule):
     """Another iteration as long as the last one would end too late."""
 

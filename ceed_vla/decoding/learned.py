@@ -48,7 +48,7 @@ def features(seen: Seen, mass: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @register_exit(
-    rf"head(?P<weights>{_NUMBER}(?:x{_NUMBER})*)", "head<W>", "or until a learnt head says so"
+    rf"head(?P<weights>{_NUMBER}(?:x{_NUMBER})*)", "head<W>", "or as a learnt head says"
 )  # fmt: skip
 class Learned(ExitRule):
     """A weighted sum of `features` and a bias is positive."""

@@ -27,7 +27,7 @@ OWN = re.compile(r"risk\d*\.?\d+|plan(\d*\.?\d+)?|learned", re.ASCII)  # what co
 def names_help() -> str:
     """What a decoding's name may be."""
     return (
-        f"{CEED} (the checkpoint's), {meanings()}; exit rules can be joined (conf<P>_cap<K>); Jacobi ones also with "
+        f"{CEED} (the checkpoint's), {meanings()}; rules can be joined (conf<P>_cap<K>); Jacobi ones also with "
         "_fresh (the tail), _mid or _random (the guess); of a checkpoint: risk<E>, plan<MS>, learned"
     )
 

@@ -16,7 +16,7 @@ from ceed_vla.decoding.result import DecodeResult
 from ceed_vla.errors import ConfigError
 
 
-@register_decoder(r"program(?P<program>\d+(-\d+)*)", "program<I-J-..>", "these layers first, then Jacobi")
+@register_decoder(r"program(?P<program>\d+(-\d+)*)", "program<I-J-..>", "these layers, then Jacobi")
 @torch.no_grad()
 def decode_program(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Jacobi decoding whose first forward runs a program of layers, counted from 0; a cap counts it.

@@ -15,7 +15,7 @@ from benchmarks import programs as measured
 from benchmarks.models.trunk import CompactTrunk
 from benchmarks.programs import Frame, Program, ProgramsConfig, choices, entry, null, search
 from ceed_vla.errors import ConfigError
-from sim.evaluate import CheckpointPath
+from sim.settings import CheckpointPath
 
 LAYERS, N = 3, 9
 FULL = tuple(range(LAYERS))

@@ -26,7 +26,8 @@ from sim.bench import (
     rows_of,
 )
 from sim.decoders import Row
-from sim.evaluate import CheckpointPath, engines_of
+from sim.evaluate import engines_of
+from sim.settings import CheckpointPath
 from sim.timing import in_engine
 
 

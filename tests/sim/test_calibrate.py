@@ -17,7 +17,7 @@ from ceed_vla.cli import main
 from ceed_vla.errors import ConfigError
 from ceed_vla.tokens.uniform import ActionTokenizer
 from sim.calibrate import CalibrateConfig, Measured, calibrate, is_off, p_value, plain, upper_bound
-from sim.evaluate import CheckpointPath
+from sim.settings import CheckpointPath
 
 
 def test_an_action_is_off_by_more_than_a_twentieth_of_its_range_or_another_grip() -> None:

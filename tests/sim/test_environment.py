@@ -19,7 +19,8 @@ from lerobot.envs.configs import EnvConfig, LiberoEnv
 from ceed_vla.checkpoints import load
 from ceed_vla.errors import ConfigError, SimulationError
 from sim.environment import Environment, EnvPool, check_expert, flags, joined, register_installed
-from sim.evaluate import CheckpointPath, EvalConfig, prepared
+from sim.evaluate import EvalConfig, prepared
+from sim.settings import CheckpointPath
 from sim.tabletop.lerobot_env import CeedTabletopEnv
 from tests.helpers.episodes import run_seeds
 

@@ -26,9 +26,10 @@ from ceed_vla.outputs import is_own
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from sim.decoders import parse_decoders, resolve_rows
 from sim.episode_log import EPISODES, EpisodeLog
-from sim.evaluate import CheckpointPath, DemoConfig, EvalConfig, evaluate
+from sim.evaluate import DemoConfig, EvalConfig, evaluate
 from sim.plots import write_plots
 from sim.rollout import EpisodeResult
+from sim.settings import CheckpointPath
 from sim.show import ShowConfig, show
 from sim.tabletop.lerobot_env import CeedTabletopEnv
 from sim.tabletop.tasks import TASKS, combinations

@@ -13,8 +13,8 @@ from lerobot.envs.configs import PushtEnv
 from ceed_vla.cli import main
 from ceed_vla.errors import ConfigError
 from ceed_vla.outputs import is_own
-from sim.evaluate import CheckpointPath
 from sim.grounding import GroundingConfig, error_rows, grounding
+from sim.settings import CheckpointPath
 
 
 def test_errors_are_listed_by_distance() -> None:

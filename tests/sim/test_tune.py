@@ -14,7 +14,7 @@ import sim.tune
 from ceed_vla import load
 from ceed_vla.decoding import decoder_ladders, exit_ladders, named_config
 from ceed_vla.errors import ConfigError
-from sim.evaluate import CheckpointPath
+from sim.settings import CheckpointPath
 from sim.tune import NAMED, Plan, Search, Trial, TuneConfig, tune
 
 
@@ -26,7 +26,7 @@ def search() -> Search:
     found.random, found.steps, found.usual = np.random.default_rng(0), 8, 4
     found.bundle = found.timed = found.pool = None  # type: ignore[assignment]
     found.budgets, found.trials, found.seen, found.rejected = [10.0, 20.0], [], set(), 0
-    found.observed = {steps: [] for steps in range(1, 9)}
+    found.observed = {steps: [[({}, "go")]] for steps in range(1, 9)}
     return found
 
 
@@ -63,7 +63,7 @@ def test_slow_plans_run_no_episode_and_the_better_half_runs_on(search: Search, m
         trial.solved |= dict.fromkeys(seeds, trial.plan.cap == 2)
 
     monkeypatch.setattr(sim.tune, "measure", measure)
-    monkeypatch.setattr(sim.tune, "PolicyRunner", lambda *_: None)
+    monkeypatch.setattr(sim.tune, "PolicyRunner", lambda *_: SimpleNamespace(decode=lambda *_: None))
     monkeypatch.setattr(search, "drive", drive)
     plans = [Plan(cap=cap) for cap in (1, 2, 3, 4)]
     fitting = search.admit(plans)

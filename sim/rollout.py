@@ -17,12 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from lerobot.envs.configs import EnvConfig
 from torch import Tensor
 
+from ceed_vla.checkpoints import load
 from ceed_vla.real_time import decode_behind
-from sim.environment import MIXED, Bundle, Environment, EnvPool, Observation, images_of, observation_batch
+from sim.environment import MIXED, Bundle, Environment, EnvPool, Observation, images_of, joined, observation_batch
 
 NO_LIMIT = 10**9  # steps
+SHARD = 20  # episodes that workers run side by side
 
 
 @dataclass
@@ -337,6 +340,23 @@ def rollout(
                 on_episode(episode.result)
         slots = [begin(i) if episode is not None and episode.over else episode for i, episode in enumerate(slots)]
     return results
+
+
+def in_shards[T](items: Sequence[T]) -> list[Sequence[T]]:
+    """Parts of `SHARD` items, the last one shorter."""
+    return [items[i : i + SHARD] for i in range(0, len(items), SHARD)]
+
+
+def episode_runner(policy: str, env: EnvConfig) -> Callable[[tuple[Any, int | None, Any]], list[EpisodeResult]]:
+    """What runs a shard of (seed, task) by a decoding and executed steps, in a process of its own; see `Workers`."""
+    bundle, pool = joined(load(policy), env), EnvPool(SHARD, env)
+
+    def run(item: tuple[Any, int | None, Sequence[tuple[int, str]]]) -> list[EpisodeResult]:
+        decoding, executed_steps, episodes = item
+        generator = torch.Generator().manual_seed(0)
+        return rollout(PolicyRunner(bundle, decoding, generator, executed_steps), pool, episodes)
+
+    return run
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:

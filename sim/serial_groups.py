@@ -21,9 +21,18 @@ from ceed_vla.decoding.learned import Group, Learned, features
 from ceed_vla.decoding.registry import register_exit
 from ceed_vla.workers import Workers
 from sim.environment import EnvPool, joined, observation_batch, turns
-from sim.rollout import Episode, PolicyRunner, execute, replan, rollout, stack_previous, tokens_per_step
+from sim.rollout import (
+    SHARD,
+    Episode,
+    PolicyRunner,
+    episode_runner,
+    execute,
+    in_shards,
+    replan,
+    stack_previous,
+    tokens_per_step,
+)
 
-SIDE_BY_SIDE = 20  # episodes
 Decision = tuple[int, str, int]  # seed, task, chunks before it
 Outcome = tuple[str, int, str, bool, int]  # decoder, seed, task, whether it was solved, chunks
 
@@ -56,37 +65,22 @@ class SerialGroups:
         tasks = turns(self.env)
         plan = [(seed, tasks[i % len(tasks)]) for i, seed in enumerate(seeds)]
         with Workers(self.workers, episode_runner, policy, self.env) as workers:
-            for found in workers.map((decoder, shard) for shard in _shards(plan) for decoder in decoders):
-                yield from found
+            runs = [(decoder, shard) for shard in in_shards(plan) for decoder in decoders]
+            for (decoder, shard), found in zip(runs, workers.map((d, None, s) for d, s in runs), strict=True):
+                for result, (seed, task) in zip(found, shard, strict=True):
+                    yield decoder, seed, task, result.success, len(result.forwards)
 
     def groups(self, policy: str, decoder: str, cap: int, decisions: Sequence[Decision]) -> Iterator[Group]:
         """The group of every decision that an episode driven by `decoder` reaches, as shards end."""
         with Workers(self.workers, group_runner, policy, self.env, decoder, cap) as workers:
-            for found in workers.map(_shards(decisions)):
+            for found in workers.map(in_shards(decisions)):
                 yield from found
-
-
-def _shards[T](items: Sequence[T]) -> list[Sequence[T]]:
-    return [items[i : i + SIDE_BY_SIDE] for i in range(0, len(items), SIDE_BY_SIDE)]
-
-
-def episode_runner(policy: str, env: EnvConfig) -> Callable[[tuple[str, Sequence[tuple[int, str]]]], list[Outcome]]:
-    """What runs the episodes of a shard, in a process of its own."""
-    bundle, pool = joined(load(policy), env), EnvPool(SIDE_BY_SIDE, env)
-
-    def run(item: tuple[str, Sequence[tuple[int, str]]]) -> list[Outcome]:
-        decoder, episodes = item
-        results = rollout(PolicyRunner(bundle, decoder), pool, episodes)
-        pairs = zip(results, episodes, strict=True)
-        return [(decoder, seed, task, result.success, len(result.forwards)) for result, (seed, task) in pairs]
-
-    return run
 
 
 def group_runner(policy: str, env: EnvConfig, decoder: str, cap: int) -> Callable[[Sequence[Decision]], list[Group]]:
     """What runs the groups of some decisions, in a process of its own."""
     runner = PolicyRunner(joined(load(policy), env), decoder)
-    pool = EnvPool(SIDE_BY_SIDE * (cap + 1), env)
+    pool = EnvPool(SHARD * (cap + 1), env)
     pool.env(0).needs("reinforce", "snapshot", "restore")
 
     def run(decisions: Sequence[Decision]) -> list[Group]:

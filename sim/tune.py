@@ -11,7 +11,7 @@ many of fresh seeds: the search's own numbers flatter the winner.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from sim.bench import PARETO, pareto
 from sim.calibrate import CHECKPOINT, plain
 from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, turns
 from sim.plots import save_figure
-from sim.rollout import PolicyRunner, rollout, success_entry
+from sim.rollout import SHARD, PolicyRunner, episode_runner, in_shards, success_entry
 from sim.settings import DrivenConfig
 from sim.summary import hardware
 from sim.timing import ENGINES, Observations, bare_parts, collect_observations, in_engine, measure, percentiles
@@ -40,7 +40,6 @@ from sim.timing import ENGINES, Observations, bare_parts, collect_observations, 
 PLANS = "plans.json"
 OVER_FLOOR = (1.2, 1.5, 2.0, 3.0)  # budgets, where none is given
 GUESSES = ("", "mid")
-SHARD = 20  # episodes side by side
 PLAY_OFF = 4  # times the episodes of a generation
 BEST, BEST_BY_HAND = 4, 2  # of every budget that play off
 OTHER_DECODERS = 0.1  # share of random plans with a decoder that is not Jacobi's
@@ -285,21 +284,9 @@ class Search:
         """Run the episodes that are missing of `seeds`."""
         missing = [seed for seed in seeds if seed not in trial.solved]
         episodes = [(seed, self.tasks[(seed - self.config.seed) % len(self.tasks)]) for seed in missing]
-        shards = [(trial.plan, episodes[i : i + SHARD]) for i in range(0, len(episodes), SHARD)]
-        for solved in self.workers.map(shards):
-            trial.solved |= solved
-
-
-def shard_runner(config: TuneConfig) -> Callable[[tuple[Plan, list[tuple[int, str]]]], dict[int, bool]]:
-    """What runs a shard of a plan's episodes, in a process of its own; see `Workers`."""
-    pool, bundle = EnvPool(SHARD, config.env), joined(load(config.policy.path), config.env)
-
-    def run(item: tuple[Plan, list[tuple[int, str]]]) -> dict[int, bool]:
-        plan, episodes = item
-        runner = PolicyRunner(bundle, plan.decoding, torch.Generator().manual_seed(0), plan.executed_steps)
-        return {result.seed: result.success for result in rollout(runner, pool, episodes)}
-
-    return run
+        plan = trial.plan
+        for found in self.workers.map((plan.decoding, plan.executed_steps, shard) for shard in in_shards(episodes)):
+            trial.solved |= {result.seed: result.success for result in found}
 
 
 def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
@@ -313,7 +300,10 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     policy, pre, post = load(config.policy.given())
-    with EnvPool(SHARD, config.env) as pool, Workers(config.workers, shard_runner, config) as workers:
+    with (
+        EnvPool(SHARD, config.env) as pool,
+        Workers(config.workers, episode_runner, config.policy.path, config.env) as workers,
+    ):
         search = Search(config, joined((policy, pre, post), config.env), pool, workers)
         trials, final = search.run(), search.final()
     if not any(found for _, found, _ in final):

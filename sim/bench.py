@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import sim.rivals
+from ceed_vla.backbones.context import CONTEXT
 from ceed_vla.backbones.exits import described_exits
 from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
@@ -35,6 +36,7 @@ ROWS = (
 TEACHER_ROWS = (
     "teacher_ar_h,teacher_jacobi_h,teacher_cap1,teacher_cap2,teacher_cap3,teacher_cap2_fresh,teacher_cap3_fresh"
 )
+CONTEXT_ROW = "keep24_conf0.2_cap2"  # of a policy with a scorer of prefix tokens
 
 
 @dataclass
@@ -65,6 +67,7 @@ def bench(config: BenchConfig, console: Console | None = None) -> dict[str, Any]
     if not config.decoders:
         folder = resolve_checkpoint(config.policy.given())
         rows = [*CeedVLAConfig.read(folder).decodings, *depth_rows(*described_exits(folder))]
+        rows += [CONTEXT_ROW] * (folder / CONTEXT).is_file()
         config.decoders = ",".join([ROWS, *rows, *[TEACHER_ROWS] * bool(config.teacher.path)])
     config.decoders = f"ar,ar_h,{config.decoders}"  # everything is compared with them
     report = evaluate(config, console, lambda bundles: {"act": sim.rivals.act(bundles["policy"])})

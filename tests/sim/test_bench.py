@@ -14,6 +14,7 @@ from ceed_vla.decoding.names import named_config
 from ceed_vla.engine import CompiledBackbone
 from sim.bench import (
     BENCH,
+    CONTEXT_ROW,
     PARETO,
     ROWS,
     TABLE,
@@ -86,7 +87,7 @@ def test_the_figure_greys_what_another_row_beats() -> None:
     assert all(dot.get_ydata()[0] > 0 for dot in dots)  # none that failed is half an episode
 
 
-@pytest.mark.parametrize("name", [*f"{ROWS},{TEACHER_ROWS}".split(","), *depth_rows("linear", [2, 4, 5])])
+@pytest.mark.parametrize("name", [*f"{ROWS},{TEACHER_ROWS}".split(","), CONTEXT_ROW, *depth_rows("linear", [2, 4, 5])])
 def test_the_usual_rows_are_known(name: str) -> None:
     named_config(name.removeprefix("teacher_"))
 

@@ -122,7 +122,8 @@ COMMANDS = {
         "learn when to exit from what becomes of episodes",
         "training.reinforce ReinforceConfig reinforce",
         must="policy_path output_dir",
-        may="env.type env.task cap decay rounds groups scouts seed workers",
+        may="env.type env.task cap decay rounds groups scouts groups_from seed workers",
+        kept="groups so far, if any, are in {output_dir}; teach with them: --groups_from={output_dir}",
         simulator="sim.hooks ReinforceSimulation",
     ),
     "context": _row(

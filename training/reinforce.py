@@ -136,6 +136,8 @@ def reinforce(config: ReinforceConfig, rollouts: Rollouts) -> Path:
                 groups.append(group)
                 file.write(line_of(group) + "\n")
                 bar.update()
+        if not groups:
+            raise ConfigError(f"--groups is {config.groups}, and none reached its decision; give more of them.")
         table = tabulated(config, groups, strata)
         head = learn(config, table)
         rounds.append({"head": head_name(head), **described(groups, table, head)})
@@ -154,9 +156,10 @@ def line_of(item: Any) -> str:
 
 
 def read_groups(file: Path) -> tuple[Strata, list[Group]]:
-    """The groups of another run, also of one that was interrupted; `DatasetError` for a file that has none."""
+    """The groups of another run, also of one that was killed in mid-line; `DatasetError` for a file that has none."""
     try:
-        first, *lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        text = file.read_text(encoding="utf-8")
+        first, *lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
         of = {int(seed): str(name) for seed, name in first["of"].items()}
         strata = Strata(
             {name: list(map(tuple, found)) for name, found in first["episodes"].items()}, of, first["solved"]

@@ -318,3 +318,26 @@ def keeps_the_contract() -> Callable[[Any, dict[str, Tensor]], None]:
 def generate() -> Callable[[LlamaBackbone, dict[str, Tensor]], Tensor]:
     """Tokens (B, n) of transformers' own greedy `generate()`, restricted to action ids."""
     return _generate
+
+
+@pytest.fixture
+def batch(student: tuple[Any, Any, Any]) -> dict[str, Any]:
+    """Three observations of the test's own `student`: policy and processors."""
+    policy, pre, _ = student
+    generator = torch.Generator().manual_seed(1)
+    images = {name: torch.rand(3, 3, 96, 96, generator=generator) for name in policy.config.cameras}
+    state = torch.rand(3, 14, generator=generator)
+    return pre({**images, "observation.state": state, "task": ["push the red cube"] * 3})  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no forward has written is NaN."""
+    plain = KVCache.__init__
+
+    def poison(self: KVCache, *arguments: Any, **options: Any) -> None:
+        plain(self, *arguments, **options)
+        for tensor in self._keys + self._values:
+            tensor.fill_(torch.nan)
+
+    monkeypatch.setattr(KVCache, "__init__", poison)

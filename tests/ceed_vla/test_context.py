@@ -36,15 +36,6 @@ def student() -> tuple[Any, Any, Any]:
     return policy, pre, post
 
 
-@pytest.fixture
-def batch(student: tuple[Any, Any, Any]) -> dict[str, Any]:
-    policy, pre, _ = student
-    generator = torch.Generator().manual_seed(1)
-    images = {name: torch.rand(ROWS, 3, 96, 96, generator=generator) for name in policy.config.cameras}
-    state = torch.rand(ROWS, 14, generator=generator)
-    return pre({**images, "observation.state": state, "task": ["push the red cube"] * ROWS})  # type: ignore[no-any-return]
-
-
 @pytest.mark.parametrize("kept", [TOKENS, 99999])
 @pytest.mark.parametrize("rest", ["", "_conf0.2_cap2", "_h_fresh"])
 def test_keeping_all_is_as_without(kept: int, rest: str, student: Any, batch: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from ceed_vla import load
 from ceed_vla.backbones.exits import EXITS, KINDS, make_exits
-from ceed_vla.cache import KVCache
 from ceed_vla.checkpoints import save, weights_hash
 from ceed_vla.decoding.drafts import PRIOR, _Online
 from ceed_vla.engine import compiled
@@ -30,28 +29,6 @@ def student() -> tuple[Any, Any, Any]:
     for own in policy.backbone.exits.values():
         own.requires_grad_(False).linear.weight.normal_(std=0.01, generator=generator)
     return policy, pre, post
-
-
-@pytest.fixture
-def batch(student: tuple[Any, Any, Any]) -> dict[str, Any]:
-    policy, pre, _ = student
-    generator = torch.Generator().manual_seed(1)
-    images = {name: torch.rand(ROWS, 3, 96, 96, generator=generator) for name in policy.config.cameras}
-    state = torch.rand(ROWS, 14, generator=generator)
-    return pre({**images, "observation.state": state, "task": ["push the red cube"] * ROWS})  # type: ignore[no-any-return]
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What no forward has written is NaN."""
-    plain = KVCache.__init__
-
-    def poison(self: KVCache, *arguments: Any, **options: Any) -> None:
-        plain(self, *arguments, **options)
-        for tensor in self._keys + self._values:
-            tensor.fill_(torch.nan)
-
-    monkeypatch.setattr(KVCache, "__init__", poison)
 
 
 @pytest.mark.parametrize("name", ["depth1", "depth3", "spec1x4", "spec3x9", "del", "deer3t0", "depth2_h", "del_h"])

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from benchmarks.models.trunk import CompactTrunk
 from ceed_vla.backbones.base import Prefix
-from ceed_vla.cache import KVCache
 from ceed_vla.decoding import decode_block, decoder_ladders, named_config
 from ceed_vla.engine import compiled
 from ceed_vla.errors import ConfigError, TokenError
@@ -32,19 +31,6 @@ def made(seed: int, rows: int = 2) -> tuple[CompactTrunk, Prefix, Tensor]:
     for weight in (backbone.action_tokens.weight, backbone.slots, backbone.head.weight):
         weight.normal_()
     return backbone, backbone.prefill({"embeds": torch.randn(rows, P, WIDTH)}), torch.randint(255, (rows, N - 1))
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What no forward has written is NaN."""
-    plain = KVCache.__init__
-
-    def poison(self: KVCache, *arguments: Any, **options: Any) -> None:
-        plain(self, *arguments, **options)
-        for tensor in self._keys + self._values:
-            tensor.fill_(torch.nan)
-
-    monkeypatch.setattr(KVCache, "__init__", poison)
 
 
 def by_hand(backbone: CompactTrunk, embeds: Tensor, tokens: Tensor, program: list[int]) -> Tensor:

@@ -25,6 +25,8 @@ from training.reinforce import (
     described,
     drawn,
     learn,
+    line_of,
+    read_groups,
     reinforce,
     scout,
     tabulated,
@@ -112,6 +114,16 @@ def test_bad_settings(tmp_path: Path) -> None:
         reinforce(ReinforceConfig("student", str(tmp_path)), Script())
 
 
+def test_groups_of_a_killed_run_are_kept_and_none_is_an_error(tmp_path: Path) -> None:
+    strata, group = all_alike(1), Group(0, np.zeros((1, 4)), [True])
+    (tmp_path / "groups.jsonl").write_text(f'{line_of(strata)}\n{line_of(group)}\n{{"seed": 0, "fea')
+    assert [(found.seed, found.solved) for found in read_groups(tmp_path / "groups.jsonl")[1]] == [(0, [True])]
+    script = Script()
+    script.groups = lambda *_: iter(())  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="--groups is 1, and none reached"):
+        reinforce(ReinforceConfig("student", str(tmp_path / "out"), groups=1, scouts=5), script)
+
+
 @pytest.mark.slow
 def test_branches_go_on_as_an_episode_would() -> None:
     env = CeedTabletopEnv(task="push_cube", episode_length=60)
@@ -143,7 +155,7 @@ def test_from_the_shipped_student_to_a_head(tmp_path: Path, monkeypatch: pytest.
     assert json.loads((tmp_path / "again" / "reinforce.json").read_text()) == report
     lines = (tmp_path / "out" / "groups.jsonl").read_text().splitlines()
     for damage in (lines[:1], [*lines, "{"], lines[1:], [lines[0], lines[1].replace('"seed": 3', '"seed": 9')]):
-        (tmp_path / "out" / "groups.jsonl").write_text("\n".join(damage))
+        (tmp_path / "out" / "groups.jsonl").write_text("\n".join([*damage, ""]))
         again.output_dir = str(tmp_path / "damaged")
         with pytest.raises(DatasetError, match=r"groups\.jsonl"):
             reinforce(again, Script())

@@ -19,42 +19,28 @@ from tqdm import trange
 from ceed_vla.backbones.context import CONTEXT, ContextScorer, keep_scored
 from ceed_vla.checkpoints import load, save
 from ceed_vla.errors import CeedVLAError
-from ceed_vla.fields import COUNTS, SEEDS, check_fields, ranged
+from ceed_vla.fields import COUNTS, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import claim_folder
 from training.distill_data import DistillData
 from training.optim import cosine_factor
-from training.run import RATES
-from training.settings import BATCHES
+from training.settings import RATES, BesideConfig
 
 REPORT = "context.json"
 SUBSETS, LEAST, PLACES = 4, 1e-4, 10.0  # of a batch; divergence as good as none; learning rate of places over others
 
 
 @dataclass
-class ContextConfig:
+class ContextConfig(BesideConfig):
     """Settings of `ceed-vla context`.
 
     Attributes:
-        policy_path: The policy.
-        roots: Comma-separated data sets, whose observations it sees.
-        output_dir: A new folder for the checkpoint with its scorer.
         dropped: Most tokens that are dropped together, in random subsets; 1 leaves one out at a time.
-        eval_frames: Held-out frames that the report is about.
     """
 
-    policy_path: str = ""
-    roots: str = ""
-    output_dir: str = ""
     dropped: int = ranged(1, "[1, 99999]")
     steps: int = ranged(200, COUNTS)
-    batch_size: int = ranged(16, BATCHES)
     lr: float = ranged(1e-2, RATES)
-    eval_frames: int = ranged(64, BATCHES)
-    seed: int = ranged(0, SEEDS)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 class Scored:

@@ -27,8 +27,8 @@ from training.corruption import StateDraw, draw_states
 from training.distill_data import DistillData, OnlineData, StoredData, TrajectoriesConfig
 from training.losses import after_first_divergence, find_loss, needs
 from training.objective import DistillationObjective
-from training.run import NONE_OR_RATES, RATES, ClosedLoop, Run, RunConfig
-from training.settings import BATCHES, NONE_OR_COUNTS
+from training.run import ClosedLoop, Run, RunConfig
+from training.settings import BATCHES, NONE_OR_COUNTS, NONE_OR_RATES, RATES
 from training.trajectories import guess_shares
 
 

@@ -23,14 +23,13 @@ from ceed_vla.checkpoints import load, save
 from ceed_vla.data.frame_stream import StreamingConfig
 from ceed_vla.devices import check_device
 from ceed_vla.errors import CeedVLAError
-from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, chosen, ranged
+from ceed_vla.fields import THREADS, chosen, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import claim_folder
 from training.corruption import StateDraw, draw_states
 from training.distill_data import OnlineData
 from training.optim import cosine_factor
-from training.run import RATES
-from training.settings import BATCHES
+from training.settings import BesideConfig
 from training.trajectories import guess_shares
 
 REPORT = "exits.json"
@@ -39,40 +38,28 @@ FIRST = 0.5  # share of the states that are guesses, which is where an exit is u
 
 
 @dataclass
-class ExitsConfig:
+class ExitsConfig(BesideConfig):
     """Settings of `ceed-vla exits`.
 
     Attributes:
-        policy_path: The policy.
-        roots: Comma-separated data sets, whose observations it sees.
-        output_dir: A new folder for the checkpoint with its exits.
         layers: Depths that get an exit, in [1, layers - 1].
         kind: "linear" (a norm and a residual linear layer), "layer" (a layer of its own and a norm), or "coarse" (as
             linear, and a branch that reads a token a control step).
         reads: What the exits learn from: "states" and fixed points, or "fixed_points" alone, for drafts.
         guesses: Shares of previous, mid and random guesses.
         device: Where to train.
-        eval_frames: Held-out frames that the report is about.
     """
 
-    policy_path: str = ""
-    roots: str = ""
-    output_dir: str = ""
     layers: list[int] = ranged([], "[1, 4096]")
     kind: str = chosen("linear", KINDS)
     reads: str = chosen("states", READS)
     guesses: str = "0.8,0.1,0.1"
     device: str = "cpu"
-    steps: int = ranged(300, COUNTS)
-    batch_size: int = ranged(16, BATCHES)
-    lr: float = ranged(2e-3, RATES)
-    eval_frames: int = ranged(64, BATCHES)
-    seed: int = ranged(0, SEEDS)
     threads: int = ranged(0, THREADS)
     streaming: StreamingConfig = field(default_factory=StreamingConfig)
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         guess_shares(self.guesses)
 
 

@@ -33,7 +33,7 @@ from training import states
 from training.adapters import LoRAConfig
 from training.clipping import MOST_CLIPPED
 from training.optim import build_optimizers, computes_bfloat16, cosine_factor
-from training.settings import BATCHES, NONE_OR_COUNTS, SHARES, full_disk
+from training.settings import BATCHES, NONE_OR_COUNTS, NONE_OR_RATES, RATES, SHARES, full_disk
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,6 @@ ClosedLoop = Callable[[Path], tuple[int, int]]
 PROGRESS = "progress.json"
 STATES = ("state_a", "state_b")  # written in turns, so that the last complete one survives an interrupt
 LOG, CHECKPOINTS, TRACKER, TAKEOVER = "log.jsonl", "checkpoints", "tensorboard", "takeover"
-RATES, NONE_OR_RATES = "(0, 10]", "[0, 10]"
 
 
 @dataclass

@@ -5,17 +5,44 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from ceed_vla.errors import CeedVLAError, ConfigError
+from ceed_vla.fields import COUNTS, SEEDS, check_fields, ranged
 
 SHARES = "[0, 1]"
 BATCHES = "[1, 1e6]"
+RATES, NONE_OR_RATES = "(0, 10]", "[0, 10]"
 NONE_OR_COUNTS = "[0, 1e9]"
 LARGEST = 1e9
 _TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "No space left", "file write failed")
+
+
+@dataclass
+class BesideConfig:
+    """What the commands share that train something beside a frozen policy.
+
+    Attributes:
+        policy_path: The policy, whose weights stay.
+        roots: Comma-separated data sets, whose observations it sees.
+        output_dir: A new folder for a copy of its checkpoint with what was trained.
+        eval_frames: Held-out frames that the report is about.
+    """
+
+    policy_path: str = ""
+    roots: str = ""
+    output_dir: str = ""
+    steps: int = ranged(300, COUNTS)
+    batch_size: int = ranged(16, BATCHES)
+    lr: float = ranged(2e-3, RATES)
+    eval_frames: int = ranged(64, BATCHES)
+    seed: int = ranged(0, SEEDS)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def split_list(text: str) -> list[str]:

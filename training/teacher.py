@@ -27,8 +27,8 @@ from training.clipping import check_clipping
 from training.defaults import Privileged, check_target, describe, named_terms, take_from_data
 from training.fit_tokens import fit_action_tokens
 from training.mixture import Mixture, check_fits
-from training.run import NONE_OR_RATES, TAKEOVER, ClosedLoop, Run, RunConfig
-from training.settings import NONE_OR_COUNTS, number_list, split_list
+from training.run import TAKEOVER, ClosedLoop, Run, RunConfig
+from training.settings import NONE_OR_COUNTS, NONE_OR_RATES, number_list, split_list
 
 logger = logging.getLogger(__name__)
 

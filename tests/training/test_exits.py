@@ -30,7 +30,7 @@ def deep(studio: Any, tiny_policy: Any, tmp_path_factory: pytest.TempPathFactory
 def test_exits_learn_and_the_base_does_not(studio: Any, deep: Path, tmp_path: Path, kind: str, reads: str) -> None:
     def trained(steps: int, lr: float) -> tuple[Path, dict[str, float]]:
         sizes = {"kind": kind, "reads": reads, "steps": steps, "lr": lr, "eval_frames": 16}
-        config = ExitsConfig(str(deep), str(studio.demo), str(tmp_path / str(steps)), [1], **sizes)
+        config = ExitsConfig(str(deep), str(studio.demo), str(tmp_path / str(steps)), layers=[1], **sizes)
         folder = exits(config)
         return folder, json.loads((folder / REPORT).read_text())["depths"]["1"]
 

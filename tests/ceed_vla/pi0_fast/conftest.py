@@ -12,10 +12,7 @@ import pytest
 import torch
 from lerobot.policies.pi0_fast import modeling_pi0_fast as lerobot_pi0
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
-
-from benchmarks.models.pi0_fast import (
+from tiny_pi0_fast import (
     SKIP,
     STOP,
     WORDS,
@@ -24,6 +21,9 @@ from benchmarks.models.pi0_fast import (
     write_fast_tokenizer,
     write_text_tokenizer,
 )
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
 from ceed_vla.backbones.pi0_fast.config import Pi0FastTokensConfig
 from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone
 from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer, text_ids

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_pi0_fast import tiny_sizes, write_pi0_fast
 
-from benchmarks.models.pi0_fast import tiny_sizes, write_pi0_fast
 from ceed_vla.checkpoints import load
 from ceed_vla.convert import ConvertConfig, convert
 

@@ -1,4 +1,4 @@
-"""A tiny pi0-FAST in LeRobot's file format, with tokenizers made on the spot: to try a pipeline, tests and examples.
+"""A tiny pi0-FAST in LeRobot's file format, with tokenizers made on the spot.
 
 LeRobot fixes the sizes of its models, so its classes must be told to be tiny whenever such a folder is read:
 

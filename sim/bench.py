@@ -24,17 +24,18 @@ from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.fields import chosen
 from ceed_vla.files import write_text
 from sim.evaluate import EvalConfig, evaluate
-from sim.plots import INK, row_color, save_figure
-from sim.report import cells, markdown_table
+from sim.plots import FORWARDS, INK, row_color, save_figure
+from sim.report import PAIRED, PAIRED_COLUMNS, cells, markdown_table, paired_rows
 from sim.timing import ENGINES
 
 BENCH, TABLE, PARETO = "bench.json", "bench.md", "pareto.png"
 ROWS = (
-    "jacobi,jacobi_h,jacobi_mid,jacobi_random,ngram8_h,pdvla,cap1,cap2,cap3,cap2_fresh,cap3_fresh,ceed,"
-    "conf0.2_cap2_fresh"
+    "jacobi,jacobi_h,jacobi_mid,jacobi_random,ngram8_h,pdvla,cap1,cap2,cap3,cap4,cap2_fresh,cap3_fresh,ceed,"
+    "conf0.2_cap2_fresh,gap0.2_cap2,deadline8"
 )
 TEACHER_ROWS = (
-    "teacher_ar_h,teacher_jacobi_h,teacher_cap1,teacher_cap2,teacher_cap3,teacher_cap2_fresh,teacher_cap3_fresh"
+    "teacher_ar_h,teacher_jacobi_h,teacher_cap1,teacher_cap2,teacher_cap3,teacher_cap2_fresh,teacher_cap3_fresh,"
+    "teacher_cap4_fresh"
 )
 CONTEXT_ROW = "keep24_conf0.2_cap2"  # of a policy with a scorer of prefix tokens
 
@@ -104,7 +105,7 @@ def ar_over_parts(report: Mapping[str, Any]) -> float:
     entry, timing = report["decoders"]["ar"], report["timing"]
     found = timing["parts"][f"policy {timing['engines']['ar']}"]
     alone = found["process"]["p50"] + found["prefill"]["p50"] + (report["block_length"] - 1) * found["token"]["p50"]
-    return round(entry["latency_ms"]["p50"] / alone, 3)
+    return round(entry["total_ms"]["p50"] / alone, 3)
 
 
 def rows_of(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,17 +114,17 @@ def rows_of(report: Mapping[str, Any]) -> dict[str, Any]:
     """
     rows = {name: dict(entry) for name, entry in report["decoders"].items()}
     for name, row in rows.items():
-        if "latency_ms" not in row:
+        if "total_ms" not in row:
             continue
         model, prefix = ("teacher", "teacher_") if name.startswith("teacher_") else ("policy", "")
-        p50 = row["latency_ms"]["p50"]
+        p50 = row["total_ms"]["p50"]
         share = report["executed_steps"] / report["chunk_size"] if row["decoding"]["watch"] == "executed" else 1
         row["tokens_per_forward"] = round(report["block_length"] * share / row["forwards_mean"], 2)
         row["engine"] = report["timing"]["engines"][name]
         row["ratio_to_floor"] = round(p50 / floor(report, model), 3)
         for rival in ("ar", "ar_h"):
             if prefix + rival in rows:
-                row[f"ratio_to_{rival}_compiled"] = round(rows[prefix + rival]["latency_ms"]["p50"] / p50, 3)
+                row[f"ratio_to_{rival}_compiled"] = round(rows[prefix + rival]["total_ms"]["p50"] / p50, 3)
     return rows
 
 
@@ -131,15 +132,16 @@ def markdown(result: Mapping[str, Any]) -> str:
     """``bench.md``."""
     head = (
         "decoder", "solved [95 %]", "forwards mean / p95", "layers block + prefix", "total p50 / p95 / p99 [ms]",
-        "prefill", "decode", "engine", "x AR", "x AR_h", "over floor", "action error", "= AR",
+        "prefill", "decode", "tokens a forward", "engine", "x AR", "x AR_h", "over floor", "action error", "= AR",
     )  # fmt: skip
     lines = []
     for name, row in result["decoders"].items():
         *first, _, _, _, agreement = cells(name, row)
         own = ["-"] * (len(head) - len(first) - 1)
-        if "latency_ms" in row:
+        if "total_ms" in row:
             own = [
                 *(f"{row[f'{part}_ms']['p50']:.1f}" for part in ("prefill", "decode")),
+                f"{row['tokens_per_forward']:.1f}",
                 row["engine"],
                 *(f"{row.get(f'ratio_to_{rival}_compiled', 0):.1f}" for rival in ("ar", "ar_h")),
                 f"{row['ratio_to_floor']:.2f}",
@@ -147,6 +149,8 @@ def markdown(result: Mapping[str, Any]) -> str:
             ]
         lines.append((*first, *own, agreement))
     parts = [f"# {result['env']}, {result['task']}", "", markdown_table(head, lines), ""]
+    if pairs := paired_rows(result):
+        parts += [PAIRED, "", markdown_table(PAIRED_COLUMNS, pairs), ""]
     if "floor_ms" in result:
         parts += [
             f"Floor (prefill and one block forward, alone): {result['floor_ms']:.1f} ms. AR over the sum of its parts: "
@@ -155,15 +159,17 @@ def markdown(result: Mapping[str, Any]) -> str:
             "",
             f"![success against latency]({PARETO})",
             "",
+            f"![forwards of the chunks]({FORWARDS})",
+            "",
         ]
     return "\n".join([*parts, f"*{result['program']}*", ""])
 
 
 def pareto(result: Mapping[str, Any]) -> Figure:
     """Failures against latency: p50 as dots, a line to p99; rows that no other beats in both are in colour."""
-    rows = {name: row for name, row in result["decoders"].items() if row.get("latency_ms") and row["episodes"]}
+    rows = {name: row for name, row in result["decoders"].items() if row.get("total_ms") and row["episodes"]}
     points = {  # none failed: half an episode, for the logarithm
-        name: (row["latency_ms"]["p50"], 100 * max(1 - row["success_rate"], 0.5 / row["episodes"]))
+        name: (row["total_ms"]["p50"], 100 * max(1 - row["success_rate"], 0.5 / row["episodes"]))
         for name, row in rows.items()
     }
     figure = Figure(figsize=(9.5, 6))
@@ -171,7 +177,7 @@ def pareto(result: Mapping[str, Any]) -> Figure:
     for index, (name, (x, y)) in enumerate(sorted(points.items(), key=lambda item: item[1])):
         beaten = any((a < x and b <= y) or (a <= x and b < y) for a, b in points.values())
         color = "#B9BEC6" if beaten else row_color(name)
-        axes.plot([x, rows[name]["latency_ms"]["p99"]], [y, y], color=color, lw=1, zorder=2)
+        axes.plot([x, rows[name]["total_ms"]["p99"]], [y, y], color=color, lw=1, zorder=2)
         axes.plot(x, y, "o", color=color, ms=5 if beaten else 7, zorder=3)
         place, ink = (3, 5 if index % 2 else -10), "#8A8F98" if beaten else INK
         axes.annotate(name, (x, y), place, textcoords="offset points", fontsize=6.5 if beaten else 8, color=ink)

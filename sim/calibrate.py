@@ -5,6 +5,7 @@ dimension, or at all in a two-valued one. The risk of an exit is the expected sh
 exit itself drives. Thresholds are tested from the strictest on, each on the same number of episodes, until one cannot
 be shown to keep the risk below epsilon: "learn then test" with a fixed sequence (arXiv 2110.01052), whose level alpha
 the signals share. So for each epsilon, with probability 1 - alpha the choice keeps its promise, whatever the policy.
+Of those that keep it, the choice is the one that runs fewest layers, of the block and of the prefix.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,11 +35,13 @@ from ceed_vla.outputs import MADE_BY, claim_folder, default_console
 from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, observation_batch, turns
 from sim.rollout import Chunk, PolicyRunner, rollout, stack_previous, success_entry
 from sim.settings import DrivenConfig
+from sim.timing import bare_parts, collect_observations, measure, percentiles
 
 OFF = 0.05  # of an action's range
 REPORT, AUDIT = "calibration.json", "audit.json"
 CHECKPOINT = "checkpoint"
 CAPS = ("cap4", "cap3", "cap2", "cap1")
+TIMED = 24  # chunks, for the deadlines of these
 
 
 @dataclass
@@ -50,7 +53,8 @@ class CalibrateConfig(DrivenConfig):
         epsilons: Risks to be kept, each in (0, 1).
         alpha: Probability of a promise that is not kept.
         signals: Exit rules whose ladders are tried: conf (mass within 2 bins), gap (best over next token), agree (bins
-            between two states), changed (tokens that changed), and any that is registered with one; decoders too: deer.
+            between two states), changed (tokens that changed), and any that is registered with one; decoders too, those
+            that need an exit with its depth: deer3.
         decoders: Instead, only measure the risk of these comma-separated decoders, into audit.json.
         episodes: Episodes of every threshold.
         seed: First seed. Seeds from 40000 to 49999 are for choices.
@@ -72,10 +76,8 @@ class CalibrateConfig(DrivenConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = {**exit_ladders(), **decoder_ladders()}
-        unknown = [signal for signal in self.signals if signal not in known]
-        if unknown or not (self.signals or self.decoders) or not self.epsilons:
-            raise ConfigError(f"--signals is {self.signals}; choose some of {', '.join(known)}, and --epsilons.")
+        if not (self.signals or self.decoders) or not self.epsilons:
+            raise ConfigError(f"--signals is {self.signals}, --epsilons {self.epsilons}; give some of both.")
         for name in self.names:
             if named_config(name).deadline_s is not None:
                 raise ConfigError(
@@ -112,9 +114,10 @@ class AuditedRunner(PolicyRunner):
         prefix = policy.backbone.prefill(batch) if isinstance(prefix, CutPrefix) else prefix
         exact = decode_block(policy.backbone, prefix, policy.tokenizer, "jacobi_h", previous=own.tokens, **common)
         off = is_off(policy.tokenizer, own.tokens, exact.tokens, steps)
+        layers = zip(*(cast("Tensor", n).tolist() for n in (own.layer_forwards, own.prefix_layers)), strict=True)
+        rows = zip(own.tokens, self._actions(own.tokens), own.iterations.tolist(), own.exit_reason, strict=True)
         return [
-            Chunk(own.tokens[row], actions, int(own.iterations[row]), own.exit_reason[row], {"off": float(off[row])})
-            for row, actions in enumerate(self._actions(own.tokens))
+            Chunk(*row, {"off": float(chunk_off)}, *ran) for row, chunk_off, ran in zip(rows, off, layers, strict=True)
         ]
 
 
@@ -133,13 +136,17 @@ class Measured:
     Attributes:
         risks: (E,) share of off chunks of every episode.
         forwards: Forwards of every chunk.
+        layers: Layers of every chunk, of its block and its prefix.
         solved: Whether every episode was solved.
+        deadline_ms: What one must allow for so many forwards, where they are bounded.
     """
 
     name: str
     risks: NDArray[np.float64]
     forwards: NDArray[np.float64]
+    layers: NDArray[np.float64]
     solved: list[bool]
+    deadline_ms: float | None = None
 
     def entry(self, epsilons: Sequence[float]) -> dict[str, Any]:
         """For the report."""
@@ -150,6 +157,8 @@ class Measured:
             "p_values": {str(e): round(p_value(self.risks, e), 6) for e in epsilons},
             "forwards_mean": round(float(self.forwards.mean()), 4),
             "forwards_p95": float(np.percentile(self.forwards, 95)),
+            "layers_mean": round(float(self.layers.mean()), 4),
+            **({} if self.deadline_ms is None else {"deadline_ms": self.deadline_ms}),
             **success_entry(self.solved),
         }
 
@@ -223,15 +232,18 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
 
 
 def _choose(config: CalibrateConfig, bundle: Bundle, pool: EnvPool) -> tuple[list[Measured], dict[str, str]]:
-    """Everything that was measured, and the decoder of every epsilon: that of fewest forwards among the proven."""
+    """Everything that was measured, and the decoder of every epsilon: that of fewest layers among the proven."""
     if config.names:
         return [measured(config, bundle, pool, name) for name in config.names], {}
+    ladders = {**exit_ladders(), **decoder_ladders(sorted(getattr(bundle[0].backbone, "exits", {})))}
+    if unknown := [signal for signal in config.signals if signal not in ladders]:
+        raise ConfigError(f"--signals has {', '.join(unknown)}; this policy has {', '.join(ladders)}.")
     rows: list[Measured] = []
     level = config.alpha / len(config.signals)
     proven: dict[float, list[Measured]] = {epsilon: [] for epsilon in config.epsilons}
     for signal in config.signals:
         open_ = set(config.epsilons)
-        for name in {**exit_ladders(), **decoder_ladders()}[signal]:
+        for name in ladders[signal]:
             rows.append(measured(config, bundle, pool, name))
             open_ = {epsilon for epsilon in open_ if p_value(rows[-1].risks, epsilon) <= level}
             for epsilon in open_:
@@ -239,11 +251,19 @@ def _choose(config: CalibrateConfig, bundle: Bundle, pool: EnvPool) -> tuple[lis
             if not open_:
                 break
     chosen = {
-        f"risk{plain(epsilon)}": min(rows, key=lambda row: row.forwards.mean()).name if rows else "jacobi_h"
+        f"risk{plain(epsilon)}": min(rows, key=lambda row: row.layers.mean()).name if rows else "jacobi_h"
         for epsilon, rows in proven.items()
     }
     # For the report: what a deadline costs that allows so many forwards.
-    return rows + [measured(config, bundle, pool, cap) for cap in CAPS], chosen
+    caps = [measured(config, bundle, pool, cap) for cap in CAPS]
+    runner, tasks = PolicyRunner(bundle, "jacobi_h", None, config.executed_steps), turns(config.env)
+    observed = collect_observations(runner, pool, ((config.seed + i, tasks[i % len(tasks)]) for i in range(99)), TIMED)
+    _, parts = measure({}, {"all": bare_parts(bundle)}, observed)
+    slow = {name: percentiles(seconds)["p95"] for name, seconds in parts["all"].items()}
+    for row in caps:
+        block = slow["block"] * row.forwards.max()
+        row.deadline_ms = round(slow["process"] + slow["checks"] + slow["prefill"] + float(block), 1)
+    return rows + caps, chosen
 
 
 def plain(value: float) -> str:
@@ -260,18 +280,22 @@ def measured(config: CalibrateConfig, bundle: Bundle, pool: EnvPool, name: str) 
         results = rollout(runner, pool, episodes, lambda _: bar.update())
     risks = np.array([np.mean([seconds["off"] for seconds in result.seconds]) for result in results])
     forwards = np.array([count for result in results for count in result.forwards], dtype=float)
-    return Measured(name, risks, forwards, [result.success for result in results])
+    block, prefix = ([n for r in results for n in getattr(r, name)] for name in ("block_layers", "prefix_layers"))
+    layers = np.add(block, prefix, dtype=float)
+    return Measured(name, risks, forwards, layers, [result.success for result in results])
 
 
 def _print(report: dict[str, Any], console: Console, file: Path) -> None:
     table = Table(title=f"Risk, {report['seeds']['count']} episodes from seed {report['seeds']['first']}")
-    for column in ("decoder", "risk [95 %], at most", "forwards mean / p95", "solved"):
+    for column in ("decoder", "risk [95 %], at most", "forwards mean / p95", "layers", "deadline [ms]", "solved"):
         table.add_column(column, justify="left" if column == "decoder" else "right")
     for name, row in report["decoders"].items():
         low, high = row["risk_ci95"]
         risk = f"{row['risk']:.4f} [{low:.4f}, {high:.4f}], {row['risk_upper95']:.4f}"
         forwards = f"{row['forwards_mean']:.2f}"
-        table.add_row(name, risk, f"{forwards} / {row['forwards_p95']:.0f}", f"{row['success']}/{row['episodes']}")
+        ran, deadline = f"{row['layers_mean']:.1f}", f"{row.get('deadline_ms', '')}"
+        solved = f"{row['success']}/{row['episodes']}"
+        table.add_row(name, risk, f"{forwards} / {row['forwards_p95']:.0f}", ran, deadline, solved)
     console.print(table)
     for name, decoder in report["chosen"].items():
         console.print(f"{name} is {decoder}")

@@ -16,7 +16,6 @@ from rich.console import Console
 from tqdm import tqdm
 
 from ceed_vla.checkpoints import load, resolve_checkpoint, weights_hash
-from ceed_vla.decoding.registry import find_decoder
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, chosen, ranged
 from ceed_vla.files import write_text
@@ -37,6 +36,7 @@ from sim.timing import (
     Samples,
     bare_parts,
     collect_observations,
+    engines_of,
     in_engine,
     make_runner,
     measure,
@@ -333,14 +333,14 @@ def _run_timing(run: Evaluation) -> None:
     runners = {
         f"{row.name} {e}": make_runner(row, bundles[e], run.executed_steps)
         for row in (*rows, *references)
-        for e in engines_of(row, engines)
+        for e in engines_of(row.decoding, engines)
     }
     parts = {f"{model} {e}": bare_parts(bundle) for e in engines for model, bundle in bundles[e].items()}
     with tqdm(total=chunks, desc="latency", unit="chunk", dynamic_ncols=True) as bar:
         samples, probed = measure(runners, {**parts, **run.probes}, episodes, bar.update)
     used = {}
     for row in (*rows, *references):
-        mine = engines_of(row, engines)
+        mine = engines_of(row.decoding, engines)
         used[row.name] = min(mine, key=lambda e: np.median(samples[f"{row.name} {e}"].total))
         run.samples[row.name] = samples[f"{row.name} {used[row.name]}"]
     run.timing = {
@@ -351,11 +351,6 @@ def _run_timing(run: Evaluation) -> None:
         "engines": used,
         "parts": {name: {part: percentiles(s) for part, s in found.items()} for name, found in probed.items()},
     }
-
-
-def engines_of(row: Row, engines: Sequence[str]) -> Sequence[str]:
-    """Those of `engines` that a row's decoder can run in."""
-    return ("eager",) if getattr(find_decoder(row.decoding.method)[0].make, "eager_only", False) else engines
 
 
 def _build_report(run: Evaluation, *, complete: bool) -> dict[str, Any]:

@@ -32,7 +32,8 @@ STYLE: Any = {  # rcParams
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-PLOTS = ("success.png", "latency.png", "forwards.png", "delays.png")
+FORWARDS = "forwards.png"
+PLOTS = ("success.png", "latency.png", FORWARDS, "delays.png")
 
 
 def _token_by_token(name: str) -> bool:
@@ -92,13 +93,13 @@ def success_figure(report: Mapping[str, Any]) -> Figure | None:
 
 def latency_figure(report: Mapping[str, Any]) -> Figure | None:
     """p50, p95 and p99 of the end-to-end latency of a chunk, with the prefill part and the speed-up."""
-    rows = {name: entry for name, entry in report["decoders"].items() if entry.get("latency_ms")}
+    rows = {name: entry for name, entry in report["decoders"].items() if entry.get("total_ms")}
     if not rows:
         return None
     figure, axes = _bar_canvas(rows)
-    longest = max(entry["latency_ms"]["p99"] for entry in rows.values())
+    longest = max(entry["total_ms"]["p99"] for entry in rows.values())
     for y, (name, entry) in enumerate(rows.items()):
-        latency, color = entry["latency_ms"], row_color(name)
+        latency, color = entry["total_ms"], row_color(name)
         axes.barh(y, latency["p50"], height=0.62, color=color, alpha=0.85, zorder=2)
         rest = latency["p50"] - entry["decode_ms"]["p50"]
         axes.barh(y, rest, height=0.62, color="white", alpha=0.45, zorder=3, hatch="////", edgecolor=color, lw=0)

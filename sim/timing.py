@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ceed_vla.decoding.config import DecodingConfig
+from ceed_vla.decoding.registry import find_decoder
 from ceed_vla.engine import compiled
 from ceed_vla.tensors import check_tokens
 from ceed_vla.tokens.base import ActionTokens
@@ -133,6 +135,11 @@ def bare_parts(bundle: Bundle) -> Probe:
     return probe
 
 
+def engines_of(decoding: DecodingConfig, engines: Sequence[str]) -> Sequence[str]:
+    """Those of `engines` that a decoder can run in."""
+    return ("eager",) if getattr(find_decoder(decoding.method)[0].make, "eager_only", False) else engines
+
+
 def in_engine(bundle: Bundle, engine: str) -> Bundle:
     """The bundle, or one that shares its weights and runs compiled."""
     if engine == "eager":
@@ -161,14 +168,14 @@ def summarise(samples: Samples, reference: Samples, tokens: ActionTokens, execut
     actions, exact = (tokens.decode(block[both])[:, :executed_steps] for block in blocks)
     latency = percentiles(samples.total)
     return {
-        "latency_ms": latency,
+        "total_ms": latency,
         "decode_ms": percentiles(samples.decode),
         "prefill_ms": percentiles(samples.prefill),
         "control_rate_hz": round(1000 * executed_steps / latency["p50"], 1),
         "speedup_vs_ar": round(float(np.median(reference.total) / np.median(samples.total)), 3),
         "decode_speedup_vs_ar": round(float(np.median(reference.decode) / np.median(samples.decode)), 3),
         "action_error": round(float((actions - exact).abs().mean()), 5),
-        "ar_agreement": float((own == other).double().mean()),
+        "equal_to_ar": float((own == other).double().mean()),
     }
 
 

@@ -1,18 +1,19 @@
 """``ceed-vla tune``: the plan with the most success within a budget of milliseconds a chunk.
 
-A plan is a decoding (signal and threshold of the exit, cap, tail, guess) and the steps that are executed of a chunk.
-The search is evolutionary, after EEEA-Net (arXiv 2108.06156): a candidate is timed first, and one over the largest
-budget is rejected before any episode is run. Those that fit run validation episodes by successive halving: the best
-quarter of every budget gets as many episodes again, and so on. At the end the best of every budget and the best that a
-hand would name play off over four times the episodes, and are timed again in turns. What is chosen of both drives as
-many of fresh seeds: the search's own numbers flatter the winner.
+A plan is a decoding (decoder, signal and threshold of the exit, cap, tail, guess), the engine in which it is faster,
+and the steps that are executed of a chunk. The search is evolutionary, after EEEA-Net (arXiv 2108.06156): a candidate
+is timed first; for one over the largest budget another is drawn, before any episode is run. Those that fit run
+validation episodes by successive halving: the best quarter of every budget gets as many episodes again, and so on. At
+the end the best of every budget and the best that a hand would name play off over four times the episodes, and are
+timed again in turns. What is chosen of both drives as many of fresh seeds: the search's own numbers flatter the winner.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,14 +36,24 @@ from sim.plots import save_figure
 from sim.rollout import SHARD, PolicyRunner, episode_runner, in_shards, success_entry
 from sim.settings import DrivenConfig
 from sim.summary import hardware
-from sim.timing import ENGINES, Observations, bare_parts, collect_observations, in_engine, measure, percentiles
+from sim.timing import (
+    ENGINES,
+    Observations,
+    bare_parts,
+    collect_observations,
+    engines_of,
+    in_engine,
+    measure,
+    percentiles,
+)
 
 PLANS = "plans.json"
 OVER_FLOOR = (1.2, 1.5, 2.0, 3.0)  # budgets, where none is given
 GUESSES = ("", "mid")
 PLAY_OFF = 4  # times the episodes of a generation
 BEST, BEST_BY_HAND = 4, 2  # of every budget that play off
-OTHER_DECODERS = 0.1  # share of random plans with a decoder that is not Jacobi's
+OTHER_DECODERS = 0.2  # share of random plans with a decoder that is not Jacobi's
+REDRAWS = 4  # times that plans are drawn for those that did not fit
 
 
 @dataclass
@@ -62,7 +73,7 @@ class TuneConfig(DrivenConfig):
         seed: First seed of the search's episodes; the final comparison has those that follow. Seeds from 40000 to 49999
             are for choices.
         search_seed: Seed of the search.
-        engine: Of the timing: eager or compiled.
+        engine: Of the timing: eager, compiled, or fastest: each plan in its faster one, which plans.json names.
         threads: Threads of torch; None leaves torch's choice.
         workers: Processes that share the episodes; timing has the machine to itself.
     """
@@ -76,7 +87,7 @@ class TuneConfig(DrivenConfig):
     chunks: int = ranged(40, "[2, 100000]")
     seed: int = ranged(VALIDATION_SEED + 2000, SEEDS)
     search_seed: int = ranged(0, SEEDS)
-    engine: str = chosen("eager", ENGINES[:2])
+    engine: str = chosen("eager", ENGINES)
     threads: int | None = ranged(None, "[1, 256]")
     workers: int = ranged(1, MOST)
 
@@ -91,7 +102,7 @@ class Plan:
         fresh: Whether the tail is computed with every iteration.
         guess: "mid", or "" for the previous chunk.
         executed_steps: Steps executed of a chunk.
-        name: A decoding instead of all but the steps.
+        decoder: "" for Jacobi's; alone, "ceed" is the checkpoint's decoding.
     """
 
     signal: str = ""
@@ -99,30 +110,33 @@ class Plan:
     fresh: bool = False
     guess: str = ""
     executed_steps: int = 4
-    name: str = ""
+    decoder: str = ""
 
     @property
     def decoding(self) -> str:
         """Its name."""
-        parts = [self.signal, f"cap{self.cap}" if self.cap else ""]
-        parts = [part for part in parts if part] or ["jacobi", "h"]
-        return self.name or "_".join([*parts, *["fresh"] * self.fresh, *filter(None, [self.guess])])
+        if self.decoder == "ceed":
+            return "ceed"
+        rules = [part for part in (self.signal, f"cap{self.cap}" if self.cap else "") if part]
+        first = [self.decoder] if self.decoder else [] if rules else ["jacobi"]
+        return "_".join([*first, *(rules or ["h"]), *["fresh"] * self.fresh, *filter(None, [self.guess])])
 
 
 # What a hand would name; the first generation has them.
 NAMED = (
     Plan(cap=1), Plan(cap=2), Plan(cap=3), Plan(cap=4), Plan(), Plan("conf0.2", 2), Plan("conf0.2", 2, fresh=True),
-    Plan(name="ceed"),
+    Plan(decoder="ceed"),
 )  # fmt: skip
 
 
 @dataclass
 class Trial:
-    """A plan, how long it takes [ms], and the episodes that it solved, by seed."""
+    """A plan, how long it takes [ms] in which engine, and the episodes that it solved, by seed."""
 
     plan: Plan
     p50: float
     p99: float
+    engine: str = "eager"
     solved: dict[int, bool] = field(default_factory=dict)
 
     @property
@@ -135,6 +149,7 @@ class Trial:
         return {
             "decoding": self.plan.decoding,
             "executed_steps": self.plan.executed_steps,
+            "engine": self.engine,
             "p50_ms": self.p50,
             "p99_ms": self.p99,
             **success_entry(self.solved.values()),
@@ -149,26 +164,33 @@ class Search:
         self.random, self.tasks = np.random.default_rng(config.search_seed), turns(config.env)
         self.steps = bundle[0].config.chunk_size
         self.usual = min(bundle[0].config.n_action_steps, self.steps)
-        self.timed = in_engine(bundle, config.engine)
+        engines = ENGINES[:2] if config.engine == "fastest" else (config.engine,)
+        self.timed = {engine: in_engine(bundle, engine) for engine in engines}
         self.observed: dict[int, list[Observations]] = {}
-        _, parts = measure({}, {"parts": bare_parts(self.timed)}, self.observations(self.usual))
-        found = {name: percentiles(seconds)["p50"] for name, seconds in parts["parts"].items()}
-        self.floor = round(found["prefill"] + found["block"], 3)
+        probes = {engine: bare_parts(timed) for engine, timed in self.timed.items()}
+        _, parts = measure({}, probes, self.observations(self.usual))
+        found = [{name: percentiles(seconds)["p50"] for name, seconds in own.items()} for own in parts.values()]
+        self.floor = round(min(own["prefill"] + own["block"] for own in found), 3)
         self.budgets = sorted(config.budgets_ms or [round(self.floor * factor, 3) for factor in OVER_FLOOR])
         self.trials: list[Trial] = []
         self.seen: set[tuple[str, int]] = set()
+        self.exits = sorted(getattr(bundle[0].backbone, "exits", {}))
         self.rejected = 0
 
     def run(self) -> list[Trial]:
         """All generations."""
         named = [replace(plan, executed_steps=self.usual) for plan in NAMED]
-        candidates = [*named, *(self.drawn() for _ in range(self.config.population))]
-        for generation in range(self.config.generations):
-            fitting = self.admit(candidates)
-            self.halve(fitting, f"generation {generation + 1}")
-            parents = self.parents()
-            candidates = [self.child(parents) for _ in range(self.config.population)]
+        self.halve([*self.admit(named), *self.populate(self.drawn)], "generation 1")
+        for generation in range(1, self.config.generations):
+            self.halve(self.populate(partial(self.child, self.parents())), f"generation {generation + 1}")
         return self.trials
+
+    def populate(self, draw: Callable[[], Plan]) -> list[Trial]:
+        """A population of plans within the largest budget: for those that do not fit others are drawn, for a while."""
+        fitting: list[Trial] = []
+        for _ in range(1 + REDRAWS):
+            fitting += self.admit([draw() for _ in range(self.config.population - len(fitting))])
+        return fitting
 
     def observations(self, steps: int) -> list[Observations]:
         """Observations at the replans of episodes that execute so many steps."""
@@ -178,24 +200,34 @@ class Search:
             self.observed[steps] = collect_observations(driver, self.pool, seeds, self.config.chunks)
         return self.observed[steps]
 
-    def timed_plans(self, plans: Sequence[Plan]) -> dict[Plan, dict[str, float]]:
-        """Percentiles [ms] of a chunk of every plan; those that execute equally many steps take turns."""
-        found: dict[Plan, dict[str, float]] = {}
+    def timed_plans(self, plans: Sequence[Plan]) -> list[Trial]:
+        """Every plan, timed in its faster engine; those that execute equally many steps take turns."""
+        found: list[Trial] = []
         for steps in sorted({plan.executed_steps for plan in plans}):
-            runners = {
-                plan.decoding: PolicyRunner(self.timed, plan.decoding, torch.Generator().manual_seed(0), steps)
+            pairs = {
+                f"{plan.decoding} {engine}": (plan, engine)
                 for plan in plans
                 if plan.executed_steps == steps
+                for engine in engines_of(self.bundle[0].config.named(plan.decoding), tuple(self.timed))
+            }
+            runners = {
+                name: PolicyRunner(self.timed[engine], plan.decoding, torch.Generator().manual_seed(0), steps)
+                for name, (plan, engine) in pairs.items()
             }
             samples, _ = measure(runners, {}, self.observations(steps))
-            found |= {plan: percentiles(samples[plan.decoding].total) for plan in plans if plan.executed_steps == steps}
+            fastest: dict[Plan, Trial] = {}
+            for name, (plan, engine) in pairs.items():
+                times = percentiles(samples[name].total)
+                if plan not in fastest or times["p50"] < fastest[plan].p50:
+                    fastest[plan] = Trial(plan, times["p50"], times["p99"], engine)
+            found += fastest.values()
         return found
 
     def runs(self, plan: Plan) -> bool:
-        """Whether this policy can decode so: it may have no exits, or fewer layers."""
+        """Whether this policy can decode so: it may have no exits or fewer layers, or the decoder other settings."""
         observation, instruction = self.observations(plan.executed_steps)[0][0]
         try:
-            runner = PolicyRunner(self.timed, plan.decoding, None, plan.executed_steps)
+            runner = PolicyRunner(self.bundle, plan.decoding, None, plan.executed_steps)
             runner.decode([observation], [instruction], [None])
         except ConfigError:
             return False
@@ -204,35 +236,34 @@ class Search:
     def drawn(self) -> Plan:
         """A random plan, on all axes that are registered with a ladder."""
         ladders, steps = exit_ladders(), int(self.random.integers(2, self.steps + 1))
-        decoders = [name for ladder in decoder_ladders().values() for name in ladder]
-        if decoders and self.random.random() < OTHER_DECODERS:
-            return Plan(name=f"{self.random.choice(decoders)}_h", executed_steps=steps)
+        decoders = [name for ladder in decoder_ladders(self.exits).values() for name in ladder]
+        other = bool(decoders) and self.random.random() < OTHER_DECODERS
+        decoder = str(self.random.choice(decoders)) if other else ""
+        if decoder and self.random.random() < 0.5:  # most of them take no exit rule
+            return Plan(decoder=decoder, executed_steps=steps)
         signal = str(self.random.choice(["", *ladders]))
         threshold = str(self.random.choice(ladders[signal])) if signal else ""
         cap, fresh = int(self.random.integers(0, 5)), bool(self.random.random() < 0.5)
-        return Plan(threshold, cap, fresh, str(self.random.choice(GUESSES, p=(0.85, 0.15))), steps)
+        return Plan(threshold, cap, fresh, str(self.random.choice(GUESSES, p=(0.85, 0.15))), steps, decoder)
 
     def child(self, parents: Sequence[Plan]) -> Plan:
         """A plan whose settings come from two parents, one of them drawn anew."""
         first, second = (parents[int(self.random.integers(len(parents)))] for _ in range(2))
         new = self.drawn()
-        if new.name:
-            return new
-        names = ("signal", "cap", "fresh", "guess", "executed_steps")
+        names = [field.name for field in fields(Plan)]
         changed = self.random.choice(names)
         genes = {n: getattr(new if n == changed else (first, second)[int(self.random.integers(2))], n) for n in names}
         return Plan(**genes)
 
     def admit(self, candidates: Sequence[Plan]) -> list[Trial]:
-        """Time the candidates that are new, and drop those over the largest budget."""
+        """Time the candidates that are new and run, and drop those over the largest budget."""
         new = {(plan.decoding, plan.executed_steps): plan for plan in candidates}
         new = {key: plan for key, plan in new.items() if key not in self.seen}
         self.seen |= new.keys()
         new = {key: plan for key, plan in new.items() if self.runs(plan)}
         times = self.timed_plans(list(new.values()))
-        fitting = {plan: found for plan, found in times.items() if found["p50"] <= self.budgets[-1]}
-        self.rejected += len(times) - len(fitting)
-        admitted = [Trial(plan, found["p50"], found["p99"]) for plan, found in fitting.items()]
+        admitted = [trial for trial in times if trial.p50 <= self.budgets[-1]]
+        self.rejected += len(times) - len(admitted)
         self.trials += admitted
         return admitted
 
@@ -253,7 +284,7 @@ class Search:
 
     def parents(self) -> list[Plan]:
         """The plans that the next generation comes from: the best of every budget."""
-        known = [trial for trial in self.trials if not trial.plan.name]
+        known = [trial for trial in self.trials if trial.plan.decoder != "ceed"]
         found = [trial.plan for budget in self.budgets for trial in self.best(known, budget, 4)]
         return found or [self.drawn() for _ in range(4)]
 
@@ -267,17 +298,18 @@ class Search:
             playing |= {trial.plan: trial for trial in best}
         for trial in tqdm(playing.values(), desc=f"play-off, {episodes} episodes", unit="plan", dynamic_ncols=True):
             self.drive(trial, range(seed, seed + episodes))
-        for plan, found in self.timed_plans(list(playing)).items():  # in turns, as a budget cuts between neighbours
-            playing[plan].p50, playing[plan].p99 = found["p50"], found["p99"]
+        for again in self.timed_plans(list(playing)):  # in turns, as a budget cuts between neighbours
+            known = playing[again.plan]
+            known.p50, known.p99, known.engine = again.p50, again.p99, again.engine
         named = [trial for trial in by_hand if trial.plan in playing]
         chosen = [
             [next(iter(self.best(trials, budget, 1)), None) for trials in (list(playing.values()), named)]
             for budget in self.budgets
         ]
-        again = {t.plan: Trial(t.plan, t.p50, t.p99) for pair in chosen for t in pair if t}
-        for trial in tqdm(again.values(), desc="fresh seeds", unit="plan", dynamic_ncols=True):
+        fresh = {t.plan: replace(t, solved={}) for pair in chosen for t in pair if t}
+        for trial in tqdm(fresh.values(), desc="fresh seeds", unit="plan", dynamic_ncols=True):
             self.drive(trial, range(seed + episodes, seed + 2 * episodes))
-        pairs = [[trial and again[trial.plan] for trial in pair] for pair in chosen]
+        pairs = [[trial and fresh[trial.plan] for trial in pair] for pair in chosen]
         return [(budget, found, hand) for budget, (found, hand) in zip(self.budgets, pairs, strict=True)]
 
     def drive(self, trial: Trial, seeds: range) -> None:
@@ -342,7 +374,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
 def _figure(trials: Sequence[Trial], floor: float) -> Any:
     rows = {
         f"{trial.plan.decoding} h{trial.plan.executed_steps}": {
-            "latency_ms": {"p50": trial.p50, "p99": trial.p99}, **trial.entry()
+            "total_ms": {"p50": trial.p50, "p99": trial.p99}, **trial.entry()
         }
         for trial in trials
     }  # fmt: skip
@@ -350,7 +382,16 @@ def _figure(trials: Sequence[Trial], floor: float) -> Any:
 
 
 def _print(report: dict[str, Any], console: Console) -> None:
-    columns = ("budget [ms]", "decoding", "executed steps", "p50 / p99 [ms]", "solved", "best by hand", "solved")
+    columns = (
+        "budget [ms]",
+        "decoding",
+        "executed steps",
+        "engine",
+        "p50 / p99 [ms]",
+        "solved",
+        "best by hand",
+        "solved",
+    )
     title = f"floor {report['floor_ms']:.1f} ms, {report['tried']} plans, {report['rejected']} too slow"
     table = Table(*columns, title=title)
     for row in report["plans"]:
@@ -359,6 +400,6 @@ def _print(report: dict[str, Any], console: Console) -> None:
             continue
         times, solved = f"{row['p50_ms']:.1f} / {row['p99_ms']:.1f}", f"{row['success']}/{row['episodes']}"
         hand = row["by_hand"] and (row["by_hand"]["decoding"], f"{row['by_hand']['success']}/{row['episodes']}")
-        cells = (row["decoding"], str(row["executed_steps"]), times, solved, *(hand or ()))
+        cells = (row["decoding"], str(row["executed_steps"]), row["engine"], times, solved, *(hand or ()))
         table.add_row(f"{row['budget_ms']:.1f}", *cells)
     console.print(table)

@@ -188,7 +188,7 @@ def _entry(
         "forwards_mean": round(float(forwards.mean()), 3),
         "forwards_p95": float(np.percentile(forwards, 95)),
         "tokens_equal_ar": round(float((own == other)[live].double().mean()), 5),
-        "latency_ms": {"p50": p50, "p95": p95, "p99": p99},
+        "total_ms": {"p50": p50, "p95": p95, "p99": p99},
     }
 
 
@@ -204,7 +204,7 @@ def _print(report: dict[str, Any]) -> None:
         if name == MEAN_ACTION:
             table.add_row(name, error)
             continue
-        latency = entry["latency_ms"]
+        latency = entry["total_ms"]
         table.add_row(
             name, error, f"{entry['forwards_mean']:.2f} / {entry['forwards_p95']:g}",
             f"{100 * entry['tokens_equal_ar']:.1f} %",

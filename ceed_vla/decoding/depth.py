@@ -25,7 +25,7 @@ from ceed_vla.decoding.result import DecodeResult
 from ceed_vla.errors import ConfigError
 
 
-@register_decoder(r"depth(?P<depth>\d+)", "depth<K>", "K layers, then Jacobi")
+@register_decoder(r"depth(?P<depth>\d+)", "depth<K>", "K layers, then Jacobi", ("depth{exit}",))
 @torch.no_grad()
 def decode_depth(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Jacobi decoding whose first forward runs ``K`` layers and their exit; a cap counts it.
@@ -61,7 +61,7 @@ def first_then_jacobi(
 
 @register_decoder(
     r"deer(?P<depth>\d+)t(?P<bins>\d*\.?\d+)", "deer<K>t<D>", "or until two exits agree",
-    ("deer3t0.5", "deer3t1", "deer3t2", "deer3t3"),
+    ("deer{exit}t0.5", "deer{exit}t1", "deer{exit}t2", "deer{exit}t3"),
 )  # fmt: skip
 @torch.no_grad()
 def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:

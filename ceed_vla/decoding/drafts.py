@@ -171,7 +171,7 @@ class _Online(_Layers):
 
 @register_decoder(
     r"spec(?P<depth>\d+)x(?P<length>\d+)(r(?P<near>\d+))?", "spec<K>x<L>", "drafts of K layers; r<R>: within R bins",
-    ("spec1x4", "spec2x4", "spec1x4r2"),
+    ("spec{exit}x4", "spec{exit}x4r2"),
 )  # fmt: skip
 def decode_spec(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Greedy tokens, drafted ``L`` at a time by ``K`` layers and their exit; with ``r<R>`` not exact.
@@ -187,7 +187,7 @@ def decode_spec(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
 decode_spec.relaxes = lambda options: bool(int(options["near"] or 0))  # type: ignore[attr-defined]
 
 
-@register_decoder("del", "del", "as spec, K and L chosen online")
+@register_decoder("del", "del", "as spec, K and L chosen online", ("del",))
 def decode_del(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Greedy tokens; depth and length of every draft are those that promise most tokens a layer call.
 

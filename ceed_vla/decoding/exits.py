@@ -110,7 +110,7 @@ class Gap(Confidence):
 
 @register_exit(
     r"agree(?P<most>\d+)", "agree<D>", "or until two states are D bins apart",
-    ["agree0", "agree1", "agree2", "agree4", "agree8", "agree16", "agree32"],
+    ["agree0", "agree1", "agree2", "agree4", "agree8", "agree16", "agree32", "agree48", "agree64", "agree96"],
 )  # fmt: skip
 class Agreement(ExitRule):
     """The last two states are nowhere further apart in the watched slots than so many bins (DeeR's criterion)."""

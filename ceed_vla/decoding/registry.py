@@ -22,7 +22,8 @@ class Entry:
         shown: Its name in messages: "cap<K>".
         meaning: In a few words; none for what is not shown.
         make: The decoder, or the class of the rule.
-        ladder: Names of it that calibration and search try, from the strictest to the loosest.
+        ladder: Names of it that calibration and search try, from the strictest to the loosest; "{exit}" in them stands
+            for the depth of an exit.
     """
 
     pattern: str
@@ -52,7 +53,7 @@ class _Registry(dict[str, Entry]):
         named groups of `pattern`, texts, as keyword arguments. `ceed-vla tune`, and for rules `ceed-vla calibrate`, try
         the names of its `ladder`, from the strictest to the loosest.
         """
-        if wrong := [name for name in ladder if not re.fullmatch(pattern, name, re.ASCII)]:
+        if wrong := [name for name in ladder if not re.fullmatch(pattern, name.format(exit=1), re.ASCII)]:
             raise ConfigError(
                 f"The ladder of {shown!r} has {wrong[0]!r}, which its pattern {pattern!r} does not match."
             )
@@ -92,9 +93,19 @@ class _Registry(dict[str, Entry]):
             "--discover_packages_path."
         )
 
-    def ladders(self) -> dict[str, tuple[str, ...]]:
-        """What can be tried of every entry that has a ladder: "conf" -> ("conf0.9", ..., "conf0.1")."""
-        return {entry.shown.partition("<")[0]: entry.ladder for entry in self.values() if entry.ladder}
+    def ladders(self, exits: Sequence[int] = ()) -> dict[str, tuple[str, ...]]:
+        """What can be tried of every entry that has a ladder: "conf" -> ("conf0.9", ..., "conf0.1").
+
+        One that needs an exit has a ladder for every depth of `exits`: "deer3" -> ("deer3t0.5", ..., "deer3t3").
+        """
+        found: dict[str, tuple[str, ...]] = {}
+        for entry in self.values():
+            name = entry.shown.partition("<")[0]
+            if "{exit}" in "".join(entry.ladder):
+                found |= {f"{name}{k}": tuple(rung.format(exit=k) for rung in entry.ladder) for k in exits}
+            elif entry.ladder:
+                found[name] = entry.ladder
+        return found
 
 
 _DECODERS, _EXITS = _Registry("method"), _Registry("exits")

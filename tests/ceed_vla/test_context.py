@@ -23,9 +23,11 @@ ROWS, TOKENS = 3, 46
 
 def random_scorer(width: int, tokens: int, seed: int = 0) -> ContextScorer:
     """One that ranks tokens by what they hold."""
-    scorer, generator = ContextScorer(width, tokens), torch.Generator().manual_seed(seed)
-    for parameter in scorer.parameters():
-        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        scorer = ContextScorer(width, tokens)
+        for parameter in scorer.parameters():
+            parameter.data += 0.3 * torch.randn(parameter.shape)
     return scorer.requires_grad_(False)
 
 

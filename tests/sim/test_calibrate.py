@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -57,7 +59,7 @@ def test_the_upper_bound_is_the_p_value_turned_round() -> None:
 
 
 def test_thresholds_are_tested_from_the_strictest_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first that fails ends its signal, though a looser one would pass; the fewest forwards win."""
+    """The first that fails ends its signal, though a looser one would pass; the fewest layers win."""
     # p is 0.064 for conf0.55 and 0.1: below alpha, not below the half of it that each of two signals has.
     risks = {"conf0.9": 0.0, "conf0.7": 0.01, "conf0.55": 0.07, "agree0": 0.0, "agree1": 0.0, "agree2": 0.03}
     asked: list[str] = []
@@ -65,20 +67,27 @@ def test_thresholds_are_tested_from_the_strictest_on(monkeypatch: pytest.MonkeyP
     def measured(config: Any, bundle: Any, pool: Any, name: str) -> Measured:
         asked.append(name)
         risk, forwards = risks.get(name, 0.5), 5.0 - 0.1 * len(asked)
-        return Measured(name, np.full(400, risk), np.full(9, forwards), [True] * 7)
+        return Measured(name, np.full(400, risk), np.full(9, 1.0), np.full(9, forwards), [True] * 7)
 
     monkeypatch.setattr(sim.calibrate, "measured", measured)
+    monkeypatch.setattr(sim.calibrate, "collect_observations", lambda *_: [])
+    monkeypatch.setattr(sim.calibrate, "bare_parts", lambda _: None)
+    seconds = {"process": [0.001], "checks": [0.0], "prefill": [0.004], "block": [0.003], "token": [0.1]}
+    monkeypatch.setattr(sim.calibrate, "measure", lambda *_: ({}, {"all": seconds}))
     config = CalibrateConfig(signals=["conf", "agree"], epsilons=[0.02, 0.1, 0.001], episodes=400)
-    rows, chosen = sim.calibrate._choose(config, None, None)  # type: ignore[arg-type]
+    bundle = (SimpleNamespace(backbone=SimpleNamespace(), config=SimpleNamespace(n_action_steps=4)), None, None)
+    rows, chosen = sim.calibrate._choose(config, bundle, None)  # type: ignore[arg-type]
     assert asked == ["conf0.9", "conf0.7", "conf0.55", "agree0", "agree1", "agree2", "agree4", *sim.calibrate.CAPS]
     assert chosen == {"risk0.02": "agree1", "risk0.1": "agree2", "risk0.001": "jacobi_h"}
     assert len(rows) == len(asked)
+    assert [row.deadline_ms for row in rows[-4:]] == [8.0] * 4  # one forward each here
+    with pytest.raises(ConfigError, match=r"trust, deer3; this policy has .*agree.*keep"):  # it has no exits
+        sim.calibrate._choose(replace(config, signals=["trust", "deer3"]), bundle, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"signals": ["trust"]},
         {"epsilons": []},
         {"epsilons": [1.0]},
         {"signals": []},

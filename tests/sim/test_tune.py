@@ -14,6 +14,7 @@ import sim.tune
 from ceed_vla import load
 from ceed_vla.decoding import decoder_ladders, exit_ladders, named_config
 from ceed_vla.errors import ConfigError
+from sim.evaluate import EvalConfig, evaluate
 from sim.settings import CheckpointPath
 from sim.tune import NAMED, Plan, Search, Trial, TuneConfig, tune
 
@@ -24,7 +25,8 @@ def search() -> Search:
     found = Search.__new__(Search)
     found.config = TuneConfig(population=8, episodes=16, generations=2)
     found.random, found.steps, found.usual = np.random.default_rng(0), 8, 4
-    found.bundle = found.timed = found.pool = None  # type: ignore[assignment]
+    found.bundle = (SimpleNamespace(config=SimpleNamespace(named=named_config)), None, None)  # type: ignore[assignment]
+    found.pool, found.timed, found.exits = None, {"eager": found.bundle}, [2, 3]  # type: ignore[assignment]
     found.budgets, found.trials, found.seen, found.rejected = [10.0, 20.0], [], set(), 0
     found.observed = {steps: [[({}, "go")]] for steps in range(1, 9)}
     return found
@@ -34,26 +36,29 @@ def test_every_plan_has_a_name_that_decodes_so(search: Search) -> None:
     plans = [search.drawn() for _ in range(200)]
     for plan in [*plans, *(search.child(plans) for _ in range(200))]:
         config = named_config(plan.decoding)
+        assert config.method == (plan.decoder or "jacobi")
         assert config.max_iterations == (plan.cap or None)
         assert (config.tail == "fresh") == plan.fresh
         assert config.guess == (plan.guess or "previous")
         assert config.watch == "executed"
         assert 2 <= plan.executed_steps <= 8
-        assert not config.strict
     assert len({plan.decoding for plan in plans}) > 50
-    signals, names = {plan.signal for plan in plans}, {plan.name for plan in plans}
+    signals, names = {plan.signal for plan in plans}, {plan.decoder for plan in plans}
     for ladder in exit_ladders().values():  # every registered axis is found
         assert set(ladder) & signals
     assert "" in names
-    assert len(names) > 3
-    assert names <= {"", *(f"{name}_h" for ladder in decoder_ladders().values() for name in ladder)}
+    ladders = decoder_ladders([2, 3])
+    assert {"deer3", "depth2", "spec2", "del", "keep"} < ladders.keys()
+    assert names <= {"", *(name for ladder in ladders.values() for name in ladder)}
+    assert len(names) > len(ladders)
+    assert any(plan.decoder.startswith("deer") and plan.signal and plan.cap for plan in plans)  # all axes at once
     names = [plan.decoding for plan in NAMED]
     assert names == ["cap1", "cap2", "cap3", "cap4", "jacobi_h", "conf0.2_cap2", "conf0.2_cap2_fresh", "ceed"]
 
 
 def test_slow_plans_run_no_episode_and_the_better_half_runs_on(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(runners: dict[str, Any], probes: Any, observations: Any) -> Any:
-        slow = {name: 0.05 if name.startswith("cap4") else 0.008 for name in runners}
+        slow = {name: 0.05 if name.startswith("cap4") or name == "cap2 eager" else 0.008 for name in runners}
         return {name: SimpleNamespace(total=[slow[name]] * 3) for name in runners}, {}
 
     driven: list[tuple[str, int]] = []
@@ -66,7 +71,9 @@ def test_slow_plans_run_no_episode_and_the_better_half_runs_on(search: Search, m
     monkeypatch.setattr(sim.tune, "PolicyRunner", lambda *_: SimpleNamespace(decode=lambda *_: None))
     monkeypatch.setattr(search, "drive", drive)
     plans = [Plan(cap=cap) for cap in (1, 2, 3, 4)]
+    search.timed["compiled"] = search.timed["eager"]
     fitting = search.admit(plans)
+    assert [trial.engine for trial in fitting] == ["eager", "compiled", "eager"]  # each in its faster one
     assert search.rejected == 1
     search.halve(fitting, "test")
     assert driven == [("cap1", 4), ("cap2", 4), ("cap3", 4), ("cap2", 8), ("cap2", 16)]
@@ -95,12 +102,25 @@ def test_a_plan_that_the_policy_cannot_decode_is_left_out(search: Search, monkey
 
     monkeypatch.setattr(sim.tune, "PolicyRunner", Runner)
     search.observed = {4: [[({}, "go")]]}
-    assert search.runs(Plan(name="ngram4_h"))
-    assert not search.runs(Plan(name="spec2x4_h"))
+    assert search.runs(Plan(decoder="ngram4"))
+    assert not search.runs(Plan(decoder="spec2x4"))
+
+
+def test_others_are_drawn_for_plans_that_do_not_fit(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(runners: dict[str, Any], probes: Any, observations: Any) -> Any:
+        return {n: SimpleNamespace(total=[0.05 if n.startswith("cap4") else 0.008]) for n in runners}, {}
+
+    monkeypatch.setattr(sim.tune, "measure", measure)
+    monkeypatch.setattr(sim.tune, "PolicyRunner", lambda *_: SimpleNamespace(decode=lambda *_: None))
+    drawn = [Plan(cap=4, executed_steps=steps) for steps in range(1, 9)] + [Plan(cap=2)] * 3 + [Plan(cap=3)] * 99
+    fitting = search.populate(lambda: drawn.pop(0))
+    assert [trial.plan.cap for trial in fitting] == [2, 3]  # eight were too slow; what is known counts once
+    assert search.rejected == 8
+    assert len(drawn) == 110 - 8 - 8 - 6 - 6 - 6
 
 
 def test_options_that_cannot_work() -> None:
-    for change in ({"budgets_ms": [0.0]}, {"population": 1}, {"engine": "fastest"}):
+    for change in ({"budgets_ms": [0.0]}, {"population": 1}, {"engine": "graphs"}):
         with pytest.raises(ConfigError):
             TuneConfig(**change)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"policy\.path"):
@@ -125,6 +145,14 @@ def test_from_the_shipped_student_to_a_plan(tmp_path: Path) -> None:
     assert policy.decoding_config("plan") == policy.decoding_config("plan100000") == named_config(
         best["decoding"], policy.config.decoding
     )  # fmt: skip
+    checkpoint, out = CheckpointPath(str(tmp_path / "tuned" / "checkpoint")), str(tmp_path / "eval")
+    evaluated = evaluate(
+        EvalConfig(
+            policy=checkpoint, decoders="plan", output_dir=out, seed=40_000, episodes=1, clips=False, timing_chunks=0
+        )
+    )
+    assert evaluated["executed_steps"] == best["executed_steps"]
+    assert evaluated["decoders"]["plan"]["decoding"]["method"] == policy.decoding_config("plan").method
     with pytest.raises(ConfigError, match="No plan fits"):
         tune(
             TuneConfig(

@@ -35,7 +35,7 @@ ROWS = (
 )
 TEACHER_ROWS = (
     "teacher_ar_h,teacher_jacobi_h,teacher_cap1,teacher_cap2,teacher_cap3,teacher_cap2_fresh,teacher_cap3_fresh,"
-    "teacher_cap4_fresh"
+    "teacher_cap4_fresh,teacher_from_cap1"
 )
 CONTEXT_ROW = "keep24_conf0.2_cap2"  # of a policy with a scorer of prefix tokens
 

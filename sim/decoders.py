@@ -11,9 +11,12 @@ from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.names import named_config, names_help
 from ceed_vla.errors import ConfigError
 
-TEACHER_PREFIX = "teacher_"
+TEACHER_PREFIX, DRAFT_PREFIX = "teacher_", "teacher_from_"
 HONEST_RIVALS = ("teacher_ar", "teacher_cap4")
-DECODERS = f"{names_help()}; all with {TEACHER_PREFIX} in front"
+DECODERS = (
+    f"{names_help()}; all with {TEACHER_PREFIX} in front, or {DRAFT_PREFIX}: the teacher's exact chunk, begun from the "
+    "policy's"
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Row:
         decoding: The decoding with every field resolved.
         delay: Control steps that pass while a chunk is decoded.
         suffix: What the name says of the delay.
+        draft: The policy's decoding from whose chunk the teacher begins; "" for none.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Row:
     decoding: DecodingConfig
     delay: int = 0
     suffix: str = ""
+    draft: str = ""
 
     def delayed(self, milliseconds: float, fps: int) -> Row:
         """This row where a chunk takes so long, rounded up to whole control steps; itself for 0."""
@@ -59,7 +64,7 @@ def parse_decoders(text: str, *, has_teacher: bool) -> list[str]:
     if not names:
         raise ConfigError(f"--decoders is empty; name at least one of {DECODERS}.")
     for name in names:
-        named_config(name.removeprefix(TEACHER_PREFIX))
+        named_config(name.removeprefix(DRAFT_PREFIX).removeprefix(TEACHER_PREFIX))
         if name.startswith(TEACHER_PREFIX) and not has_teacher:
             raise ConfigError(f"Decoder {name!r} needs the teacher; pass --teacher.path=<checkpoint folder>.")
     if has_teacher:
@@ -69,6 +74,10 @@ def parse_decoders(text: str, *, has_teacher: bool) -> list[str]:
 
 def resolve_rows(names: Sequence[str], configs: dict[str, Any]) -> list[Row]:
     """Rows for checked `names`; `configs` has the ``CeedVLAConfig`` of "policy" and, if there is one, of "teacher"."""
-    models = ["teacher" if name.startswith(TEACHER_PREFIX) else "policy" for name in names]
-    pairs = zip(names, models, strict=True)
-    return [Row(name, model, configs[model].named(name.removeprefix(TEACHER_PREFIX))) for name, model in pairs]
+    rows = []
+    for name in names:
+        model = "teacher" if name.startswith(TEACHER_PREFIX) else "policy"
+        draft = name.removeprefix(DRAFT_PREFIX) if name.startswith(DRAFT_PREFIX) else ""
+        decoding = "jacobi_h" if draft else name.removeprefix(TEACHER_PREFIX)
+        rows.append(Row(name, model, configs[model].named(decoding), draft=draft))
+    return rows

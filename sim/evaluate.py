@@ -245,7 +245,8 @@ def _identity(config: EvalConfig, rows: Sequence[Row], bundles: dict[str, Bundle
         "policy": fingerprint(config.policy.path),
         "teacher": fingerprint(config.teacher.path) if config.teacher.path else None,
         "decoders": {
-            row.name: {"model": row.model, **asdict(row.decoding)} | ({"delay": row.delay} if row.delay else {})
+            row.name: {"model": row.model, **asdict(row.decoding)}
+            | {name: getattr(row, name) for name in ("delay", "draft") if getattr(row, name)}
             for row in rows
         },
     }

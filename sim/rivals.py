@@ -18,7 +18,7 @@ from sim.environment import Bundle, observation_batch
 from sim.timing import Probe
 
 
-@register_decoder("pdvla", "pdvla", "PD-VLA, bidirectional and untrained")
+@register_decoder("pdvla", "pdvla", "PD-VLA, untrained")
 @torch.no_grad()
 def decode_pdvla(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Jacobi iteration with bidirectional attention in the block (arXiv 2503.02310), until it repeats, n times at most.

@@ -124,6 +124,7 @@ class PolicyRunner:
         self.delay = delay
         self.decoding = decoding
         self.generator = generator
+        self.shift: int | None = None  # of `previous`, where it is not the chunk before
 
     @torch.inference_mode()
     def decode(
@@ -157,7 +158,7 @@ class PolicyRunner:
             decoding=self.decoding,
             previous=stack_previous(previous),
             generator=self.generator,
-            shift_steps=every,
+            shift_steps=every if self.shift is None else self.shift,
             read=False,
         )
         actions = self._actions(result.tokens)
@@ -169,6 +170,11 @@ class PolicyRunner:
             reason = "malformed" if chunk is None else result.exit_reason[row]
             found.append(Chunk(tokens[row], chunk, forwards[row], reason, seconds, int(block[row]), int(prefix[row])))
         return found
+
+    @property
+    def alone(self) -> bool:
+        """Whether a chunk may not share a batch: a deadline is of one chunk."""
+        return self.policy.config.named(self.decoding).deadline_s is not None
 
     def chunk(self, tokens: Tensor) -> Chunk:
         """The chunk that `tokens` (n,) stand for, of which nothing else is known."""
@@ -319,7 +325,7 @@ def rollout(
     """Run `episodes` of (seed, task); when one ends, the next takes over its environment.
 
     Results are in the order of the episodes; `on_episode` is called as each ends. The runner's bundle is `joined` for
-    the environments of `pool`, all of which run side by side.
+    the environments of `pool`, all of which run side by side, unless the runner decodes with a deadline.
     """
     results: list[EpisodeResult] = []
     waiting = iter(episodes)
@@ -332,7 +338,7 @@ def rollout(
             return episode
         return None
 
-    slots = [begin(slot) for slot in range(pool.size)]
+    slots = [begin(slot) for slot in range(1 if runner.alone else pool.size)]
     while active := {slot: episode for slot, episode in enumerate(slots) if episode is not None}:
         replan(runner, list(active.values()))
         for episode in active.values():

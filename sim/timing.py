@@ -20,6 +20,7 @@ from ceed_vla.engine import compiled
 from ceed_vla.tensors import check_tokens
 from ceed_vla.tokens.base import ActionTokens
 from sim.decoders import Row
+from sim.drafted import DraftedRunner
 from sim.environment import Bundle, EnvPool, observation_batch
 from sim.rollout import PolicyRunner, drive
 
@@ -153,6 +154,9 @@ def in_engine(bundle: Bundle, engine: str) -> Bundle:
 def make_runner(row: Row, bundles: Mapping[str, Bundle], executed_steps: int | None) -> PolicyRunner:
     """The runner of a row; random guesses differ from chunk to chunk and are the same in every run."""
     generator = torch.Generator().manual_seed(row.decoding.seed)
+    if row.draft:
+        draft = PolicyRunner(bundles["policy"], row.draft, generator, executed_steps, row.delay)
+        return DraftedRunner(bundles[row.model], draft, executed_steps, row.delay)
     return PolicyRunner(bundles[row.model], row.decoding, generator, executed_steps, row.delay)
 
 

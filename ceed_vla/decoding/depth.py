@@ -1,8 +1,10 @@
-"""Depth: a first forward of a few layers, whose tokens Jacobi decoding starts from, or which are enough.
+"""Depth: first forwards of a few layers, whose tokens Jacobi decoding starts from, or which are enough.
 
     depth2_cap2             2 layers, then a full forward from their tokens (ASE's schedule: the last is full)
+    depth1-2_cap3           1 layer, then 2, then a full forward
     deer3t0.7_conf0.2_cap2  rows whose exits behind 2 and 3 layers agree are done (DeeR-VLA); others run the other
                             layers too, and go on
+    sure3p0.3_conf0.2_cap2  the same for rows whose exit behind 3 layers is confident (DSSD)
 
 A shallow forward proves nothing and commits nothing: whatever it writes, the next one writes again. So `depth` without
 an exit rule stays exact.
@@ -10,14 +12,16 @@ an exit rule stays exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, CutPrefix, Prefix
+from ceed_vla.decoding.exits import mass_near
 from ceed_vla.decoding.jacobi import decode_jacobi
 from ceed_vla.decoding.registry import register_decoder
 from ceed_vla.decoding.request import BlockRequest
@@ -25,42 +29,51 @@ from ceed_vla.decoding.result import DecodeResult
 from ceed_vla.errors import ConfigError
 
 
-@register_decoder(r"depth(?P<depth>\d+)", "depth<K>", "K layers, then Jacobi", ("depth{exit}",))
+@register_decoder(r"depth(?P<depths>\d+(-\d+)*)", "depth<K>", "K layers, then Jacobi; K-L: K, L", ("depth{exit}",))
 @torch.no_grad()
 def decode_depth(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
-    """Jacobi decoding whose first forward runs ``K`` layers and their exit; a cap counts it.
+    """Jacobi decoding whose first forwards run ``K``, ... layers and their exits; a cap counts them.
 
-    Raises as `decode_jacobi`, and `ConfigError` for a backbone of fewer layers or a cap below 2.
+    Raises as `decode_jacobi`, and `ConfigError` for a backbone of fewer layers or a cap that leaves no full forward.
     """
-    depth = int(request.options["depth"])
-    _check_layers(backbone, request, depth, depth)
-    own = getattr(backbone, "exits", {}).get(depth)
-    shallow = depth + (own is not None and own.layer is not None)  # with the exit's own layer
-    return first_then_jacobi(backbone, prefix, request, lambda t: backbone.block_logits(prefix, t, depth), shallow)
+    depths = [int(depth) for depth in request.options["depths"].split("-")]
+    _check_layers(backbone, request, min(depths), max(depths))
+    exits = getattr(backbone, "exits", {})
+    own = sum(depth in exits and exits[depth].layer is not None for depth in depths)  # layers of the exits
+    forwards = [partial(backbone.block_logits, prefix, depth=depth) for depth in depths]
+    return first_then_jacobi(backbone, prefix, request, forwards, sum(depths) + own)
 
 
 def first_then_jacobi(
-    backbone: Backbone, prefix: Prefix, request: BlockRequest, forward: Callable[[Tensor], Tensor], layers: int
+    backbone: Backbone,
+    prefix: Prefix,
+    request: BlockRequest,
+    forwards: Sequence[Callable[[Tensor], Tensor]],
+    layers: int,
 ) -> DecodeResult:
-    """Jacobi decoding behind one `forward`, tokens (B, n - 1) to logits (B, n - 1, V), of so many `layers`.
+    """Jacobi decoding behind `forwards`, tokens (B, n - 1) to logits (B, n - 1, V), of so many `layers` in all.
 
-    It proves and commits nothing. Raises as `decode_jacobi`, and `ConfigError` for a cap below 2.
+    They prove and commit nothing. Raises as `decode_jacobi`, and `ConfigError` for a cap that leaves no full forward.
     """
-    started, config = request.clock(), request.config
+    started, config, first = request.clock(), request.config, len(forwards)
     if config.max_iterations is not None:
-        if config.max_iterations < 2:
-            raise ConfigError(f"{config.method} with a cap of 1 proves nothing: the last forward is full; use cap2.")
-        config = replace(config, max_iterations=config.max_iterations - 1)
+        if config.max_iterations <= first:
+            raise ConfigError(
+                f"{config.method} with a cap of {config.max_iterations} proves nothing: the last forward is full; use "
+                f"cap{first + 1}."
+            )
+        config = replace(config, max_iterations=config.max_iterations - first)
     tokens, given, _ = _first_state(backbone, prefix, request)
-    guess = _after(tokens, forward(tokens[:, :-1]), given)
-    result = decode_jacobi(backbone, prefix, _rest(replace(request, config=config, guess=guess), started))
+    for forward in forwards:
+        tokens = _after(tokens, forward(tokens[:, :-1]), given)
+    result = decode_jacobi(backbone, prefix, _rest(replace(request, config=config, guess=tokens), started))
     result.layer_forwards = layers + result.iterations * backbone.num_layers
-    result.forwards, result.iterations = result.forwards + 1, result.iterations + 1
+    result.forwards, result.iterations = result.forwards + first, result.iterations + first
     return result
 
 
 @register_decoder(
-    r"deer(?P<depth>\d+)t(?P<bins>\d*\.?\d+)", "deer<K>t<D>", "or until two exits agree",
+    r"deer(?P<depth>\d+)t(?P<bins>\d*\.?\d+)", "deer<K>t<D>", "or two exits agree",
     ("deer{exit}t0.5", "deer{exit}t1", "deer{exit}t2", "deer{exit}t3"),
 )  # fmt: skip
 @torch.no_grad()
@@ -72,17 +85,55 @@ def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
 
     Raises as `decode_jacobi`, and `ConfigError` for a backbone of fewer layers.
     """
-    started, depth, most = request.clock(), int(request.options["depth"]), float(request.options["bins"])
-    _check_layers(backbone, request, depth - 1, depth)
+    depth, most = int(request.options["depth"]), float(request.options["bins"])
+
+    def agree(tokens: Tensor, scores: Sequence[Tensor], given: int, watched: int) -> Tensor:
+        lower, upper = (_after(tokens, logits, given)[:, :watched] for logits in scores)
+        return (lower - upper).abs().double().mean(1) <= most
+
+    return _first_or_more(backbone, prefix, request, (depth - 1, depth), agree, "depths_agree")
+
+
+@register_decoder(
+    r"sure(?P<depth>\d+)p(?P<confidence>\d*\.?\d+)", "sure<K>p<P>", "or an exit is sure",
+    ("sure{exit}p0.7", "sure{exit}p0.5", "sure{exit}p0.4", "sure{exit}p0.3", "sure{exit}p0.2", "sure{exit}p0.1"),
+)  # fmt: skip
+@torch.no_grad()
+def decode_sure(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
+    """As `decode_deer`, for rows whose exit behind ``K`` layers is as confident as ``conf<P>`` asks of all layers."""
+    depth, least = int(request.options["depth"]), float(request.options["confidence"])
+
+    def sure(tokens: Tensor, scores: Sequence[Tensor], given: int, watched: int) -> Tensor:
+        first = max(given, 1)
+        logits = scores[0][:, first - 1 : watched - 1]
+        mass = mass_near(logits, logits.argmax(-1))  # (B, watched - first)
+        if not given:
+            mass = torch.cat([mass_near(prefix.logits[:, None], tokens[:, :1]), mass], dim=1)
+        return mass.amin(1) > least if mass.shape[1] else torch.ones_like(tokens[:, 0], dtype=torch.bool)
+
+    return _first_or_more(backbone, prefix, request, (depth,), sure, "depth_sure")
+
+
+def _first_or_more(
+    backbone: Backbone,
+    prefix: Prefix,
+    request: BlockRequest,
+    depths: tuple[int, ...],
+    ends: Callable[[Tensor, Sequence[Tensor], int, int], Tensor],
+    reason: str,
+) -> DecodeResult:
+    """A forward of the deepest of `depths`, then Jacobi decoding for rows where `ends` (B,) says no, of the state, the
+    scores (B, n - 1, V) of every depth, the slots that are given and those that are watched.
+    """
+    started, depth = request.clock(), depths[-1]
+    _check_layers(backbone, request, depths[0], depth)
     tokens, given, watched = _first_state(backbone, prefix, request)
-    (lower, upper), hidden = cast("Any", backbone).depth_logits(prefix, tokens[:, :-1], (depth - 1, depth))
-    state, batch = _after(tokens, upper, given), len(tokens)
-    apart = (_after(tokens, lower, given) - state).abs()[:, :watched]
-    done = (apart.double().mean(1) <= most).cpu()  # (B,)
-    cut = isinstance(prefix, CutPrefix)
+    scores, hidden = cast("Any", backbone).depth_logits(prefix, tokens[:, :-1], depths)
+    state, batch, cut = _after(tokens, scores[-1], given), len(tokens), isinstance(prefix, CutPrefix)
+    done = ends(tokens, scores, given, watched).cpu()  # (B,)
     proven, ran = torch.full((batch,), given if cut else max(given, 1)), depth if cut else backbone.num_layers
     result = DecodeResult(
-        state, 1, torch.ones(batch, dtype=torch.int64), ["depths_agree"] * batch, proven, torch.zeros_like(done),
+        state, 1, torch.ones(batch, dtype=torch.int64), [reason] * batch, proven, torch.zeros_like(done),
         torch.full((batch,), depth), torch.full((batch,), ran),
     )  # fmt: skip
     if not done.all():
@@ -101,11 +152,15 @@ def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
     return result
 
 
-decode_deer.prefill = lambda backbone, batch, options: (  # type: ignore[attr-defined]
-    backbone.prefill_to(batch, int(options["depth"])) if getattr(backbone, "cuts", False) else backbone.prefill(batch)
-)
-decode_deer.relaxes = lambda _: True  # type: ignore[attr-defined]
-decode_deer.eager_only = True  # type: ignore[attr-defined]  # a compiled prefix runs through all layers
+def _cut_prefill(backbone: Any, batch: dict[str, Tensor], options: Mapping[str, Any]) -> Prefix:
+    cuts = getattr(backbone, "cuts", False)
+    return cast("Prefix", backbone.prefill_to(batch, int(options["depth"])) if cuts else backbone.prefill(batch))
+
+
+for _decoder in (cast("Any", decode_deer), cast("Any", decode_sure)):
+    _decoder.prefill = _cut_prefill
+    _decoder.relaxes = lambda _: True
+    _decoder.eager_only = True  # a compiled prefix runs through all layers
 
 
 class _Continued:

@@ -27,4 +27,4 @@ def decode_program(backbone: Backbone, prefix: Prefix, request: BlockRequest) ->
     if run is None:
         raise ConfigError(f"A {type(backbone).__name__} runs no programs of layers; choose another decoder.")
     program = check_program([int(i) for i in request.options["program"].split("-")], backbone.num_layers)
-    return first_then_jacobi(backbone, prefix, request, lambda t: run(prefix, t, program), len(program))
+    return first_then_jacobi(backbone, prefix, request, [lambda t: run(prefix, t, program)], len(program))

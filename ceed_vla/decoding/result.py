@@ -30,6 +30,7 @@ class DecodeResult:
             - "max_iterations": the cap.
             - "deadline": the next iteration would have ended too late.
             - "near": drafted tokens counted as right that are only near.
+            - "depths_agree", "depth_sure": exits of the first forward were enough.
             - "gap", "agreement", "few_changes", and what exit rules of other packages say.
         exact_tokens: (B,) int64 on the CPU, leading tokens proven equal to greedy AR (behind a frozen prefix:
             to its greedy continuation), at least 1, but where not all layers saw the prefix. Those behind may

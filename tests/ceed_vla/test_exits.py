@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from ceed_vla import load
 from ceed_vla.backbones.exits import EXITS, KINDS, make_exits
 from ceed_vla.checkpoints import save, weights_hash
+from ceed_vla.decoding import prefill
 from ceed_vla.decoding.drafts import PRIOR, _Online
+from ceed_vla.decoding.exits import mass_near
 from ceed_vla.engine import compiled
 from ceed_vla.errors import CheckpointError, ConfigError
 
@@ -31,7 +33,9 @@ def student() -> tuple[Any, Any, Any]:
     return policy, pre, post
 
 
-@pytest.mark.parametrize("name", ["depth1", "depth3", "spec1x4", "spec3x9", "del", "deer3t0", "depth2_h", "del_h"])
+@pytest.mark.parametrize(
+    "name", ["depth1", "depth3", "depth1-2", "spec1x4", "spec3x9", "del", "deer3t0", "sure3p1", "depth2_h"]
+)
 @pytest.mark.parametrize("frozen", [0, 2])
 @pytest.mark.usefixtures("poisoned")
 def test_without_an_exit_rule_tokens_are_greedy(
@@ -45,7 +49,7 @@ def test_without_an_exit_rule_tokens_are_greedy(
     assert torch.equal(result.tokens[:, :right], expected[:, :right])
     assert (result.exact_tokens >= right).all()
     layers, forwards = result.layer_forwards, result.iterations
-    assert (layers < 4 * (forwards + 1) if name.startswith("de") and "del" not in name else layers > 4 * forwards).all()
+    assert (layers < 4 * (forwards + 1) if name[:3] in ("dep", "dee", "sur") else layers > 4 * forwards).all()
 
 
 @pytest.mark.parametrize("name", ["spec1x6r3", "spec2x3r40", "spec2x3r0"])
@@ -100,6 +104,25 @@ def test_rows_whose_exits_agree_are_done_behind_a_cut_prefix(
         assert torch.equal(own.tokens[0], some.tokens[row])
 
 
+def test_rows_whose_exit_is_confident_are_done(student: tuple[Any, Any, Any], batch: dict[str, Any]) -> None:
+    policy, _, _ = student
+    previous = policy.decode(batch, "jacobi").tokens
+    masses, config = [], policy.decoding_config("sure2p0")
+    with torch.no_grad():
+        prefix = prefill(policy.backbone, batch, config)
+        tokens = torch.cat([prefix.logits.argmax(-1, keepdim=True), previous[:, 1:]], dim=1)
+        (logits,), _ = policy.backbone.depth_logits(prefix, tokens[:, :-1], (2,))
+        first, rest = mass_near(prefix.logits, tokens[:, 0]), mass_near(logits, logits.argmax(-1))
+        masses = torch.cat([first[:, None], rest], dim=1).amin(1).tolist()  # (B,)
+    assert len({round(mass, 4) for mass in masses}) == ROWS
+    limit = sorted(masses)[1] - 1e-5  # two rows have more
+    found = policy.decode(batch, f"sure2p{limit:.6f}", previous=previous, shift_steps=0)
+    done = [mass > limit for mass in masses]
+    assert [reason == "depth_sure" for reason in found.exit_reason] == done
+    assert found.prefix_layers.tolist() == [2 if row else 4 for row in done]
+    assert torch.equal(found.tokens[done][:, 1:], logits.argmax(-1)[done])
+
+
 def test_a_row_that_goes_on_takes_what_the_decoder_takes_without(
     student: tuple[Any, Any, Any], batch: dict[str, Any]
 ) -> None:
@@ -122,6 +145,8 @@ def test_a_cap_counts_the_shallow_forward(student: tuple[Any, Any, Any], batch: 
     assert (result.forwards, result.iterations.tolist(), result.layer_forwards.tolist()) == (2, [2] * ROWS, [6] * ROWS)
     refused = {
         "depth2_cap1": "use cap2",
+        "depth1-2_cap2": "use cap3",
+        "depth2-4": r"\[1, 3\]",
         "depth4": r"\[1, 3\]",
         "deer1t1": r"\[1, 3\]",
         "spec4x2": "some of 4 layers",

@@ -26,7 +26,7 @@ from sim.bench import (
     pareto,
     rows_of,
 )
-from sim.decoders import Row
+from sim.decoders import Row, parse_decoders
 from sim.settings import CheckpointPath
 from sim.timing import engines_of, in_engine
 
@@ -88,7 +88,7 @@ def test_the_figure_greys_what_another_row_beats() -> None:
 
 @pytest.mark.parametrize("name", [*f"{ROWS},{TEACHER_ROWS}".split(","), CONTEXT_ROW, *depth_rows("linear", [2, 4, 5])])
 def test_the_usual_rows_are_known(name: str) -> None:
-    named_config(name.removeprefix("teacher_"))
+    parse_decoders(name, has_teacher=True)
 
 
 def test_exits_bring_their_rows() -> None:

@@ -17,6 +17,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig, LiberoEnv
 
 from ceed_vla.checkpoints import load
+from ceed_vla.decoding import named_config
 from ceed_vla.errors import ConfigError, SimulationError
 from sim.environment import Environment, EnvPool, check_expert, flags, joined, register_installed
 from sim.evaluate import EvalConfig, prepared
@@ -85,8 +86,9 @@ class Adder:
     def __init__(self, camera: str = "observation.image") -> None:
         inputs = {camera: SimpleNamespace(shape=(3, 8, 8)), "observation.state": SimpleNamespace(shape=(1,))}
         self.config = SimpleNamespace(
-            n_action_steps=4, delta_dims=None, input_features=inputs, action_feature=SimpleNamespace(shape=(1,))
-        )
+            n_action_steps=4, delta_dims=None, input_features=inputs, action_feature=SimpleNamespace(shape=(1,)),
+            named=named_config,
+        )  # fmt: skip
         self.tokenizer = SimpleNamespace(
             readable=lambda tokens: torch.ones(len(tokens), dtype=torch.bool),
             decode=lambda tokens: torch.full((len(tokens), 4, 1), 0.5),

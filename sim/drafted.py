@@ -1,0 +1,51 @@
+"""A teacher whose parallel decoding begins from its student's chunk: exact, like the teacher alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ceed_vla.errors import ConfigError
+from sim.environment import Bundle
+from sim.rollout import Chunk, PolicyRunner
+
+
+class DraftedRunner(PolicyRunner):
+    """Strict Jacobi decoding of the executed steps, from what another policy writes: its forwards and layers count.
+
+    Args:
+        draft: The other one's runner; it is warm-started from this one's last chunk.
+
+    Raises:
+        ConfigError: The two write other tokens.
+    """
+
+    def __init__(self, bundle: Bundle, draft: PolicyRunner, executed_steps: int | None, delay: int) -> None:
+        super().__init__(bundle, "jacobi_h", None, executed_steps, delay)
+        self.draft, self.shift = draft, 0
+        own, other = self.policy.config, draft.policy.config
+        if (own.block_length, own.action_tokens) != (other.block_length, other.action_tokens):
+            raise ConfigError("A teacher can begin from its student's chunk only where both write the same tokens.")
+
+    def decode(
+        self,
+        observations: Sequence[dict[str, Any]],
+        instructions: Sequence[str],
+        previous: Sequence[Tensor | None],
+        frozen: Sequence[Tensor] = (),
+    ) -> list[Chunk]:
+        drafts = self.draft.decode(observations, instructions, previous, frozen)
+        chunks = super().decode(observations, instructions, [draft.tokens for draft in drafts], frozen)
+        return [
+            replace(
+                chunk,
+                forwards=draft.forwards + chunk.forwards,
+                block_layers=draft.block_layers + chunk.block_layers,
+                prefix_layers=draft.prefix_layers + chunk.prefix_layers,
+                seconds={**chunk.seconds, **{k: draft.seconds[k] + chunk.seconds[k] for k in ("prefill", "decode")}},
+            )
+            for draft, chunk in zip(drafts, chunks, strict=True)
+        ]

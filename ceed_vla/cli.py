@@ -23,6 +23,7 @@ from ceed_vla.cli_flags import format_help, parse_flags, take_packages
 from ceed_vla.cli_values import UsageError
 from ceed_vla.discovery import discover
 from ceed_vla.errors import CeedVLAError
+from ceed_vla.workers import prepare
 
 PROGRAM = "ceed-vla"
 TRACEBACK = "CEED_VLA_TRACEBACK"
@@ -239,6 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _configure_logging()
     if arguments is None and not os.environ.get(TRACEBACK):
         sys.unraisablehook = lambda _: None  # what fails while objects are thrown away changes nothing
+    if any(flag.partition("=")[0] == "--workers" for flag in flags):
+        prepare()
     return run(name, COMMANDS[name], flags)
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from itertools import islice
+from multiprocessing import forkserver
 from threading import Thread
 from typing import Any
 
@@ -19,14 +20,26 @@ from ceed_vla.discovery import discover, discovered
 from ceed_vla.errors import CeedVLAError
 
 MOST = "[1, 64]"  # workers, as settings say it
+PRELOADED = ["ceed_vla.checkpoints"]  # most of what takes seconds, and nothing that opens a device or a renderer
 _state: dict[str, Any] = {}  # of a worker's process
+
+
+def prepare() -> Any:
+    """Let one process import what workers need, while this one does so too; workers are forks of it."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
+    return context
 
 
 class Workers(AbstractContextManager["Workers"]):
     """`count` processes, each of which makes a function by ``make(*arguments)`` and calls it for item after item.
 
     What comes of an item must not depend on the process, nor on the items before it. One worker is this process, with
-    its own threads. All that is passed is pickled; `make` is a function of a module.
+    its own threads; others start, and make their function, at once. All that is passed is pickled; `make` is a function
+    of a module.
     """
 
     def __init__(self, count: int, make: Callable[..., Callable[[Any], Any]], *arguments: Any) -> None:
@@ -34,8 +47,9 @@ class Workers(AbstractContextManager["Workers"]):
         self._call: Callable[[Any], Any] | None = None
         if count > 1:
             self._others = set(multiprocessing.active_children())
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(count, context, _begin, (discovered(), *self._make))
+            self._pool = ProcessPoolExecutor(count, prepare(), _begin, (discovered(), *self._make))
+            for _ in range(count):
+                self._pool.submit(int)
 
     def map(self, items: Iterable[Any]) -> Iterator[Any]:
         """What comes of the items, in their order.
@@ -76,7 +90,11 @@ def _begin(packages: list[str], make: Callable[..., Any], arguments: tuple[Any, 
     os.environ["LP_NUM_THREADS"] = "1"  # of a renderer without a GPU
     if torch := sys.modules.get("torch"):  # `make` came with it
         torch.set_num_threads(1)
-    _state.update(packages=packages, make=make, arguments=arguments)
+    try:
+        discover(",".join(packages))
+        _state["call"] = make(*arguments)
+    except Exception as error:  # which reaches nobody from here
+        _state["error"] = error
 
 
 def _follow() -> None:
@@ -87,7 +105,6 @@ def _follow() -> None:
 
 
 def _work(item: Any) -> Any:
-    if "call" not in _state:  # not in `_begin`, whose errors reach nobody
-        discover(",".join(_state["packages"]))
-        _state["call"] = _state["make"](*_state["arguments"])
+    if "error" in _state:
+        raise _state["error"]
     return _state["call"](item)

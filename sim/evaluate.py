@@ -143,11 +143,14 @@ def evaluate(
         CheckpointError: A checkpoint that cannot be loaded.
         SimulationError: An environment that cannot be made.
     """
-    with EnvPool(min(config.batch, config.episodes), config.env, config.instruction) as pool:
-        return _evaluate(config, pool, console or default_console(), probes)
+    with (
+        EnvPool(min(config.batch, config.episodes), config.env, config.instruction) as pool,
+        Workers(config.workers, shard_runner, config, pool) as workers,
+    ):
+        return _evaluate(config, pool, workers, console or default_console(), probes)
 
 
-def _evaluate(config: EvalConfig, pool: EnvPool, console: Console, probes: Any) -> dict[str, Any]:
+def _evaluate(config: EvalConfig, pool: EnvPool, workers: Workers, console: Console, probes: Any) -> dict[str, Any]:
     if config.seed < EVALUATION_SEEDS:
         logger.warning(
             "Seeds below %d may have been recorded or tuned on; do not report them as results.", EVALUATION_SEEDS
@@ -165,7 +168,7 @@ def _evaluate(config: EvalConfig, pool: EnvPool, console: Console, probes: Any) 
     complete = False
     try:
         _write_json(_build_report(run, complete=False), folder)
-        _run_all_episodes(run, log)
+        _run_all_episodes(run, log, workers)
         _run_timing(run)
         complete = True
     finally:
@@ -272,15 +275,16 @@ def shard_runner(config: EvalConfig, pool: EnvPool) -> Callable[[tuple[str, Any]
     """What runs the episodes of a shard by the decoder of a name, in a process of its own; see `Workers`."""
     bundles = load_bundles(config)
     rows = {row.name: row for row in _rows(config, bundles)}
+    executed = config.executed_steps or bundles["policy"][0].config.n_action_steps
 
     def run(item: tuple[str, list[tuple[int, str]]]) -> tuple[str, list[EpisodeResult]]:
         name, episodes = item
-        return name, rollout(make_runner(rows[name], bundles, config.executed_steps), pool, episodes)
+        return name, rollout(make_runner(rows[name], bundles, executed), pool, episodes)
 
     return run
 
 
-def _run_all_episodes(run: Evaluation, log: EpisodeLog) -> None:
+def _run_all_episodes(run: Evaluation, log: EpisodeLog, workers: Workers) -> None:
     """The episodes that are missing, here or in several processes; each is on disk before the next one counts.
 
     All decoders run one shard of seeds after the other, so that an early stop leaves comparable rows.
@@ -307,10 +311,9 @@ def _run_all_episodes(run: Evaluation, log: EpisodeLog) -> None:
                 runner = make_runner(row, run.bundles, run.executed_steps)
                 rollout(runner, run.pool, episodes, partial(finish, row.name))
             return
-        with Workers(config.workers, shard_runner, config, run.pool) as workers:
-            for name, results in workers.map([(row.name, episodes) for row, episodes in missing]):
-                for episode in results:
-                    finish(name, episode)
+        for name, results in workers.map([(row.name, episodes) for row, episodes in missing]):
+            for episode in results:
+                finish(name, episode)
 
 
 def _run_timing(run: Evaluation) -> None:

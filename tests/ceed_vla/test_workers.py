@@ -12,20 +12,26 @@ from pathlib import Path
 import pytest
 from shared_work import make
 
-from ceed_vla import discovery
+from ceed_vla import discovery, workers
 from ceed_vla.errors import CeedVLAError, TokenError
 from ceed_vla.workers import Workers
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These need no torch, nor LeRobot."""
+    monkeypatch.setattr(workers, "PRELOADED", [])
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_results_come_in_order_and_errors_as_they_are(count: int) -> None:
     before = set(multiprocessing.active_children())
-    with Workers(count, make, 100) as workers:
-        assert [value for value, _ in workers.map(range(12))] == list(range(100, 112))
-        assert [value for value, _ in workers.map([])] == []
+    with Workers(count, make, 100) as pool:
+        assert [value for value, _ in pool.map(range(12))] == list(range(100, 112))
+        assert [value for value, _ in pool.map([])] == []
         with pytest.raises(TokenError, match="item -1 is none"):
-            list(workers.map([3, -1, 4]))
-        assert [value for value, _ in workers.map(iter([5]))] == [105]
+            list(pool.map([3, -1, 4]))
+        assert [value for value, _ in pool.map(iter([5]))] == [105]
     assert set(multiprocessing.active_children()) <= before
 
 
@@ -33,16 +39,16 @@ def test_processes_import_what_was_discovered(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "package_of_a_user.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(discovery, "_discovered", {"package_of_a_user"})
-    with Workers(2, make, 0) as workers:
-        assert list(workers.map([1])) == [(1, True)]
+    with Workers(2, make, 0) as pool:
+        assert list(pool.map([1])) == [(1, True)]
 
 
 def test_a_process_that_dies_is_an_error_and_nothing_is_left() -> None:
     before = set(multiprocessing.active_children())  # of other tests
-    with pytest.raises(CeedVLAError, match="died"), Workers(2, make, 0) as workers:
-        list(workers.map([1, -2, 3]))
-    with pytest.raises(KeyboardInterrupt), Workers(2, make, 0) as workers:  # noqa: PT012
-        next(workers.map(range(1000)))
+    with pytest.raises(CeedVLAError, match="died"), Workers(2, make, 0) as pool:
+        list(pool.map([1, -2, 3]))
+    with pytest.raises(KeyboardInterrupt), Workers(2, make, 0) as pool:  # noqa: PT012
+        next(pool.map(range(1000)))
         raise KeyboardInterrupt
     left = set(multiprocessing.active_children()) - before
     for process in left:
@@ -57,7 +63,9 @@ import subprocess
 import sys
 import time
 from shared_work import make
+from ceed_vla import workers
 from ceed_vla.workers import Workers
+workers.PRELOADED = []
 if __name__ == "__main__":
     with Workers(2, make, 0) as workers:
         found = workers.map(range(10**6))

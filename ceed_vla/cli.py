@@ -32,29 +32,19 @@ LONGEST_MESSAGE = 1500
 
 @dataclass(frozen=True)
 class Command:
-    """One row of the command table.
+    """One row of the command table."""
 
-    Attributes:
-        summary: One line for `ceed-vla --help`.
-        module: Where the command lives; imported when it runs.
-        config: Name of its configuration dataclass there: its flags.
-        function: Name of its function there, called with the configuration.
-        kept: What an interrupt leaves behind; formatted with the configuration's fields.
-        must: Flags that `--help` lists first, besides those without a default.
-        may: Flags that it explains after these; the others it only names. With neither, it explains all.
-        positional: The flag that a word without ``--`` stands for.
-        simulator: Module and class that add a simulator's flags to the configuration; `arguments` of that class gives
-            the function's further arguments. For commands that may not import the simulator.
-    """
-
-    summary: str
-    module: str
-    config: str
-    function: str
-    kept: str
-    must: tuple[str, ...] = ()
+    summary: str  # one line for `ceed-vla --help`
+    module: str  # where the command lives; imported when it runs
+    config: str  # name of its configuration dataclass there: its flags
+    function: str  # name of its function there, called with the configuration
+    kept: str  # what an interrupt leaves behind; formatted with the configuration's fields
+    must: tuple[str, ...] = ()  # flags that `--help` lists first, besides those without a default
+    # Flags that it explains after these; the others it only names. With neither, it explains all.
     may: tuple[str, ...] = ()
-    positional: str = ""
+    positional: str = ""  # the flag that a word without ``--`` stands for
+    # Module and class that add a simulator's flags to the configuration; `arguments` of that class gives the
+    # function's further arguments. For commands that may not import the simulator.
     simulator: str = ""
 
 

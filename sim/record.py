@@ -32,19 +32,13 @@ from sim.rollout import PolicyRunner
 
 @dataclass
 class RecordSummary:
-    """What is in the data set now.
-
-    Attributes:
-        episodes: Stored LeRobot episodes.
-        attempts: Attempts made, earlier runs of a resumed set included.
-        outcomes: Attempts by "family/outcome".
-    """
+    """What is in the data set now."""
 
     root: Path
-    episodes: int
+    episodes: int  # stored LeRobot episodes
     frames: int
-    attempts: int
-    outcomes: dict[str, int]
+    attempts: int  # attempts made, earlier runs of a resumed set included
+    outcomes: dict[str, int]  # attempts by "family/outcome"
 
     def __str__(self) -> str:
         outcomes = ", ".join(f"{name} {count}" for name, count in sorted(self.outcomes.items()))

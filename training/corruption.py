@@ -17,19 +17,12 @@ PREVIOUS, RANDOM = GUESSES.index("previous"), GUESSES.index("random")
 
 @dataclass
 class StateDraw:
-    """The random part of a batch's states, drawn for all rows at once: a row's does not depend on the others'.
+    """The random part of a batch's states, drawn for all rows at once: a row's does not depend on the others'."""
 
-    Attributes:
-        kind: (B,) index into `GUESSES`.
-        guess: (B, n) the random guess.
-        updates: (B,) own Jacobi updates of the guess.
-        pick: (B,) uniform in [0, 1): which state of a stored trajectory.
-    """
-
-    kind: NDArray[np.int64]
-    guess: Tensor
-    updates: NDArray[np.int64]
-    pick: NDArray[np.float64]
+    kind: NDArray[np.int64]  # (B,) index into `GUESSES`
+    guess: Tensor  # (B, n) the random guess
+    updates: NDArray[np.int64]  # (B,) own Jacobi updates of the guess
+    pick: NDArray[np.float64]  # (B,) uniform in [0, 1): which state of a stored trajectory
 
     def __len__(self) -> int:
         return len(self.kind)

@@ -32,17 +32,11 @@ from ceed_vla.supervision import soft_cross_entropy
 
 @dataclass
 class DistillationTerms:
-    """Scalar parts of a distillation loss.
+    """Scalar parts of a distillation loss."""
 
-    Attributes:
-        consistency: Divergence on the corrupted block.
-        anchor: What keeps the student's policy in place: KL to the teacher, or cross-entropy on mixed labels.
-        total: Both, weighted.
-    """
-
-    consistency: Tensor
-    anchor: Tensor
-    total: Tensor
+    consistency: Tensor  # divergence on the corrupted block
+    anchor: Tensor  # what keeps the student's policy in place: KL to the teacher, or cross-entropy on mixed labels
+    total: Tensor  # both, weighted
 
 
 Loss = Callable[..., DistillationTerms]

@@ -96,25 +96,17 @@ class CollectConfig:
 
 @dataclass
 class Trajectories:
-    """Collected trajectories of one or more data sets.
+    """Collected trajectories of one or more data sets."""
 
-    Attributes:
-        root: (N,) index of the data set.
-        frame: (N,) frame index in that data set.
-        fixed_point: (N, n) int16, ``Y*``.
-        guess: (N, n) int16, ``y(0)``.
-        previous: (N, n) int16, fixed point of the frame ``h`` steps earlier (not shifted); -1 where there is none.
-        states: For every row the states (k + 1, n) from guess to fixed point; empty when they were not kept.
-        meta: Contents of ``meta.json``.
-    """
-
-    root: NDArray[np.int64]
-    frame: NDArray[np.int64]
-    fixed_point: NDArray[np.int16]
-    guess: NDArray[np.int16]
+    root: NDArray[np.int64]  # (N,) index of the data set
+    frame: NDArray[np.int64]  # (N,) frame index in that data set
+    fixed_point: NDArray[np.int16]  # (N, n) int16, ``Y*``
+    guess: NDArray[np.int16]  # (N, n) int16, ``y(0)``
+    # (N, n) int16, fixed point of the frame ``h`` steps earlier (not shifted); -1 where there is none
     previous: NDArray[np.int16]
+    # For every row the states (k + 1, n) from guess to fixed point; empty when they were not kept
     states: list[NDArray[np.int16]]
-    meta: dict[str, Any]
+    meta: dict[str, Any]  # contents of ``meta.json``
 
 
 def collect(config: CollectConfig) -> Path:

@@ -29,26 +29,17 @@ TOLERANCE = 1e-4  # [s] ... beyond LeRobot's own tolerance
 
 @dataclass(frozen=True)
 class Info:
-    """What ``meta/info.json`` says, as far as training reads it.
-
-    Attributes:
-        fps: Frames a second [Hz].
-        vectors: Shapes of state, action and environment state, where there are.
-        cameras: Camera feature -> (H, W, 3).
-        videos: Cameras that are stored as videos.
-        names: All features.
-        labels: Names of the dimensions of vectors, where they are a list.
-    """
+    """What ``meta/info.json`` says, as far as training reads it."""
 
     root: Path
-    fps: float
+    fps: float  # frames a second [Hz]
     frames: int
     episodes: int
-    vectors: dict[str, tuple[int, ...]]
-    cameras: dict[str, tuple[int, int, int]]
-    videos: tuple[str, ...]
-    names: str
-    labels: dict[str, list[Any]]
+    vectors: dict[str, tuple[int, ...]]  # shapes of state, action and environment state, where there are
+    cameras: dict[str, tuple[int, int, int]]  # camera feature -> (H, W, 3)
+    videos: tuple[str, ...]  # cameras that are stored as videos
+    names: str  # all features
+    labels: dict[str, list[Any]]  # names of the dimensions of vectors, where they are a list
 
 
 def readable(file: Path | str, remedy: str = "copy it again") -> AbstractContextManager[None]:

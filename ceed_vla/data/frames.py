@@ -28,30 +28,19 @@ Images = NDArray[np.uint8] | StreamedImages
 
 @dataclass
 class FrameStore:
-    """Frames of one LeRobotDataset, as arrays over the frame index.
-
-    Attributes:
-        images: Camera feature -> (N, H, W, 3) uint8, memory-mapped or streamed.
-        state: (N, D) float32.
-        action: (N, A) float32, None for an action-free set.
-        environment_state: (N, E) float32 or None.
-        task: (N,) index into `tasks`.
-        episode: (N,) episode index.
-        episode_end: (N,) one past the last frame of the frame's episode.
-        fps: Frames a second [Hz].
-        labels: Names of the dimensions of state and actions, where the set lists them.
-    """
+    """Frames of one LeRobotDataset, as arrays over the frame index."""
 
     root: Path
-    images: dict[str, Images]
-    state: NDArray[np.float32]
-    action: NDArray[np.float32] | None
-    environment_state: NDArray[np.float32] | None
-    task: NDArray[np.int64]
+    images: dict[str, Images]  # camera feature -> (N, H, W, 3) uint8, memory-mapped or streamed
+    state: NDArray[np.float32]  # (N, D) float32
+    action: NDArray[np.float32] | None  # (N, A) float32, None for an action-free set
+    environment_state: NDArray[np.float32] | None  # (N, E) float32 or None
+    task: NDArray[np.int64]  # (N,) index into `tasks`
     tasks: list[str]
-    episode: NDArray[np.int64]
-    episode_end: NDArray[np.int64]
-    fps: float
+    episode: NDArray[np.int64]  # (N,) episode index
+    episode_end: NDArray[np.int64]  # (N,) one past the last frame of the frame's episode
+    fps: float  # frames a second [Hz]
+    # Names of the dimensions of state and actions, where the set lists them
     labels: dict[str, list[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:

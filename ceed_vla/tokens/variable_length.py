@@ -17,17 +17,12 @@ class VariableLengthTokens(ActionTokens):
 
     A block has ``n`` slots: the tokens of the chunk, then the stop token in every slot that is left. A slot belongs to
     no step and tokens have no order, so nothing can be relaxed by bins, frozen by steps or shifted by slots.
-
-    Attributes:
-        stop: Ends a chunk that does not fill the block.
-        speculative: Tokens (N,) that a guess may hold.
-        malformed: Rows that `decode` has refused since construction.
     """
 
     tokens_per_step = None
-    stop: int
-    speculative: Tensor
-    malformed: int = 0
+    stop: int  # ends a chunk that does not fill the block
+    speculative: Tensor  # tokens (N,) that a guess may hold
+    malformed: int = 0  # rows that `decode` has refused since construction
 
     @abc.abstractmethod
     def _write(self, actions: Tensor) -> list[list[int]]:

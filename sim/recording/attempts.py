@@ -25,18 +25,14 @@ BURST_STEPS = (1, 3)  # random steps of one perturbation burst
 
 @dataclass
 class Attempt:
-    """What one seed yielded.
-
-    Attributes:
-        outcome: "recorded"; "failed" (the expert did not finish); "unfinished" (not after the takeover);
-            "solved" (the policy finished before the expert took over).
-        segments: Frames of each stored episode; empty unless recorded.
-    """
+    """What one seed yielded."""
 
     seed: int
     task: str
+    # "recorded"; "failed" (the expert did not finish); "unfinished" (not after the takeover);
+    # "solved" (the policy finished before the expert took over)
     outcome: str = "failed"
-    segments: list[list[Frame]] = field(default_factory=list)
+    segments: list[list[Frame]] = field(default_factory=list)  # frames of each stored episode; empty unless recorded
 
 
 def make_frame(env: Environment, action: np.ndarray | None) -> Frame:

@@ -24,21 +24,13 @@ _OPTIONS = ("task", "color", "other", "phrase", "lerobot_new_rollout")  # LeRobo
 
 @dataclass(frozen=True)
 class Layout:
-    """One scene.
+    """One scene."""
 
-    Attributes:
-        present: Whether each colour of `COLORS` is on the table (4,).
-        cubes: Cube positions x, y (4, 2) [m].
-        yaws: Cube yaws (4,) [rad].
-        bin: Bin position x, y (2,) [m].
-        plate: Plate position x, y (2,) [m].
-    """
-
-    present: tuple[bool, ...]
-    cubes: NDArray[np.float64]
-    yaws: NDArray[np.float64]
-    bin: NDArray[np.float64]
-    plate: NDArray[np.float64]
+    present: tuple[bool, ...]  # whether each colour of `COLORS` is on the table (4,)
+    cubes: NDArray[np.float64]  # cube positions x, y (4, 2) [m]
+    yaws: NDArray[np.float64]  # cube yaws (4,) [rad]
+    bin: NDArray[np.float64]  # bin position x, y (2,) [m]
+    plate: NDArray[np.float64]  # plate position x, y (2,) [m]
 
 
 def draw_command(

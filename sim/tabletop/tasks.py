@@ -65,19 +65,12 @@ _REST_SPEED = 0.05  # [m/s]
 
 @dataclass(frozen=True)
 class Command:
-    """What the robot is told to do.
+    """What the robot is told to do."""
 
-    Attributes:
-        family: One of `TASKS`.
-        color: Colour of the cube to move.
-        other: Second colour (stack_cubes), side (push_cube) or "".
-        phrase: Index into ``PHRASES[family]``.
-    """
-
-    family: str
-    color: str
-    other: str
-    phrase: int
+    family: str  # one of `TASKS`
+    color: str  # colour of the cube to move
+    other: str  # second colour (stack_cubes), side (push_cube) or ""
+    phrase: int  # index into ``PHRASES[family]``
 
     @property
     def text(self) -> str:
@@ -137,33 +130,19 @@ def check_choice(what: str, value: object, choices: Sequence[object]) -> None:
 
 @dataclass
 class Situation:
-    """The part of the simulator state that the success tests and the expert look at (base frame).
+    """The part of the simulator state that the success tests and the expert look at (base frame)."""
 
-    Attributes:
-        cubes: Cube centres (4, 3) [m], in the order of `COLORS`; absent cubes hold zeros.
-        cube_yaws: Cube yaws (4,) in [-pi/4, pi/4) [rad].
-        cube_speeds: Linear speeds (4,) [m/s].
-        bin: Bin centre on the table (3,) [m].
-        plate: Plate centre on the table (3,) [m].
-        tcp: Measured TCP position (3,) [m].
-        tcp_yaw: Measured TCP yaw [rad].
-        opening: Distance between the finger pads [m].
-        command_position: Commanded TCP position (3,) [m].
-        command_rpy: Commanded roll, pitch, yaw (3,) [rad].
-        gripper_open: Whether the gripper is commanded open.
-    """
-
-    cubes: NDArray[np.float64]
-    cube_yaws: NDArray[np.float64]
-    cube_speeds: NDArray[np.float64]
-    bin: NDArray[np.float64]
-    plate: NDArray[np.float64]
-    tcp: NDArray[np.float64]
-    tcp_yaw: float
-    opening: float
-    command_position: NDArray[np.float64]
-    command_rpy: NDArray[np.float64]
-    gripper_open: bool
+    cubes: NDArray[np.float64]  # cube centres (4, 3) [m], in the order of `COLORS`; absent cubes hold zeros
+    cube_yaws: NDArray[np.float64]  # cube yaws (4,) in [-pi/4, pi/4) [rad]
+    cube_speeds: NDArray[np.float64]  # linear speeds (4,) [m/s]
+    bin: NDArray[np.float64]  # bin centre on the table (3,) [m]
+    plate: NDArray[np.float64]  # plate centre on the table (3,) [m]
+    tcp: NDArray[np.float64]  # measured TCP position (3,) [m]
+    tcp_yaw: float  # measured TCP yaw [rad]
+    opening: float  # distance between the finger pads [m]
+    command_position: NDArray[np.float64]  # commanded TCP position (3,) [m]
+    command_rpy: NDArray[np.float64]  # commanded roll, pitch, yaw (3,) [rad]
+    gripper_open: bool  # whether the gripper is commanded open
 
 
 def goal_position(command: Command, now: Situation) -> NDArray[np.float64]:

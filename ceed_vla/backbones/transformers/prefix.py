@@ -16,20 +16,14 @@ from ceed_vla.errors import ConfigError
 
 @dataclass
 class PrefixEmbeddings:
-    """What the language model is called with for a prefix.
+    """What the language model is called with for a prefix."""
 
-    Attributes:
-        embeds: (B, P, d).
-        real: (B, P) bool, False on the padding.
-        next_position: (B,) position of the first block token.
-        inputs: The other arguments, as the family makes them: ``position_ids``, and ``attention_mask`` where needed.
-        patches: (B, P) bool, image patches that may go, equally many a row; None where none may. Needs `in_order`.
-    """
-
-    embeds: Tensor
-    real: Tensor
-    next_position: Tensor
+    embeds: Tensor  # (B, P, d)
+    real: Tensor  # (B, P) bool, False on the padding
+    next_position: Tensor  # (B,) position of the first block token
+    # The other arguments, as the family makes them: ``position_ids``, and ``attention_mask`` where needed
     inputs: dict[str, Any] = field(default_factory=dict)
+    # (B, P) bool, image patches that may go, equally many a row; None where none may; needs `in_order`
     patches: Tensor | None = None
 
     @classmethod
@@ -107,17 +101,11 @@ def _causal_behind(mask: Tensor, real: Tensor, k: int) -> Tensor:
 
 @dataclass
 class TransformersPrefix(Prefix[TransformersCache]):
-    """A prefix in the cache.
+    """A prefix in the cache."""
 
-    Attributes:
-        hidden: (B, d), the last hidden vector, which predicts slot 0.
-        real: (B, P) bool, False on the padding; None without any.
-        next_position: (B,) position of the first block token.
-    """
-
-    hidden: Tensor
-    real: Tensor | None
-    next_position: Tensor
+    hidden: Tensor  # (B, d), the last hidden vector, which predicts slot 0
+    real: Tensor | None  # (B, P) bool, False on the padding; None without any
+    next_position: Tensor  # (B,) position of the first block token
 
     def moved(self, cache: StaticCache) -> TransformersPrefix:
         """The same in another cache; compiled code always gets a mask, and the one shape of it."""

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from ceed_vla.backbones.openvla.folder import PROMPT, Architecture
+from ceed_vla.backbones.openvla.folder import PROMPT
 from ceed_vla.backbones.openvla.model import OpenVLABackbone
 from ceed_vla.errors import ConfigError
 
@@ -41,7 +41,7 @@ def write_openvla(folder: str | Path, *, width: int = 96, seed: int = 0) -> Path
     _tokenizer().save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
-    model = OpenVLABackbone(Architecture(config), len(LOW), config["n_action_bins"], "float32")
+    model = OpenVLABackbone(config, len(LOW), config["n_action_bins"], "float32")
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, parameter in sorted(model.named_parameters()):

@@ -20,7 +20,6 @@ from ceed_vla.backbones.base import check_features
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.backbones.openvla.config import OpenVLAConfig
-from ceed_vla.backbones.openvla.folder import Architecture
 from ceed_vla.backbones.transformers.step_files import FilesStep, read_files
 from ceed_vla.cli_flags import UsageError, format_help, parse_flags
 from ceed_vla.decoding import DecodingConfig
@@ -179,9 +178,7 @@ def test_kinds_that_do_not_fit_the_features(changes: dict[str, Any], message: st
 
 
 def test_uniform_bins_and_openvla_ids_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    bins = {"n_action_bins": 256, "pad_to_multiple_of": 64, "use_fused_vision_backbone": False}
-    architecture = Architecture({**bins, "text_config": {"vocab_size": 32064}})
-    monkeypatch.setattr(OpenVLAConfig, "_architecture", lambda _: architecture)
+    monkeypatch.setattr(OpenVLAConfig, "_architecture", lambda _: {"n_action_bins": 256})
     shape = PolicyShape({"observation.images.front": (3, 8, 8)}, 0, 7, 1, UniformTokensConfig())
     with pytest.raises(ConfigError, match="255 values, the model 256 action ids"):
         OpenVLAConfig(architecture="{}").build(shape)

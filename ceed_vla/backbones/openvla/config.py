@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ceed_vla.backbones.base import TrainableBackbone
 from ceed_vla.backbones.config import BackboneConfig, PolicyShape
-from ceed_vla.backbones.openvla.folder import Architecture, check_config, describe_model
+from ceed_vla.backbones.openvla.folder import check_config, describe_model, usual_prompt
 from ceed_vla.backbones.openvla.inputs import OpenVLAInputsStep
 from ceed_vla.backbones.transformers.config import DTYPES, TransformersConfig, least_sizes, read_architecture
 from ceed_vla.errors import ConfigError
@@ -47,39 +48,37 @@ class OpenVLAConfig(TransformersConfig):
             )
 
     def build(self, shape: PolicyShape) -> TrainableBackbone:
-        from ceed_vla.backbones.openvla.model import OpenVLABackbone, load_weights, quantize
+        from ceed_vla.backbones.openvla.model import OpenVLABackbone, quantize
 
         new = not self.architecture
         if new:
             self.architecture = json.dumps(describe_model(self.path))
         architecture = self._architecture()
-        if shape.vocabulary_size != architecture.bins:
+        bins = architecture["n_action_bins"]
+        if shape.vocabulary_size != bins:
             raise ConfigError(
-                f"The action tokens have {shape.vocabulary_size} values, the model {architecture.bins} action ids; set "
-                f"--policy.action_tokens.type=openvla with n_action_bins={architecture.bins}."
+                f"The action tokens have {shape.vocabulary_size} values, the model {bins} action ids; set "
+                f"--policy.action_tokens.type=openvla with n_action_bins={bins}."
             )
         if new:
             self.check_size(shape)
-        self.prompt = self.prompt or architecture.prompt
+        self.prompt = self.prompt or usual_prompt(architecture)
         if self.dtype == "auto":
-            self.dtype = architecture.dtype
+            self.dtype = architecture["torch_dtype"]
         model = OpenVLABackbone(architecture, shape.block_length, shape.vocabulary_size, self.dtype)
-        if new or self.weights == "reference":
-            load_weights(model, self.path)
-        if self.weights == "reference":
-            model.refer()
+        model.fill(Path(self.path), new=new, reference=self.weights == "reference")
         if self.quantization != "none":
             quantize(model.decoder, self.quantization, shape.device)
         return model
 
     def least_sizes(self, shape: PolicyShape) -> tuple[int, int]:
-        return least_sizes(self._architecture().text)
+        return least_sizes(self._architecture()["text_config"])
 
-    def _architecture(self) -> Architecture:
-        return Architecture(check_config("backbone.architecture", read_architecture(self.architecture)))
+    def _architecture(self) -> dict[str, Any]:
+        return check_config("backbone.architecture", read_architecture(self.architecture))
 
     def processor_steps(self, shape: PolicyShape, instructions: Sequence[str]) -> list[Any]:
-        prompt = self.prompt or Architecture(describe_model(self.path)).prompt
+        prompt = self.prompt or usual_prompt(describe_model(self.path))
         camera = self.camera or next(iter(shape.cameras))
         return [OpenVLAInputsStep(camera=camera, prompt=prompt).read_folder(self.path)]
 

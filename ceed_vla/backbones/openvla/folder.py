@@ -38,24 +38,9 @@ VICUNA_PROMPT = (
 )
 
 
-class Architecture:
-    """The describing part of an OpenVLA configuration, from the entries `values` of config.json.
-
-    Attributes:
-        text: Configuration of the language model.
-        words: Vocabulary of the text model before it was padded: action ids count down from here.
-        bins: Action ids ``V``.
-        fused: Whether there are two vision towers.
-        dtype: Type the weights were published in.
-        prompt: Text around ``{instruction}`` that the model was trained with.
-    """
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.values, self.text = values, dict(values["text_config"])
-        self.words = int(self.text["vocab_size"]) - int(values["pad_to_multiple_of"])
-        self.bins, self.fused = int(values["n_action_bins"]), bool(values["use_fused_vision_backbone"])
-        self.dtype = str(values.get("torch_dtype", "float32"))
-        self.prompt = VICUNA_PROMPT if str(values.get("llm_backbone_id")).startswith("vicuna") else PROMPT
+def usual_prompt(config: dict[str, Any]) -> str:
+    """Text around ``{instruction}`` that a model was trained with."""
+    return VICUNA_PROMPT if str(config.get("llm_backbone_id")).startswith("vicuna") else PROMPT
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

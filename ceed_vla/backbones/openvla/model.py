@@ -11,7 +11,6 @@ Only the action ids have scores: the last ``V`` before the padding of the vocabu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,9 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ceed_vla.backbones.base import check_features
-from ceed_vla.backbones.openvla.folder import Architecture
 from ceed_vla.backbones.openvla.inputs import IDS_KEY, MASK_KEY, PIXELS_KEY
-from ceed_vla.backbones.transformers.backbone import TransformersBackbone, check_left_padding, read_weights
+from ceed_vla.backbones.transformers.backbone import TransformersBackbone, check_left_padding
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
 from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 
@@ -31,10 +29,10 @@ from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 class VisionTowers(nn.Module):
     """One timm tower, or two whose patch features are concatenated; their names are those of published weights."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, values: dict[str, Any]) -> None:
         super().__init__()
-        self.featurizer = _tower(architecture, 0)
-        self.fused_featurizer = _tower(architecture, 1) if architecture.fused else None
+        self.featurizer = _tower(values, 0)
+        self.fused_featurizer = _tower(values, 1) if values["use_fused_vision_backbone"] else None
         self.width = sum(tower.embed_dim for tower in self._towers())  # features of one patch
 
     def _towers(self) -> list[Any]:
@@ -47,13 +45,12 @@ class VisionTowers(nn.Module):
         return torch.cat(features, dim=2)
 
 
-def _tower(architecture: Architecture, index: int) -> nn.Module:
+def _tower(values: dict[str, Any], index: int) -> nn.Module:
     """A timm model without its classifier."""
     try:
         import timm
     except ImportError as error:
         raise ConfigError("OpenVLA's vision towers need timm; install ceed_vla[vlm].") from error
-    values = architecture.values
     name = values["timm_model_ids"][index]
     sizes, activations = values["image_sizes"], values.get("timm_override_act_layers")
     settings = {
@@ -85,16 +82,16 @@ class Projector(nn.Module):
 
 
 class OpenVLABackbone(TransformersBackbone):
-    """An OpenVLA model of a published `architecture` with random weights of the type `dtype`.
+    """An OpenVLA model of a `check_config` with random weights of the type `dtype`.
 
     A block has `block_length` tokens of `bins` values; published models write one action, fine-tuned ones several.
     """
 
-    def __init__(self, architecture: Architecture, block_length: int, bins: int, dtype: str) -> None:
-        words = architecture.words
+    def __init__(self, values: dict[str, Any], block_length: int, bins: int, dtype: str) -> None:
+        settings = dict(values["text_config"])
+        words = int(settings["vocab_size"]) - int(values["pad_to_multiple_of"])  # before it was padded
         super().__init__(block_length, bins, torch.arange(words - 1, words - 1 - bins, -1))
         self.words = words
-        settings = dict(architecture.text)
         self.dtype = getattr(torch, dtype)
         with no_init_weights():
             what = "text_config in config.json does not describe a model"
@@ -103,9 +100,9 @@ class OpenVLABackbone(TransformersBackbone):
                 model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=False)
             self.language_model = cast("PreTrainedModel", model)
             self.language_model.tie_weights()
-            self.vision_backbone = VisionTowers(architecture).to(self.dtype)
-            width = self.vision_backbone.width
-            self.projector = Projector(width, config.hidden_size, architecture.fused).to(self.dtype)
+            self.vision_backbone = VisionTowers(values).to(self.dtype)
+            sizes = self.vision_backbone.width, config.hidden_size
+            self.projector = Projector(*sizes, fused=values["use_fused_vision_backbone"]).to(self.dtype)
 
     @property
     def pretrained(self) -> PreTrainedModel:
@@ -114,6 +111,11 @@ class OpenVLABackbone(TransformersBackbone):
     @property
     def decoder(self) -> nn.Module:
         return cast("nn.Module", self.language_model.model)
+
+    def own_name(self, published: str) -> str:
+        if published.endswith("rotary_emb.inv_freq"):  # older transformers saved what is computed
+            return ""
+        return published.replace(".scale_factor", ".gamma")  # the publisher renames timm's LayerScale
 
     def check_observation(self, batch: Mapping[str, Any]) -> int:
         """Rows ``B`` of a batch with ids (B, L), their mask with padding on the left, and pixels (B, C, S, S)."""
@@ -149,16 +151,6 @@ class OpenVLABackbone(TransformersBackbone):
         ids = slice(self.words - self.vocabulary_size, self.words)
         bias = None if head.bias is None else head.bias[ids]
         return F.linear(hidden, head.weight[ids], bias).flip(-1)
-
-
-def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Read a folder's weights into a model, converted to the model's types."""
-    read_weights(
-        model,
-        Path(folder),
-        rename=lambda name: name.replace(".scale_factor", ".gamma"),  # the publisher renames timm's LayerScale
-        skip=lambda name: name.endswith("rotary_emb.inv_freq"),  # older transformers saved what is computed
-    )
 
 
 def quantize(module: nn.Module, kind: str, device: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import ceed_vla.backbones.pi0_fast.inputs  # noqa: F401  (registers its step)
@@ -80,7 +81,7 @@ class Pi0FastConfig(TransformersConfig):
     def build(self, shape: PolicyShape) -> TrainableBackbone:
         from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPytorch
 
-        from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone, decode_architecture, describe_model, load_weights
+        from ceed_vla.backbones.pi0_fast.model import Pi0FastBackbone, decode_architecture, describe_model
 
         tokens = shape.action_tokens
         if not isinstance(tokens, Pi0FastTokensConfig):
@@ -94,10 +95,7 @@ class Pi0FastConfig(TransformersConfig):
             self.check_size(shape)
         model = PI0FastPytorch(decode_architecture(self.architecture))  # without a tokenizer, whose ids are known
         backbone = Pi0FastBackbone(model, tokens.build(shape.chunk_size, shape.action_dim))
-        if new or self.weights == "reference":
-            load_weights(backbone, self.path)
-        if self.weights == "reference":
-            backbone.refer()
+        backbone.fill(Path(self.path), new=new, reference=self.weights == "reference")
         return backbone
 
     def least_sizes(self, shape: PolicyShape) -> tuple[int, int]:

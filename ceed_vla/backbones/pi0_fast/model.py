@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from ceed_vla.backbones.base import Prefix, check_features
 from ceed_vla.backbones.pi0_fast.tokens import Pi0FastTokenizer
-from ceed_vla.backbones.transformers.backbone import TransformersBackbone, read_weights
+from ceed_vla.backbones.transformers.backbone import TransformersBackbone
 from ceed_vla.backbones.transformers.config import read_architecture
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
 from ceed_vla.cache import StaticCache
@@ -53,6 +53,7 @@ class Pi0FastBackbone(TransformersBackbone):
     """LeRobot's pi0-FAST, whose own tokenizer is not used, as a causal model over one block of text tokens."""
 
     forbidden: Tensor | None
+    copies: Mapping[str, str] = {EMBEDDING: HEAD}  # published checkpoints hold the matrix that both share once
 
     def __init__(self, model: PI0FastPytorch, tokenizer: Pi0FastTokenizer) -> None:
         head = model.paligemma_with_expert.paligemma.lm_head
@@ -79,6 +80,9 @@ class Pi0FastBackbone(TransformersBackbone):
     @property
     def decoder(self) -> nn.Module:
         return cast("nn.Module", cast("Any", self.pretrained).model.language_model)
+
+    def own_name(self, published: str) -> str:
+        return published if published.startswith("model.") else f"model.{published}"
 
     def check_observation(self, batch: Mapping[str, Any]) -> int:
         """Rows of a batch with cameras (B, 3, H, W) in [0, 1] and LeRobot's prompt tokens and mask (B, L)."""
@@ -159,13 +163,3 @@ def decode_architecture(architecture: str) -> PI0FastConfig:
             if not all(low <= value <= high for value in (found if isinstance(found, tuple | list) else [found])):
                 raise ValueError(f"{name} is {found}; it must lie in [{low}, {high}]")
     return config
-
-
-def load_weights(holder: nn.Module, folder: str | Path) -> None:
-    """Read the weights of LeRobot's checkpoint into ``holder.model``; LeRobot's loader keeps random ones on failure."""
-    read_weights(
-        holder,
-        Path(folder),
-        rename=lambda name: name if name.startswith("model.") else f"model.{name}",
-        copies={EMBEDDING: HEAD},  # published checkpoints hold the matrix that both share once
-    )

@@ -36,6 +36,7 @@ class TransformersBackbone(TrainableBackbone):
 
     compilable = ("block",)
     action_ids: Tensor | None
+    copies: Mapping[str, str] = {}  # weights that a published folder may lack, with those that they then equal
 
     def __init__(self, block_length: int, vocabulary_size: int, action_ids: Tensor | None) -> None:
         super().__init__()
@@ -184,6 +185,33 @@ class TransformersBackbone(TrainableBackbone):
         learns |= {id(p) for p in self.pretrained.get_output_embeddings().parameters()}
         return [name for name, p in self.named_parameters() if id(p) in learns - frozen]
 
+    def own_name(self, published: str) -> str:
+        """The name here of a published weight; empty for one that is not read."""
+        return published
+
+    @torch.no_grad()
+    def fill(self, folder: Path, *, new: bool, reference: bool) -> None:
+        """Read all weights of a published folder, of a `new` model or by `reference`: these stay there.
+
+        `CheckpointError` for weights that are missing or unknown; see `copy_weights`.
+        """
+        if not (new or reference):
+            return
+        own, files = self.state_dict(), weight_files(folder)
+        missing, unknown = copy_weights(self, files, self.own_name, lambda name: not self.own_name(name))
+        for name, source in self.copies.items():
+            if name in missing and source not in missing:
+                own[name].copy_(own[source])
+                missing.remove(name)
+        for problem, names in (("lacks", missing), ("has", unknown)):
+            if names:
+                raise CheckpointError(
+                    f"{folder} {problem} {len(names)} weights (the first is {names[0]}), by what config.json "
+                    "describes; a shard is missing, or configuration and weights belong to different models."
+                )
+        if reference:
+            self.refer()
+
     def refer(self) -> None:
         """Freeze the weights: checkpoints leave them in the folder they were read from."""
         self.requires_grad_(False)
@@ -201,32 +229,6 @@ def check_left_padding(batch: Mapping[str, Any], ids: str, mask: str) -> None:
             f"{mask} {tuple(marks.shape)} does not mark left padding of {tuple(batch[ids].shape)} ids: "
             "every prompt must end in the last column."
         )
-
-
-@torch.no_grad()
-def read_weights(
-    model: nn.Module,
-    folder: Path,
-    rename: Callable[[str], str],
-    skip: Callable[[str], bool] = lambda name: False,
-    copies: Mapping[str, str] | None = None,
-) -> None:
-    """Read all weights of a published folder into a model of the right sizes; see `copy_weights`.
-
-    A weight that may be missing is in `copies`, with the one that it then equals.
-    """
-    missing, unknown = copy_weights(model, weight_files(folder), rename=rename, skip=skip)
-    own = model.state_dict()
-    for name, source in (copies or {}).items():
-        if name in missing and source not in missing:
-            own[name].copy_(own[source])
-            missing.remove(name)
-    for problem, names in (("lacks", missing), ("has", unknown)):
-        if names:
-            raise CheckpointError(
-                f"{folder} {problem} {len(names)} weights (the first is {names[0]}), by what config.json describes; a "
-                "shard is missing, or configuration and weights belong to different models."
-            )
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 
-from ceed_vla.backbones.openvla.folder import Architecture
 from ceed_vla.backbones.openvla.model import OpenVLABackbone
 
 EMPTY_TOKEN, WORDS, BINS = 29871, 32000, 256
@@ -129,7 +128,7 @@ def write_folder(
     (folder / "preprocessor_config.json").write_text(json.dumps(images(towers, pixels or {})))
     write_tokenizer(folder)
     bins, dtype = config["n_action_bins"], config["torch_dtype"]
-    model = OpenVLABackbone(Architecture(config), 9, bins, dtype)
+    model = OpenVLABackbone(config, 9, bins, dtype)
     random = np.random.default_rng(len(towers))
     weights, head = (
         {},

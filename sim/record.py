@@ -47,12 +47,11 @@ class RecordSummary:
 
 
 def record(config: RecordConfig) -> RecordSummary:
-    """Record a data set, or the rest of one.
+    """Record a data set, or the rest of one; what is interrupted has stored all complete units, and `resume` goes on
+    there.
 
-    Raises:
-        ConfigError: `root` exists (without `resume`), or was recorded with other options.
-        DatasetError: `root` is no recording, or the disk is full. What was stored stays readable.
-        KeyboardInterrupt: Interrupted; all complete units of work are stored, `resume` goes on after them.
+    `ConfigError` where `root` exists (without `resume`) or was recorded with other options, `DatasetError` where it is
+    no recording or the disk is full. What was stored stays readable.
     """
     _check_root(config)
     with (

@@ -71,12 +71,7 @@ class Panel:
 
 
 def show(config: ShowConfig) -> Path:
-    """Draw the tokens of one chunk over the forwards that decode it; the PNG file.
-
-    Raises:
-        ConfigError: An option that cannot work.
-        CheckpointError: A checkpoint that cannot be loaded.
-    """
+    """Draw the tokens of one chunk over the forwards that decode it; the PNG file."""
     path = claim_file("output", config.output, ".png")
     bundles = load_bundles(config)
     policy = bundles["policy"][0].config

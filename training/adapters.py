@@ -49,8 +49,7 @@ class LoRAConfig(Checked, prefix="lora."):
 def attach(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
     """Put adapters on a policy: its own from its checkpoint, or new ones; only they learn, and ``config.train``.
 
-    Raises:
-        ConfigError: peft is missing, or the settings do not fit the policy or the adapters that it has.
+    `ConfigError` if peft is missing, or the settings do not fit the policy or the adapters that it has.
     """
     _add(policy, LEARNT, _own_layers(policy, config.rank), config, config.targets)
     full = [name.strip() for name in config.train.split(",") if name.strip()]
@@ -61,11 +60,7 @@ def attach(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
 
 
 def attach_student(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
-    """Put a student's adapter beside the teacher's, as its copy; or new ones where the teacher has none.
-
-    Raises:
-        ConfigError: See `attach`.
-    """
+    """Put a student's adapter beside the teacher's, as its copy, or new ones where it has none; see `attach`."""
     own = _own_layers(policy, config.rank)
     for name in (KEPT, LEARNT) if own else (LEARNT,):
         _add(policy, name, own, config, "language")

@@ -25,10 +25,7 @@ def check_clipping(tokens: Any, stores: Sequence[FrameStore], most: float) -> No
 
     Ranges of quantiles clip up to 2 % of every dimension by construction, by little. So `most` limits the share of
     values that lie *far* outside: beyond an end by more than half the range's width, dimension by dimension; 1 allows
-    all. Data sets without actions are left out.
-
-    Raises:
-        ConfigError: Names the dimension, the range and the share.
+    all. Data sets without actions are left out. A `ConfigError` names the dimension, the range and the share.
     """
     actions = [store.action for store in stores if store.action is not None]
     if actions:

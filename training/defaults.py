@@ -36,11 +36,9 @@ def take_from_data(
 ) -> dict[str, dict[str, Tensor]]:
     """Fill a new policy's features, two-valued and increment dimensions and auxiliary target where they are not set.
 
-    `privileged` is believed where the data sets name their values as the environment does.
-
-    Returns:
-        Statistics for the processors and the ranges of the action tokens. For actions that are nearly always zero in
-        a dimension, the quantiles are the extremes.
+    `privileged` is believed where the data sets name their values as the environment does. Returns statistics for the
+    processors and the ranges of the action tokens: for actions that are nearly always zero in a dimension, the
+    quantiles are the extremes.
     """
     shapes = stores[0].shapes
     cameras = {name: PolicyFeature(FeatureType.VISUAL, (3, *shapes[name][:2])) for name in stores[0].images}
@@ -80,10 +78,7 @@ def check_target(
 ) -> None:
     """Keep the auxiliary regression from values that its scale was not made for.
 
-    Demonstrations lose such values, with a warning.
-
-    Raises:
-        DatasetError: Grounding data with such values: they have nothing else.
+    Demonstrations lose such values, with a warning; grounding data have nothing else, which is a `DatasetError`.
     """
     needed = len(policy.auxiliary_scale)
     ours = privileged is not None and policy.auxiliary_scale == list(privileged.scale)

@@ -90,10 +90,8 @@ class DistillConfig(RunConfig):
 def distill(config: DistillConfig, closed_loop: ClosedLoop | None = None) -> Path:
     """Distil a student, and return the folder of the final checkpoint; `closed_loop` measures one in simulation.
 
-    Raises:
-        ConfigError: Bad settings.
-        DatasetError: Trajectories or data sets that do not fit.
-        CheckpointError: Trajectories of another teacher, or nothing to resume.
+    `DatasetError` for trajectories or data sets that do not fit, `CheckpointError` for those of another teacher, or
+    nothing to resume, `ConfigError` for bad settings.
     """
     return DistillRun(config, closed_loop).run()
 

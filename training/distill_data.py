@@ -48,10 +48,10 @@ class TrajectoriesConfig:
 
 
 class DistillData:
-    """Frames of data sets, and what is distilled on each.
+    """Frames of data sets, and what is distilled on each; `DatasetError` for what the policy cannot read.
 
     Args:
-        roots: Comma-separated data sets.
+        roots: Comma-separated data sets, with actions.
         policy: The student; gives vocabulary and chunk.
         pre: Its pre-processor.
         eval_frames: Frames held out.
@@ -65,9 +65,6 @@ class DistillData:
         rows: Rows to train on.
         held_out: Rows to measure on.
         delta_max: Distance beyond which the demonstration replaces the teacher's block.
-
-    Raises:
-        DatasetError: Data sets that the policy cannot read, or without actions.
     """
 
     root: NDArray[np.int64]
@@ -97,11 +94,7 @@ class DistillData:
         self.delta_max = float("inf")
 
     def split(self) -> None:
-        """Hold out rows for measurements.
-
-        Raises:
-            DatasetError: Too few frames.
-        """
+        """Hold out rows for measurements; `DatasetError` for too few frames."""
         order, held_out = np.random.default_rng(0).permutation(len(self.frame)), self.eval_frames
         self.held_out, self.rows = self._by_store(order[:held_out]), order[held_out:]
         if not len(self.rows):
@@ -135,10 +128,8 @@ class DistillData:
     def batch(self, rows: NDArray[np.int64], draw: StateDraw | None = None) -> dict[str, Any]:
         """What a part of a step needs, of rows that are grouped by data set, on the policy's device.
 
+        What the pre-processor gives and `fixed_points`, and ``labels``, ``label_weight`` (B, n), ``replaced`` (B,).
         Without `draw`, the random part of the states, every row gets its previous chunk.
-
-        Returns:
-            What the pre-processor gives and `fixed_points`, and ``labels``, ``label_weight`` (B, n), ``replaced`` (B,).
         """
         batch = self.observations(rows)
         found = self.fixed_points(rows, batch, draw)
@@ -163,17 +154,11 @@ class DistillData:
 
 
 class StoredData(DistillData):
-    """Trajectories of `ceed-vla collect`.
+    """Trajectories of `ceed-vla collect` in the folder `path`, by the checkpoint `teacher`; `settings` as
+    `DistillData`.
 
-    Args:
-        path: Their folder.
-        roots: The data sets they were collected on, in the same order.
-        teacher: Checkpoint that must have made them.
-        settings: See `DistillData`.
-
-    Raises:
-        DatasetError: Trajectories and data sets that do not fit each other, or too few frames.
-        CheckpointError: Trajectories of another teacher.
+    `DatasetError` where they and the data sets, which are named in the same order, do not fit each other, or for too
+    few frames; `CheckpointError` for another teacher.
     """
 
     def __init__(self, path: str, roots: str, teacher: str, policy: CeedVLAPolicy, pre: Any, **settings: Any) -> None:

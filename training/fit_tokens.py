@@ -63,9 +63,7 @@ def fit_tokens(config: FitTokensConfig) -> dict[str, Any]:
     """Fit, write and measure FAST tokens, and return the report that was printed: ids, slots, tokens a chunk, and the
     error of a decoded action in its own units.
 
-    Raises:
-        DatasetError: Unreadable data sets, or without actions.
-        ConfigError: Settings that do not fit the data.
+    `DatasetError` for unreadable data sets, or without actions; `ConfigError` for settings that do not fit the data.
     """
     output = Path(config.output)
     if output.exists():

@@ -47,9 +47,8 @@ class InspectConfig(Checked):
 def inspect(config: InspectConfig) -> dict[str, Any]:
     """Print and draw what the data set holds; returns it.
 
-    Raises:
-        DatasetError: Unreadable data, or data that no policy can learn from; the message says what is missing.
-        ConfigError: Settings that the data do not fit.
+    A `DatasetError` says what is missing in data that no policy can learn from; `ConfigError` for settings that do not
+    fit.
     """
     picture = claim_file("output", config.output, ".png")
     if not config.root:

@@ -52,11 +52,7 @@ def register_loss[F: Loss](name: str) -> Callable[[F], F]:
 
 
 def find_loss(name: str) -> Loss:
-    """The loss of that name.
-
-    Raises:
-        ConfigError: Unknown name.
-    """
+    """The loss of that name; `ConfigError` for an unknown one."""
     if name not in _LOSSES:
         raise ConfigError(
             f"loss is {name[:60]!r}; choose one of {', '.join(_LOSSES)}. One of another package needs "
@@ -152,8 +148,7 @@ def mixed_labels(
 ) -> tuple[Tensor, Tensor]:
     """The paper's label choice: the teacher's block unless it strays more than `delta_max` from the demonstration.
 
-    Returns:
-        Labels (B, n) and the rows (B,) that were replaced by the demonstration.
+    Labels (B, n) and the rows (B,) that were replaced by the demonstration.
     """
     replaced = (distance > delta_max) | distance.isinf()
     return torch.where(replaced[:, None], demonstration, fixed_point), replaced

@@ -19,10 +19,8 @@ from training.windows import sliding
 class Mixture:
     """Draws batches from several frame stores in fixed proportions; a step always gets the same frames.
 
-    `weights` are the shares of the stores, proportional to their frames if None.
-
-    Raises:
-        DatasetError: Data sets that do not go together.
+    `weights` are the shares of the stores, proportional to their frames if None. `DatasetError` where they do not go
+    together.
     """
 
     def __init__(

@@ -80,11 +80,8 @@ def open_loop(config: OpenLoopConfig) -> dict[str, Any]:
     """Decode a chunk after every `executed_steps` of an episode, and compare it with what was demonstrated.
 
     One chunk at a time, the decoders in turns, each warm-started from its own chunk before, as in a closed loop. Writes
-    and returns ``open_loop.json``.
-
-    Raises:
-        ConfigError: No policy or data, an unknown decoder, or more steps than a chunk has.
-        DatasetError: Unreadable data, without actions, or data that do not fit the policy.
+    and returns ``open_loop.json``. `ConfigError` for no policy or data, an unknown decoder, or more steps than a chunk
+    has; `DatasetError` for data that are unreadable, without actions, or do not fit the policy.
     """
     folder = claim_folder("output_dir", config.output_dir, (REPORT, PICTURE), (REPORT,))
     roots = split_list(config.roots)

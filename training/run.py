@@ -97,10 +97,8 @@ class Run:
     """One training run. A subclass loads its data, then calls `prepare`.
 
     `device` is "cpu", or an accelerator as `accelerate` finds it; `closed_loop` measures a checkpoint in simulation.
-
-    Raises:
-        ConfigError: No output folder, or one that holds another run, or files that this one would replace.
-        CheckpointError: Nothing to resume, or links through which the run would write elsewhere.
+    `ConfigError` for no output folder, or one that holds another run, or files that this one would replace;
+    `CheckpointError` for nothing to resume, or links through which the run would write elsewhere.
     """
 
     name = "run"
@@ -157,8 +155,7 @@ class Run:
     def prepare(self, objective: nn.Module, policy: CeedVLAPolicy, pre: Any, post: Any, *, weight_decay: float) -> None:
         """Build the optimisers of the policy's trainable parameters and hand everything to accelerate.
 
-        Raises:
-            ConfigError: No parameter learns, or a backbone that cannot recompute activations should.
+        `ConfigError` if no parameter learns, or a backbone that cannot recompute activations should.
         """
         self.policy, self.pre, self.post = policy.train(), pre, post
         # They say nothing of the weights that come.
@@ -270,12 +267,9 @@ class Run:
         return final
 
     def optimize[T](self, parts: Sequence[T], loss: Callable[[T], Tensor]) -> None:
-        """One step of all optimisers at this step's learning rate.
+        """One step of all optimisers at this step's learning rate; `CeedVLAError` if a loss is not finite.
 
         Each of this process's `parts` has a backward pass, their losses add up; gradients are exchanged after the last.
-
-        Raises:
-            CeedVLAError: A loss is not finite.
         """
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
@@ -356,11 +350,7 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def load_state(self) -> None:
-        """Continue from the last complete state.
-
-        Raises:
-            CheckpointError: The state cannot be read, or belongs to a policy of other sizes.
-        """
+        """Continue from the last complete state; `CheckpointError` for one that cannot be read, or of other sizes."""
         progress = self._read_progress()
         folder = self.output / progress["state"]
         try:

@@ -51,11 +51,7 @@ def split_list(text: str) -> list[str]:
 
 
 def number_list(text: str, name: str) -> list[float]:
-    """The numbers of a comma-separated list, none of them negative.
-
-    Raises:
-        ConfigError: Something else; names the setting.
-    """
+    """The numbers of a comma-separated list, none of them negative; else a `ConfigError` names the setting."""
     try:
         numbers = [float(part) for part in split_list(text)]
     except ValueError:

@@ -28,11 +28,7 @@ _COUNTS = ("chunk_size", "action_dim", "num_bins", "shift_steps", "frame_stride"
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The contents of ``meta.json``, whose layout and counts are what `collect` writes.
-
-    Raises:
-        DatasetError: Missing or damaged.
-    """
+    """``meta.json``, if its layout and counts are what `collect` writes; `DatasetError` if it is missing or damaged."""
     file = folder / META
     if not file.is_file():
         raise DatasetError(f"No trajectories at {folder}: no {META} there. `ceed-vla collect` makes them.")
@@ -57,11 +53,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """The shards of a folder, in order.
-
-    Raises:
-        DatasetError: Other parquet files are among them.
-    """
+    """The shards of a folder, in order; `DatasetError` if other parquet files are among them."""
     files = sorted(file for file in folder.glob("*.parquet") if not file.name.startswith("."))
     for file in files:
         if not _NAME.fullmatch(file.name):
@@ -73,8 +65,7 @@ def find_shards(folder: Path) -> list[Path]:
 def read_shard(file: Path, meta: dict[str, Any], frames: NDArray[np.int64] | None = None) -> pa.Table:
     """A complete shard, of the layout in `meta` and with those `frames`, where they are known.
 
-    Raises:
-        DatasetError: Names the file and what is wrong in it.
+    A `DatasetError` names the file and what is wrong in it.
     """
 
     def require(fits: Any, what: str) -> None:

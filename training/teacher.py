@@ -129,10 +129,9 @@ def train(
             ``auxiliary_scale`` is regressed.
         localisation: Measures what ``config.grounding_gate`` limits.
 
-    Raises:
-        ConfigError: Missing or contradicting settings, or a gate that is not met: the state is saved, to go on from.
-        DatasetError: Unreadable or incompatible data sets.
-        CheckpointError: Nothing to resume, or a state of other sizes.
+    `ConfigError` for missing or contradicting settings, or a gate that is not met (the state is saved, to go on from);
+    `DatasetError` for unreadable or incompatible data sets; `CheckpointError` for nothing to resume, or a state of
+    other sizes.
     """
     return TeacherRun(config, closed_loop, record_takeover, privileged, localisation).run()
 

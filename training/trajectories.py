@@ -112,8 +112,7 @@ class Trajectories:
 def collect(config: CollectConfig) -> Path:
     """Collect trajectories, and return their folder; complete shards survive an interrupt and ``resume`` skips them.
 
-    Raises:
-        ConfigError: Bad settings, or a folder that belongs to another teacher, data set or mixture.
+    `ConfigError` for bad settings, or a folder that belongs to another teacher, data set or mixture.
     """
     output = named_folder("output_dir", config.output_dir)
     if config.num_shards == 1 and "WORLD_SIZE" in os.environ:  # set by torchrun and accelerate
@@ -171,11 +170,7 @@ def _opened(config: CollectConfig) -> tuple[Any, Any, list[FrameStore]]:
 
 
 def guess_shares(text: str) -> NDArray[np.float64]:
-    """Three non-negative shares (previous, mid, random), normalised.
-
-    Raises:
-        ConfigError: Not three numbers, or none positive.
-    """
+    """Three non-negative shares (previous, mid, random), normalised; `ConfigError` for other text, or none positive."""
     shares = number_list(text, "guesses")
     if len(shares) != len(GUESSES) or not sum(shares):
         raise ConfigError(f"guesses is {text!r}; give the shares of {', '.join(GUESSES)}, e.g. 0.7,0.2,0.1.")
@@ -328,9 +323,7 @@ def layout_of(policy: Any) -> dict[str, int]:
 def read_trajectories(folder: str | Path, teacher: str | Path | None = None) -> Trajectories:
     """Read all complete shards in the output folder of `collect`; `teacher`, a checkpoint, must have made them.
 
-    Raises:
-        DatasetError: Nothing to read, or what `collect` does not write.
-        CheckpointError: Made by another teacher.
+    `DatasetError` for nothing to read, or what `collect` does not write; `CheckpointError` for another teacher.
     """
     folder = Path(folder)
     meta, files = read_meta(folder), find_shards(folder)

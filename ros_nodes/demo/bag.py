@@ -82,8 +82,7 @@ def type_name(message_type: Any) -> str:
 def message_definition(kind: str) -> str:
     """The text of a message type, "package/msg/Name", and of all types it contains, as a bag stores them.
 
-    Raises:
-        ConfigError: A name of another form, or a type whose ``.msg`` file is not installed.
+    `ConfigError` for a name of another form, or a type whose ``.msg`` file is not installed.
     """
     parts = kind.split("/")
     if len(parts) != 3 or parts[1] != "msg":

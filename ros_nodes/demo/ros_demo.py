@@ -95,10 +95,8 @@ class RosDemoConfig:
 def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str, Any]:
     """Run the demonstration; returns ``ros.json``, or simulated_time.json. Without a `console` the terminal is used.
 
-    Raises:
-        ConfigError: The robot has no such action interface.
-        CheckpointError: No such checkpoint.
-        NodeError: A node ended, refused a request or did not answer.
+    `ConfigError` where the robot has no such action interface, `CheckpointError` for no checkpoint, `NodeError` for a
+    node that ended, refused a request or did not answer.
     """
     from ros_nodes.demo.session import Session
     from ros_nodes.demo.simulated_time import simulated_time

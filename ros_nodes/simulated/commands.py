@@ -15,8 +15,7 @@ from ros_nodes.simulated.robot import SimRobot
 def obey(robot: SimRobot, message: Any, now: float) -> None:
     """Positions (Float64MultiArray), trajectories or twists; `now` is the clock of the stamps [s].
 
-    Raises:
-        SimulationError: A message that a controller would refuse.
+    `SimulationError` for a message that a controller would refuse.
     """
     if isinstance(message, TwistStamped):
         linear, angular = message.twist.linear, message.twist.angular

@@ -30,11 +30,8 @@ class Trajectory:
         start: Time of the way-points' zero [s].
         now: Time of arrival [s]; way-points before it are dropped.
         joints, velocities: (J,) set-point at `now` [rad], [rad/s].
-        times: (P,) of the way-points after `start` [s].
+        times: (P,) of the way-points after `start` [s]; `SimulationError` for what such a controller rejects.
         points, slopes: (P, J) finite [rad], [rad/s]; no `slopes` for straight lines.
-
-    Raises:
-        SimulationError: Way-points that such a controller rejects; the message says why.
     """
 
     def __init__(
@@ -116,11 +113,7 @@ Controller = ForwardPosition | Trajectory | ServoTwist
 
 
 def finite(what: str, values: ArrayLike, shape: tuple[int, ...]) -> Array:
-    """`values` as an array of `shape`.
-
-    Raises:
-        SimulationError: Another shape, NaN or infinite values.
-    """
+    """`values` as an array of `shape`; `SimulationError` for another one, NaN or infinite values."""
     try:
         array = np.array(values, dtype=np.float64)
     except ValueError as error:

@@ -28,10 +28,8 @@ HAND_STEPS = 40  # until a hand that is sent somewhere is there
 
 
 class MetaworldTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
-    """One environment for all tasks: ``reset(options={"task": name})`` chooses one.
-
-    Raises:
-        SimulationError: An unknown task, or no size of images.
+    """One environment for all tasks: ``reset(options={"task": name})`` chooses one; `SimulationError` for an unknown
+    one.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012 - Gymnasium's class attribute

@@ -65,11 +65,7 @@ class CeedMetaworldEnv(MetaworldEnv):
         return {"tasks": self.tasks(), "image_size": self.image_size, "max_episode_steps": self.episode_length}
 
     def tasks(self) -> list[str]:
-        """Tasks that take turns over the seeds.
-
-        Raises:
-            ConfigError: Unknown task.
-        """
+        """Tasks that take turns over the seeds; `ConfigError` for an unknown one."""
         sets = {"mt10": TASKS, MIXED: TASKS, "all": ALL_TASKS}
         names = [name.strip() for name in (self.task or "").split(",") if name.strip()]
         found = list(sets[names[0]]) if len(names) == 1 and names[0] in sets else names

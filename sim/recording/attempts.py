@@ -38,8 +38,7 @@ class Attempt:
 def make_frame(env: Environment, action: np.ndarray | None) -> Frame:
     """One data set frame of the present state, with the expert's action (A,) for it; without one if None.
 
-    Raises:
-        SimulationError: The observation has no camera or no state.
+    `SimulationError` where the observation has no camera or no state.
     """
     observation = env.observe()
     frame: Frame = dict(images_of(observation))

@@ -46,9 +46,9 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     """Language-conditioned manipulation of coloured cubes with a 7-joint arm at 10 Hz.
 
     Action (7,) in [-1, 1]: TCP translation xyz (times 0.05 m), TCP rotation vector (times 0.25 rad), both in the base
-    frame and added to the *commanded* pose, and the gripper (> 0 open, else close).
-    Observation: ``pixels`` (one uint8 image (S, S, 3) per camera; absent without cameras) and ``agent_pos`` (14,),
-    whose parts are `STATE_NAMES` in metres.
+    frame and added to the *commanded* pose, and the gripper (> 0 open, else close). Observation: ``pixels`` (one uint8
+    image (S, S, 3) per camera; absent without cameras) and ``agent_pos`` (14,), whose parts are `STATE_NAMES` in
+    metres.
 
     Args:
         task: A family of `tasks.TASKS`, or "mixed" to draw one at every reset.
@@ -57,9 +57,6 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         cameras: Cameras of the observation; empty for physics only.
         render_mode: "rgb_array" or None.
         render_size: Side of the image that `render` returns [px].
-
-    Raises:
-        SimulationError: On an unknown task, split, camera or size.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 - Gymnasium's class attribute
@@ -108,10 +105,8 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Draw a scene and an instruction; `seed` determines everything.
 
-        `options` may fix "task", "color", "other" (second colour or side) and "phrase" (index).
-
-        Raises:
-            SimulationError: On a negative seed or unknown options, or when the split has no such combination.
+        `options` may fix "task", "color", "other" (second colour or side) and "phrase" (index). `SimulationError` for a
+        negative seed or unknown options, or when the split has no such combination.
         """
         if seed is not None and seed < 0:
             raise SimulationError(f"seed is {seed}; it must be at least 0.")
@@ -126,11 +121,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return self.observe(), self._info()
 
     def step(self, action: NDArray[np.floating]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Advance by 0.1 s. The reward is 1 on success, which ends the episode.
-
-        Raises:
-            SimulationError: On an action with NaN, infinite values or another shape.
-        """
+        """Advance by 0.1 s; the reward is 1 on success, which ends the episode. `SimulationError` as of `_checked`."""
         self.advance(action)
         info = self._info()
         success: bool = info["is_success"]
@@ -148,11 +139,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     @property
     def command(self) -> tasks.Command:
-        """What the robot is told to do.
-
-        Raises:
-            SimulationError: Before the first reset.
-        """
+        """What the robot is told to do; `SimulationError` before the first reset."""
         if self._command is None:
             raise SimulationError("The environment has no scene yet; call reset() first.")
         return self._command

@@ -38,8 +38,7 @@ def draw_command(
 ) -> Command:
     """Draw an instruction of a family, or of any if `task` is "mixed", about some of the colours.
 
-    Raises:
-        SimulationError: On unknown options or values, or when the split has no such combination.
+    `SimulationError` for unknown options or values, or when the split has no such combination.
     """
     for key in options:
         check_choice("reset option", key, _OPTIONS)

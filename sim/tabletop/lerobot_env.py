@@ -102,11 +102,7 @@ class CeedTabletopEnv(EnvConfig):
         }
 
     def families(self) -> list[str]:
-        """The values of the environment's `task` keyword, one per suite entry.
-
-        Raises:
-            ConfigError: Unknown family.
-        """
+        """The values of the environment's `task` keyword, one per suite entry; `ConfigError` for an unknown family."""
         names = [name.strip() for name in (self.task or "all").split(",") if name.strip()]
         if names == ["all"]:
             return list(TASKS)

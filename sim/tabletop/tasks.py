@@ -106,11 +106,7 @@ def is_heldout(command: Command) -> bool:
 
 
 def combinations(family: str, split: str, colors: Sequence[str] = COLORS) -> list[Command]:
-    """Every combination of a family in a split, restricted to the colours on the table.
-
-    Raises:
-        SimulationError: On an unknown family or split.
-    """
+    """Every combination of a family in a split, of the colours on the table; `SimulationError` for an unknown one."""
     check_choice("task", family, TASKS)
     check_choice("split", split, SPLITS)
     others: Sequence[str] = {"push_cube": SIDES, "stack_cubes": tuple(colors)}.get(family, ("",))

@@ -89,16 +89,11 @@ class PoseLimits:
 
 
 class CommandedPose:
-    """The TCP pose that end-effector actions accumulate to: at a step's start, the end target of the step before.
-
-    Attributes:
-        position: (3,) [m].
-        rpy: Roll, pitch, yaw (3,) [rad].
-    """
+    """The TCP pose that end-effector actions accumulate to: at a step's start, the end target of the step before."""
 
     def __init__(self, limits: PoseLimits, position: Array) -> None:
-        self.limits, self.position = limits, position
-        self.rpy: Array = np.zeros(3)
+        self.limits, self.position = limits, position  # (3,) [m]
+        self.rpy: Array = np.zeros(3)  # roll, pitch, yaw [rad]
 
     @property
     def matrix(self) -> Array:
@@ -129,11 +124,7 @@ class CommandedPose:
 class ArmKinematics(ABC):
     """An arm of J joints, and its inverse kinematics: damped least squares with a null-space pull to `home`.
 
-    Args:
-        low: (J,) [rad].
-        high: (J,) [rad].
-        home: (J,) posture that redundancy is resolved towards [rad].
-        max_joint_step: Largest change of a joint per `solve` [rad].
+    Joints stay in [`low`, `high`] (J,) [rad] and move by `max_joint_step` [rad] at most per `solve`.
     """
 
     def __init__(self, low: Array, high: Array, home: Array, max_joint_step: float = np.inf) -> None:

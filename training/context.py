@@ -70,8 +70,6 @@ def context(config: ContextConfig) -> Path:
     policy, pre, post = load(config.policy_path)
     policy.requires_grad_(False)
     data = DistillData(config.roots, policy, pre, eval_frames=config.eval_frames, seed=config.seed)
-    data.root = np.concatenate([np.full(len(store), index) for index, store in enumerate(data.stores)])
-    data.frame = np.concatenate([np.arange(len(store)) for store in data.stores])
     data.split()
     frames = Scored(data, data.held_out)
     scorer = ContextScorer(policy.backbone.exit_parts()[2], int(frames.tokens[1][0].sum()))

@@ -58,17 +58,7 @@ class DistillData:
         delta_quantile: Share of the training frames whose distance between teacher and demonstration is acceptable.
         streaming: Which of the data sets are streamed.
         seed: Of the order in which streamed data are read.
-
-    Attributes:
-        root: (N,) data set of every row.
-        frame: (N,) frame of every row there.
-        rows: Rows to train on.
-        held_out: Rows to measure on.
-        delta_max: Distance beyond which the demonstration replaces the teacher's block.
     """
-
-    root: NDArray[np.int64]
-    frame: NDArray[np.int64]
 
     def __init__(
         self,
@@ -91,10 +81,13 @@ class DistillData:
             if store.action is None:
                 raise DatasetError(f"{store.root} holds no actions; distil on demonstrations.")
         check_compatible(self.stores)
-        self.delta_max = float("inf")
+        # (N,) data set and frame of every row
+        self.root = np.concatenate([np.full(len(store), index) for index, store in enumerate(self.stores)])
+        self.frame = np.concatenate([np.arange(len(store)) for store in self.stores])
+        self.delta_max = float("inf")  # distance beyond which the demonstration replaces the teacher's block
 
     def split(self) -> None:
-        """Hold out rows for measurements; `DatasetError` for too few frames."""
+        """Split into `rows` to train on and `held_out` ones to measure on; `DatasetError` for too few frames."""
         order, held_out = np.random.default_rng(0).permutation(len(self.frame)), self.eval_frames
         self.held_out, self.rows = self._by_store(order[:held_out]), order[held_out:]
         if not len(self.rows):
@@ -207,10 +200,8 @@ class StoredData(DistillData):
 class OnlineData(DistillData):
     """The teacher decodes as it is asked, also the chunk before where a row's guess starts from it.
 
-    Args:
-        decode: The teacher.
-        teacher_states: Give states of the teacher's trajectories, which takes Jacobi decoding.
-        settings: See `DistillData`; `delta_quantile` is that of a sample of four times `eval_frames`.
+    `teacher_states` gives states of its trajectories, which takes Jacobi decoding. `settings` are those of
+    `DistillData`; `delta_quantile` is that of a sample of four times `eval_frames`.
     """
 
     def __init__(
@@ -218,8 +209,6 @@ class OnlineData(DistillData):
     ) -> None:
         super().__init__(roots, policy, pre, **settings)
         self.decode, self.teacher_states = decode, teacher_states
-        self.root = np.concatenate([np.full(len(s), i) for i, s in enumerate(self.stores)])
-        self.frame = np.concatenate([np.arange(len(s)) for s in self.stores])
         self.episode = np.concatenate([s.episode for s in self.stores])
         self.split()
         distances = []

@@ -21,10 +21,8 @@ from training.losses import DistillationTerms, Loss, needs
 class DistillationObjective(nn.Module):
     """The distillation loss of student and frozen teacher.
 
-    Args:
-        student: Starts as the teacher; with adapters (`training.adapters.attach_student`) it holds both.
-        teacher: A copy that stays, or None where the student's adapters can be switched.
-        loss: See `training.losses`, also for `omega`.
+    The `student` starts as the `teacher`, a copy that stays; None where its adapters can be switched
+    (`training.adapters.attach_student`). See `training.losses` for `loss` and `omega`.
     """
 
     def __init__(self, student: CeedVLAPolicy, teacher: CeedVLAPolicy | None, loss: Loss, omega: float) -> None:

@@ -52,8 +52,7 @@ def keep_in_states(accelerator: Accelerator, adapted: bool) -> None:
     With adapters (`adapted`) only those that learn: beside a large frozen base these are few.
     """
 
-    def save(models: list[nn.Module], state_dicts: list[dict[str, Tensor]], folder: str) -> None:
-        del folder
+    def save(models: list[nn.Module], state_dicts: list[dict[str, Tensor]], _: str) -> None:
         for model, state in zip(models, state_dicts, strict=True):
             plain = accelerator.unwrap_model(model)
             learns = {name for name, parameter in plain.named_parameters() if parameter.requires_grad}

@@ -196,9 +196,7 @@ def _work_units(stores: Sequence[FrameStore], config: CollectConfig) -> Iterator
 class _Collector:
     """Decodes the frames of one work unit after the other, in the order that "previous" guesses need.
 
-    Args:
-        found: What `_opened` gives; None: it is opened here, in a process of its own (see `Workers`).
-        advance: Is told how many frames are done.
+    `found` is what `_opened` gives; None: it is opened here, in a process of its own (see `Workers`).
     """
 
     stores: list[FrameStore]

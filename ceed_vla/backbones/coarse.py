@@ -21,12 +21,8 @@ class CoarseBranch(nn.Module):
     """What a coarse view of a block adds to the hidden vectors of some depth; nothing before it is trained.
 
     Multiply-adds a step, with ``w`` the width of the `layer`: A * d * w to pool, w * d to spread, and the layer's own.
-
-    Args:
-        layer: Of width ``w``; called as ``layer(x (B, T, w), mask (T, T))``, True where attention is allowed.
-        inner: ``w``.
-        width: ``d`` of the backbone.
-        step: Tokens ``A`` of a control step.
+    It is called as ``layer(x (B, T, w), mask (T, T))``, True where attention is allowed. `inner` is ``w``, `width` is
+    ``d`` of the backbone, and `step` the tokens ``A`` of a control step.
     """
 
     def __init__(self, layer: nn.Module, inner: int, width: int, step: int) -> None:

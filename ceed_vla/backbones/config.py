@@ -58,14 +58,11 @@ class InputsStep(ObservationProcessorStep):
 
 
 class BackboneConfig(Choice, draccus.ChoiceRegistry, abc.ABC):
-    """Base of all families of models.
-
-    Attributes:
-        steps: Registered names of the steps that `processor_steps` returns, without which no checkpoint is complete.
-    """
+    """Base of all families of models."""
 
     setting: ClassVar[str] = "backbone"
     usual: ClassVar[str] = "compact"
+    # Registered names of the steps that `processor_steps` returns, without which no checkpoint is complete.
     steps: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod

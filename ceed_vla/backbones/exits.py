@@ -25,19 +25,15 @@ KINDS = ("linear", "layer", "coarse")
 
 
 class DepthExit(nn.Module):
-    """Hidden vectors (B, t, d) of some depth, as the head reads them.
-
-    Attributes:
-        kind: One of `KINDS`.
-        layer: A layer of its own, which the backbone runs before this; for kind "layer", else None.
-        slot: Where its keys and values are, behind those of the base's layers.
-        branch: A `CoarseBranch`, for kind "coarse", else None.
-    """
+    """Hidden vectors (B, t, d) of some depth, as the head reads them; its `kind` is one of `KINDS`."""
 
     def __init__(self, kind: str, norm: nn.Module, width: int, layer: nn.Module | None, slot: int) -> None:
         super().__init__()
-        self.kind, self.norm, self.layer, self.slot = kind, deepcopy(norm), deepcopy(layer), slot
-        self.branch: nn.Module | None = None
+        self.kind, self.norm = kind, deepcopy(norm)
+        # For kind "layer": one of its own, which the backbone runs before this, and where its keys and values are,
+        # behind those of the base's layers.
+        self.layer, self.slot = deepcopy(layer), slot
+        self.branch: nn.Module | None = None  # a `CoarseBranch`, for kind "coarse"
         self.linear = nn.Linear(width, width, bias=False) if layer is None else None
         if self.linear is not None:
             nn.init.zeros_(self.linear.weight)  # at first it is the last norm

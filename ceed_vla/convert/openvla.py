@@ -40,18 +40,13 @@ def published_policy(config: ConvertConfig) -> tuple[CeedVLAPolicy, Any, Any]:
     key, statistics = action_statistics(config.path, config.unnorm_key)
     seen = published["image_sizes"][0]
     height, width = _camera_size(config.camera_size) or ((seen, seen) if isinstance(seen, int) else seen[-2:])
+    same = {name: getattr(config, name) for name in ("weights", "dtype", "quantization", "prompt")}
     settings = CeedVLAConfig(
         input_features={f"observation.images.{config.camera}": PolicyFeature(FeatureType.VISUAL, (3, height, width))},
         output_features={"action": PolicyFeature(FeatureType.ACTION, (len(statistics["q01"]),))},
         chunk_size=config.chunk_size,
         n_action_steps=config.n_action_steps or config.chunk_size,
-        backbone=OpenVLAConfig(
-            path=str(Path(config.path).resolve()),
-            weights=config.weights,
-            dtype=config.dtype,
-            quantization=config.quantization,
-            prompt=config.prompt,
-        ),
+        backbone=OpenVLAConfig(path=str(Path(config.path).resolve()), **same),
         action_tokens=OpenVLATokensConfig(n_action_bins=int(published["n_action_bins"]), unnorm_key=key, **statistics),
         label_sigma=0.0,
         device=config.device,

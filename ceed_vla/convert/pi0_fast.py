@@ -44,12 +44,9 @@ def write(config: ConvertConfig) -> str:
     fast = find_folder(config.fast_tokenizer or theirs.action_tokenizer_name, "fast_tokenizer")
     text = find_folder(config.text_tokenizer or theirs.text_tokenizer_name, "text_tokenizer")
     scored = _scored(folder) if config.vocabulary == "full" else 0
+    same = ("input_features", "output_features", "normalization_mapping", "chunk_size", "n_action_steps")
     settings = CeedVLAConfig(
-        input_features=theirs.input_features,
-        output_features=theirs.output_features,
-        normalization_mapping=theirs.normalization_mapping,
-        chunk_size=theirs.chunk_size,
-        n_action_steps=theirs.n_action_steps,
+        **{name: getattr(theirs, name) for name in same},
         backbone=Pi0FastConfig(path=str(folder.resolve()), weights=config.weights),
         action_tokens=_tokens(theirs, fast, text, scored),
         augment_state=0.0,

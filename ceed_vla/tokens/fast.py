@@ -153,10 +153,6 @@ class FastTokenizer(VariableLengthTokens):
     The range [low, high] of every dimension [action units] maps to [-1, 1] before the cosine transform; values outside
     are clipped and counted. Grippers decode to the nearer range end exactly. `ConfigError` for ranges that define
     no scale, or a block too short for the chunk of zeros.
-
-    Attributes:
-        grammar: Decoding under it always gives a whole chunk.
-        smoothed: Chunks that lost their highest frequencies because they would have overfilled a block.
     """
 
     def __init__(self, settings: FastTokensConfig, codec: FastCodec) -> None:
@@ -172,8 +168,9 @@ class FastTokenizer(VariableLengthTokens):
         self.speculative = torch.arange(self.vocabulary_size)
         lengths = torch.cat([codec.id_lengths(), torch.zeros(1, dtype=torch.int64)])  # (V,)
         total = self.chunk_steps * self.action_dim
-        self.grammar = Grammar(lengths, self.stop, total, self.block_length)
-        self.clipped = self.smoothed = 0
+        self.grammar = Grammar(lengths, self.stop, total, self.block_length)  # under it a chunk is always whole
+        self.clipped = 0
+        self.smoothed = 0  # chunks that lost their highest frequencies because they would have overfilled a block
         zero = torch.zeros(1, self.chunk_steps, self.action_dim, dtype=torch.float64)
         try:
             self.zero = self.encode(zero.clamp(self.low, self.high))[0]

@@ -33,10 +33,6 @@ class FastCodec:
         scale: Coefficients are multiplied by this before rounding; the step of a coefficient is ``1 / scale``.
         least: Coefficient of character 0; smaller ones are clipped.
         most: Largest coefficient that the encoding knows; None if it knows every character.
-
-    Attributes:
-        vocabulary_size: Ids ``0 .. vocabulary_size - 1``.
-        merges: The pairs of ids that a fitted codec joins; empty for a folder's.
     """
 
     def __init__(self, bpe: Tokenizer, scale: float, least: int, most: int | None = None) -> None:
@@ -44,7 +40,7 @@ class FastCodec:
             raise ConfigError(f"scale is {scale}; it must be a positive number.")
         self.bpe, self.scale, self.least, self.most = bpe, float(scale), int(least), most
         self.vocabulary_size = int(bpe.get_vocab_size())
-        self.merges: list[tuple[int, int]] = []
+        self.merges: list[tuple[int, int]] = []  # the pairs of ids that a fitted codec joins; empty for a folder's
 
     @classmethod
     def fit(cls, chunks: Tensor, vocabulary_size: int, scale: float) -> FastCodec:

@@ -17,13 +17,9 @@ from ceed_vla.backbones.base import Backbone, Prefix
 
 
 class Grammar:
-    """Tokens as numbers of coefficients.
+    """Tokens as numbers of coefficients: `lengths` (V,) int64, at least 1 of every token, and 0 of the `stop` token.
 
-    Args:
-        lengths: (V,) int64, the coefficients of every token, at least 1; 0 for the stop token.
-        stop: The stop token.
-        total: Coefficients of a chunk.
-        block_length: Slots ``n``, enough for some chunk.
+    A chunk has `total` of them, and `block_length` slots are enough for some chunk.
     """
 
     def __init__(self, lengths: Tensor, stop: int, total: int, block_length: int) -> None:

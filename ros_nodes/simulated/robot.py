@@ -28,17 +28,14 @@ class SimRobot:
         split: Which combinations of colours and phrasings are drawn: "train", "heldout" or "all".
         image_size: Side of the camera images [px].
         command_timeout: How long a position command or a twist lasts [s].
-
-    Attributes:
-        time: Simulated time since construction [s]; a reset does not set it back.
-        holds: Times that the arm stopped because commands had stopped.
     """
 
     def __init__(self, split: str = "train", image_size: int = 96, command_timeout: float = 0.05) -> None:
         if not command_timeout > 0.0:
             raise SimulationError(f"command_timeout is {command_timeout} s; it must be more than 0.")
         self.command_timeout = command_timeout
-        self.time, self.holds = 0.0, 0
+        self.time = 0.0  # simulated, since construction [s]; a reset does not set it back
+        self.holds = 0  # times that the arm stopped because commands had stopped
         self._env = TabletopEnv(split=split, image_size=image_size, cameras=())
         self._arm = arm.SceneArm(self._env.scene.model, self._env.scene.tcp_site)
         self._controller: Controller | None = None

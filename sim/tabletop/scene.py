@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -17,31 +16,19 @@ FINGER_STROKE = 0.05  # travel of one finger [m]; the gripper opens to twice tha
 CAMERAS, MAX_IMAGE_SIZE = tasks.CAMERAS, tasks.MAX_IMAGE_SIZE
 
 
-@dataclass(frozen=True)
 class Scene:
-    """The compiled model and the ids that the environment uses, resolved once."""
+    """The model, compiled with the fast rendering settings, and the ids that the environment uses."""
 
-    model: mujoco.MjModel
-    tcp_site: int
-    bin_mocap: int
-    plate_mocap: int
-    cube_bodies: tuple[int, ...]
-    cube_qpos: tuple[int, ...]  # first qpos address of each cube's free joint
-    cube_qvel: tuple[int, ...]
+    def __init__(self) -> None:
+        self.model = model = mujoco.MjModel.from_xml_path(str(SCENE))
+        tune(model)
+        self.tcp_site: int = model.site("tcp").id
+        self.bin_mocap, self.plate_mocap = (int(model.body(name).mocapid[0]) for name in ("bin", "plate"))
+        cubes = [f"cube_{color}" for color in tasks.COLORS]
+        self.cube_bodies: list[int] = [model.body(name).id for name in cubes]
+        # First addresses of each cube's free joint.
+        self.cube_qpos = [int(model.joint(name).qposadr[0]) for name in cubes]
+        self.cube_qvel = [int(model.joint(name).dofadr[0]) for name in cubes]
 
 
-@cache
-def load_scene() -> Scene:
-    """Compile the scene (once per process) with the fast rendering settings."""
-    model = mujoco.MjModel.from_xml_path(str(SCENE))
-    tune(model)
-    joints = [model.joint(f"cube_{color}") for color in tasks.COLORS]
-    return Scene(
-        model=model,
-        tcp_site=model.site("tcp").id,
-        bin_mocap=int(model.body("bin").mocapid[0]),
-        plate_mocap=int(model.body("plate").mocapid[0]),
-        cube_bodies=tuple(model.body(f"cube_{color}").id for color in tasks.COLORS),
-        cube_qpos=tuple(int(joint.qposadr[0]) for joint in joints),
-        cube_qvel=tuple(int(joint.dofadr[0]) for joint in joints),
-    )
+load_scene = cache(Scene)  # once per process

@@ -293,10 +293,7 @@ class CompactBackbone(TrainableBackbone):
     @staticmethod
     def _packed_mask(prefix: int, block: int, count: int, device: torch.device) -> Tensor:
         """(T, T) boolean: prefix bidirectional and blind to blocks; blocks causal and blind to each other."""
-        total = prefix + count * block
-        mask = torch.zeros(total, total, dtype=torch.bool, device=device)
+        own = torch.ones(block, block, dtype=torch.bool, device=device).tril()
+        mask = torch.block_diag(torch.ones(prefix, prefix, dtype=torch.bool, device=device), *[own] * count)
         mask[:, :prefix] = True
-        for i in range(count):
-            rows = slice(prefix + i * block, prefix + (i + 1) * block)
-            mask[rows, rows] = torch.ones(block, block, dtype=torch.bool, device=device).tril()
         return mask

@@ -33,15 +33,10 @@ EMPTY_TOKEN = 29871
 @ProcessorStepRegistry.register(name="ceed_vla_openvla_inputs")
 @dataclass
 class OpenVLAInputsStep(FilesStep, InputsStep):
-    """Make ``observation.openvla.input_ids``, ``...attention_mask`` (B, L) and ``...pixel_values`` (B, C, S, S).
+    """Make ``observation.openvla.input_ids``, ``...attention_mask`` (B, L) and ``...pixel_values`` (B, C, S, S)."""
 
-    Attributes:
-        camera: Feature of the camera.
-        prompt: Text with ``{instruction}`` in it.
-    """
-
-    camera: str = "observation.images.front"
-    prompt: str = PROMPT
+    camera: str = "observation.images.front"  # feature of the camera
+    prompt: str = PROMPT  # text with ``{instruction}`` in it
 
     def __post_init__(self) -> None:
         check_template(self.prompt, "prompt")

@@ -27,10 +27,8 @@ class Pi0FastTokenizer(VariableLengthTokens):
     """Chunks of normalised actions as pi0-FAST writes them; `settings` are a `Pi0FastTokensConfig`.
 
     Unlike LeRobot's detokeniser it neither fills up nor cuts off a chunk of another length, and a malformed one is an
-    error instead of zeros. With `scored` ids a token is any of these, otherwise an index into `action_ids`.
-
-    Attributes:
-        action_ids: (N,) text ids that an action may hold: the marker, the FAST ids and the stop token.
+    error instead of zeros. With `scored` ids a token is any of these, otherwise an index into `action_ids` (N,), the
+    text ids that an action may hold.
     """
 
     def __init__(self, settings: Any, chunk_steps: int, action_dim: int) -> None:

@@ -37,17 +37,13 @@ class VLMInputsStep(FilesStep, InputsStep):
 
     Every tensor has the rows of the batch first. Where the model wants all images or patches in one list, the key is
     ``observation.vlm_flat.*`` and the tensor (B, images or patches, ...).
-
-    Attributes:
-        sizes: Camera feature -> [height, width] of its images [px], in the order of the prompt.
-        layout: "separate" images, or all cameras "stacked" from top to bottom into one.
-        prompt: Text with ``{instruction}`` in it.
-        state_places: Tokens at the end of the prefix that the backbone fills with the state.
     """
 
+    # Camera feature -> [height, width] of its images [px], in the order of the prompt
     sizes: dict[str, list[int]] = field(default_factory=dict)
-    layout: str = chosen("separate", CAMERAS)
-    prompt: str = "{instruction}"
+    layout: str = chosen("separate", CAMERAS)  # "separate" images, or all cameras "stacked" from top to bottom into one
+    prompt: str = "{instruction}"  # text with ``{instruction}`` in it
+    # Tokens at the end of the prefix that the backbone fills with the state
     state_places: int = ranged(0, "[0, 16384]")
 
     def __post_init__(self) -> None:

@@ -35,44 +35,33 @@ class Command:
     """One row of the command table."""
 
     summary: str  # one line for `ceed-vla --help`
-    module: str  # where the command lives; imported when it runs
-    config: str  # name of its configuration dataclass there: its flags
-    function: str  # name of its function there, called with the configuration
-    kept: str  # what an interrupt leaves behind; formatted with the configuration's fields
-    must: tuple[str, ...] = ()  # flags that `--help` lists first, besides those without a default
-    # Flags that it explains after these; the others it only names. With neither, it explains all.
-    may: tuple[str, ...] = ()
+    where: str  # module, imported when it runs; a dataclass there, its flags; and a function of that
+    must: str = ""  # flags that `--help` lists first, besides those without a default
+    may: str = ""  # flags that it explains after these; the others it only names. With neither, it explains all
+    kept: str = "nothing was written"  # by an interrupt; formatted with the configuration's fields
     positional: str = ""  # the flag that a word without ``--`` stands for
     # Module and class that add a simulator's flags to the configuration; `arguments` of that class gives the
     # function's further arguments. For commands that may not import the simulator.
     simulator: str = ""
 
 
-def _row(
-    summary: str, where: str, must: str = "", may: str = "", *, kept: str = "nothing was written", **more: Any
-) -> Command:
-    """A row whose module, configuration and function, and whose flags are words of one text each."""
-    module, config, function = where.split()
-    return Command(summary, module, config, function, kept, tuple(must.split()), tuple(may.split()), **more)
-
-
 _RESUMABLE = "go on with the same command and --resume=true"
 COMMANDS = {
-    "record": _row(
+    "record": Command(
         "record demonstrations of the scripted experts as a LeRobot data set",
         "sim.record RecordConfig record",
         must="root",
         may="mode env.type env.task episodes seed policy_path action_noise resume",
         kept=f"complete attempts are in {{root}}; {_RESUMABLE}",
     ),
-    "inspect": _row(
+    "inspect": Command(
         "say what a data set holds, and what training would choose from it",
         "training.inspection InspectConfig inspect",
         must="root",
         may="output policy.chunk_size policy.action_tokens.type",
         positional="root",
     ),
-    "train": _row(
+    "train": Command(
         "train the autoregressive teacher on recorded data",
         "training.teacher TrainConfig train",
         must="roots output_dir",
@@ -81,20 +70,20 @@ COMMANDS = {
         kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
         simulator="sim.hooks TeacherSimulation",
     ),
-    "fit-tokens": _row(
+    "fit-tokens": Command(
         "fit FAST action tokens (DCT and BPE) on recorded data",
         "training.fit_tokens FitTokensConfig fit_tokens",
         must="roots output",
         may="chunk_size most_ids gripper_dims",
     ),
-    "collect": _row(
+    "collect": Command(
         "write the teacher's Jacobi trajectories over a data set",
         "training.trajectories CollectConfig collect",
         must="policy_path roots output_dir",
         may="device batch_size max_frames shard_index num_shards threads resume",
         kept=f"complete shards are in {{output_dir}}; {_RESUMABLE}",
     ),
-    "distill": _row(
+    "distill": Command(
         "distill the teacher into a student that decodes in few forwards",
         "training.distill DistillConfig distill",
         must="teacher_path trajectories.path roots output_dir",
@@ -103,13 +92,13 @@ COMMANDS = {
         kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
         simulator="sim.hooks StudentSimulation",
     ),
-    "exits": _row(
+    "exits": Command(
         "train exits of a frozen policy: forwards that end after a few layers",
         "training.exits ExitsConfig exits",
         must="policy_path roots output_dir layers",
         may="kind steps batch_size lr device seed threads",
     ),
-    "reinforce": _row(
+    "reinforce": Command(
         "learn when to exit from what becomes of episodes",
         "training.reinforce ReinforceConfig reinforce",
         must="policy_path output_dir",
@@ -117,19 +106,19 @@ COMMANDS = {
         kept="groups so far, if any, are in {output_dir}; teach with them: --groups_from={output_dir}",
         simulator="sim.hooks ReinforceSimulation",
     ),
-    "context": _row(
+    "context": Command(
         "train which prefix tokens of a frozen policy are run: the others cost nothing",
         "training.context ContextConfig context",
         must="policy_path roots output_dir",
         may="dropped steps batch_size lr seed",
     ),
-    "open-loop": _row(
+    "open-loop": Command(
         "compare decoders on held-out data, without a simulator: error, forwards, latency",
         "training.open_loop OpenLoopConfig open_loop",
         must="policy_path roots output_dir",
         may="decoders chunks executed_steps device threads",
     ),
-    "eval": _row(
+    "eval": Command(
         "compare decoders in closed loop: success, forwards, latency, clips",
         "sim.evaluate EvalConfig evaluate",
         must="policy.path",
@@ -137,71 +126,71 @@ COMMANDS = {
         "threads resume",
         kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
     ),
-    "bench": _row(
+    "bench": Command(
         "time a policy and its rivals over the floor, with their success, in one run",
         "sim.bench BenchConfig bench",
         must="policy.path",
         may="teacher.path decoders episodes seed engine env.type output_dir threads resume",
         kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
     ),
-    "calibrate": _row(
+    "calibrate": Command(
         "choose exit thresholds that keep a promised risk, and write them into the checkpoint",
         "sim.calibrate CalibrateConfig calibrate",
         must="policy.path output_dir",
         may="epsilons alpha signals decoders episodes seed env.type executed_steps threads",
     ),
-    "tune": _row(
+    "tune": Command(
         "search the decoding with the most success within a budget of milliseconds",
         "sim.tune TuneConfig tune",
         must="policy.path output_dir",
         may="budgets_ms save population generations episodes chunks seed engine env.type threads",
     ),
-    "show": _row(
+    "show": Command(
         "draw how one observation's tokens settle over the iterations",
         "sim.show ShowConfig show",
         must="policy.path",
         may="teacher.path output seed chunk env.type env.task device",
     ),
-    "grounding": _row(
+    "grounding": Command(
         "how well a policy sees where object and goal are, by distance",
         "sim.grounding GroundingConfig grounding",
         must="policy.path",
         may="scenes edges env.type env.task output device",
     ),
-    "demo": _row(
+    "demo": Command(
         "run the shipped policies: table, plots and clips in a few minutes",
         "sim.evaluate DemoConfig evaluate",
         may="episodes seed output_dir resume",
         kept=f"finished episodes are in {{output_dir}}; {_RESUMABLE}",
     ),
-    "ros-demo": _row(
+    "ros-demo": Command(
         "drive the simulated robot through ROS 2: success, command rate, a bag",
         "ros_nodes.demo.ros_demo RosDemoConfig ros_demo",
         may="episodes checkpoint task action_interface decoding simulated_time rivals latencies_ms output_dir",
         kept="the bag and the nodes' output, as far as they came, are in {output_dir}",
     ),
-    "robot-check": _row(
+    "robot-check": Command(
         "say offline whether a robot's file and a checkpoint fit",
         "ros_nodes.robot.check RobotCheckConfig robot_check",
         must="file",
         may="checkpoint",
         positional="file",
     ),
-    "convert": _row(
+    "convert": Command(
         "make a checkpoint from a published model (OpenVLA, pi0-FAST)",
         "ceed_vla.convert ConvertConfig convert",
         must="path output_dir",
         may="from unnorm_key chunk_size n_action_steps camera camera_size fast_tokenizer text_tokenizer device",
         positional="path",
     ),
-    "verify": _row(
+    "verify": Command(
         "check a published model against its reference outputs",
         "ceed_vla.verify VerifyConfig verify",
         must="folder",
         may="policy_path device",
         positional="folder",
     ),
-    "doctor": _row(
+    "doctor": Command(
         "look at this installation: versions, GL, ROS, devices, disk; what to do where something is missing",
         "ceed_vla.doctor DoctorConfig doctor",
     ),
@@ -264,7 +253,8 @@ def overview() -> str:
 
 def config_of(command: Command) -> type[Any]:
     """A command's configuration dataclass; with the simulator's flags where it has some."""
-    config_class = getattr(importlib.import_module(command.module), command.config)
+    place, name, _ = command.where.split()
+    config_class = getattr(importlib.import_module(place), name)
     if not command.simulator:
         return config_class
     module, name = command.simulator.split()
@@ -281,12 +271,13 @@ def run(name: str, command: Command, flags: Sequence[str]) -> int:
         config_class = config_of(command)
         wanted = _help(flags)
         if wanted:
-            groups = (command.positional, command.must, command.may)
+            groups = (command.positional, command.must.split(), command.may.split())
             print(format_help(program, config_class, *groups, everything=wanted == "all"))
             return 0
         config = parse_flags(config_class, flags, command.positional)
-        function = getattr(importlib.import_module(command.module), command.function)
-        result = function(config, **(config.arguments() if command.simulator else {}))
+        module, _, function = command.where.split()
+        more = config.arguments() if command.simulator else {}
+        result = getattr(importlib.import_module(module), function)(config, **more)
         if not isinstance(result, dict | None):  # a dict is a report that the command has printed
             print(result)
     except UsageError as error:

@@ -48,16 +48,11 @@ class TrajectoriesConfig:
 
 
 class DistillData:
-    """Frames of data sets, and what is distilled on each; `DatasetError` for what the policy cannot read.
+    """Frames of data sets, and what is distilled on each; `DatasetError` for those that the `policy` cannot read.
 
-    Args:
-        roots: Comma-separated data sets, with actions.
-        policy: The student; gives vocabulary and chunk.
-        pre: Its pre-processor.
-        eval_frames: Frames held out.
-        delta_quantile: Share of the training frames whose distance between teacher and demonstration is acceptable.
-        streaming: Which of the data sets are streamed.
-        seed: Of the order in which streamed data are read.
+    `roots` are comma-separated data sets with actions, `pre` is the policy's pre-processor. `eval_frames` frames are
+    held out; of the others, the share `delta_quantile` has an acceptable distance between teacher and demonstration.
+    Streamed data are read in an order that follows from `seed`.
     """
 
     def __init__(

@@ -21,13 +21,9 @@ JOINTS = (*ARM_JOINTS, "finger_left", "finger_right")
 class SimRobot:
     """Arm, gripper, cameras and scene.
 
-    The last command wins, whichever interface it came through; `SimulationError` for a refused one. When commands stop
-    for `command_timeout`, the arm stops where it is; the gripper keeps its command.
-
-    Args:
-        split: Which combinations of colours and phrasings are drawn: "train", "heldout" or "all".
-        image_size: Side of the camera images [px].
-        command_timeout: How long a position command or a twist lasts [s].
+    The last command wins, whichever interface it came through; `SimulationError` for a refused one. When positions or
+    twists stop for `command_timeout` [s], the arm stops where it is; the gripper keeps its command. `split` and
+    `image_size` [px] are those of `TabletopEnv`.
     """
 
     def __init__(self, split: str = "train", image_size: int = 96, command_timeout: float = 0.05) -> None:

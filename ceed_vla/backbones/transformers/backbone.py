@@ -12,6 +12,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -250,14 +251,11 @@ def _first_layers(decoder: nn.Module, depth: int, own: DepthExit | None) -> Iter
 def _behind(decoder: nn.Module, found: Sequence[tuple[int, Callable[..., Any]]]) -> Iterator[None]:
     """Call each function with the hidden vectors (B, t, d) behind so many layers, and the options of the last one."""
 
-    def hook(function: Callable[..., Any]) -> Callable[..., None]:
-        def run(_: nn.Module, __: Any, options: dict[str, Any], output: Any) -> None:
-            function(output[0] if isinstance(output, tuple) else output, **options)
-
-        return run
+    def run(function: Callable[..., Any], _: nn.Module, __: Any, options: dict[str, Any], output: Any) -> None:
+        function(output[0] if isinstance(output, tuple) else output, **options)
 
     layers = cast("nn.ModuleList", decoder.layers)
-    handles = [layers[depth - 1].register_forward_hook(hook(f), with_kwargs=True) for depth, f in found]
+    handles = [layers[depth - 1].register_forward_hook(partial(run, f), with_kwargs=True) for depth, f in found]
     try:
         yield
     finally:

@@ -92,7 +92,7 @@ class CommandedPose:
     """The TCP pose that end-effector actions accumulate to: at a step's start, the end target of the step before."""
 
     def __init__(self, limits: PoseLimits, position: Array) -> None:
-        self.limits, self.position = limits, position  # (3,) [m]
+        self.limits, self.position = limits, position  # the second (3,) [m]
         self.rpy: Array = np.zeros(3)  # roll, pitch, yaw [rad]
 
     @property
@@ -124,7 +124,7 @@ class CommandedPose:
 class ArmKinematics(ABC):
     """An arm of J joints, and its inverse kinematics: damped least squares with a null-space pull to `home`.
 
-    Joints stay in [`low`, `high`] (J,) [rad] and move by `max_joint_step` [rad] at most per `solve`.
+    `low`, `high` and `home` are (J,) [rad]; joints move by `max_joint_step` [rad] at most per `solve`.
     """
 
     def __init__(self, low: Array, high: Array, home: Array, max_joint_step: float = np.inf) -> None:

@@ -47,8 +47,7 @@ class RecordSummary:
 
 
 def record(config: RecordConfig) -> RecordSummary:
-    """Record a data set, or the rest of one; what is interrupted has stored all complete units, and `resume` goes on
-    there.
+    """Record a data set, or the rest of one: an interrupted one has stored all complete units, after which it goes on.
 
     `ConfigError` where `root` exists (without `resume`) or was recorded with other options, `DatasetError` where it is
     no recording or the disk is full. What was stored stays readable.

@@ -116,7 +116,7 @@ class DistillData:
     def batch(self, rows: NDArray[np.int64], draw: StateDraw | None = None) -> dict[str, Any]:
         """What a part of a step needs, of rows that are grouped by data set, on the policy's device.
 
-        What the pre-processor gives and `fixed_points`, and ``labels``, ``label_weight`` (B, n), ``replaced`` (B,).
+        Returns what the pre-processor and `fixed_points` give, ``labels``, ``label_weight`` (B, n), ``replaced`` (B,).
         Without `draw`, the random part of the states, every row gets its previous chunk.
         """
         batch = self.observations(rows)
@@ -142,11 +142,10 @@ class DistillData:
 
 
 class StoredData(DistillData):
-    """Trajectories of `ceed-vla collect` in the folder `path`, by the checkpoint `teacher`; `settings` as
-    `DistillData`.
+    """Trajectories of `ceed-vla collect` in the folder `path`, by the checkpoint `teacher`.
 
-    `DatasetError` where they and the data sets, which are named in the same order, do not fit each other, or for too
-    few frames; `CheckpointError` for another teacher.
+    `settings` are those of `DistillData`. `DatasetError` for too few frames, or where trajectories and data sets (named
+    in the same order) do not fit each other; `CheckpointError` for another teacher.
     """
 
     def __init__(self, path: str, roots: str, teacher: str, policy: CeedVLAPolicy, pre: Any, **settings: Any) -> None:

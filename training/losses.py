@@ -148,7 +148,7 @@ def mixed_labels(
 ) -> tuple[Tensor, Tensor]:
     """The paper's label choice: the teacher's block unless it strays more than `delta_max` from the demonstration.
 
-    Labels (B, n) and the rows (B,) that were replaced by the demonstration.
+    Returns labels (B, n) and the rows (B,) that were replaced by the demonstration.
     """
     replaced = (distance > delta_max) | distance.isinf()
     return torch.where(replaced[:, None], demonstration, fixed_point), replaced

@@ -26,7 +26,7 @@ def weights(
 ) -> dict[str, Tensor] | None:
     """The policy's weights where it cannot write them by itself: sharded ones, or with adapters. All processes call.
 
-    By the policy's own names; None where the policy can, and on processes that write nothing.
+    They have the policy's own names; None where the policy can, and on processes that write nothing.
     """
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if not sharded and not adapted:

@@ -111,8 +111,8 @@ class TrainableBackbone(nn.Module, Backbone):
     ) -> tuple[Tensor, list[Tensor]]:
         """Teacher-forced logits of `blocks` (B, n) behind one prefix of `embed_prefix`; they do not see each other.
 
-        With a `depth` they are those of its exit. The hidden vector (B, d) that predicts slot 0, and for every block
-        logits (B, n, V) that predict its own tokens 0..n-1.
+        With a `depth` they are those of its exit. Returns the hidden vector (B, d) that predicts slot 0, and for every
+        block logits (B, n, V) that predict its own tokens 0..n-1.
         """
 
     def prefill_to(self, observation: dict[str, Tensor], depth: int) -> CutPrefix:

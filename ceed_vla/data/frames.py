@@ -76,9 +76,9 @@ class FrameStore:
     def batch(self, frames: NDArray[np.int64], chunk_size: int) -> dict[str, Any]:
         """Raw batch (before the pre-processor) of the given frames (B,).
 
-        Cameras (B, 3, H, W) float in [0, 1], state (B, D), ``task`` strings, and where the set has them ``action`` (B,
-        m, A) with ``action_is_pad`` (B, m) and ``observation.environment_state`` (B, E). Action chunks of `chunk_size`
-        steps are cut at the end of the episode and padded with its last action.
+        It has cameras (B, 3, H, W) float in [0, 1], state (B, D), ``task`` strings, and where the set has them
+        ``action`` (B, m, A) with ``action_is_pad`` (B, m) and ``observation.environment_state`` (B, E). Action chunks
+        of `chunk_size` steps are cut at the end of the episode and padded with its last action.
         """
         frames = self._checked(frames, chunk_size)
         batch: dict[str, Any] = {

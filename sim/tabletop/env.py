@@ -46,9 +46,9 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     """Language-conditioned manipulation of coloured cubes with a 7-joint arm at 10 Hz.
 
     Action (7,) in [-1, 1]: TCP translation xyz (times 0.05 m), TCP rotation vector (times 0.25 rad), both in the base
-    frame and added to the *commanded* pose, and the gripper (> 0 open, else close). Observation: ``pixels`` (one uint8
-    image (S, S, 3) per camera; absent without cameras) and ``agent_pos`` (14,), whose parts are `STATE_NAMES` in
-    metres.
+    frame and added to the *commanded* pose, and the gripper (> 0 open, else close).
+    Observation: ``pixels`` (one uint8 image (S, S, 3) per camera; absent without cameras) and ``agent_pos`` (14,),
+    whose parts are `STATE_NAMES` in metres. `SimulationError` for an unknown task, split, camera or size.
 
     Args:
         task: A family of `tasks.TASKS`, or "mixed" to draw one at every reset.
@@ -121,7 +121,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return self.observe(), self._info()
 
     def step(self, action: NDArray[np.floating]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Advance by 0.1 s; the reward is 1 on success, which ends the episode. `SimulationError` as of `_checked`."""
+        """Advance by 0.1 s; success, with reward 1, ends the episode. `SimulationError` for NaN or another shape."""
         self.advance(action)
         info = self._info()
         success: bool = info["is_success"]

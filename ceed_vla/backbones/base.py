@@ -19,11 +19,17 @@ from ceed_vla.tensors import is_plain
 
 @dataclass
 class Prefix[C: BlockCache]:
-    """A prefix that has been run."""
+    """A prefix that has been run.
 
-    logits: Tensor  # scores (B, V) of the first action token
-    cache: C  # keys and values of the prefix; decoders write the block behind them
-    dropped: int = field(default=0, kw_only=True)  # tokens that were left out of it (`ceed_vla.backbones.context`)
+    Attributes:
+        logits: Scores (B, V) of the first action token.
+        cache: Keys and values of the prefix; decoders write the block behind them.
+        dropped: Tokens that were left out of it (`ceed_vla.backbones.context`).
+    """
+
+    logits: Tensor
+    cache: C
+    dropped: int = field(default=0, kw_only=True)
 
     def moved(self, cache: StaticCache) -> Prefix[Any]:
         """The same in another cache, with logits that no later run of compiled code overwrites."""
@@ -32,18 +38,29 @@ class Prefix[C: BlockCache]:
 
 @dataclass
 class CutPrefix(Prefix[Any]):
-    """A prefix that only the first `depth` layers have seen; its logits are their exit's."""
+    """A prefix that only the first layers have seen; its logits are their exit's.
+
+    Attributes:
+        depth: So many.
+        hidden: What they made of it, for the layers that follow.
+    """
 
     depth: int
-    hidden: Tensor  # what they made of it, for the layers that follow
+    hidden: Tensor
 
 
 class Backbone(Protocol):
-    """A causal model over a block of action tokens."""
+    """A causal model over a block of action tokens.
 
-    block_length: int  # tokens ``n`` of one block
-    vocabulary_size: int  # action values ``V`` of one token; no other token has a score
-    num_layers: int  # layers of a full forward
+    Attributes:
+        block_length: Tokens ``n`` of one block.
+        vocabulary_size: Action values ``V`` of one token. No other token has a score.
+        num_layers: Layers of a full forward.
+    """
+
+    block_length: int
+    vocabulary_size: int
+    num_layers: int
 
     @abc.abstractmethod
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:

@@ -39,11 +39,11 @@ class Row:
     suffix: str = ""
     draft: str = ""
 
-    def delayed(self, milliseconds: float, fps: int) -> Row:
+    def delayed(self, milliseconds: float, fps: int, suffix: str = "") -> Row:
         """This row where a chunk takes so long, rounded up to whole control steps; itself for 0."""
         if not milliseconds:
             return self
-        suffix, steps = f"@{milliseconds:g}ms", math.ceil(milliseconds * fps / 1000 - 1e-9)
+        suffix, steps = suffix or f"@{milliseconds:g}ms", math.ceil(milliseconds * fps / 1000 - 1e-9)
         return replace(self, name=self.name + suffix, delay=steps, suffix=suffix)
 
     @property

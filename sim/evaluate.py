@@ -68,6 +68,8 @@ class EvalConfig(DrivenConfig):
         workers: Processes that share the shards, with one thread of torch each; 1 is this process, with `threads`.
         delay_ms: Times that a chunk takes in the closed loop, such as 0,100,200: every decoder runs with each, as
             NAME@100ms. The chunk before goes on meanwhile, rounded up to whole steps; where it ends, the robot holds.
+        delay: given: as `delay_ms` says; measured: beside it as NAME@measured, with the time (p50) that the decoder's
+            chunks took on this machine, in this run, before the episodes.
         executed_steps: Steps executed of each chunk; None: the policy's own.
         clips: Whether to write one clip a decoder.
         timing_chunks: Chunks on which latency is measured; 0 skips it.
@@ -91,6 +93,7 @@ class EvalConfig(DrivenConfig):
     batch: int = ranged(20, "[1, 1000]")
     workers: int = ranged(1, MOST)
     delay_ms: list[float] = ranged([0.0], "[0, 1e5]")
+    delay: str = chosen("given", ("given", "measured"))
     executed_steps: int | None = ranged(None, "[1, 4096]")
     clips: bool = True
     timing_chunks: int = ranged(100, "[0, 100000]")
@@ -161,15 +164,16 @@ def _evaluate(config: EvalConfig, pool: EnvPool, workers: Workers, console: Cons
     folder = claim_folder("output_dir", config.output_dir, own, (REPORT, EPISODES))
     if not config.resume:
         refuse_unfinished(folder, REPORT)
-    run, log = prepared(config, pool)
-    run.probes, config = probes(run.bundles), run.config
+    run, log = prepared(config, pool, probes)
+    config = run.config
     folder.mkdir(parents=True, exist_ok=True)
     log.start(run.results)
     complete = False
     try:
         _write_json(_build_report(run, complete=False), folder)
         _run_all_episodes(run, log, workers)
-        _run_timing(run)
+        if not run.timing:
+            _run_timing(run)
         complete = True
     finally:
         report = _build_report(run, complete=complete)
@@ -187,26 +191,33 @@ def _decoders(config: EvalConfig) -> list[str]:
     return parse_decoders(config.decoders, has_teacher=bool(config.teacher.path))
 
 
-def prepared(config: EvalConfig, pool: EnvPool) -> tuple[Evaluation, EpisodeLog]:
+def prepared(config: EvalConfig, pool: EnvPool, probes: Any) -> tuple[Evaluation, EpisodeLog]:
     """What is evaluated, with the episodes that are kept of a run before, and where episodes are written."""
+    if config.delay == "measured" and not config.timing_chunks:
+        raise ConfigError("--delay measured needs --timing_chunks, on which it is measured.")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     bundles = load_bundles(config)
     executed = config.executed_steps or bundles["policy"][0].config.n_action_steps
     config = replace(config, executed_steps=executed)
-    rows = _rows(config, bundles)
-    longest, steps = max(row.delay for row in rows), min(b[0].config.chunk_size for b in bundles.values())
-    if longest:
+    run = Evaluation(config, _rows(config, bundles), bundles, {}, pool, executed, probes(bundles))
+    if config.delay == "measured":
+        _run_timing(run)
+        took = {name: 1000 * float(np.median(samples.total)) for name, samples in run.samples.items()}
+        run.rows += [row.delayed(took[row.name], config.env.fps, "@measured") for row in run.rows if not row.delay]
+    rows, steps = run.rows, min(b[0].config.chunk_size for b in bundles.values())
+    latest = max(rows, key=lambda row: row.delay)
+    if latest.delay:
         pool.env(0).needs("--delay_ms", "hold_action")
-    if longest >= steps:
-        raise ConfigError(f"--delay_ms has a delay of {longest} control steps; a chunk has {steps}: give less.")
+    if latest.delay >= steps:
+        raise ConfigError(f"{latest.name} is {latest.delay} control steps late; a chunk has {steps}: leave it out.")
     log = EpisodeLog(
         Path(config.output_dir), _identity(config, rows, bundles), dict(_plan(config)), pool.max_episode_steps
     )
     kept: Results = {row.name: [] for row in rows} | (log.shared(Path(config.reuse)) if config.reuse else {})
     kept |= {name: episodes for name, episodes in (log.read() if config.resume else {}).items() if episodes}
-    kept = _whole_shards(config, rows, kept)
-    return Evaluation(config, rows, bundles, kept, pool, executed), log
+    run.results = _whole_shards(config, rows, kept)
+    return run, log
 
 
 def _rows(config: EvalConfig, bundles: dict[str, Bundle]) -> list[Row]:
@@ -271,15 +282,14 @@ def _whole_shards(config: EvalConfig, rows: Sequence[Row], results: Results) -> 
     return results
 
 
-def shard_runner(config: EvalConfig, pool: EnvPool) -> Callable[[tuple[str, Any]], tuple[str, list[EpisodeResult]]]:
-    """What runs the episodes of a shard by the decoder of a name, in a process of its own; see `Workers`."""
+def shard_runner(config: EvalConfig, pool: EnvPool) -> Callable[[tuple[Row, Any]], tuple[str, list[EpisodeResult]]]:
+    """What runs the episodes of a shard by the decoder of a row, in a process of its own; see `Workers`."""
     bundles = load_bundles(config)
-    rows = {row.name: row for row in _rows(config, bundles)}
     executed = config.executed_steps or bundles["policy"][0].config.n_action_steps
 
-    def run(item: tuple[str, list[tuple[int, str]]]) -> tuple[str, list[EpisodeResult]]:
-        name, episodes = item
-        return name, rollout(make_runner(rows[name], bundles, executed), pool, episodes)
+    def run(item: tuple[Row, list[tuple[int, str]]]) -> tuple[str, list[EpisodeResult]]:
+        row, episodes = item
+        return row.name, rollout(make_runner(row, bundles, executed), pool, episodes)
 
     return run
 
@@ -311,7 +321,7 @@ def _run_all_episodes(run: Evaluation, log: EpisodeLog, workers: Workers) -> Non
                 runner = make_runner(row, run.bundles, run.executed_steps)
                 rollout(runner, run.pool, episodes, partial(finish, row.name))
             return
-        for name, results in workers.map([(row.name, episodes) for row, episodes in missing]):
+        for name, results in workers.map(missing):
             for episode in results:
                 finish(name, episode)
 

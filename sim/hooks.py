@@ -14,9 +14,11 @@ from typing import Any
 from lerobot.envs.configs import EnvConfig
 from tqdm import tqdm
 
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import ranged
 from ceed_vla.workers import MOST, Workers
+from sim.decoders import resolve_rows
 from sim.environment import TAKEOVER_SEEDS, VALIDATION_SEED, EnvPool, check_expert
 from sim.evaluate import EvalConfig, shard_runner, shards
 from sim.grounding import GroundingConfig, grounding
@@ -127,7 +129,8 @@ class ClosedLoopValidation:
             tqdm(total=self.episodes, desc="validate", unit="episode", dynamic_ncols=True) as bar,
             Workers(PROCESSES, shard_runner, config, EnvPool(config.batch, self.env)) as workers,
         ):
-            for _, results in workers.map([(self.decoding, shard) for shard in shards(config)]):
+            (row,) = resolve_rows([self.decoding], {"policy": CeedVLAConfig.read(policy)})
+            for _, results in workers.map([(row, shard) for shard in shards(config)]):
                 outcomes += [episode.success for episode in results]
                 bar.update(len(results))
                 bar.set_postfix_str(f"{sum(outcomes)} solved")

@@ -126,7 +126,7 @@ def test_latency_needs_to_know_how_to_hold_still(tmp_path: Path, monkeypatch: py
     config = EvalConfig(CheckpointPath("student"), env=PlainConfig(), delay_ms=[100.0], output_dir=folder)
     message = r"lacks hold_action\(\), which --delay_ms needs"
     with EnvPool(1, config.env) as pool, pytest.raises(SimulationError, match=message):
-        prepared(config, pool)
+        prepared(config, pool, lambda _: {})
 
 
 def test_the_tasks_of_a_suite_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from sim.settings import CheckpointPath
 from sim.show import ShowConfig, show
 from sim.tabletop.lerobot_env import CeedTabletopEnv
 from sim.tabletop.tasks import TASKS, combinations
+from sim.timing import Samples
 from tests.helpers.tabletop import tabletop_config
 
 
@@ -97,8 +98,9 @@ def test_options_are_parsed_from_the_command_line() -> None:
         ({"batch": 10**6}, "--batch is 1000000"),
         ({"timing_chunks": -1}, "--timing_chunks is -1"),
         ({"executed_steps": 99}, "a chunk of"),
-        ({"delay_ms": [0.0, 350.0]}, "--delay_ms has a delay of 4 control steps; a chunk has 4: give less"),
+        ({"delay_ms": [0.0, 350.0]}, "@350ms is 4 control steps late; a chunk has 4: leave it out"),
         ({"delay_ms": [-1.0]}, "--delay_ms"),
+        ({"delay": "measured", "timing_chunks": 0}, "--timing_chunks"),
         ({"workers": 0}, "--workers is 0"),
         ({"device": "cuda:77"}, "The device is 'cuda:77'; this machine has cpu"),
         ({"decoders": "ar,cap0"}, "Decoder 'cap0': its cap K is 0; it must be a whole number in [1, 1e6]"),
@@ -262,6 +264,31 @@ def test_latency_in_the_loop_has_rows_of_its_own(checkpoint: Path, tmp_path: Pat
     assert all(set(episode["motion"]) == {"action_rate", "path", "jerk"} for episode in episodes)
     with pytest.raises(ConfigError, match="is of another evaluation: its decoders"):
         evaluate(options(checkpoint, tmp_path, **{**changes, "delay_ms": [0.0, 250.0]}, resume=True), quiet())
+
+
+def test_decoders_are_as_late_as_they_are_slow(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[int] = []
+
+    def run_timing(run: Any) -> None:
+        timed.append(len(run.rows))
+        run.samples = {
+            row.name: Samples([s], [0.0], [s], [torch.zeros(28)]) for row, s in zip(run.rows, (0.11, 0.03), strict=True)
+        }
+        run.timing = {"chunks": 1}
+
+    monkeypatch.setattr("sim.evaluate._run_timing", run_timing)
+    monkeypatch.setattr("sim.evaluate.summarise", lambda *_: {})
+    monkeypatch.setattr("sim.evaluate.write_plots", lambda *_: [])
+    monkeypatch.setattr("sim.evaluate.markdown", lambda *_: "")
+    config = options(checkpoint, tmp_path, decoders="ar,ceed", delay="measured", clips=False)
+    rows = evaluate(config, quiet())["decoders"]
+    assert timed == [2]  # once, before the episodes
+    late = {"ar": 0, "ceed": 0, "ar@measured": 2, "ceed@measured": 1}
+    assert {name: entry["delay_steps"] for name, entry in rows.items()} == late
+    assert list(rows["ceed@measured"]["paired"]) == ["ar@measured"]
+    assert all(entry["episodes"] == 2 for entry in rows.values())
 
 
 def test_the_teachers_rows_are_taken_from_an_earlier_report(checkpoint: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import sim.rivals
+from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.context import CONTEXT
 from ceed_vla.backbones.exits import described_exits
 from ceed_vla.checkpoints import resolve_checkpoint
@@ -69,6 +70,7 @@ def bench(config: BenchConfig, console: Console | None = None) -> dict[str, Any]
         folder = resolve_checkpoint(config.policy.given())
         rows = [*CeedVLAConfig.read(folder).decodings, *depth_rows(*described_exits(folder))]
         rows += [CONTEXT_ROW] * (folder / CONTEXT).is_file()
+        rows += program_rows(CeedVLAConfig.read(folder))
         config.decoders = ",".join([ROWS, *rows, *[TEACHER_ROWS] * bool(config.teacher.path)])
     config.decoders = f"ar,ar_h,{config.decoders}"  # everything is compared with them
     report = evaluate(config, console, lambda bundles: {"act": sim.rivals.act(bundles["policy"])})
@@ -83,13 +85,22 @@ def bench(config: BenchConfig, console: Console | None = None) -> dict[str, Any]
 
 
 def depth_rows(kind: str, depths: Sequence[int]) -> list[str]:
-    """What a policy with exits can: Balcony's and ASE's, DeeR-VLA's, LayerSkip's, Spec-VLA's and DEL's."""
+    """What a policy with exits can: Balcony's and ASE's, DSSD's, DeeR-VLA's, LayerSkip's, Spec-VLA's and DEL's."""
     rows = [f"depth{depth}_cap2_fresh" for depth in depths]
+    if kind == "linear":
+        rows += [f"sure{depth}p0.2_conf0.2_cap2" for depth in depths[1:]]
     if kind in ("linear", "coarse"):
         rows += [f"deer{upper}t3_conf0.2_cap2" for lower, upper in pairwise(depths) if upper == lower + 1]
     if kind == "linear":
         rows += [f"spec{depths[0]}x4", f"spec{depths[0]}x4r2", "del"]
     return rows
+
+
+def program_rows(config: CeedVLAConfig) -> list[str]:
+    """CoLa's: a first forward without the last layer but one, where the backbone runs programs."""
+    layers = config.backbone.layers if isinstance(config.backbone, CompactConfig) else 0
+    program = "-".join(str(i) for i in range(layers) if i != layers - 2)
+    return [f"program{program}_cap2"] * (2 < layers <= 16)  # more make no name
 
 
 def floor(report: Mapping[str, Any], model: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 from ceed_vla import load
+from ceed_vla.backbones.compact.config import CompactConfig
+from ceed_vla.checkpoints import resolve_checkpoint
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding.names import named_config
 from ceed_vla.engine import CompiledBackbone
 from sim.bench import (
@@ -24,6 +28,7 @@ from sim.bench import (
     depth_rows,
     markdown,
     pareto,
+    program_rows,
     rows_of,
 )
 from sim.decoders import Row, parse_decoders
@@ -95,7 +100,11 @@ def test_exits_bring_their_rows() -> None:
     assert depth_rows("", []) == []
     assert depth_rows("layer", [2, 3]) == ["depth2_cap2_fresh", "depth3_cap2_fresh"]
     rows = ["deer5t3_conf0.2_cap2", "spec2x4", "spec2x4r2", "del"]
-    assert depth_rows("linear", [2, 4, 5])[3:] == rows
+    sure = ["sure4p0.2_conf0.2_cap2", "sure5p0.2_conf0.2_cap2"]
+    assert depth_rows("linear", [2, 4, 5])[3:] == sure + rows
+    config = CeedVLAConfig.read(resolve_checkpoint("student"))
+    assert program_rows(config) == ["program0-1-3_cap2"]
+    assert program_rows(replace(config, backbone=CompactConfig(layers=2))) == []
     assert depth_rows("coarse", [2, 4, 5])[3:] == rows[:1]  # drafts read behind committed tokens
 
 

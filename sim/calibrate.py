@@ -208,7 +208,7 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
         raise ConfigError("These tokens are no bins of actions: how far one is from another is unknown.")
     config = replace(config, executed_steps=config.executed_steps or policy.config.n_action_steps)
     bundle = joined((policy, pre, post), config.env)
-    with EnvPool(min(config.batch, config.episodes), config.env) as pool:
+    with EnvPool(min(config.batch, config.episodes), config.env, config.instruction) as pool:
         rows, chosen = _choose(config, bundle, pool)
     report = {
         "program": MADE_BY,

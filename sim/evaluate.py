@@ -60,7 +60,6 @@ class EvalConfig(DrivenConfig):
         decoders: Comma-separated names: ar, ar_h (stops after the executed steps), jacobi (strict), ceed (the
             checkpoint's early exit), cap<K> (at most K forwards, e.g. cap2), conf<P>_cap<K> (or until confident, e.g.
             conf0.2_cap3); Jacobi ones also with _mid or _random (the guess); all with teacher_ in front.
-        instruction: What the policy is told, where the environment says nothing or other words than the data.
         episodes: Episodes a decoder.
         seed: First seed; every decoder runs seed, seed + 1, ... Seeds from 50000 up are for evaluation only.
         output_dir: Folder for the report, plots and clips. A report that we completed there earlier is replaced.
@@ -86,7 +85,6 @@ class EvalConfig(DrivenConfig):
 
     teacher: CheckpointPath = field(default_factory=CheckpointPath)
     decoders: str = "ar,jacobi,ceed"
-    instruction: str = ""
     episodes: int = ranged(20, "[1, 100000]")
     seed: int = ranged(EVALUATION_SEEDS, SEEDS)
     output_dir: str = "outputs/eval"

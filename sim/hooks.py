@@ -50,10 +50,12 @@ class StudentSimulation:
 
     Attributes:
         env: Where policies are validated and takeovers recorded; none: neither is done.
+        instruction: What the policy is told then, where the environment says nothing or other words than the data.
         validate_episodes: Episodes of every validation; 0 for none.
     """
 
     env: EnvConfig = field(default_factory=mixed_tabletop)
+    instruction: str = ""
     validate_episodes: int = ranged(40, "[0, 10000]")
 
     def arguments(self) -> dict[str, Any]:
@@ -63,7 +65,7 @@ class StudentSimulation:
     def closed_loop(self, decoding: str) -> ClosedLoopValidation | None:
         """How a policy is validated, where it is."""
         validated = self.validate_episodes and self.env.type != "none"
-        return ClosedLoopValidation(self.env, self.validate_episodes, decoding) if validated else None
+        return ClosedLoopValidation(self.env, self.validate_episodes, decoding, self.instruction) if validated else None
 
 
 class TeacherSimulation(StudentSimulation):
@@ -115,19 +117,19 @@ def localisation(env: EnvConfig, policy: Path) -> dict[str, float]:
 class ClosedLoopValidation:
     """Success of a checkpoint on validation seeds: a `training.run.ClosedLoop`."""
 
-    def __init__(self, env: EnvConfig, episodes: int = 40, decoding: str = "ar") -> None:
-        self.env, self.episodes, self.decoding = env, episodes, decoding
+    def __init__(self, env: EnvConfig, episodes: int = 40, decoding: str = "ar", instruction: str = "") -> None:
+        self.env, self.episodes, self.decoding, self.instruction = env, episodes, decoding, instruction
 
     def __call__(self, policy: Path) -> tuple[int, int]:
         """(successes, episodes) of the checkpoint folder `policy`; a bar counts the episodes meanwhile."""
         config = EvalConfig(
             CheckpointPath(str(policy)), env=self.env, decoders=self.decoding, episodes=self.episodes,
-            seed=VALIDATION_SEED, batch=min(20, -(-self.episodes // PROCESSES)),
+            seed=VALIDATION_SEED, batch=min(20, -(-self.episodes // PROCESSES)), instruction=self.instruction,
         )  # fmt: skip
         outcomes: list[bool] = []
         with (
             tqdm(total=self.episodes, desc="validate", unit="episode", dynamic_ncols=True) as bar,
-            Workers(PROCESSES, shard_runner, config, EnvPool(config.batch, self.env)) as workers,
+            Workers(PROCESSES, shard_runner, config, EnvPool(config.batch, self.env, self.instruction)) as workers,
         ):
             (row,) = resolve_rows([self.decoding], {"policy": CeedVLAConfig.read(policy)})
             for _, results in workers.map([(row, shard) for shard in shards(config)]):

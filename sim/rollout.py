@@ -353,9 +353,11 @@ def in_shards[T](items: Sequence[T]) -> list[Sequence[T]]:
     return [items[i : i + SHARD] for i in range(0, len(items), SHARD)]
 
 
-def episode_runner(policy: str, env: EnvConfig) -> Callable[[tuple[Any, int | None, Any]], list[EpisodeResult]]:
+def episode_runner(
+    policy: str, env: EnvConfig, instruction: str = ""
+) -> Callable[[tuple[Any, int | None, Any]], list[EpisodeResult]]:
     """What runs a shard of (seed, task) by a decoding and executed steps, in a process of its own; see `Workers`."""
-    bundle, pool = joined(load(policy), env), EnvPool(SHARD, env)
+    bundle, pool = joined(load(policy), env), EnvPool(SHARD, env, instruction)
 
     def run(item: tuple[Any, int | None, Sequence[tuple[int, str]]]) -> list[EpisodeResult]:
         decoding, executed_steps, episodes = item

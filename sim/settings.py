@@ -37,7 +37,9 @@ class DrivenConfig(Checked, prefix="--"):
     Attributes:
         policy: The policy.
         env: The environment; its tasks take turns over the seeds, or it draws them (env.task=mixed).
+        instruction: What the policy is told, where the environment says nothing or other words than the data.
     """
 
     policy: CheckpointPath = field(default_factory=CheckpointPath)
     env: EnvConfig = field(default_factory=mixed_tabletop)
+    instruction: str = field(default="", kw_only=True)

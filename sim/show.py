@@ -75,7 +75,7 @@ def show(config: ShowConfig) -> Path:
     path = claim_file("output", config.output, ".png")
     bundles = load_bundles(config)
     policy = bundles["policy"][0].config
-    with EnvPool(1, config.env) as pool:
+    with EnvPool(1, config.env, config.instruction) as pool:
         runner = PolicyRunner(bundles["policy"], policy.decoding, executed_steps=config.executed_steps)
         moments = drive(runner, pool, config.seed, turns(config.env)[0])
         *_, replan = islice(moments, config.chunk + 1)  # the last one of a shorter episode

@@ -333,8 +333,8 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     policy, pre, post = load(config.policy.given())
     with (
-        EnvPool(SHARD, config.env) as pool,
-        Workers(config.workers, episode_runner, config.policy.path, config.env) as workers,
+        EnvPool(SHARD, config.env, config.instruction) as pool,
+        Workers(config.workers, episode_runner, config.policy.path, config.env, config.instruction) as workers,
     ):
         search = Search(config, joined((policy, pre, post), config.env), pool, workers)
         trials, final = search.run(), search.final()

@@ -115,7 +115,7 @@ def test_another_kind_starts_from_its_own_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--policy.backbone.type=opnvla"], "backbone.type is 'opnvla'; choose one of compact"),
+        (["--policy.backbone.type=opnvla"], "backbone.type is 'opnvla'; choose one of .*compact"),
         (["--policy.action_tokens.type=x"], "action_tokens.type is 'x'; choose one of .*uniform"),
         (
             ["--policy.backbone.type=openvla", "--policy.backbone.width=3"],

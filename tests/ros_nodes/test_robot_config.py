@@ -333,6 +333,24 @@ def test_velocities_and_efforts_are_parts_of_states_and_crops_of_images(tmp_path
     assert "7 names and 0 velocities" in observations.fault.detail
 
 
+@pytest.mark.parametrize("unit", [{"unit": "deg"}, {"unit": "rad"}, {"scale": [0.0192, 0.03, 1.0, 2.0, 0.5, 0.1]}])
+def test_an_inverted_joint_has_the_opposite_effort_in_newton_metres(tmp_path: Path, unit: dict[str, Any]) -> None:
+    """The policy's effort x velocity keeps the sign of the power, and a unit of angle is none of torque."""
+    sign = [1, -1, -1, 1, 1, -1]
+    values = example(state={"observation.state": ["joint_velocities", "joint_efforts"]})
+    del values["arm"]["unit"]
+    values["arm"] |= {"sign": sign, "offset": [0.3] * 6, **unit}
+    robot = load_robot_config(write(tmp_path, values))
+    observations = Observations(robot, {}, {"observation.state": 12}, None)
+    speed, torque = [0.5, -1.0, 2.0, 0.1, -0.2, 0.3], [3.0, 4.0, -5.0, 6.0, 0.0, -7.0]
+    state = JointState(name=list(robot.arm.joints) + ["finger_joint"], position=[0.1] * 7)
+    state.velocity, state.effort = [*speed, 9.0], [*torque, 9.0]
+    observations.take_joints(state)
+    seen = observations.snapshot(Motion(robot))["observation.state"]
+    np.testing.assert_array_equal(seen[6:], np.array(sign, np.float32) * torque)
+    np.testing.assert_array_equal(np.sign(seen[:6] * seen[6:]), np.sign(np.array(speed) * torque))
+
+
 def test_a_frame_rate_may_be_said_as_it_is(tmp_path: Path) -> None:
     values = example(action={"dt": 0.1})
     with pytest.raises(ConfigError, match=r"action.dt and fps say the same"):

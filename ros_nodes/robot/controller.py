@@ -26,6 +26,7 @@ from ros_nodes.robot.safety import JOINT_STATES, MAX_DT, Decision, Hold, SafetyF
 # it up again sooner. Afterwards it would leap back as its drives come on.
 BLIND_HOLD = 5.0
 HOME_SPEED = 0.2  # of the fastest joint on the way home [rad/s]
+FIRST_CHUNK = Hold(WAITING, "for the first chunk")
 
 
 class PolicyController:
@@ -80,7 +81,7 @@ class PolicyController:
             self._observations.look_anew()
             self._start_here(now, resumed=False)
             self.stream.try_again()
-            self.hold = None if home else Hold(WAITING, "for the first chunk")
+            self.hold = None if home else self._objection() or FIRST_CHUNK
         else:
             self._safety.disable()
             self._drop_plans()
@@ -259,7 +260,7 @@ class PolicyController:
 
     def _wait(self, dt: float, clock: float, hold: Hold | None) -> Decision:
         """Hold with nothing planned; begin as soon as nobody objects."""
-        hold = hold or Hold(WAITING, "for the first chunk")
+        hold = hold or FIRST_CHUNK
         decision = self._safety.command(None, None, dt=dt, ages=self.ages(clock), hold=hold)
         if decision.hold == hold and hold.code == WAITING and decision.positions is not None:
             self._motion.resume(decision.positions)

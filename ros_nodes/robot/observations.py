@@ -173,9 +173,7 @@ class Observations:
         values: dict[str, Any] = {**self._joints, **motion.commanded, "joint_positions": units.theirs(positions)}
         if "joint_velocities" in values:
             values["joint_velocities"] = values["joint_velocities"] / units.scale
-        if (
-            "joint_efforts" in values
-        ):  # [N m], whatever angles are counted in
+        if "joint_efforts" in values:  # [N m], whatever angles are counted in
             values["joint_efforts"] = values["joint_efforts"] * np.sign(units.scale)
         if gripper is not None and self.opening is not None:
             values["finger_opening"] = gripper.policy.theirs(self.opening)

@@ -18,6 +18,7 @@ from ros_nodes.robot.interfaces.base import INTERFACES, ActionInterface
 from ros_nodes.robot.texts import short, shown
 from ros_nodes.robot.yaml_fields import TOPIC, Fields
 
+INVERSE = 1e-9  # part of its range that a mapping may lose there and back
 PACKAGED = "launch/config/tabletop_robot.yaml"
 POSE_COMPONENTS = ("tcp_position", "tcp_quaternion")
 COMMAND_COMPONENTS = ("commanded_position", "commanded_yaw_cos_sin")
@@ -347,6 +348,24 @@ def _check(config: RobotConfig, fields: Fields) -> None:
         raise fields.error("gripper", "is missing; finger_opening and commanded_gripper need it")
     if config.gripper is not None and not config.gripper.joints and "finger_opening" in components:
         raise fields.error("gripper.joints", "is missing; finger_opening needs it")
+    _check_inverses(config, fields)
     shared = set(config.gripper.joints) & set(config.arm.joints) if config.gripper else set()
     if shared:
         raise fields.error("gripper.joints", f"repeats the arm's {', '.join(sorted(shared))}")
+
+
+def _check_inverses(config: RobotConfig, fields: Fields) -> None:
+    """Every mapping must come back from there and from here, all over what the robot does."""
+    limits, joints = config.limits, len(config.arm.joints)
+    low, high = limits.low or (-math.pi,) * joints, limits.high or (math.pi,) * joints
+    mappings: list[tuple[str, Linear, Any, Any]] = [("arm.offset", config.arm.units, low, high)]
+    if (gripper := config.gripper) is not None:
+        for name, mapping in (("opening", gripper.measured), ("action", gripper.policy)):
+            mappings.append((f"gripper.{name}_offset", mapping, gripper.closed, gripper.open))
+    for key, mapping, low, high in mappings:
+        ours = np.linspace(low, high)
+        theirs = mapping.theirs(ours)
+        for values, again in ((ours, mapping.ours(theirs)), (theirs, mapping.theirs(mapping.ours(theirs)))):
+            if not np.all(np.abs(again - values) < INVERSE * np.abs(values[-1] - values[0])):
+                problem = "is too large beside scale and limits: there and back the mapping loses more than"
+                raise fields.error(key, f"{problem} {INVERSE:g} of its range")

@@ -327,3 +327,14 @@ def test_two_cameras_are_paired_by_when_their_images_were_taken(apart: float, fi
                 spreads.append(abs(cameras["front"].stamp - cameras["wrist"].stamp))
     assert len(spreads) >= 18
     assert max(spreads) == pytest.approx(apart, abs=1e-6)
+
+
+@pytest.mark.parametrize("instruction", ["", "a\0b", "climb"])
+def test_enable_answers_what_the_next_tick_does(instruction: str) -> None:
+    loop = Loop(enable=False)
+    loop.stream.instruct(instruction)
+    assert loop.controller.enable(loop.now) is None
+    answered = loop.controller.state
+    assert answered.code == {"": "no_instruction", "climb": "waiting"}.get(instruction, "bad_instruction")
+    loop.run(0.005)
+    assert (loop.controller.state, loop.controller.hold.code) == (answered, answered.code)

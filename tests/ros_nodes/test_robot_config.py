@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from builtin_interfaces.msg import Time
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sensor_msgs.msg import JointState
 
@@ -270,6 +270,12 @@ def test_joints_go_to_the_policys_units_and_back(
     np.testing.assert_allclose(there * np.array(scale) * np.array(sign) + offset, at, atol=1e-9)
 
 
+def test_an_offset_far_beyond_the_limits_is_refused(tmp_path: Path) -> None:
+    values = example(arm={"offset": [100.0] * 6}, limits={"position": {"low": [0.0] * 6, "high": [1e-6] * 6}})
+    with pytest.raises(ConfigError, match=r"arm.offset is too large beside scale"):
+        load_robot_config(write(tmp_path, values))
+
+
 def test_so_101_joints_of_minus_100_to_100(tmp_path: Path) -> None:
     change = {"sign": [1, -1, 1, 1, 1, 1], "scale": [0.0192] * 6, "offset": [0.0, 0.1, 0.0, 0.0, 0.0, 0.0]}
     values = example(arm=change)
@@ -351,6 +357,44 @@ def test_an_inverted_joint_has_the_opposite_effort_in_newton_metres(tmp_path: Pa
     np.testing.assert_array_equal(np.sign(seen[:6] * seen[6:]), np.sign(np.array(speed) * torque))
 
 
+@given(
+    scale=st.floats(1e-9, 1e6) | st.floats(-1e6, -1e-9),
+    offset=st.floats(-1e6, 1e6),
+    unit=st.floats(1e-6, 100.0),
+    zero=st.floats(-100.0, 100.0),
+    part=st.floats(0.0, 1.0),
+)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_loads_comes_back_there_and_here(
+    tmp_path: Path, scale: float, offset: float, unit: float, zero: float, part: float
+) -> None:
+    """Whatever a file says: it is refused, or arm and gripper are the same after there and back, to 1e-9."""
+    gripper = {"opening_scale": scale, "opening_offset": offset, "action_scale": -scale, "action_offset": offset}
+    values = example(arm={"scale": [unit] * 6, "offset": [zero] * 6}, gripper=gripper)
+    del values["arm"]["unit"]
+    try:
+        robot = load_robot_config(write(tmp_path, values))
+    except ConfigError as error:
+        assert "_offset is too large beside scale" in str(error)  # noqa: PT017
+        assert abs(offset) > 1e-4  # nobody is refused for a scale alone
+        return
+    assert robot.gripper is not None
+    low, high = np.array(robot.limits.low), np.array(robot.limits.high)
+    ends = robot.gripper.closed, robot.gripper.open
+    for mapping, first, last in (
+        (robot.arm.units, low, high),
+        (robot.gripper.measured, *ends),
+        (robot.gripper.policy, *ends),
+    ):
+        ours = first + part * (last - first)
+        there = mapping.theirs(ours)
+        reach = np.abs(mapping.theirs(last) - mapping.theirs(first))
+        np.testing.assert_array_less(np.abs(mapping.ours(there) - ours), 1e-9)
+        np.testing.assert_array_less(np.abs(mapping.theirs(mapping.ours(there)) - there), 3e-9 * reach)
+    opening = ends[0] + part * (ends[1] - ends[0])
+    assert robot.gripper.measured.ours(robot.gripper.measured.theirs(opening)) == pytest.approx(opening, abs=1.5e-9)
+
+
 def test_a_frame_rate_may_be_said_as_it_is(tmp_path: Path) -> None:
     values = example(action={"dt": 0.1})
     with pytest.raises(ConfigError, match=r"action.dt and fps say the same"):
@@ -368,6 +412,17 @@ def test_a_frame_rate_may_be_said_as_it_is(tmp_path: Path) -> None:
         ("arm", {"scale": [0.0] * 6}, "must lie in"),
         ("arm", {"scale": [1.0] * 6, "unit": "deg"}, "exclude each other"),
         ("gripper", {"opening_scale": 0.0}, "must not be 0"),
+        (
+            "gripper",
+            {"opening_offset": 1e6, "opening_scale": 0.3, "open": 0.01},
+            "gripper.opening_offset is too large beside scale",
+        ),
+        (
+            "gripper",
+            {"action_scale": -0.3, "action_offset": 1e5, "open": 1e-3},
+            "gripper.action_offset .* loses more than 1e-09",
+        ),
+        ("gripper", {"action_offset": 1e6, "open": 1e-12}, "gripper.action_offset is too large"),
         ("gripper", {"command": "joint", "joints": []}, "joints names none"),
         ("limits", {"acceleration": [-1.0] * 6}, "must lie in"),
     ],

@@ -35,7 +35,12 @@ def policy_topics() -> list[Row]:
         (robot.joint_states, IN, "sensor_msgs/msg/JointState", "joints, matched by name"),
         ("policy/instruction", IN, "std_msgs/msg/String", "what to do; latched"),
         *((one.topic, OUT, type_name(one.message_type), f"{said} `{name}`") for name, one in robot.interfaces.items()),
-        (robot.gripper.topic, OUT, "std_msgs/msg/Float64MultiArray", "[opening in metres]"),
+        (
+            robot.gripper.topic,
+            OUT,
+            "std_msgs/msg/Float64MultiArray",
+            "[opening in metres], or its joint's position (`gripper.command`)",
+        ),
         ("diagnostics", OUT, "diagnostic_msgs/msg/DiagnosticArray", "once a second"),
         ("policy/state", OUT, "std_msgs/msg/String", "the state, and why, at every change; latched"),
         ("policy/preview_command", OUT, "as the command", "instead of commands, with `dry_run`"),

@@ -48,6 +48,14 @@ class Fields:
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
+    def flat(self) -> dict[str, Any]:
+        """Every value below by its whole name, "limits.step"."""
+        found: dict[str, Any] = {}
+        for key, value in self._values.items():
+            below = Fields(self.source, self._name(key), value).flat() if isinstance(value, dict) else {}
+            found |= below or {self._name(key): value}
+        return found
+
     def error(self, key: str, problem: str) -> ConfigError:
         """An error about `key`; raise it."""
         return ConfigError(f"{self.source}: {short(self._name(key))} {problem}.")

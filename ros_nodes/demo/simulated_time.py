@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import json
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from sensor_msgs.msg import JointState
 
+from ros_nodes.demo.reaction import PATIENCE, Event, draw_event, first_change
 from ros_nodes.robot.messages import array_to_image
 from ros_nodes.robot.parameters import defaults
 from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
@@ -35,11 +35,12 @@ from ros_nodes.robot.streaming import GRIPPER_PERIOD, command_message
 from ros_nodes.simulated.commands import obey
 from ros_nodes.simulated.robot import JOINTS, SimRobot
 from sim.plots import save_figure
-from sim.rollout import wilson_interval
+from sim.rollout import success_entry
 from sim.tabletop.env import CTRL_DT
 
 TRANSPORT = 0.002  # from an image's stamp to its arrival, as between the processes [s]
 _STATES = 0.01  # between joint states [s]
+_TIMES = {"observation_to_command_ms": (50, 99), "first_action_ms": (50, 95), "reaction_ms": (50, 95)}  # percentiles
 
 
 class TimedWorker:
@@ -74,15 +75,22 @@ class TimedWorker:
 
 
 class SimulatedLoop:
-    """One episode at a time on one clock; `values` are of `POLICY_PARAMETERS`."""
+    """One episode on one clock; `values` are of `POLICY_PARAMETERS`.
+
+    Attributes:
+        sent: Of every tick, when [s], the arm's message and the gripper's opening [m].
+        enabled, moving, stirred: When motion was enabled, the first command in motion sent, the `event` [s].
+    """
 
     def __init__(self, robot: SimRobot, worker: TimedWorker, values: dict[str, Any]) -> None:
         self.robot, self.worker = robot, worker
         self.setup: PolicySetup = make_setup(values, lambda: None, SLEW, lambda *_, **__: worker)
         self._last: Decision | None = None
         self._gripped = -np.inf
+        self.sent: list[tuple[float, Any, Any]] = []
+        self.enabled = self.moving = self.stirred = np.inf
 
-    def episode(self, seconds: float, camera_rate: float, jitter: float, seed: int) -> bool:
+    def episode(self, seconds: float, camera_rate: float, jitter: float, seed: int, event: Event | None = None) -> bool:
         """Let the policy act for so long [s]; whether the task was solved. Images come up to `jitter` [s] late."""
         controller, cameras = self.setup.controller, self.setup.observations.cameras
         random = np.random.default_rng(seed)
@@ -90,7 +98,6 @@ class SimulatedLoop:
         state, tick, image = start, start + 0.004, start + random.uniform(0.0, 1.0 / camera_rate)
         arriving: list[tuple[float, int, dict[str, Any], float]] = []
         serial = itertools.count()
-        enabled = False
         while True:
             now = min(state, tick, image, self.worker.due, arriving[0][0] if arriving else np.inf)
             self.robot.advance(now - self.robot.time)
@@ -99,6 +106,9 @@ class SimulatedLoop:
                 controller.receive(now)
             elif now == state:
                 state += _STATES
+                if event is not None and now - start >= event[0] and now < self.stirred:
+                    self.stirred = now
+                    self.robot.move_target(event[1])
                 self._measure(now)
                 if self.robot.success or now - start > seconds:
                     return self.robot.success
@@ -110,7 +120,8 @@ class SimulatedLoop:
                 _, _, pixels, taken = heapq.heappop(arriving)
                 for camera in cameras:
                     camera.take(array_to_image(pixels[camera.source.name], _stamp(taken), ""))
-                enabled = enabled or controller.enable(now) is None
+                if now < self.enabled and controller.enable(now) is None:
+                    self.enabled = now
                 controller.observed(now)
             else:
                 self._tick(now)
@@ -126,6 +137,9 @@ class SimulatedLoop:
         decision = controller.tick(now, now)
         message = command_message(self.setup, decision, self._last, _stamp(now))
         self._last = decision
+        self.sent.append((now, message, decision and decision.gripper))
+        if decision is not None and decision.hold is None:
+            self.moving = min(self.moving, now)
         if message is not None:
             obey(self.robot, message, now)
             if decision is not None and decision.gripper is not None and now - self._gripped >= GRIPPER_PERIOD:
@@ -135,30 +149,24 @@ class SimulatedLoop:
 
 
 def simulated_time(config: Any, console: Console) -> dict[str, Any]:
-    """Every rival at every latency on the same episodes; writes simulated_time.json and a plot, returns the former.
-
-    `config` is a `RosDemoConfig`.
-    """
+    """Every rival of a `RosDemoConfig` at every latency; writes simulated_time.json and a plot, returns the former."""
     rows, folder = [], Path(config.output_dir)
     with closing(SimRobot(config.split)) as robot:
-        for rival in config.rivals.split(","):
-            checkpoint, _, decoding = rival.strip().partition(":")
+        for rival in config.rivals:
+            checkpoint, _, decoding = rival.partition(":")
             settings: dict[str, Any] = {"replan_steps": config.replan_steps or None, "warmup": 1}
             predictor = Predictor(PredictorSettings(checkpoint, decoding=decoding or "ceed", **settings))
-            for latency in (float(value) for value in config.latencies_ms.split(",")):
-                episodes = list(_episodes(config, robot, predictor, 1e-3 * latency, console, f"{rival} {latency:g} ms"))
-                solved = sum(one["success"] for one in episodes)
-                to_command = np.concatenate([one.pop("to_command") for one in episodes])
+            for latency in config.latencies_ms:
+                seeds, title = range(config.seed, config.seed + config.episodes), f"{rival} {latency:g} ms"
+                shown = track(seeds, title, console=console, transient=True)
+                episodes = [_episode(config, robot, predictor, 1e-3 * latency, seed) for seed in shown]
                 rows.append(
                     {
-                        "rival": rival.strip(),
+                        "rival": rival,
                         "latency_ms": latency,
-                        "episodes": len(episodes),
-                        "solved": solved,
-                        "success_ci95": [round(bound, 4) for bound in wilson_interval(solved, len(episodes))],
-                        "observation_to_command_ms": {
-                            f"p{share}": round(1e3 * float(np.percentile(to_command, share)), 1) for share in (50, 99)
-                        },
+                        **success_entry(one["success"] for one in episodes),
+                        **{key: _percentiles([one[key] for one in episodes], of) for key, of in _TIMES.items()},
+                        "reactions": sum(len(one["reaction_ms"]) for one in episodes),
                         "seconds": [one["seconds"] for one in episodes],
                         "failed": [one["seed"] for one in episodes if not one["success"]],
                     }
@@ -167,30 +175,47 @@ def simulated_time(config: Any, console: Console) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "simulated_time.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     save_figure(_figure(rows), folder / "simulated_time.png")
-    table = Table("policy", "latency [ms]", "solved", "95 %", "observation to command p50 / p99 [ms]")
+    titles = (f"{key[:-3].replace('_', ' ')} {' / '.join(rows[0][key])}, ms" for key in _TIMES)
+    table = Table("policy", "latency, ms", "solved", "95 %", *titles)
     for row in rows:
         low, high = row["success_ci95"]
-        of, taken = f"{row['solved']} of {row['episodes']}", row["observation_to_command_ms"]
-        interval = f"{100 * low:.0f}-{100 * high:.0f} %"
-        table.add_row(row["rival"], f"{row['latency_ms']:g}", of, interval, f"{taken['p50']} / {taken['p99']}")
+        cells = f"{row['success']} of {row['episodes']}", f"{100 * low:.0f}-{100 * high:.0f} %"
+        measured = (" / ".join(str(value or "-") for value in row[key].values()) for key in _TIMES)
+        table.add_row(row["rival"], f"{row['latency_ms']:g}", *cells, *measured)
     console.print(table)
     return report
 
 
-def _episodes(
-    config: Any, robot: SimRobot, predictor: Predictor, latency: float, console: Console, title: str
-) -> Iterator[dict[str, Any]]:
+def _episode(config: Any, robot: SimRobot, predictor: Predictor, latency: float, seed: int) -> dict[str, Any]:
+    """What one episode was like; times in lists [s], empty if there is none."""
+    began = robot.time
+    loop, success = _run(config, robot, predictor, latency, seed)
+    ended, answered = robot.time, np.inf
+    if config.reaction:
+        robot.time = began  # the same times, to the last bit
+        stirred, _ = _run(config, robot, predictor, latency, seed, draw_event(seed))
+        answered, robot.time = first_change(loop.sent, stirred.sent) - stirred.stirred, ended
+    times = {"first_action_ms": [loop.moving - loop.enabled], "reaction_ms": [answered]}
+    times = {key: [one for one in of if one < np.inf] for key, of in times.items()}
+    times["observation_to_command_ms"] = list(loop.setup.controller.statistics.to_command)
+    return {"seed": seed, "success": success, "seconds": round(ended - began, 2), **times}
+
+
+def _run(
+    config: Any, robot: SimRobot, predictor: Predictor, latency: float, seed: int, event: Event | None = None
+) -> tuple[SimulatedLoop, bool]:
+    """One episode, or what follows an `event`; whether it was solved."""
     given = {name: getattr(config, name) for name in ("action_interface", "replan_steps")}
-    given["checkpoint"] = predictor.spec.checkpoint
-    seeds = range(config.seed, config.seed + config.episodes)
-    for seed in track(seeds, title, console=console, transient=True):
-        instruction = robot.reset(seed, config.task)
-        values = {**defaults(POLICY_PARAMETERS), **given, "instruction": instruction}
-        loop = SimulatedLoop(robot, TimedWorker(predictor, latency), values)
-        began, limit = robot.time, config.max_episode_steps * CTRL_DT
-        success = loop.episode(limit, config.camera_rate, 1e-3 * config.camera_jitter_ms, seed)
-        taken = np.array(loop.setup.controller.statistics.to_command)
-        yield {"seed": seed, "success": success, "seconds": round(robot.time - began, 2), "to_command": taken}
+    given |= {"checkpoint": predictor.spec.checkpoint, "instruction": robot.reset(seed, config.task)}
+    loop = SimulatedLoop(robot, TimedWorker(predictor, latency), {**defaults(POLICY_PARAMETERS), **given})
+    limit = config.max_episode_steps * CTRL_DT if event is None else event[0] + PATIENCE
+    return loop, loop.episode(limit, config.camera_rate, 1e-3 * config.camera_jitter_ms, seed, event)
+
+
+def _percentiles(lists: list[list[float]], shares: tuple[int, ...]) -> dict[str, float | None]:
+    """Of all times [s], in milliseconds; None without any."""
+    times = list(itertools.chain(*lists))
+    return {f"p{s}": round(1e3 * float(np.percentile(times, s)), 1) if times else None for s in shares}
 
 
 def _figure(rows: list[dict[str, Any]]) -> Figure:
@@ -198,7 +223,7 @@ def _figure(rows: list[dict[str, Any]]) -> Figure:
     axes = figure.subplots()
     for rival in dict.fromkeys(row["rival"] for row in rows):
         own = [row for row in rows if row["rival"] == rival]
-        latency, share = [r["latency_ms"] for r in own], np.array([100 * r["solved"] / r["episodes"] for r in own])
+        latency, share = [r["latency_ms"] for r in own], np.array([100 * r["success_rate"] for r in own])
         bounds = 100 * np.array([row["success_ci95"] for row in own]).T
         axes.errorbar(latency, share, np.abs(bounds - share), label=rival, marker="o", capsize=3)
     axes.set(xlabel="latency of a chunk [ms]", ylabel="solved [%]", ylim=(0, 102))

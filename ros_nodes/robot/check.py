@@ -44,16 +44,11 @@ class RobotCheckConfig:
 
 
 def robot_check(config: RobotCheckConfig) -> str | None:
-    """Print what fits, and raise `ConfigError` with all that does not; nothing is loaded, nothing is sent.
-
-    Without a file it returns the checkpoint's template.
-    """
+    """Print what fits; `ConfigError` says all that does not. Without a file, return the checkpoint's template."""
     template = resolve_checkpoint(config.checkpoint) / TEMPLATE
     if not config.file:
         if not template.exists():
-            raise ConfigError(
-                f"{config.checkpoint} brings no {TEMPLATE}; name a robot's file, or write one (docs/robots.md)."
-            )
+            raise ConfigError(f"{config.checkpoint} brings no {TEMPLATE}; name a robot's file, see docs/robots.md.")
         Fields.read(template)  # plain YAML of a limited size, which has no control characters
         return template.read_text(encoding="utf-8")
     console = Console(width=None if Console().is_terminal else 140)

@@ -127,6 +127,11 @@ class SimRobot:
         self._env.data.ctrl[len(ARM_JOINTS) : len(JOINTS)] = each
         self._env.gripper_open = each > 0.5 * FINGER_STROKE
 
+    def move_target(self, shift: ArrayLike) -> None:
+        """Move the cube of the instruction by (2,) [m] on the table, at once."""
+        address = self._env.scene.cube_qpos[self._env.command.target]
+        self._env.data.qpos[address : address + 2] += finite("shift", shift, (2,))
+
     def hold(self) -> None:
         """Stop the arm where it is."""
         self._controller = None

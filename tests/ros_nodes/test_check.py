@@ -130,4 +130,4 @@ def test_success_against_latency_in_simulated_time(tmp_path: Path) -> None:
     for row in runs[0]:
         assert row["observation_to_command_ms"]["p50"] >= row["latency_ms"]
         assert row["episodes"] == 2
-    assert runs[0][2]["solved"] == 2
+    assert runs[0][2]["success"] == 2

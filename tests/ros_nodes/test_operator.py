@@ -61,6 +61,13 @@ class Cell:
         self.graph.wait(lambda: any(text in state for state in said()), f"the state {text!r}", 90.0, said)
 
 
+def workers(graph: Graph) -> list[int]:
+    """Process ids of the policy node's inference, which load the checkpoint and run it."""
+    tasks = Path(f"/proc/{graph.processes['policy_node'].pid}/task").iterdir()
+    children = {pid for task in tasks for pid in (task / "children").read_text().split()}
+    return [int(pid) for pid in children if b"ros_nodes.robot.inference" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 @pytest.fixture(scope="module")
 def shared_cell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cell]:
     """The processes of `cell`."""
@@ -155,10 +162,7 @@ def test_time_cannot_become_simulated_at_run_time(cell: Cell) -> None:
 def test_with_a_dead_policy_enable_is_refused_and_motion_disabled(graph: Graph) -> None:
     cell = Cell(graph)
     cell.status.state("moving")
-    tasks = Path(f"/proc/{graph.processes['policy_node'].pid}/task").iterdir()
-    children = {pid for task in tasks for pid in (task / "children").read_text().split()}
-    worker = [pid for pid in children if b"ros_nodes.robot.inference" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(int(worker[-1]), signal.SIGKILL)
+    os.kill(workers(graph)[-1], signal.SIGKILL)
     cell.status.state("holding", "inference_failed")
     answer = cell.enable()
     assert not answer.success
@@ -205,12 +209,17 @@ def test_while_a_checkpoint_loads_services_answer_and_what_does_not_fit_is_said_
     cell = Cell(graph, autostart=False, robot_config=str(tmp_path / "robot.yaml"))
     assert not change_state(graph, Transition.TRANSITION_CONFIGURE)
     cell.said("unconfigured: configure failed: The policy wants 'observation.images.wrist'")
-    assert "chunks of" not in graph.output("policy_node")  # nothing was loaded for that
+    assert not workers(graph)  # nothing began to load for that
+    assert "being loaded" not in " ".join(state.data for state in cell.states)
+    cell.status.state("unconfigured", "The policy wants")
     assert graph.set_parameters("/policy", robot_config="")[0].successful
     assert change_state(graph, Transition.TRANSITION_CONFIGURE)
     cell.said("inactive: the policy is being loaded")
+    assert workers(graph)
+    cell.status.state("inactive", "being loaded")  # diagnostics come meanwhile
     assert change_state(graph, Transition.TRANSITION_ACTIVATE)
     cell.said("waiting: for the policy, which is being loaded")
+    cell.status.state("waiting", "being loaded")
     assert graph.call("/policy/estop", Trigger).message.startswith("stopped")
     assert graph.call("/policy/reset", Trigger).message.startswith("disabled")
     assert "chunks of" not in graph.output("policy_node")  # all of that while it was loading

@@ -1,0 +1,103 @@
+"""Reaction times in simulated time: two runs that differ by an event alone; and images that come late."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
+
+from ceed_vla.cli_flags import parse_flags
+from ceed_vla.errors import ConfigError
+from ros_nodes.demo.reaction import DISTANCE, WHEN, Event, draw_event, first_change
+from ros_nodes.demo.ros_demo import RosDemoConfig
+from ros_nodes.demo.simulated_time import TRANSPORT, _percentiles, _run
+from ros_nodes.robot.predictor import Request, Response, declared_spec
+from ros_nodes.simulated.robot import SimRobot
+
+SEED = 40000
+PERIOD = 0.3  # between chunks: the last but one of the steps that are executed [s]
+
+
+class Eyes:
+    """Stands for a predictor: what it does depends on every pixel of the front camera, and on nothing else."""
+
+    def __init__(self) -> None:
+        self.spec = replace(declared_spec("student"), warmup_s=0.01)
+
+    def predict(self, request: Request) -> Response:
+        pixels = request.observation["observation.images.front"]
+        actions = np.zeros((8, 7), np.float32)
+        actions[:, :2] = 0.2 * (zlib.crc32(pixels.tobytes()) / 2**32 - 0.5)
+        return Response(request.id, actions, np.zeros(56, np.int64))
+
+
+@pytest.fixture(scope="module")
+def robot() -> Iterator[SimRobot]:
+    made = SimRobot()
+    yield made
+    made.close()
+
+
+def run(robot: SimRobot, latency: float, event: Event | None = None, **flags: Any) -> Any:
+    """An episode from time 0 on, of 1.5 s without an event."""
+    robot.time = 0.0
+    eyes: Any = Eyes()
+    return _run(RosDemoConfig(max_episode_steps=15, **flags), robot, eyes, latency, SEED, event)[0]
+
+
+def test_the_first_command_that_an_event_changes_comes_after_the_chunk_that_saw_it(robot: SimRobot) -> None:
+    took = {}
+    for latency in (0.02, 0.25):
+        calm, event = run(robot, latency), draw_event(SEED)
+        stirred = run(robot, latency, event)
+        taken = first_change(calm.sent, stirred.sent) - stirred.stirred
+        # An image of after the event, its transport, the chunk; at most a camera's and a chunk's period later.
+        assert TRANSPORT + latency <= taken <= PERIOD + latency + 1 / 30 + 0.1
+        same = sum(when < stirred.stirred + taken for when, *_ in stirred.sent)
+        assert calm.sent[:same] == stirred.sent[:same]
+        assert same > 30
+        took[latency] = taken
+        assert latency < calm.moving - calm.enabled < 2 * latency + 0.1
+    assert took[0.02] < took[0.25]
+
+
+def test_without_a_change_in_the_scene_both_runs_are_the_same(robot: SimRobot) -> None:
+    after, shift = draw_event(SEED)
+    calm, stirred = run(robot, 0.02), run(robot, 0.02, (after, 0.0 * shift))
+    assert after <= stirred.stirred <= after + 0.02
+    assert min(len(calm.sent), len(stirred.sent)) > 120
+    assert first_change(calm.sent, stirred.sent) == np.inf
+
+
+def test_events_are_drawn_of_the_seed_and_small() -> None:
+    after, shifts = zip(*(draw_event(seed) for seed in range(200)), strict=True)
+    assert len(set(after)) == 200
+    assert all(WHEN[0] <= one <= WHEN[1] for one in after)
+    np.testing.assert_allclose(np.linalg.norm(shifts, axis=1), DISTANCE)
+    assert draw_event(7)[0] == after[7]
+    assert np.abs(np.mean(shifts, axis=0)).max() < 0.2 * DISTANCE  # in all directions
+
+
+def test_what_never_came_is_left_out() -> None:
+    assert first_change([(0.0, 1), (0.1, 2), (0.2, 3)], [(0.0, 1), (0.1, 4)]) == 0.1
+    assert first_change([(0.0, 1)], [(0.0, 1), (0.1, 4)]) == np.inf
+    assert _percentiles([[0.1], [], [0.3]], (50, 95)) == {"p50": 200.0, "p95": 290.0}
+    assert _percentiles([[], []], (50,)) == {"p50": None}
+
+
+def test_camera_jitter_makes_images_late(robot: SimRobot) -> None:
+    config = parse_flags(RosDemoConfig, ["--camera_jitter_ms", "60", "--simulated_time", "true"])
+    assert config.camera_jitter_ms == 60.0
+    late = [
+        run(robot, 0.02, camera_jitter_ms=jitter).setup.controller.statistics.to_command.mean
+        for jitter in (0.0, config.camera_jitter_ms)
+    ]
+    assert late[0] + 0.01 < late[1] < late[0] + 0.1
+    with pytest.raises(ConfigError, match="--camera_jitter_ms is -1"):
+        RosDemoConfig(camera_jitter_ms=-1.0)

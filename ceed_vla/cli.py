@@ -166,14 +166,13 @@ COMMANDS = {
     "ros-demo": Command(
         "drive the simulated robot through ROS 2: success, command rate, a bag",
         "ros_nodes.demo.ros_demo RosDemoConfig ros_demo",
-        may="episodes checkpoint task action_interface decoding simulated_time rivals latencies_ms output_dir",
+        may="episodes checkpoint task action_interface decoding simulated_time rivals latencies_ms reaction output_dir",
         kept="the bag and the nodes' output, as far as they came, are in {output_dir}",
     ),
     "robot-check": Command(
         "say offline whether a robot's file and a checkpoint fit",
         "ros_nodes.robot.check RobotCheckConfig robot_check",
-        must="file",
-        may="checkpoint",
+        may="file checkpoint",
         positional="file",
     ),
     "convert": Command(

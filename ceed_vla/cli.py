@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None and not os.environ.get(TRACEBACK):
         sys.unraisablehook = lambda _: None  # what fails while objects are thrown away changes nothing
     if any(flag.partition("=")[0] == "--workers" for flag in flags):
-        prepare()
+        prepare(COMMANDS[name].where.split()[0])
     return run(name, COMMANDS[name], flags)
 
 

@@ -24,12 +24,12 @@ PRELOADED = ["ceed_vla.checkpoints"]  # most of what takes seconds, and nothing 
 _state: dict[str, Any] = {}  # of a worker's process
 
 
-def prepare() -> Any:
-    """Let one process import what workers need, while this one does so too; workers are forks of it."""
+def prepare(*modules: str) -> Any:
+    """Let one process import what workers need, and `modules`, while this one does; workers are forks of it."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload([*PRELOADED, *modules])
     forkserver.ensure_running()
     return context
 

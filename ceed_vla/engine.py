@@ -93,6 +93,13 @@ class CompiledBackbone(nn.Module):
         filled[:, :k] = tokens
         return cast("Tensor", self._run(self._block, prefix, filled, depth)[:, :k])
 
+    def compile_now(self, prefix: Prefix) -> None:
+        """Compile every window, which some chunk would wait for otherwise."""
+        for k in self.windows:
+            self.block_logits(
+                prefix, torch.zeros(len(prefix.logits), k, dtype=torch.int64, device=prefix.logits.device)
+            )
+
     @torch.no_grad()
     def depth_logits(self, prefix: Prefix, tokens: Tensor, depths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         """As the backbone's, eagerly."""

@@ -24,6 +24,7 @@ PARAMETERS = {
     "dry_run": ("false", "command nothing: ~/preview_command and ~/planned show what would be", bool),
     "inference_python": ("", "Python with torch and lerobot, if the node's has none", str),
     "device": ("cpu", "where the policy runs: cpu, cuda, mps", str),
+    "engine": ("eager", "eager, or compiled: some minutes to load, then faster", str),
     "command_rate": ("100.0", "commands per second [Hz]", float),
     "blend_in": ("0.0", "motion begins gently, over so long [s]", float),
     "max_joint_velocity": ("10.0", "can only lower the robot's own limits [rad/s]", float),

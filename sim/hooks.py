@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import ranged
+from ceed_vla.folders import resolve_checkpoint
 from ceed_vla.workers import MOST, Workers
 from sim.decoders import resolve_rows
 from sim.environment import TAKEOVER_SEEDS, VALIDATION_SEED, EnvPool, check_expert
@@ -131,7 +132,7 @@ class ClosedLoopValidation:
             tqdm(total=self.episodes, desc="validate", unit="episode", dynamic_ncols=True) as bar,
             Workers(PROCESSES, shard_runner, config, EnvPool(config.batch, self.env, self.instruction)) as workers,
         ):
-            (row,) = resolve_rows([self.decoding], {"policy": CeedVLAConfig.read(policy)})
+            (row,) = resolve_rows([self.decoding], {"policy": CeedVLAConfig.read(resolve_checkpoint(policy))})
             for _, results in workers.map([(row, shard) for shard in shards(config)]):
                 outcomes += [episode.success for episode in results]
                 bar.update(len(results))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.decoding.registry import find_decoder
-from ceed_vla.engine import compiled
+from ceed_vla.engine import CompiledBackbone, compiled
 from ceed_vla.tensors import check_tokens
 from ceed_vla.tokens.base import ActionTokens
 from sim.decoders import Row
@@ -128,8 +128,8 @@ def bare_parts(bundle: Bundle) -> Probe:
         for k in (n - 1, 1):
             policy.backbone.block_logits(prefix, torch.zeros(1, k, dtype=torch.int64, device=device))
             times.append(now())
-        for k in getattr(policy.backbone, "windows", ()) if cold else ():  # compile them now, not in a chunk
-            policy.backbone.block_logits(prefix, torch.zeros(1, k, dtype=torch.int64, device=device))
+        if cold and isinstance(policy.backbone, CompiledBackbone):
+            policy.backbone.compile_now(prefix)
         cold = False
         return {name: after - before for name, (before, after) in zip(PARTS, pairwise(times), strict=True)}
 

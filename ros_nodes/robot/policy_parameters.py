@@ -58,6 +58,12 @@ POLICY_PARAMETERS = (
         within=(0, 10),
     ),
     NodeParameter("device", "cpu", "Where the policy runs: cpu, cuda, cuda:1, mps."),
+    NodeParameter(
+        "engine",
+        "eager",
+        "How CEED-VLA checkpoints run; compiled takes some minutes to load and a C++ compiler, and is faster then.",
+        choices=("eager", "compiled"),
+    ),
     NodeParameter("inference_mode", "process", "Where inference runs.", choices=("process", "thread")),
     NodeParameter(
         "inference_python",

@@ -76,6 +76,7 @@ def make_setup(
         replan_steps=replan_steps,
         threads=values["inference_threads"],
         device=values["device"],
+        engine=values["engine"],
         chunk_deadline=values["chunk_deadline"] or robot.action.dt,
         delay_s=values["inference_delay"],
         notify=notify,

@@ -17,8 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.discovery import discover
-from ceed_vla.errors import CeedVLAError, CheckpointError, NotFiniteError, ObservationError, root_cause
-from ceed_vla.fields import COUNTS, Checked, ranged
+from ceed_vla.errors import (
+    CeedVLAError,
+    CheckpointError,
+    ConfigError,
+    NotFiniteError,
+    ObservationError,
+    root_cause,
+)
+from ceed_vla.fields import COUNTS, Checked, chosen, ranged
 from ros_nodes.robot.failure_log import FailureLog
 from ros_nodes.robot.texts import short, shown
 
@@ -88,6 +95,7 @@ class PredictorSettings(Checked):
     replan_steps: int | None = ranged(None, COUNTS)
     threads: int = ranged(1, COUNTS)  # of torch
     device: str = "cpu"
+    engine: str = chosen("eager", ("eager", "compiled"))  # compiled: some minutes longer to load, then faster
     chunk_deadline: float = ranged(1.0, "(0, inf)")  # by which decoding "plan" chooses among the plan<MS> [s]
     warmup: int = ranged(3, COUNTS)  # calls on a blank observation before the first request
     delay_s: float = ranged(0.0, "[0, 60)")  # added to every chunk, to see what slow inference does [s]
@@ -113,6 +121,12 @@ class Predictor:
         self.spec = declared_spec(settings.checkpoint)
         self._policy, self._preprocess, self._postprocess = _load(settings, self.spec.policy_type)
         self._is_ceed = self.spec.policy_type == "ceed_vla"
+        if settings.engine == "compiled":
+            if not self._is_ceed:
+                raise ConfigError(f"engine is compiled; a {self.spec.policy_type} checkpoint runs eager only.")
+            from ceed_vla import engine
+
+            self._policy.backbone = engine.compiled(self._policy.backbone)
         self._decoding = self._decoding_config(settings.decoding) if self._is_ceed else None
         # Tokens of variable length belong to no step: they can be neither frozen nor counted in steps.
         self._can_freeze = self._is_ceed and self._policy.tokenizer.tokens_per_step is not None
@@ -248,6 +262,12 @@ class Predictor:
             **{key: np.zeros(length, np.float32) for key, length in self.spec.states.items()},
         }
         response, word = Response(0), min(self._vocabulary, default="move")  # one that it does not warn of
+        if self._settings.engine == "compiled" and not calls:
+            import torch
+
+            with torch.inference_mode():  # as requests are answered
+                batch = self._prepare(Request(0, observation, word))
+                self._policy.backbone.compile_now(self._policy.backbone.prefill(batch))
         times = []
         for _ in range(calls or self._settings.warmup):
             frozen = 1 if len(response.actions) > 1 else 0

@@ -20,6 +20,7 @@ import torch
 from workers import load_error, process_of, running
 
 import ceed_vla
+import ceed_vla.engine
 from ceed_vla.checkpoints import save
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError, NotFiniteError
@@ -347,6 +348,7 @@ def test_any_lerobot_policy_is_served(act: tuple[Path, Any, Any, Any]) -> None:
         ({"replan_steps": 0}, "replan_steps is 0; it must be a whole number in"),
         ({"delay_s": -1.0}, r"delay_s is -1.0; it must be a finite number in \[0, 60\)"),
         ({"chunk_deadline": 0.0}, "chunk_deadline is 0.0"),
+        ({"engine": "fast"}, "engine is 'fast'; it must be one of eager, compiled"),
     ],
 )
 def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -363,6 +365,29 @@ def test_of_a_searchs_plans_the_one_that_fits_here_decodes(tmp_path: Path, deadl
     with running(tmp_path / "policy", **settings) as worker:
         assert worker.spec.decoding == chosen
         assert (ask(worker, Request(1, observation(), INSTRUCTION)).forwards == 1) == (chosen == "plan7")
+
+
+def test_compiled_it_answers_the_same_and_no_request_waits_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    compiled = ceed_vla.engine.compiled
+    monkeypatch.setattr(ceed_vla.engine, "compiled", lambda backbone: compiled(backbone, backend=backend))
+    settings: dict[str, Any] = {"mode": "thread", "decoding": "jacobi", "warmup": 1}
+    with running("student", **settings) as eager, running("student", engine="compiled", **settings) as worker:
+        ready = len(graphs)
+        assert ready > 4  # prefill and the block's windows
+        first = ask(worker, Request(1, observation(), INSTRUCTION))
+        assert first.tokens is not None
+        for shift, frozen in ((0, 0), (1, 1), (4, 2), (2, 5)):
+            request = Request(2, observation(), INSTRUCTION, first.tokens, shift, frozen)
+            mine, theirs = ask(worker, request), ask(eager, request)
+            np.testing.assert_array_equal(mine.tokens, theirs.tokens)
+            assert mine.forwards == theirs.forwards
+        assert len(graphs) == ready
 
 
 def test_an_unknown_way_to_decode_is_refused() -> None:

@@ -61,7 +61,7 @@ POLICY_PARAMETERS = (
     NodeParameter(
         "engine",
         "eager",
-        "How CEED-VLA checkpoints run; compiled takes some minutes to load and a C++ compiler, and is faster then.",
+        "How CEED-VLA checkpoints run; compiled needs minutes to load, a C++ compiler, and inference_mode process.",
         choices=("eager", "compiled"),
     ),
     NodeParameter("inference_mode", "process", "Where inference runs.", choices=("process", "thread")),

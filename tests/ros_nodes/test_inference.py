@@ -26,7 +26,7 @@ from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError, NotFiniteError
 from ceed_vla.real_time import decode_behind
 from ros_nodes.robot.inference import MODES, InferenceWorker
-from ros_nodes.robot.predictor import Request, Response
+from ros_nodes.robot.predictor import Predictor, PredictorSettings, Request, Response
 from tests.ros_nodes.conftest import tiny_act
 
 FRONT, WRIST, STATE = "observation.images.front", "observation.images.wrist", "observation.state"
@@ -376,18 +376,21 @@ def test_compiled_it_answers_the_same_and_no_request_waits_for_a_compiler(monkey
 
     compiled = ceed_vla.engine.compiled
     monkeypatch.setattr(ceed_vla.engine, "compiled", lambda backbone: compiled(backbone, backend=backend))
-    settings: dict[str, Any] = {"mode": "thread", "decoding": "jacobi", "warmup": 1}
-    with running("student", **settings) as eager, running("student", engine="compiled", **settings) as worker:
-        ready = len(graphs)
-        assert ready > 4  # prefill and the block's windows
-        first = ask(worker, Request(1, observation(), INSTRUCTION))
-        assert first.tokens is not None
-        for shift, frozen in ((0, 0), (1, 1), (4, 2), (2, 5)):
-            request = Request(2, observation(), INSTRUCTION, first.tokens, shift, frozen)
-            mine, theirs = ask(worker, request), ask(eager, request)
-            np.testing.assert_array_equal(mine.tokens, theirs.tokens)
-            assert mine.forwards == theirs.forwards
-        assert len(graphs) == ready
+    settings: dict[str, Any] = {"decoding": "jacobi", "warmup": 1}
+    eager = Predictor(PredictorSettings("student", **settings))
+    worker = Predictor(PredictorSettings("student", engine="compiled", **settings))
+    ready = len(graphs)
+    assert ready > 4  # prefill and the block's windows
+    first = worker.predict(Request(1, observation(), INSTRUCTION))
+    for shift, frozen in ((0, 0), (1, 1), (4, 2), (2, 5)):
+        request = Request(2, observation(), INSTRUCTION, first.tokens, shift, frozen)
+        mine, theirs = worker.predict(request), eager.predict(request)
+        assert mine.tokens is not None
+        np.testing.assert_array_equal(mine.tokens, theirs.tokens)
+        assert mine.forwards == theirs.forwards
+    assert len(graphs) == ready
+    with pytest.raises(ConfigError, match="needs the inference mode process"):
+        InferenceWorker("student", mode="thread", engine="compiled")
 
 
 def test_an_unknown_way_to_decode_is_refused() -> None:

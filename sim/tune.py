@@ -131,13 +131,14 @@ NAMED = (
 
 @dataclass
 class Trial:
-    """A plan, how long it takes [ms] in which engine, and the episodes that it solved, by seed."""
+    """A plan, how long it takes [ms] in which engine, the episodes it solved, by seed, and the layers of its chunks."""
 
     plan: Plan
     p50: float
     p99: float
     engine: str = "eager"
     solved: dict[int, bool] = field(default_factory=dict)
+    layers: list[int] = field(default_factory=list)
 
     @property
     def rate(self) -> float:
@@ -152,6 +153,7 @@ class Trial:
             "engine": self.engine,
             "p50_ms": self.p50,
             "p99_ms": self.p99,
+            "layers_mean": round(float(np.mean(self.layers)), 3) if self.layers else None,
             **success_entry(self.solved.values()),
         }
 
@@ -306,7 +308,7 @@ class Search:
             [next(iter(self.best(trials, budget, 1)), None) for trials in (list(playing.values()), named)]
             for budget in self.budgets
         ]
-        fresh = {t.plan: replace(t, solved={}) for pair in chosen for t in pair if t}
+        fresh = {t.plan: replace(t, solved={}, layers=[]) for pair in chosen for t in pair if t}
         for trial in tqdm(fresh.values(), desc="fresh seeds", unit="plan", dynamic_ncols=True):
             self.drive(trial, range(seed + episodes, seed + 2 * episodes))
         pairs = [[trial and fresh[trial.plan] for trial in pair] for pair in chosen]
@@ -319,6 +321,8 @@ class Search:
         plan = trial.plan
         for found in self.workers.map((plan.decoding, plan.executed_steps, shard) for shard in in_shards(episodes)):
             trial.solved |= {result.seed: result.success for result in found}
+            for result in found:
+                trial.layers += np.add(result.block_layers, result.prefix_layers).tolist()
 
 
 def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:

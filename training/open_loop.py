@@ -72,6 +72,7 @@ class _Row:
     tokens: list[Tensor] = field(default_factory=list)  # (n,)
     errors: list[float] = field(default_factory=list)  # NaN where the tokens stand for no chunk
     forwards: list[int] = field(default_factory=list)
+    layers: list[tuple[Any, Any]] = field(default_factory=list)  # of the block's forwards, and of the prefix
     seconds: list[float] = field(default_factory=list)
     drawn: list[NDArray[np.float32]] = field(default_factory=list)  # (steps, A) executed
 
@@ -161,6 +162,7 @@ def _decode(policy: Any, pre: Any, row: _Row, raw: dict[str, Any], steps: int, *
         seconds = time.perf_counter() - started
     row.tokens.append(tokens)
     row.forwards.append(int(result.iterations[0]))
+    row.layers.append((result.layer_forwards, result.prefix_layers))
     row.seconds.append(seconds)
 
 
@@ -177,6 +179,7 @@ def _entry(
     own, other = (torch.stack(r.tokens)[:, :executed] for r in (row, reference))
     stop = -1 if tokens.stop is None else tokens.stop
     live = (own != stop) | (other != stop)  # behind the stop of both is nothing
+    block, prefix = np.array([[int(count) for count in counts] for counts in row.layers]).mean(0)
     p50, p95, p99 = (round(1e3 * float(value), 2) for value in np.percentile(row.seconds, (50, 95, 99)))
     return {
         "error": round(float(errors[sound].mean()), 5) if sound.any() else None,
@@ -184,6 +187,8 @@ def _entry(
         "malformed": int((~sound).sum()),
         "forwards_mean": round(float(forwards.mean()), 3),
         "forwards_p95": float(np.percentile(forwards, 95)),
+        "block_layers_mean": round(float(block), 3),
+        "prefix_layers_mean": round(float(prefix), 3),
         "tokens_equal_ar": round(float((own == other)[live].double().mean()), 5),
         "total_ms": {"p50": p50, "p95": p95, "p99": p99},
     }
@@ -192,7 +197,8 @@ def _entry(
 def _print(report: dict[str, Any]) -> None:
     chunks = sum(data["chunks"] for data in report["data"])
     table = Table(
-        "decoder", "error [% of range]", "forwards mean / p95", "tokens = AR", "latency [ms] p50 / p95", "malformed",
+        "decoder", "error [% of range]", "forwards mean / p95", "layers", "tokens = AR", "latency [ms] p50 / p95",
+        "malformed",
         title=f"{chunks} chunks, {report['executed_steps']} steps of each; held-out data, no closed loop",
     )  # fmt: skip
     for name, entry in report["rows"].items():
@@ -204,6 +210,7 @@ def _print(report: dict[str, Any]) -> None:
         latency = entry["total_ms"]
         table.add_row(
             name, error, f"{entry['forwards_mean']:.2f} / {entry['forwards_p95']:g}",
+            f"{entry['block_layers_mean']:.1f} + {entry['prefix_layers_mean']:.1f}",
             f"{100 * entry['tokens_equal_ar']:.1f} %",
             f"{latency['p50']:.1f} / {latency['p95']:.1f}", str(entry["malformed"]),
         )  # fmt: skip

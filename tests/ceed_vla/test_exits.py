@@ -202,6 +202,10 @@ def test_they_are_a_file_beside_bit_equal_weights(
     for own in policy.backbone.exits.values():
         for parameter in own.parameters():
             parameter.data += 0.01
+    for name in ("jacobi_mid", "ceed"):  # the full depth does not know of them
+        mine, without = policy.decode(batch, name), load("student")[0].decode(batch, name)
+        assert torch.equal(mine.tokens, without.tokens)
+        assert torch.equal(mine.iterations, without.iterations)
     expected = policy.decode(batch, "depth1_cap2").tokens
     save(tmp_path, policy, pre, post)
     assert weights_hash(tmp_path) == weights_hash("student")

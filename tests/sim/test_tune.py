@@ -137,6 +137,7 @@ def test_from_the_shipped_student_to_a_plan(tmp_path: Path) -> None:
     nothing, best = report["plans"]
     assert nothing["decoding"] is None
     assert best["episodes"] == 16
+    assert best["layers_mean"] >= 8  # four of the prefix, and a forward
     assert report["tried"] >= 8
     assert best["by_hand"]["episodes"] == 16
     assert report["floor_ms"] > 0

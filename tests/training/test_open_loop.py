@@ -68,6 +68,9 @@ def test_strict_rows_are_greedy_and_a_cap_is_not(report: Any) -> None:
     )
     assert rows["cap1_random"]["forwards_p95"] == 1
     assert rows["cap1_random"]["tokens_equal_ar"] < 1
+    per_forward = rows["cap1_random"]["block_layers_mean"]
+    assert per_forward == rows["ar"]["prefix_layers_mean"] > 0
+    assert rows["ar"]["block_layers_mean"] == pytest.approx(per_forward * rows["ar"]["forwards_mean"])
     assert rows["ar"]["error"] < rows["mean action"]["error"]  # it has learnt these frames
     assert all(
         row["total_ms"]["p95"] >= row["total_ms"]["p50"] > 0 for name, row in rows.items() if name != "mean action"
@@ -154,10 +157,12 @@ def test_tokens_of_variable_length(studio: Any, tmp_path: Path, tiny_policy: Any
     assert rows["jacobi"]["forwards_mean"] < rows["ar"]["forwards_mean"]
     tokens: Any = load(checkpoint)[0].tokenizer
     own, other = (
-        _Row(DecodingConfig(), [torch.tensor([1, second, tokens.stop, tokens.stop])], [0.5], [1], [0.1])
+        _Row(DecodingConfig(), [torch.tensor([1, second, tokens.stop, tokens.stop])], [0.5], [1], [(4, 4)], [0.1])
         for second in (2, 3)
     )
     entry = _entry(own, other, tokens, 2, [("set", 0)])
     assert entry["tokens_equal_ar"] == 0.5
-    malformed = _entry(_Row(DecodingConfig(), own.tokens, [np.nan], [1], [0.1]), other, tokens, 2, [("set", 0)])
+    malformed = _entry(
+        _Row(DecodingConfig(), own.tokens, [np.nan], [1], [(4, 4)], [0.1]), other, tokens, 2, [("set", 0)]
+    )
     assert (malformed["error"], malformed["malformed"]) == (None, 1)

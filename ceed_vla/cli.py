@@ -10,6 +10,7 @@ import errno
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -218,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _configure_logging()
     if arguments is None and not os.environ.get(TRACEBACK):
         sys.unraisablehook = lambda _: None  # what fails while objects are thrown away changes nothing
-    if any(flag.partition("=")[0] == "--workers" for flag in flags):
+    if re.search(r"--workers[= ](?!1( |$))", " ".join(flags)):  # they import what this process is about to
         prepare(COMMANDS[name].where.split()[0])
     return run(name, COMMANDS[name], flags)
 

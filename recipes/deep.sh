@@ -34,5 +34,7 @@ evaluate() { # name seed episodes decoders, and what differs
     --output_dir "$out/$1" --resume true "${@:5}"
 }
 rules=ceed,cap1,deer4t1_conf0.2_cap2,deer4t3_conf0.2_cap2,deer7t1_conf0.2_cap2,deer7t2_conf0.2_cap2,deer7t1_cap1,deer7t2_cap1
+sure=sure4p0.2_conf0.2_cap2,sure7p0.2_conf0.2_cap2
 evaluate deep_validate 40000 100 $rules
-evaluate deep_evaluate 50000 400 ceed,cap1,deer7t2_cap1,deer4t3_conf0.2_cap2,deer7t1_conf0.2_cap2
+evaluate deep_validate_sure 40000 200 ceed,$sure,sure3p0.2_conf0.2_cap2,sure5p0.2_conf0.2_cap2,sure6p0.2_conf0.2_cap2
+evaluate deep_evaluate 50000 400 ar,ceed,cap1,deer7t2_cap1,deer4t3_conf0.2_cap2,deer7t1_conf0.2_cap2,$sure,sure7p0.1_conf0.2_cap2

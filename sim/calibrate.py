@@ -94,13 +94,8 @@ class AuditedRunner(PolicyRunner):
     """Decodes as asked, and beside it the fixed point: chunks say in ``seconds["off"]`` whether they are off."""
 
     @torch.inference_mode()
-    def decode(
-        self,
-        observations: Sequence[dict[str, Any]],
-        instructions: Sequence[str],
-        previous: Sequence[Tensor | None],
-        frozen: Sequence[Tensor] = (),
-    ) -> list[Chunk]:
+    def decode(self, observations: Any, instructions: Any, previous: Any, frozen: Any = ()) -> list[Chunk]:
+        """As `PolicyRunner.decode`; its chunks say whether they are off."""
         policy, steps = self.policy, self.executed_steps
         batch = self.preprocessor(observation_batch(observations, instructions))
         policy.check_observation(batch)

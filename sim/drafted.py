@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-
-from torch import Tensor
 
 from ceed_vla.errors import ConfigError
 from sim.environment import Bundle
@@ -30,13 +27,8 @@ class DraftedRunner(PolicyRunner):
         if (own.block_length, own.action_tokens) != (other.block_length, other.action_tokens):
             raise ConfigError("A teacher can begin from its student's chunk only where both write the same tokens.")
 
-    def decode(
-        self,
-        observations: Sequence[dict[str, Any]],
-        instructions: Sequence[str],
-        previous: Sequence[Tensor | None],
-        frozen: Sequence[Tensor] = (),
-    ) -> list[Chunk]:
+    def decode(self, observations: Any, instructions: Any, previous: Any, frozen: Any = ()) -> list[Chunk]:
+        """As `PolicyRunner.decode`, from the other one's chunk."""
         drafts = self.draft.decode(observations, instructions, previous, frozen)
         chunks = super().decode(observations, instructions, [draft.tokens for draft in drafts], frozen)
         return [

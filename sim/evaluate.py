@@ -68,7 +68,7 @@ class EvalConfig(DrivenConfig):
         delay_ms: Times that a chunk takes in the closed loop, such as 0,100,200: every decoder runs with each, as
             NAME@100ms. The chunk before goes on meanwhile, rounded up to whole steps; where it ends, the robot holds.
         delay: given: as `delay_ms` says; measured: beside it as NAME@measured, with the time (p50) that the decoder's
-            chunks took on this machine, in this run, before the episodes.
+            chunks took on this machine, in this run, before the episodes; `resume` refuses other delays.
         executed_steps: Steps executed of each chunk; None: the policy's own.
         clips: Whether to write one clip a decoder.
         timing_chunks: Chunks on which latency is measured; 0 skips it.

@@ -4,6 +4,7 @@ import os
 
 from ros_nodes.robot.interfaces.base import INTERFACES
 from ros_nodes.robot.parameters import LIVE, START, NodeParameter
+from ros_nodes.robot.predictor import ENGINES
 from ros_nodes.robot.texts import LONGEST_INSTRUCTION, instruction_problem, shown
 
 POLICY_PARAMETERS = (
@@ -62,7 +63,7 @@ POLICY_PARAMETERS = (
         "engine",
         "eager",
         "How CEED-VLA checkpoints run; compiled needs minutes to load, a C++ compiler, and inference_mode process.",
-        choices=("eager", "compiled"),
+        choices=ENGINES,
     ),
     NodeParameter("inference_mode", "process", "Where inference runs.", choices=("process", "thread")),
     NodeParameter(

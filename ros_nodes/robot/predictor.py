@@ -31,6 +31,7 @@ from ros_nodes.robot.texts import short, shown
 
 logger = logging.getLogger(__name__)
 
+ENGINES = ("eager", "compiled")
 BAD_INSTRUCTION, NOT_FINITE = "bad_instruction", "not_finite"
 _PLAN_CALLS = 10  # on which a plan is timed
 _LEAST_DEADLINE = 1e-4  # [s]: the first iteration runs in any case
@@ -95,7 +96,7 @@ class PredictorSettings(Checked):
     replan_steps: int | None = ranged(None, COUNTS)
     threads: int = ranged(1, COUNTS)  # of torch
     device: str = "cpu"
-    engine: str = chosen("eager", ("eager", "compiled"))  # compiled: some minutes longer to load, then faster
+    engine: str = chosen("eager", ENGINES)  # compiled: some minutes longer to load, then faster
     chunk_deadline: float = ranged(1.0, "(0, inf)")  # by which decoding "plan" chooses among the plan<MS> [s]
     warmup: int = ranged(3, COUNTS)  # calls on a blank observation before the first request
     delay_s: float = ranged(0.0, "[0, 60)")  # added to every chunk, to see what slow inference does [s]

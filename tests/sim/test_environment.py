@@ -120,6 +120,14 @@ def test_a_plain_environment_is_evaluated() -> None:
     assert batch["observation.state"].tolist() == [[2.0], [2.0]]
 
 
+def test_a_chunk_with_a_deadline_shares_no_batch() -> None:
+    for decoding, rows in (("cap1", 2), ("deadline5_cap2", 1)):
+        policy = Adder()
+        results = run_seeds(policy, [1, 2, 3], PlainConfig(), batch=2, decoding=decoding)
+        assert [(r.seed, r.success) for r in results] == [(seed, True) for seed in (1, 2, 3)]
+        assert max(len(batch["task"]) for batch in policy.batches) == rows
+
+
 def test_latency_needs_to_know_how_to_hold_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sim.evaluate.load_bundles", lambda config: {"policy": (load("student")[0], None, None)})
     folder = str(tmp_path / "out")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Meta-World's MT10 from nothing on two cores: demonstrations, a teacher that sees before it acts, a student, both evaluated.
+# Meta-World's MT10 from nothing on two cores: demonstrations, a teacher that sees before it acts, three students, all evaluated.
 # Needs the extra `metaworld`. Every step goes on where an interrupt left it: run the script again.
 #
 #   bash recipes/metaworld_mt10.sh [OUTPUT_FOLDER]
@@ -34,15 +34,20 @@ train teacher --policy_path "$out/first/checkpoints/final" --grounding_steps 0 -
   --lr 1e-3 --muon_lr 1e-3 --validate_episodes 40
 teacher=$out/teacher/checkpoints/final
 
-# 3. Its trajectories, where the demonstrations and the takeovers went, and the student.
+# 3. Its trajectories, where the demonstrations and the takeovers went, and three students that differ by their seed.
 ceed-vla collect --policy_path "$teacher" --roots "$demos,$takeover" --output_dir "$out/trajectories" --max_frames 30000 \
   --workers 2 --resume true
-finished student || torchrun --nproc_per_node 2 -m ceed_vla.cli distill $env --teacher_path "$teacher" \
-  --trajectories.path "$out/trajectories" --roots "$demos,$takeover" --output_dir "$out/student" --steps 2500 --lr 1e-3 \
-  --muon_lr 1e-3 --max_updates 1 --max_iterations 2 --confidence 0.2 --threads 1 --validate_episodes 0 \
-  --resume "$(started student)"
+for seed in ${SEEDS:-0 1 2}; do
+  finished "student_$seed" || torchrun --nproc_per_node 2 -m ceed_vla.cli distill $env --teacher_path "$teacher" \
+    --trajectories.path "$out/trajectories" --roots "$demos,$takeover" --output_dir "$out/student_$seed" --steps 2500 \
+    --lr 1e-3 --muon_lr 1e-3 --max_updates 1 --max_iterations 2 --confidence 0.2 --threads 1 --validate_episodes 0 \
+    --seed "$seed" --resume "$(started "student_$seed")"
+done
 
-# 4. What the teacher sees, and both in the loop: 50 episodes a task.
+# 4. What the teacher sees, and all in the loop: 50 episodes a task.
 ceed-vla grounding $env --policy.path "$teacher" --output "$out/grounding.json"
-ceed-vla eval $env --policy.path "$out/student/checkpoints/final" --teacher.path "$teacher" --episodes 500 --seed 50000 \
-  --decoders jacobi,ceed,cap1 --timing_chunks 0 --workers 2 --output_dir "$out/evaluate" --resume true
+for seed in ${SEEDS:-0 1 2}; do
+  of_teacher=(); [ "$seed" != 0 ] || of_teacher=(--teacher.path "$teacher")
+  ceed-vla eval $env --policy.path "$out/student_$seed/checkpoints/final" "${of_teacher[@]}" --episodes 500 --seed 50000 \
+    --decoders jacobi,ceed,cap1 --timing_chunks 0 --workers 2 --output_dir "$out/evaluate/student_$seed" --resume true
+done

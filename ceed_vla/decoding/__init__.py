@@ -6,6 +6,8 @@ result = decode_block(backbone, prefix, tokens, "cap2", previous=last.tokens, sh
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import time
 from collections.abc import Callable
 from typing import cast
@@ -16,15 +18,9 @@ from torch import Tensor
 from ceed_vla.backbones.base import Backbone, Prefix
 from ceed_vla.decoding.autoregressive import decode_autoregressive
 from ceed_vla.decoding.config import DecodingConfig
-from ceed_vla.decoding.context import decode_keep
-from ceed_vla.decoding.depth import decode_deer, decode_depth
-from ceed_vla.decoding.drafts import decode_del, decode_spec
 from ceed_vla.decoding.exits import ExitRule, Seen
 from ceed_vla.decoding.jacobi import decode_jacobi
-from ceed_vla.decoding.learned import Learned
 from ceed_vla.decoding.names import named_config
-from ceed_vla.decoding.ngram import decode_ngram
-from ceed_vla.decoding.programs import decode_program
 from ceed_vla.decoding.registry import decoder_ladders, exit_ladders, find_decoder, register_decoder, register_exit
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
@@ -32,6 +28,9 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.tensors import check_tokens
 from ceed_vla.tokens.base import ActionTokens
 from ceed_vla.tokens.grammar import GrammarBackbone
+
+for _file in pkgutil.iter_modules(__path__):  # each registers what it holds; another can be added, or deleted
+    importlib.import_module(f"{__name__}.{_file.name}")
 
 
 def prefill(backbone: Backbone, batch: dict[str, Tensor], config: DecodingConfig) -> Prefix:

@@ -13,7 +13,6 @@ an exit rule stays exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, CutPrefix, Prefix
 from ceed_vla.decoding.exits import mass_near
+from ceed_vla.decoding.first import after, first_state, first_then_jacobi, rest
 from ceed_vla.decoding.jacobi import decode_jacobi
 from ceed_vla.decoding.registry import register_decoder
 from ceed_vla.decoding.request import BlockRequest
@@ -44,34 +44,6 @@ def decode_depth(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> D
     return first_then_jacobi(backbone, prefix, request, forwards, sum(depths) + own)
 
 
-def first_then_jacobi(
-    backbone: Backbone,
-    prefix: Prefix,
-    request: BlockRequest,
-    forwards: Sequence[Callable[[Tensor], Tensor]],
-    layers: int,
-) -> DecodeResult:
-    """Jacobi decoding behind `forwards`, tokens (B, n - 1) to logits (B, n - 1, V), of so many `layers` in all.
-
-    They prove and commit nothing. Raises as `decode_jacobi`, and `ConfigError` for a cap that leaves no full forward.
-    """
-    started, config, first = request.clock(), request.config, len(forwards)
-    if config.max_iterations is not None:
-        if config.max_iterations <= first:
-            raise ConfigError(
-                f"{config.method} with a cap of {config.max_iterations} proves nothing: the last forward is full; use "
-                f"cap{first + 1}."
-            )
-        config = replace(config, max_iterations=config.max_iterations - first)
-    tokens, given, _ = _first_state(backbone, prefix, request)
-    for forward in forwards:
-        tokens = _after(tokens, forward(tokens[:, :-1]), given)
-    result = decode_jacobi(backbone, prefix, _rest(replace(request, config=config, guess=tokens), started))
-    result.layer_forwards = layers + result.iterations * backbone.num_layers
-    result.forwards, result.iterations = result.forwards + first, result.iterations + first
-    return result
-
-
 @register_decoder(
     r"deer(?P<depth>\d+)t(?P<bins>\d*\.?\d+)", "deer<K>t<D>", "or two exits agree",
     ("deer{exit}t0.5", "deer{exit}t1", "deer{exit}t2", "deer{exit}t3"),
@@ -88,7 +60,7 @@ def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
     depth, most = int(request.options["depth"]), float(request.options["bins"])
 
     def agree(tokens: Tensor, scores: Sequence[Tensor], given: int, watched: int) -> Tensor:
-        lower, upper = (_after(tokens, logits, given)[:, :watched] for logits in scores)
+        lower, upper = (after(tokens, logits, given)[:, :watched] for logits in scores)
         return (lower - upper).abs().double().mean(1) <= most
 
     return _first_or_more(backbone, prefix, request, (depth - 1, depth), agree, "depths_agree")
@@ -127,9 +99,9 @@ def _first_or_more(
     """
     started, depth = request.clock(), depths[-1]
     _check_layers(backbone, request, depths[0], depth)
-    tokens, given, watched = _first_state(backbone, prefix, request)
+    tokens, given, watched = first_state(backbone, prefix, request)
     scores, hidden = cast("Any", backbone).depth_logits(prefix, tokens[:, :-1], depths)
-    state, batch, cut = _after(tokens, scores[-1], given), len(tokens), isinstance(prefix, CutPrefix)
+    state, batch, cut = after(tokens, scores[-1], given), len(tokens), isinstance(prefix, CutPrefix)
     done = ends(tokens, scores, given, watched).cpu()  # (B,)
     proven, ran = torch.full((batch,), given if cut else max(given, 1)), depth if cut else backbone.num_layers
     result = DecodeResult(
@@ -139,7 +111,7 @@ def _first_or_more(
     if not done.all():
         whole = cast("Any", backbone).extend(prefix) if cut else prefix
         going = _Continued(backbone, tokens[:, :-1], hidden, depth, cut)
-        more = decode_jacobi(cast("Backbone", going), whole, _rest(request, started))
+        more = decode_jacobi(cast("Backbone", going), whole, rest(request, started))
         more.layer_forwards = more.iterations * backbone.num_layers + depth * going.again
         result.forwards = more.forwards
         result.tokens = torch.where(done.to(state.device).unsqueeze(1), state, more.tokens)
@@ -192,26 +164,3 @@ def _check_layers(backbone: Backbone, request: BlockRequest, lowest: int, deepes
     layers = backbone.num_layers
     if not 1 <= lowest <= deepest < layers:
         raise ConfigError(f"{request.config.method} reads layers {lowest} to {deepest}; allowed are [1, {layers - 1}].")
-
-
-def _first_state(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> tuple[Tensor, int, int]:
-    """`BlockRequest.begin`, with the prefix's token."""
-    tokens, given, watched = request.begin(backbone, prefix)
-    if not given:
-        tokens[:, 0] = prefix.logits.argmax(-1)
-    return tokens, given, watched
-
-
-def _rest(request: BlockRequest, started: float) -> BlockRequest:
-    """The request with what is left of its deadline."""
-    if request.config.deadline_s is None:
-        return request
-    left = max(request.config.deadline_s - (request.clock() - started), 1e-6)
-    return replace(request, config=replace(request.config, deadline_s=left))
-
-
-def _after(tokens: Tensor, logits: Tensor, given: int) -> Tensor:
-    """The state (B, n) that a forward with `logits` (B, n - 1, V) makes of `tokens` (B, n)."""
-    state, first = tokens.clone(), max(given, 1)
-    state[:, first:] = logits[:, first - 1 :].argmax(-1)
-    return state

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ceed_vla.backbones.base import Backbone, Prefix, check_program
-from ceed_vla.decoding.depth import first_then_jacobi
+from ceed_vla.decoding.first import first_then_jacobi
 from ceed_vla.decoding.registry import register_decoder
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult

@@ -17,7 +17,7 @@ from ceed_vla.backbones.base import Prefix, TrainableBackbone
 from ceed_vla.backbones.exits import KINDS, make_exits
 from ceed_vla.backbones.transformers.backbone import TransformersBackbone
 from ceed_vla.backbones.transformers.prefix import PrefixEmbeddings
-from ceed_vla.cache import KVCache
+from ceed_vla.cache import KVCache, TransformersCache
 from ceed_vla.decoding import BlockRequest, DecodingConfig, decode_autoregressive, find_decoder
 from ceed_vla.errors import ConfigError, TokenError
 
@@ -197,13 +197,15 @@ def _toy(seed: int, batch: int, block_length: int, vocabulary: int) -> tuple[Toy
     return ToyBackbone(seed, block_length, vocabulary), observation
 
 
-def _llama(seed: int, batch: int, block_length: int, vocabulary: int) -> tuple[LlamaBackbone, dict[str, Tensor]]:
+def _llama(
+    seed: int, batch: int, block_length: int, vocabulary: int, layers: int = 2
+) -> tuple[LlamaBackbone, dict[str, Tensor]]:
     words = vocabulary + 23
     config = LlamaConfig(
         vocab_size=words,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
@@ -238,8 +240,8 @@ def toy() -> Callable[[int, int, int, int], tuple[ToyBackbone, dict[str, Tensor]
 
 
 @pytest.fixture(scope="session")
-def llama() -> Callable[[int, int, int, int], tuple[LlamaBackbone, dict[str, Tensor]]]:
-    """(seed, batch, block_length, vocabulary) -> random Llama backbone and an observation for it."""
+def llama() -> Callable[..., tuple[LlamaBackbone, dict[str, Tensor]]]:
+    """(seed, batch, block_length, vocabulary, layers=2) -> random Llama backbone and an observation for it."""
     return _llama
 
 
@@ -332,7 +334,7 @@ def batch(student: tuple[Any, Any, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What no forward has written is NaN."""
+    """What no forward has written is NaN, and so is what one wrote and nobody committed."""
     plain = KVCache.__init__
 
     def poison(self: KVCache, *arguments: Any, **options: Any) -> None:
@@ -341,3 +343,11 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
             tensor.fill_(torch.nan)
 
     monkeypatch.setattr(KVCache, "__init__", poison)
+    begin = TransformersCache.begin
+
+    def forget(self: TransformersCache, t: int, shallow: bool = False) -> Any:
+        for keys, values in self.entries() if self.length else ():
+            keys[:, :, self.length :] = values[:, :, self.length :] = torch.nan
+        return begin(self, t, shallow)
+
+    monkeypatch.setattr(TransformersCache, "begin", forget)

@@ -9,8 +9,8 @@ from decoders import greedy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ceed_vla.decoding import BlockRequest, DecodingConfig, decode_ngram
-from ceed_vla.decoding.ngram import draft
+from ceed_vla.decoding import BlockRequest, DecodingConfig
+from ceed_vla.decoding.ngram import decode_ngram, draft
 from ceed_vla.errors import ConfigError, TokenError
 
 

@@ -14,8 +14,8 @@ from ceed_vla import load
 from ceed_vla.backbones.exits import EXITS, KINDS, make_exits
 from ceed_vla.checkpoints import save, weights_hash
 from ceed_vla.decoding import prefill
-from ceed_vla.decoding.drafts import PRIOR, _Online
 from ceed_vla.decoding.exits import mass_near
+from ceed_vla.decoding.speculation import PRIOR, _Online
 from ceed_vla.engine import compiled
 from ceed_vla.errors import CheckpointError, ConfigError
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -228,20 +229,39 @@ def test_while_a_checkpoint_loads_services_answer_and_what_does_not_fit_is_said_
     assert graph.stop("policy_node") == 0
 
 
-def test_the_node_needs_no_torch_where_another_python_has_it(graph: Graph) -> None:
+NO_TORCH = "for name in ('torch', 'lerobot', 'transformers', 'draccus', 'safetensors'): sys.modules[name] = None"
+
+
+def drives_from(python: Path | str, graph: Graph, first: str = "") -> None:
+    """A node of this `python`, which runs `first`, drives the robot with the policy in an environment of its own."""
     cell = Cell.__new__(Cell)
     cell.graph, cell.robot, cell.status = graph, tabletop(graph), Status(graph)
-    code = (
-        "import sys\n"
-        "for name in ('torch', 'lerobot', 'transformers', 'draccus', 'safetensors'): sys.modules[name] = None\n"
-        "from ros_nodes.robot.policy_node import main\n"
-        "sys.exit(main(['policy_node', *sys.argv[1:]]))\n"
-    )
+    main = "from ros_nodes.robot.policy_node import main\nsys.exit(main(['policy_node', *sys.argv[1:]]))"
     flags = ["-p", "autostart:=true", "-p", "instruction:=push the cube", "-p", f"inference_python:={sys.executable}"]
     environment = os.environ | {"ROS_DOMAIN_ID": str(graph.domain), "PYTHONPATH": str(Path(__file__).parents[2])}
     with (graph.folder / "policy_node.txt").open("wb") as output:
         graph.processes["policy_node"] = subprocess.Popen(
-            [sys.executable, "-c", code, "--ros-args", *flags], env=environment, stdout=output, stderr=subprocess.STDOUT
+            [python, "-c", f"import sys\n{first}\n{main}", "--ros-args", *flags],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
     cell.status.state("moving")
     assert graph.stop("policy_node") == 0
+
+
+def test_the_node_needs_no_torch_where_another_python_has_it(graph: Graph) -> None:
+    drives_from(sys.executable, graph, NO_TORCH)
+
+
+@pytest.mark.external  # an index of packages
+def test_the_node_runs_on_the_numpy_of_apt(graph: Graph, tmp_path: Path) -> None:
+    """An environment of rclpy, numpy 1.26 (what Jazzy's packages are built against), PyYAML and mujoco alone."""
+    python, uv = tmp_path / "bin" / "python", Path(sys.executable).with_name("uv")
+    wheels = [str(d) for d in requires("ceed_vla") or () if "ros2" in d and not d.startswith("mcap")]
+    needed = [wheel.partition(";")[0].strip() for wheel in wheels]
+    subprocess.run([uv, "venv", "--python", sys.executable, "--clear", tmp_path], check=True)
+    subprocess.run([uv, "pip", "install", "--python", python, *needed, "numpy==1.26.4", "pyyaml", "mujoco"], check=True)
+    asked = "import importlib.util, numpy; print(numpy.__version__, importlib.util.find_spec('torch'))"
+    assert subprocess.check_output([python, "-c", asked], text=True).split() == ["1.26.4", "None"]
+    drives_from(python, graph)

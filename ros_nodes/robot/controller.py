@@ -147,7 +147,8 @@ class PolicyController:
                 self._begin_step()
             else:
                 self._boundary = True
-        if self.stream.ask_if_due(now) is not None:
+        plan = self.stream.ask_if_due(now)
+        if plan is not None and plan.deadline_s is not None:
             self.grid.delay()
 
     def planned(self) -> list[tuple[Array, float | None]]:
@@ -262,7 +263,7 @@ class PolicyController:
         """Hold with nothing planned; begin as soon as nobody objects."""
         hold = hold or FIRST_CHUNK
         decision = self._safety.command(None, None, dt=dt, ages=self.ages(clock), hold=hold)
-        if decision.hold == hold and hold.code == WAITING and decision.positions is not None:
+        if decision.hold is FIRST_CHUNK and decision.positions is not None:
             self._motion.resume(decision.positions)
             self._start = self._wanted = decision.positions
             self.stream.start()

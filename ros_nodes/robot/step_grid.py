@@ -14,10 +14,10 @@ from ceed_vla.errors import ConfigError
 
 SLEW = 0.02  # largest change of the time between two ticks, in periods
 UNSURE = 0.0015  # images that are expected to come with less slack than this are not waited for [s]
-_SLACK = 0.003  # wanted between the arrival of images and the last moment to ask with them [s]
+_SLACK = 0.004  # wanted between the arrival of images and the last moment to ask with them [s]
 _LATE = 0.004  # how far the grid is delayed when images are missed [s]
 _DEAD_BAND = 0.001  # deviation from `_SLACK` at which the grid stays [s]
-_GAIN, _FASTEST_DRIFT = 0.3, 0.006  # of the integral term, and the largest [s] from one chunk to the next
+_GAIN, _FASTEST_DRIFT = 0.5, 0.006  # what is learnt of a surprise; the largest drift [s] from one chunk to the next
 
 
 class StepGrid:
@@ -45,6 +45,7 @@ class StepGrid:
         self._rate, self._slew = rate, slew
         self._shift = 0.0  # how much earlier the ticks shall come [s]
         self._drift = 0.0  # of the cameras against the steps, from one chunk to the next [s]
+        self._expected = math.nan  # what `align` is told next, unless cameras drift otherwise [s]
         self._images: deque[float] = deque(maxlen=9)  # when sets of new images were complete [s]
         self._origin, self._tick = 0.0, 0  # time of tick 0 [s], the newest tick
         self._first = 0.0  # tick at which the step that runs began
@@ -108,8 +109,8 @@ class StepGrid:
     def delay(self) -> None:
         """Move the grid back: what could be waited for is over, and the images that were expected have not come."""
         if self._slew and len(self._images) > 1:
-            self._integrate(-_LATE)
-            self._shift = self._drift - _LATE
+            self._learn(-_LATE)
+            self._move(0.0, -_LATE)
 
     def align(self, slack: float, until_images: float) -> None:
         """Move the grid so that images come shortly before it is too late for them.
@@ -117,12 +118,18 @@ class StepGrid:
         `slack` is how much before they came this time [s], `until_images` the time between images [s].
         """
         if not self._slew or not 0.0 <= slack < until_images + UNSURE:
-            return  # the answer is needed sooner than that
+            self._expected = math.nan  # the answer is needed sooner than that
+            return
+        surprise = slack - self._expected - self._shift  # what is left of the last move was not made
+        if not math.isnan(surprise):
+            self._learn(surprise - until_images * round(surprise / until_images))
         error = slack - _SLACK
         error -= until_images if error > 0.5 * until_images else 0.0  # the next images were nearer
-        self._integrate(error)
-        self._shift = self._drift + (error if abs(error) > _DEAD_BAND else 0.0)
+        self._move(slack, error if abs(error) > _DEAD_BAND else 0.0)
 
-    def _integrate(self, error: float) -> None:
-        """Learn how far the cameras come off the steps by themselves: chunks last no whole number of their periods."""
-        self._drift = min(max(self._drift + _GAIN * error, -_FASTEST_DRIFT), _FASTEST_DRIFT)
+    def _learn(self, surprise: float) -> None:
+        """How far the cameras come off the steps by themselves: chunks last no whole number of their periods."""
+        self._drift = min(max(self._drift + _GAIN * surprise, -_FASTEST_DRIFT), _FASTEST_DRIFT)
+
+    def _move(self, slack: float, earlier: float) -> None:
+        self._shift, self._expected = self._drift + earlier, slack - earlier

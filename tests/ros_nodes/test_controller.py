@@ -143,6 +143,14 @@ def test_cameras_that_drift_against_the_steps_are_followed(camera_rate: float) -
     assert latency.max() < 0.030  # a proportional lock alone: 52 ms (p50) at 29.7 Hz
 
 
+@pytest.mark.parametrize("phase", [0.001, 0.006, 0.011, 0.017, 0.023, 0.029])
+def test_the_first_chunks_teach_the_lock_no_drift(phase: float) -> None:
+    loop = Loop(30.0, phase=phase, replan_steps=3)
+    loop.policy.delay = 0.016
+    loop.run(10.0)
+    assert max(list(loop.controller.statistics.to_command)[4:]) < 0.016 + 0.010  # no images were missed
+
+
 @pytest.mark.parametrize("fps", [30.0, 25.0, 15.0, 7.0])
 def test_the_command_rate_need_be_no_multiple_of_the_steps(fps: float) -> None:
     loop = Loop(dt=1.0 / fps)
@@ -186,6 +194,21 @@ def test_going_home_is_slow_needs_no_images_and_ends_disabled() -> None:
     assert str(loop.controller.state) == "disabled: not enabled"
     loop.controller.estop("operator")
     assert loop.controller.enable(loop.now, home=(0.1, 0.0)).code == "estop"
+
+
+@pytest.mark.parametrize("delay", [0.016, 0.13, 0.4])
+def test_the_first_action_takes_one_chunk(delay: float) -> None:
+    """Nothing is asked from images of before `enable`: that answer would be dropped, and the next one wait for it."""
+    loop = Loop(enable=False)
+    loop.policy.delay = delay
+    loop.run(0.5)
+    enabled, count = loop.now, len(loop.sent)
+    assert loop.controller.enable(enabled) is None
+    loop.run(1.0)
+    moved = next(now for now, decision in loop.sent[count:] if decision is not None and decision.hold is None)
+    assert enabled + delay < moved < enabled + delay + 1 / 30 + 0.03  # the next image, its tick, the answer's tick
+    assert [now < moved for now, _ in loop.policy.asked].count(True) == 1
+    assert loop.policy.asked[0][0] > enabled
 
 
 def test_a_refused_enable_leaves_motion_disabled() -> None:

@@ -37,17 +37,19 @@ teacher=$out/teacher/checkpoints/final
 # 3. Its trajectories, where the demonstrations and the takeovers went, and three students that differ by their seed.
 ceed-vla collect --policy_path "$teacher" --roots "$demos,$takeover" --output_dir "$out/trajectories" --max_frames 30000 \
   --workers 2 --resume true
+student() { [ "$1" = 0 ] && echo student || echo "student_$1"; } # scripts/weights_wheel.py packs the first
 for seed in ${SEEDS:-0 1 2}; do
-  finished "student_$seed" || torchrun --nproc_per_node 2 -m ceed_vla.cli distill $env --teacher_path "$teacher" \
-    --trajectories.path "$out/trajectories" --roots "$demos,$takeover" --output_dir "$out/student_$seed" --steps 2500 \
+  run=$(student "$seed")
+  finished "$run" || torchrun --nproc_per_node 2 -m ceed_vla.cli distill $env --teacher_path "$teacher" \
+    --trajectories.path "$out/trajectories" --roots "$demos,$takeover" --output_dir "$out/$run" --steps 2500 \
     --lr 1e-3 --muon_lr 1e-3 --max_updates 1 --max_iterations 2 --confidence 0.2 --threads 1 --validate_episodes 0 \
-    --seed "$seed" --resume "$(started "student_$seed")"
+    --seed "$seed" --resume "$(started "$run")"
 done
 
 # 4. What the teacher sees, and all in the loop: 50 episodes a task.
 ceed-vla grounding $env --policy.path "$teacher" --output "$out/grounding.json"
 for seed in ${SEEDS:-0 1 2}; do
-  of_teacher=(); [ "$seed" != 0 ] || of_teacher=(--teacher.path "$teacher")
-  ceed-vla eval $env --policy.path "$out/student_$seed/checkpoints/final" "${of_teacher[@]}" --episodes 500 --seed 50000 \
-    --decoders jacobi,ceed,cap1 --timing_chunks 0 --workers 2 --output_dir "$out/evaluate/student_$seed" --resume true
+  run=$(student "$seed") of_teacher=(); [ "$seed" != 0 ] || of_teacher=(--teacher.path "$teacher")
+  ceed-vla eval $env --policy.path "$out/$run/checkpoints/final" "${of_teacher[@]}" --episodes 500 --seed 50000 \
+    --decoders jacobi,ceed,cap1 --timing_chunks 0 --workers 2 --output_dir "$out/evaluate/$run" --resume true
 done

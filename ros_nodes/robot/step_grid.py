@@ -132,4 +132,5 @@ class StepGrid:
         self._drift = min(max(self._drift + _GAIN * surprise, -_FASTEST_DRIFT), _FASTEST_DRIFT)
 
     def _move(self, slack: float, earlier: float) -> None:
+        """Move the grid by so much and the drift until the next chunk; what is left of the `slack` is expected [s]."""
         self._shift, self._expected = self._drift + earlier, slack - earlier

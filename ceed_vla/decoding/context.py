@@ -1,4 +1,4 @@
-"""Context: Jacobi decoding behind the tokens of the prefix that matter most: ``keep24_conf0.2_cap2``."""
+"""Context: Jacobi decoding behind what matters most of the prefix: ``keep24_conf0.2_cap2``, ``view57_conf0.2_cap2``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
-from ceed_vla.backbones.context import keep_best
+from ceed_vla.backbones.context import keep_best, see_best
 from ceed_vla.decoding.jacobi import decode_jacobi
 from ceed_vla.decoding.registry import register_decoder
 from ceed_vla.decoding.request import BlockRequest
@@ -26,14 +26,24 @@ def decode_keep(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
     return result
 
 
-def _kept(backbone: Any, batch: dict[str, Tensor], options: dict[str, str]) -> Prefix:
+@register_decoder(r"view(?P<percent>[1-9]\d?)", "view<P>", "P percent of what cameras see", ("view75", "view57"))
+def decode_view(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
+    """The same behind a part of the images, which is cut out before anything of them is computed."""
+    return decode_keep(backbone, prefix, request)  # type: ignore[no-any-return]
+
+
+def _prefix(backbone: Any, batch: dict[str, Tensor], options: dict[str, str]) -> Prefix:
     """The prefix of what is kept; where that is all, it is made as ever."""
-    embeddings, dropped = keep_best(backbone, backbone.embed_prefix(batch), int(options["kept"]))
+    if "percent" in options:
+        embeddings, dropped = see_best(backbone, batch, int(options["percent"]))
+    else:
+        embeddings, dropped = keep_best(backbone, backbone.embed_prefix(batch), int(options["kept"]))
     prefix = cast("Prefix", backbone.prefill_embeddings(embeddings))
     prefix.dropped = dropped
     return prefix
 
 
-decode_keep.prefill = _kept  # type: ignore[attr-defined]
-decode_keep.relaxes = lambda _: True  # type: ignore[attr-defined]
-decode_keep.eager_only = True  # type: ignore[attr-defined]  # a compiled prefix has one length
+for _decode in (decode_keep, decode_view):
+    _decode.prefill = _prefix  # type: ignore[attr-defined]
+    _decode.relaxes = lambda _: True  # type: ignore[attr-defined]
+    _decode.eager_only = True  # type: ignore[attr-defined]  # a compiled prefix has one length

@@ -21,7 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ceed_vla.backbones.base import CutPrefix, Prefix, TrainableBackbone, check_depth, check_features, check_program
+from ceed_vla.backbones.base import (
+    CutPrefix,
+    Prefix,
+    TrainableBackbone,
+    View,
+    check_depth,
+    check_features,
+    check_program,
+)
 from ceed_vla.backbones.coarse import CoarseBranch
 from ceed_vla.backbones.compact.stem import CameraStem, EarlyReadout
 from ceed_vla.backbones.config import PolicyShape
@@ -85,6 +93,7 @@ class CompactBackbone(TrainableBackbone):
         self.block_length, self.vocabulary_size, self._shape = shape.block_length, shape.vocabulary_size, shape
         width, grid, self.num_layers = config.width, config.image_grid, config.layers
         self._recompute = False
+        self.view = ((0, grid, 0, grid),) * len(self.cameras)
         tokens = grid**2 + bool(config.keypoints)  # of a camera
         self.prefix_length = self.max_words + len(self.cameras) * tokens + 1
         self.words = nn.Embedding(config.words, width)
@@ -153,18 +162,32 @@ class CompactBackbone(TrainableBackbone):
 
     def embed_prefix(self, observation: dict[str, Tensor]) -> Tensor:
         """Embeddings (B, P, d) of words, cameras and state (the state token comes last)."""
+        return self.embed_view(observation, self.view)
+
+    def embed_view(self, observation: dict[str, Tensor], view: View) -> Tensor:
         words = observation[LANGUAGE_KEY]  # (B, L)
         word_embeddings = self.words(words)  # (B, L, d)
         instruction = self.word_codes(words).flatten(1)  # (B, L * c)
         tokens = [word_embeddings]
         size = (self.image_size, self.image_size)
-        for camera, stem in zip(self.cameras, self.stems, strict=True):
+        for camera, stem, window in zip(self.cameras, self.stems, view, strict=True):
             image = observation[camera]
             if image.shape[-2:] != size:
                 image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
-            tokens.append(stem(image * 2 - 1, instruction))  # (B, g * g, d)
+            tokens.append(stem(image * 2 - 1, instruction, window))  # (B, cells [+ 1], d)
         tokens.append(self.state(observation[STATE_KEY].clamp(-5, 5)).unsqueeze(1))  # (B, 1, d)
-        return torch.cat(tokens, dim=1) + self.prefix_positions
+        positions = self.prefix_positions if view == self.view else self.prefix_positions[self._places(view)]
+        return torch.cat(tokens, dim=1) + positions
+
+    def _places(self, view: View) -> list[int]:
+        """Which tokens of the whole prefix a `view` has."""
+        grid, places = self.view[0][1], list(range(self.max_words))
+        tokens = (self.prefix_length - 1 - self.max_words) // len(view)  # of a camera
+        firsts = range(self.max_words, self.prefix_length - 1, tokens)
+        for first, (top, bottom, left, right) in zip(firsts, view, strict=True):
+            places += [first + grid * row + column for row in range(top, bottom) for column in range(left, right)]
+            places += range(first + grid**2, first + tokens)
+        return [*places, self.prefix_length - 1]
 
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:
         return self.prefill_embeddings(self.embed_prefix(observation))

@@ -10,7 +10,9 @@ import draccus
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 
-import ceed_vla.backbones.families  # these register what they have
+import ceed_vla.backbones.openvla.config  # these register what they have
+import ceed_vla.backbones.pi0_fast.config
+import ceed_vla.backbones.vlm.config
 import ceed_vla.tokens.fast
 import ceed_vla.tokens.openvla  # noqa: F401
 from ceed_vla.backbones.compact.config import CompactConfig

@@ -7,7 +7,7 @@ from typing import Any
 
 from ceed_vla.errors import ConfigError, ObservationError
 
-PLACE = "{instruction}"
+PLACE = "{instruction}"  # replaced, not formatted: a template reads no attributes
 LONGEST_PROMPT = 100_000
 
 
@@ -35,8 +35,3 @@ def check_template(template: object, name: str) -> None:
     fits = isinstance(template, str) and len(template) <= LONGEST_PROMPT
     if not fits or str(template).count(PLACE) != 1 or set("{}") & set(str(template).replace(PLACE, "")):
         raise ConfigError(f"{name} is {str(template)[:200]!r}; it must hold {PLACE} once, and no other field.")
-
-
-def fill_template(template: str, instruction: str) -> str:
-    """The template with the instruction in its place: without any attribute access, whatever the template says."""
-    return template.replace(PLACE, instruction)

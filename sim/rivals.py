@@ -30,7 +30,6 @@ def decode_pdvla(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> D
         raise ConfigError("pdvla needs the compact backbone, tokens of fixed length, and freezes nothing.")
     refuse_jacobi_settings(request.config)
     tokens, _, _ = request.begin(backbone, prefix)
-    tokens[:, 0] = prefix.logits.argmax(-1)
     forwards, running = 0, torch.ones(batch, dtype=torch.bool)  # (B,)
     iterations = torch.zeros(batch, dtype=torch.int64)
     prefix.cache.causal = False

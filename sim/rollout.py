@@ -348,11 +348,6 @@ def rollout(
     return results
 
 
-def in_shards[T](items: Sequence[T]) -> list[Sequence[T]]:
-    """Parts of `SHARD` items, the last one shorter."""
-    return [items[i : i + SHARD] for i in range(0, len(items), SHARD)]
-
-
 def episode_runner(
     policy: str, env: EnvConfig, instruction: str = ""
 ) -> Callable[[tuple[Any, int | None, Any]], list[EpisodeResult]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import batched
 from typing import ClassVar
 
 import numpy as np
@@ -27,7 +28,6 @@ from sim.rollout import (
     PolicyRunner,
     episode_runner,
     execute,
-    in_shards,
     replan,
     stack_previous,
     tokens_per_step,
@@ -65,7 +65,7 @@ class SerialGroups:
         tasks = turns(self.env)
         plan = [(seed, tasks[i % len(tasks)]) for i, seed in enumerate(seeds)]
         with Workers(self.workers, episode_runner, policy, self.env) as workers:
-            runs = [(decoder, shard) for shard in in_shards(plan) for decoder in decoders]
+            runs = [(decoder, shard) for shard in batched(plan, SHARD) for decoder in decoders]
             for (decoder, shard), found in zip(runs, workers.map((d, None, s) for d, s in runs), strict=True):
                 for result, (seed, task) in zip(found, shard, strict=True):
                     yield decoder, seed, task, result.success, len(result.forwards)
@@ -73,7 +73,7 @@ class SerialGroups:
     def groups(self, policy: str, decoder: str, cap: int, decisions: Sequence[Decision]) -> Iterator[Group]:
         """The group of every decision that an episode driven by `decoder` reaches, as shards end."""
         with Workers(self.workers, group_runner, policy, self.env, decoder, cap) as workers:
-            for found in workers.map(in_shards(decisions)):
+            for found in workers.map(batched(decisions, SHARD)):
                 yield from found
 
 

@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import batched
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from sim.bench import PARETO, pareto
 from sim.calibrate import CHECKPOINT, plain
 from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, turns
 from sim.plots import save_figure
-from sim.rollout import SHARD, PolicyRunner, episode_runner, in_shards, success_entry
+from sim.rollout import SHARD, PolicyRunner, episode_runner, success_entry
 from sim.settings import DrivenConfig
 from sim.summary import hardware
 from sim.timing import (
@@ -319,7 +320,9 @@ class Search:
         missing = [seed for seed in seeds if seed not in trial.solved]
         episodes = [(seed, self.tasks[(seed - self.config.seed) % len(self.tasks)]) for seed in missing]
         plan = trial.plan
-        for found in self.workers.map((plan.decoding, plan.executed_steps, shard) for shard in in_shards(episodes)):
+        for found in self.workers.map(
+            (plan.decoding, plan.executed_steps, shard) for shard in batched(episodes, SHARD)
+        ):
             trial.solved |= {result.seed: result.success for result in found}
             for result in found:
                 trial.layers += np.add(result.block_layers, result.prefix_layers).tolist()

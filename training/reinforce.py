@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ceed_vla.checkpoints import load, save
 from ceed_vla.decoding.learned import FEATURES, Group, head_name
 from ceed_vla.errors import ConfigError, DatasetError
-from ceed_vla.fields import COUNTS, SEEDS, check_fields, ranged
+from ceed_vla.fields import COUNTS, SEEDS, Checked, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import claim_folder
 
@@ -50,7 +50,7 @@ class Rollouts(Protocol):
 
 
 @dataclass
-class ReinforceConfig:
+class ReinforceConfig(Checked):
     """Settings of `ceed-vla reinforce`.
 
     Attributes:
@@ -79,9 +79,6 @@ class ReinforceConfig:
     leash: float = ranged(0.001, "[0, 1e6]")
     seed: int = ranged(36_000, SEEDS)
     steps: int = ranged(100, COUNTS)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ceed_vla.errors import CeedVLAError, ConfigError
-from ceed_vla.fields import COUNTS, SEEDS, check_fields, ranged
+from ceed_vla.fields import COUNTS, SEEDS, Checked, ranged
 
 SHARES = "[0, 1]"
 BATCHES = "[1, 1e6]"
@@ -22,7 +22,7 @@ _TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "No space left", "fi
 
 
 @dataclass
-class BesideConfig:
+class BesideConfig(Checked):
     """What the commands share that train something beside a frozen policy.
 
     Attributes:
@@ -40,9 +40,6 @@ class BesideConfig:
     lr: float = ranged(2e-3, RATES)
     eval_frames: int = ranged(64, BATCHES)
     seed: int = ranged(0, SEEDS)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def split_list(text: str) -> list[str]:

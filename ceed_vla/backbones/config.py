@@ -1,7 +1,7 @@
 """Which model a policy runs: one dataclass a family, chosen by ``--policy.backbone.type``.
 
 A family is a dataclass that registers itself and says how to build its model, and what pre-processing turns an
-observation into the model's inputs. `ceed_vla.backbones.families` imports those of this package.
+observation into the model's inputs. `ceed_vla.configuration_ceed_vla` imports those of this package.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, CutPrefix, Prefix
 from ceed_vla.decoding.exits import mass_near
-from ceed_vla.decoding.first import after, first_state, first_then_jacobi, rest
+from ceed_vla.decoding.first import after, first_then_jacobi, rest
 from ceed_vla.decoding.jacobi import decode_jacobi
 from ceed_vla.decoding.registry import register_decoder
 from ceed_vla.decoding.request import BlockRequest
@@ -99,7 +99,9 @@ def _first_or_more(
     """
     started, depth = request.clock(), depths[-1]
     _check_layers(backbone, request, depths[0], depth)
-    tokens, given, watched = first_state(backbone, prefix, request)
+    if request.tokens_per_step is None:
+        raise ConfigError("Exits by depth (deer, sure) are of blocks of fixed length; variable lengths need jacobi.")
+    tokens, given, watched = request.begin(backbone, prefix)
     scores, hidden = cast("Any", backbone).depth_logits(prefix, tokens[:, :-1], depths)
     state, batch, cut = after(tokens, scores[-1], given), len(tokens), isinstance(prefix, CutPrefix)
     done = ends(tokens, scores, given, watched).cpu()  # (B,)

@@ -60,10 +60,7 @@ def decode_drafts(
         raise ConfigError("Drafts (ngram, spec, del) are of blocks of fixed length; variable lengths need jacobi.")
     refuse_jacobi_settings(request.config)
     tokens, given, watched = request.begin(backbone, prefix, guessed=drafter.whole_first)  # (B, n)
-    best, first_tokens = prefix.logits.max(-1, keepdim=True)
-    check_rows(row_sums(best, backbone).cpu().numpy())
-    if not given:
-        tokens[:, :1] = first_tokens
+    check_rows(row_sums(prefix.logits.amax(-1, keepdim=True), backbone).cpu().numpy())
     rows, forwards, calls = Rows(batch, n, max(given, 1)), 0, np.zeros(batch, dtype=np.int64)
     states = [tokens.clone()] if request.record_states else None
     loose = np.isin(np.arange(n) % request.tokens_per_step, request.exact_dims, invert=True)  # (n,)

@@ -33,21 +33,13 @@ def first_then_jacobi(
                 f"cap{first + 1}."
             )
         config = replace(config, max_iterations=config.max_iterations - first)
-    tokens, given, _ = first_state(backbone, prefix, request)
+    tokens, given, _ = request.begin(backbone, prefix)
     for forward in forwards:
         tokens = after(tokens, forward(tokens[:, :-1]), given)
     result = decode_jacobi(backbone, prefix, rest(replace(request, config=config, guess=tokens), started))
     result.layer_forwards = layers + result.iterations * backbone.num_layers
     result.forwards, result.iterations = result.forwards + first, result.iterations + first
     return result
-
-
-def first_state(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> tuple[Tensor, int, int]:
-    """`BlockRequest.begin`, with the prefix's token."""
-    tokens, given, watched = request.begin(backbone, prefix)
-    if not given:
-        tokens[:, 0] = prefix.logits.argmax(-1)
-    return tokens, given, watched
 
 
 def rest(request: BlockRequest, started: float) -> BlockRequest:

@@ -42,12 +42,10 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
     batch, n = prefix.logits.shape[0], backbone.block_length
     rules = exit_rules(request.config, ordered=request.stop is None)
     tokens, given, watched = request.begin(backbone, prefix)  # (B, n)
-    best, first_tokens = prefix.logits.max(-1, keepdim=True)  # (B, 1)
-    if not given:
-        tokens[:, :1] = first_tokens
+    best = prefix.logits.amax(-1, keepdim=True)
     sums = row_sums(best, backbone)  # (B, 1), of all scores so far; the first ones travel with those of an iteration
     host = tokens.cpu().numpy().copy()  # (B, n), the state that the convergence test compares with
-    measured = _first_measures(rules, prefix.logits, first_tokens, watched, given)
+    measured = _first_measures(rules, prefix.logits, tokens[:, :1], watched, given)
     states = [tokens.clone()] if request.record_states else None
     # Without frozen tokens the prefix gives token 0; behind them the first free token takes a forward.
     rows = Rows(batch, n, max(given, 1))

@@ -89,8 +89,9 @@ class BlockRequest:
         return min(given + self.executed_steps * self.tokens_per_step, block_length)
 
     def begin(self, backbone: Backbone, prefix: Prefix, guessed: bool = True) -> tuple[Tensor, int, int]:
-        """What a decoder starts from, behind a prefix that is rolled back: the guess (B, n) with the frozen tokens, on
-        the prefix's device; how many these are; and the end ``M`` of the slots that must be right.
+        """What a decoder starts from, behind a prefix that is rolled back: the guess (B, n) with the frozen tokens, or
+        the prefix's own first one, on the prefix's device; how many are frozen; and the end ``M`` of the slots that
+        must be right.
 
         Without a guess, which only some need to be `guessed`, the state is 0. `TokenError` and `ConfigError` for a
         guess, frozen tokens or executed steps that do not fit.
@@ -107,6 +108,8 @@ class BlockRequest:
             tokens = torch.zeros(rows, n, dtype=torch.int64, device=device)
         if given:
             tokens[:, :given] = cast("Tensor", self.frozen)
+        else:
+            tokens[:, 0] = prefix.logits.argmax(-1)
         prefix.cache.roll_back()
         return tokens, given, watched
 

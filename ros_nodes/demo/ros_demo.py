@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ceed_vla.discovery import discovered
 from ceed_vla.errors import NodeError
-from ceed_vla.fields import SEEDS, check_fields, chosen, ranged
+from ceed_vla.fields import SEEDS, Checked, chosen, ranged
 from ceed_vla.folders import resolve_checkpoint
 from ceed_vla.outputs import default_console
 from ros_nodes.demo.report import COMMAND_RATE, Episode, build_report, console_table
@@ -34,7 +34,7 @@ _DECAY = 1.5  # after the policy node was killed, until the arm must have come t
 
 
 @dataclass
-class RosDemoConfig:
+class RosDemoConfig(Checked, prefix="--"):
     """Run the simulated robot and the policy node as two processes and measure what passes between them.
 
     Writes ros.json, details.json (more numbers and every episode), bag.mcap (for Foxglove) and both nodes' output.
@@ -84,9 +84,6 @@ class RosDemoConfig:
     reaction: bool = False
     max_episode_steps: int = ranged(MAX_EPISODE_STEPS, "[1, 10000]")
     domain: int = ranged(-1, "[-1, 101]")
-
-    def __post_init__(self) -> None:
-        check_fields(self, "--")
 
 
 def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str, Any]:

@@ -145,10 +145,6 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return self._command
 
     @property
-    def family(self) -> str:
-        return self.command.family
-
-    @property
     def instruction(self) -> str:
         return self.command.text
 
@@ -174,16 +170,6 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             self.data.ctrl[:7] = start + (self._joints - start) * (part / _RAMP)
             mujoco.mj_step(self.scene.model, self.data, nstep=_SUBSTEPS // _RAMP)
         mujoco.mj_forward(self.scene.model, self.data)  # poses of the state after the last substep
-
-    @property
-    def command_position(self) -> arm.Array:
-        """Commanded TCP (3,) [m]."""
-        return self._pose.position
-
-    @property
-    def command_rpy(self) -> arm.Array:
-        """Commanded roll, pitch, yaw (3,) [rad]."""
-        return self._pose.rpy
 
     def hold_action(self) -> NDArray[np.float32]:
         """The action (7,) that keeps the commanded pose and the gripper as they are."""
@@ -231,8 +217,8 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             tcp=data.site_xpos[scene.tcp_site].copy(),
             tcp_yaw=float(np.arctan2(tcp_matrix[1, 0], tcp_matrix[0, 0])),
             opening=float(data.qpos[7] + data.qpos[8]),
-            command_position=self.command_position.copy(),
-            command_rpy=self.command_rpy.copy(),
+            command_position=self._pose.position.copy(),
+            command_rpy=self._pose.rpy.copy(),
             gripper_open=self.gripper_open,
         )
 
@@ -270,7 +256,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self._teleport(position, rng.uniform(-0.6, 0.6), open_gripper=bool(rng.random() < 0.7))
         # In motion the command leads the arm: a policy must not take one for the other.
         lead = rng.normal(0.0, 0.01, 3)
-        self._pose.position = np.clip(self.command_position + lead, WORKSPACE_LOW, WORKSPACE_HIGH)
+        self._pose.position = np.clip(self._pose.position + lead, WORKSPACE_LOW, WORKSPACE_HIGH)
 
     def retarget(self, rng: np.random.Generator) -> None:
         """Draw another instruction of the split for the same scene (of the env's family unless it is "mixed")."""
@@ -319,13 +305,13 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         quat = np.empty(4)
         mujoco.mju_mat2Quat(quat, data.site_xmat[site])
         quat *= np.copysign(1.0, quat[0])
-        yaw, opening = self.command_rpy[2], data.qpos[7] + data.qpos[8]
+        yaw, opening = self._pose.rpy[2], data.qpos[7] + data.qpos[8]
         gripper = 1.0 if self.gripper_open else -1.0
-        parts = (data.site_xpos[site], quat, [opening], self.command_position, [np.cos(yaw), np.sin(yaw), gripper])
+        parts = (data.site_xpos[site], quat, [opening], self._pose.position, [np.cos(yaw), np.sin(yaw), gripper])
         return np.concatenate(parts).astype(np.float32)
 
     def _info(self) -> dict[str, Any]:
-        return {"is_success": self.is_success(), "task": self.family, "instruction": self.instruction}
+        return {"is_success": self.is_success(), "task": self.command.family, "instruction": self.instruction}
 
 
 def _cube_yaw(matrix: NDArray[np.float64]) -> float:

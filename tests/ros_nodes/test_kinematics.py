@@ -129,7 +129,7 @@ def test_expert_episodes_command_the_same_joints_as_the_simulation(kinematics: M
     rng = np.random.default_rng(seed)
     pose = CommandedPose(LIMITS, env.HOME_POSITION)
     q = world.data.ctrl[:7].copy()
-    pose.reset(world.command_position, rpy_matrix(world.command_rpy))
+    pose.reset(world.situation().command_position, rpy_matrix(world.situation().command_rpy))
     worst = 0.0
     for _ in range(60):
         action = world.expert_action()
@@ -139,8 +139,8 @@ def test_expert_episodes_command_the_same_joints_as_the_simulation(kinematics: M
         q = kinematics.solve(q, pose.position, pose.matrix)
         pose.follow(*kinematics.pose(q))
         worst = max(worst, float(np.abs(q - world.data.ctrl[:7]).max()))
-        np.testing.assert_allclose(pose.position, world.command_position, atol=1e-6)
-        np.testing.assert_allclose(pose.rpy, world.command_rpy, atol=1e-6)
+        np.testing.assert_allclose(pose.position, world.situation().command_position, atol=1e-6)
+        np.testing.assert_allclose(pose.rpy, world.situation().command_rpy, atol=1e-6)
     assert worst < 1e-6
 
 

@@ -78,9 +78,9 @@ def test_invalid_actions_are_refused_and_large_ones_clipped(blind):
     for action in (np.full(7, np.nan), np.full(7, np.inf), np.zeros(6)):
         with pytest.raises(SimulationError, match="Action"):
             blind.step(action)
-    start = blind.command_position.copy()
+    start = blind.situation().command_position.copy()
     blind.step(np.array([0, 0, 50.0, 0, 0, 0, 1]))
-    np.testing.assert_allclose(blind.command_position - start, [0, 0, 0.05], atol=1e-9)
+    np.testing.assert_allclose(blind.situation().command_position - start, [0, 0, 0.05], atol=1e-9)
 
 
 def test_there_is_no_scene_before_the_first_reset():

@@ -21,7 +21,7 @@ from ceed_vla.backbones.transformers.step_files import TOKENIZER_FILES, FilesSte
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.files import read_json
 from ceed_vla.images import camera_pixels
-from ceed_vla.instructions import batch_instructions, check_template, fill_template
+from ceed_vla.instructions import PLACE, batch_instructions, check_template
 
 IDS_KEY, MASK_KEY = "observation.openvla.input_ids", "observation.openvla.attention_mask"
 PIXELS_KEY = "observation.openvla.pixel_values"
@@ -83,7 +83,7 @@ class OpenVLAInputsStep(FilesStep, InputsStep):
         return {**observation, PIXELS_KEY: pixels, IDS_KEY: ids, MASK_KEY: mask}
 
     def text(self, instruction: str) -> str:
-        return fill_template(self.prompt, instruction.lower())
+        return self.prompt.replace(PLACE, instruction.lower())
 
     def encode(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
         """Ids (B, L) of the prompts, padded on the left, and their mask (B, L)."""

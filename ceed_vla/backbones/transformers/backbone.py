@@ -86,7 +86,10 @@ class TransformersBackbone(TrainableBackbone):
         return embeddings.embeds, embeddings.patches, embeddings.real & ~embeddings.patches
 
     def keep_tokens(self, embeddings: PrefixEmbeddings, kept: Tensor) -> PrefixEmbeddings:
-        return embeddings.kept(kept)
+        inputs = {name: value.gather(1, kept) for name, value in embeddings.inputs.items()}  # those of `in_order`
+        rows = torch.arange(len(embeddings), device=kept.device).unsqueeze(1)
+        real = embeddings.real.gather(1, kept)
+        return PrefixEmbeddings(embeddings.embeds[rows, kept], real, embeddings.next_position, inputs)
 
     def prefill_embeddings(self, embeddings: PrefixEmbeddings) -> TransformersPrefix:
         """`prefill` from what `embed_prefix` made."""

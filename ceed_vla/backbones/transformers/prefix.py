@@ -43,12 +43,6 @@ class PrefixEmbeddings:
         patches = None if self.patches is None else self.patches[rows]
         return PrefixEmbeddings(self.embeds[rows], self.real[rows], self.next_position[rows], inputs, patches)
 
-    def kept(self, tokens: Tensor) -> PrefixEmbeddings:
-        """The `tokens` (B, K) alone, each at the position that it has in the whole prefix; the block keeps its own."""
-        inputs = {name: value.gather(1, tokens) for name, value in self.inputs.items()}  # those of `in_order`
-        rows = torch.arange(len(self), device=tokens.device).unsqueeze(1)
-        return PrefixEmbeddings(self.embeds[rows, tokens], self.real.gather(1, tokens), self.next_position, inputs)
-
     def _rows(self, name: str, value: Any, rows: Any) -> Any:
         if isinstance(value, dict):  # masks of several kinds of layers
             return {key: self._rows(key, part, rows) for key, part in value.items()}

@@ -21,7 +21,7 @@ from ceed_vla.backbones.vlm.processor import load_processor
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, raised_as
 from ceed_vla.fields import check_fields, chosen, ranged
 from ceed_vla.images import camera_pixels
-from ceed_vla.instructions import batch_instructions, check_template, fill_template
+from ceed_vla.instructions import PLACE, batch_instructions, check_template
 
 CAMERAS = ("separate", "stacked")
 # One row an observation, or several (images, patches) that the model wants in one long list.
@@ -103,12 +103,12 @@ class VLMInputsStep(FilesStep, InputsStep):
         if isinstance(template, str) and not template.strip():
             raise CheckpointError("The checkpoint's chat template is empty; copy it again.")
         if template is None:
-            return str(getattr(processor, "image_token", "<image>")) * images + fill_template(self.prompt, task)
+            return str(getattr(processor, "image_token", "<image>")) * images + self.prompt.replace(PLACE, task)
         if images not in self._rendered:
             text = render(template, images, self.prompt, processor.tokenizer.special_tokens_map)
             check_template(text, "The prompt in the checkpoint's chat format")
             self._rendered[images] = text
-        return fill_template(self._rendered[images], task)
+        return self._rendered[images].replace(PLACE, task)
 
     def _add_state_places(self, inputs: dict[str, Tensor]) -> None:
         ids, tokenizer = inputs[IDS], self._processor.tokenizer

@@ -104,11 +104,8 @@ def _from_format_1(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def in_current_format(folder: Path) -> Iterator[Path]:
-    """`folder`, or one with its config.json in the current format, for readers of LeRobot's that parse the file."""
+    """A folder with the config.json of `folder` in the current format, for readers of LeRobot's that parse the file."""
     values = read_values(folder)
-    if read_json(folder / "config.json").get("format_version") == FORMAT_VERSION:
-        yield folder
-        return
     with tempfile.TemporaryDirectory() as temporary:
         (Path(temporary) / "config.json").write_text(json.dumps(values))
         yield Path(temporary)

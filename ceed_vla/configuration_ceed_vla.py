@@ -10,7 +10,8 @@ import draccus
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 
-import ceed_vla.backbones.openvla.config  # these register what they have
+import ceed_vla.backbones.compact.config  # these register what they have
+import ceed_vla.backbones.openvla.config
 import ceed_vla.backbones.pi0_fast.config
 import ceed_vla.backbones.vlm.config
 import ceed_vla.tokens.fast

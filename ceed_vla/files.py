@@ -20,21 +20,20 @@ MOST_JSON = 2**28  # [bytes] of settings, tokenizers included
 LONGEST_NAME = 200
 
 
-def read_json(file: Path, error: type[CeedVLAError] = CheckpointError, source: str = "") -> dict[str, Any]:
-    """A JSON object; messages call the file `source`. Otherwise raises `error`."""
-    name = source or str(file)
-    regular(file, error, name)
+def read_json(file: Path, error: type[CeedVLAError] = CheckpointError) -> dict[str, Any]:
+    """A JSON object; otherwise raises `error`."""
+    regular(file, error)
     try:
         size = file.stat().st_size
         if size > MOST_JSON:
-            raise error(f"{name} has {size / 1e6:.0f} MB; settings take less than {MOST_JSON / 1e6:.0f}.")
+            raise error(f"{file} has {size / 1e6:.0f} MB; settings take less than {MOST_JSON / 1e6:.0f}.")
         values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except OSError as problem:
-        raise error(f"{name} cannot be read ({problem.strerror}); is this the right folder?") from problem
+        raise error(f"{file} cannot be read ({problem.strerror}); is this the right folder?") from problem
     except (ValueError, RecursionError) as problem:
-        raise error(f"{name} is not JSON ({str(problem)[:200]}); copy it again.") from problem
+        raise error(f"{file} is not JSON ({str(problem)[:200]}); copy it again.") from problem
     if not isinstance(values, dict):
-        raise error(f"{name} holds a {type(values).__name__} instead of settings; copy it again.")
+        raise error(f"{file} holds a {type(values).__name__} instead of settings; copy it again.")
     return values
 
 
@@ -45,17 +44,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def regular(file: Path, error: type[CeedVLAError] = CheckpointError, name: str = "") -> Path:
+def regular(file: Path, error: type[CeedVLAError] = CheckpointError) -> Path:
     """`file`, unless it is there and reading it need not end: a pipe, a socket or a device, also behind a link.
 
-    That it exists, its reader checks. Messages call it `name`.
+    That it exists, its reader checks.
     """
     try:
         is_file = stat.S_ISREG(file.stat().st_mode)
     except (OSError, ValueError):
         return file
     if not is_file:
-        raise error(f"{name or file} cannot be read: it must be a file, not a folder, pipe or device.")
+        raise error(f"{file} cannot be read: it must be a file, not a folder, pipe or device.")
     return file
 
 

@@ -63,7 +63,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         config.action_tokens.fit(config.action_dim, (dataset_stats or {}).get(ACTION))
         self.tokenizer = config.action_tokens.build(config.chunk_size, config.action_dim)
         self.backbone = config.backbone.build(config.shape)
-        self.referenced = {f"backbone.{name}" for name in self.backbone.referenced()}
+        self.referenced = {f"backbone.{name}" for name in self.backbone.referenced}
         self.adapters: dict[str, Tensor] = {}
         self.auxiliary_terms: int | None = None
         self.reset()

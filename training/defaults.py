@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from lerobot.configs import FeatureType, PolicyFeature
@@ -21,14 +21,7 @@ logger = logging.getLogger(__name__)
 SPARSE = 0.9  # of a dimension's values lie near zero: its quantiles say nothing of the others
 NEAR_ZERO = 0.01  # of the largest value
 INCREMENT = re.compile("(d|delta_)(x|y|z|rx|ry|rz|roll|pitch|yaw)")  # names of actions that add up over steps
-
-
-class Privileged(Protocol):
-    """What an environment says of its ``observation.environment_state`` (E,); see `sim.environment.Privileged`."""
-
-    names: tuple[str, ...]
-    scale: tuple[float, ...]
-    named: int
+Privileged = Any  # sim.environment.Privileged: training never imports the simulation
 
 
 def take_from_data(

@@ -11,10 +11,10 @@ share, which keeps the expectation and cuts its noise.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,18 +35,7 @@ START = np.array([1.0, 0.0, 0.0, 0.0, 1.386])  # conf0.2: the least certain slot
 SWEEPS = 4  # what staying is worth depends on the head
 LARGEST = 99.0  # weight that a name holds
 DIFFER, ALIKE = "differ", "alike"
-
-
-class Rollouts(Protocol):
-    """What the simulator does; see `sim.serial_groups.SerialGroups`."""
-
-    def outcomes(
-        self, policy: str, decoders: Sequence[str], seeds: range
-    ) -> Iterator[tuple[str, int, str, bool, int]]: ...
-
-    def groups(
-        self, policy: str, decoder: str, cap: int, decisions: Sequence[tuple[int, str, int]]
-    ) -> Iterator[Group]: ...
+Rollouts = Any  # sim.serial_groups.SerialGroups: training never imports the simulation
 
 
 @dataclass

@@ -97,6 +97,7 @@ class TrainableBackbone(nn.Module, Backbone):
         exits: Depth -> `ceed_vla.backbones.exits.DepthExit`, which reads it; they are no part of the model's weights.
         context: The `ceed_vla.backbones.context.ContextScorer` that chooses prefix tokens, if there is one; as these.
         view: The whole grid of cells of every camera, as `embed_view` takes parts of it; empty where it takes none.
+        referenced: Names of the weights that a checkpoint leaves in the folder they were read from.
         compilable: What `ceed_vla.engine` may compile, of "prefill" and "block"; the block of these runs on a
             `StaticCache` too.
     """
@@ -113,6 +114,7 @@ class TrainableBackbone(nn.Module, Backbone):
         self.auxiliary = self.early_auxiliary = None  # attributes of the class would hide submodules
         self.exits: dict[int, Any] = {}  # a dictionary, whose modules are not registered
         self.context: tuple[Any, ...] = ()  # and neither are a tuple's
+        self.referenced: list[str] = []
 
     @abc.abstractmethod
     def check_observation(self, batch: Mapping[str, Any]) -> int:
@@ -190,10 +192,6 @@ class TrainableBackbone(nn.Module, Backbone):
     def distillation_parameters(self) -> list[str]:
         """Names of the parameters that learn in distillation; the others make `embed_prefix`."""
         return [name for name, _ in self.named_parameters()]
-
-    def referenced(self) -> list[str]:
-        """Names of the weights that a checkpoint leaves in the folder they were read from."""
-        return []
 
 
 def check_depth(depth: int | None, layers: int) -> int:

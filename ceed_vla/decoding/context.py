@@ -16,8 +16,9 @@ from ceed_vla.decoding.result import DecodeResult
 
 
 @register_decoder(r"keep(?P<kept>[1-9]\d{0,4})", "keep<K>", "the K best prefix tokens", ("keep32", "keep24", "keep16"))
+@register_decoder(r"view(?P<percent>[1-9]\d?)", "view<P>", "P percent of what cameras see", ("view75", "view57"))
 @torch.no_grad()
-def decode_keep(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
+def decode_part(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """`decode_jacobi`; where tokens were left out, nothing is proven about the whole prefix (arXiv 2412.12559)."""
     result = decode_jacobi(backbone, prefix, request)
     if prefix.dropped:
@@ -26,14 +27,8 @@ def decode_keep(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
     return result
 
 
-@register_decoder(r"view(?P<percent>[1-9]\d?)", "view<P>", "P percent of what cameras see", ("view75", "view57"))
-def decode_view(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
-    """The same behind a part of the images, which is cut out before anything of them is computed."""
-    return decode_keep(backbone, prefix, request)  # type: ignore[no-any-return]
-
-
 def _prefix(backbone: Any, batch: dict[str, Tensor], options: dict[str, str]) -> Prefix:
-    """The prefix of what is kept; where that is all, it is made as ever."""
+    """The prefix of the tokens that are kept, or of the part of the images that is computed at all."""
     if "percent" in options:
         embeddings, dropped = see_best(backbone, batch, int(options["percent"]))
     else:
@@ -43,7 +38,6 @@ def _prefix(backbone: Any, batch: dict[str, Tensor], options: dict[str, str]) ->
     return prefix
 
 
-for _decode in (decode_keep, decode_view):
-    _decode.prefill = _prefix  # type: ignore[attr-defined]
-    _decode.relaxes = lambda _: True  # type: ignore[attr-defined]
-    _decode.eager_only = True  # type: ignore[attr-defined]  # a compiled prefix has one length
+decode_part.prefill = _prefix  # type: ignore[attr-defined]
+decode_part.relaxes = lambda _: True  # type: ignore[attr-defined]
+decode_part.eager_only = True  # type: ignore[attr-defined]  # a compiled prefix has one length

@@ -208,7 +208,7 @@ def test_what_learns_in_distillation_by_name() -> None:
     backbone = CeedVLAPolicy(tabletop_config(**sizes)).backbone
     parts = {name.partition(".")[0] for name in backbone.distillation_parameters()}
     assert parts == {"action_tokens", "slots", "layers", "final_norm", "head"}
-    assert backbone.referenced() == []
+    assert backbone.referenced == []
 
 
 @pytest.mark.parametrize(
@@ -237,8 +237,10 @@ def test_files_travel_as_tensors(tmp_path: Path) -> None:
     assert set(files) == {"a.json", "empty"}
 
     class Step(FilesStep):
-        def _open(self, folder: Path, source: str) -> None:
+        def _open(self, folder: Path) -> None:
             self.found = {path.name: path.read_bytes() for path in folder.iterdir()}
+            if "bad" in self.found:
+                raise CheckpointError(f"{folder}/bad is wrong.")
 
     step = Step()
     step.load_state_dict(files)
@@ -248,6 +250,8 @@ def test_files_travel_as_tensors(tmp_path: Path) -> None:
             step.use({name: files["a.json"]}, "it")
     with pytest.raises(CheckpointError, match="must be bytes"):
         step.use({"a": files["a.json"].float()}, "it")
+    with pytest.raises(CheckpointError, match="^it/bad is wrong"):
+        step.use({"bad": files["empty"]}, "it")
 
 
 def test_features_without_a_state_serve_a_model_that_reads_none() -> None:

@@ -67,12 +67,11 @@ class OpenVLAInputsStep(FilesStep, InputsStep):
             )
         return self
 
-    def _open(self, folder: Path, source: str) -> None:
-        if not (folder / IMAGES_FILE).is_file():
-            raise CheckpointError(f"{source} lacks {IMAGES_FILE}; copy it too.")
-        name = f"{source}: {IMAGES_FILE}"
-        self._images = OpenVLAImages(read_json(folder / IMAGES_FILE, source=name), name)
-        self._tokenizer = read_tokenizer(folder, source)
+    def _open(self, folder: Path) -> None:
+        if not (file := folder / IMAGES_FILE).is_file():
+            raise CheckpointError(f"{folder} lacks {IMAGES_FILE}; copy it too.")
+        self._images = OpenVLAImages(read_json(file), str(file))
+        self._tokenizer = read_tokenizer(folder)
 
     def observation(self, observation: RobotObservation) -> RobotObservation:
         self.check_files()

@@ -12,19 +12,18 @@ FAST, SLOW = "tokenizer.json", "tokenizer.model"
 LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
-def read_tokenizer(folder: Path, source: str) -> _Fast | _SentencePiece:
-    """The tokenizer of a folder: tokenizer.json, or the older tokenizer.model; messages call it `source`.
+def read_tokenizer(folder: Path) -> _Fast | _SentencePiece:
+    """The tokenizer of a folder: tokenizer.json, or the older tokenizer.model.
 
     Called with a text it gives ids below its `size`, with the marks of the text's beginning and end.
     """
     settings_file = folder / "tokenizer_config.json"
-    name = f"{source}: {settings_file.name}"
-    settings = read_json(settings_file, source=name) if settings_file.is_file() else {}
+    settings = read_json(settings_file) if settings_file.is_file() else {}
     for name, kind in ((FAST, _Fast), (SLOW, _SentencePiece)):
         if (folder / name).is_file():
-            with raised_as(CheckpointError, f"{source}: {name} cannot be read", "copy it again."):
+            with raised_as(CheckpointError, f"{folder / name} cannot be read", "copy it again."):
                 return kind(folder / name, settings)
-    raise CheckpointError(f"{source} lacks {FAST} and {SLOW}; copy one of them too.")
+    raise CheckpointError(f"{folder} lacks {FAST} and {SLOW}; copy one of them too.")
 
 
 class _Fast:

@@ -11,7 +11,7 @@ from lerobot.processor import ProcessorStepRegistry, TokenizerProcessorStep
 
 from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.backbones.transformers.step_files import LOCAL, FilesStep, read_files
-from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 
 LONGEST_PROMPT = 65_536
 
@@ -40,23 +40,18 @@ class PromptTokensStep(FilesStep, TokenizerProcessorStep):
         self.use(read_files(Path(path)), str(path))
         return self
 
-    def _open(self, folder: Path, source: str) -> None:
-        self.input_tokenizer = load_text_tokenizer(folder, source)
+    def _open(self, folder: Path) -> None:
+        self.input_tokenizer = load_text_tokenizer(folder)
 
     def observation(self, observation: RobotObservation) -> RobotObservation:
         self.check_files()
         return super().observation(observation)
 
 
-def load_text_tokenizer(folder: str | Path, source: str = "") -> Any:
-    """The tokenizer in a local folder, as LeRobot's policy configures it; messages call it `source`."""
+def load_text_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer in a local folder, as LeRobot's policy configures it."""
     from transformers import AutoTokenizer
 
-    try:
+    what, advice = f"{folder} holds no text tokenizer that loads", "give the folder of PaliGemma's tokenizer."
+    with raised_as(CheckpointError, what, advice):
         return AutoTokenizer.from_pretrained(str(folder), **LOCAL, add_eos_token=True, add_bos_token=False)
-    except Exception as error:  # transformers raises many kinds
-        reason = f"{type(error).__name__}: {error}".replace(str(folder), source or str(folder))[:300]
-        raise CheckpointError(
-            f"{source or folder} holds no text tokenizer that loads ({reason}); give the "
-            "folder of PaliGemma's tokenizer."
-        ) from error

@@ -43,7 +43,6 @@ class TransformersBackbone(TrainableBackbone):
         super().__init__()
         self.block_length, self.vocabulary_size = block_length, vocabulary_size
         self.register_buffer("action_ids", action_ids, persistent=False)
-        self._referenced: list[str] = []
 
     @property
     @abc.abstractmethod
@@ -219,10 +218,7 @@ class TransformersBackbone(TrainableBackbone):
     def refer(self) -> None:
         """Freeze the weights: checkpoints leave them in the folder they were read from."""
         self.requires_grad_(False)
-        self._referenced = list(self.state_dict())
-
-    def referenced(self) -> list[str]:
-        return self._referenced
+        self.referenced = list(self.state_dict())
 
 
 def check_left_padding(batch: Mapping[str, Any], ids: str, mask: str) -> None:

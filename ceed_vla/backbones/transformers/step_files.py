@@ -38,8 +38,8 @@ class FilesStep(abc.ABC):
     _files: Mapping[str, Tensor] = {}
 
     @abc.abstractmethod
-    def _open(self, folder: Path, source: str) -> None:
-        """Read what the step uses of the files in `folder`; messages call it `source`."""
+    def _open(self, folder: Path) -> None:
+        """Read what the step uses of the files in `folder`."""
 
     def use(self, files: Mapping[str, Tensor], source: str) -> None:
         """Take files as bytes: name -> uint8 (bytes,); messages call them `source`.
@@ -51,7 +51,10 @@ class FilesStep(abc.ABC):
                 if data.dtype != torch.uint8 or data.ndim != 1:
                     raise CheckpointError(f"The file {name!r} is {data.dtype}; it must be bytes. Copy it again.")
                 Path(folder, plain_name(name, "A file in the checkpoint")).write_bytes(data.cpu().numpy().tobytes())
-            self._open(Path(folder), source)
+            try:
+                self._open(Path(folder))
+            except CheckpointError as error:
+                raise CheckpointError(str(error).replace(folder, source)) from error
         self._files = dict(files)
 
     def check_files(self) -> None:

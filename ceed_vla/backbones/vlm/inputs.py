@@ -65,8 +65,8 @@ class VLMInputsStep(FilesStep, InputsStep):
         self._processor = processor
         return self
 
-    def _open(self, folder: Path, source: str) -> None:
-        self._processor = load_processor(folder, source)
+    def _open(self, folder: Path) -> None:
+        self._processor = load_processor(folder)
 
     def observation(self, observation: RobotObservation) -> RobotObservation:
         self.check_files()

@@ -151,7 +151,7 @@ class VLMBackbone(TransformersBackbone):
         vocabulary = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         own = {id(p) for module in vocabulary for p in module.parameters()}
         state = self.model.state_dict(keep_vars=True)
-        self._referenced = [f"model.{name}" for name, tensor in state.items() if id(tensor) not in own]
+        self.referenced = [f"model.{name}" for name, tensor in state.items() if id(tensor) not in own]
 
 
 def _make_causal(model: PreTrainedModel) -> None:

@@ -18,32 +18,30 @@ _TOKENS = ("num_additional_image_tokens", "image_seq_length", "image_seq_len")
 SIZES = (*_SIDES, *_PATCHES, *_TOKENS)
 
 
-def load_processor(folder: str | Path, source: str = "") -> Any:
-    """The processor (tokenizer and image processor) of a folder, padding on the left; messages call it `source`."""
+def load_processor(folder: str | Path) -> Any:
+    """The processor (tokenizer and image processor) of a folder, padding on the left."""
     from transformers import AutoProcessor
 
-    name = source or str(folder)
-    for file in IMAGE_FILES:
-        if (Path(folder) / file).is_file():
-            _check_image_settings(f"{name}: {file}", read_json(Path(folder) / file, source=f"{name}: {file}"))
+    for file in (Path(folder) / name for name in IMAGE_FILES):
+        if file.is_file():
+            _check_image_settings(str(file), read_json(file))
     try:
         processor = AutoProcessor.from_pretrained(str(folder), **LOCAL)
     except Exception as error:
-        reason = root_cause(error).replace(str(folder), name)
         raise CheckpointError(
-            f"{name} holds no processor that can be read ({reason}); it needs preprocessor_config.json "
+            f"{folder} holds no processor that can be read ({root_cause(error)}); it needs preprocessor_config.json "
             "or processor_config.json, and the tokenizer's files. Code from a checkpoint is never run."
         ) from error
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise CheckpointError(
-            f"{name}: {type(processor).__name__} is no processor of images and text; "
+            f"{folder}: {type(processor).__name__} is no processor of images and text; "
             "copy tokenizer and image processor into the folder."
         )
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise CheckpointError(f"{name}: the tokenizer has neither a padding nor an end token; add one.")
+            raise CheckpointError(f"{folder}: the tokenizer has neither a padding nor an end token; add one.")
         tokenizer.pad_token = tokenizer.eos_token
     return processor
 

@@ -87,7 +87,7 @@ def test_llama_tokenizers_mark_beginning_and_end_by_their_settings(
 ) -> None:
     folder = copied()
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert read_tokenizer(folder, folder)("In") == expected
+    assert read_tokenizer(folder)("In") == expected
 
 
 BAD: dict[str, tuple[Any, str]] = {

@@ -151,7 +151,7 @@ def test_both_files_of_a_llama_tokenizer_are_one_tokenizer(write_folder: Any, tm
     for kind in ("json", "model"):
         write_variant(tmp_path / kind, "one action", write_folder)
         write_llama_tokenizer(tmp_path / kind, kind)
-        found.append(read_tokenizer(tmp_path / kind, kind))
+        found.append(read_tokenizer(tmp_path / kind))
     for text in ("In: What action should the robot take to open?\nOut:", " the  robot", "ünïcode", ""):
         assert found[0](text) == found[1](text), text
     assert found[0].size == found[1].size

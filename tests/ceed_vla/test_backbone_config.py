@@ -250,7 +250,7 @@ def test_files_travel_as_tensors(tmp_path: Path) -> None:
             step.use({name: files["a.json"]}, "it")
     with pytest.raises(CheckpointError, match="must be bytes"):
         step.use({"a": files["a.json"].float()}, "it")
-    with pytest.raises(CheckpointError, match="^it/bad is wrong"):
+    with pytest.raises(CheckpointError, match=r"^it/bad is wrong"):
         step.use({"bad": files["empty"]}, "it")
 
 

@@ -16,7 +16,7 @@ endif
 help:
 	@echo "make demo     the shipped policies in simulation: table, plots and clips in outputs/demo"
 	@echo "make ros-demo the same behind ROS 2: two nodes, command rate, jitter, success, a bag"
-	@echo "make test     the tests (ARGS=... goes to pytest)"
+	@echo "make test     the tests (ARGS=... goes to pytest; -n 0 for one process)"
 	@echo "make lint     ruff check, ruff format --check, mypy"
 	@echo "make format   let ruff repair and format what it can"
 	@echo "make install  only the environment ($(VENV)); make install-lint adds ruff, mypy and pre-commit"
@@ -32,7 +32,7 @@ ros-demo:
 
 test:
 	@scripts/setup.sh --gl test ros2 vlm metaworld
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint:
 	@scripts/setup.sh test lint ros2 vlm metaworld

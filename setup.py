@@ -55,6 +55,7 @@ EXTRAS = {
         "pytest>=8.4",
         "pytest-rerunfailures>=16",
         "pytest-timeout>=2.4",
+        "pytest-xdist>=3.8",
         "rosbags>=0.10",
         "rosless>=0.5",
     ],

@@ -1,9 +1,12 @@
 """Settings of every test run: no screen, no network, one thread."""
 
+import fcntl
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +26,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("realtime"):
                 item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Tests run beside each other (`-n 2`), but those with a robot's processes, or in real time, have both cores."""
+    if not (run := os.environ.get("PYTEST_XDIST_TESTRUNUID")):
+        return (yield)
+    alone = item.get_closest_marker("realtime") or "graph" in getattr(item, "fixturenames", ())
+    files = (Path(tempfile.gettempdir(), f"pytest-{run}.{name}") for name in ("turn", "tests"))
+    with next(files).open("w") as turn, next(files).open("w") as tests:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # who waits to be alone is not overtaken
+        fcntl.flock(tests, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        return (yield)
 
 
 @pytest.fixture

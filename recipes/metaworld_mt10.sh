@@ -34,14 +34,17 @@ train teacher --policy_path "$out/first/checkpoints/final" --grounding_steps 0 -
   --lr 1e-3 --muon_lr 1e-3 --validate_episodes 40
 teacher=$out/teacher/checkpoints/final
 
-# 3. Its trajectories, where the demonstrations and the takeovers went, and three students that differ by their seed.
-ceed-vla collect --policy_path "$teacher" --roots "$demos,$takeover" --output_dir "$out/trajectories" --max_frames 30000 \
+# 3. States that it reaches by itself: on demonstrations alone, a student left its teacher where these do not go. Then its
+#    trajectories on all of them, and three students that differ by their seed. The anchor is strong for the same reason.
+record driven takeover 600 31000 --policy_path "$teacher" --max_chunks 40 --takeover_steps 150 --batch 20
+seen="$demos,$takeover,$out/data/driven"
+ceed-vla collect --policy_path "$teacher" --roots "$seen" --output_dir "$out/trajectories" --max_frames 40000 \
   --workers 2 --resume true
 student() { [ "$1" = 0 ] && echo student || echo "student_$1"; } # scripts/weights_wheel.py packs the first
 for seed in ${SEEDS:-0 1 2}; do
   run=$(student "$seed")
   finished "$run" || torchrun --nproc_per_node 2 -m ceed_vla.cli distill $env --teacher_path "$teacher" \
-    --trajectories.path "$out/trajectories" --roots "$demos,$takeover" --output_dir "$out/$run" --steps 2500 \
+    --trajectories.path "$out/trajectories" --roots "$seen" --output_dir "$out/$run" --steps 2500 --omega 10 \
     --lr 1e-3 --muon_lr 1e-3 --max_updates 1 --max_iterations 2 --confidence 0.2 --threads 1 --validate_episodes 0 \
     --seed "$seed" --resume "$(started "$run")"
 done

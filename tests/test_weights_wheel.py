@@ -28,6 +28,7 @@ def script() -> Any:
     return module
 
 
+@pytest.mark.filterwarnings("ignore")  # setuptools deletes the class of one, which another process then cannot read
 def test_from_a_run_to_a_name(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     final = tmp_path / "run" / "student" / "checkpoints" / "final"
     final.mkdir(parents=True)

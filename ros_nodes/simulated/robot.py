@@ -54,7 +54,7 @@ class SimRobot:
 
     @property
     def family(self) -> str:
-        return self._env.command.family
+        return self._env.family
 
     @property
     def success(self) -> bool:

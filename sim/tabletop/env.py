@@ -145,6 +145,10 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return self._command
 
     @property
+    def family(self) -> str:
+        return self.command.family
+
+    @property
     def instruction(self) -> str:
         return self.command.text
 
@@ -311,7 +315,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return np.concatenate(parts).astype(np.float32)
 
     def _info(self) -> dict[str, Any]:
-        return {"is_success": self.is_success(), "task": self.command.family, "instruction": self.instruction}
+        return {"is_success": self.is_success(), "task": self.family, "instruction": self.instruction}
 
 
 def _cube_yaw(matrix: NDArray[np.float64]) -> float:

@@ -50,7 +50,7 @@ def test_a_seed_gives_the_scene_and_instruction_of_the_environment(robot: SimRob
     images = robot.images()
     for camera, image in observation["pixels"].items():
         np.testing.assert_array_equal(images[camera], image)
-    assert robot.family == env.command.family
+    assert robot.family == env.family
     env.close()
 
 

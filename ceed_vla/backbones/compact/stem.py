@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+WHOLE = (0, 1 << 20, 0, 1 << 20)  # the cells of any image
+
 
 class Keypoints(nn.Module):
     """Where things are: each of ``count`` heat maps gives the mean place of its softmax; all places make one token.
@@ -25,15 +27,15 @@ class Keypoints(nn.Module):
         for heat, channels in ((self.fine, fine), (self.coarse, coarse)):
             nn.init.normal_(heat.weight, std=0.2 * channels**-0.5)
 
-    def forward(self, fine: Tensor, coarse: Tensor, side: int, corner: tuple[int, int]) -> Tensor:
+    def forward(self, fine: Tensor, coarse: Tensor, side: int = 0, corner: tuple[int, int] = (0, 0)) -> Tensor:
         """Features (B, f, H, W) and (B, c, H / k, W / k) to a token (B, 1, d).
 
-        They are of a window with its upper left `corner` (row, column) in an image of `side` x `side` features.
+        They are of a window with its upper left `corner` (row, column) in an image of `side` x `side` features, if any.
         """
         (height, width), (top, left) = fine.shape[-2:], corner
         heat = self.fine(fine) + F.interpolate(self.coarse(coarse), size=(height, width), mode="bilinear")
         heat = (10 * heat.flatten(2).float()).softmax(-1)  # (B, K, H * W)
-        axis = torch.linspace(-1, 1, side, device=fine.device)
+        axis = torch.linspace(-1, 1, side or width, device=fine.device)
         down, across = axis[top : top + height], axis[left : left + width]
         places = torch.stack([across.repeat(height), down.repeat_interleave(width)], dim=-1)  # (H * W, 2)
         return self.project((heat @ places).flatten(1)).unsqueeze(1)
@@ -91,7 +93,7 @@ class CameraStem(nn.Module):
             weight.data = weight.data.contiguous(memory_format=layout)
         return super().train(mode)
 
-    def forward(self, image: Tensor, instruction: Tensor, window: Sequence[int]) -> Tensor:
+    def forward(self, image: Tensor, instruction: Tensor, window: Sequence[int] = WHOLE) -> Tensor:
         """Image (B, 3, S, S) in [-1, 1] and word codes (B, L * c) to tokens (B, cells [+ 1], d).
 
         Of the cells in the `window`: first and end row, first and end column.

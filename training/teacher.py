@@ -112,14 +112,18 @@ class TeacherObjective(nn.Module):
         return total, parts
 
 
-def train(
-    config: TrainConfig,
-    closed_loop: ClosedLoop | None = None,
-    record_takeover: RecordTakeover | None = None,
-    privileged: Privileged | None = None,
-    localisation: Localisation | None = None,
-) -> Path:
-    """Train a teacher, and return the folder of the final checkpoint.
+def train(config: TrainConfig, **simulation: Any) -> Path:
+    """Train a teacher, and return the folder of the final checkpoint; `simulation` is what `TeacherRun` takes of it.
+
+    `ConfigError` for missing or contradicting settings, or a gate that is not met (the state is saved, to go on from);
+    `DatasetError` for unreadable or incompatible data sets; `CheckpointError` for nothing to resume, or a state of
+    other sizes.
+    """
+    return TeacherRun(config, **simulation).run()
+
+
+class TeacherRun(Run):
+    """One training run of a teacher: data, policy, and the takeover rounds so far.
 
     Args:
         config: See `TrainConfig`.
@@ -128,16 +132,7 @@ def train(
         privileged: What the environment says of ``observation.environment_state``; without it only a set
             ``auxiliary_scale`` is regressed.
         localisation: Measures what ``config.grounding_gate`` limits.
-
-    `ConfigError` for missing or contradicting settings, or a gate that is not met (the state is saved, to go on from);
-    `DatasetError` for unreadable or incompatible data sets; `CheckpointError` for nothing to resume, or a state of
-    other sizes.
     """
-    return TeacherRun(config, closed_loop, record_takeover, privileged, localisation).run()
-
-
-class TeacherRun(Run):
-    """One training run of a teacher: data, policy, and the takeover rounds so far."""
 
     name = "teacher"
 

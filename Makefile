@@ -32,7 +32,7 @@ ros-demo:
 
 test:
 	@scripts/setup.sh --gl test ros2 vlm metaworld
-	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint:
 	@scripts/setup.sh test lint ros2 vlm metaworld

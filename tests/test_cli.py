@@ -295,7 +295,10 @@ def test_help_in_full(toy: Any, capsys: pytest.CaptureFixture[str], words: list[
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_help_is_short_and_its_groups_are_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_short_and_its_groups_are_flags(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     command = cli.COMMANDS[name]
     assert cli.main([name, "--help"]) == 0
     text = capsys.readouterr().out

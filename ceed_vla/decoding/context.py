@@ -15,7 +15,7 @@ from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
 
 
-@register_decoder(r"keep(?P<kept>[1-9]\d{0,4})", "keep<K>", "the K best prefix tokens", ("keep32", "keep24", "keep16"))
+@register_decoder(r"keep(?P<kept>[1-9]\d{0,4})", "keep<K>", "K best prefix tokens", ("keep32", "keep24", "keep16"))
 @register_decoder(r"view(?P<percent>[1-9]\d?)", "view<P>", "P percent of images", ("view88", "view75"))
 @torch.no_grad()
 def decode_part(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:

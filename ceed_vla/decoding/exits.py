@@ -94,7 +94,7 @@ class Confidence(ExitRule):
 
 
 @register_exit(
-    r"gap(?P<confidence>\d*\.?\d+)", "gap<P>", "or until the best leads by P",
+    r"gap(?P<confidence>\d*\.?\d+)", "gap<P>", "or a lead of P",
     ["gap0.5", "gap0.3", "gap0.2", "gap0.1", "gap0.05", "gap0.02"],
 )  # fmt: skip
 class Gap(Confidence):
@@ -109,7 +109,7 @@ class Gap(Confidence):
 
 
 @register_exit(
-    r"agree(?P<most>\d+)", "agree<D>", "or until two states are D bins apart",
+    r"agree(?P<most>\d+)", "agree<D>", "or states D bins apart",
     ["agree0", "agree1", "agree2", "agree4", "agree8", "agree16", "agree32", "agree48", "agree64", "agree96"],
 )  # fmt: skip
 class Agreement(ExitRule):

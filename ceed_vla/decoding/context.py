@@ -1,4 +1,4 @@
-"""Context: Jacobi decoding behind what matters most of the prefix: ``keep24_conf0.2_cap2``, ``view57_conf0.2_cap2``."""
+"""Context: Jacobi decoding behind what matters most of the prefix: ``keep24_conf0.2_cap2``, ``view75_conf0.2_cap2``."""
 
 from __future__ import annotations
 

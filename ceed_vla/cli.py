@@ -52,7 +52,7 @@ COMMANDS = {
         "record demonstrations of the scripted experts as a LeRobot data set",
         "sim.record RecordConfig record",
         must="root",
-        may="mode env.type env.task episodes seed policy_path action_noise resume",
+        may="mode env.type env.task episodes seed policy_path resume",
         kept=f"complete attempts are in {{root}}; {_RESUMABLE}",
     ),
     "inspect": Command(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         executed_steps: int | None = None,
         frozen: Tensor | None = None,
         read: bool = True,
+        on_proven: Callable[[Tensor, int, int], None] | None = None,
     ) -> DecodeResult:
         """Decode one action chunk for every row of a pre-processed batch. Keeps no state.
 
@@ -191,6 +192,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
             frozen: Tokens (B, k * A) of the first ``k`` steps, which stay: they are executed before this chunk
                 is ready.
             read: Turn the tokens into actions; without it malformed chunks of variable length are no error.
+            on_proven: See `BlockRequest`; of "ar" and "jacobi", exits included.
 
         Returns:
             Tokens (B, n), actions (B, m, A) in the environment's units, forwards, iterations, exit reasons and times.
@@ -227,6 +229,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
                 frozen=frozen,
                 generator=generator,
                 record_states=record_states,
+                on_proven=on_proven,
             )
         if read:
             result.actions = self.tokenizer.decode(result.tokens)

@@ -10,27 +10,21 @@ from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 from launch_ros.substitutions import FindPackageShare
 
+from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
+
 CONFIG = PathJoinSubstitution([FindPackageShare("ceed_vla"), "launch", "config", "policy.yaml"])
-# Argument -> (default, description, type). Each overrides the parameter of its name.
+# Arguments that override the parameters of their names, which describe them, whatever `params_file` says.
+ARGUMENTS = (
+    "checkpoint", "robot_config", "action_interface", "decoding", "discover_packages", "instruction", "autostart",
+    "start_enabled", "dry_run", "inference_python", "device", "engine", "command_rate", "blend_in",
+    "max_joint_velocity", "max_joint_step",
+)  # fmt: skip
+DEFAULTS = {"autostart": True, "start_enabled": False}  # where they are not the parameters' own
 PARAMETERS = {
-    "checkpoint": ("student", "LeRobot checkpoint folder, or teacher or student for the shipped ones", str),
-    "robot_config": ("", "robot's YAML file; empty: the simulated arm's", str),
-    "action_interface": ("forward_position", "forward_position, joint_trajectory, servo_twist, or your own", str),
-    "decoding": ("ceed", "how CEED-VLA checkpoints decode: ceed, jacobi, ar, cap2, ...", str),
-    "discover_packages": ("", "packages of your own, comma-separated", str),
-    "instruction": ("", "what to do; ~/instruction changes it", str),
-    "autostart": ("true", "configure and activate; false: wait for a lifecycle manager", bool),
-    "start_enabled": ("false", "move at once; false: wait for ~/enable", bool),
-    "dry_run": ("false", "command nothing: ~/preview_command and ~/planned show what would be", bool),
-    "inference_python": ("", "Python with torch and lerobot, if the node's has none", str),
-    "device": ("cpu", "where the policy runs: cpu, cuda, mps", str),
-    "engine": ("eager", "eager, or compiled: some minutes to load, then faster", str),
-    "command_rate": ("100.0", "commands per second [Hz]", float),
-    "blend_in": ("0.0", "motion begins gently, over so long [s]", float),
-    "max_joint_velocity": ("10.0", "can only lower the robot's own limits [rad/s]", float),
-    "max_joint_step": ("1.0", "can only lower the robot's own limits [rad]", float),
-    "use_sim_time": ("false", "follow /clock", bool),
-}
+    parameter.name: (DEFAULTS.get(parameter.name, parameter.default), parameter.description)
+    for parameter in POLICY_PARAMETERS
+    if parameter.name in ARGUMENTS
+} | {"use_sim_time": (False, "Follow /clock.")}
 # Argument -> what it replaces the topic of; a camera that the robot's file does not have is an error.
 TOPICS = {"front_topic": "front", "wrist_topic": "wrist", "joint_states_topic": "joint_states"}
 
@@ -40,7 +34,7 @@ def generate_launch_description() -> LaunchDescription:
     described = {
         "namespace": ("", "namespace of the node"),
         "params_file": (CONFIG, "parameters of the node"),
-        **{name: (default, text) for name, (default, text, _) in PARAMETERS.items()},
+        **{name: (str(default).lower(), text) for name, (default, text) in PARAMETERS.items()},
         "topics": ("", "topics of cameras with other names: top=/camera/image_raw,left=/left/image_raw"),
         **{name: ("", f"topic of {source} instead of the robot's file's") for name, source in TOPICS.items()},
     }
@@ -49,7 +43,8 @@ def generate_launch_description() -> LaunchDescription:
         for name, (default, text) in described.items()
     ]
     overrides = {
-        name: ParameterValue(LaunchConfiguration(name), value_type=kind) for name, (_, _, kind) in PARAMETERS.items()
+        name: ParameterValue(LaunchConfiguration(name), value_type=type(default))
+        for name, (default, _) in PARAMETERS.items()
     }
     replaced = [part for name, source in TOPICS.items() for part in (f",{source}=", LaunchConfiguration(name))]
     overrides["topics"] = ParameterValue([LaunchConfiguration("topics"), *replaced], value_type=str)

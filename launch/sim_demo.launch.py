@@ -44,7 +44,7 @@ def generate_launch_description() -> LaunchDescription:
         executable="sim_node",
         name="sim",
         namespace=LaunchConfiguration("namespace"),
-        parameters=[PathJoinSubstitution([LAUNCH, "config", "sim.yaml"]), overrides],
+        parameters=[overrides],
         output="screen",
         on_exit=Shutdown(),
     )

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,15 +25,14 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from ceed_vla.backbones.base import CutPrefix
 from ceed_vla.checkpoints import load, resolve_checkpoint, save, weights_hash
-from ceed_vla.decoding import decode_block, decoder_ladders, exit_ladders, named_config, prefill
+from ceed_vla.decoding import decoder_ladders, exit_ladders, named_config
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY, claim_folder, default_console
 from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, observation_batch, turns
-from sim.rollout import Chunk, PolicyRunner, rollout, stack_previous, success_entry
+from sim.rollout import Chunk, PolicyRunner, rollout, success_entry
 from sim.settings import DrivenConfig
 from sim.timing import bare_parts, collect_observations, measure, percentiles
 
@@ -60,7 +59,6 @@ class CalibrateConfig(DrivenConfig):
         seed: First seed. Seeds from 40000 to 49999 are for choices.
         batch: Episodes that run in lock-step.
         executed_steps: Steps executed of each chunk; the policy's n_action_steps if None.
-        threads: Threads of torch; None leaves torch's choice.
     """
 
     output_dir: str = "outputs/calibrate"
@@ -72,7 +70,6 @@ class CalibrateConfig(DrivenConfig):
     seed: int = ranged(VALIDATION_SEED + 1000, SEEDS)
     batch: int = ranged(20, "[1, 1000]")
     executed_steps: int | None = ranged(None, "[1, 4096]")
-    threads: int | None = ranged(None, "[1, 256]")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,24 +93,12 @@ class AuditedRunner(PolicyRunner):
     @torch.inference_mode()
     def decode(self, observations: Any, instructions: Any, previous: Any, frozen: Any = ()) -> list[Chunk]:
         """As `PolicyRunner.decode`; its chunks say whether they are off."""
-        policy, steps = self.policy, self.executed_steps
-        batch = self.preprocessor(observation_batch(observations, instructions))
-        policy.check_observation(batch)
-        decoding = policy.decoding_config(self.decoding)
-        prefix = prefill(policy.backbone, batch, decoding)
-        common: dict[str, Any] = {"executed_steps": steps, "generator": self.generator}
-        own = decode_block(
-            policy.backbone, prefix, policy.tokenizer, decoding,
-            previous=stack_previous(previous), shift_steps=steps, **common,
-        )  # fmt: skip
-        prefix = policy.backbone.prefill(batch) if isinstance(prefix, CutPrefix) else prefix
-        exact = decode_block(policy.backbone, prefix, policy.tokenizer, "jacobi_h", previous=own.tokens, **common)
-        off = is_off(policy.tokenizer, own.tokens, exact.tokens, steps)
-        layers = zip(*(cast("Tensor", n).tolist() for n in (own.layer_forwards, own.prefix_layers)), strict=True)
-        rows = zip(own.tokens, self._actions(own.tokens), own.iterations.tolist(), own.exit_reason, strict=True)
-        return [
-            Chunk(*row, {"off": float(chunk_off)}, *ran) for row, chunk_off, ran in zip(rows, off, layers, strict=True)
-        ]
+        chunks = super().decode(observations, instructions, previous, frozen)
+        own = torch.stack([chunk.tokens for chunk in chunks]).to(self.policy.config.device)
+        batch, steps = self.preprocessor(observation_batch(observations, instructions)), self.executed_steps
+        settled = self.policy.decode(batch, "jacobi_h", own, shift_steps=0, executed_steps=steps, read=False)
+        off = is_off(self.policy.tokenizer, own, settled.tokens, steps).tolist()
+        return [replace(chunk, seconds={"off": float(one)}) for chunk, one in zip(chunks, off, strict=True)]
 
 
 def is_off(tokenizer: Any, tokens: Tensor, exact: Tensor, steps: int) -> Tensor:
@@ -196,8 +181,7 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
     """
     name = AUDIT if config.names else REPORT
     folder = claim_folder("output_dir", config.output_dir, (name,), (REPORT, AUDIT))
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    config.limit_threads()
     policy, pre, post = load(config.policy.given())
     if policy.tokenizer.tokens_per_step is None or not hasattr(policy.tokenizer, "low"):
         raise ConfigError("These tokens are no bins of actions: how far one is from another is unknown.")

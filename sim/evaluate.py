@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from rich.console import Console
 from tqdm import tqdm
 
@@ -74,7 +73,6 @@ class EvalConfig(DrivenConfig):
         timing_chunks: Chunks on which latency is measured; 0 skips it.
         engine: How latency is measured: eager, compiled (`ceed_vla.engine`; needs a C++ compiler and some minutes), or
             fastest: every row in both, and in the faster one in the report. The episodes stay eager.
-        threads: Threads of torch; None leaves torch's choice.
         device: Overrides the checkpoints' device.
         reuse: Folder of another evaluation, whose episodes of decoders that are the same, such as the teacher's, are
             taken.
@@ -96,7 +94,6 @@ class EvalConfig(DrivenConfig):
     clips: bool = True
     timing_chunks: int = ranged(100, "[0, 100000]")
     engine: str = chosen("eager", ENGINES)
-    threads: int | None = ranged(None, "[1, 256]")
     device: str | None = None
     reuse: str = ""
     resume: bool = False
@@ -193,8 +190,7 @@ def prepared(config: EvalConfig, pool: EnvPool, probes: Any) -> tuple[Evaluation
     """What is evaluated, with the episodes that are kept of a run before, and where episodes are written."""
     if config.delay == "measured" and not config.timing_chunks:
         raise ConfigError("--delay measured needs --timing_chunks, on which it is measured.")
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    config.limit_threads()
     bundles = load_bundles(config)
     executed = config.executed_steps or bundles["policy"][0].config.n_action_steps
     config = replace(config, executed_steps=executed)

@@ -109,8 +109,8 @@ class _Session:
     def __init__(self, config: RecordConfig, writer: DatasetWriter) -> None:
         self.config, self.writer = config, writer
         stored = self._checked(writer.progress)
-        if stored and stored["config"] != config.identity():
-            changed = [name for name, value in config.identity().items() if stored["config"].get(name) != value]
+        own, first = config.identity(), stored.get("config", config.identity())
+        if changed := sorted(name for name in own.keys() | first.keys() if own.get(name) != first.get(name)):
             raise ConfigError(
                 f"{config.root} was recorded with other options ({', '.join(changed)}); repeat the first "
                 "command with --resume (only --episodes may grow), or choose a new --root"

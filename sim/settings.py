@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
+import torch
 from lerobot.envs.configs import EnvConfig
 
 from ceed_vla.errors import ConfigError
-from ceed_vla.fields import Checked
+from ceed_vla.fields import Checked, ranged
 from sim.tabletop.lerobot_env import mixed_tabletop
 
 
@@ -38,8 +39,16 @@ class DrivenConfig(Checked, prefix="--"):
         policy: The policy.
         env: The environment; its tasks take turns over the seeds, or it draws them (env.task=mixed).
         instruction: What the policy is told, where the environment says nothing or other words than the data.
+        threads: Threads of torch; None leaves torch's choice.
     """
 
     policy: CheckpointPath = field(default_factory=CheckpointPath)
     env: EnvConfig = field(default_factory=mixed_tabletop)
-    instruction: str = field(default="", kw_only=True)
+    _: KW_ONLY
+    instruction: str = ""
+    threads: int | None = ranged(None, "[1, 256]")
+
+    def limit_threads(self) -> None:
+        """As `threads` says."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)

@@ -73,6 +73,7 @@ class Panel:
 def show(config: ShowConfig) -> Path:
     """Draw the tokens of one chunk over the forwards that decode it; the PNG file."""
     path = claim_file("output", config.output, ".png")
+    config.limit_threads()
     bundles = load_bundles(config)
     policy = bundles["policy"][0].config
     with EnvPool(1, config.env, config.instruction) as pool:

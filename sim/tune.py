@@ -75,7 +75,6 @@ class TuneConfig(DrivenConfig):
             are for choices.
         search_seed: Seed of the search.
         engine: Of the timing: eager, compiled, or fastest: each plan in its faster one, which plans.json names.
-        threads: Threads of torch; None leaves torch's choice.
         workers: Processes that share the episodes; timing has the machine to itself.
     """
 
@@ -89,7 +88,6 @@ class TuneConfig(DrivenConfig):
     seed: int = ranged(VALIDATION_SEED + 2000, SEEDS)
     search_seed: int = ranged(0, SEEDS)
     engine: str = chosen("eager", ENGINES)
-    threads: int | None = ranged(None, "[1, 256]")
     workers: int = ranged(1, MOST)
 
 
@@ -336,8 +334,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         CheckpointError: A checkpoint that cannot be loaded.
     """
     folder = claim_folder("output_dir", config.output_dir, (PLANS, PARETO), (PLANS,))
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    config.limit_threads()
     policy, pre, post = load(config.policy.given())
     with (
         EnvPool(SHARD, config.env, config.instruction) as pool,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ceed_vla.cache import BlockCache, StaticCache
-from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, ObservationError
+from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, raised_as
 from ceed_vla.fields import short
 from ceed_vla.tensors import is_plain
 
@@ -252,16 +252,7 @@ def check_features(
     return rows
 
 
-@contextmanager
-def runs(model: nn.Module) -> Iterator[None]:
+def runs(model: nn.Module) -> AbstractContextManager[None]:
     """What torch or a library raises where a model of a checkpoint's settings does not run, as a `CheckpointError`."""
-    try:
-        yield
-    except CeedVLAError:
-        raise
-    except (TypeError, RuntimeError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{type(model).__name__} does not run ({type(error).__name__}: {reason}); the settings in config.json "
-            "contradict each other, model and batch have other devices or types, or memory is short."
-        ) from error
+    advice = "contradict each other, model and batch have other devices or types, or memory is short."
+    return raised_as(CheckpointError, f"{type(model).__name__} does not run", f"the settings in config.json {advice}")

@@ -52,6 +52,7 @@ def decode_block(
     frozen: Tensor | None = None,
     generator: torch.Generator | None = None,
     record_states: bool = False,
+    on_proven: Callable[[Tensor, int, int], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> DecodeResult:
     """Make the guess that a decoding names (`ceed_vla.decoding.names`) and decode one block from it.
@@ -89,6 +90,7 @@ def decode_block(
         stop=tokens.stop,
         readable=tokens.readable if tokens.stop is not None else None,
         record_states=record_states,
+        on_proven=on_proven,
         options=options,
         clock=clock,
     )

@@ -44,6 +44,9 @@ def decode_autoregressive(backbone: Backbone, prefix: Prefix, request: BlockRequ
         slot += 1
         if states is not None:
             states.append(tokens.clone())
+        if request.on_proven is not None and slot % (request.tokens_per_step or n) == 0:
+            check_rows(row_sums(best[:, given:slot], backbone).cpu().numpy())
+            request.on_proven(tokens, slot, slot - max(given, 1))
 
     check_rows(row_sums(best[:, given:slot], backbone).cpu().numpy())
     ended = torch.zeros(batch, dtype=torch.bool)  # (B,) rows with a stop token

@@ -93,6 +93,8 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
 
         if states is not None:
             states.append(tokens.clone())
+        if request.on_proven is not None:
+            request.on_proven(tokens, int(rows.exact.min()), forwards)
         if rows.running.any():
             # The last right slot is an input of the next iteration; everything before it is final.
             prefix.cache.commit(int(rows.exact[rows.running].min()) - 1 - start)

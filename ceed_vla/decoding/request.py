@@ -35,6 +35,8 @@ class BlockRequest:
         stop: Token that ends a row as soon as it is proven; None where every block is full.
         readable: Which rows (B,) bool of tokens (B, n) stand for a chunk; None for all.
         record_states: Keep every state.
+        on_proven: Told, while decoding goes on, the tokens (B, n), how many leading ones are right in every row, and
+            the forwards so far. Those that are right do not change any more.
         options: Named groups of the decoder's name.
         clock: Time in seconds, for deadlines.
     """
@@ -48,6 +50,7 @@ class BlockRequest:
     stop: int | None = None
     readable: Callable[[Tensor], Tensor] | None = None
     record_states: bool = False
+    on_proven: Callable[[Tensor, int, int], None] | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     clock: Callable[[], float] = time.perf_counter
 

@@ -40,38 +40,47 @@ from sim.tabletop.env import CTRL_DT
 
 TRANSPORT = 0.002  # from an image's stamp to its arrival, as between the processes [s]
 _STATES = 0.01  # between joint states [s]
+_PREFILL = 2  # forwards that the prefill takes as long as
 _TIMES = {"observation_to_command_ms": (50, 99), "first_action_ms": (50, 95), "reaction_ms": (50, 95)}  # percentiles
 
 
 class TimedWorker:
-    """A policy whose answers take `latency` [s] of simulated time, in the place of an `InferenceWorker`."""
+    """A policy whose answers take `latency` [s] of simulated time, in the place of an `InferenceWorker`.
+
+    First steps that are certain come earlier, by the forwards that they take; the prefill counts as `_PREFILL`.
+    """
 
     failed: str | None = None
     ready = True
 
     def __init__(self, predictor: Predictor, latency: float) -> None:
         self.spec: PolicySpec = replace(predictor.spec, warmup_s=latency)
-        self.now, self.due = 0.0, np.inf
-        self._predictor, self._latency = predictor, latency
-        self._answer: Response | None = None
+        self.now, self._predictor, self._latency = 0.0, predictor, latency
+        self._answers: list[Response] = []  # in the order in which they come
+        self._asked = 0.0
 
     def begin(self) -> None:
         """It is loaded."""
 
     @property
     def idle(self) -> bool:
-        return self._answer is None
+        return not self._answers
+
+    @property
+    def due(self) -> float:
+        """When the next answer comes [s]."""
+        return self._asked + self._answers[0].seconds["total"] if self._answers else np.inf
 
     def submit(self, request: Request) -> bool:
-        self._answer, self.due = self._predictor.predict(request), self.now + self._latency
-        self._answer.seconds["total"] = self._latency
+        self._asked = self.now
+        self._answers.append(self._predictor.predict(request, early=self._answers.append))
+        forwards = _PREFILL + self._answers[-1].forwards
+        for answer in self._answers:
+            answer.seconds["total"] = self._latency * (_PREFILL + answer.forwards) / forwards
         return True
 
     def poll(self) -> Response | None:
-        if self.now < self.due - 1e-9:
-            return None
-        answer, self._answer, self.due = self._answer, None, np.inf
-        return answer
+        return self._answers.pop(0) if self.now >= self.due - 1e-9 else None
 
 
 class SimulatedLoop:

@@ -195,23 +195,29 @@ class ChunkStream:
         actions: NDArray[np.float32],
         tokens: NDArray[np.int64] | None = None,
         remaining: float = 0.0,
+        *,
+        whole: bool = True,
     ) -> bool:
         """Take an answer to a plan: actions (m, A), tokens (n,), None for policies without; `remaining` as in `plan`.
 
-        It takes over at the next boundary. Returns False if nobody waits for it any more.
+        It takes over at the next boundary. Of an answer that is not `whole` these are the first actions (k, A); the
+        others follow. Returns False if nobody waits for it any more.
 
         Raises:
             ConfigError: Actions that are no finite (m, A).
         """
-        if actions.ndim != 2 or len(actions) != self.chunk_steps or not np.isfinite(actions).all():
+        fits = actions.ndim == 2 and (len(actions) == self.chunk_steps if whole else len(actions) < self.chunk_steps)
+        if not fits or not np.isfinite(actions).all():
             raise ConfigError(
                 f"The chunk has shape {actions.shape}, finite: {bool(np.isfinite(actions).all())}; "
                 f"expected ({self.chunk_steps}, A) finite actions."
             )
-        if self._next is None or self.arrived or self.pending != plan_id:
+        chunk = self._next or self._running
+        if chunk is None or chunk.plan.id != plan_id or chunk.whole:
             return False
-        self._next.actions, self._next.tokens = actions, tokens
-        self._delays.append(max(self._boundaries + 1 - remaining - self._next.position, 0.0))
+        chunk.actions, chunk.tokens, chunk.whole = actions, tokens, whole
+        if whole:
+            self._delays.append(max(self._boundaries + 1 - remaining - chunk.position, 0.0))
         return True
 
     def target(self) -> Target:
@@ -251,10 +257,11 @@ class ChunkStream:
 
     def _position(self) -> tuple[int, int]:
         """Next step of the running chunk, and how many it has left."""
-        if self._running is None:
+        if self._running is None or self._running.actions is None:
             return 0, 0
-        index = min(self._consumed - self._running.start, self.chunk_steps)
-        return index, self.chunk_steps - index
+        steps = len(self._running.actions)
+        index = min(self._consumed - self._running.start, steps)
+        return index, steps - index
 
     def _take_over(self) -> None:
         """Make the chunk that arrived the running one, at the step that is next in it."""
@@ -280,3 +287,4 @@ class _Chunk:
     frozen_steps: int  # steps that are consumed until the answer is expected, whether the policy can freeze them or not
     actions: NDArray[np.float32] | None = None  # None until the answer is here
     tokens: NDArray[np.int64] | None = None
+    whole: bool = False  # whether these are all of them

@@ -104,12 +104,12 @@ class InferenceWorker:
         return True
 
     def poll(self) -> Response | None:
-        """The answer to the last request, once, as soon as there is one."""
+        """The answer to the last request, once, as soon as there is one; before it, parts of it."""
         try:
             response = self._outbox.get_nowait()
         except queue.Empty:
             return None
-        self._busy = False
+        self._busy = not response.whole
         return response
 
     def close(self, timeout_s: float = 2.0) -> None:
@@ -130,15 +130,18 @@ class InferenceWorker:
         while self.ready and (job := self._inbox.get()) is not None:
             request, deadline = job
             try:
-                response = self._policy.predict(request, deadline)
+                response = self._policy.predict(request, deadline, self._answer)
             except _PolicyDied as error:
                 if self._closed:
                     return
                 self.failed = str(error)
                 logger.error("%s", error)
                 response = Response(request.id, error=self.failed)
-            self._outbox.put(response)
-            self._notify()
+            self._answer(response)
+
+    def _answer(self, response: Response) -> None:
+        self._outbox.put(response)
+        self._notify()
 
 
 class _SameProcess:
@@ -187,8 +190,8 @@ class _OwnProcess:
             raise CheckpointError(spec)
         return spec
 
-    def predict(self, request: Request, deadline: float | None) -> Response:
-        response: Response = self._ask((request, deadline))
+    def predict(self, request: Request, deadline: float | None, early: Callable[[Response], None]) -> Response:
+        response: Response = self._ask((request, deadline), early)
         return response
 
     def stop(self, timeout_s: float) -> None:
@@ -203,11 +206,13 @@ class _OwnProcess:
             self._process.kill()
             self._process.wait()
 
-    def _ask(self, question: Any) -> Any:
-        """What the child answers."""
+    def _ask(self, question: Any, early: Callable[[Response], None] = lambda _: None) -> Any:
+        """What the child answers; parts of it go to `early`."""
         try:
             self._pipe.send(question)
-            return self._pipe.recv()
+            while isinstance(answer := self._pipe.recv(), Response) and not answer.whole:
+                early(answer)
+            return answer
         except (EOFError, OSError) as error:
             assert self._process is not None
             with suppress(subprocess.TimeoutExpired):
@@ -231,7 +236,7 @@ def _serve(number: int) -> None:
         pipe.send(predictor.spec)
         while True:
             request, deadline = pipe.recv()
-            pipe.send(predictor.predict(request, deadline))
+            pipe.send(predictor.predict(request, deadline, pipe.send))
     except (EOFError, OSError):
         return  # the parent is gone
 

@@ -132,20 +132,23 @@ class PolicyStream(ChunkStream):
         asked, accepted = self._asked.pop(response.id, None), False
         if response.error is None:
             try:
-                accepted = self.offer(response.id, response.actions, response.tokens, self.grid.remaining(now))
+                remaining, whole = self.grid.remaining(now), response.whole
+                accepted = self.offer(response.id, response.actions, response.tokens, remaining, whole=whole)
             except ConfigError as error:
                 response = Response(response.id, error=str(error))
-        self.statistics.answered(response)
+        if response.whole:
+            self.statistics.answered(response)
         if response.error is not None:
             self._failed(response, now)
             return False
         self.try_again()
-        if asked is None or not accepted:
+        if not accepted:
             return False
         self.statistics.last_error = ""
-        late = asked.plan.deadline_s is not None and now - asked.sent > asked.plan.deadline_s
-        self.statistics.deadline_misses += late
-        self._asked = {response.id: replace(asked, decode_s=response.seconds.get("total", 0.0))}
+        if asked is not None:  # no step of it was taken yet
+            late = asked.plan.deadline_s is not None and now - asked.sent > asked.plan.deadline_s
+            self.statistics.deadline_misses += late
+            self._asked = {response.id: replace(asked, decode_s=response.seconds.get("total", 0.0))}
         return True
 
     def target(self) -> Target:
@@ -173,7 +176,8 @@ class PolicyStream(ChunkStream):
             return False
         taken = self._observations.image_stamp
         work = plan.previous, plan.shift_steps, plan.frozen_steps, plan.deadline_s
-        if not self._worker.submit(Request(plan.id, observation, self.instruction, *work)):
+        request = Request(plan.id, observation, self.instruction, *work, stream=plan.deadline_s is None)
+        if not self._worker.submit(request):
             return False
         self._told = self.instruction
         self._asked[plan.id] = _Asked(plan, math.nan if taken is None else taken, now)

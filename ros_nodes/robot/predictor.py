@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,7 @@ class Request:
     shift_steps: int = 0  # steps of `previous` that are consumed
     frozen_steps: int = 0  # leading steps of the new chunk that stay as they are in `previous`
     deadline_s: float | None = None  # until the answer is needed, from `InferenceWorker.submit` on [s]
+    stream: bool = False  # answer with steps that are certain, as soon as they are, before the whole chunk
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Response:
     seconds: dict[str, float] = field(default_factory=dict)
     error: str | None = None  # why there are no actions; None if all went well
     code: str = ""  # `BAD_INSTRUCTION`, `NOT_FINITE`, or "" for any other error
+    whole: bool = True  # whether no more is to come; otherwise `actions` (k, A) are the first steps of the chunk
 
 
 class _InstructionError(ObservationError):
@@ -140,14 +142,17 @@ class Predictor:
             self.spec = self._choose_plan()
         self._failures = FailureLog(logger)
 
-    def predict(self, request: Request, deadline: float | None = None) -> Response:
-        """Decode one chunk; never raises, an error is in the response. The request's ``deadline_s`` is not read.
+    def predict(
+        self, request: Request, deadline: float | None = None, early: Callable[[Response], None] | None = None
+    ) -> Response:
+        """Decode one chunk; never raises, an error is in the response.
 
-        `deadline` is the time on `time.monotonic`'s clock at which the answer is needed [s].
+        `deadline` is the time on `time.monotonic`'s clock at which the answer is needed [s]. `early` gets the first
+        parts of the answer, if the request is for a `stream`.
         """
         started = time.monotonic()
         try:
-            response = self._predict(request, deadline)
+            response = self._predict(request, deadline, None if self._settings.delay_s else early)
         except Exception as error:  # a policy of any make may raise anything, and the worker must go on
             if self._failures is not None:
                 self._failures.add(error)
@@ -163,7 +168,7 @@ class Predictor:
         response.seconds["total"] = time.monotonic() - started
         return response
 
-    def _predict(self, request: Request, deadline: float | None) -> Response:
+    def _predict(self, request: Request, deadline: float | None, early: Callable[[Response], None] | None) -> Response:
         import torch
 
         from ceed_vla.real_time import decode_behind
@@ -175,18 +180,39 @@ class Predictor:
             times = {"preprocess": prepared - started, "prefill": 0.0}
             if not self._is_ceed:
                 chunk = self._policy.predict_action_chunk(batch)  # (1, m, A)
-                actions = self._postprocess(chunk).to("cpu", torch.float32).numpy()[0]
-                return Response(request.id, actions, seconds={**times, "decode": time.monotonic() - prepared})
-            result = decode_behind(self._policy, batch, **self._decode_arguments(request, deadline))
+                seconds = {**times, "decode": time.monotonic() - prepared}
+                return Response(request.id, self._actions(chunk), seconds=seconds)
+            arguments = self._decode_arguments(request, deadline)
+            if early is not None and request.stream and self._can_freeze:
+                arguments["on_proven"] = self._first_steps(request.id, started, early)
+            result = decode_behind(self._policy, batch, **arguments)
             self._prefill_s = result.seconds["prefill"]
             return Response(
                 request.id,
-                self._postprocess(result.actions).to("cpu", torch.float32).numpy()[0],
+                self._actions(result.actions),
                 result.tokens[0].cpu().numpy(),
                 result.forwards,
                 result.exit_reason[0],
                 {**times, **result.seconds},
             )
+
+    def _actions(self, actions: Any) -> NDArray[np.float32]:
+        """Actions (m, A) of the policy's (1, m, A)."""
+        return cast("NDArray[np.float32]", self._postprocess(actions).float().cpu().numpy()[0])
+
+    def _first_steps(self, number: int, started: float, early: Callable[[Response], None]) -> Callable[..., None]:
+        """What tells `early` whenever another step is certain; all of them are the answer itself."""
+        told = 0
+
+        def on_proven(tokens: Any, exact: int, forwards: int) -> None:
+            nonlocal told
+            steps = exact // self.spec.action_dim
+            if told < steps < self._policy.tokenizer.chunk_steps:
+                actions, seconds = self._actions(self._policy.tokenizer.decode(tokens)), time.monotonic() - started
+                early(Response(number, actions[:steps], None, forwards, seconds={"total": seconds}, whole=False))
+                told = steps
+
+        return on_proven
 
     def _decode_arguments(self, request: Request, deadline: float | None) -> dict[str, Any]:
         """What `decode_behind` takes besides the batch."""

@@ -21,6 +21,7 @@ Frame = dict[str, Any]
 
 EXCURSION_STEPS = (0, 5)  # random steps before the expert starts
 BURST_STEPS = (1, 3)  # random steps of one perturbation burst
+BURST_EVERY = (11, 19)  # expert steps between two; chunks that reach over a segment's end are padded
 
 
 @dataclass
@@ -78,16 +79,12 @@ def attempt_rng(seed: int, mode: str) -> np.random.Generator:
     return np.random.default_rng([seed, sum(mode.encode())])
 
 
-def expert_steps(env: Environment, rng: np.random.Generator, noise: float = 0.0) -> Iterator[tuple[Frame, bool]]:
-    """Let the expert act, endlessly; yields every frame and whether the task is solved after its action.
-
-    `noise` is the standard deviation of what is added to the executed action; the frame holds the clean one.
-    """
+def expert_steps(env: Environment) -> Iterator[tuple[Frame, bool]]:
+    """Let the expert act, endlessly; yields every frame and whether the task is solved after its action."""
     while True:
         action = env.expert_action()
         frame = make_frame(env, action)
-        noisy = np.clip(action + rng.normal(0.0, noise, action.shape), *env.action_bounds) if noise else action
-        yield frame, env.advance(noisy)
+        yield frame, env.advance(action)
 
 
 def expert_attempt(env: Environment, seed: int, config: RecordConfig) -> Attempt:
@@ -105,9 +102,9 @@ def expert_attempt(env: Environment, seed: int, config: RecordConfig) -> Attempt
         if not solved:
             until = limit - steps
             if perturb:
-                until = min(int(rng.integers(config.burst_every_min, config.burst_every_max + 1)), until)
+                until = min(int(rng.integers(BURST_EVERY[0], BURST_EVERY[1] + 1)), until)
             segments.append([])
-            for frame, solved in expert_steps(env, rng, config.action_noise):
+            for frame, solved in expert_steps(env):
                 segments[-1].append(frame)
                 if solved or env.finished or len(segments[-1]) >= until:
                     break

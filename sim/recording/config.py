@@ -38,12 +38,6 @@ class RecordConfig:
         mode: "clean", "perturb", "grounding" or "takeover" (see `sim.recording.attempts` and its neighbours).
         seed: First seed; default 0, or 30000 in mode takeover.
         resume: Go on with an interrupted or finished root; a missing root is started.
-        action_noise: Standard deviation of Gaussian noise added to the executed action; the stored label
-            stays the clean expert action. Mode clean only. The policy cannot see the noise that later labels of a
-            chunk correct for, so prefer mode perturb for recovery data.
-        burst_every_min: Fewest expert steps between two bursts of 1-3 random steps in mode perturb; the length
-            of the shorter segments. Chunks that reach over a segment's end are padded, so keep it above m.
-        burst_every_max: Most expert steps between two bursts.
         excursion_fraction: Share of perturb attempts that begin with 0-5 unrecorded random steps.
         poses_per_scene: Arm poses (frames) per grounding scene.
         scenes_per_episode: Grounding scenes per stored episode (storing an episode has a fixed cost).
@@ -53,8 +47,7 @@ class RecordConfig:
         batch: Environments driven in lock step in mode takeover.
         workers: Processes that share the attempts; what is recorded does not depend on it.
         max_chunks: The policy drives 1 to `max_chunks` chunks before the expert takes over.
-        takeover_steps: Control steps within which the expert must finish after (the last) takeover.
-        switches: Times the expert takes over within one attempt; all but the last hand back after 8-16 steps.
+        takeover_steps: Control steps within which the expert must finish after the takeover.
         commit_frames: Frames after which the data set on disk is brought up to date; a killed process loses at most
             these, an interrupt, an error or a full disk lose less.
         progress: Show a progress bar.
@@ -72,9 +65,6 @@ class RecordConfig:
     mode: str = chosen("clean", MODES)
     seed: int | None = ranged(None, SEEDS)
     resume: bool = False
-    action_noise: float = ranged(0.0, "[0, 1]")
-    burst_every_min: int = ranged(11, STEPS)
-    burst_every_max: int = ranged(19, STEPS)
     excursion_fraction: float = ranged(0.25, "[0, 1]")
     poses_per_scene: int = ranged(2, STEPS)
     scenes_per_episode: int = ranged(200, STEPS)
@@ -85,7 +75,6 @@ class RecordConfig:
     workers: int = ranged(1, MOST)
     max_chunks: int = ranged(15, STEPS)
     takeover_steps: int = ranged(60, STEPS)
-    switches: int = ranged(1, STEPS)
     commit_frames: int = ranged(3000, COUNTS)
     progress: bool = True
 
@@ -100,10 +89,6 @@ class RecordConfig:
         if self.mode != "grounding":
             check_expert(self.env, f"mode {self.mode}")
         self._check_seeds()
-        if self.burst_every_max < self.burst_every_min:
-            raise ConfigError(f"burst_every_max={self.burst_every_max} must be at least {self.burst_every_min=}")
-        if self.mode != "clean" and self.action_noise:
-            raise ConfigError(f"action_noise={self.action_noise} works in mode clean only, not {self.mode!r}")
 
     def _check_seeds(self) -> None:
         low, high = TAKEOVER_SEEDS if self.mode == "takeover" else RECORDING_SEEDS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -152,3 +153,23 @@ def test_decode_block_makes_the_guess_of_the_configuration(toy) -> None:
     )
     assert torch.equal(half.tokens[0, 14:], expected[14:])
     assert half.exit_reason == ["complete"] * 2
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+@pytest.mark.parametrize("decode", [greedy, jacobi])
+def test_tokens_that_are_proven_on_the_way_are_those_of_the_end(toy, decode: Any, frozen: int) -> None:
+    backbone, observation = toy(6, 3, 28, 31)
+    prefix, guess = backbone.prefill(observation), random_guess(0, 3, 28, 31)
+    given = guess[:, : frozen * A] if frozen else None
+    told: list[tuple[Tensor, int, int]] = []
+    options = {"tokens_per_step": A, "frozen": given}
+    if decode is jacobi:
+        options["guess"] = guess
+    result = decode(
+        backbone, prefix, on_proven=lambda tokens, *counts: told.append((tokens.clone(), *counts)), **options
+    )
+    assert told[-1][1:] == (28, result.forwards)
+    assert [exact for _, exact, _ in told] == sorted(exact for _, exact, _ in told)
+    assert all(torch.equal(tokens[:, :exact], result.tokens[:, :exact]) for tokens, exact, _ in told)
+    if decode is greedy:
+        assert [exact // A for _, exact, _ in told] == list(range(frozen + 1, 5))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ceed_vla.errors import ConfigError
-from ros_nodes.robot.chunk_stream import ChunkStream, Plan, Target
+from ros_nodes.robot.chunk_stream import ChunkStream, Plan, StreamCounters, Target
 
 M, H, DT = 8, 4, 0.1
 TICKS = 10  # of a step
@@ -302,4 +302,37 @@ def test_a_malformed_chunk_is_refused(actions: np.ndarray) -> None:
     flow.plan(1.0, 0.1)
     with pytest.raises(ConfigError, match=r"expected \(8, A\) finite"):
         flow.offer(1, actions)
+    assert flow.target().source == "waiting"
+
+
+def test_first_steps_run_before_the_rest_is_there() -> None:
+    flow = stream()
+    flow.start()
+    plan = flow.plan(1.0, 0.1)
+    assert plan.deadline_s is None
+    assert flow.offer(plan.id, chunk(0, 1), whole=False)
+    assert flow.arrived
+    assert flow.target().action[0] == 0
+    assert flow.offer(plan.id, chunk(0, 3), whole=False)
+    assert [flow.target().action[0] for _ in range(2)] == [1, 2]
+    assert flow.target().source == "starved"
+    assert flow.delay_steps == 1  # nothing is known of whole answers yet
+    assert flow.offer(plan.id, chunk(0), np.arange(M), remaining=1.0)
+    assert not flow.offer(plan.id, chunk(0, 2), whole=False)
+    assert not flow.offer(plan.id, chunk(9))
+    assert flow.delay_steps == 4
+    following = flow.plan(1.0, 0.1)
+    assert (following.shift_steps, following.previous.tolist()) == (3, list(range(M)))
+    assert [flow.target().action[0] for _ in range(5)] == [3, 4, 5, 6, 7]
+    assert flow.counters == StreamCounters(switched=1, starved=1)
+
+
+def test_first_steps_of_a_chunk_that_nobody_waits_for_are_dropped() -> None:
+    flow = stream()
+    flow.start()
+    plan = flow.plan(1.0, 0.1)
+    flow.preempt()
+    assert not flow.offer(plan.id, chunk(0, 1), whole=False)
+    with pytest.raises(ConfigError, match="finite actions"):
+        flow.offer(plan.id, chunk(0), whole=False)  # all of them are the whole
     assert flow.target().source == "waiting"

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,27 @@ def test_one_request_at_a_time(worker: InferenceWorker) -> None:
     assert wait(worker).id == 7
     assert worker.poll() is None
     assert worker.idle
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("decoding", "parts"), [("ar", 7), ("jacobi", 1), ("cap1", 0)])
+def test_steps_that_are_certain_come_before_the_chunk(mode: str, decoding: str, parts: int) -> None:
+    with running("student", mode=mode, decoding=decoding) as worker:
+        request = Request(5, observation(), INSTRUCTION, stream=True)
+        assert worker.submit(request)
+        answers = [wait(worker)]
+        while not answers[-1].whole:
+            assert not worker.idle
+            answers.append(wait(worker))
+        assert worker.idle
+        *early, whole = answers
+        assert parts <= len(early) <= 7
+        assert [len(one.actions) for one in early] == sorted({len(one.actions) for one in early})
+        for one in early:
+            np.testing.assert_array_equal(one.actions, whole.actions[: len(one.actions)])
+            assert (one.id, one.error, one.forwards <= whole.forwards) == (5, None, True)
+        again = ask(worker, replace(request, stream=False))  # in one
+        np.testing.assert_array_equal(again.actions, whole.actions)
 
 
 @pytest.mark.parametrize(

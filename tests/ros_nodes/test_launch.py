@@ -151,7 +151,7 @@ def test_the_demo_stays_on_this_machine_unless_the_environment_says_otherwise(
 def test_config_files_that_launch_files_name_are_installed(file: str) -> None:
     installed = {path.name for path in (LAUNCH / "config").iterdir()}
     named = set(re.findall(r'"config", "([\w.]+)"', (LAUNCH / file).read_text()))
-    assert named
+    assert named or file == "sim_demo.launch.py"
     assert named <= installed
     setup = (ROOT / "setup.py").read_text()
     assert "launch/*.launch.py" in setup
@@ -159,11 +159,10 @@ def test_config_files_that_launch_files_name_are_installed(file: str) -> None:
     assert "launch/config/*.xml" in setup
 
 
-@pytest.mark.parametrize(("file", "executable"), [("policy.yaml", "policy_node"), ("sim.yaml", "sim_node")])
-def test_parameter_files_fit_the_declarations(file: str, executable: str) -> None:
-    values = yaml.safe_load((LAUNCH / "config" / file).read_text())["/**"]["ros__parameters"]
+def test_the_parameter_file_fits_the_declarations() -> None:
+    values = yaml.safe_load((LAUNCH / "config" / "policy.yaml").read_text())["/**"]["ros__parameters"]
     for name, value in values.items():
-        parameter = DECLARED[executable][name]
+        parameter = DECLARED["policy_node"][name]
         assert type(value) is type(parameter.default)
         assert parameter.problem(value) is None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from ceed_vla.cli_flags import parse_flags
 from ceed_vla.errors import ConfigError
 from ros_nodes.demo.reaction import DISTANCE, WHEN, Event, draw_event, first_change
 from ros_nodes.demo.ros_demo import RosDemoConfig
-from ros_nodes.demo.simulated_time import TRANSPORT, _percentiles, _run
+from ros_nodes.demo.simulated_time import TRANSPORT, SimulatedLoop, _percentiles, _run
 from ros_nodes.robot.predictor import Request, Response, declared_spec
 from ros_nodes.simulated.robot import SimRobot
 
@@ -27,14 +27,17 @@ PERIOD = 0.3  # between chunks: the last but one of the steps that are executed 
 class Eyes:
     """Stands for a predictor: what it does depends on every pixel of the front camera, and on nothing else."""
 
-    def __init__(self) -> None:
+    def __init__(self, streams: bool) -> None:
+        self.streams = streams  # first steps before the rest
         self.spec = replace(declared_spec("student"), warmup_s=0.01)
 
-    def predict(self, request: Request) -> Response:
+    def predict(self, request: Request, early: Callable[[Response], None]) -> Response:
         pixels = request.observation["observation.images.front"]
         actions = np.zeros((8, 7), np.float32)
         actions[:, :2] = 0.2 * (zlib.crc32(pixels.tobytes()) / 2**32 - 0.5)
-        return Response(request.id, actions, np.zeros(56, np.int64))
+        if self.streams and request.stream:
+            early(Response(request.id, actions[:1], forwards=0, whole=False))
+        return Response(request.id, actions, np.zeros(56, np.int64), forwards=6)
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +47,12 @@ def robot() -> Iterator[SimRobot]:
     made.close()
 
 
-def run(robot: SimRobot, latency: float, event: Event | None = None, **flags: Any) -> Any:
+def run(
+    robot: SimRobot, latency: float, event: Event | None = None, *, streams: bool = False, **flags: Any
+) -> SimulatedLoop:
     """An episode from time 0 on, of 1.5 s without an event."""
     robot.time = 0.0
-    eyes: Any = Eyes()
+    eyes: Any = Eyes(streams)
     return _run(RosDemoConfig(max_episode_steps=15, **flags), robot, eyes, latency, SEED, event)[0]
 
 
@@ -101,3 +106,13 @@ def test_camera_jitter_makes_images_late(robot: SimRobot) -> None:
     assert late[0] + 0.01 < late[1] < late[0] + 0.1
     with pytest.raises(ConfigError, match="--camera_jitter_ms is -1"):
         RosDemoConfig(camera_jitter_ms=-1.0)
+
+
+@pytest.mark.parametrize(("latency", "starved"), [(0.08, 0), (0.8, 5)])
+def test_the_first_step_moves_the_arm_before_its_chunk_is_there(robot: SimRobot, latency: float, starved: int) -> None:
+    """It takes the prefill, 2 of 8 forwards; behind it the arm holds until the rest is there."""
+    whole, early = run(robot, latency), run(robot, latency, streams=True)
+    assert whole.moving - early.moving == pytest.approx(0.75 * latency, abs=0.011)  # a tick
+    assert early.setup.controller.stream.counters.starved == pytest.approx(starved, abs=1)
+    first = early.setup.controller.statistics.to_command[0]
+    assert first < 0.25 * latency + 0.03 < whole.setup.controller.statistics.to_command[0]

@@ -55,7 +55,7 @@ from lerobot.envs.utils import (
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES
 from numpy.typing import NDArray
 
-from ceed_vla.errors import CeedVLAError, ConfigError, SimulationError, root_cause
+from ceed_vla.errors import ConfigError, SimulationError, raised_as, root_cause
 
 logger = logging.getLogger(__name__)
 
@@ -167,14 +167,10 @@ class Environment:
 
     def __init__(self, config: EnvConfig, instruction: str = "") -> None:
         self.config, self._instruction = config, instruction
-        try:
+        with raised_as(SimulationError, f"--env.type={config.type} cannot be made", "see its fields and its package"):
             # With a task list one environment does for all; without, LeRobot makes one for each task.
             make = EnvConfig.create_envs if _has_tasks(config) else make_env
             self._suites = make(config, n_envs=1)
-        except CeedVLAError:
-            raise
-        except Exception as error:  # whatever an environment of any make raises
-            raise SimulationError(f"--env.type={config.type} cannot be made ({root_cause(error)}).") from error
         suites = self._suites.items()
         self._envs = [(f"{suite}/{n}", vector.envs[0]) for suite, vectors in suites for n, vector in vectors.items()]
         self._env = self._envs[0][1]
@@ -242,7 +238,8 @@ class Environment:
     def disturbance(self, rng: np.random.Generator) -> NDArray[np.float32]:
         if hasattr(self.inner, "disturbance"):
             return self.inner.disturbance(rng)
-        return rng.uniform(*self.action_bounds).astype(np.float32)
+        space = self._env.action_space
+        return rng.uniform(space.low, space.high).astype(np.float32)
 
     def follow(self, other: Environment) -> None:
         """Go on from where another environment of the same configuration is."""
@@ -257,11 +254,6 @@ class Environment:
     def retarget(self, rng: np.random.Generator) -> None:
         self.inner.retarget(rng)
         self._observation = None
-
-    @property
-    def action_bounds(self) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-        """Smallest and largest action, (A,) each."""
-        return self._env.action_space.low, self._env.action_space.high
 
     def needs(self, purpose: str, *names: str) -> None:
         """Raise `SimulationError` unless the unwrapped environment has these methods."""

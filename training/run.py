@@ -23,7 +23,7 @@ from ceed_vla.data.files import is_whole
 from ceed_vla.data.frame_stream import StreamingConfig
 from ceed_vla.decoding.names import CEED, OWN
 from ceed_vla.devices import check_device
-from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
+from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, raised_as
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, Checked, chosen, ranged
 from ceed_vla.files import read_json, strange, write_text
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
@@ -353,7 +353,8 @@ class Run:
         """Continue from the last complete state; `CheckpointError` for one that cannot be read, or of other sizes."""
         progress = self._read_progress()
         folder = self.output / progress["state"]
-        try:
+        advice = "repeat the settings it was started with, or start again in another folder."
+        with raised_as(CheckpointError, f"{folder} cannot be resumed", advice, passing=()):
             settings = states.optimizer_settings(self.optimizers)
             states.check_metadata(folder)
             self.accelerator.load_state(str(folder))
@@ -361,11 +362,6 @@ class Run:
                 states.check_random_state(folder, self.accelerator.process_index)
             if not self.sharded:
                 states.check_optimizers(self.optimizers, settings, progress["step"])
-        except Exception as error:  # torch, safetensors and accelerate each raise their own kinds
-            raise CheckpointError(
-                f"{folder} cannot be resumed ({type(error).__name__}: {str(error)[:300]}); "
-                "repeat the settings it was started with, or start again in another folder."
-            ) from error
         self.step = progress["step"]
         if self.settings.max_minutes:
             self.total = max(self.step, min(self.total, progress["total"]))

@@ -125,6 +125,11 @@ class ChunkStream:
         return self._next is not None and self._next.actions is not None
 
     @property
+    def partial(self) -> bool:
+        """Whether the rest of the running chunk is still to come."""
+        return self._running is not None and not self._running.whole
+
+    @property
     def delay_steps(self) -> float:
         """Steps that the next answer is expected to take."""
         if not self._delays:
@@ -216,7 +221,7 @@ class ChunkStream:
         if chunk is None or chunk.plan.id != plan_id or chunk.whole:
             return False
         chunk.actions, chunk.tokens, chunk.whole = actions, tokens, whole
-        if whole:
+        if whole and chunk is self._next:  # otherwise its first steps have moved the grid
             self._delays.append(max(self._boundaries + 1 - remaining - chunk.position, 0.0))
         return True
 

@@ -173,9 +173,15 @@ class PolicyController:
 
     def receive(self, now: float) -> None:
         """Take the policy's answer if there is one; called as soon as it comes, so that its step begins in time."""
+        partial = self.stream.partial
         if self.stream.receive(now) and self._step_hold is not None:
             self.grid.begin_now()  # nothing moves: the next step need not wait for its boundary
             self._boundary = True
+        elif partial and not self.stream.partial:
+            # The rest is there: steps begin when answers to images come, so the one that runs takes longer.
+            self.grid.begin_now()
+            self.grid.begin_step()
+            self._start, self._start_part = self._wanted, 0.0
         if not self.stream.arrived:
             return
         if self._boundary:

@@ -23,7 +23,7 @@ from ceed_vla.errors import (
     ConfigError,
     NotFiniteError,
     ObservationError,
-    root_cause,
+    raised_as,
 )
 from ceed_vla.fields import COUNTS, Checked, chosen, ranged
 from ros_nodes.robot.failure_log import FailureLog
@@ -371,14 +371,9 @@ def _load(settings: PredictorSettings, kind: str) -> tuple[Any, Any, Any]:
     folder, device = resolve_checkpoint(settings.checkpoint), check_device(settings.device)
     if kind == "ceed_vla":
         return load(folder, device=device)
-    try:
+    what = f"The checkpoint {settings.checkpoint} of type {kind!r} cannot be loaded"
+    with raised_as(CheckpointError, what, "copy it again."):  # every policy of LeRobot fails in its own way
         return _load_other(folder, kind, device)
-    except CheckpointError:
-        raise
-    except Exception as error:  # every policy of LeRobot fails in its own way
-        raise CheckpointError(
-            f"The checkpoint {settings.checkpoint} of type {kind!r} cannot be loaded ({root_cause(error)})."
-        ) from error
 
 
 def _load_other(folder: Path, kind: str, device: str) -> tuple[Any, Any, Any]:

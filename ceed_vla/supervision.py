@@ -174,15 +174,9 @@ def soft_cross_entropy(logits: Tensor, tokens: Tensor, sigma: float) -> Tensor:
 
 
 def label_table(num_bins: int, sigma: float, device: torch.device) -> Tensor:
-    """(V, V): row v is the soft label of bin v, without what of it lies beyond the ends.
-
-    With rows that sum to 1, an end bin would get twice the mass of its label, and greedy decoding would take it where
-    nothing is sure.
-    """
-    offsets = torch.arange(1 - num_bins, num_bins, device=device)
-    mass = torch.softmax(-0.5 * (offsets / sigma) ** 2, dim=0)  # of every distance
-    bins = torch.arange(num_bins, device=device)
-    return mass[bins[None, :] - bins[:, None] + num_bins - 1]
+    """(V, V): row v is the soft label of bin v."""
+    bins = torch.arange(num_bins, device=device, dtype=torch.float32)
+    return torch.softmax(-0.5 * ((bins[:, None] - bins[None, :]) / sigma) ** 2, dim=-1)
 
 
 def random_shift(image: Tensor, pixels: int, noise: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ class Environment:
 
     def __init__(self, config: EnvConfig, instruction: str = "") -> None:
         self.config, self._instruction = config, instruction
-        with raised_as(SimulationError, f"--env.type={config.type} cannot be made", "see its fields and its package"):
+        with raised_as(SimulationError, f"--env.type={config.type} cannot be made", "see its fields and its package."):
             # With a task list one environment does for all; without, LeRobot makes one for each task.
             make = EnvConfig.create_envs if _has_tasks(config) else make_env
             self._suites = make(config, n_envs=1)

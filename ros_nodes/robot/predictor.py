@@ -63,7 +63,7 @@ class Request:
     shift_steps: int = 0  # steps of `previous` that are consumed
     frozen_steps: int = 0  # leading steps of the new chunk that stay as they are in `previous`
     deadline_s: float | None = None  # until the answer is needed, from `InferenceWorker.submit` on [s]
-    stream: bool = False  # answer with steps that are certain, as soon as they are, before the whole chunk
+    stream: bool = False  # answer with steps that are certain before the whole chunk; not behind frozen ones
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Predictor:
                 seconds = {**times, "decode": time.monotonic() - prepared}
                 return Response(request.id, self._actions(chunk), seconds=seconds)
             arguments = self._decode_arguments(request, deadline)
-            if early is not None and request.stream and self._can_freeze:
+            if early is not None and request.stream and self._can_freeze and not request.frozen_steps:
                 arguments["on_proven"] = self._first_steps(request.id, started, early)
             result = decode_behind(self._policy, batch, **arguments)
             self._prefill_s = result.seconds["prefill"]
@@ -371,8 +371,9 @@ def _load(settings: PredictorSettings, kind: str) -> tuple[Any, Any, Any]:
     folder, device = resolve_checkpoint(settings.checkpoint), check_device(settings.device)
     if kind == "ceed_vla":
         return load(folder, device=device)
+    # Every policy of LeRobot fails in its own way.
     what = f"The checkpoint {settings.checkpoint} of type {kind!r} cannot be loaded"
-    with raised_as(CheckpointError, what, "copy it again."):  # every policy of LeRobot fails in its own way
+    with raised_as(CheckpointError, what, "see what its type needs in LeRobot, or copy it again."):
         return _load_other(folder, kind, device)
 
 

@@ -131,6 +131,8 @@ def test_steps_that_are_certain_come_before_the_chunk(mode: str, decoding: str, 
             assert (one.id, one.error, one.forwards <= whole.forwards) == (5, None, True)
         again = ask(worker, replace(request, stream=False))  # in one
         np.testing.assert_array_equal(again.actions, whole.actions)
+        behind = replace(request, previous=whole.tokens, frozen_steps=1)  # what is made up for is no token of the chunk
+        assert ask(worker, behind).whole
 
 
 @pytest.mark.parametrize(

@@ -116,3 +116,9 @@ def test_the_first_step_moves_the_arm_before_its_chunk_is_there(robot: SimRobot,
     assert early.setup.controller.stream.counters.starved == pytest.approx(starved, abs=1)
     first = early.setup.controller.statistics.to_command[0]
     assert first < 0.25 * latency + 0.03 < whole.setup.controller.statistics.to_command[0]
+
+
+@pytest.mark.parametrize("latency", [0.03, 0.08])
+def test_chunks_behind_an_early_first_step_come_in_time_with_the_images(robot: SimRobot, latency: float) -> None:
+    whole, early = (run(robot, latency, streams=streams).setup.controller.statistics for streams in (False, True))
+    np.testing.assert_allclose(list(early.to_command)[1:], list(whole.to_command)[1:], atol=0.005)

@@ -18,6 +18,7 @@ finished() { [ -e "$out/$1/checkpoints/final/pretrained_model/model.safetensors"
 
 # 1. Scenes without actions, and demonstrations with bursts of random steps.
 record ground grounding "${SCENES:-12000}" 6000 --poses_per_scene 1
+record balls grounding "${BALLS:-8000}" 18000 --poses_per_scene 1 --env.task reach-v3,pick-place-v3 # goals in the air
 record perturb perturb "${EPISODES:-440}" 1000
 demos="$out/data/perturb" takeover="$out/first/takeover/round_0"
 
@@ -25,10 +26,10 @@ demos="$out/data/perturb" takeover="$out/first/takeover/round_0"
 #    from there at half the learning rate. The gate lets two goals pass that are balls of 2 px in the air (README.md).
 train() { # name, and what differs
   finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli train $env --output_dir "$out/$1" \
-    --grounding_roots "$out/data/ground" --threads 1 --resume "$(started "$1")" --validate_episodes 40 "${@:2}"
+    --grounding_roots "$out/data/ground,$out/data/balls" --threads 1 --resume "$(started "$1")" --validate_episodes 40 "${@:2}"
 }
 train first --roots "$demos" --grounding_steps 1500 --grounding_gate "${GATE:-0.06}" --steps "${STEPS:-2600}" --rounds 1 \
-  --takeover_episodes 200 --lr 2e-3 --policy.label_sigma 1.8
+  --takeover_episodes 200 --lr 2e-3 --policy.label_sigma 1.8 --policy.augment_shift 0 --policy.augment_brightness 0
 train second --policy_path "$out/first/checkpoints/final" --grounding_steps 0 --steps "${MORE_STEPS:-1700}" --rounds 0 \
   --roots "$demos,$takeover" --root_weights 0.7,0.3 --lr 1e-3 --muon_lr 1e-3
 

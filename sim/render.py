@@ -12,6 +12,7 @@ import os
 import mujoco
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ceed_vla.errors import SimulationError
 
@@ -35,18 +36,36 @@ def tune(model: mujoco.MjModel) -> None:
     model.mat_reflectance[:] = 0
 
 
-def render(scene: str, model: mujoco.MjModel, data: mujoco.MjData, camera: str, size: int) -> NDArray[np.uint8]:
-    """Image (size, size, 3) of a state, without shadows and reflections.
+def coarsen(model: mujoco.MjModel, cell: float) -> None:
+    """Draw meshes with fewer faces: vertices in one cube of `cell` [m] become one. What collides stays as it is."""
+    for mesh in range(model.nmesh):
+        vertices = model.mesh_vert[model.mesh_vertadr[mesh] :][: model.mesh_vertnum[mesh]]
+        _, first, cube = np.unique(np.round(vertices / cell), axis=0, return_index=True, return_inverse=True)
+        start, count = model.mesh_faceadr[mesh], model.mesh_facenum[mesh]
+        faces = first[cube.ravel()][model.mesh_face[start : start + count]]  # (F, 3)
+        kept = np.flatnonzero((np.diff(np.sort(faces)) > 0).all(1))
+        end = start + len(kept)
+        model.mesh_face[start:end], model.mesh_facenum[mesh] = faces[kept], len(kept)
+        for corners in (model.mesh_facenormal, model.mesh_facetexcoord):
+            corners[start:end] = corners[start + kept]
+
+
+def render(
+    scene: str, model: mujoco.MjModel, data: mujoco.MjData, camera: str, size: int, smooth: int = 1
+) -> NDArray[np.uint8]:
+    """Image (size, size, 3) of a state, without shadows and reflections; each pixel the mean of `smooth` x `smooth`.
 
     `scene` names the `model`: where it was rendered before, the first one's shapes are drawn.
 
     Raises:
         SimulationError: When no GL context can be made, or the size cannot be rendered.
     """
-    if (scene, size) not in _renderers:
-        _renderers[scene, size] = _make_renderer(model, size)
-    _renderers[scene, size].update_scene(data, camera)
-    return _renderers[scene, size].render()
+    drawn = smooth * size
+    if (scene, drawn) not in _renderers:
+        _renderers[scene, drawn] = _make_renderer(model, drawn)
+    _renderers[scene, drawn].update_scene(data, camera)
+    image = _renderers[scene, drawn].render()
+    return image if smooth == 1 else np.asarray(Image.fromarray(image).reduce(smooth))
 
 
 def close_renderers() -> None:

@@ -1,8 +1,9 @@
 """Meta-World's tasks as one environment: LeRobot's own, with another renderer and views for experts and recordings.
 
-A task of LeRobot's `MetaworldEnv` is the same simulation with the same seeds. Three things differ: `metaworld.MT1` is
-not made, which draws fifty scenes that nobody uses; images are rendered in the size that was asked for, without shadows
-and multisampling; an episode that is solved is not reset behind the caller's back.
+A task of LeRobot's `MetaworldEnv` is the same simulation with the same seeds. Four things differ: `metaworld.MT1` is
+not made, which draws fifty scenes that nobody uses; images are rendered in the size that was asked for, without
+shadows, smoothed; the first one shows the goal of its own episode, not the last one's; an episode that is solved is not
+reset behind the caller's back.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from numpy.typing import NDArray
 
 from ceed_vla.errors import SimulationError
 from sim.metaworld.tasks import ACTION_NAMES, INSTRUCTIONS, LARGEST_IMAGE, STATE_NAMES, TASKS
-from sim.render import check_image_size, render, tune
+from sim.render import check_image_size, coarsen, render, tune
 
 CAMERA = "corner2"
 CAMERA_POSITION = (0.75, 0.075, 0.7)  # LeRobot moves the camera to here
+SMOOTH = 2  # a goal in the air is a ball of 3 px, and only its size, in shades, tells how far away it is
+MESH_CELL = 0.004  # [m]
 HAND_STEPS = 40  # until a hand that is sent somewhere is there
 
 
@@ -70,6 +73,7 @@ class MetaworldTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         if seed is not None:
             world.seed(seed)
         self._values, _ = world.reset(seed=seed)
+        mujoco.mj_kinematics(world.model, world.data)  # Meta-World moves the goal that is drawn, with the first step
         return self.observe(), {"task": task, "is_success": False}
 
     def step(self, action: NDArray[np.floating]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
@@ -89,7 +93,8 @@ class MetaworldTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     def render(self) -> NDArray[np.uint8]:  # type: ignore[override]
         world = self._world
-        image = render(self._task, world.model, world.data, CAMERA, self.image_size)
+        smooth = min(SMOOTH, LARGEST_IMAGE // self.image_size)
+        image = render(self._task, world.model, world.data, CAMERA, self.image_size, smooth)
         return np.ascontiguousarray(np.flip(image, (0, 1)))  # the camera hangs upside down
 
     def is_success(self) -> bool:
@@ -138,6 +143,7 @@ class MetaworldTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             world.__dict__.pop("sawyer_observation_space", None)  # it was made without the goal
             world.model.cam_pos[mujoco.mj_name2id(world.model, mujoco.mjtObj.mjOBJ_CAMERA, CAMERA)] = CAMERA_POSITION
             tune(world.model)
+            coarsen(world.model, MESH_CELL)
             world.model.vis.global_.offwidth = world.model.vis.global_.offheight = LARGEST_IMAGE
             world._freeze_rand_vec, world.seeded_rand_vec = False, True
             world.seed(0)

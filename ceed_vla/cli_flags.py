@@ -12,16 +12,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 from ceed_vla.choices import Choice
-from ceed_vla.cli_values import (
-    UsageError,
-    check_moved,
-    is_choice,
-    is_nested,
-    read_config,
-    read_yaml,
-    shaped,
-    unknown,
-)
+from ceed_vla.cli_values import UsageError, check_moved, is_choice, is_nested, read_config, read_yaml, shaped, unknown
 from ceed_vla.devices import check_device
 from ceed_vla.discovery import FLAG as DISCOVER
 from ceed_vla.errors import CeedVLAError

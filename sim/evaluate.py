@@ -323,10 +323,8 @@ def _run_all_episodes(run: Evaluation, log: EpisodeLog, workers: Workers) -> Non
 def _run_timing(run: Evaluation) -> None:
     """Latency of all rows and their autoregressive references, on observations of the episodes of one row."""
     config = run.config
-    if not config.timing_chunks:
-        return
     rows = [row for row in run.rows if not row.delay]
-    if not rows:
+    if not (rows and config.timing_chunks):
         return
     references = resolve_rows(
         sorted({row.reference for row in rows} - {row.name for row in rows}),

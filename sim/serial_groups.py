@@ -22,16 +22,7 @@ from ceed_vla.decoding.learned import Group, Learned, features
 from ceed_vla.decoding.registry import register_exit
 from ceed_vla.workers import Workers
 from sim.environment import EnvPool, joined, observation_batch, turns
-from sim.rollout import (
-    SHARD,
-    Episode,
-    PolicyRunner,
-    episode_runner,
-    execute,
-    replan,
-    stack_previous,
-    tokens_per_step,
-)
+from sim.rollout import SHARD, Episode, PolicyRunner, episode_runner, execute, replan, stack_previous, tokens_per_step
 
 Decision = tuple[int, str, int]  # seed, task, chunks before it
 Outcome = tuple[str, int, str, bool, int]  # decoder, seed, task, whether it was solved, chunks

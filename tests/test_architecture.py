@@ -93,12 +93,7 @@ def test_import_arrows_see_what_they_should() -> None:
     source = "import sim.rollout\nclass A:\n  import mujoco\ndef f():\n  from training import data\nif x:\n  import y"
     tree = ast.parse(source)
     assert [name for _, name in imports(tree, lazy=False)] == ["sim.rollout", "mujoco", "y"]
-    assert [name for _, name in imports(tree, lazy=True)] == [
-        "sim.rollout",
-        "mujoco",
-        "training.data",
-        "y",
-    ]
+    assert [name for _, name in imports(tree, lazy=True)] == ["sim.rollout", "mujoco", "training.data", "y"]
 
 
 @pytest.mark.parametrize(("pattern", "what"), [(MACHINE_PATHS, "path of a machine"), (REGISTRIES, "package registry")])

@@ -40,13 +40,7 @@ def test_no_file_is_in_a_circle() -> None:
 def test_circles_are_found() -> None:
     typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.c import C"
     lazy = "def f():\n    from p import a"
-    ring = {
-        "p": "from p.a import A",
-        "p.a": "import p.b",
-        "p.b": typed,
-        "p.c": lazy,
-        "p.d": "from p import A",
-    }
+    ring = {"p": "from p.a import A", "p.a": "import p.b", "p.b": typed, "p.c": lazy, "p.d": "from p import A"}
     assert circles(ring) == [("p.a", "p.b", "p.c")]
     assert circles({"p": "from p.a import A", "p.a": "from p import B"}) == [("p", "p.a")]
     assert circles({"p": "import p.a", "p.a": "import os", "q": "import p"}) == []

@@ -195,20 +195,14 @@ class SafetensorError(Exception):
         (DatasetError("a\x1b[2Jb\udcff"), "a?[2Jb?"),
         (DatasetError("x" * 10_000), "xxx ..."),
         (PermissionError(13, "denied", "x"), "x: denied"),
-        (
-            OSError(errno.ENOSPC, "No space left on device", "a.png"),
-            "a.png: No space left on device; make room",
-        ),
+        (OSError(errno.ENOSPC, "No space left on device", "a.png"), "a.png: No space left on device; make room"),
         (OSError("no network"), "no network"),
         (SafetensorError("header too large"), "weights cannot be read or written (header too large)"),
         (MemoryError(), "not enough memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 TB"), "not enough memory"),
         (RecursionError("maximum"), "nested too deep"),
         (ModuleNotFoundError("No module named 'rclpy'"), "No module named 'rclpy'; `ceed-vla doctor`"),
-        (
-            KeyError("steps"),
-            "unexpected KeyError: 'steps' (this is a defect or damaged input; CEED_VLA_TRACEBACK=1",
-        ),
+        (KeyError("steps"), "unexpected KeyError: 'steps' (this is a defect or damaged input; CEED_VLA_TRACEBACK=1"),
         (AssertionError(), "unexpected AssertionError"),
     ],
 )

@@ -16,14 +16,7 @@ import torch
 
 import ceed_vla
 from ceed_vla.cli import main
-from ceed_vla.decoding import (
-    DecodingConfig,
-    ExitRule,
-    decode_block,
-    named_config,
-    register_decoder,
-    register_exit,
-)
+from ceed_vla.decoding import DecodingConfig, ExitRule, decode_block, named_config, register_decoder, register_exit
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.tokens.uniform import ActionTokenizer
 

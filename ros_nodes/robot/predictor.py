@@ -17,14 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.discovery import discover
-from ceed_vla.errors import (
-    CeedVLAError,
-    CheckpointError,
-    ConfigError,
-    NotFiniteError,
-    ObservationError,
-    raised_as,
-)
+from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, NotFiniteError, ObservationError, raised_as
 from ceed_vla.fields import COUNTS, Checked, chosen, ranged
 from ros_nodes.robot.failure_log import FailureLog
 from ros_nodes.robot.texts import short, shown

@@ -98,11 +98,7 @@ def test_a_decoding_flag_keeps_the_policys_other_decoding_settings() -> None:
 
 
 def test_another_kind_starts_from_its_own_defaults(tmp_path: Path) -> None:
-    flags = [
-        "--policy.backbone.type=openvla",
-        "--policy.backbone.path=there",
-        "--policy.action_tokens.type=openvla",
-    ]
+    flags = ["--policy.backbone.type=openvla", "--policy.backbone.path=there", "--policy.action_tokens.type=openvla"]
     policy = parse_flags(ToolConfig, flags).policy
     assert policy.backbone == OpenVLAConfig(path="there")
     assert policy.action_tokens == OpenVLATokensConfig()
@@ -117,10 +113,7 @@ def test_another_kind_starts_from_its_own_defaults(tmp_path: Path) -> None:
     [
         (["--policy.backbone.type=opnvla"], "backbone.type is 'opnvla'; choose one of .*compact"),
         (["--policy.action_tokens.type=x"], "action_tokens.type is 'x'; choose one of .*uniform"),
-        (
-            ["--policy.backbone.type=openvla", "--policy.backbone.width=3"],
-            "unknown flag .--policy.backbone.width",
-        ),
+        (["--policy.backbone.type=openvla", "--policy.backbone.width=3"], "unknown flag .--policy.backbone.width"),
         (["--policy.backbone.depth=3"], "unknown flag '--policy.backbone.depth=3'"),
         (["--policy.backbone.dtype=int4"], "dtype"),
     ],

@@ -142,15 +142,7 @@ def test_decode_block_makes_the_guess_of_the_configuration(toy) -> None:
     assert not torch.equal(first_state(random), first_state(replace(random, seed=4)))
     generator = torch.Generator().manual_seed(0)
     assert not torch.equal(first_state(random, generator=generator), first_state(random, generator=generator))
-    half = decode_block(
-        backbone,
-        prefix,
-        tokenizer,
-        "ar_h",
-        previous=previous,
-        shift_steps=2,
-        executed_steps=2,
-    )
+    half = decode_block(backbone, prefix, tokenizer, "ar_h", previous=previous, shift_steps=2, executed_steps=2)
     assert torch.equal(half.tokens[0, 14:], expected[14:])
     assert half.exit_reason == ["complete"] * 2
 

@@ -76,21 +76,7 @@ def test_names() -> None:
     for name, config in expected.items():
         assert named_config(name, ceed) == config, name
         assert named_config(config, ceed) is config
-    for wrong in (
-        "CEED",
-        "",
-        None,
-        3,
-        "cap",
-        "cap2_",
-        "mid",
-        "_",
-        "h",
-        "ar_mid",
-        "ceed_h",
-        "cap2_cap",
-        "c" * 99,
-    ):
+    for wrong in ("CEED", "", None, 3, "cap", "cap2_", "mid", "_", "h", "ar_mid", "ceed_h", "cap2_cap", "c" * 99):
         with pytest.raises(ConfigError, match=r"Unknown decoder .*token by token"):
             named_config(wrong, ceed)  # type: ignore[arg-type]
     for wrong, reason in {

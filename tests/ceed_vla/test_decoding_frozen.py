@@ -170,13 +170,7 @@ def test_cap_and_deadline_keep_the_frozen_steps_and_the_first_free_token(toy) ->
     times = iter(range(100))
     for config in (DecodingConfig(max_iterations=1), DecodingConfig(deadline_s=1.5)):
         result = jacobi(
-            backbone,
-            prefix,
-            guess,
-            config,
-            tokens_per_step=A,
-            frozen=frozen,
-            clock=lambda: float(next(times)),
+            backbone, prefix, guess, config, tokens_per_step=A, frozen=frozen, clock=lambda: float(next(times))
         )
         assert result.forwards == 1
         assert torch.equal(result.tokens[:, :15], answer[:, :15])
@@ -192,14 +186,7 @@ def test_decode_block_freezes_for_both_methods(toy) -> None:
     frozen = previous[:, 14:21]
     results = [
         decode_block(
-            backbone,
-            prefix,
-            tokenizer,
-            name,
-            previous=previous,
-            shift_steps=2,
-            executed_steps=3,
-            frozen=frozen,
+            backbone, prefix, tokenizer, name, previous=previous, shift_steps=2, executed_steps=3, frozen=frozen
         )
         for name in ("ar", "jacobi", "jacobi_random", "jacobi_h")
     ]

@@ -46,16 +46,7 @@ def table(*, fails: bool = False) -> str:
 
 def test_a_sound_installation(probes: dict[str, str]) -> None:
     text = table()
-    for word in (
-        "Python",
-        "torch",
-        "mujoco",
-        "rendering",
-        "CUDA",
-        "ROS 2",
-        "disk here",
-        "checkpoint student",
-    ):
+    for word in ("Python", "torch", "mujoco", "rendering", "CUDA", "ROS 2", "disk here", "checkpoint student"):
         assert word in text
     assert "missing" not in text
 
@@ -109,11 +100,7 @@ def test_full_disk_and_damaged_checkpoint(
 
 @pytest.mark.parametrize(
     ("domain", "reach", "words"),
-    [
-        ("0", "LOCALHOST", "domain 0, range LOCALHOST"),
-        ("", "", "range SUBNET"),
-        ("many", "LOCALHOST", "from 0 to 232"),
-    ],
+    [("0", "LOCALHOST", "domain 0, range LOCALHOST"), ("", "", "range SUBNET"), ("many", "LOCALHOST", "from 0 to 232")],
 )
 def test_network_of_ros(
     probes: dict[str, str], monkeypatch: pytest.MonkeyPatch, domain: str, reach: str, words: str

@@ -183,11 +183,7 @@ def test_committed_tokens_need_no_recomputation(kind: str, request: pytest.Fixtu
 def test_batch_rows_do_not_influence_each_other(toy) -> None:
     backbone, observation = toy(5, 4, 28, 17)
     guess = torch.randint(17, (4, 28), generator=torch.Generator().manual_seed(1))
-    for config in (
-        STRICT,
-        DecodingConfig(confidence=0.5),
-        DecodingConfig(watch="executed", max_iterations=6),
-    ):
+    for config in (STRICT, DecodingConfig(confidence=0.5), DecodingConfig(watch="executed", max_iterations=6)):
         request = {"tokens_per_step": 7, "executed_steps": 2 if config.watch == "executed" else None}
         together = jacobi(backbone, backbone.prefill(observation), guess, config, **request)
         for row in range(4):

@@ -6,13 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ceed_vla.decoding import (
-    BlockRequest,
-    DecodeResult,
-    DecodingConfig,
-    decode_autoregressive,
-    decode_jacobi,
-)
+from ceed_vla.decoding import BlockRequest, DecodeResult, DecodingConfig, decode_autoregressive, decode_jacobi
 
 STRICT = DecodingConfig()
 GREEDY = DecodingConfig(method="ar")

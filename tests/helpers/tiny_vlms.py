@@ -80,11 +80,7 @@ def _qwen(kind: str, vision: dict[str, Any], videos: Any, join: Any, width: int)
     config = AutoConfig.for_model(
         kind,
         vision_config={**sizes, "out_hidden_size": width, **vision},
-        text_config={
-            **text_config(f"{kind}_text", tokenizer, width),
-            "head_dim": width // 4,
-            "rope_parameters": rope,
-        },
+        text_config={**text_config(f"{kind}_text", tokenizer, width), "head_dim": width // 4, "rope_parameters": rope},
         image_token_id=image,
         video_token_id=video,
         vision_start_token_id=start,

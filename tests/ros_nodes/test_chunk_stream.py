@@ -284,11 +284,7 @@ def test_policies_without_tokens_get_no_frozen_steps_but_a_deadline() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"replan_steps": 9}, r"must lie in \[1, 8\]"),
-        ({"replan_steps": 0}, "replan_steps is 0"),
-    ],
+    ("changes", "message"), [({"replan_steps": 9}, r"must lie in \[1, 8\]"), ({"replan_steps": 0}, "replan_steps is 0")]
 )
 def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -18,10 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COLCON = os.environ.get("COLCON") or shutil.which("colcon")
 EXECUTABLES = ("ceed-vla", "policy_node", "sim_node")
 
-pytestmark = [
-    pytest.mark.external,
-    pytest.mark.skipif(COLCON is None, reason="colcon is not installed"),
-]
+pytestmark = [pytest.mark.external, pytest.mark.skipif(COLCON is None, reason="colcon is not installed")]
 
 
 @pytest.fixture(params=[(), ("--symlink-install",)], ids=["copy", "symlink"])

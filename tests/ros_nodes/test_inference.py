@@ -334,8 +334,7 @@ def act(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any, Any]:
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(
         text.replace(
-            '"pretrained_backbone_weights": null',
-            '"pretrained_backbone_weights": "ResNet18_Weights.IMAGENET1K_V1"',
+            '"pretrained_backbone_weights": null', '"pretrained_backbone_weights": "ResNet18_Weights.IMAGENET1K_V1"'
         )
     )
     return folder, policy, pre, post

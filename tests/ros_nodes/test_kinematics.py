@@ -40,13 +40,7 @@ def test_velocity_limits_are_the_urdfs(tmp_path: Path, kinematics: ModelArm) -> 
 
 
 def test_a_model_that_mujoco_cannot_build_is_refused(tmp_path: Path) -> None:
-    for text in (
-        "<mujoco",
-        "<mujoco/>",
-        "",
-        "<robot name='a'><link name='b'/></robot>",
-        URDF.replace(MASS, ""),
-    ):
+    for text in ("<mujoco", "<mujoco/>", "", "<robot name='a'><link name='b'/></robot>", URDF.replace(MASS, "")):
         (tmp_path / "arm.urdf").write_text(text)
         with pytest.raises(ConfigError):
             ModelArm(tmp_path / "arm.urdf", "tip", ("a",))
@@ -98,10 +92,7 @@ def test_a_near_pose_is_reached(kinematics: ModelArm, start: list[float], offset
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    start=st.lists(st.floats(0, 1), min_size=7, max_size=7),
-    goal=st.lists(st.floats(0, 1), min_size=7, max_size=7),
-)
+@given(start=st.lists(st.floats(0, 1), min_size=7, max_size=7), goal=st.lists(st.floats(0, 1), min_size=7, max_size=7))
 def test_no_limit_is_ever_passed(kinematics: ModelArm, start: list[float], goal: list[float]) -> None:
     low, span = arm.JOINT_LOW, arm.JOINT_HIGH - arm.JOINT_LOW
     q = low + np.array(start) * span

@@ -178,12 +178,7 @@ def test_the_node_runs_as_launch_runs_it(graph: Any, tmp_path: Path) -> None:
         f"if __name__ == '__main__':\n    sys.exit({function}())\n"  # as pip and colcon write them
     )
     executable.chmod(0o755)
-    overrides = {
-        "checkpoint": "student",
-        "robot_config": "",
-        "instruction": "stack the cubes",
-        "autostart": True,
-    }
+    overrides = {"checkpoint": "student", "robot_config": "", "instruction": "stack the cubes", "autostart": True}
     own = tmp_path / "launch_params_x1"
     own.write_text(yaml.safe_dump({"/**": {"ros__parameters": overrides}}))
     command = [str(executable), "--ros-args", "-r", "__node:=policy", "-r", "__ns:=/left_arm"]

@@ -336,11 +336,7 @@ def act_robot(folder: Path) -> Path:
         "state": {"observation.state": ["joint_positions"]},
         "arm": {"joints": ["shoulder", "elbow"], "unit": "deg"},
         "action": {"kind": "joint_position", "dt": 0.1},
-        "limits": {
-            "position": {"low": [-1.0, -1.0], "high": [1.0, 1.0]},
-            "velocity": [0.5, 0.5],
-            "step": [0.2, 0.2],
-        },
+        "limits": {"position": {"low": [-1.0, -1.0], "high": [1.0, 1.0]}, "velocity": [0.5, 0.5], "step": [0.2, 0.2]},
         "interfaces": {"joint_trajectory": {"topic": "joint_trajectory_controller/joint_trajectory"}},
     }
     (folder / "robot.yaml").write_text(yaml.safe_dump(values))

@@ -17,11 +17,7 @@ MS = 1_000_000  # [ns]
 
 def test_a_steady_stream_has_no_jitter() -> None:
     timing, more = command_timing([10 * MS * tick for tick in range(101)], [(0, 1000 * MS)])
-    assert timing == {
-        "command_rate_hz": 100.0,
-        "missed_ticks_fraction": 0.0,
-        "jitter_ms": {"p50": 0.0, "p99": 0.0},
-    }
+    assert timing == {"command_rate_hz": 100.0, "missed_ticks_fraction": 0.0, "jitter_ms": {"p50": 0.0, "p99": 0.0}}
     assert more == {"commands": 101, "longest_gap_ms": 10.0}
 
 
@@ -63,10 +59,7 @@ def test_the_status_that_has_a_key_is_found_and_read() -> None:
         return SimpleNamespace(values=pairs)
 
     message = SimpleNamespace(
-        status=[
-            status(other="1"),
-            status(rate="99.5", empty="", clamps="2", clamps__step="2", clamps__velocity="0"),
-        ]
+        status=[status(other="1"), status(rate="99.5", empty="", clamps="2", clamps__step="2", clamps__velocity="0")]
     )
     values = status_values(message, "rate")
     assert values is not None

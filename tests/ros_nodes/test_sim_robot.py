@@ -166,12 +166,7 @@ def test_trajectory_in_progress_is_replaced_without_a_jump(robot: SimRobot) -> N
     ],
 )
 def test_refuses_what_a_trajectory_controller_refuses(
-    robot: SimRobot,
-    names: tuple[str, ...],
-    times: list[float],
-    velocities: object,
-    delay: float,
-    message: str,
+    robot: SimRobot, names: tuple[str, ...], times: list[float], velocities: object, delay: float, message: str
 ) -> None:
     points = np.tile(robot.positions[:7], (2, 1))
     with pytest.raises(SimulationError, match=message):

@@ -133,11 +133,7 @@ def test_a_backup_of_another_commit_replaces_nothing(stored: Path, new_writer: A
 
 
 def test_a_marker_cannot_name_what_is_committed(stored: Path, new_writer: Any) -> None:
-    marker = {
-        "total_episodes": 2,
-        "files": ["info.json", "stats.json", "tasks.parquet"],
-        "adding": [FIRST_FILE],
-    }
+    marker = {"total_episodes": 2, "files": ["info.json", "stats.json", "tasks.parquet"], "adding": [FIRST_FILE]}
     for name in marker["files"]:  # type: ignore[attr-defined]
         (stored / ".recording" / "backup" / name).write_bytes((stored / "meta" / name).read_bytes())
     (stored / ".recording" / "backup" / "marker.json").write_text(json.dumps(marker))

@@ -332,10 +332,7 @@ def finished(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     ("change", "words"),
     [
         (lambda lines: [lines[0], lines[1][:-5], lines[2]], "line 2 is no episode"),
-        (
-            lambda lines: [lines[0], lines[1], lines[1]],
-            "line 3 is no episode of this evaluation, or a second one",
-        ),
+        (lambda lines: [lines[0], lines[1], lines[1]], "line 3 is no episode of this evaluation, or a second one"),
         (lambda lines: [lines[0], lines[1].replace('"success": false', '"success": "yes"')], "line 2"),
         (lambda lines: [lines[0], lines[1].replace('"steps": 8', '"steps": 9')], "line 2"),
         (lambda lines: [lines[0], lines[1].replace('"seed": 5', '"seed": 4')], "line 2"),
@@ -345,10 +342,7 @@ def finished(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         (lambda lines: [lines[0], "[" * 10_000, lines[2]], "line 2"),
         (lambda lines: lines[1:], "'episodes.jsonl' that ceed-vla did not make"),
         (lambda lines: ["made by ceed-vla 1", *lines[1:]], "does not say what it is of"),
-        (
-            lambda lines: [lines[0].replace('"seed": 50000', '"seed": 50001'), *lines[1:]],
-            "its seed is 50001, here",
-        ),
+        (lambda lines: [lines[0].replace('"seed": 50000', '"seed": 50001'), *lines[1:]], "its seed is 50001, here"),
         (lambda lines: [lines[0].replace('"batch": 20', '"batch": 7'), *lines[1:]], "its batch is 7"),
     ],
 )

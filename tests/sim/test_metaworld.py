@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -20,11 +21,12 @@ from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import ConfigError, SimulationError
 from sim.environment import Environment, EnvPool, flags
 from sim.grounding import GroundingConfig
-from sim.metaworld.env import MetaworldTasks
+from sim.metaworld.env import CAMERA, MetaworldTasks
 from sim.metaworld.lerobot_env import CeedMetaworldEnv
 from sim.metaworld.tasks import ALL_TASKS, INSTRUCTIONS, TASKS
 from sim.record import record
 from sim.recording.config import RecordConfig
+from sim.render import render, tune
 from tests.helpers.episodes import run_seeds
 
 pytestmark = pytest.mark.filterwarnings("ignore:Constant")  # Meta-World's experts ask for too much
@@ -81,6 +83,34 @@ def test_the_picture_is_lerobots_but_for_shadows() -> None:
     assert np.corrcoef(small[0].ravel(), small[1].ravel())[0, 1] > 0.95
     ours.close()
     theirs.close()
+
+
+def test_the_first_image_shows_the_goal_of_its_own_episode() -> None:
+    env, fresh = MetaworldTasks(["reach-v3"]), MetaworldTasks(["reach-v3"])
+    env.reset(seed=1)
+    seen = env.reset(seed=2)[0]["pixels"]
+    np.testing.assert_array_equal(env._world.data.site("goal").xpos, env._world._target_pos)
+    np.testing.assert_array_equal(seen, fresh.reset(seed=2)[0]["pixels"])
+    env.close()
+    fresh.close()
+
+
+def test_pixels_are_means_and_meshes_lose_the_faces_that_nobody_sees() -> None:
+    env = MetaworldTasks(["reach-v3"])
+    seen = env.reset(seed=1)[0]["pixels"]
+    world = env._world
+    large = render("reach-v3", world.model, world.data, CAMERA, 192)[::-1, ::-1]
+    mean = large.reshape(96, 2, 96, 2, 3).mean((1, 3))
+    assert np.abs(seen - mean).max() <= 0.5
+    fine: Any = mujoco.MjModel.from_xml_path(world.model_name)
+    assert world.model.mesh_facenum.sum() < 0.5 * fine.mesh_facenum.sum()
+    np.testing.assert_array_equal(world.model.mesh_vert, fine.mesh_vert)
+    fine.cam_pos[:] = world.model.cam_pos
+    fine.site_pos[:] = world.model.site_pos
+    tune(fine)
+    full = render("fine", fine, world.data, CAMERA, 192)[::-1, ::-1]
+    assert np.abs(full.astype(float) - large).mean() < 0.5
+    env.close()
 
 
 def test_an_episode_ends_with_success_and_holding_stands_still() -> None:

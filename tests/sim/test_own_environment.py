@@ -19,10 +19,7 @@ SIZES = {"width": 32, "layers": 1, "heads": 2, "mlp_width": 32, "stem_channels":
 @pytest.mark.usefixtures("own_precision")
 @pytest.mark.timeout(900)
 def test_an_environment_of_ones_own(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "own_env.py").write_bytes(OWN_ENV.read_bytes())
     monkeypatch.chdir(tmp_path)

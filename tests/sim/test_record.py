@@ -342,13 +342,7 @@ def test_takeover_needs_a_policy(tmp_path: Path, config: Any) -> None:
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "record",
-        f"--root={tmp_path / 'set'}",
-        "--env.task=push_cube",
-        "--episodes=1",
-        "--progress=false",
-    ]
+    words = ["record", f"--root={tmp_path / 'set'}", "--env.task=push_cube", "--episodes=1", "--progress=false"]
     assert main(words) == 0
     assert "push_cube/recorded 1" in capsys.readouterr().out
     assert main(words) == 1

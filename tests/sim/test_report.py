@@ -63,11 +63,7 @@ def synthetic_report(*, timed: bool = True, complete: bool = True) -> dict[str, 
 
 def test_wilson_interval_against_published_values() -> None:
     # Newcombe 1998, Statistics in Medicine 17:857, table I, method 3.
-    for success, episodes, low, high in (
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0, 0.1611),
-    ):
+    for success, episodes, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)):
         assert wilson_interval(success, episodes) == pytest.approx((low, high), abs=1e-4)
 
 

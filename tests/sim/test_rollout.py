@@ -103,11 +103,7 @@ def test_counts_of_failing_episodes() -> None:
     assert [r.seed for r in results] == [40_000, 40_001, 40_002]
     assert not any(r.success for r in results)
     assert [r.steps for r in results] == [10, 10, 10]
-    assert [r.forwards for r in results] == [
-        [1] * 3,
-        [2] * 3,
-        [1] * 3,
-    ]  # 4 + 4 + 2 steps; the row's own iterations
+    assert [r.forwards for r in results] == [[1] * 3, [2] * 3, [1] * 3]  # 4 + 4 + 2 steps; the row's own iterations
     assert results[0].exit_reasons == ["converged"] * 3
     assert results[0].seconds[0] == {"prefill": 0.1, "decode": 0.2, "rows": 2}
     assert all(r.instruction and r.task for r in results)

@@ -105,11 +105,7 @@ def test_same_seed_same_bytes_in_fresh_and_used_environments():
         parts = [info["instruction"].encode()]
         for action in [*actions, None]:
             parts += [observation["pixels"][name].tobytes() for name in env.cameras]
-            parts += [
-                observation["agent_pos"].tobytes(),
-                env.privileged_state().tobytes(),
-                env.data.qpos.tobytes(),
-            ]
+            parts += [observation["agent_pos"].tobytes(), env.privileged_state().tobytes(), env.data.qpos.tobytes()]
             if action is not None:
                 observation = env.step(action)[0]
         return parts

@@ -13,11 +13,7 @@ import numpy as np
 import pytest
 
 CAMERAS = ("observation.images.front", "observation.images.wrist")
-INSTRUCTIONS = (
-    "put the red cube in the bin",
-    "stack the blue cube on the green cube",
-    "push the yellow cube",
-)
+INSTRUCTIONS = ("put the red cube in the bin", "stack the blue cube on the green cube", "push the yellow cube")
 
 
 def write_dataset(
@@ -34,11 +30,7 @@ def write_dataset(
     from lerobot.datasets import LeRobotDataset
 
     features: dict[str, Any] = {
-        name: {
-            "dtype": "image",
-            "shape": (image_size, image_size, 3),
-            "names": ["height", "width", "channels"],
-        }
+        name: {"dtype": "image", "shape": (image_size, image_size, 3), "names": ["height", "width", "channels"]}
         for name in cameras
     }
     features["observation.state"] = {"dtype": "float32", "shape": (state_dim,), "names": None}

@@ -54,11 +54,7 @@ def test_training_fits_the_tokens_and_the_checkpoint_keeps_them(studio: Any, tea
 
 
 def test_a_teachers_malformed_chunks_are_counted_and_replaced_by_demonstrations(
-    studio: Any,
-    teacher: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    studio: Any, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from training import trajectories
 

@@ -188,11 +188,7 @@ def test_sharded_weights(
     resumed = studio.train_config(tmp_path / "two", policy=studio.vlm_policy(base), **teacher)
     assert together(("train", resumed), recipe="fsdp", kill_at=14) != 0
     resumed.resume = True
-    together(
-        ("train", resumed),
-        ("distill", studio.distill_config(tmp_path / "two_student", **student)),
-        recipe="fsdp",
-    )
+    together(("train", resumed), ("distill", studio.distill_config(tmp_path / "two_student", **student)), recipe="fsdp")
     assert_equal_losses(tmp_path / "one", tmp_path / "two", 20)
     assert_equal_losses(tmp_path / "one_student", tmp_path / "two_student", 20)
     one, _, _ = ceed_vla.load(tmp_path / "one" / FINAL)
@@ -208,14 +204,7 @@ def test_recipes_are_settings_of_accelerate(recipe: str) -> None:
 
     settings = load_config_from_file(str(RECIPES / f"{recipe}.yaml"))
     assert settings.num_processes == 8
-    arguments = [
-        "--config_file",
-        str(RECIPES / f"{recipe}.yaml"),
-        "--num_machines",
-        "2",
-        "--num_processes",
-        "16",
-    ]
+    arguments = ["--config_file", str(RECIPES / f"{recipe}.yaml"), "--num_machines", "2", "--num_processes", "16"]
     nodes = ["--machine_rank", "1", "--main_process_ip", "10.0.0.1", "--main_process_port", "29500"]
     parsed, _, _ = _validate_launch_command(
         launch_command_parser().parse_args([*arguments, *nodes, "-m", "ceed_vla.cli", "collect"])

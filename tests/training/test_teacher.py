@@ -260,8 +260,7 @@ def test_an_interrupted_round_is_repeated(
     settings = {"rounds": 2, "save_every": 100}
     with pytest.raises(KeyboardInterrupt):
         train(
-            studio.train_config(tmp_path / "run", **settings),
-            record_takeover=Recorder(write_dataset, fail_at=fail_at),
+            studio.train_config(tmp_path / "run", **settings), record_takeover=Recorder(write_dataset, fail_at=fail_at)
         )
     again = Recorder(write_dataset)
     train(studio.train_config(tmp_path / "run", **settings, resume=True), record_takeover=again)

@@ -31,12 +31,7 @@ TOWERS = {
     DINO: {"depth": 3, "embed_dim": 16, "num_heads": 2},
     SIGLIP: {"depth": 3, "embed_dim": 24, "num_heads": 2, "mlp_ratio": 2.0, "patch_size": 14},
     CLIP: {"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": 14},
-    "vit_large_patch16_224.augreg_in21k_ft_in1k": {
-        "depth": 3,
-        "embed_dim": 16,
-        "num_heads": 2,
-        "patch_size": 14,
-    },
+    "vit_large_patch16_224.augreg_in21k_ft_in1k": {"depth": 3, "embed_dim": 16, "num_heads": 2, "patch_size": 14},
 }
 MEANS = {DINO: [0.485, 0.456, 0.406], CLIP: [0.48145466, 0.4578275, 0.40821073]}
 STDS = {DINO: [0.229, 0.224, 0.225], CLIP: [0.26862954, 0.26130258, 0.27577711]}
@@ -151,11 +146,7 @@ def write_folder(
     return folder
 
 
-KINDS: dict[str, tuple[list[str], int]] = {
-    "fused": ([DINO, SIGLIP], 3),
-    "siglip": ([SIGLIP], 1),
-    "clip": ([CLIP], 1),
-}
+KINDS: dict[str, tuple[list[str], int]] = {"fused": ([DINO, SIGLIP], 3), "siglip": ([SIGLIP], 1), "clip": ([CLIP], 1)}
 
 
 @pytest.fixture(scope="session")

@@ -51,22 +51,7 @@ def test_prompts_are_padded_on_the_left(model: tuple[Any, Any]) -> None:
     assert ids.shape == mask.shape == (2, 17)
     assert mask.sum(1).tolist() == [17, 15]
     words = json.loads((Path(model[0].config.backbone.path) / "tokenizer.json").read_text())["model"]["vocab"]
-    text = [
-        "<s>",
-        "In",
-        ":",
-        "What",
-        "action",
-        "should",
-        "the",
-        "robot",
-        "take",
-        "to",
-        "open",
-        "?",
-        "Out",
-        ":",
-    ]
+    text = ["<s>", "In", ":", "What", "action", "should", "the", "robot", "take", "to", "open", "?", "Out", ":"]
     assert ids[1][2:].tolist() == [*(words[word] for word in text), EMPTY_TOKEN]
     one = model[1]({FRONT: image, "task": "open"})  # one instruction for the whole batch
     assert one[IDS].tolist() == [ids[1][2:].tolist()] * 2

@@ -52,8 +52,7 @@ def test_a_round_trip_errs_by_half_a_bin(tokenizer: OpenVLATokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("actions", "message"),
-    [(torch.zeros(1, 3, 2), "expected"), (torch.full((1, 2, 3), float("nan")), "finite")],
+    ("actions", "message"), [(torch.zeros(1, 3, 2), "expected"), (torch.full((1, 2, 3), float("nan")), "finite")]
 )
 def test_actions_without_tokens(tokenizer: OpenVLATokenizer, actions: torch.Tensor, message: str) -> None:
     with pytest.raises(TokenError, match=message):

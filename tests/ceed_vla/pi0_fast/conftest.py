@@ -12,15 +12,7 @@ import pytest
 import torch
 from lerobot.policies.pi0_fast import modeling_pi0_fast as lerobot_pi0
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
-from tiny_pi0_fast import (
-    SKIP,
-    STOP,
-    WORDS,
-    tiny_config,
-    tiny_sizes,
-    write_fast_tokenizer,
-    write_text_tokenizer,
-)
+from tiny_pi0_fast import SKIP, STOP, WORDS, tiny_config, tiny_sizes, write_fast_tokenizer, write_text_tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 

@@ -117,11 +117,7 @@ def test_malformed_chunks_are_counted_errors_not_zeros(lab: Any) -> None:
     good = tokenizer.encode(0.3 * torch.randn(3, lab.STEPS, lab.DIM))
     short = good.clone()
     short[1, 3:] = tokenizer.stop
-    assert policy.detokenize_actions(short, lab.STEPS, lab.DIM).shape == (
-        3,
-        lab.STEPS,
-        lab.DIM,
-    )  # LeRobot fills it up
+    assert policy.detokenize_actions(short, lab.STEPS, lab.DIM).shape == (3, lab.STEPS, lab.DIM)  # LeRobot fills it up
     with pytest.raises(MalformedChunkError, match=r"1 of 3 chunks are malformed, the first in row 1: .* coefficients"):
         tokenizer.decode(short)
     unmarked = good.roll(-2, dims=1)

@@ -107,10 +107,7 @@ def test_steps_that_would_run_code_are_refused(lab: Any, published: Any) -> None
 
     ran = lab.folder / "ran"
     bad = {"class": "subprocess.Popen", "config": {"args": ["touch", str(ran)]}}
-    for folder, read in (
-        (published.folder, lambda f: convert_pi0_fast(f, lab.folder / "bad")),
-        (output, load),
-    ):
+    for folder, read in ((published.folder, lambda f: convert_pi0_fast(f, lab.folder / "bad")), (output, load)):
         values = json.loads((folder / file.name).read_text())
         (folder / file.name).write_text(json.dumps({**values, "steps": [*values["steps"], bad]}))
         with pytest.raises(CheckpointError, match=r"a step 'subprocess\.Popen', which could run code"):

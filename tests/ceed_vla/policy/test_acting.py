@@ -109,15 +109,9 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "missing state": (lambda b: b.pop(STATE), "lacks 'observation.state'"),
     "not pre-processed": (lambda b: b.pop(TOKENS), "pre-processor"),
     "state size": (lambda b: b.update({STATE: b[STATE][:, :6]}), r"\(2, 6\), expected \(B, 14\)"),
-    "channels last": (
-        lambda b: b.update({FRONT: b[FRONT].permute(0, 2, 3, 1)}),
-        r"expected \(B, 3, any, any\)",
-    ),
+    "channels last": (lambda b: b.update({FRONT: b[FRONT].permute(0, 2, 3, 1)}), r"expected \(B, 3, any, any\)"),
     "unbatched image": (lambda b: b.update({FRONT: b[FRONT][0]}), r"\(3, 96, 96\)"),
-    "byte image": (
-        lambda b: b.update({FRONT: (b[FRONT] * 255).byte()}),
-        r"uint8; images are floats in \[0, 1\]",
-    ),
+    "byte image": (lambda b: b.update({FRONT: (b[FRONT] * 255).byte()}), r"uint8; images are floats in \[0, 1\]"),
     "fewer rows": (lambda b: b.update({STATE: b[STATE][:1]}), "rows B"),
     "NaN state": (lambda b: b[STATE].fill_(float("nan")), "not finite"),
 }

@@ -22,12 +22,7 @@ TOKENS = "observation.language.tokens"
 
 @pytest.mark.parametrize("how", ["load", "from_pretrained", "parent folder"])
 def test_a_saved_policy_acts_the_same(
-    policy: CeedVLAPolicy,
-    batch: dict[str, Any],
-    checkpoint: Path,
-    tmp_path: Path,
-    how: str,
-    raw_observation: Any,
+    policy: CeedVLAPolicy, batch: dict[str, Any], checkpoint: Path, tmp_path: Path, how: str, raw_observation: Any
 ) -> None:
     if how == "load":
         loaded, pre, post = load(checkpoint)

@@ -59,11 +59,7 @@ def test_settings_that_cannot_work(changes: dict[str, Any], message: str, tiny_c
 
 @pytest.mark.parametrize(
     ("inputs", "outputs", "message"),
-    [
-        ([STATE], ["action"], "no camera"),
-        ([FRONT], ["action"], "no observation.state"),
-        ([FRONT, STATE], [], "action"),
-    ],
+    [([STATE], ["action"], "no camera"), ([FRONT], ["action"], "no observation.state"), ([FRONT, STATE], [], "action")],
 )
 def test_features_that_cannot_be_served(inputs: list[str], outputs: list[str], message: str, tiny_config: Any) -> None:
     config = tiny_config()

@@ -10,14 +10,7 @@ import torch
 
 from ceed_vla import CeedVLAPolicy
 from ceed_vla.errors import ConfigError
-from ceed_vla.supervision import (
-    augment,
-    auxiliary_loss,
-    grounding_loss,
-    label_table,
-    random_shift,
-    soft_cross_entropy,
-)
+from ceed_vla.supervision import augment, auxiliary_loss, grounding_loss, label_table, random_shift, soft_cross_entropy
 
 FRONT, STATE = "observation.images.front", "observation.state"
 ENVIRONMENT = "observation.environment_state"

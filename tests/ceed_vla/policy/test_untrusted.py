@@ -36,11 +36,7 @@ Loader = Callable[[Path], Any]
     [
         {"class": "subprocess.Popen", "config": {"args": ["touch", "MARK"]}},
         {"class": "os.system", "config": {"command": "touch MARK"}},
-        {
-            "registry_name": "to_batch_processor",
-            "class": "subprocess.Popen",
-            "config": {"args": ["touch", "MARK"]},
-        },
+        {"registry_name": "to_batch_processor", "class": "subprocess.Popen", "config": {"args": ["touch", "MARK"]}},
         {"registry_name": "reward_classifier_processor", "config": {"pretrained_path": "x"}},
         {"registry_name": "action_tokenizer_processor", "config": {}},
         {"registry_name": "tokenizer_processor", "config": {"tokenizer_name": "someone/model"}},

@@ -185,11 +185,7 @@ def test_what_load_returns_refuses_other_types(folder: Path) -> None:
             pre(given)
         with pytest.raises(ObservationError, match="postprocessor cannot read"):
             post(given)
-    for call in (
-        lambda: policy.train("x"),
-        lambda: policy.load_state_dict(3),
-        lambda: policy.load_state_dict({}),
-    ):
+    for call in (lambda: policy.train("x"), lambda: policy.load_state_dict(3), lambda: policy.load_state_dict({})):
         with pytest.raises(CeedVLAError):
             call()
     policy.auxiliary_terms = "x"

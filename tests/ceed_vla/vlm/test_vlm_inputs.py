@@ -20,12 +20,7 @@ FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 def raw(rows: int = 2, **changes: Any) -> dict[str, Any]:
     random = torch.Generator().manual_seed(0)
     cameras = {name: torch.rand(rows, 3, 64, 96, generator=random) for name in (FRONT, WRIST)}
-    return {
-        **cameras,
-        "observation.state": torch.zeros(rows, 5),
-        "task": ["push it", "press"][:rows],
-        **changes,
-    }
+    return {**cameras, "observation.state": torch.zeros(rows, 5), "task": ["push it", "press"][:rows], **changes}
 
 
 @pytest.fixture(scope="module")

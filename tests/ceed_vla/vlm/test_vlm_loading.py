@@ -14,13 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_vlms import FAMILIES
 
 from ceed_vla.backbones.vlm.config import VLMConfig
-from ceed_vla.backbones.vlm.loading import (
-    architecture,
-    build_model,
-    check_decoding,
-    choose_action_ids,
-    load_model,
-)
+from ceed_vla.backbones.vlm.loading import architecture, build_model, check_decoding, choose_action_ids, load_model
 from ceed_vla.backbones.vlm.model import IDS_KEY, MASK_KEY, STATE_KEY, VLMBackbone
 from ceed_vla.backbones.vlm.processor import load_processor
 from ceed_vla.errors import CheckpointError, ConfigError, ObservationError

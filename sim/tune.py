@@ -386,16 +386,7 @@ def _figure(trials: Sequence[Trial], floor: float) -> Any:
 
 
 def _print(report: dict[str, Any], console: Console) -> None:
-    columns = (
-        "budget [ms]",
-        "decoding",
-        "executed steps",
-        "engine",
-        "p50 / p99 [ms]",
-        "solved",
-        "best by hand",
-        "solved",
-    )
+    columns = ("budget [ms]", "decoding", "executed steps", "engine", "p50 / p99 [ms]", "solved", "by hand", "solved")
     title = f"floor {report['floor_ms']:.1f} ms, {report['tried']} plans, {report['rejected']} too slow"
     table = Table(*columns, title=title)
     for row in report["plans"]:

@@ -59,19 +59,19 @@ def continuation(tokens: ActionTokens, left_over: Tensor, delay: int, rows: int)
 def decode_behind(
     policy: Any, batch: dict[str, Tensor], frozen: Tensor | None, executed_steps: int | None = None, **arguments: Any
 ) -> DecodeResult:
-    """`CeedVLAPolicy.decode` of a chunk that begins with frozen tokens (B, k * A).
+    """`CeedVLAPolicy.decode` of a chunk that begins with the frozen tokens (B, f) of k steps.
 
     They are continued greedily, or, where the policy's actions are increments (``config.delta_dims``), made up for:
     then no token behind them is the greedy one for certain.
     """
-    dims, tokens = policy.config.delta_dims, policy.tokenizer
+    dims, tokens, width = policy.config.delta_dims, policy.tokenizer, policy.tokenizer.tokens_per_step
     if frozen is None or not dims:
         return policy.decode(batch, frozen=frozen, executed_steps=executed_steps, **arguments)
     if not isinstance(dims, list) or not all(type(dim) is int and 0 <= dim < tokens.action_dim for dim in dims):
         raise ConfigError(f"delta_dims is {short(dims)}; they must be dimensions in [0, {tokens.action_dim - 1}].")
-    given = BlockRequest(frozen=frozen, tokens_per_step=tokens.action_dim).frozen_tokens(policy.backbone, len(frozen))
+    given = BlockRequest(frozen=frozen, tokens_per_step=width).frozen_tokens(policy.backbone, len(frozen))
     behind = policy.config.n_action_steps if executed_steps is None else executed_steps
-    executed_steps = min(given // tokens.action_dim + behind, tokens.chunk_steps)
+    executed_steps = min(given // width + behind, tokens.chunk_steps)
     result = policy.decode(batch, executed_steps=executed_steps, **arguments)
     result.tokens = made_up(tokens, result.tokens, frozen.to(result.tokens), dims)
     result.actions, result.states = tokens.decode(result.tokens), None
@@ -80,10 +80,10 @@ def decode_behind(
 
 
 def made_up(tokens: ActionTokens, chunk: Tensor, frozen: Tensor, dims: Sequence[int]) -> Tensor:
-    """A chunk (B, n) behind frozen tokens (B, k * A): what these move less or more in the dimensions `dims` than the
-    chunk's own first steps, the steps behind them make up for as fast as the ranges of actions allow.
+    """A chunk (B, n) behind the frozen tokens (B, f) of k steps: what these move less or more in the dimensions `dims`
+    than the chunk's own first steps, the steps behind them make up for as fast as the ranges of actions allow.
     """
-    wanted, k = tokens.decode(chunk), frozen.shape[1] // tokens.action_dim  # (B, m, A)
+    wanted, k = tokens.decode(chunk), frozen.shape[1] * tokens.chunk_steps // tokens.block_length
     chunk = torch.cat([frozen, chunk[:, frozen.shape[1] :]], dim=1)
     actions, dims = tokens.decode(chunk), list(dims)
     missing = (wanted - actions)[:, :k, dims].sum(1)

@@ -68,10 +68,11 @@ def bench(config: BenchConfig, console: Console | None = None) -> dict[str, Any]
     """
     if not config.decoders:
         folder = resolve_checkpoint(config.policy.given())
-        rows = [*CeedVLAConfig.read(folder).decodings, *depth_rows(*described_exits(folder))]
+        policy = CeedVLAConfig.read(folder)
+        rows = [*usual_rows(policy), *policy.decodings, *depth_rows(*described_exits(folder))]
         rows += [CONTEXT_ROW] * (folder / CONTEXT).is_file()
-        rows += program_rows(CeedVLAConfig.read(folder))
-        config.decoders = ",".join([ROWS, *rows, *[TEACHER_ROWS] * bool(config.teacher.path)])
+        rows += program_rows(policy)
+        config.decoders = ",".join([*rows, *[TEACHER_ROWS] * bool(config.teacher.path)])
     config.decoders = f"ar,ar_h,{config.decoders}"  # everything is compared with them
     report = evaluate(config, console, lambda bundles: {"act": sim.rivals.act(bundles["policy"])})
     result = {**report, "decoders": rows_of(report)}
@@ -82,6 +83,13 @@ def bench(config: BenchConfig, console: Console | None = None) -> dict[str, Any]
     write_text(folder / BENCH, json.dumps(result, indent=2))
     write_text(folder / TABLE, markdown(result))
     return result
+
+
+def usual_rows(policy: CeedVLAConfig) -> list[str]:
+    """What every policy of its kind can: PD-VLA's mask is the compact backbone's, FAST tokens have no neighbours."""
+    ordered, compact = policy.action_tokens.ordered, isinstance(policy.backbone, CompactConfig)
+    left_out = (*("ngram", "conf") * (not ordered), *("pdvla",) * (not (ordered and compact)))
+    return [name for name in ROWS.split(",") if not name.startswith(left_out)]
 
 
 def depth_rows(kind: str, depths: Sequence[int]) -> list[str]:

@@ -17,9 +17,9 @@ On the unwrapped environment:
     task_description: str        the instruction (LeRobot's name)
     state_names, action_names    names of the dimensions, for data sets
     privileged_state() -> (E,)   what the simulator knows and the policy does not
-    hold_action() -> (A,)        keeps the robot where it is, for `eval --delay_ms`; zeros without it
+    hold_action() -> (A,)        keeps the robot where it is; `eval --delay_ms` needs it, elsewhere zeros do
     disturbance(rng) -> (A,)     a random action of `record --mode perturb`; uniform without it
-    scatter(rng), retarget(rng)  a random pose of the robot, another instruction for the scene; for grounding scenes
+    scatter(rng), retarget(rng)  a random pose of the robot, another instruction; for grounding, with `observe`
     snapshot() -> Any, restore(snapshot)    all that decides what comes next; for `reinforce`
     observe(), advance(action), is_success()     a step that renders only what somebody looks at; all three or none
 

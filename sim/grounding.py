@@ -133,8 +133,8 @@ def _predictions(bundle: Bundle, config: GroundingConfig) -> tuple[NDArray[Any],
     policy, preprocessor, _ = bundle
     scale = torch.tensor(policy.config.auxiliary_scale)
     found, truth, asked = [], [], []
-    env, tasks = Environment(config.env), turns(config.env)
-    env.needs("grounding", "privileged_state")
+    env, tasks = Environment(config.env, config.instruction), turns(config.env)
+    env.needs("grounding", "privileged_state", *["observe"] * hasattr(env.inner, "scatter"))
     seeds = range(config.seed, config.seed + config.scenes)
     for start in tqdm(range(0, len(seeds), _BATCH), desc="scenes", unit="batch", dynamic_ncols=True):
         observations, instructions = [], []

@@ -77,13 +77,15 @@ class TeacherSimulation(StudentSimulation):
             self.rounds = 0
         recorder = None
         if self.rounds:
-            recorder = TakeoverRecorder(self.env, self.takeover_episodes, self.takeover_seed, self.rounds)
+            episodes, seed = self.takeover_episodes, self.takeover_seed
+            recorder = TakeoverRecorder(self.env, episodes, seed, self.rounds, self.instruction)
         known = getattr(self.env, "privileged", None)
+        located = partial(localisation, self.env, instruction=self.instruction)
         return {
             "closed_loop": self.closed_loop("ar"),
             "record_takeover": recorder,
             "privileged": known,
-            "localisation": partial(localisation, self.env) if self.grounding_gate and known else None,
+            "localisation": located if self.grounding_gate and known else None,
         }
 
 
@@ -104,9 +106,9 @@ class ReinforceSimulation:
         return {"rollouts": SerialGroups(self.env, self.workers)}
 
 
-def localisation(env: EnvConfig, policy: Path) -> dict[str, float]:
+def localisation(env: EnvConfig, policy: Path, instruction: str = "") -> dict[str, float]:
     """Median error [m] of every position in every task on validation scenes: a `training.teacher.Localisation`."""
-    config = GroundingConfig(CheckpointPath(str(policy)), env, SCENES, VALIDATION_SEED)
+    config = GroundingConfig(CheckpointPath(str(policy)), env, SCENES, VALIDATION_SEED, instruction=instruction)
     return {
         f"{name.removesuffix('_p50_cm')} in {task}": value / 100
         for task, errors in grounding(config)["tasks"].items()
@@ -151,7 +153,7 @@ class TakeoverRecorder:
         ConfigError: The rounds leave the seeds for takeovers, or there is no expert.
     """
 
-    def __init__(self, env: EnvConfig, episodes: int, seed: int, rounds: int) -> None:
+    def __init__(self, env: EnvConfig, episodes: int, seed: int, rounds: int, instruction: str = "") -> None:
         check_expert(env, f"--rounds {rounds} (takeovers)")
         low, high = TAKEOVER_SEEDS
         if not low <= seed <= high - rounds * episodes:
@@ -159,14 +161,15 @@ class TakeoverRecorder:
                 f"--takeover_seed is {seed}: {rounds} rounds of {episodes} takeovers would leave the seeds "
                 f"{low} to {high - 1}. Choose another first seed, or fewer takeovers."
             )
-        self.env, self.episodes, self.seed = env, episodes, seed
+        self.env, self.episodes, self.seed, self.instruction = env, episodes, seed, instruction
 
     def __call__(self, policy: Path, index: int, folder: Path) -> list[Path]:
         """Record round `index` with the checkpoint `policy` into a new root under `folder`; resumes a broken one."""
         folder.mkdir(parents=True, exist_ok=True)
         root, seed = folder / f"round_{index}", self.seed + index * self.episodes
         config = RecordConfig(
-            root, self.env, self.episodes, "takeover", seed, policy_path=policy, resume=True, workers=PROCESSES
-        )
+            root, self.env, self.episodes, "takeover", seed, policy_path=policy, resume=True, workers=PROCESSES,
+            instruction=self.instruction,
+        )  # fmt: skip
         logger.info("%s", record(config))
         return [root]

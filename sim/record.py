@@ -55,7 +55,7 @@ def record(config: RecordConfig) -> RecordSummary:
     _check_root(config)
     with (
         handled_by(),
-        EnvPool(config.batch, config.env) as pool,
+        EnvPool(config.batch, config.env, config.instruction) as pool,
         Workers(config.workers, unit_recorder, config, pool) as workers,
     ):
         features = frame_features(pool.env(0), config)

@@ -82,7 +82,7 @@ def show(config: ShowConfig) -> Path:
         *_, replan = islice(moments, config.chunk + 1)  # the last one of a shorter episode
     panels = build_panels(bundles, replan, policy.decoding, config.executed_steps)
     with mpl.rc_context(STYLE):
-        figure = draw(panels, replan, policy.action_dim, config.executed_steps)
+        figure = draw(panels, replan, max(policy.block_length // policy.chunk_size, 1), config.executed_steps)
         save_figure(figure, path, dpi=170)
     return path
 
@@ -141,31 +141,31 @@ def autoregressive_status(block: int) -> NDArray[np.int_]:
     return np.where(np.tri(block, dtype=bool), SETTLED, UNKNOWN)
 
 
-def draw(panels: list[Panel], replan: Replan, action_dim: int, executed_steps: int) -> Figure:
-    """The whole picture: what the policy sees, and one map of tokens over forwards a panel."""
+def draw(panels: list[Panel], replan: Replan, width: int, executed_steps: int) -> Figure:
+    """The whole picture: what the policy sees, and a map of tokens, `width` a step, over forwards a panel."""
     row_inches, gap = 0.135, 0.95
     heights = [row_inches * max(len(panel.status), 3) for panel in panels]
     height = sum(heights) + gap * len(panels) + 1.2
     figure = Figure(figsize=(13.0, height))
-    left, width, top = 0.285, 0.655, height - 1.0
+    left, right, top = 0.285, 0.94, height - 1.0
     for panel, inches in zip(panels, heights, strict=True):
-        axes = figure.add_axes((left, (top - inches) / height, width, inches / height))
-        _draw_panel(axes, panel, action_dim, executed_steps, last=panel is panels[-1])
+        axes = figure.add_axes((left, (top - inches) / height, right - left, inches / height))
+        _draw_panel(axes, panel, width, executed_steps, last=panel is panels[-1])
         top -= inches + gap
     figure.text(0.025, 1 - 0.38 / height, f"“{replan.instruction}”", fontsize=16, fontweight="bold", va="center")
     _draw_cameras(figure, replan, height)
     return figure
 
 
-def _draw_panel(axes: Axes, panel: Panel, action_dim: int, executed_steps: int, *, last: bool) -> None:
+def _draw_panel(axes: Axes, panel: Panel, width: int, executed_steps: int, *, last: bool) -> None:
     rows, block = panel.status.shape
     axes.pcolormesh(
         np.arange(block + 1), np.arange(rows + 1) - 0.5, panel.status,
         cmap=ListedColormap(list(_COLORS)), vmin=-0.5, vmax=3.5, edgecolors="white", linewidth=0.5,
     )  # fmt: skip
-    for boundary in range(action_dim, block, action_dim):
+    for boundary in range(width, block, width):
         axes.axvline(boundary, color="white", lw=2.2)
-    axes.axvline(executed_steps * action_dim, color=INK, lw=1.4, ls=(0, (4, 2)))
+    axes.axvline(executed_steps * width, color=INK, lw=1.4, ls=(0, (4, 2)))
     if panel.exit_row < rows - 1:  # what would follow without the exit
         axes.axhspan(panel.exit_row + 0.5, rows - 0.5, color="white", alpha=0.62, lw=0, zorder=3)
     if panel.exit_note:
@@ -177,13 +177,13 @@ def _draw_panel(axes: Axes, panel: Panel, action_dim: int, executed_steps: int, 
         axes.text(block + 0.4, 0, panel.start, color=GREY, fontsize=9, va="center")
     axes.set(xlim=(0, block), ylim=(rows - 0.5, -0.5), title=panel.title, ylabel="forwards")
     axes.set_yticks(range(rows) if rows <= 16 else [*range(0, rows - 2, 10), rows - 1])
-    labels = [f"step {i + 1}" if last or rows > 16 else "" for i in range(block // action_dim)]
-    axes.set_xticks([action_dim * (i + 0.5) for i in range(len(labels))], labels)
+    labels = [f"step {i + 1}" if last or rows > 16 else "" for i in range(block // width)]
+    axes.set_xticks([width * (i + 0.5) for i in range(len(labels))], labels)
     axes.tick_params(length=0, labelsize=8.5)
     axes.spines[:].set_visible(False)
     if last:
         axes.annotate(
-            "left of the dashed line: executed before the next chunk", (executed_steps * action_dim, 0), (-6, -24),
+            "left of the dashed line: executed before the next chunk", (executed_steps * width, 0), (-6, -24),
             xycoords=("data", "axes fraction"), textcoords="offset points", ha="right", va="top", style="italic",
         )  # fmt: skip
 

@@ -167,7 +167,7 @@ def summarise(samples: Samples, reference: Samples, tokens: ActionTokens, execut
     that are executed are compared, as tokens and, by their mean difference, in the units of the policy.
     """
     blocks = [torch.stack(s.tokens) for s in (samples, reference)]  # (chunks, n)
-    own, other = (block[:, : executed_steps * tokens.action_dim] for block in blocks)
+    own, other = (block[:, : executed_steps * (tokens.tokens_per_step or tokens.block_length)] for block in blocks)
     both = tokens.readable(blocks[0]) & tokens.readable(blocks[1])
     actions, exact = (tokens.decode(block[both])[:, :executed_steps] for block in blocks)
     latency = percentiles(samples.total)

@@ -236,7 +236,7 @@ class Search:
 
     def drawn(self) -> Plan:
         """A random plan, on all axes that are registered with a ladder."""
-        ladders, steps = exit_ladders(), int(self.random.integers(2, self.steps + 1))
+        ladders, steps = exit_ladders(), int(self.random.integers(min(2, self.steps), self.steps + 1))
         decoders = [name for ladder in decoder_ladders(self.exits).values() for name in ladder]
         other = bool(decoders) and self.random.random() < OTHER_DECODERS
         decoder = str(self.random.choice(decoders)) if other else ""
@@ -371,7 +371,9 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         own = {name: plan.decoding for name, plan in found.items() if plan.executed_steps == steps}
         policy.config.decodings = {**others, **own}
         save(folder / CHECKPOINT, policy, pre, post)
-    _print(report, console or default_console())
+    console = console or default_console()
+    _print(report, console)
+    console.print(f"Written: {folder / PLANS}, {folder / PARETO}", soft_wrap=True, highlight=False)
     return report
 
 

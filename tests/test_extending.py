@@ -8,17 +8,24 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import ceed_vla
+from ceed_vla import CeedVLAPolicy
+from ceed_vla.checkpoints import save
 from ceed_vla.cli import main
 from ceed_vla.decoding import DecodingConfig, ExitRule, decode_block, named_config, register_decoder, register_exit
 from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from ceed_vla.tokens.uniform import ActionTokenizer
+from ros_nodes.robot.predictor import Predictor, PredictorSettings, Request
+from tests.helpers.tabletop import tabletop_config
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = {
@@ -121,11 +128,36 @@ def test_tokens_backbone_and_loss_from_data_to_evaluation(plugins: Path, capfd: 
     assert "Traceback" not in found.stderr
 
 
+@pytest.mark.parametrize("delta_dims", [[], [0, 2]])
+def test_two_tokens_a_dimension_on_a_robot(plugins: Path, delta_dims: list[int]) -> None:
+    tokens = importlib.import_module("my_tokens").SignedLevelsConfig()
+    config = tabletop_config(**SIZES, mlp_width=16, stem_channels=[8] * 4, action_tokens=tokens, delta_dims=delta_dims)
+    stats = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
+    pre, post = make_ceed_vla_pre_post_processors(config, stats, instructions=["push the red cube"])
+    save(plugins / "signed", CeedVLAPolicy(config).eval(), pre, post)
+    predictor = Predictor(PredictorSettings(str(plugins / "signed"), decoding="ar", replan_steps=4))
+    random = np.random.default_rng(0)
+    seen: dict[str, Any] = {c: random.integers(0, 255, (96, 96, 3), dtype=np.uint8) for c in config.cameras}
+    request = Request(1, {**seen, "observation.state": np.zeros(14, np.float32)}, "push the red cube", stream=True)
+    early: list[Any] = []
+    whole = predictor.predict(request, early=early.append)
+    assert [len(one.actions) for one in early] == list(range(1, 8))
+    for one in early:
+        np.testing.assert_array_equal(one.actions, whole.actions[: len(one.actions)])
+    behind = predictor.predict(replace(request, previous=whole.tokens, shift_steps=3, frozen_steps=2))
+    assert behind.error is None
+    assert behind.tokens is not None
+    assert whole.tokens is not None
+    np.testing.assert_array_equal(behind.tokens[:28], whole.tokens[42:70])
+    np.testing.assert_array_equal(behind.actions[:2], whole.actions[3:5])
+    if delta_dims:  # of increments, the steps behind make up for what these move less
+        free = predictor.predict(request)
+        np.testing.assert_array_equal(behind.actions[2:, [1, 3, 4, 5, 6]], free.actions[2:, [1, 3, 4, 5, 6]])
+
+
 def test_a_checkpoint_of_a_missing_package_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "policy"
     policy, pre, post = ceed_vla.load("student")
-    from ceed_vla.checkpoints import save
-
     save(folder, policy, pre, post)
     values: dict[str, Any] = json.loads((folder / "config.json").read_text())
     assert values["packages"] == []

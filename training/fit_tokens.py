@@ -43,7 +43,7 @@ class FitTokensConfig:
     roots: str = ""
     output: str = "fast_tokens.json"
     chunk_size: int = ranged(8, "[1, 4096]")
-    most_ids: int = ranged(1024, "[2, 1e6]")
+    most_ids: int = ranged(1024, "[2, 65536]")
     scale: float = ranged(10.0, "(0, 1e6]")
     max_tokens: int = ranged(0, "[0, 65536]")
     action_low: list[float] = ranged([], "[-1e9, 1e9]")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ceed_vla.errors import ConfigError
+from ceed_vla.outputs import MADE_BY
 
 if TYPE_CHECKING:
     from rclpy.node import Node
@@ -30,7 +31,7 @@ class BagWriter:
         self._channels: dict[str, int] = {}
         self._file = self.path.open("wb")
         self._writer = Writer(self._file)
-        self._writer.start(profile="ros2", library="ceed_vla")
+        self._writer.start(profile="ros2", library=MADE_BY)
         self._schema = cache(self._writer.register_schema)  # one a type
 
     def write(self, topic: str, kind: str, data: bytes, published: int, received: int) -> None:

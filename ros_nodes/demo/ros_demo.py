@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,7 +16,7 @@ from ceed_vla.discovery import discovered
 from ceed_vla.errors import NodeError
 from ceed_vla.fields import SEEDS, Checked, chosen, ranged
 from ceed_vla.folders import resolve_checkpoint
-from ceed_vla.outputs import default_console
+from ceed_vla.outputs import claim_folder, default_console
 from ros_nodes.demo.report import COMMAND_RATE, Episode, build_report, console_table
 from sim.environment import EVALUATION_SEEDS
 from sim.tabletop import MAX_EPISODE_STEPS
@@ -97,9 +96,10 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
     from ros_nodes.robot.robot_file import load_robot_config
 
     console = console or default_console()
+    own = ("bag.mcap", "simulated_time.json")
+    folder = claim_folder("output_dir", config.output_dir, own, own)
     if config.simulated_time:
-        return simulated_time(config, console)
-    folder = Path(config.output_dir)
+        return simulated_time(config, folder, console)
     interface = load_robot_config().interface(config.action_interface)
     policy = {
         "checkpoint": str(resolve_checkpoint(config.checkpoint)),

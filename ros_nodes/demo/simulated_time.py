@@ -23,6 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from sensor_msgs.msg import JointState
 
+from ceed_vla.outputs import MADE_BY
 from ros_nodes.demo.reaction import PATIENCE, Event, draw_event, first_change
 from ros_nodes.robot.messages import array_to_image
 from ros_nodes.robot.parameters import defaults
@@ -157,9 +158,9 @@ class SimulatedLoop:
         controller.after_tick(now)
 
 
-def simulated_time(config: Any, console: Console) -> dict[str, Any]:
+def simulated_time(config: Any, folder: Path, console: Console) -> dict[str, Any]:
     """Every rival of a `RosDemoConfig` at every latency; writes simulated_time.json and a plot, returns the former."""
-    rows, folder = [], Path(config.output_dir)
+    rows = []
     with closing(SimRobot(config.split)) as robot:
         for rival in config.rivals:
             checkpoint, _, decoding = rival.partition(":")
@@ -180,7 +181,7 @@ def simulated_time(config: Any, console: Console) -> dict[str, Any]:
                         "failed": [one["seed"] for one in episodes if not one["success"]],
                     }
                 )
-    report = {"config": asdict(config), "rows": rows}
+    report = {"program": MADE_BY, "config": asdict(config), "rows": rows}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "simulated_time.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     save_figure(_figure(rows), folder / "simulated_time.png")
@@ -192,6 +193,7 @@ def simulated_time(config: Any, console: Console) -> dict[str, Any]:
         measured = (" / ".join(str(value or "-") for value in row[key].values()) for key in _TIMES)
         table.add_row(row["rival"], f"{row['latency_ms']:g}", *cells, *measured)
     console.print(table)
+    console.print(f"Written: {folder / 'simulated_time.json'}", soft_wrap=True, highlight=False)
     return report
 
 

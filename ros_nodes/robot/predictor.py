@@ -124,8 +124,8 @@ class Predictor:
 
             self._policy.backbone = engine.compiled(self._policy.backbone)
         self._decoding = self._decoding_config(settings.decoding) if self._is_ceed else None
-        # Tokens of variable length belong to no step: they can be neither frozen nor counted in steps.
-        self._can_freeze = self._is_ceed and self._policy.tokenizer.tokens_per_step is not None
+        # Of one step; tokens of variable length belong to none: they can be neither frozen nor counted in steps.
+        self._tokens: int | None = self._policy.tokenizer.tokens_per_step if self._is_ceed else None
         self._prefill_s = 0.0
         self._failures: FailureLog | None = None  # while it warms up, an error ends the load
         steps = self._preprocess.steps if self._is_ceed else ()
@@ -176,8 +176,8 @@ class Predictor:
                 seconds = {**times, "decode": time.monotonic() - prepared}
                 return Response(request.id, self._actions(chunk), seconds=seconds)
             arguments = self._decode_arguments(request, deadline)
-            if early is not None and request.stream and self._can_freeze and not request.frozen_steps:
-                arguments["on_proven"] = self._first_steps(request.id, started, early)
+            if early is not None and request.stream and self._tokens and not request.frozen_steps:
+                arguments["on_proven"] = self._first_steps(request.id, self._tokens, started, early)
             result = decode_behind(self._policy, batch, **arguments)
             self._prefill_s = result.seconds["prefill"]
             return Response(
@@ -193,13 +193,15 @@ class Predictor:
         """Actions (m, A) of the policy's (1, m, A)."""
         return cast("NDArray[np.float32]", self._postprocess(actions).float().cpu().numpy()[0])
 
-    def _first_steps(self, number: int, started: float, early: Callable[[Response], None]) -> Callable[..., None]:
-        """What tells `early` whenever another step is certain; all of them are the answer itself."""
+    def _first_steps(
+        self, number: int, width: int, started: float, early: Callable[[Response], None]
+    ) -> Callable[..., None]:
+        """What tells `early` whenever another step, of `width` tokens, is certain; all are the answer itself."""
         told = 0
 
         def on_proven(tokens: Any, exact: int, forwards: int) -> None:
             nonlocal told
-            steps = exact // self.spec.action_dim
+            steps = exact // width
             if told < steps < self._policy.tokenizer.chunk_steps:
                 actions, seconds = self._actions(self._policy.tokenizer.decode(tokens)), time.monotonic() - started
                 early(Response(number, actions[:steps], None, forwards, seconds={"total": seconds}, whole=False))
@@ -223,10 +225,9 @@ class Predictor:
         if request.previous is not None:
             previous = torch.as_tensor(request.previous).unsqueeze(0)  # (1, n)
             arguments |= {"previous": previous, "shift_steps": request.shift_steps}
-            if request.frozen_steps and self._can_freeze:
-                dim = self.spec.action_dim
-                begin = request.shift_steps * dim
-                arguments["frozen"] = previous[:, begin : begin + request.frozen_steps * dim]
+            if request.frozen_steps and self._tokens:
+                begin = request.shift_steps * self._tokens
+                arguments["frozen"] = previous[:, begin : begin + request.frozen_steps * self._tokens]
         return arguments
 
     def _prepare(self, request: Request) -> Any:

@@ -41,6 +41,7 @@ class RecordConfig:
         excursion_fraction: Share of perturb attempts that begin with 0-5 unrecorded random steps.
         poses_per_scene: Arm poses (frames) per grounding scene.
         scenes_per_episode: Grounding scenes per stored episode (storing an episode has a fixed cost).
+        instruction: The task in words, where the environment says nothing or other ones.
         policy_path: Checkpoint folder of the policy that drives in mode takeover.
         decoding: Decoder of that policy, by a name that `ceed-vla eval` knows: "ar", "ceed", "cap1" and so on.
         executed_steps: Actions executed per chunk in mode takeover.
@@ -68,6 +69,7 @@ class RecordConfig:
     excursion_fraction: float = ranged(0.25, "[0, 1]")
     poses_per_scene: int = ranged(2, STEPS)
     scenes_per_episode: int = ranged(200, STEPS)
+    instruction: str = ""
     policy_path: Path | None = None
     decoding: str = "ar"
     executed_steps: int = ranged(4, "[1, 4096]")
@@ -117,6 +119,6 @@ class RecordConfig:
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the first one, as plain JSON types."""
         names = [item.name for item in fields(self) if item.name not in (*_FREE, "env")]
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in names if getattr(self, name) != ""}
         values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
         return {**values, "env": flags(self.env)}

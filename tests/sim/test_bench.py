@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from ceed_vla import load
+from ceed_vla import CeedVLAPolicy, load
 from ceed_vla.backbones.compact.config import CompactConfig
+from ceed_vla.backbones.openvla.config import OpenVLAConfig
 from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding.names import named_config
 from ceed_vla.engine import CompiledBackbone
+from ceed_vla.errors import ConfigError, MalformedChunkError
+from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from ceed_vla.tokens.fast import FastTokensConfig
 from sim.bench import (
     BENCH,
     CONTEXT_ROW,
@@ -30,10 +35,12 @@ from sim.bench import (
     pareto,
     program_rows,
     rows_of,
+    usual_rows,
 )
 from sim.decoders import Row, parse_decoders
 from sim.settings import CheckpointPath
 from sim.timing import engines_of, in_engine
+from tests.helpers.tabletop import tabletop_config
 
 
 def ms(value: float) -> dict[str, float]:
@@ -156,3 +163,21 @@ def test_the_compiled_bundle_shares_its_weights_and_leaves_the_other_alone() -> 
     assert all(mine[name] is theirs[name] for name in mine)
     assert in_engine(bundle, "eager") is bundle
     assert not isinstance(bundle[0].backbone, CompiledBackbone)
+
+
+def test_the_usual_rows_are_those_that_a_policy_can() -> None:
+    small = {"width": 32, "layers": 1, "heads": 2, "mlp_width": 32, "stem_channels": [8] * 4}
+    uniform = tabletop_config(**small)
+    assert usual_rows(uniform) == ROWS.split(",")
+    assert "pdvla" not in usual_rows(replace(uniform, backbone=OpenVLAConfig()))
+    tokens = FastTokensConfig(most_ids=300)
+    tokens.fit_chunks(torch.randn(200, 8, 7, generator=torch.Generator().manual_seed(0)))
+    policy = CeedVLAPolicy(tabletop_config(action_tokens=tokens, **small)).eval()
+    pre, _ = make_ceed_vla_pre_post_processors(policy.config, instructions=["push the red cube"])
+    cameras = {camera: torch.rand(1, 3, 96, 96) for camera in policy.config.cameras}
+    batch = pre({**cameras, "observation.state": torch.rand(1, 14), "task": "push the red cube"})
+    for name in ["ar", "ar_h", *usual_rows(policy.config)]:
+        with suppress(MalformedChunkError):  # of random weights; what must not come is a ConfigError
+            assert policy.decode(batch, name).tokens.shape == (1, policy.config.block_length)
+    with pytest.raises(ConfigError):
+        policy.decode(batch, "ngram8_h")

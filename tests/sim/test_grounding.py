@@ -11,7 +11,7 @@ import pytest
 from lerobot.envs.configs import PushtEnv
 
 from ceed_vla.cli import main
-from ceed_vla.errors import ConfigError
+from ceed_vla.errors import ConfigError, ObservationError, SimulationError
 from ceed_vla.outputs import is_own
 from sim.grounding import GroundingConfig, error_rows, grounding
 from sim.settings import CheckpointPath
@@ -38,6 +38,17 @@ def test_the_shipped_teacher_sees_the_named_cube(tmp_path: Path) -> None:
     row = json.loads(output.read_text())["rows"][-1]
     assert row["frames"] == 40
     assert row["target_p50_cm"] < 0.4 * row["chance_cm"]
+
+
+def test_scattered_scenes_must_be_observed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("sim.tabletop.env.TabletopEnv.observe")
+    with pytest.raises(SimulationError, match="observe"):
+        grounding(GroundingConfig(CheckpointPath("teacher"), scenes=1))
+
+
+def test_a_policy_is_told_the_words_that_are_given() -> None:
+    with pytest.raises(ObservationError, match="nonsense"):
+        grounding(GroundingConfig(CheckpointPath("teacher"), scenes=1, instruction="nonsense"))
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,12 @@ def test_rounds_use_every_seed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     seen: list[RecordConfig] = []
     monkeypatch.setattr(hooks, "record", seen.append)
     env = CeedTabletopEnv(task="push_cube", cameras=["front"], split="heldout")
-    recorder = TakeoverRecorder(env, 5, seed=31_440, rounds=2)
+    recorder = TakeoverRecorder(env, 5, seed=31_440, rounds=2, instruction="push it")
     roots = [recorder(tmp_path / "policy", index, tmp_path / "takeover") for index in range(2)]
     assert roots == [[tmp_path / "takeover" / "round_0"], [tmp_path / "takeover" / "round_1"]]
     seeds = [c.first_seed + i for c in seen for i in range(c.episodes)]
     assert seeds == list(range(31_440, 31_450))
-    assert all((c.env, c.mode, c.resume) == (env, "takeover", True) for c in seen)
+    assert all((c.env, c.mode, c.resume, c.instruction) == (env, "takeover", True, "push it") for c in seen)
 
 
 @pytest.mark.parametrize(("seed", "rounds"), [(29_999, 1), (39_999, 1), (30_000, 5001)])

@@ -59,6 +59,12 @@ def test_clean_episodes_read_back_as_action_chunks(tmp_path: Path, config: Any) 
     assert set(data.meta.stats["action"]) >= {"min", "max", "mean", "std", "q01", "q99"}
 
 
+def test_other_words_for_the_task(tmp_path: Path, config: Any) -> None:
+    record(config(tmp_path / "told", episodes=1, instruction="do it"))
+    assert read(tmp_path / "told")[0]["task"] == "do it"
+    assert "instruction" not in config(tmp_path / "as-before").identity()  # a recording of before is resumed
+
+
 def test_recorded_actions_replay_to_success(tmp_path: Path, config: Any) -> None:
     import gymnasium
 

@@ -33,6 +33,9 @@ def search() -> Search:
 
 
 def test_every_plan_has_a_name_that_decodes_so(search: Search) -> None:
+    search.steps = 1
+    assert {search.drawn().executed_steps for _ in range(20)} == {1}
+    search.steps = 8
     plans = [search.drawn() for _ in range(200)]
     for plan in [*plans, *(search.child(plans) for _ in range(200))]:
         config = named_config(plan.decoding)

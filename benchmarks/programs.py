@@ -95,9 +95,7 @@ def drawn(config: ProgramsConfig, policy: Any, pre: Any) -> list[tuple[Frame, Fr
 
 
 def choices(frames: list[Frame]) -> dict[str, list[Program]]:
-    """The oracle's program of every frame: the shortest that is not worse than the full one, and the best that is not
-    longer.
-    """
+    """The oracle's program of every frame: the shortest not worse than the full one, and the best not longer."""
     found: dict[str, list[Program]] = {"shortest": [], "best": []}
     for frame in frames:
         errors, full = frame.errors, frame.full

@@ -1,5 +1,4 @@
-"""KV caches of a prefix and one action block: append, commit, roll back. The only file that touches cache
-internals.
+"""KV caches of a prefix and one action block: append, commit, roll back. No other file touches them.
 
     positions   0 ........ P ........... P + c ............ P + c + t
                 | prefix   | committed   | written, not final          |
@@ -103,8 +102,7 @@ class KVCache(BlockCache):
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys and values (B, H, t, D) of one layer at positions ``[length, length + t)``.
 
-        Returns views (B, H, length + t, D) of all up to there, which share memory with the cache. `TokenError` for
-        positions past the capacity.
+        Returns views (B, H, length + t, D) of all up to there, in the cache's memory. `TokenError` past its capacity.
         """
         start, end = self.length, self.length + k.shape[2]
         if end > self.capacity:

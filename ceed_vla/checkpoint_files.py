@@ -29,8 +29,7 @@ _REMOVED = ("tolerance_bins", "stable_iterations")  # of the decoding, in format
 def read_values(folder: Path) -> dict[str, Any]:
     """What config.json says, in the current format.
 
-    `CheckpointError` for another policy's, a newer format, or a missing decoding setting: a default would decode
-    otherwise without a word.
+    `CheckpointError` for another policy's, a newer format, or a missing decoding setting, which no default replaces.
     """
     values, file = read_json(folder / "config.json"), folder / "config.json"
     kind, tokens = values.get("type"), values.get("action_tokens")

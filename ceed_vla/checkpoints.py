@@ -8,6 +8,8 @@ from typing import Any
 
 from lerobot.policies.factory import make_pre_post_processors
 
+from ceed_vla.backbones.context import CONTEXT
+from ceed_vla.backbones.exits import EXITS
 from ceed_vla.checkpoint_files import weights_hash
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import CheckpointError, raised_as
@@ -53,6 +55,9 @@ def save(
             policy.save_pretrained(temporary, state_dict=weights)
             for part in (preprocessor, postprocessor):
                 part.save_pretrained(temporary)
-            for file in Path(temporary).iterdir():
-                file.replace(folder / file.name)
+            new = [file.name for file in Path(temporary).iterdir()]
+            for name in new:
+                (Path(temporary) / name).replace(folder / name)
+        for name in {EXITS, CONTEXT} - {*new}:  # of another policy, which was here
+            (folder / name).unlink(missing_ok=True)
     return folder

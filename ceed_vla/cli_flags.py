@@ -82,8 +82,7 @@ def format_help(
 ) -> str:
     """Text of `--help`: what the command does, then its flags in groups, with type, meaning, range and default.
 
-    `positional`, `must` and `may` are those of `Command`; `everything` explains the other flags too, instead of naming
-    them.
+    `positional`, `must` and `may` are those of `Command`; `everything` explains the other flags, else only named.
     """
     width = max(60, min(shutil.get_terminal_size((110, 24)).columns, 120))
     flags = {flag[0]: flag for flag in _describe(config_class, foreign=False)}

@@ -106,8 +106,7 @@ def read_config(config_class: type[Any], file: str | None) -> dict[str, Any]:
 
 
 def shaped(values: dict[str, Any], config_class: type[Any], prefix: str = "") -> dict[str, Any]:
-    """`values`, named as in flags, under the names of the fields, each of the type that its field has; else a
-    `UsageError`.
+    """`values`, named as in flags, by the names of the fields, each of its field's type; else a `UsageError`.
 
     `config_class` is the dataclass, or the family of which the entry ``type`` names one. Without that entry any kind
     may have a name; which one it is, the default decides later. `prefix` is put before names in messages.

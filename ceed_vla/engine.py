@@ -30,8 +30,7 @@ def compiled[B: Backbone](backbone: B, backend: str | Callable[..., Any] = "indu
     the newest prefix of a batch size can be decoded. Scores differ from the eager ones by rounding. `ConfigError` for a
     backbone that knows no static cache; `CompactBackbone` and every `TransformersBackbone` do.
 
-    `backend` and `mode` are those of ``torch.compile``; "reduce-overhead" replays CUDA graphs on a GPU (never run on
-    one).
+    `backend` and `mode` are those of ``torch.compile``; "reduce-overhead" replays CUDA graphs on a GPU (never run).
     """
     if "block" not in getattr(backbone, "compilable", ()):
         raise ConfigError(

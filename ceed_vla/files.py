@@ -6,6 +6,7 @@ Names that a file gives (of cameras, shards, states) are plain names, so that wh
 from __future__ import annotations
 
 import json
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -77,14 +78,14 @@ def plain_name(name: object, what: str, error: type[CeedVLAError] = CheckpointEr
 def replacing(file: Path) -> Iterator[Path]:
     """A path beside `file` to write to; it takes the place of `file` in one step when the block ends well.
 
-    An interrupt or a full disk leaves what was there before. The temporary name keeps the suffix, by which libraries
-    choose a format.
+    An interrupt or a full disk leaves what was there before. The temporary name keeps the suffix: libraries go by it.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     # Nobody can have put a link there: the name is not known before.
     temporary = file.with_name(f".{file.stem}.{token_hex(8)}.tmp{file.suffix}")
     try:
         yield temporary
+        settle(temporary)
         temporary.replace(file)
     except OSError as error:
         if error.errno is not None and error.filename in (None, str(temporary)):
@@ -92,6 +93,13 @@ def replacing(file: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def settle(*files: Path) -> None:
+    """Wait until what was written is on disk: behind a power cut, what names these files must not be all there is."""
+    for file in files:
+        with file.open("rb+") as content:
+            os.fsync(content.fileno())
 
 
 def write_text(file: Path, text: str) -> None:

@@ -27,8 +27,7 @@ def check_images(images: Mapping[str, Tensor]) -> None:
 
 
 def camera_pixels(observation: Mapping[str, Any], camera: str, size: Sequence[int] | None = None) -> NDArray[np.uint8]:
-    """The images (B, H, W, 3) of a camera (B, 3, H, W), which gives bytes or floats in [0, 1], of `size` (H, W) or of
-    any.
+    """The images (B, H, W, 3) of a camera (B, 3, H, W), of bytes or of floats in [0, 1]; any size, or `size` (H, W).
 
     `ObservationError` if the camera is missing, or its images have another size, mode or range.
     """

@@ -62,6 +62,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         config.validate_features()
         config.action_tokens.fit(config.action_dim, (dataset_stats or {}).get(ACTION))
         self.tokenizer = config.action_tokens.build(config.chunk_size, config.action_dim)
+        self.tokenizer.ordered = config.action_tokens.ordered
         self.backbone = config.backbone.build(config.shape)
         self.referenced = {f"backbone.{name}" for name in self.backbone.referenced}
         self.adapters: dict[str, Tensor] = {}
@@ -187,10 +188,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
             generator: Random source of random guesses; the configuration's seed if None.
             record_states: Keep every Jacobi state.
             shift_steps: Steps of `previous` that were executed since; ``config.n_action_steps`` if None.
-            executed_steps: Steps of this chunk that will be executed before the next; ``config.n_action_steps`` if
-                None.
-            frozen: Tokens (B, k * A) of the first ``k`` steps, which stay: they are executed before this chunk
-                is ready.
+            executed_steps: Steps of this chunk executed before the next; None: ``config.n_action_steps``.
+            frozen: Tokens (B, f) of the first ``k`` steps, which stay: they are executed before it is ready.
             read: Turn the tokens into actions; without it malformed chunks of variable length are no error.
             on_proven: See `BlockRequest`; of "ar" and "jacobi", exits included.
 

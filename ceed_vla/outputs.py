@@ -53,8 +53,7 @@ def named_folder(option: str, text: str) -> Path:
 def claim_folder(option: str, text: str, names: Iterable[str], known_by: Iterable[str]) -> Path:
     """The folder that an option names, if files `names` may be written into it: a new or empty one, or one of ours.
 
-    A file of ours among `known_by` makes a folder ours. `ConfigError` for an empty name, a file, or what somebody else
-    put there.
+    A file of ours among `known_by` makes a folder ours. `ConfigError` for an empty name, a file, or somebody else's.
     """
     path = named_folder(option, text)
     content = sorted(file.name for file in path.iterdir() if file.name[0] != ".") if path.is_dir() else []

@@ -24,8 +24,7 @@ def teacher_loss(policy: Any, batch: dict[str, Tensor], reduction: str = "mean")
     """Autoregressive loss of the teacher, with the auxiliary regression if its target is in the batch, and the parts.
 
     The `batch` is a pre-processed observation with ``action`` (B, m, A) and, optionally, ``action_is_pad`` (B, m) and
-    ``observation.environment_state``. It is augmented in training mode. `reduction` is "mean", or "none" for one loss a
-    row.
+    ``observation.environment_state``. It is augmented in training mode. `reduction` is "mean" or "none" (a loss a row).
     """
     if not isinstance(reduction, str) or reduction not in ("mean", "none"):
         raise ConfigError(f"reduction is {short(reduction)}; choose mean or none.")

@@ -29,8 +29,7 @@ def check_tokens(
 ) -> None:
     """Check that `tokens`, called `what` in messages, are integers (B, k) in ``[0, V)``, or raise `TokenError`.
 
-    `shape` is (B, k), None for any number of rows; a `vocabulary` V of 0 leaves the values alone; with `none` a row may
-    hold -1 throughout.
+    `shape` is (B, k), None for any number of rows; `vocabulary` 0 leaves values alone; with `none` a row may be all -1.
     """
     rows, length = shape
     expected = f"({'B' if rows is None else rows}, {length}) integers"

@@ -85,8 +85,7 @@ def copy_weights(
     `rename` turns the name in a file to the module's; names that `skip` picks are passed over.
 
     Returns the module's weights that no file has (a tied weight has its partner's), and those that the module lacks.
-    `CheckpointError` names the file and the first tensor of another shape or class of types, that is not finite, or a
-    head of zeros.
+    `CheckpointError` names the file and the first tensor of another shape or kind, not finite, or a head of zeros.
     """
     own, read, unknown, matrices, zeros = module.state_dict(), set(), [], 0, []
     written: dict[int, str] = {}  # where a tensor was copied to -> its name; tied ones share it

@@ -38,8 +38,7 @@ class Workers(AbstractContextManager["Workers"]):
     """`count` processes, each of which makes a function by ``make(*arguments)`` and calls it for item after item.
 
     What comes of an item must not depend on the process, nor on the items before it. One worker is this process, with
-    its own threads; others start, and make their function, at once. All that is passed is pickled; `make` is a function
-    of a module.
+    its own threads; others start, and make their function, at once. All that is passed is pickled, `make` by its name.
     """
 
     def __init__(self, count: int, make: Callable[..., Callable[[Any], Any]], *arguments: Any) -> None:

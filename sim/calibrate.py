@@ -204,7 +204,7 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
     write_text(folder / name, json.dumps(report, indent=2))
     if not config.names:
         others = {name: meant for name, meant in policy.config.decodings.items() if not name.startswith("risk")}
-        policy.config.decodings = {**others, **chosen}
+        policy.config.decodings, policy.config.n_action_steps = {**others, **chosen}, int(config.executed_steps or 1)
         save(folder / CHECKPOINT, policy, pre, post)
     _print(report, console or default_console(), folder / name)
     return report

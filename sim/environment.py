@@ -92,8 +92,7 @@ class Privileged:
 def suites(makers: dict[str, Any], n_envs: int, use_async_envs: bool) -> dict[str, dict[int, VectorEnv]]:
     """What `create_envs` of several tasks gives LeRobot's tools: {task: {0: env}}, from what makes each task's.
 
-    LeRobot reports success per suite, hence one suite a task. Finished sub-environments are frozen: they cost nothing
-    while the others go on.
+    LeRobot reports success per suite, hence one suite a task. Finished sub-environments are frozen and cost nothing.
     """
     vector: Any = SyncVectorEnv
     if use_async_envs and n_envs > 1:

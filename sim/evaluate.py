@@ -74,8 +74,7 @@ class EvalConfig(DrivenConfig):
         engine: How latency is measured: eager, compiled (`ceed_vla.engine`; needs a C++ compiler and some minutes), or
             fastest: every row in both, and in the faster one in the report. The episodes stay eager.
         device: Overrides the checkpoints' device.
-        reuse: Folder of another evaluation, whose episodes of decoders that are the same, such as the teacher's, are
-            taken.
+        reuse: Folder of another evaluation, whose episodes of the same decoders, such as the teacher's, are taken.
         resume: Keep the finished episodes of an interrupted evaluation with the same options in `output_dir`.
     """
 

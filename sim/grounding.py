@@ -106,8 +106,7 @@ def error_rows(
     """Median and 90th percentile of the position errors [cm], by distance of the first position, then of all.
 
     `found` and `truth` (N, E) are predicted and true leading terms [m], `edges` the distances between the rows [m],
-    `positions` those of `Privileged`. There is one row a band that has frames; ``chance`` is the median error of always
-    answering the mean first position.
+    `positions` those of `Privileged`. There is one row a band that has frames; ``chance``: of the mean first position.
     """
     parts = {name: slice(*ends) for name, ends in positions.items()}
     first = truth[:, next(iter(parts.values()))]

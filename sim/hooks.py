@@ -20,7 +20,7 @@ from ceed_vla.fields import ranged
 from ceed_vla.folders import resolve_checkpoint
 from ceed_vla.workers import MOST, Workers
 from sim.decoders import resolve_rows
-from sim.environment import TAKEOVER_SEEDS, VALIDATION_SEED, EnvPool, check_expert
+from sim.environment import TAKEOVER_SEEDS, VALIDATION_SEED, EnvPool, check_expert, check_features
 from sim.evaluate import EvalConfig, shard_runner, shards
 from sim.grounding import GroundingConfig, grounding
 from sim.record import record
@@ -123,6 +123,10 @@ class ClosedLoopValidation:
     def __init__(self, env: EnvConfig, episodes: int = 40, decoding: str = "ar", instruction: str = "") -> None:
         self.env, self.episodes, self.decoding, self.instruction = env, episodes, decoding, instruction
 
+    def check(self, policy: CeedVLAConfig) -> None:
+        """Refuse a policy of another robot before it is trained."""
+        check_features(policy, self.env)
+
     def __call__(self, policy: Path) -> tuple[int, int]:
         """(successes, episodes) of the checkpoint folder `policy`; a bar counts the episodes meanwhile."""
         config = EvalConfig(
@@ -168,8 +172,8 @@ class TakeoverRecorder:
         folder.mkdir(parents=True, exist_ok=True)
         root, seed = folder / f"round_{index}", self.seed + index * self.episodes
         config = RecordConfig(
-            root, self.env, self.episodes, "takeover", seed, policy_path=policy, resume=True, workers=PROCESSES,
-            instruction=self.instruction,
+            root, self.env, self.episodes, "takeover", seed, resume=True, workers=PROCESSES,
+            instruction=self.instruction, policy_path=policy.resolve(),
         )  # fmt: skip
         logger.info("%s", record(config))
         return [root]

@@ -90,7 +90,7 @@ def unit_recorder(config: RecordConfig, pool: EnvPool) -> Callable[[range], list
     if config.mode == "takeover":
         bundle = joined(load(config.policy_path or ""), config.env)
         steps = bundle[0].config.chunk_size
-        if config.executed_steps > steps:
+        if (config.executed_steps or 1) > steps:
             raise ConfigError(f"executed_steps is {config.executed_steps}; the policy's chunks have {steps} steps.")
         runner = PolicyRunner(bundle, config.decoding, executed_steps=config.executed_steps)
         return lambda seeds: takeover_attempts(runner, pool, seeds, config)

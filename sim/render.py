@@ -1,7 +1,6 @@
 """Off-screen rendering shared by all environments of a process.
 
-A GL context is expensive, so there is one renderer for every scene and image size; environments hand it their own
-`mjData`.
+A GL context is expensive, so every scene and image size has one renderer; environments hand it their own `mjData`.
 """
 
 from __future__ import annotations

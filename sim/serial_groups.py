@@ -54,6 +54,8 @@ class SerialGroups:
     def outcomes(self, policy: str, decoders: Sequence[str], seeds: range) -> Iterator[Outcome]:
         """Whether each decoder solves each seed, and in how many chunks, as shards end."""
         tasks = turns(self.env)
+        with EnvPool(1, self.env) as pool:  # before the first episode
+            pool.env(0).needs("reinforce", "snapshot", "restore")
         plan = [(seed, tasks[i % len(tasks)]) for i, seed in enumerate(seeds)]
         with Workers(self.workers, episode_runner, policy, self.env) as workers:
             runs = [(decoder, shard) for shard in batched(plan, SHARD) for decoder in decoders]

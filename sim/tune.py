@@ -71,8 +71,7 @@ class TuneConfig(DrivenConfig):
         episodes: Episodes of the plans that are left at the end of a generation; all plans run a quarter of them, those
             that play off and the final comparison four times as many.
         chunks: Chunks on which a plan is timed.
-        seed: First seed of the search's episodes; the final comparison has those that follow. Seeds from 40000 to 49999
-            are for choices.
+        seed: First seed of the search's episodes; the final comparison has those that follow.
         search_seed: Seed of the search.
         engine: Of the timing: eager, compiled, or fastest: each plan in its faster one, which plans.json names.
         workers: Processes that share the episodes; timing has the machine to itself.
@@ -366,8 +365,10 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
     if config.save:
         found = {f"plan{plain(budget)}": trial.plan for budget, trial, _ in final if trial}
         found["plan"] = list(found.values())[-1]
-        policy.config.n_action_steps = steps = found["plan"].executed_steps
-        others = {name: meant for name, meant in policy.config.decodings.items() if not name.startswith("plan")}
+        before, steps = policy.config.n_action_steps, found["plan"].executed_steps
+        policy.config.n_action_steps = steps
+        stale = ("plan",) if steps == before else ("plan", "risk", "learned")  # proven of other executed steps
+        others = {name: meant for name, meant in policy.config.decodings.items() if not name.startswith(stale)}
         own = {name: plan.decoding for name, plan in found.items() if plan.executed_steps == steps}
         policy.config.decodings = {**others, **own}
         save(folder / CHECKPOINT, policy, pre, post)

@@ -30,8 +30,7 @@ def take_from_data(
     """Fill a new policy's features, two-valued and increment dimensions and auxiliary target where they are not set.
 
     `privileged` is believed where the data sets name their values as the environment does. Returns statistics for the
-    processors and the ranges of the action tokens: for actions that are nearly always zero in a dimension, the
-    quantiles are the extremes.
+    processors and the ranges of the action tokens: in dimensions that are nearly always zero, of the extremes.
     """
     shapes = stores[0].shapes
     cameras = {name: PolicyFeature(FeatureType.VISUAL, (3, *shapes[name][:2])) for name in stores[0].images}
@@ -40,7 +39,7 @@ def take_from_data(
     stats, tokens = state_statistics(stores), policy.action_tokens
     actions = np.concatenate([store.action for store in stores if store.action is not None])
     sparse = (np.abs(actions) <= NEAR_ZERO * np.abs(actions).max(0)).mean(0) >= SPARSE  # (A,)
-    open_ranges = not any(getattr(tokens, name, None) for name in ("action_low", "q01", "fitted"))
+    open_ranges = not any(getattr(tokens, name, None) for name in ("q01", "fitted"))
     if open_ranges and tokens.gripper_dims == [-1]:  # two values, as a gripper takes
         tokens.gripper_dims = [d for d in np.flatnonzero(~sparse).tolist() if len(np.unique(actions[:, d])) == 2]
     names = stores[0].labels.get(ACTION, [])

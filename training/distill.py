@@ -23,7 +23,7 @@ from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, chosen, ranged
 from training.adapters import attach_student
 from training.clipping import check_clipping
-from training.corruption import StateDraw, draw_states
+from training.corruption import PREVIOUS, StateDraw, draw_states
 from training.distill_data import DistillData, OnlineData, StoredData, TrajectoriesConfig
 from training.losses import after_first_divergence, find_loss, needs
 from training.objective import DistillationObjective
@@ -149,6 +149,8 @@ class DistillRun(Run):
         # Drawn for the whole batch: a row gets the same state however the batch is split.
         random = np.random.default_rng([config.seed, self.step, 1])
         draw = draw_states(self.policy, size, self.shares, config.max_updates, random)
+        if config.curriculum == "spread":
+            draw.kind[:] = PREVIOUS  # every kind of guess is a candidate of every row
         parts = [self._part(rows[p :: self.num_parts], draw[p :: self.num_parts]) for p in self.parts]
         counts = self._counts(parts)
         values: dict[str, float] = defaultdict(float)

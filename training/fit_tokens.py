@@ -78,6 +78,8 @@ def fit_tokens(config: FitTokensConfig) -> dict[str, Any]:
     if len({part.shape[2] for part in parts}) > 1:
         raise ConfigError(f"The data sets have actions of {[part.shape[2] for part in parts]} values; fit one robot.")
     chunks = torch.cat(parts)
+    if config.gripper_dims == [-1]:  # two values, as a gripper takes
+        tokens.gripper_dims = [d for d in range(chunks.shape[2]) if len(chunks[:, 0, d].unique()) == 2]
     tokens.fit_chunks(chunks)
     check_actions(tokens.build(*chunks.shape[1:]), chunks[:, 0].numpy(), config.max_clipped)
     with full_disk(output.parent, "nothing was written"), replacing(output) as temporary:

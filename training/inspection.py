@@ -47,8 +47,7 @@ class InspectConfig(Checked):
 def inspect(config: InspectConfig) -> dict[str, Any]:
     """Print and draw what the data set holds; returns it.
 
-    A `DatasetError` says what is missing in data that no policy can learn from; `ConfigError` for settings that do not
-    fit.
+    A `DatasetError` says what data lack that no policy can learn from; `ConfigError` is for settings that do not fit.
     """
     picture = claim_file("output", config.output, ".png")
     if not config.root:
@@ -83,7 +82,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     report["choices"] = choices(store, config.policy) if store.action is not None else []
     for line in report["choices"] or ["No actions: these are grounding frames (--grounding_roots)."]:
         console.print(f"- {line}", soft_wrap=True, highlight=False)
-    store.decode(StreamingConfig(above_gb=0.0))  # only the frames that are drawn
+    store.decode(StreamingConfig(above_gb=0.0, memory_gb=1e3))  # only the frames that are drawn
     _draw(store, picture)
     console.print(f"Written: {picture}", soft_wrap=True, highlight=False)
     return report

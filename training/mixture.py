@@ -19,8 +19,7 @@ from training.windows import sliding
 class Mixture:
     """Draws batches from several frame stores in fixed proportions; a step always gets the same frames.
 
-    `weights` are the shares of the stores, proportional to their frames if None. `DatasetError` where they do not go
-    together.
+    `weights` are the shares of the stores, by default their frames'. `DatasetError` where they do not go together.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ from ceed_vla.decoding.names import CEED, OWN
 from ceed_vla.devices import check_device
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, raised_as
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, Checked, chosen, ranged
-from ceed_vla.files import read_json, strange, write_text
+from ceed_vla.files import read_json, settle, strange, write_text
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.outputs import named_folder
 from ceed_vla.supervision import finish_training
@@ -111,6 +111,8 @@ class Run:
         self.output = named_folder("output_dir", config.output_dir)
         self._check_folder()
         check_device(device)
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)  # accelerate takes the current one
         if config.threads:
             torch.set_num_threads(config.threads)
         precision = config.mixed_precision
@@ -158,6 +160,8 @@ class Run:
         `ConfigError` if no parameter learns, or a backbone that cannot recompute activations should.
         """
         self.policy, self.pre, self.post = policy.train(), pre, post
+        if check := getattr(self.closed_loop, "check", None):
+            check(policy.config)
         # They say nothing of the weights that come.
         policy.config.decodings, policy.backbone.exits, policy.backbone.context = {}, {}, ()
         if OWN.fullmatch(policy.config.decode_with):
@@ -346,6 +350,7 @@ class Run:
         if self.accelerator.is_main_process:
             done = {"step": self.step, "state": name, "processes": self.accelerator.num_processes, "total": self.total}
             with self._writing():
+                settle(*(file for file in (self.output / name).rglob("*") if file.is_file()))
                 write_text(progress, json.dumps({**done, **self.state_dict()}))
         self.accelerator.wait_for_everyone()
 

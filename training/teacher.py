@@ -116,8 +116,7 @@ def train(config: TrainConfig, **simulation: Any) -> Path:
     """Train a teacher, and return the folder of the final checkpoint; `simulation` is what `TeacherRun` takes of it.
 
     `ConfigError` for missing or contradicting settings, or a gate that is not met (the state is saved, to go on from);
-    `DatasetError` for unreadable or incompatible data sets; `CheckpointError` for nothing to resume, or a state of
-    other sizes.
+    `DatasetError` for unreadable or incompatible data sets; `CheckpointError` for nothing to resume, or other sizes.
     """
     return TeacherRun(config, **simulation).run()
 
@@ -129,8 +128,7 @@ class TeacherRun(Run):
         config: See `TrainConfig`.
         closed_loop: Measures a checkpoint in simulation; skipped if None.
         record_takeover: Records one takeover round; needed when ``config.rounds > 0``.
-        privileged: What the environment says of ``observation.environment_state``; without it only a set
-            ``auxiliary_scale`` is regressed.
+        privileged: What the environment says of ``observation.environment_state``; else ``auxiliary_scale`` decides.
         localisation: Measures what ``config.grounding_gate`` limits.
     """
 
@@ -297,7 +295,7 @@ class TeacherRun(Run):
         folder = self.save_policy(f"round_{index}")
         self.validate(folder)
         roots = self._of_the_first(lambda: self.record_takeover(folder, index, self.output / TAKEOVER))
-        self.takeovers.append([str(root) for root in roots])
+        self.takeovers.append([str(Path(root).resolve()) for root in roots])
         self.mixture = self._mixture()
         self.save_state()
         self.model.train()

@@ -16,8 +16,7 @@ class SlidingWindows:
     """Draws rows from `most` windows at a time; these slide through all windows, shuffled anew for every pass.
 
     A window that has been open for as many draws as it has rows, on average, gives way to the next: an epoch decodes
-    every window once. What is drawn follows from the seed and the number of rows drawn before, so a resumed run needs
-    no state.
+    every window once. What is drawn follows from the seed and the rows drawn before: a resumed run needs no state.
 
     Args:
         edges: First row of every window, and one past the last row (W + 1,).
@@ -57,9 +56,7 @@ def sliding(
 def row_windows(
     stores: Sequence[FrameStore], root: NDArray[np.int64], frame: NDArray[np.int64], rows: NDArray[np.int64], seed: int
 ) -> SlidingWindows | None:
-    """Windows of `rows` (R,) of a table over data sets: in row i, frame ``frame[i]`` of ``stores[root[i]]``; None as of
-    `sliding`.
-    """
+    """Windows of `rows` (R,) of a table over data sets: in row i, frame ``frame[i]`` of ``stores[root[i]]``."""
     most = min(store.together for store in stores)
     if math.isinf(most):
         return None

@@ -81,8 +81,7 @@ class Backbone(Protocol):
 
         Returns:
             Logits (B, k, V). Output ``i`` depends on the prefix, the committed tokens and ``tokens[:, :i +
-            1]`` only (causal), and predicts slot ``c + i + 1``. Keys and values are written to the cache, not
-            committed.
+            1]`` only (causal), and predicts slot ``c + i + 1``. The cache gets keys and values uncommitted.
         """
 
 
@@ -98,8 +97,7 @@ class TrainableBackbone(nn.Module, Backbone):
         context: The `ceed_vla.backbones.context.ContextScorer` that chooses prefix tokens, if there is one; as these.
         view: The whole grid of cells of every camera, as `embed_view` takes parts of it; empty where it takes none.
         referenced: Names of the weights that a checkpoint leaves in the folder they were read from.
-        compilable: What `ceed_vla.engine` may compile, of "prefill" and "block"; the block of these runs on a
-            `StaticCache` too.
+        compilable: What `ceed_vla.engine` may compile, of "prefill" and "block", which runs on a `StaticCache` too.
     """
 
     auxiliary: nn.Module | None
@@ -118,9 +116,7 @@ class TrainableBackbone(nn.Module, Backbone):
 
     @abc.abstractmethod
     def check_observation(self, batch: Mapping[str, Any]) -> int:
-        """Check a pre-processed batch and return its rows ``B``; `ObservationError` where a feature is missing or
-        wrong.
-        """
+        """Check a pre-processed batch and return its rows ``B``; `ObservationError` for a missing or wrong feature."""
 
     @abc.abstractmethod
     def embed_prefix(self, batch: dict[str, Tensor]) -> Any:

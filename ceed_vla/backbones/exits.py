@@ -103,9 +103,7 @@ def save_exits(backbone: Any, folder: Path) -> None:
 
 
 def described_exits(folder: Path) -> tuple[str, list[int]]:
-    """Kind and depths of the exits in a checkpoint's folder, ("", []) without any; `CheckpointError` for a damaged
-    file.
-    """
+    """Kind and depths of a checkpoint folder's exits, ("", []) without any; `CheckpointError` for a damaged file."""
     file = folder / EXITS
     if not file.is_file():
         return "", []

@@ -63,8 +63,7 @@ def begin_commit(root: Path, total_episodes: int, adding: list[str]) -> None:
 
 
 def undo_incomplete_commit(root: Path) -> list[str]:
-    """Return to the last commit point, if that is not the newest state, and give the data set's parquet files. May
-    itself be interrupted.
+    """Return to the last commit point, if that is not the newest state; gives the parquet files. May be interrupted.
 
     Only what the incomplete commit has added is deleted. Whatever else is there makes `root` no recording of ours, a
     `DatasetError`; so do damaged bookkeeping, links, and parquet files that are missing.

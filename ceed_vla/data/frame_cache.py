@@ -29,8 +29,7 @@ ImageMaps = dict[str, NDArray[np.uint8]]
 def read_images(info: Info, rows: dict[str, NDArray[Any]]) -> ImageMaps:
     """Memory maps (N, H, W, 3) of every camera, decoded first where that was not done for these very files.
 
-    `rows` holds ``episode_index`` and ``timestamp`` of all frames. `DatasetError` where there is no room, or a
-    ``.frames`` that is not ours.
+    `rows` holds ``episode_index`` and ``timestamp`` of all frames. `DatasetError`: no room, or a ``.frames`` not ours.
     """
     root, cache = info.root, info.root / CACHE
     shapes: Shapes = {camera: (info.frames, *shape) for camera, shape in info.cameras.items()}

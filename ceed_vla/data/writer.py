@@ -32,6 +32,7 @@ from ceed_vla.data import commits
 from ceed_vla.data.files import read_tasks
 from ceed_vla.data.statistics import Statistics, image_statistics, vector_statistics
 from ceed_vla.errors import DatasetError, raised_as
+from ceed_vla.files import settle
 
 _PNG_LEVEL = 3  # smaller and as fast as level 1 on rendered scenes
 _FREE_SPACE = 64 * 2**20  # [bytes] stop in time: with less, a commit may not fit any more
@@ -185,6 +186,7 @@ class DatasetWriter:
                 (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(self._pending_file, self.root / adding[0])
             self._write_metadata(chunk, file, self.root / adding[1])
+            settle(*(self.root / name for name in adding))
             self._files += adding
             self._batches += 1
         commits.write_progress(self.root, self._info.total_episodes, self._files, progress)

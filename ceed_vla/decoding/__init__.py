@@ -59,8 +59,7 @@ def decode_block(
 
     The `prefix`, of ``backbone.prefill``, may be decoded several times. `previous` are tokens (B, n) of the last chunk
     (rows of -1 have none), of which `shift_steps` were executed since. Random guesses are drawn from `generator`; a new
-    one from ``config.seed`` if None, so that equal calls give equal guesses. For the others see `BlockRequest`.
-    `DecodeResult.actions` stays None.
+    one from ``config.seed`` if None, so that equal calls give equal guesses; see `BlockRequest`. No actions come.
 
     Raises:
         ConfigError: Settings that do not fit the block.
@@ -84,6 +83,7 @@ def decode_block(
         config=config,
         guess=guess,
         tokens_per_step=tokens.tokens_per_step,
+        ordered=tokens.ordered,
         exact_dims=tokens.gripper_dims,
         executed_steps=executed_steps,
         frozen=frozen,

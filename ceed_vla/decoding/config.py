@@ -26,8 +26,7 @@ class DecodingConfig:
         tail: Of the slots behind the watched ones, after the first iteration: "kept" as it left them, or "fresh",
             computed again with every iteration. The tail is the next chunk's warm start.
         max_iterations: Hard cap, the paper's sigma; None for no cap.
-        confidence: Stop when the smallest probability mass within +-2 bins of the argmax, over the watched slots,
-            exceeds this; 1 never fires.
+        confidence: Stop when the least probability mass within +-2 bins of a watched slot's argmax exceeds this.
         exits: Exit rules that have no field here, by their names.
         deadline_s: Time for the block, counted from the start of decoding, after the prefill [s]. No further
             iteration starts when it would end later, judged by the last one. The first is always run.

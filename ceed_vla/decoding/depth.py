@@ -6,8 +6,7 @@
                             layers too, and go on
     sure3p0.3_conf0.2_cap2  the same for rows whose exit behind 3 layers is confident (DSSD)
 
-A shallow forward proves nothing and commits nothing: whatever it writes, the next one writes again. So `depth` without
-an exit rule stays exact.
+A shallow forward proves nothing and commits nothing: the next writes all again. So `depth` without an exit is exact.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, CutPrefix, Prefix
 from ceed_vla.decoding.exits import mass_near
+from ceed_vla.decoding.finite import check_rows, row_sums
 from ceed_vla.decoding.first import after, first_then_jacobi, rest
 from ceed_vla.decoding.jacobi import decode_jacobi
 from ceed_vla.decoding.registry import register_decoder
@@ -99,10 +99,12 @@ def _first_or_more(
     """
     started, depth = request.clock(), depths[-1]
     _check_layers(backbone, request, depths[0], depth)
-    if request.tokens_per_step is None:
-        raise ConfigError("Exits by depth (deer, sure) are of blocks of fixed length; variable lengths need jacobi.")
+    if request.tokens_per_step is None or not request.ordered:
+        raise ConfigError("Exits by depth (deer, sure) need tokens that are bins, a fixed number; others need jacobi.")
     tokens, given, watched = request.begin(backbone, prefix)
     scores, hidden = cast("Any", backbone).depth_logits(prefix, tokens[:, :-1], depths)
+    best = torch.cat([prefix.logits.amax(-1, keepdim=True), *(found.amax(-1) for found in scores)], dim=1)
+    check_rows(row_sums(best, backbone).cpu().numpy())
     state, batch, cut = after(tokens, scores[-1], given), len(tokens), isinstance(prefix, CutPrefix)
     done = ends(tokens, scores, given, watched).cpu()  # (B,)
     proven, ran = torch.full((batch,), given if cut else max(given, 1)), depth if cut else backbone.num_layers

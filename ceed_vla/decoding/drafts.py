@@ -58,6 +58,8 @@ def decode_drafts(
     started, batch, n = request.clock(), len(prefix.logits), backbone.block_length
     if request.stop is not None or request.tokens_per_step is None:
         raise ConfigError("Drafts (ngram, spec, del) are of blocks of fixed length; variable lengths need jacobi.")
+    if near and not request.ordered:
+        raise ConfigError("Drafts that are only near (spec<K>x<L>r<R>) need tokens that are bins.")
     refuse_jacobi_settings(request.config)
     tokens, given, watched = request.begin(backbone, prefix, guessed=drafter.whole_first)  # (B, n)
     check_rows(row_sums(prefix.logits.amax(-1, keepdim=True), backbone).cpu().numpy())

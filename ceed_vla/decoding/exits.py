@@ -139,15 +139,15 @@ class Changed(Agreement):
 
 @register_exit(r"cap(?P<max_iterations>\d+)", "cap<K>", "at most K forwards")
 class Cap(ExitRule):
-    """So many iterations are done. Half a chunk serves nobody: rows that cannot be read go on to their fixed point."""
+    """So many iterations are done. Rows that cannot be read then go on to their fixed point."""
 
     reason, field, kind = "max_iterations", "max_iterations", int
 
     def __init__(self, max_iterations: int | str) -> None:
         self.most = int(max_iterations)
 
-    def ends(self, seen: Seen, measured: np.ndarray | None) -> np.ndarray | bool:
-        return seen.readable() if seen.iteration == self.most else False
+    def ends(self, seen: Seen, measured: np.ndarray | None) -> bool:
+        return seen.iteration == self.most
 
 
 @register_exit(r"deadline(?P<deadline_s>\d*\.?\d+)", "deadline<MS>", "or MS ms are over")

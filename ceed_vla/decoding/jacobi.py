@@ -4,8 +4,7 @@
 
 In a causal model the first slot that an iteration changes is itself right afterwards: everything before it
 was a fixed point already. So every iteration proves at least one more token, the proven ones are committed to
-the cache and never computed again, and the fixed point, reached in fewer than ``n`` iterations, is the greedy
-autoregressive block.
+the cache and never computed again, and the fixed point, in fewer than ``n`` iterations, is AR's greedy block.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
     """
     started = last = request.clock()
     batch, n = prefix.logits.shape[0], backbone.block_length
-    rules = exit_rules(request.config, ordered=request.stop is None)
+    rules = exit_rules(request.config, ordered=request.ordered and request.stop is None)
     tokens, given, watched = request.begin(backbone, prefix)  # (B, n)
     best = prefix.logits.amax(-1, keepdim=True)
     sums = row_sums(best, backbone)  # (B, 1), of all scores so far; the first ones travel with those of an iteration
@@ -89,7 +88,8 @@ def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> 
         seen = Seen(forwards, rows.exact, watched, moved, *times, readable)
         last = now
         for rule, mine in zip(rules, measured, strict=True):
-            rows.end(ended(rule, seen, mine), rule.reason, forwards)
+            ends = ended(rule, seen, mine)  # half a chunk serves nobody
+            rows.end(ends & readable() if np.any(ends) else ends, rule.reason, forwards)
 
         if states is not None:
             states.append(tokens.clone())

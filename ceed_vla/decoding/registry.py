@@ -22,8 +22,7 @@ class Entry:
         shown: Its name in messages: "cap<K>".
         meaning: In a few words; none for what is not shown.
         make: The decoder, or the class of the rule.
-        ladder: Names of it that calibration and search try, from the strictest to the loosest; "{exit}" in them stands
-            for the depth of an exit.
+        ladder: Names of it that calibration and search try, from the strictest on; "{exit}" is an exit's depth.
     """
 
     pattern: str

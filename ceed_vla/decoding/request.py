@@ -26,9 +26,9 @@ class BlockRequest:
 
     Attributes:
         config: What ends decoding.
-        guess: (B, n) int64, the first state; slot 0 is not read, as the prefix knows it. AR takes the tokens that it
-            does not decode from it.
+        guess: (B, n) int64, the first state; slot 0 is not read, as the prefix knows it. AR fills up from it.
         tokens_per_step: Tokens of one step; None where tokens belong to no step.
+        ordered: Whether neighbouring tokens stand for neighbouring actions.
         exact_dims: Dimensions of a step that stay exact where others may be near.
         executed_steps: Steps ``h`` that are executed before the next replan; None for all.
         frozen: (B, k * tokens_per_step) int64, given tokens of the first ``k`` steps, which stay.
@@ -44,6 +44,7 @@ class BlockRequest:
     config: DecodingConfig = field(default_factory=DecodingConfig)
     guess: Tensor | None = None
     tokens_per_step: int | None = 1
+    ordered: bool = True
     exact_dims: tuple[int, ...] = ()
     executed_steps: int | None = None
     frozen: Tensor | None = None
@@ -93,8 +94,7 @@ class BlockRequest:
 
     def begin(self, backbone: Backbone, prefix: Prefix, guessed: bool = True) -> tuple[Tensor, int, int]:
         """What a decoder starts from, behind a prefix that is rolled back: the guess (B, n) with the frozen tokens, or
-        the prefix's own first one, on the prefix's device; how many are frozen; and the end ``M`` of the slots that
-        must be right.
+        the prefix's own first one, on the prefix's device; how many are frozen; and the end ``M`` of the watched slots.
 
         Without a guess, which only some need to be `guessed`, the state is 0. `TokenError` and `ConfigError` for a
         guess, frozen tokens or executed steps that do not fit.

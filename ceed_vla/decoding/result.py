@@ -24,8 +24,7 @@ class DecodeResult:
             - "stop": the stop token of a variable-length vocabulary is proven; the rest of the block is
               filled with it. Rows of such a vocabulary that end otherwise have no proven stop token.
             - "converged": every token of the block is proven equal to greedy AR.
-            - "stable": every token of the executed steps is proven, the tail is not (only with
-              ``watch="executed"``).
+            - "stable": every token of the executed steps is proven, the tail not (``watch="executed"``).
             - "confidence": the watched slots are confident enough.
             - "max_iterations": the cap.
             - "deadline": the next iteration would have ended too late.

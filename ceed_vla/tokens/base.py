@@ -48,6 +48,7 @@ class ActionTokens(abc.ABC):
         vocabulary_size: Values ``V`` of one token.
         tokens_per_step: Tokens of one step, in order of time; None where a token belongs to no step. Then nothing can
             be frozen, and a block is executed as a whole or not at all.
+        ordered: Whether neighbouring tokens stand for neighbouring actions, as the settings say.
         stop: Token behind which a block holds nothing; None where every block is full.
         zero: (n,) int64, the block nearest "do not move".
         gripper_dims: Two-valued dimensions, as non-negative indices.
@@ -62,6 +63,7 @@ class ActionTokens(abc.ABC):
     block_length: int
     vocabulary_size: int
     tokens_per_step: int | None
+    ordered: bool = True
     stop: int | None = None
     zero: Tensor
     gripper_dims: tuple[int, ...] = ()
@@ -81,8 +83,7 @@ class ActionTokens(abc.ABC):
     def decode(self, tokens: Tensor) -> Tensor:
         """Actions (B, m, A) float32 [action units] of `tokens` (B, n).
 
-        `TokenError` for another shape or what lies outside the vocabulary, `MalformedChunkError` for rows that stand
-        for no chunk.
+        `TokenError` for another shape or what lies outside the vocabulary, `MalformedChunkError` for rows of no chunk.
         """
 
     def readable(self, tokens: Tensor) -> Tensor:

@@ -46,8 +46,7 @@ class FastCodec:
     def fit(cls, chunks: Tensor, vocabulary_size: int, scale: float) -> FastCodec:
         """Learn the encoding of `chunks` (N, m, A), normalised to about [-1, 1]; `ConfigError` if they need more ids.
 
-        Every character is one id and merges join whole characters, so an id always stands for a fixed number of
-        coefficients (`id_lengths`).
+        Every character is one id and merges join whole characters, so an id stands for `id_lengths` coefficients.
         """
         if chunks.ndim != 3 or not chunks.numel():
             raise ConfigError(f"Chunks of shape {tuple(chunks.shape)} cannot be fitted; expected (N, m, A).")

@@ -59,8 +59,7 @@ class OpenVLATokenizer(ActionTokens):
 
     Dimensions in `mask` are normalised, ``x = 2 (a - q01) / (q99 - q01) - 1``, the others (the gripper) stay. `x` in
     [-1, 1] falls between two of ``V`` equidistant edges; token ``v`` decodes to the middle of edges ``v`` and ``v +
-    1``, and the last token, which only ``x = 1`` gets, to the last middle. `ConfigError` for quantiles that fit no
-    action.
+    1``, and the last token, which only ``x = 1`` gets, to the last middle. `ConfigError` for quantiles of no action.
     """
 
     def __init__(self, settings: OpenVLATokensConfig, chunk_steps: int) -> None:

@@ -138,8 +138,7 @@ class ActionTokenizer(ActionTokens):
 def ranges_from_stats(
     stats: Mapping[str, Any], mode: str, gripper_dims: Sequence[int] = (), num_bins: int = 255
 ) -> tuple[list[float], list[float]]:
-    """Lows and highs, ``A`` values each [action units], of an `ActionTokenizer` from the action statistics of a data
-    set.
+    """Lows and highs (A,) [action units] of an `ActionTokenizer` from the action statistics of a data set.
 
     With an odd `num_bins` the ranges of values on both sides of zero are made symmetric about it, so zero is a bin
     centre; where it is the least or largest value it is an end. Gripper dimensions keep their minimum and maximum,

@@ -38,8 +38,7 @@ class Episode:
 def command_timing(sent: Sequence[int], windows: Sequence[Window]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What ros.json and details.json say of commands `sent` in windows [ns]; pauses between windows do not count.
 
-    Jitter is |interval - period|; an interval longer than `MISSED` periods is a missed tick. `ConfigError` if no window
-    has two commands.
+    Jitter is |interval - period|; one longer than `MISSED` periods is a missed tick. `ConfigError`: no window of two.
     """
     times = np.sort(np.asarray(sent, dtype=np.int64))
     parts = [times[(times >= start) & (times <= end)] for start, end in windows]

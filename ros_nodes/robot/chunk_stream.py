@@ -67,8 +67,7 @@ class StreamCounters:
 class ChunkStream:
     """Which action each step executes, when the next chunk is due, and how many steps it will take.
 
-    `plan` is asked whenever a request could be sent; `offer` or `cancel` follows. At every boundary of the step grid
-    `target` consumes one step.
+    `plan` is asked whenever a request could be sent; `offer` or `cancel` follows. `target` takes a step at a boundary.
 
     Args:
         chunk_steps: ``m``.

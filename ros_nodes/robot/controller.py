@@ -228,7 +228,7 @@ class PolicyController:
         elif now - blind_since > BLIND_HOLD:
             return True
         if self._safety.stopped is not None:
-            return self._silent  # an arm that was commanded is held; one that was left alone is left alone
+            return self._silent or self.conflict is not None  # a commanded arm is held; one left alone is left alone
         if not self._safety.enabled or self.conflict is not None:
             return True
         if known and (self._silent or blind_since is not None):
@@ -281,7 +281,8 @@ class PolicyController:
             self._begin_step()  # with the running chunk: the answer is late
         while self.grid.part > self.grid.ticks_per_step + 1e-6 and self.stream.started:
             self._begin_step()  # its first tick was missed
-        self._blend = min(self._blend + dt / self._blend_in, 1.0) if self._blend_in else 1.0
+        if hold is None and self._step_hold is None:
+            self._blend = min(self._blend + dt / self._blend_in, 1.0) if self._blend_in else 1.0
         share = (self.grid.part - self._start_part) / (self.grid.ticks_per_step - self._start_part)
         self._wanted = self._start + share * (self._motion.joints - self._start)
         blended = self._held + self._blend * (self._wanted - self._held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -50,8 +51,10 @@ class JointTable:
         merged = JointState(name=list(self._rows))
         rows = list(self._rows.values())
         for values in _FIELDS:
-            if all(getattr(row, values) for row, _ in rows):
-                setattr(merged, values, [getattr(row, values)[place] for row, place in rows])
+            given = [getattr(row, values) for row, _ in rows]
+            if any(given):  # a gripper's driver may tell positions alone
+                found = zip(given, rows, strict=True)
+                setattr(merged, values, [values[place] if values else math.nan for values, (_, place) in found])
         stamps = [seconds(row.header.stamp) for row, _ in rows]
         merged.header.stamp = rows[stamps.index(min(stamps))][0].header.stamp
         return merged, stamps

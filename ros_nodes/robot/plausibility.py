@@ -1,7 +1,6 @@
 """Whether joint states are whole, and can be true: a broken sensor, swapped names or another unit do what no arm does.
 
-An arm that is commanded from such a state moves at its limit, so `SafetyFilter` holds until an operator has looked.
-Free of ROS.
+An arm that is commanded from such a state moves at its limit, so `SafetyFilter` holds until somebody looks. No ROS.
 """
 
 from __future__ import annotations

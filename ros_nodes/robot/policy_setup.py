@@ -108,6 +108,12 @@ def check_fit(robot: RobotConfig, spec: PolicySpec) -> None:
             f"{robot.source} takes {robot.action_dim} (joints {', '.join(robot.arm.joints)}; gripper {gripper})."
         )
 
+    if robot.action.kind == "joint_position" and any(dim < len(robot.arm.joints) for dim in spec.delta_dims):
+        raise ConfigError(
+            f"The checkpoint {spec.checkpoint} gives increments (delta_dims {list(spec.delta_dims)}), and "
+            f"{robot.source} takes positions (joint_position); give it an action of kind joint_delta."
+        )
+
 
 def safety_limits(
     robot: RobotConfig,

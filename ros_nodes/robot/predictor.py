@@ -42,6 +42,7 @@ class PolicySpec:
     chunk_steps: int  # m
     n_action_steps: int  # steps that the checkpoint executes before it replans
     warmup_s: float  # time of the last warm-up call [s]
+    delta_dims: tuple[int, ...] = ()  # dimensions of actions that are increments
     decoding: str = ""  # name of the decoding that is used; "" for policies that have one way
 
 
@@ -269,7 +270,11 @@ class Predictor:
 
     def _decoding_config(self, name: str) -> Any:
         """The named configuration, for the steps that are executed before the next replan."""
+        from ceed_vla.decoding.registry import find_decoder
+
         steps, config = self._settings.replan_steps, self._policy.decoding_config(name)
+        if self._settings.engine == "compiled" and getattr(find_decoder(config.method)[0].make, "eager_only", False):
+            raise ConfigError(f"engine is compiled; {name} ({config.method}) runs eager only.")
         # Greedy decoding of all steps has no tail of guesses that the next chunk could freeze.
         return config if steps is None or config.method == "ar" else replace(config, watch="executed")
 
@@ -349,6 +354,7 @@ def declared_spec(checkpoint: str) -> PolicySpec:
             chunk_steps=int(config.get("chunk_size") or 0),
             n_action_steps=int(config.get("n_action_steps") or 0),
             warmup_s=0.0,
+            delta_dims=tuple(int(dim) for dim in config.get("delta_dims") or ()),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise CheckpointError(

@@ -83,9 +83,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Gripper:
-    """In the middle is the opening [m]: joints are measured, a policy says and reads, a driver is told each in a unit
-    of its own.
-    """
+    """In the middle is the opening [m]: joints, policies and drivers each have a unit of their own."""
 
     joints: tuple[str, ...]  # of the joint states
     measured: Linear  # from the sum of these joints to the opening [m]

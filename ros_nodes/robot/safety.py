@@ -223,8 +223,7 @@ class SafetyFilter:
         Args:
             positions: (J,) wanted [rad]; None only together with `hold`.
             gripper: Wanted opening [m]; None keeps the last one.
-            dt: Time since the last command [s]. The command changes by at most ``max_velocity * dt``, with `dt` cut
-                to `MAX_DT`.
+            dt: Time since the last command [s]. The command changes by at most ``max_velocity * min(dt, MAX_DT)``.
             ages: Input name -> age [s], None if it never came. Every input in ``limits.timeouts`` is checked.
             hold: The caller's own reason to hold: "starved", a worker that failed, ...
 
@@ -310,7 +309,9 @@ class SafetyFilter:
         slowest, fastest = last - reach, last + reach
         if limits.max_acceleration is not None:  # never faster than what can stop where it shall
             gain = limits.max_acceleration * dt
-            stop = np.sqrt(gain**2 + 2.0 * limits.max_acceleration * np.abs(wanted - last)) - gain
+            lowest = np.maximum(limits.position_low, measured - limits.max_step)
+            way = np.clip(wanted, lowest, np.minimum(limits.position_high, measured + limits.max_step)) - last
+            stop = np.sqrt(gain**2 + 2.0 * limits.max_acceleration * np.abs(way)) - gain
             slowest = last + dt * np.minimum(np.maximum(self._speed - gain, -stop), self._speed + gain)
             fastest = last + dt * np.maximum(np.minimum(self._speed + gain, stop), self._speed - gain)
         for kind, low, high in (

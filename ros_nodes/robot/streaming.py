@@ -90,7 +90,7 @@ class Streaming:
     def _show_plan(self, controller: PolicyController) -> None:
         """In a dry run: where the chunk that has just taken over would move arm and gripper."""
         chunk, _ = controller.stream.upcoming
-        if chunk in (0, self._shown) or self._planned is None:
+        if chunk in (0, self._shown) or self._planned is None or controller.stream.partial:
             return
         self._shown, dt = chunk, controller.grid.action_dt
         message = JointTrajectory(joint_names=[*self._setup.arm.joints, "gripper"])

@@ -1,7 +1,6 @@
 """The tabletop scene as a robot: publishes what a ros2_control arm with two cameras publishes, and obeys what it obeys.
 
-Physics and rendering share the executor's one thread: two 96 px images take about 1 ms and a period of physics 0.05 ms,
-so nothing has to run beside them.
+Physics and rendering share the executor's one thread: two 96 px images take about 1 ms, a period of physics 0.05 ms.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 A task of LeRobot's `MetaworldEnv` is the same simulation with the same seeds. Four things differ: `metaworld.MT1` is
 not made, which draws fifty scenes that nobody uses; images are rendered in the size that was asked for, without
-shadows, smoothed; the first one shows the goal of its own episode, not the last one's; an episode that is solved is not
-reset behind the caller's back.
+shadows, smoothed; the first one shows the goal of its own episode, not the last one's; a solved episode is not reset.
 """
 
 from __future__ import annotations
@@ -31,9 +30,7 @@ HAND_STEPS = 40  # until a hand that is sent somewhere is there
 
 
 class MetaworldTasks(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
-    """One environment for all tasks: ``reset(options={"task": name})`` chooses one; `SimulationError` for an unknown
-    one.
-    """
+    """One environment for all tasks: ``reset(options={"task": name})`` chooses one, else a `SimulationError`."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012 - Gymnasium's class attribute
     action_names, state_names = ACTION_NAMES, STATE_NAMES

@@ -44,7 +44,7 @@ class RecordConfig:
         instruction: The task in words, where the environment says nothing or other ones.
         policy_path: Checkpoint folder of the policy that drives in mode takeover.
         decoding: Decoder of that policy, by a name that `ceed-vla eval` knows: "ar", "ceed", "cap1" and so on.
-        executed_steps: Actions executed per chunk in mode takeover.
+        executed_steps: Actions executed per chunk in mode takeover; None: the policy's own.
         batch: Environments driven in lock step in mode takeover.
         workers: Processes that share the attempts; what is recorded does not depend on it.
         max_chunks: The policy drives 1 to `max_chunks` chunks before the expert takes over.
@@ -72,7 +72,7 @@ class RecordConfig:
     instruction: str = ""
     policy_path: Path | None = None
     decoding: str = "ar"
-    executed_steps: int = ranged(4, "[1, 4096]")
+    executed_steps: int | None = ranged(None, "[1, 4096]")
     batch: int = ranged(16, "[1, 1000]")
     workers: int = ranged(1, MOST)
     max_chunks: int = ranged(15, STEPS)

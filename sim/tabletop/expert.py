@@ -8,8 +8,7 @@ There is no phase variable. Where the arm is, what the fingers hold and where th
     otherwise                       -> approach the target down a funnel with open fingers, then close (or push)
 
 A *funnel* is a target height that grows with the horizontal error: far away the gripper travels high, near the target
-it comes down. Moves are proportional and saturate, so the motion is smooth and never waits on anything that images and
-`agent_pos` do not show.
+it comes down. Moves are proportional and saturate, so the motion is smooth and never waits on what a policy cannot see.
 """
 
 from __future__ import annotations

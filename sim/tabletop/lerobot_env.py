@@ -62,7 +62,7 @@ class CeedTabletopEnv(EnvConfig):
     sides: ClassVar[tuple[str, str]] = ("robot's right", "robot's left")  # the front camera faces the robot
 
     task: str | None = "all"
-    fps: int = ranged(10, "[1, 1000]")
+    fps: int = ranged(10, "[10, 10]")
     split: str = chosen("train", SPLITS)
     episode_length: int = ranged(MAX_EPISODE_STEPS, "[1, 100000]")
     image_size: int = ranged(96, f"[16, {MAX_IMAGE_SIZE}]")

@@ -17,7 +17,7 @@ from ceed_vla.decoding import prefill
 from ceed_vla.decoding.exits import mass_near
 from ceed_vla.decoding.speculation import PRIOR, _Online
 from ceed_vla.engine import compiled
-from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.errors import CheckpointError, ConfigError, NotFiniteError
 
 ROWS = 3
 
@@ -50,6 +50,24 @@ def test_without_an_exit_rule_tokens_are_greedy(
     assert (result.exact_tokens >= right).all()
     layers, forwards = result.layer_forwards, result.iterations
     assert (layers < 4 * (forwards + 1) if name[:3] in ("dep", "dee", "sur") else layers > 4 * forwards).all()
+
+
+def test_scores_that_are_not_finite_agree_on_nothing(student: tuple[Any, Any, Any], batch: dict[str, Any]) -> None:
+    policy, _, _ = student
+    for own in policy.backbone.exits.values():
+        own.linear.weight.fill_(torch.nan)
+    for name in ("deer3t255", "sure3p0.1"):
+        with pytest.raises(NotFiniteError):
+            policy.decode(batch, name)
+
+
+@pytest.mark.parametrize("name", ["deer3t4", "sure3p0.1", "conf0.2_cap2", "agree4", "spec1x4r2"])
+def test_what_compares_bins_needs_bins(student: tuple[Any, Any, Any], batch: dict[str, Any], name: str) -> None:
+    policy, _, _ = student
+    policy.tokenizer.ordered = False
+    with pytest.raises(ConfigError, match="bins"):
+        policy.decode(batch, name)
+    policy.decode(batch, "spec1x4"), policy.decode(batch, "gap0.5_cap2")
 
 
 @pytest.mark.parametrize("name", ["spec1x6r3", "spec2x3r40", "spec2x3r0"])
@@ -214,7 +232,9 @@ def test_they_are_a_file_beside_bit_equal_weights(
     again, _, _ = load(tmp_path)
     assert not any(p.requires_grad for own in again.backbone.exits.values() for p in own.parameters())
     assert torch.equal(again.decode(batch, "depth1_cap2").tokens, expected)
-    (tmp_path / EXITS).unlink()
+    other, own_pre, own_post = load("teacher")
+    save(tmp_path, other, own_pre, own_post)  # over it, and nothing of it stays
+    assert not (tmp_path / EXITS).exists()
     assert load(tmp_path)[0].backbone.exits == {}
 
 

@@ -233,9 +233,11 @@ def test_a_cap_ends_where_every_row_holds_a_chunk(toy: Toy, tokenizer: FastToken
     assert result.forwards == 1
     assert set(result.exit_reason) <= {"stop", "max_iterations"}
     assert tokenizer.readable(result.tokens).all()
+    late = toy_decode(toy, tokenizer, 0, DecodingConfig(guess="mid", deadline_s=1e-6))  # half a chunk serves nobody
+    assert tokenizer.readable(late.tokens).all()
     with pytest.raises(ConfigError, match="none can be frozen"):
         toy_decode(toy, tokenizer, 0, config, frozen=greedy.tokens[:, :7])
-    with pytest.raises(ConfigError, match="variable lengths need jacobi"):
+    with pytest.raises(ConfigError, match="others need jacobi"):
         toy_decode(toy, tokenizer, 0, DecodingConfig(method="sure1p0.5"))
     with pytest.raises(ConfigError, match="are no bins"):
         toy_decode(toy, tokenizer, 0, DecodingConfig(confidence=0.5))

@@ -178,6 +178,19 @@ def test_motion_begins_gently() -> None:
     assert loop.path[-1, 0] == pytest.approx(whole.path[-1, 0], abs=2 * CLIMB)
 
 
+def test_motion_begins_gently_behind_a_slow_first_chunk_too() -> None:
+    loop, usual = Loop(blend_in=2.0), Loop(blend_in=2.0)
+    loop.policy.delay = 2.5  # [s]
+    loop.run(2.6)
+    moving = len(loop.sent)
+    loop.policy.delay = usual.policy.delay
+    loop.run(0.3)
+    usual.run(0.4)
+    first = np.abs(np.diff(loop.path[moving - 10 :, 0])).max()
+    assert 0 < first < 0.5 * EVEN
+    assert first == pytest.approx(np.abs(np.diff(usual.path[:, 0])).max(), rel=0.5)
+
+
 def test_going_home_is_slow_needs_no_images_and_ends_disabled() -> None:
     loop = Loop()
     loop.run(3.0)

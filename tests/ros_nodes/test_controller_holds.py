@@ -93,6 +93,22 @@ def test_after_a_hold_without_joint_states_the_old_pose_is_never_sent_again(paus
     assert np.abs(np.array(sent_since(loop, count)) - held).max(axis=1).min() > 0.4
 
 
+def test_a_stopped_arm_is_left_to_another_commander() -> None:
+    loop = Loop()
+    loop.run(1.0)
+    loop.controller.estop("operator")
+    loop.run(0.2)
+    count = len(loop.sent)
+    loop.run(0.1)
+    assert sent_since(loop, count)  # held
+    loop.controller.conflict = "another node"
+    loop.run(0.05)
+    count = len(loop.sent)
+    loop.run(0.5)
+    assert not sent_since(loop, count)
+    assert loop.controller.state.mode == "stopped"
+
+
 def test_out_of_a_conflict_and_out_of_a_stop_motion_waits_for_joint_states() -> None:
     loop = Loop()
     loop.run(1.0)

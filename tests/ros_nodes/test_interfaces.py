@@ -72,9 +72,14 @@ def test_a_trajectory_stops_by_itself_inside_the_limits(arm: CommandedArm) -> No
     assert tuple(message.joint_names) == ROBOT.arm.joints
     first, last = message.points
     assert (first.time_from_start.nanosec, last.time_from_start.nanosec) == (10_000_000, 110_000_000)
-    np.testing.assert_array_equal(first.velocities, np.full(7, 100.0))
     np.testing.assert_array_equal(last.velocities, np.zeros(7))
     np.testing.assert_array_equal(last.positions, arm.high)  # 5 rad further on
+    part = np.linspace(0, 1, 101)[:, None]  # the controller's cubic between the points
+    start, speeds, rest = np.array(first.positions), np.array(first.velocities) * 0.1, np.array(last.positions)
+    way = start * (1 + 2 * part) * (1 - part) ** 2 + speeds * part * (1 - part) ** 2 + rest * part**2 * (3 - 2 * part)
+    assert (way <= arm.high + 1e-9).all()
+    slow = ROBOT.interface("joint_trajectory").message(command(arm, 0.5), arm).points[0]
+    np.testing.assert_array_equal(slow.velocities, np.full(7, 0.5))  # far from the limits nothing changes
 
 
 def test_a_twist_is_the_velocity_of_the_tool_and_corrects_what_it_lacks(arm: CommandedArm) -> None:

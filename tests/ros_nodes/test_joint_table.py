@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
@@ -9,6 +10,7 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from sensor_msgs.msg import JointState
 
 from ros_nodes.robot.joint_table import JointTable
+from ros_nodes.robot.plausibility import by_name
 from tests.ros_nodes.loop import stamp
 
 
@@ -33,14 +35,15 @@ def test_the_newest_of_every_joint_counts() -> None:
     assert list(table.take(state(3.0, finger=0.0))[0].name) == ["finger"]
 
 
-def test_velocities_and_efforts_are_merged_where_all_have_them() -> None:
+def test_velocities_and_efforts_are_merged_and_nan_where_a_driver_gives_none() -> None:
     table = JointTable(("a", "b"))
     one, other = state(1.0, a=0.1), state(1.0, b=0.2)
     one.velocity, one.effort, other.velocity = [1.0], [5.0], [2.0]
     table.take(one)
     merged, _ = table.take(other)
     assert list(merged.velocity) == [1.0, 2.0]
-    assert not merged.effort
+    np.testing.assert_array_equal(merged.effort, [5.0, np.nan])  # a gripper's driver takes nothing from the arm's
+    by_name(list(merged.name), merged.effort, ["a"], "efforts")
 
 
 def test_messages_that_contradict_themselves_come_back_and_change_nothing() -> None:

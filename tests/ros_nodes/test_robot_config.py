@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from ros_nodes.robot.interfaces.base import INTERFACES
 from ros_nodes.robot.messages import array_to_image
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Observations
+from ros_nodes.robot.policy_setup import check_fit
+from ros_nodes.robot.predictor import PolicySpec
 from ros_nodes.robot.robot_file import COMPONENTS, Arm, load_robot_config, packaged_config
 from sim.tabletop import arm, env, scene
 
@@ -424,3 +426,13 @@ def test_mappings_that_cannot_be_inverted_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=told):
         load_robot_config(write(tmp_path, example(**{part: change})))
+
+
+def test_increments_are_no_positions() -> None:
+    robot = load_robot_config()
+    positions = replace(robot, action=replace(robot.action, kind="joint_position"))
+    spec = PolicySpec("theirs", "ceed_vla", {}, {}, positions.action_dim, 8, 4, 0.0)
+    check_fit(positions, spec)
+    check_fit(positions, replace(spec, delta_dims=(positions.action_dim - 1,)))  # the gripper alone
+    with pytest.raises(ConfigError, match=r"theirs gives increments \(delta_dims \[0, 2\]\)"):
+        check_fit(positions, replace(spec, delta_dims=(0, 2)))

@@ -99,6 +99,7 @@ def test_options_that_cannot_work(change: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_from_the_shipped_student_to_a_checkpoint_with_names(tmp_path: Path) -> None:
     options = {"episodes": 3, "batch": 3, "threads": 1, "signals": ["agree"], "epsilons": [0.99, 0.02]}
+    options["executed_steps"] = 2
     folder = tmp_path / "calibrated"
     report = calibrate(CalibrateConfig(policy=CheckpointPath("student"), output_dir=str(folder), **options))
     assert report == json.loads((folder / "calibration.json").read_text())
@@ -106,6 +107,7 @@ def test_from_the_shipped_student_to_a_checkpoint_with_names(tmp_path: Path) -> 
     assert report["chosen"]["risk0.02"] == "jacobi_h"  # three episodes prove nothing
     policy, _, _ = load(folder / "checkpoint")
     assert policy.config.decodings == report["chosen"]
+    assert policy.config.n_action_steps == report["executed_steps"] == 2  # for which it was proven
     assert policy.decoding_config("risk0.02") == policy.decoding_config("jacobi_h")
     with pytest.raises(ConfigError, match=r"has no decoding 'risk0\.5'"):
         policy.decoding_config("risk0.5")

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.cli import COMMANDS, config_of
 from ceed_vla.cli_flags import parse_flags
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from sim import hooks
 from sim.grounding import GroundingConfig
@@ -34,6 +36,13 @@ def test_rounds_that_leave_their_seeds_are_refused(seed: int, rounds: int) -> No
     with pytest.raises(ConfigError, match="30000 to 39999"):
         TakeoverRecorder(CeedTabletopEnv(), 2, seed, rounds)
     TakeoverRecorder(CeedTabletopEnv(), 2, seed=39_998, rounds=1)
+
+
+def test_a_policy_of_another_robot_is_refused_before_it_is_trained() -> None:
+    policy = CeedVLAConfig.read(resolve_checkpoint("student"))
+    ClosedLoopValidation(CeedTabletopEnv()).check(policy)
+    with pytest.raises(ConfigError, match="wrist"):
+        ClosedLoopValidation(CeedTabletopEnv(cameras=["front"])).check(policy)
 
 
 @pytest.mark.slow

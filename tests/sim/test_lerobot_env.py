@@ -85,7 +85,7 @@ def test_success_is_reported_and_the_episode_freezes() -> None:
         ({"task": "juggle"}, "cube_in_bin"),
         ({"split": "test"}, "train, heldout, all"),
         ({"task": 5}, "task is 5"),
-        ({"fps": 0}, r"fps is 0; it must be a whole number in \[1, 1000\]"),
+        ({"fps": 20}, r"fps is 20; it must be a whole number in \[10, 10\]"),
         ({"episode_length": -1}, "episode_length is -1"),
         ({"image_size": 10**6}, "image_size is 1000000"),
         ({"cameras": ["front", "top"]}, "choose some of front, wrist"),

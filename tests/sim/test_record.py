@@ -339,6 +339,7 @@ def test_more_steps_than_a_chunk_has(tmp_path: Path, config: Any) -> None:
     options = {"mode": "takeover", "policy_path": Path("student"), "executed_steps": 99}
     with pytest.raises(ConfigError, match="executed_steps is 99; the policy's chunks have"):
         record(config(tmp_path / "set", **options))
+    assert config(tmp_path / "set", mode="takeover").executed_steps is None  # the policy's own
 
 
 def test_takeover_needs_a_policy(tmp_path: Path, config: Any) -> None:

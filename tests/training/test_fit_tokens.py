@@ -119,6 +119,7 @@ def test_the_command_writes_what_a_trainer_reads(studio: Any, tmp_path: Path) ->
     again = FastTokensConfig(scale=8.0)
     again.fit_chunks(all_chunks(stores, 4))
     assert again.merges == read.merges
+    assert read.gripper_dims == [6]  # the dimension of two values
     fit_tokens(config)  # its own file may be written again
     with pytest.raises(DatasetError, match="holds no actions"):
         fit_tokens(FitTokensConfig(roots=str(studio.grounding), output=str(tmp_path / "other.json")))

@@ -32,8 +32,7 @@ class CompactConfig(BackboneConfig):
         layers: Decoder layers.
         heads: Attention heads.
         mlp_width: Hidden width of the gated MLP.
-        early_readout: Numbers of a prefix token that the grounding target is regressed from before the trunk too, in
-            training; 0 for none.
+        early_readout: Numbers of a prefix token that training regresses the grounding target from too; 0 for none.
     """
 
     steps: ClassVar[tuple[str, ...]] = ("ceed_vla_instruction_words",)

@@ -131,8 +131,7 @@ def describe_model(folder: str | Path) -> dict[str, Any]:
 
 
 def action_statistics(folder: str | Path, unnorm_key: str = "") -> tuple[str, dict[str, Any]]:
-    """The data set by whose statistics actions are un-normalised, and its ``q01``, ``q99`` and ``mask``, ``A`` values
-    each.
+    """The data set by whose statistics actions are un-normalised, and its ``q01``, ``q99`` and ``mask``, each (A,).
 
     They lie in ``norm_stats`` of config.json; a fine-tuned model may have its own in dataset_statistics.json, which
     then count first. Where there are several, `unnorm_key` names the data set: `ConfigError` lists them if it

@@ -48,8 +48,7 @@ class OpenVLAImages:
 
     Published files hold a short form (``input_sizes``, ``interpolations``, ``means``, ``stds``, a strategy) and what it
     was expanded to (``tvf_...``). The expanded form counts where both are there, as in the reference. `sizes` has
-    ``[S, S]`` of every tower's pixels. `CheckpointError` for settings that are missing or unknown, or of different
-    numbers of towers.
+    ``[S, S]`` of every tower's pixels. `CheckpointError` for settings missing, unknown, or of other towers.
     """
 
     def __init__(self, settings: dict[str, Any], file: Path | str) -> None:

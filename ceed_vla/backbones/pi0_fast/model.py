@@ -6,8 +6,7 @@
 With the full vocabulary a token is any id of the text vocabulary, as LeRobot's own decoder chooses among all of
 them: greedy and strict Jacobi decoding give its tokens for any weights, while guesses, and whatever a Jacobi iteration
 writes behind a token that is not proven yet, are restricted to the ids that an action can hold. Restricted to actions,
-nothing else has a score at all. That reads 1 % of the head, which distillation needs, and differs only where LeRobot
-writes no action.
+nothing else has a score at all. That reads 1 % of the head, as distillation must; no action of LeRobot's differs.
 """
 
 from __future__ import annotations

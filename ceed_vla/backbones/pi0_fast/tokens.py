@@ -27,8 +27,7 @@ class Pi0FastTokenizer(VariableLengthTokens):
     """Chunks of normalised actions as pi0-FAST writes them; `settings` are a `Pi0FastTokensConfig`.
 
     Unlike LeRobot's detokeniser it neither fills up nor cuts off a chunk of another length, and a malformed one is an
-    error instead of zeros. With `scored` ids a token is any of these, otherwise an index into `action_ids` (N,), the
-    text ids that an action may hold.
+    error instead of zeros. A token is any of the `scored` ids, else an index into `action_ids` (N,).
     """
 
     def __init__(self, settings: Any, chunk_steps: int, action_dim: int) -> None:

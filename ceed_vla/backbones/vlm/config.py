@@ -26,8 +26,7 @@ class VLMConfig(TransformersConfig):
     Attributes:
         prompt: Text around ``{instruction}``, put into the model's chat format where it has one.
         cameras: "separate" images, or all cameras "stacked" from top to bottom into one (fewer tokens).
-        proprio: The state as "text", one action token a value at the end of the prompt (LLaVA-VLA), "projected" to
-            one token there, or "none".
+        proprio: The state as "text" (action tokens behind the prompt, LLaVA-VLA), one "projected" token, or "none".
         action_ids: Bins are the "last" ordinary ids of the tokenizer, the same downwards ("last_reversed", as OpenVLA
             and LLaVA-VLA), or "added" behind the tokenizer's.
         dtype: Type of the weights.

@@ -24,8 +24,7 @@ from ceed_vla.weights import check_floating, check_sizes, check_weights, weight_
 def load_model(folder: str | Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """Read an image-text-to-text model with all its weights.
 
-    `CheckpointError` for another model, one that needs code of its own, and weights that are damaged, incomplete or of
-    other sizes.
+    `CheckpointError` for another model, one that needs code of its own, and weights damaged, lacking or of other sizes.
     """
     folder = published_folder(folder, "backbone.path")
     config = read_json(folder / "config.json")

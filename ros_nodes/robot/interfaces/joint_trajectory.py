@@ -25,9 +25,11 @@ class JointTrajectories(ActionInterface):
         self._stop_time = settings.number("stop_time", 0.01, 1.0, default=0.1)  # [s]
 
     def message(self, command: Command, arm: CommandedArm) -> JointTrajectory:
-        stop = np.clip(command.positions + 0.5 * self._stop_time * command.velocities, arm.low, arm.high)
+        at, time = command.positions, self._stop_time  # faster, a cubic to a stop would overshoot the limits
+        speeds = np.clip(command.velocities, 3.0 * (arm.low - at) / time, 3.0 * (arm.high - at) / time)
+        stop = np.clip(at + 0.5 * time * speeds, arm.low, arm.high)
         points = [
-            _point(arm.period, command.positions, command.velocities),
+            _point(arm.period, at, speeds),
             _point(arm.period + self._stop_time, stop, np.zeros_like(stop)),
         ]
         return JointTrajectory(joint_names=list(arm.joints), points=points)

@@ -64,11 +64,12 @@ def decode_behind(
     They are continued greedily, or, where the policy's actions are increments (``config.delta_dims``), made up for:
     then no token behind them is the greedy one for certain.
     """
-    dims, tokens, width = policy.config.delta_dims, policy.tokenizer, policy.tokenizer.tokens_per_step
+    dims, tokens = policy.config.delta_dims, policy.tokenizer
     if frozen is None or not dims:
         return policy.decode(batch, frozen=frozen, executed_steps=executed_steps, **arguments)
     if not isinstance(dims, list) or not all(type(dim) is int and 0 <= dim < tokens.action_dim for dim in dims):
         raise ConfigError(f"delta_dims is {short(dims)}; they must be dimensions in [0, {tokens.action_dim - 1}].")
+    width = tokens.tokens_per_step
     given = BlockRequest(frozen=frozen, tokens_per_step=width).frozen_tokens(policy.backbone, len(frozen))
     behind = policy.config.n_action_steps if executed_steps is None else executed_steps
     executed_steps = min(given // width + behind, tokens.chunk_steps)

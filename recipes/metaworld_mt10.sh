@@ -23,7 +23,7 @@ record perturb perturb "${EPISODES:-440}" 1000
 demos="$out/data/perturb" takeover="$out/first/takeover/round_0"
 
 # 2. A teacher in two runs: it sees no action before it knows where things are, then one takeover round (DAgger); then on
-#    from there at half the learning rate. The gate lets two goals pass that are balls of 2 px in the air (README.md).
+#    from there at half the learning rate. The gate lets two goals pass that are balls of 3 px in the air (metaworld_mt10.md).
 train() { # name, and what differs
   finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli train $env --output_dir "$out/$1" \
     --grounding_roots "$out/data/ground,$out/data/balls" --threads 1 --resume "$(started "$1")" --validate_episodes 40 "${@:2}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,20 +61,24 @@ def test_time_to_rest_is_the_last_moving_state() -> None:
 @pytest.mark.slow
 def test_a_run_writes_its_numbers_and_a_bag(tmp_path: Path) -> None:
     rosbags = pytest.importorskip("rosbags.highlevel", reason="rosbags is not installed")
-    config = RosDemoConfig(episodes=2, task="push_cube", output_dir=str(tmp_path), stream_seconds=2.0, kill=True)
+    config = RosDemoConfig(
+        episodes=2, task="push_cube", output_dir=str(tmp_path / "run"), stream_seconds=2.0, kill=True
+    )
     with (tmp_path / "console.txt").open("w") as file:
         report = ros_demo(config, Console(file=file, width=100))
     assert list(report) == KEYS
-    assert json.loads((tmp_path / "ros.json").read_text()) == report
+    assert json.loads((tmp_path / "run" / "ros.json").read_text()) == report
     assert set(report["jitter_ms"]) == set(report["observation_to_command_ms"]) == {"p50", "p99"}
     assert set(report["decode_ms"]) == {"p50", "p95", "p99"}
-    details = json.loads((tmp_path / "details.json").read_text())
+    details = json.loads((tmp_path / "run" / "details.json").read_text())
     assert [episode["seed"] for episode in details["per_episode"]] == [50000, 50001]
     assert details["rest_after_kill_ms"] is not None
     assert details["commands"] > 300
     assert details["load"] > 0
     assert "policy node killed in mid-motion" in (tmp_path / "console.txt").read_text()
-    with rosbags.AnyReader([tmp_path / "bag.mcap"]) as reader:
+    with pytest.raises(ConfigError, match="did not make"):
+        ros_demo(replace(config, output_dir=str(tmp_path)))  # console.txt is somebody's
+    with rosbags.AnyReader([tmp_path / "run" / "bag.mcap"]) as reader:
         counts = {connection.topic: connection.msgcount for connection in reader.connections}
     assert counts["/forward_position_controller/commands"] >= details["commands"]
     assert {"/front/image_raw", "/wrist/image_raw", "/joint_states", "/diagnostics", "/sim/success"} <= set(counts)

@@ -235,6 +235,10 @@ def test_a_cap_ends_where_every_row_holds_a_chunk(toy: Toy, tokenizer: FastToken
     assert tokenizer.readable(result.tokens).all()
     late = toy_decode(toy, tokenizer, 0, DecodingConfig(guess="mid", deadline_s=1e-6))  # half a chunk serves nobody
     assert tokenizer.readable(late.tokens).all()
+    soon = DecodingConfig(guess="previous", deadline_s=1e-6)
+    late = toy_decode(toy, tokenizer, 0, soon, previous=greedy.tokens, shift_steps=0)
+    assert late.forwards == 1  # there is one already
+    assert set(late.exit_reason) <= {"stop", "deadline"}
     with pytest.raises(ConfigError, match="none can be frozen"):
         toy_decode(toy, tokenizer, 0, config, frozen=greedy.tokens[:, :7])
     with pytest.raises(ConfigError, match="others need jacobi"):

@@ -1,4 +1,4 @@
-"""KV caches of a prefix and one action block: append, commit, roll back. No other file touches them.
+"""KV caches of a prefix and one action block: append, commit, roll back. No other file touches their internals.
 
     positions   0 ........ P ........... P + c ............ P + c + t
                 | prefix   | committed   | written, not final          |

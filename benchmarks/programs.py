@@ -149,5 +149,5 @@ def programs(config: ProgramsConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command = Command("what programs are worth", "benchmarks.programs", "ProgramsConfig", "programs", "nothing written")
+    command = Command("what programs are worth", "benchmarks.programs ProgramsConfig programs")
     sys.exit(run("programs", command, sys.argv[1:]))

@@ -51,7 +51,7 @@ def save(
     folder = Path(path)
     with saving(folder, {}):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
             policy.save_pretrained(temporary, state_dict=weights)
             for part in (preprocessor, postprocessor):
                 part.save_pretrained(temporary)

@@ -161,6 +161,12 @@ class CeedVLAConfig(PreTrainedConfig):
         self.packages = sorted(names - {"ceed_vla", "__main__"})
         super()._save_pretrained(save_directory)
 
+    def forget(self) -> None:
+        """Drop the names that only this checkpoint has: what they were measured on has changed."""
+        self.decodings = {}
+        if OWN.fullmatch(self.decode_with):
+            self.decode_with = CEED
+
     def named(self, decoding: str | DecodingConfig) -> DecodingConfig:
         """The decoding that a name stands for, of this checkpoint; see `named_config`."""
         return named_config(decoding, self.decoding, self.decodings)

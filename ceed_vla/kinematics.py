@@ -23,7 +23,7 @@ _UNWIND = 0.3  # of a joint per call on the way to another branch [rad]
 _LIMIT_MARGIN = 0.02  # [rad]
 _SLACK = (0.005, 0.05)  # [m], [rad]: distance of the joint targets at which the commanded pose follows them
 _ROTATION_WEIGHT = 0.3  # [m/rad]: how much one radian counts against one metre
-_NEXT, _AFTER = [1, 2, 0], [2, 0, 1]  # cyclic successors of x, y, z, for cross products
+NEXT, AFTER = [1, 2, 0], [2, 0, 1]  # cyclic successors of x, y, z, for cross products
 
 
 def rotation(axis: int, angle: float) -> Array:
@@ -48,7 +48,7 @@ def turn_matrix(vector: Array) -> Array:
 
 def turn_vector(matrix: Array) -> Array:
     """Rotation vector (3,) [rad] of a rotation matrix; the inverse of `turn_matrix` for less than half a turn."""
-    sine = 0.5 * (matrix[_AFTER, _NEXT] - matrix[_NEXT, _AFTER])
+    sine = 0.5 * (matrix[AFTER, NEXT] - matrix[NEXT, AFTER])
     size, cosine = float(np.linalg.norm(sine)), 0.5 * (float(np.trace(matrix)) - 1.0)
     if size > 1e-6:
         return sine * (np.arctan2(size, cosine) / size)
@@ -169,7 +169,7 @@ class ArmKinematics(ABC):
         """Weighted error (6,) of the pose at `q`; up to 2 rad the rotation counts by its sine, as cheap and as good."""
         tip, current = self.pose(q)
         relative = matrix @ current.T
-        turn = 0.5 * (relative[_NEXT, _AFTER] - relative[_AFTER, _NEXT])
+        turn = 0.5 * (relative[NEXT, AFTER] - relative[AFTER, NEXT])
         if relative[0, 0] + relative[1, 1] + relative[2, 2] < 1.0 + 2.0 * np.cos(2.0):
             turn = -turn_vector(relative)
         return np.concatenate([position - tip, -_ROTATION_WEIGHT * turn])

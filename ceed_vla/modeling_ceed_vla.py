@@ -139,11 +139,14 @@ class CeedVLAPolicy(PreTrainedPolicy):
     def to(self, *arguments: Any, **options: Any) -> Any:
         """As torch's; `ConfigError` if there is no such device or type."""
         try:
-            for own in (*self.backbone.exits.values(), *self.backbone.context):
-                own.to(*arguments, **options)
             return super().to(*arguments, **options)
         except (RuntimeError, TypeError, ValueError, OverflowError, AssertionError) as error:
             raise ConfigError(f"It cannot move to {short(arguments or options)} ({short(error)}).") from error
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # what moves or converts it; these are no submodules
+        for own in (*self.backbone.exits.values(), *self.backbone.context):
+            own._apply(fn)
+        return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> CeedVLAPolicy:
         """As torch's, for true or false only."""
@@ -216,6 +219,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
         started = time.perf_counter()
         with runs(self.backbone):
             prefix = prefill(self.backbone, batch, config)
+            if prefix.logits.is_cuda:  # or its time, and a deadline's, would be that of its launches
+                torch.cuda.synchronize(prefix.logits.device)
             prefilled = time.perf_counter()
             result = decode_block(
                 self.backbone,

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console
 
 import sim.rivals
 from ceed_vla.backbones.compact.config import CompactConfig
@@ -49,7 +48,6 @@ class BenchConfig(EvalConfig):
         decoders: As for `ceed-vla eval`, beside ar and ar_h; empty for the usual rivals, the checkpoint's own names,
             what its exits can, and the teacher's.
         output_dir: Folder for bench.json, bench.md, pareto.png and what `ceed-vla eval` writes.
-        engine: As for `ceed-vla eval`.
     """
 
     decoders: str = ""
@@ -59,7 +57,7 @@ class BenchConfig(EvalConfig):
     engine: str = chosen("fastest", ENGINES)
 
 
-def bench(config: BenchConfig, console: Console | None = None) -> dict[str, Any]:
+def bench(config: BenchConfig) -> dict[str, Any]:
     """Run all rows as `evaluate` does and write what they are over the floor; returns ``bench.json``.
 
     Raises:
@@ -74,7 +72,7 @@ def bench(config: BenchConfig, console: Console | None = None) -> dict[str, Any]
         rows += program_rows(policy)
         config.decoders = ",".join([*rows, *[TEACHER_ROWS] * bool(config.teacher.path)])
     config.decoders = f"ar,ar_h,{config.decoders}"  # everything is compared with them
-    report = evaluate(config, console, lambda bundles: {"act": sim.rivals.act(bundles["policy"])})
+    report = evaluate(config, None, lambda bundles: {"act": sim.rivals.act(bundles["policy"])})
     result = {**report, "decoders": rows_of(report)}
     folder = Path(config.output_dir)
     if report["timing"]:

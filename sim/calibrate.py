@@ -31,7 +31,7 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY, claim_folder, default_console
-from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, observation_batch, turns
+from sim.environment import VALIDATION_SEED, Bundle, EnvPool, check_choice, flags, joined, observation_batch, turns
 from sim.rollout import Chunk, PolicyRunner, rollout, success_entry
 from sim.settings import DrivenConfig
 from sim.timing import bare_parts, collect_observations, measure, percentiles
@@ -75,6 +75,8 @@ class CalibrateConfig(DrivenConfig):
         super().__post_init__()
         if not (self.signals or self.decoders) or not self.epsilons:
             raise ConfigError(f"--signals is {self.signals}, --epsilons {self.epsilons}; give some of both.")
+        if not self.names:
+            check_choice(self.seed, self.episodes)
         for name in self.names:
             if named_config(name).deadline_s is not None:
                 raise ConfigError(
@@ -111,22 +113,14 @@ def is_off(tokenizer: Any, tokens: Tensor, exact: Tensor, steps: int) -> Tensor:
 
 @dataclass
 class Measured:
-    """What a decoder did.
-
-    Attributes:
-        risks: (E,) share of off chunks of every episode.
-        forwards: Forwards of every chunk.
-        layers: Layers of every chunk, of its block and its prefix.
-        solved: Whether every episode was solved.
-        deadline_ms: What one must allow for so many forwards, where they are bounded.
-    """
+    """What a decoder did."""
 
     name: str
-    risks: NDArray[np.float64]
-    forwards: NDArray[np.float64]
-    layers: NDArray[np.float64]
-    solved: list[bool]
-    deadline_ms: float | None = None
+    risks: NDArray[np.float64]  # (E,) share of off chunks of every episode
+    forwards: NDArray[np.float64]  # forwards of every chunk
+    layers: NDArray[np.float64]  # layers of every chunk, of its block and its prefix
+    solved: list[bool]  # whether every episode was solved
+    deadline_ms: float | None = None  # what one must allow for so many forwards, where they are bounded
 
     def entry(self, epsilons: Sequence[float]) -> dict[str, Any]:
         """For the report."""
@@ -172,7 +166,7 @@ def bootstrap(risks: NDArray[np.float64], draws: int = 10_000) -> tuple[float, f
     return float(low), float(high)
 
 
-def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[str, Any]:
+def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     """Choose a threshold for every epsilon, write them into a copy of the policy, and return calibration.json.
 
     Raises:
@@ -203,10 +197,11 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> dict[s
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / name, json.dumps(report, indent=2))
     if not config.names:
-        others = {name: meant for name, meant in policy.config.decodings.items() if not name.startswith("risk")}
+        stale = ("risk",) if config.executed_steps == policy.config.n_action_steps else ("risk", "plan", "learned")
+        others = {name: meant for name, meant in policy.config.decodings.items() if not name.startswith(stale)}
         policy.config.decodings, policy.config.n_action_steps = {**others, **chosen}, int(config.executed_steps or 1)
         save(folder / CHECKPOINT, policy, pre, post)
-    _print(report, console or default_console(), folder / name)
+    _print(report, default_console(), folder / name)
     return report
 
 

@@ -21,23 +21,14 @@ DECODERS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a report.
+    """One row of a report."""
 
-    Attributes:
-        name: As asked for, e.g. ``"teacher_cap4"``.
-        model: ``"policy"`` or ``"teacher"``.
-        decoding: The decoding with every field resolved.
-        delay: Control steps that pass while a chunk is decoded.
-        suffix: What the name says of the delay.
-        draft: The policy's decoding from whose chunk the teacher begins; "" for none.
-    """
-
-    name: str
-    model: str
-    decoding: DecodingConfig
-    delay: int = 0
-    suffix: str = ""
-    draft: str = ""
+    name: str  # as asked for, e.g. ``"teacher_cap4"``
+    model: str  # ``"policy"`` or ``"teacher"``
+    decoding: DecodingConfig  # the decoding with every field resolved
+    delay: int = 0  # control steps that pass while a chunk is decoded
+    suffix: str = ""  # what the name says of the delay
+    draft: str = ""  # the policy's decoding from whose chunk the teacher begins; "" for none
 
     def delayed(self, milliseconds: float, fps: int, suffix: str = "") -> Row:
         """This row where a chunk takes so long, rounded up to whole control steps; itself for 0."""

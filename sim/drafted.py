@@ -27,6 +27,10 @@ class DraftedRunner(PolicyRunner):
         if (own.block_length, own.action_tokens) != (other.block_length, other.action_tokens):
             raise ConfigError("A teacher can begin from its student's chunk only where both write the same tokens.")
 
+    @property
+    def alone(self) -> bool:
+        return self.draft.alone
+
     def decode(self, observations: Any, instructions: Any, previous: Any, frozen: Any = ()) -> list[Chunk]:
         """As `PolicyRunner.decode`, from the other one's chunk."""
         drafts = self.draft.decode(observations, instructions, previous, frozen)

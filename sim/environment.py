@@ -71,6 +71,15 @@ VALIDATION_SEED = 40_000
 EVALUATION_SEEDS = 50_000  # nothing is recorded, trained or tuned on seeds from here on
 
 
+def check_choice(seed: int, episodes: int) -> None:
+    """`ConfigError` where `episodes` from `seed` on, on which something is chosen, reach those of evaluation."""
+    if seed + episodes > EVALUATION_SEEDS:
+        raise ConfigError(
+            f"Choices would be made on the seeds {seed} to {seed + episodes - 1}; those from {EVALUATION_SEEDS} on are "
+            "for evaluation. Lower --seed or --episodes."
+        )
+
+
 @dataclass(frozen=True)
 class Privileged:
     """The meaning of an environment's `privileged_state` (E,).
@@ -246,12 +255,9 @@ class Environment:
         self._observation = None
         self.task, self.success, self.finished = other.task, other.success, other.finished
 
-    def scatter(self, rng: np.random.Generator) -> None:
-        self.inner.scatter(rng)
-        self._observation = None
-
-    def retarget(self, rng: np.random.Generator) -> None:
-        self.inner.retarget(rng)
+    def rearrange(self, how: str, rng: np.random.Generator) -> None:
+        """`scatter` or `retarget` of the unwrapped environment."""
+        getattr(self.inner, how)(rng)
         self._observation = None
 
     def needs(self, purpose: str, *names: str) -> None:
@@ -346,7 +352,7 @@ def check_features(policy: Any, config: EnvConfig) -> None:
     wanted = {name: tuple(feature.shape) for name, feature in (policy.input_features or {}).items()}
     wanted |= {ACTION: tuple(policy.action_feature.shape)}
     for name, shape in wanted.items():
-        resized = len(shape) == 3 and name in have  # images of other sizes are resized
+        resized = len(shape) == 3 and (name in have or ".empty_camera_" in name)  # other sizes are resized
         if name != OBS_ENV_STATE and have.get(name) != shape and not resized:
             raise ConfigError(
                 f"The policy reads or writes {name} {shape}, --env.type={config.type} has "

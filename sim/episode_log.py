@@ -80,7 +80,7 @@ class EpisodeLog:
             raise ConfigError(f"--reuse is {folder}, an evaluation with other {', '.join(other)}; nothing fits.")
         found = EpisodeLog(folder, theirs, self.plan, self.longest).read()
         same = {n: row for n, row in self.identity["decoders"].items() if theirs["decoders"].get(n) == row}
-        return {name: found[name] for name, row in same.items() if row["model"] in models}
+        return {n: found[n] for n, row in same.items() if {row["model"], *["policy"] * ("draft" in row)} <= models}
 
     def start(self, results: Results) -> None:
         """Write a file of `results`."""

@@ -187,8 +187,8 @@ def _decoders(config: EvalConfig) -> list[str]:
 
 def prepared(config: EvalConfig, pool: EnvPool, probes: Any) -> tuple[Evaluation, EpisodeLog]:
     """What is evaluated, with the episodes that are kept of a run before, and where episodes are written."""
-    if config.delay == "measured" and not config.timing_chunks:
-        raise ConfigError("--delay measured needs --timing_chunks, on which it is measured.")
+    if config.delay == "measured" and (not config.timing_chunks or min(config.delay_ms, default=0)):
+        raise ConfigError("--delay measured needs --timing_chunks and --delay_ms 0, on which it is measured.")
     config.limit_threads()
     bundles = load_bundles(config)
     executed = config.executed_steps or bundles["policy"][0].config.n_action_steps
@@ -268,7 +268,7 @@ def shards(config: EvalConfig) -> list[list[tuple[int, str]]]:
 def _whole_shards(config: EvalConfig, rows: Sequence[Row], results: Results) -> Results:
     """Without the episodes that cannot be gone on with: random guesses come from one source for a whole shard."""
     for row in rows:
-        if row.decoding.guess == "random":
+        if "random" in (row.decoding.guess, row.draft.rpartition("_")[2]):
             done = {episode.seed for episode in results[row.name]}
             whole = {seed for shard in shards(config) if done >= {s for s, _ in shard} for seed, _ in shard}
             results[row.name] = [episode for episode in results[row.name] if episode.seed in whole]

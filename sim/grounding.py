@@ -140,7 +140,7 @@ def _predictions(bundle: Bundle, config: GroundingConfig) -> tuple[NDArray[Any],
         for seed in seeds[start : start + _BATCH]:
             env.reset(seed, tasks[seed % len(tasks)])
             if hasattr(env.inner, "scatter"):
-                env.scatter(np.random.default_rng(seed))
+                env.rearrange("scatter", np.random.default_rng(seed))
             observations.append(env.observe())
             instructions.append(env.instruction)
             asked.append(env.task)

@@ -175,5 +175,5 @@ class TakeoverRecorder:
             root, self.env, self.episodes, "takeover", seed, resume=True, workers=PROCESSES,
             instruction=self.instruction, policy_path=policy.resolve(),
         )  # fmt: skip
-        logger.info("%s", record(config))
-        return [root]
+        logger.info("%s", summary := record(config))
+        return [root] if summary.frames else []

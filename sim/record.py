@@ -52,7 +52,13 @@ def record(config: RecordConfig) -> RecordSummary:
     `ConfigError` where `root` exists (without `resume`) or was recorded with other options, `DatasetError` where it is
     no recording or the disk is full. What was stored stays readable.
     """
-    _check_root(config)
+    occupied = config.root.exists() and (not config.root.is_dir() or any(config.root.iterdir()))
+    if occupied and not config.resume:
+        raise ConfigError(f"{config.root} exists; add --resume to continue it, or choose a new --root")
+    if occupied and not is_recording(config.root):
+        raise ConfigError(f"{config.root} was not written by `ceed-vla record`; choose a new --root")
+    if config.mode == "takeover" and config.policy_path is None:
+        raise ConfigError("mode takeover needs --policy_path, the checkpoint folder of the policy that drives")
     with (
         handled_by(),
         EnvPool(config.batch, config.env, config.instruction) as pool,
@@ -73,16 +79,6 @@ def record(config: RecordConfig) -> RecordSummary:
         finally:
             session.close()
     return RecordSummary(config.root, writer.episodes, writer.frames, session.attempts, dict(session.outcomes))
-
-
-def _check_root(config: RecordConfig) -> None:
-    occupied = config.root.exists() and (not config.root.is_dir() or any(config.root.iterdir()))
-    if occupied and not config.resume:
-        raise ConfigError(f"{config.root} exists; add --resume to continue it, or choose a new --root")
-    if occupied and not is_recording(config.root):
-        raise ConfigError(f"{config.root} was not written by `ceed-vla record`; choose a new --root")
-    if config.mode == "takeover" and config.policy_path is None:
-        raise ConfigError("mode takeover needs --policy_path, the checkpoint folder of the policy that drives")
 
 
 def unit_recorder(config: RecordConfig, pool: EnvPool) -> Callable[[range], list[Attempt]]:

@@ -143,6 +143,7 @@ def cells(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
         except KeyError:
             return _MISSING
 
+    agreed = entry.get("equal_to_ar")
     return (
         name,
         success_cell(entry),
@@ -152,15 +153,9 @@ def cells(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
         filled("{control_rate_hz:.0f}"),
         filled("{speedup_vs_ar:.1f}x"),
         filled("{decode_speedup_vs_ar:.1f}x"),
-        _agreement(entry.get("equal_to_ar")),
+        # Cut rather than rounded: only full agreement shows as 100 %.
+        _MISSING if agreed is None else "100 %" if agreed == 1 else f"{int(1000 * agreed) / 10:.1f} %",
     )
-
-
-def _agreement(value: float | None) -> str:
-    """Percent, cut rather than rounded: only full agreement shows as 100 %."""
-    if value is None:
-        return _MISSING
-    return "100 %" if value == 1 else f"{int(1000 * value) / 10:.1f} %"
 
 
 def success_cell(entry: Mapping[str, Any] | None) -> str:

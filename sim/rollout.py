@@ -30,25 +30,16 @@ SHARD = 20  # episodes that workers run side by side
 
 @dataclass
 class Chunk:
-    """One decoded chunk of one environment.
+    """One decoded chunk of one environment."""
 
-    Attributes:
-        tokens: (n,) int64.
-        actions: (m, A) float32, in the environment's units; None if the tokens stand for no chunk.
-        forwards: Forwards after the prefill that this row took.
-        block_layers: Layers that ran in these.
-        prefix_layers: Layers that the prefix ran through.
-        exit_reason: The rule that ended its decoding; "malformed" if the tokens stand for no chunk.
-        seconds: Wall time of the whole batch, by stage, and its size ("rows"). A latency only if rows is 1.
-    """
-
-    tokens: Tensor
-    actions: np.ndarray | None
-    forwards: int
-    exit_reason: str
+    tokens: Tensor  # (n,) int64
+    actions: np.ndarray | None  # (m, A) float32, in the environment's units; None if the tokens stand for no chunk
+    forwards: int  # forwards after the prefill that this row took
+    exit_reason: str  # the rule that ended its decoding; "malformed" if the tokens stand for no chunk
+    # Wall time of the whole batch, by stage, and its size ("rows"). A latency only if rows is 1.
     seconds: dict[str, float]
-    block_layers: int = 0
-    prefix_layers: int = 0
+    block_layers: int = 0  # layers that ran in these
+    prefix_layers: int = 0  # layers that the prefix ran through
 
     @property
     def warm_start(self) -> Tensor | None:
@@ -58,26 +49,19 @@ class Chunk:
 
 @dataclass
 class EpisodeResult:
-    """Outcome of one episode.
-
-    Attributes:
-        task: Task family.
-        success: Solved within the step limit.
-        steps: Control steps done.
-        forwards: Of every chunk, as the lists below: what `Chunk` says.
-        motion: How it moved, see `motion_of`; empty until the episode is over.
-    """
+    """Outcome of one episode."""
 
     seed: int
-    task: str = ""
+    task: str = ""  # task family
     instruction: str = ""
-    success: bool = False
-    steps: int = 0
-    forwards: list[int] = field(default_factory=list)
+    success: bool = False  # solved within the step limit
+    steps: int = 0  # control steps done
+    forwards: list[int] = field(default_factory=list)  # of every chunk, as the lists below: what `Chunk` says
     exit_reasons: list[str] = field(default_factory=list)
     block_layers: list[int] = field(default_factory=list)
     prefix_layers: list[int] = field(default_factory=list)
     seconds: list[dict[str, float]] = field(default_factory=list)
+    # How it moved, see `motion_of`; empty until the episode is over.
     motion: dict[str, float] = field(default_factory=dict)
 
 
@@ -144,7 +128,7 @@ class PolicyRunner:
                 rows = [row for row, tokens in enumerate(frozen) if len(tokens) == length]
                 given: tuple[Sequence[Any], ...] = (observations, instructions, previous, frozen)
                 parts: list[Any] = [[values[row] for row in rows] for values in given]
-                by_row |= zip(rows, self.decode(*parts), strict=True)
+                by_row |= zip(rows, PolicyRunner.decode(self, *parts), strict=True)
             return [by_row[row] for row in range(len(observations))]
         batch = observation_batch(observations, instructions)
         if self.preprocessor is not None:
@@ -199,22 +183,15 @@ def stack_previous(previous: Sequence[Tensor | None]) -> Tensor | None:
 
 @dataclass
 class Episode:
-    """One episode under way.
-
-    Attributes:
-        result: What has come of it so far.
-        limit: Most control steps.
-        previous: Tokens (n,) of the chunk before; None at the start.
-        rest: Its actions (k, A) that were not executed yet, and their tokens.
-        actions: Executed so far, (A,) each.
-    """
+    """One episode under way."""
 
     env: Environment
-    result: EpisodeResult
-    limit: int
-    previous: Tensor | None = None
+    result: EpisodeResult  # what has come of it so far
+    limit: int  # most control steps
+    previous: Tensor | None = None  # tokens (n,) of the chunk before; None at the start
+    # Its actions (k, A) that were not executed yet, and their tokens.
     rest: tuple[Sequence[Any], Tensor] = ((), torch.empty(0, dtype=torch.int64))
-    actions: list[np.ndarray] = field(default_factory=list)
+    actions: list[np.ndarray] = field(default_factory=list)  # executed so far, (A,) each
 
     @classmethod
     def start(cls, env: Environment, seed: int, task: str, limit: int) -> Episode:
@@ -230,24 +207,17 @@ class Episode:
 
 @dataclass
 class Replan:
-    """A moment at which a new chunk was decoded, and what followed until the next one.
-
-    Attributes:
-        previous: Tokens (n,) of the chunk before; None at the start.
-        step: Control steps done before this chunk.
-        views: Camera images after each executed step, if they were asked for.
-        success: Whether the episode was solved while this chunk ran.
-        finished: Whether the episode ended.
-    """
+    """A moment at which a new chunk was decoded, and what followed until the next one."""
 
     observation: Observation
     instruction: str
-    previous: Tensor | None
+    previous: Tensor | None  # tokens (n,) of the chunk before; None at the start
     chunk: Chunk
-    step: int
+    step: int  # control steps done before this chunk
+    # Camera images after each executed step, if they were asked for.
     views: list[dict[str, np.ndarray]] = field(default_factory=list)
-    success: bool = False
-    finished: bool = False
+    success: bool = False  # whether the episode was solved while this chunk ran
+    finished: bool = False  # whether the episode ended
 
 
 def replan(runner: PolicyRunner, episodes: Sequence[Episode], *, watch: bool = False) -> list[Replan]:

@@ -20,8 +20,9 @@ from ceed_vla.checkpoints import load
 from ceed_vla.decoding.exits import Seen
 from ceed_vla.decoding.learned import Group, Learned, features
 from ceed_vla.decoding.registry import register_exit
+from ceed_vla.errors import ConfigError
 from ceed_vla.workers import Workers
-from sim.environment import EnvPool, joined, observation_batch, turns
+from sim.environment import TAKEOVER_SEEDS, EnvPool, joined, observation_batch, turns
 from sim.rollout import SHARD, Episode, PolicyRunner, episode_runner, execute, replan, stack_previous, tokens_per_step
 
 Decision = tuple[int, str, int]  # seed, task, chunks before it
@@ -53,6 +54,9 @@ class SerialGroups:
 
     def outcomes(self, policy: str, decoders: Sequence[str], seeds: range) -> Iterator[Outcome]:
         """Whether each decoder solves each seed, and in how many chunks, as shards end."""
+        low, high = TAKEOVER_SEEDS
+        if not low <= seeds.start < seeds.stop <= high:
+            raise ConfigError(f"--seed and --scouts give {seeds}; those for training are {low} to {high - 1}.")
         tasks = turns(self.env)
         with EnvPool(1, self.env) as pool:  # before the first episode
             pool.env(0).needs("reinforce", "snapshot", "restore")

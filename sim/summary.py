@@ -70,7 +70,7 @@ def hardware(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gb": round(memory, 1),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
     }
 
 

@@ -32,7 +32,7 @@ from ceed_vla.outputs import MADE_BY, claim_folder, default_console
 from ceed_vla.workers import MOST, Workers
 from sim.bench import PARETO, pareto
 from sim.calibrate import CHECKPOINT, plain
-from sim.environment import VALIDATION_SEED, Bundle, EnvPool, flags, joined, turns
+from sim.environment import VALIDATION_SEED, Bundle, EnvPool, check_choice, flags, joined, turns
 from sim.plots import save_figure
 from sim.rollout import SHARD, PolicyRunner, episode_runner, success_entry
 from sim.settings import DrivenConfig
@@ -89,26 +89,21 @@ class TuneConfig(DrivenConfig):
     engine: str = chosen("eager", ENGINES)
     workers: int = ranged(1, MOST)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.seed, 2 * PLAY_OFF * self.episodes)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """One point on all axes.
+    """One point on all axes."""
 
-    Attributes:
-        signal: Exit rule with its threshold, such as "conf0.2"; "" for none.
-        cap: Most forwards; 0 for none.
-        fresh: Whether the tail is computed with every iteration.
-        guess: "mid", or "" for the previous chunk.
-        executed_steps: Steps executed of a chunk.
-        decoder: "" for Jacobi's; alone, "ceed" is the checkpoint's decoding.
-    """
-
-    signal: str = ""
-    cap: int = 0
-    fresh: bool = False
-    guess: str = ""
-    executed_steps: int = 4
-    decoder: str = ""
+    signal: str = ""  # exit rule with its threshold, such as "conf0.2"; "" for none
+    cap: int = 0  # most forwards; 0 for none
+    fresh: bool = False  # whether the tail is computed with every iteration
+    guess: str = ""  # "mid", or "" for the previous chunk
+    executed_steps: int = 4  # steps executed of a chunk
+    decoder: str = ""  # "" for Jacobi's; alone, "ceed" is the checkpoint's decoding
 
     @property
     def decoding(self) -> str:
@@ -325,7 +320,7 @@ class Search:
                 trial.layers += np.add(result.block_layers, result.prefix_layers).tolist()
 
 
-def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
+def tune(config: TuneConfig) -> dict[str, Any]:
     """Search, write plans.json and the plot, and return plans.json.
 
     Raises:
@@ -372,8 +367,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> dict[str, Any]:
         own = {name: plan.decoding for name, plan in found.items() if plan.executed_steps == steps}
         policy.config.decodings = {**others, **own}
         save(folder / CHECKPOINT, policy, pre, post)
-    console = console or default_console()
-    _print(report, console)
+    _print(report, console := default_console())
     console.print(f"Written: {folder / PLANS}, {folder / PARETO}", soft_wrap=True, highlight=False)
     return report
 

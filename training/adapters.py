@@ -61,6 +61,8 @@ def attach(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
 
 def attach_student(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
     """Put a student's adapter beside the teacher's, as its copy, or new ones where it has none; see `attach`."""
+    if config.targets != "language":
+        raise ConfigError(f"lora.targets is {config.targets}; what makes the prefix stays frozen in distillation.")
     own = _own_layers(policy, config.rank)
     for name in (KEPT, LEARNT) if own else (LEARNT,):
         _add(policy, name, own, config, "language")
@@ -126,10 +128,8 @@ def _add(policy: CeedVLAPolicy, name: str, own: list[str], config: LoRAConfig, t
 
 
 def adapted_layers(module: nn.Module) -> list[Any]:
-    try:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-    except ImportError:
-        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     return [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
 
 
@@ -169,7 +169,7 @@ def plain_weights(weights: Mapping[str, Tensor], scale: float, keep_adapters: bo
             plain[layer + A], plain[layer + B] = down, up
         else:
             base = plain[f"{layer}.weight"]
-            plain[f"{layer}.weight"] = (base.float() + up @ down.float()).to(base.dtype)
+            plain[f"{layer}.weight"] = (base.float() + up @ down.float()).to("cpu", base.dtype)
     return plain
 
 

@@ -28,7 +28,7 @@ def check_clipping(tokens: Any, stores: Sequence[FrameStore], most: float) -> No
     all. Data sets without actions are left out. A `ConfigError` names the dimension, the range and the share.
     """
     actions = [store.action for store in stores if store.action is not None]
-    if actions:
+    if actions and not tokens.normalised:  # whose range is that of no data set
         check_actions(tokens, np.concatenate(actions), most)
 
 

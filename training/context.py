@@ -88,6 +88,8 @@ def context(config: ContextConfig) -> Path:
     rows = data.draw(config.eval_frames, np.random.default_rng(config.seed), 0)
     views = find_views(Scored(data, rows)) if policy.backbone.view else []
     seen = {percent(view, policy.backbone.view): _rounded(frames.seeing(view)) for view in views}
+    if policy.backbone.context:
+        policy.config.forget()
     scorer.views = torch.tensor(views, dtype=torch.int64)
     policy.backbone.context = (scorer.requires_grad_(False),)
     save(output, policy, pre, post)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ceed_vla.checkpoints import load
 from ceed_vla.decoding import DecodingConfig
+from ceed_vla.decoding.exits import exit_rules
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, chosen, ranged
 from training.adapters import attach_student
@@ -115,6 +116,7 @@ class DistillRun(Run):
             max_iterations=config.max_iterations,
             confidence=config.confidence,
         )
+        exit_rules(student.config.decoding, student.tokenizer.ordered and student.tokenizer.stop is None)
         teacher = None
         if adapted:
             attach_student(student, config.lora)
@@ -206,16 +208,20 @@ class DistillRun(Run):
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
         """Strict iterations, agreement with the teacher and accuracy after one forward, on held-out frames."""
-        batch = self.data.batch(self.data.held_out)
-        strict = DecodingConfig(method="jacobi", guess="previous")
+        strict, size = DecodingConfig(method="jacobi", guess="previous"), self.config.batch_size // self.num_parts or 1
         # Sharded weights come together in the model's own forward only.
         decode = partial(self.model, "decode_student") if self.sharded else self.objective.decode_student
-        result = decode(batch, strict, batch["previous"])
-        once = decode(batch, replace(strict, max_iterations=1), batch["previous"])
-        iterations = result.iterations.float()
+        found = []
+        for rows in np.split(self.data.held_out, range(size, len(self.data.held_out), size)):
+            batch = self.data.batch(rows)
+            result = decode(batch, strict, batch["previous"])
+            once = decode(batch, replace(strict, max_iterations=1), batch["previous"])
+            agree = result.tokens == batch["fixed_point"], once.tokens == result.tokens
+            found.append((result.iterations.float(), *(same.float() for same in agree)))
+        iterations, teacher, once = (torch.cat(parts) for parts in zip(*found, strict=True))
         return {
             "iterations_mean": iterations.mean().item(),
             "iterations_p95": iterations.quantile(0.95).item(),
-            "teacher_agreement": (result.tokens == batch["fixed_point"]).float().mean().item(),
-            "one_forward_agreement": (once.tokens == result.tokens).float().mean().item(),
+            "teacher_agreement": teacher.mean().item(),
+            "one_forward_agreement": once.mean().item(),
         }

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lerobot.processor import NormalizerProcessorStep
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,6 +26,9 @@ from training.windows import row_windows
 
 # The teacher: (observation, guesses (B, n) or None) -> the fixed points (B, n) and, from guesses, all states (k, B, n).
 Decode = Callable[[dict[str, Any], Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+DECODED = 16  # frames of the sample that are decoded together
 
 
 @dataclass
@@ -72,7 +76,7 @@ class DistillData:
         if not self.stores:
             raise ConfigError("No data: set --roots to one or more recorded folders.")
         for store in self.stores:
-            check_fits(store, policy.config)
+            check_fits(store, policy.config, pre)
             if store.action is None:
                 raise DatasetError(f"{store.root} holds no actions; distil on demonstrations.")
         check_compatible(self.stores)
@@ -137,7 +141,8 @@ class DistillData:
         distance = torch.full((len(fixed),), torch.inf, device=actions.device)
         read = tokenizer.readable(fixed)  # a malformed chunk is infinitely far away
         chunks = tokenizer.decode(fixed[read])
-        distance[read] = chunk_distance(chunks, actions[read].clamp(low, high), valid[read], (high - low) / 2)
+        half = (high - low).clamp(min=1e-6) / 2
+        distance[read] = chunk_distance(chunks, actions[read].clamp(low, high), valid[read], half)
         return distance
 
 
@@ -177,6 +182,9 @@ class StoredData(DistillData):
             for part in np.split(own, range(4096, len(own), 4096)):
                 fixed = as_tokens(self.trajectories.fixed_point[rows[part]])
                 action, pad = store.chunks(self.frame[rows[part]], self.policy.config.chunk_size)
+                for step in self.pre.steps:
+                    if isinstance(step, NormalizerProcessorStep):
+                        action = step._normalize_action(action, inverse=False)
                 found[part] = self.distance(fixed, {"action": action, "action_is_pad": pad}).numpy()
         return found
 
@@ -207,7 +215,7 @@ class OnlineData(DistillData):
         self.split()
         distances = []
         sample = self._by_store(self.rows[: 4 * self.eval_frames])
-        for part in np.split(sample, range(self.eval_frames, len(sample), self.eval_frames)):
+        for part in np.split(sample, range(DECODED, len(sample), DECODED)):
             observation = self.observations(part)
             distances.append(self.distance(decode(observation, None)[0], observation).cpu())
         self.delta_max = float(torch.cat(distances).quantile(self.delta_quantile))

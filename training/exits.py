@@ -78,6 +78,8 @@ def exits(config: ExitsConfig) -> Path:
     torch.manual_seed(config.seed)
     policy, pre, post = load(config.policy_path, device=config.device)
     policy.requires_grad_(False)
+    if policy.backbone.exits:
+        policy.config.forget()
     policy.backbone.exits = made = make_exits(policy.backbone, config.layers, config.kind)
 
     def decode(batch: dict[str, Any], guess: Tensor | None) -> tuple[Tensor, Tensor | None]:

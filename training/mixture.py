@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ceed_vla.backbones.compact.words import InstructionWordsStep
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.data.frames import ACTION, STATE, FrameStore
 from ceed_vla.errors import DatasetError
@@ -70,11 +71,17 @@ def check_compatible(stores: Sequence[FrameStore]) -> None:
                 )
 
 
-def check_fits(store: FrameStore, config: CeedVLAConfig) -> None:
-    """Raise `DatasetError` unless a policy with `config` can read the store; images of other sizes are resized."""
+def check_fits(store: FrameStore, config: CeedVLAConfig, pre: Any) -> None:
+    """Raise `DatasetError` unless a policy with `config` can read the store; images of other sizes are resized.
+
+    `ObservationError` for an instruction that its pre-processor `pre` cannot read.
+    """
+    for step in pre.steps:
+        if isinstance(step, InstructionWordsStep):
+            list(map(step.encode, store.tasks))
     vectors = {STATE: config.robot_state_feature, ACTION: config.action_feature if ACTION in store.shapes else None}
     wanted = {name: tuple(feature.shape) for name, feature in vectors.items() if feature is not None}
-    wanted |= {camera: store.shapes.get(camera, (0,)) for camera in config.cameras}
+    wanted |= {camera: store.shapes.get(camera, (0,)) for camera in config.cameras if ".empty_camera_" not in camera}
     for name, shape in wanted.items():
         if store.shapes.get(name) != shape:
             raise DatasetError(

@@ -98,13 +98,15 @@ def open_loop(config: OpenLoopConfig) -> dict[str, Any]:
     stores = [open_dataset(root) for root in roots]
     check_compatible(stores)
     for store in stores:
-        check_fits(store, policy.config)
+        check_fits(store, policy.config, pre)
         if store.action is None:
             raise DatasetError(f"{store.root} holds no actions to compare with; it has {', '.join(store.shapes)}.")
     actions = np.concatenate([store.action for store in stores if store.action is not None])
     width, mean = np.ptp(actions, axis=0), actions.mean(0)  # (A,)
     width[width == 0] = 1.0
-    plans = [_replans(store, steps, math.ceil(config.chunks / len(stores))) for store in stores]
+    most = math.ceil(config.chunks / len(stores))  # of a data set
+    places = [np.arange(len(store)) - np.searchsorted(store.episode, store.episode) for store in stores]
+    plans = [np.flatnonzero(place % steps == 0)[:most] for place in places]
     moments = [(store, int(frame)) for store, plan in zip(stores, plans, strict=True) for frame in plan]
     episodes = [(str(store.root), int(store.episode[frame])) for store, frame in moments]
     constant: list[float] = []
@@ -139,12 +141,6 @@ def open_loop(config: OpenLoopConfig) -> dict[str, Any]:
     _print(report)
     print(f"Written: {folder / REPORT}, {folder / PICTURE}")
     return report
-
-
-def _replans(store: FrameStore, steps: int, most: int) -> NDArray[np.int64]:
-    """The first `most` frames (N,) at which a chunk begins, one after every `steps` of an episode."""
-    position = np.arange(len(store)) - np.searchsorted(store.episode, store.episode)
-    return np.flatnonzero(position % steps == 0)[:most]
 
 
 @torch.inference_mode()

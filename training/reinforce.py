@@ -72,17 +72,12 @@ class ReinforceConfig(Checked):
 
 @dataclass
 class Strata:
-    """Seeds by whether outcomes differ there.
+    """Seeds by whether outcomes differ there."""
 
-    Attributes:
-        episodes: Of every stratum (seed, task, chunks).
-        of: The stratum of every seed.
-        solved: Share of the episodes that many forwards solve, by stratum.
-    """
-
+    # Of every stratum (seed, task, chunks).
     episodes: dict[str, list[tuple[int, str, int]]] = field(default_factory=lambda: {DIFFER: [], ALIKE: []})
-    of: dict[int, str] = field(default_factory=dict)
-    solved: dict[str, float] = field(default_factory=dict)
+    of: dict[int, str] = field(default_factory=dict)  # the stratum of every seed
+    solved: dict[str, float] = field(default_factory=dict)  # share of the episodes that many forwards solve, by stratum
 
     def weight(self, stratum: str, drawn: int, total: int) -> float:
         """Of each of `drawn` groups among `total`: its stratum's share of chunks over its share of the groups."""
@@ -191,19 +186,12 @@ def drawn(config: ReinforceConfig, strata: Strata, random: np.random.Generator) 
 
 @dataclass
 class Table:
-    """All groups side by side, filled up to the longest: G groups of K states.
+    """All groups side by side, filled up to the longest: G groups of K states."""
 
-    Attributes:
-        seen: Features and a one for the bias, (G, K, F + 1).
-        advantage: (G, K).
-        last: (G,) index of the last state.
-        weight: (G,) of the groups.
-    """
-
-    seen: Tensor
-    advantage: Tensor
-    last: Tensor
-    weight: Tensor
+    seen: Tensor  # features and a one for the bias, (G, K, F + 1)
+    advantage: Tensor  # (G, K)
+    last: Tensor  # (G,) index of the last state
+    weight: Tensor  # (G,) of the groups
 
     def chances(self, head: Tensor) -> Tensor:
         """Chances (G, K) that a head (F + 1,) leaves in each state; in the last one it must."""

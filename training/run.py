@@ -21,7 +21,6 @@ from tqdm import tqdm
 from ceed_vla.checkpoints import save
 from ceed_vla.data.files import is_whole
 from ceed_vla.data.frame_stream import StreamingConfig
-from ceed_vla.decoding.names import CEED, OWN
 from ceed_vla.devices import check_device
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, raised_as
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, Checked, chosen, ranged
@@ -162,10 +161,8 @@ class Run:
         self.policy, self.pre, self.post = policy.train(), pre, post
         if check := getattr(self.closed_loop, "check", None):
             check(policy.config)
-        # They say nothing of the weights that come.
-        policy.config.decodings, policy.backbone.exits, policy.backbone.context = {}, {}, ()
-        if OWN.fullmatch(policy.config.decode_with):
-            policy.config.decode_with = CEED
+        policy.config.forget()  # nor do exits and scorer say anything of the weights that come
+        policy.backbone.exits, policy.backbone.context = {}, ()
         if self.settings.gradient_checkpointing:
             policy.backbone.recompute_activations()
         if not any(parameter.requires_grad for parameter in policy.parameters()):

@@ -6,7 +6,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from training.adapters import attach
 from training.clipping import check_clipping
 from training.defaults import Privileged, check_target, describe, named_terms, take_from_data
 from training.fit_tokens import fit_action_tokens
-from training.mixture import Mixture, check_fits
+from training.mixture import Mixture, check_compatible, check_fits
 from training.run import TAKEOVER, ClosedLoop, Run, RunConfig
 from training.settings import NONE_OR_COUNTS, NONE_OR_RATES, number_list, split_list
 
@@ -167,7 +167,7 @@ class TeacherRun(Run):
             self._check_split(config.grounding_batch, "grounding_batch")
         policy, pre, post = self._policy()
         for store in (*self.demonstrations, *self.grounding):
-            check_fits(store, policy.config)
+            check_fits(store, policy.config, pre)
         own = config.named_terms
         self.named = named_terms(policy.config, privileged) if own is None else own
         logger.info(describe(policy.config, policy.tokenizer, self.demonstrations[0], self.named))
@@ -191,6 +191,7 @@ class TeacherRun(Run):
         for store in self.demonstrations:
             if store.action is None:
                 raise ConfigError(f"{store.root} holds no actions; name it in --grounding_roots instead.")
+        check_compatible(self.demonstrations)
         if (self.config.grounding_steps or self.config.grounding_batch) and not self.grounding:
             logger.warning("No --grounding_roots: training without grounding frames.")
 
@@ -199,6 +200,8 @@ class TeacherRun(Run):
         if config.policy_path:
             adapted = config.lora.rank > 0
             policy, pre, post = load(config.policy_path, device=config.policy.device, merge_adapters=not adapted)
+            relaxed: dict[str, Any] = {"max_iterations": None, "confidence": None, "exits": (), "deadline_s": None}
+            policy.config.decoding = replace(policy.config.decoding, watch="block", **relaxed)
         else:
             chosen = deepcopy(config.policy)  # it is filled in; the settings can be used again
             stats = take_from_data(chosen, self.demonstrations, self.grounding, self.privileged)

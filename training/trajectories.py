@@ -54,7 +54,7 @@ class CollectConfig:
         guesses: Shares of previous, mid and random guesses.
         device: Where to decode.
         frame_stride: Visit every k-th frame of an episode; it must divide the policy's ``n_action_steps``.
-        max_frames: Stop after about so many frames, spread evenly over the episodes (0: all).
+        max_frames: About so many frames, of whole episodes drawn at random (0: all).
         batch_size: Frames decoded together.
         shard_index: This process's part, from 0.
         num_shards: Processes that share the work; under torchrun or `accelerate launch` leave both out.
@@ -122,7 +122,7 @@ def collect(config: CollectConfig) -> Path:
         config = replace(config, shard_index=int(rank), num_shards=int(world))
     if config.threads:
         torch.set_num_threads(config.threads)
-    policy, _, stores = found = _opened(config)
+    policy, pre, stores = found = _opened(config)
     steps = policy.config.n_action_steps
     if policy.tokenizer.vocabulary_size > MOST_TOKENS:
         raise ConfigError(
@@ -134,7 +134,7 @@ def collect(config: CollectConfig) -> Path:
     if not stores:
         raise ConfigError("No data: set --roots to one or more recorded folders.")
     for store in stores:
-        check_fits(store, policy.config)
+        check_fits(store, policy.config, pre)
     check_clipping(policy.tokenizer, stores, config.max_clipped)
     units = list(_work_units(stores, config))
     kept = "complete shards are kept; go on with --resume=true"

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -67,14 +67,6 @@ class Trunk(TransformersBackbone):
             else:
                 parameter.data.fill_(1)
         self.eval()
-
-    @property
-    def pretrained(self) -> PreTrainedModel:
-        return self.language_model
-
-    @property
-    def decoder(self) -> nn.Module:
-        return cast("nn.Module", self.language_model.model)
 
     @property
     def width(self) -> int:

@@ -21,17 +21,11 @@ View = tuple[tuple[int, int, int, int], ...]  # of every camera: first and end r
 
 @dataclass
 class Prefix[C: BlockCache]:
-    """A prefix that has been run.
+    """A prefix that has been run."""
 
-    Attributes:
-        logits: Scores (B, V) of the first action token.
-        cache: Keys and values of the prefix; decoders write the block behind them.
-        dropped: Tokens that were left out of it (`ceed_vla.backbones.context`).
-    """
-
-    logits: Tensor
-    cache: C
-    dropped: int = field(default=0, kw_only=True)
+    logits: Tensor  # scores (B, V) of the first action token
+    cache: C  # keys and values of the prefix; decoders write the block behind them
+    dropped: int = field(default=0, kw_only=True)  # tokens that were left out of it (`ceed_vla.backbones.context`)
 
     def moved(self, cache: StaticCache) -> Prefix[Any]:
         """The same in another cache, with logits that no later run of compiled code overwrites."""
@@ -40,15 +34,10 @@ class Prefix[C: BlockCache]:
 
 @dataclass
 class CutPrefix(Prefix[Any]):
-    """A prefix that only the first layers have seen; its logits are their exit's.
+    """A prefix that only the first layers have seen; its logits are their exit's."""
 
-    Attributes:
-        depth: So many.
-        hidden: What they made of it, for the layers that follow.
-    """
-
-    depth: int
-    hidden: Tensor
+    depth: int  # so many
+    hidden: Tensor  # what they made of it, for the layers that follow
 
 
 class Backbone(Protocol):

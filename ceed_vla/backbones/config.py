@@ -24,25 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PolicyShape:
-    """Inputs and outputs of a policy.
+    """Inputs and outputs of a policy."""
 
-    Attributes:
-        cameras: Feature -> (3, height, width) [px], in the order of the prefix.
-        state_dim: Length of ``observation.state``; 0 without one.
-        action_dim: Action dimensions ``A``.
-        chunk_size: Steps ``m`` of a chunk.
-        action_tokens: How actions become tokens.
-        auxiliary_dim: Outputs of the grounding regression; 0 for none.
-        device: Where the policy is going to run.
-    """
-
-    cameras: Mapping[str, tuple[int, int, int]]
-    state_dim: int
-    action_dim: int
-    chunk_size: int
-    action_tokens: ActionTokensConfig
-    auxiliary_dim: int = 0
-    device: str = "cpu"
+    cameras: Mapping[str, tuple[int, int, int]]  # feature -> (3, height, width) [px], in the order of the prefix
+    state_dim: int  # length of ``observation.state``; 0 without one
+    action_dim: int  # action dimensions ``A``
+    chunk_size: int  # steps ``m`` of a chunk
+    action_tokens: ActionTokensConfig  # how actions become tokens
+    auxiliary_dim: int = 0  # outputs of the grounding regression; 0 for none
+    device: str = "cpu"  # where the policy is going to run
 
     # Computed when they are asked for: tokens that are fitted on the data have neither before.
 

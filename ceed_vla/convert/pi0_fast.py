@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 from safetensors.torch import save_file
@@ -14,6 +16,7 @@ from ceed_vla.backbones.pi0_fast.config import Pi0FastConfig, Pi0FastTokensConfi
 from ceed_vla.backbones.pi0_fast.inputs import PromptTokensStep, load_text_tokenizer
 from ceed_vla.backbones.pi0_fast.model import EMBEDDING, HEAD, decode_architecture, describe_model
 from ceed_vla.backbones.pi0_fast.tokens import text_ids
+from ceed_vla.checkpoints import save
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.convert.config import ConvertConfig
 from ceed_vla.decoding.config import DecodingConfig
@@ -55,10 +58,10 @@ def write(config: ConvertConfig) -> str:
         push_to_hub=False,
     )
     policy = CeedVLAPolicy(settings)
-    output.mkdir(parents=True, exist_ok=True)
-    policy.save_pretrained(output)
-    for name in ("policy_preprocessor", "policy_postprocessor"):
-        _copy_pipeline(folder, output, name, text)
+    pre, post = (
+        partial(_copy_pipeline, folder, name, text) for name in ("policy_preprocessor", "policy_postprocessor")
+    )
+    save(output, policy, SimpleNamespace(save_pretrained=pre), SimpleNamespace(save_pretrained=post))
     return f"{output}: LeRobot's pi0-FAST, weights {config.weights}, vocabulary {config.vocabulary}"
 
 
@@ -99,7 +102,7 @@ def _scored(folder: Path) -> int:
         return int(weights.get_slice(key).get_shape()[0])
 
 
-def _copy_pipeline(folder: Path, output: Path, name: str, text: Path) -> None:
+def _copy_pipeline(folder: Path, name: str, text: Path, output: str) -> None:
     """Copy a pre- or post-processor: with the tokenizer in it, and without the step that runs code of a checkpoint."""
     file = folder / f"{name}.json"
     pipeline = read_json(file)
@@ -108,8 +111,8 @@ def _copy_pipeline(folder: Path, output: Path, name: str, text: Path) -> None:
         if step["registry_name"] == "tokenizer_processor":
             kept = {key: value for key, value in step["config"].items() if key != "tokenizer_name"}
             state = f"{name}_step_{index}_prompt.safetensors"
-            save_file(PromptTokensStep(**kept).read_folder(text).state_dict(), output / state)
+            save_file(PromptTokensStep(**kept).read_folder(text).state_dict(), Path(output) / state)
             steps[index] = {"registry_name": "ceed_vla_pi0_fast_prompt", "config": kept, "state_file": state}
         elif "state_file" in step:
-            shutil.copyfile(folder / step["state_file"], output / step["state_file"])
-    write_text(output / file.name, json.dumps({**pipeline, "steps": steps}, indent=2) + "\n")
+            shutil.copyfile(folder / step["state_file"], Path(output) / step["state_file"])
+    write_text(Path(output) / file.name, json.dumps({**pipeline, "steps": steps}, indent=2) + "\n")

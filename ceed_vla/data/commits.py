@@ -88,7 +88,8 @@ def undo_incomplete_commit(root: Path) -> list[str]:
                 "or record into a new root; nothing was changed."
             )
     if incomplete:
-        info = read_json(backup / "info.json", DatasetError) if "info.json" in marker["files"] else {}
+        kept = backup if (backup / "info.json").is_file() else root / "meta"  # put back before an interrupt
+        info = read_json(kept / "info.json", DatasetError) if "info.json" in marker["files"] else {}
         if info.get("total_episodes", 0) != marker["total_episodes"]:
             raise DatasetError(f"{backup} is of another commit than its marker; record into a new root.")
         for name in _META_FILES:

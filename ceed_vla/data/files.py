@@ -72,7 +72,10 @@ def read_info(root: Path) -> Info:
     _require(isinstance(features, dict) and features, file, "features", features, "a mapping of features")
     for name, feature in features.items():
         plain_name(name, f"A feature in {file}", DatasetError)
-        fits = isinstance(feature, dict) and isinstance(feature.get("dtype"), str) and _is_shape(feature.get("shape"))
+        fits = isinstance(feature, dict) and isinstance(feature.get("dtype"), str)
+        shape: Any = feature.get("shape") if fits else None
+        fits = isinstance(shape, list) and 0 < len(shape) <= 8 and all(is_whole(size, 1) for size in shape)
+        fits = fits and math.prod(shape) <= MOST
         _require(fits, file, name, feature, "a dtype and a shape of positive numbers")
     vectors = {name: features[name] for name in (STATE, ACTION, ENVIRONMENT) if name in features}
     for name, feature in vectors.items():
@@ -94,11 +97,6 @@ def read_info(root: Path) -> Info:
 def _require(fits: Any, file: Path, what: str, value: object, rule: str) -> None:
     if not fits:
         raise DatasetError(f"{file}: {what} is {str(value)[:100]!r}; it must be {rule}. Record it again.")
-
-
-def _is_shape(shape: Any) -> bool:
-    sizes = isinstance(shape, list) and 0 < len(shape) <= 8 and all(is_whole(size, 1) for size in shape)
-    return sizes and math.prod(shape) <= MOST
 
 
 def _image_shape(file: Path, name: str, feature: dict[str, Any]) -> tuple[int, int, int]:

@@ -36,6 +36,8 @@ for _file in pkgutil.iter_modules(__path__):  # each registers what it holds; an
 def prefill(backbone: Backbone, batch: dict[str, Tensor], config: DecodingConfig) -> Prefix:
     """Run the prefix, as the decoder has it made: by its ``prefill(backbone, batch, options)``, or whole."""
     entry, options = find_decoder(config.method)
+    if getattr(entry.make, "eager_only", False) and hasattr(backbone, "compile_now"):
+        raise ConfigError(f"{config.method} runs eagerly only; use the backbone that was not compiled.")
     own = getattr(entry.make, "prefill", None)
     return backbone.prefill(batch) if own is None else cast("Prefix", own(backbone, batch, options))
 

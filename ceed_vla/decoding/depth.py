@@ -60,14 +60,14 @@ def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
     depth, most = int(request.options["depth"]), float(request.options["bins"])
 
     def agree(tokens: Tensor, scores: Sequence[Tensor], given: int, watched: int) -> Tensor:
-        lower, upper = (after(tokens, logits, given)[:, :watched] for logits in scores)
+        lower, upper = (after(tokens, logits, given)[:, given:watched] for logits in scores)
         return (lower - upper).abs().double().mean(1) <= most
 
     return _first_or_more(backbone, prefix, request, (depth - 1, depth), agree, "depths_agree")
 
 
 @register_decoder(
-    r"sure(?P<depth>\d+)p(?P<confidence>\d*\.?\d+)", "sure<K>p<P>", "or an exit is sure",
+    r"sure(?P<depth>\d+)p(?P<confidence>0?\.\d+|[01])", "sure<K>p<P>", "or an exit is sure",
     ("sure{exit}p0.7", "sure{exit}p0.5", "sure{exit}p0.4", "sure{exit}p0.3", "sure{exit}p0.2", "sure{exit}p0.1"),
 )  # fmt: skip
 @torch.no_grad()
@@ -99,8 +99,8 @@ def _first_or_more(
     """
     started, depth = request.clock(), depths[-1]
     _check_layers(backbone, request, depths[0], depth)
-    if request.tokens_per_step is None or not request.ordered:
-        raise ConfigError("Exits by depth (deer, sure) need tokens that are bins, a fixed number; others need jacobi.")
+    if request.tokens_per_step is None or not request.ordered or request.record_states:
+        raise ConfigError("deer and sure keep no states, and need tokens that are bins, a fixed number; use jacobi.")
     tokens, given, watched = request.begin(backbone, prefix)
     scores, hidden = cast("Any", backbone).depth_logits(prefix, tokens[:, :-1], depths)
     best = torch.cat([prefix.logits.amax(-1, keepdim=True), *(found.amax(-1) for found in scores)], dim=1)

@@ -67,7 +67,8 @@ def decode_drafts(
     states = [tokens.clone()] if request.record_states else None
     loose = np.isin(np.arange(n) % request.tokens_per_step, request.exact_dims, invert=True)  # (n,)
     strict = np.full(batch, n)  # tokens in front of the first that is only near
-    while rows.running.any() and watched > 1:
+    rows.end(rows.exact >= watched, "stable" if watched < n else "converged", 0)
+    while rows.running.any():
         start, exact = prefix.cache.committed, int(rows.exact[rows.running].min())
         # Behind L right drafts the next token is known too.
         first, end = max(start + 1, given), min(watched, exact + drafter.length + 1)
@@ -87,6 +88,7 @@ def decode_drafts(
         known, slots = rows.exact.copy(), np.arange(first, end)
         apart = np.abs(fresh - old)  # (B, k)
         close = (apart > 0) & (apart <= near) & loose[first:end] & rows.running[:, None]
+        close[:, -1] &= known > end - 1  # nobody drafted the last one
         rows.accept(old, np.where(close, old, fresh), first)
         if close.any():
             tokens[:, first:end] = torch.where(torch.from_numpy(close).to(new.device), before, new)

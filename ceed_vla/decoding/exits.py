@@ -26,25 +26,15 @@ NEAR = 2  # bins on each side of the argmax that count as the same decision
 
 @dataclass
 class Seen:
-    """What is known after an iteration, on the host.
+    """What is known after an iteration, on the host."""
 
-    Attributes:
-        iteration: Iterations done, from 1.
-        exact: (B,) leading tokens proven equal to greedy AR.
-        watched: End ``M`` of the slots that must be right.
-        moved: (B, M) by how many bins the last iteration moved the watched tokens; 0 where it did not compute.
-        elapsed_s: Since decoding began [s].
-        iteration_s: Of the last iteration [s].
-        readable: Gives (B,) bool, the rows whose tokens stand for a chunk.
-    """
-
-    iteration: int
-    exact: np.ndarray
-    watched: int
-    moved: np.ndarray
-    elapsed_s: float
-    iteration_s: float
-    readable: Callable[[], np.ndarray]
+    iteration: int  # iterations done, from 1
+    exact: np.ndarray  # (B,) leading tokens proven equal to greedy AR
+    watched: int  # end ``M`` of the slots that must be right
+    moved: np.ndarray  # (B, M) by how many bins the last iteration moved the watched tokens; 0 where it did not compute
+    elapsed_s: float  # since decoding began [s]
+    iteration_s: float  # of the last iteration [s]
+    readable: Callable[[], np.ndarray]  # gives (B,) bool, the rows whose tokens stand for a chunk
 
 
 class ExitRule(abc.ABC):
@@ -70,7 +60,7 @@ class ExitRule(abc.ABC):
 
     @abc.abstractmethod
     def ends(self, seen: Seen, measured: np.ndarray | None) -> np.ndarray | bool:
-        """Which rows end after this iteration: (B,) bool, or one answer for all; `measured` is (B, M)."""
+        """Which rows end after this iteration: (B,) bool, or one for all; `measured` is (B, M - f)."""
 
 
 @register_exit(
@@ -94,7 +84,7 @@ class Confidence(ExitRule):
 
 
 @register_exit(
-    r"gap(?P<confidence>\d*\.?\d+)", "gap<P>", "or a lead of P",
+    r"gap(?P<confidence>0?\.\d+|[01])", "gap<P>", "or a lead of P",
     ["gap0.5", "gap0.3", "gap0.2", "gap0.1", "gap0.05", "gap0.02"],
 )  # fmt: skip
 class Gap(Confidence):

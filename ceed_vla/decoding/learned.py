@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from ceed_vla.decoding.exits import ExitRule, Seen, mass_near
+from ceed_vla.decoding.exits import Confidence, Seen
 from ceed_vla.decoding.registry import register_exit
 from ceed_vla.errors import ConfigError
 
@@ -23,16 +22,11 @@ _NUMBER = r"-?\d{1,3}(?:\.\d{1,3})?"
 
 @dataclass
 class Group:
-    """The states of one decode path, and what became of the episode from each.
+    """The states of one decode path, and what became of the episode from each."""
 
-    Attributes:
-        seed: The episode's.
-        features: What a head sees after each of K forwards: (K, F).
-        solved: (K,) whether the episode was solved from that state; None throughout where all execute the same.
-    """
-
-    seed: int
-    features: NDArray[np.float64]
+    seed: int  # the episode's
+    features: NDArray[np.float64]  # what a head sees after each of K forwards: (K, F)
+    # (K,) whether the episode was solved from that state; None throughout where all execute the same.
     solved: list[bool | None]
 
 
@@ -43,25 +37,23 @@ def features(seen: Seen, mass: NDArray[np.float64]) -> NDArray[np.float64]:
     watched tokens that the last iteration moved; and whether it was the first iteration.
     """
     odds = np.log(np.clip(mass, 1e-3, 1 - 1e-3)) - np.log1p(-np.clip(mass, 1e-3, 1 - 1e-3))
+    moved = seen.moved[:, -mass.shape[1] :] > 0  # not the frozen slots
     first = np.full(len(mass), float(seen.iteration == 1))
-    return np.stack([odds.min(1), odds.mean(1), (seen.moved > 0).mean(1), first], axis=1)
+    return np.stack([odds.min(1), odds.mean(1), moved.mean(1), first], axis=1)
 
 
 @register_exit(
     rf"head(?P<weights>{_NUMBER}(?:x{_NUMBER})*)", "head<W>", "or as a learnt head says"
 )  # fmt: skip
-class Learned(ExitRule):
+class Learned(Confidence):
     """A weighted sum of `features` and a bias is positive."""
 
-    reason, ordered = "learned", True
+    reason, field, ordered = "learned", "", True
 
     def __init__(self, weights: str) -> None:
         *self.weights, self.bias = (float(number) for number in weights.split("x"))
         if len(self.weights) != len(FEATURES):
             raise ConfigError(f"head{weights} has {len(self.weights)} weights and a bias; {FEATURES} need one each.")
-
-    def measure(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        return mass_near(logits, tokens)
 
     def ends(self, seen: Seen, measured: np.ndarray | None) -> NDArray[np.bool_]:
         assert measured is not None

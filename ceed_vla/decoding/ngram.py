@@ -40,14 +40,16 @@ class _Lookup(Drafter):
 
     def __init__(self, length: int, period: int) -> None:
         self.length, self.period = length, period
+        self.read: np.ndarray | None = None  # (B, n), what the last forward was given
 
     def draft(self, backbone: Backbone, prefix: Prefix, tokens: Tensor, rows: Rows, exact: int, end: int) -> int:
         text = tokens.cpu().numpy()  # (B, n)
-        drafted = text.copy()
+        read, self.read = text if self.read is None else self.read, text.copy()
         for row in np.flatnonzero(rows.running):
             known = int(rows.exact[row])
-            drafted[row, known:end] = draft(text[row], text[row, :known], end - known, self.period)
-        tokens.copy_(torch.from_numpy(drafted))
+            guess = np.concatenate([read[row, :known], text[row, known:]])
+            self.read[row, known:end] = draft(guess, text[row, :known], end - known, self.period)
+        tokens.copy_(torch.from_numpy(self.read))
         return 0
 
 

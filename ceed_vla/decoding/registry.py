@@ -15,20 +15,13 @@ _RESERVED = ("ceed", "h", "fresh", "mid", "random", "previous")
 
 @dataclass(frozen=True)
 class Entry:
-    """One decoder or exit rule.
+    """One decoder or exit rule."""
 
-    Attributes:
-        pattern: Of its names; named groups are its options.
-        shown: Its name in messages: "cap<K>".
-        meaning: In a few words; none for what is not shown.
-        make: The decoder, or the class of the rule.
-        ladder: Names of it that calibration and search try, from the strictest on; "{exit}" is an exit's depth.
-    """
-
-    pattern: str
-    shown: str
-    meaning: str
-    make: Any
+    pattern: str  # of its names; named groups are its options
+    shown: str  # its name in messages: "cap<K>"
+    meaning: str  # in a few words; none for what is not shown
+    make: Any  # the decoder, or the class of the rule
+    # Names of it that calibration and search try, from the strictest on; "{exit}" is an exit's depth.
     ladder: tuple[str, ...] = ()
 
 

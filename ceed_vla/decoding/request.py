@@ -23,37 +23,25 @@ class BlockRequest:
     A robot that executes one chunk while the next is decoded will have consumed some steps of it by then. Freezing
     them makes the rest of the next chunk a continuation of what really happens ("real-time chunking"), exactly as a
     causal model defines it: the greedy continuation of the frozen tokens.
-
-    Attributes:
-        config: What ends decoding.
-        guess: (B, n) int64, the first state; slot 0 is not read, as the prefix knows it. AR fills up from it.
-        tokens_per_step: Tokens of one step; None where tokens belong to no step.
-        ordered: Whether neighbouring tokens stand for neighbouring actions.
-        exact_dims: Dimensions of a step that stay exact where others may be near.
-        executed_steps: Steps ``h`` that are executed before the next replan; None for all.
-        frozen: (B, k * tokens_per_step) int64, given tokens of the first ``k`` steps, which stay.
-        stop: Token that ends a row as soon as it is proven; None where every block is full.
-        readable: Which rows (B,) bool of tokens (B, n) stand for a chunk; None for all.
-        record_states: Keep every state.
-        on_proven: Told, while decoding goes on, the tokens (B, n), how many leading ones are right in every row, and
-            the forwards so far. Those that are right do not change any more.
-        options: Named groups of the decoder's name.
-        clock: Time in seconds, for deadlines.
     """
 
-    config: DecodingConfig = field(default_factory=DecodingConfig)
+    config: DecodingConfig = field(default_factory=DecodingConfig)  # what ends decoding
+    # (B, n) int64, the first state; slot 0 is not read, as the prefix knows it. AR fills up from it.
     guess: Tensor | None = None
-    tokens_per_step: int | None = 1
-    ordered: bool = True
-    exact_dims: tuple[int, ...] = ()
-    executed_steps: int | None = None
-    frozen: Tensor | None = None
-    stop: int | None = None
+    tokens_per_step: int | None = 1  # tokens of one step; None where tokens belong to no step
+    ordered: bool = True  # whether neighbouring tokens stand for neighbouring actions
+    exact_dims: tuple[int, ...] = ()  # dimensions of a step that stay exact where others may be near
+    executed_steps: int | None = None  # steps ``h`` that are executed before the next replan; None for all
+    frozen: Tensor | None = None  # (B, k * tokens_per_step) int64, given tokens of the first ``k`` steps, which stay
+    stop: int | None = None  # token that ends a row as soon as it is proven; None where every block is full
+    # Which rows (B,) bool of tokens (B, n) stand for a chunk; None for all.
     readable: Callable[[Tensor], Tensor] | None = None
-    record_states: bool = False
+    record_states: bool = False  # keep every state
+    # Told, while decoding goes on, the tokens (B, n), how many leading ones are right in every row, and the forwards
+    # so far. Those that are right do not change any more.
     on_proven: Callable[[Tensor, int, int], None] | None = None
-    options: Mapping[str, str] = field(default_factory=dict)
-    clock: Callable[[], float] = time.perf_counter
+    options: Mapping[str, str] = field(default_factory=dict)  # named groups of the decoder's name
+    clock: Callable[[], float] = time.perf_counter  # time in seconds, for deadlines
 
     def frozen_tokens(self, backbone: Backbone, batch: int) -> int:
         """How many tokens are given, after a check of them.

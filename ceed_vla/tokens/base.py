@@ -49,6 +49,7 @@ class ActionTokens(abc.ABC):
         tokens_per_step: Tokens of one step, in order of time; None where a token belongs to no step. Then nothing can
             be frozen, and a block is executed as a whole or not at all.
         ordered: Whether neighbouring tokens stand for neighbouring actions, as the settings say.
+        normalised: Whether it writes what the pre-processor makes of a data set's actions.
         stop: Token behind which a block holds nothing; None where every block is full.
         zero: (n,) int64, the block nearest "do not move".
         gripper_dims: Two-valued dimensions, as non-negative indices.
@@ -64,6 +65,7 @@ class ActionTokens(abc.ABC):
     vocabulary_size: int
     tokens_per_step: int | None
     ordered: bool = True
+    normalised: bool = False
     stop: int | None = None
     zero: Tensor
     gripper_dims: tuple[int, ...] = ()

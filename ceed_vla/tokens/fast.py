@@ -169,7 +169,6 @@ class FastTokenizer(VariableLengthTokens):
         lengths = torch.cat([codec.id_lengths(), torch.zeros(1, dtype=torch.int64)])  # (V,)
         total = self.chunk_steps * self.action_dim
         self.grammar = Grammar(lengths, self.stop, total, self.block_length)  # under it a chunk is always whole
-        self.clipped = 0
         self.smoothed = 0  # chunks that lost their highest frequencies because they would have overfilled a block
         zero = torch.zeros(1, self.chunk_steps, self.action_dim, dtype=torch.float64)
         try:

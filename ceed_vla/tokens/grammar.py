@@ -31,10 +31,9 @@ class Grammar:
 
     def allowed(self, used: Tensor, slots: Tensor) -> Tensor:
         """Tokens (B, k, V) that `slots` (k,) may hold behind `used` (B, k) coefficients; none if no chunk begins so."""
-        lengths, fewest = self.lengths.to(used.device), self.fewest.to(used.device)
-        left = (self.total - used).unsqueeze(-1) - lengths  # (B, k, V) behind the token
+        left = (self.total - used).unsqueeze(-1) - self.lengths  # (B, k, V) behind the token
         behind = (self.block_length - 1 - slots).unsqueeze(-1)  # (k, 1) slots behind
-        allowed = (left >= 0) & (fewest[left.clamp(min=0)] <= behind)
+        allowed = (left >= 0) & (self.fewest[left.clamp(min=0)] <= behind)
         allowed[..., self.stop] = used >= self.total
         return allowed
 
@@ -50,6 +49,7 @@ class GrammarBackbone:
         self.block_length, self.vocabulary_size = backbone.block_length, backbone.vocabulary_size
         self.num_layers = backbone.num_layers
         batch, device = prefix.logits.shape[0], prefix.logits.device
+        grammar.lengths, grammar.fewest = grammar.lengths.to(device), grammar.fewest.to(device)
         self._lengths = torch.zeros(batch, self.block_length, dtype=torch.int64, device=device)  # of slots so far
         nothing, first = torch.zeros(batch, 1, dtype=torch.int64, device=device), torch.zeros(1, device=device)
         logits = self._mask(prefix.logits.unsqueeze(1), nothing, first.long()).squeeze(1)
@@ -62,7 +62,7 @@ class GrammarBackbone:
         start, k = prefix.cache.committed, tokens.shape[1]
         logits = self.backbone.block_logits(prefix, tokens, depth)
         # The committed slots came in earlier calls.
-        self._lengths[:, start : start + k] = self.grammar.lengths.to(tokens.device)[tokens]
+        self._lengths[:, start : start + k] = self.grammar.lengths[tokens]
         used = self._lengths[:, : start + k].cumsum(1)[:, start:]  # (B, k)
         return self._mask(logits, used, torch.arange(start + 1, start + k + 1, device=tokens.device))
 

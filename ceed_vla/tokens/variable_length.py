@@ -93,9 +93,12 @@ class VariableLengthTokens(ActionTokens):
         """`previous` (B, n) shifted in time and encoded again; `mid` (B, n) in rows that cannot be."""
         order = torch.arange(steps, steps + self.chunk_steps).clamp(max=self.chunk_steps - 1)  # the last one repeated
         for row, tokens in enumerate(previous.cpu()):
+            if not steps and tokens[0] >= 0:
+                mid[row] = tokens
+                continue
             try:
                 chunk = self._chunk(tokens.tolist())
-                mid[row] = self.encode(chunk[order].unsqueeze(0))[0] if steps else tokens
+                mid[row] = self.encode(chunk[order].unsqueeze(0))[0]
             except TokenError:
                 continue
         return mid

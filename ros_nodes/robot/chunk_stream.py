@@ -148,7 +148,7 @@ class ChunkStream:
 
     def stop(self) -> None:
         """Forget the running chunk and any answer under way; hold until `start`."""
-        self.started = self._replan_now = self._seam = False
+        self.started = self._replan_now = self._seam = self._moving = False  # the last: in a step of a chunk
         self._running: _Chunk | None = None
         self._next: _Chunk | None = None
         self._consumed = 0  # steps taken from chunks
@@ -167,9 +167,9 @@ class ChunkStream:
         if not self.started or self._next is not None:
             return None
         index, left = self._position()
-        lead = self.lead
+        lead, runs = self.lead, left > 0 or self._moving
         frozen = max(math.ceil(lead - remaining - 1e-9), 0)  # steps that are consumed until it is ready
-        if left and not self._replan_now:
+        if runs and not self._replan_now:
             frozen = max(frozen, self.replan_steps - index)
             # What is frozen must be there, and the answer must come before the running chunk ends.
             if min(frozen, left) + remaining - lead >= wait:
@@ -182,7 +182,7 @@ class ChunkStream:
             previous=running.tokens if running else None,
             shift_steps=index,
             frozen_steps=frozen if running and running.tokens is not None else 0,
-            deadline_s=(frozen + remaining + self.grace) * self.action_dt - self.margin if left else None,
+            deadline_s=(frozen + remaining + self.grace) * self.action_dt - self.margin if runs else None,
         )
         self._next = _Chunk(plan, self._consumed, self._boundaries + 1 - remaining, frozen)
         self._replan_now = False
@@ -233,6 +233,7 @@ class ChunkStream:
         if self._running is None:
             return Target("waiting")
         index, left = self._position()
+        self._moving = left > 0
         if not left:
             self.counters.starved += 1
             return Target("starved")

@@ -59,7 +59,8 @@ class PolicyController:
         self._boundary = False  # the step that runs is done, the next one waits for the answer that is due
         self._start: Array = motion.joints  # where the step that runs starts, ...
         self._start_part = 0.0  # ... and at which of its ticks
-        self._wanted: Array = motion.joints  # the last command before it was judged
+        self._wanted: Array = motion.joints  # the last command before it was judged, ...
+        self._lag: Array | float = 0.0  # ... and what the safety filter took from it [rad]
         self._before_step = motion.copy()
         self._step_hold: Hold | None = None
         self._seam = False
@@ -72,9 +73,13 @@ class PolicyController:
         With `home` (J,) [rad] it moves there slowly, without the policy; then motion is disabled. Returns why not, or
         None; then motion is disabled at once. With `insist` it is tried again at every tick until joint states come.
         """
-        refused = self._safety.enable(self.ages(now)[JOINT_STATES])
+        moving = self._safety.enabled and self.hold is None
+        refused = self._safety.enable(self.ages(now)[JOINT_STATES], moving=moving)
         if refused is None and self.stream.broken is not None and not home:
             refused = self.stream.objection()
+        limits = self._safety.limits
+        if refused is None and home and np.any(np.clip(home, limits.position_low, limits.position_high) != home):
+            refused = Hold("no_home", "arm.home lies outside the position limits")
         self._enable_asked = insist and refused is not None and self._safety.stopped is None
         self._home = np.array(home) if home and refused is None else None
         if refused is None:
@@ -103,11 +108,15 @@ class PolicyController:
         self._safety.disable()
         self._drop_plans()
 
+    def end(self, clock: float) -> Decision | None:
+        """The last command once more, and then none, stopped or not, until motion begins where the arm is."""
+        self.disable()
+        return self._fall_silent(self.grid.nominal, clock, None)
+
     def estop(self, reason: str) -> None:
         """Latch the stop: hold until `reset`, then `enable`."""
-        self._enable_asked, self._home = False, None
         self._safety.estop(reason)
-        self._drop_plans()
+        self.disable()
 
     def reset(self) -> None:
         """Unlatch the stop, after which motion stays disabled; nothing changes if there was none."""
@@ -163,7 +172,7 @@ class PolicyController:
         """An image has come; asks for the next chunk if the next images would come too late for it."""
         if not self._observations.renewed():
             return
-        self.grid.images_came(now)
+        self.grid.images.append(now)
         if not self.stream.started:
             return
         plan = self.stream.ask_if_due(now)
@@ -271,7 +280,7 @@ class PolicyController:
         decision = self._safety.command(None, None, dt=dt, ages=self.ages(clock), hold=hold)
         if decision.hold is FIRST_CHUNK and decision.positions is not None:
             self._motion.resume(decision.positions)
-            self._start = self._wanted = decision.positions
+            self._start = self._wanted = self._held = decision.positions
             self.stream.start()
             self.grid.begin_now()
         return decision
@@ -290,6 +299,8 @@ class PolicyController:
             blended, self._motion.gripper, dt=dt, ages=self.ages(clock), hold=hold or self._step_hold
         )
         if decision.hold is None:
+            assert decision.positions is not None
+            self._lag = blended - decision.positions
             self.stream.commanded(clock)
         elif decision.hold is not self._step_hold:
             self._drop_plans()  # after its own holds the stream goes on by itself
@@ -299,11 +310,14 @@ class PolicyController:
         """One command on the way home, on which images do not matter."""
         last = self._safety.last_command
         assert last is not None
-        way = home - last
-        share = min(HOME_SPEED * min(dt, MAX_DT) / max(float(np.abs(way).max()), 1e-9), 1.0)
+        way, dt = home - last, min(dt, MAX_DT)
+        speed = way * min(HOME_SPEED / max(float(np.abs(way).max()), 1e-9), 1.0 / dt)
+        brake = self._safety.limits.max_acceleration  # what is wanted lies so far ahead that it need not brake for it
+        ahead = np.abs(speed) * dt + (0.0 if brake is None else speed**2 / (2.0 * brake))
         ages = {**dict.fromkeys(self.ages(clock), 0.0), JOINT_STATES: self.ages(clock)[JOINT_STATES]}
-        decision = self._safety.command(last + share * way, None, dt=dt, ages=ages, hold=None)
-        if share == 1.0 and decision.hold is None and not decision.clamped:
+        decision = self._safety.command(last + np.clip(way, -ahead, ahead), None, dt=dt, ages=ages, hold=None)
+        assert decision.positions is not None
+        if decision.hold is None and np.allclose(decision.positions, home, rtol=0.0, atol=1e-9):
             self.disable()
         return decision
 
@@ -313,6 +327,7 @@ class PolicyController:
         self.statistics.slips += self.grid.begin_step()
         held = self._safety.last_command if self._step_hold is not None else None
         self._start, self._start_part = self._motion.joints if held is None else held, 0.0
+        self._held = self._held if held is None else held
         self._before_step = self._motion.copy()
         self._execute(self.stream.target())
 
@@ -324,7 +339,11 @@ class PolicyController:
             self._step_hold = Hold(code, f"{detail} (last error: {error})" if error else detail)
             return
         self._step_hold, self._seam = None, target.seam
-        self._motion.advance(np.asarray(target.action, dtype=np.float64))
+        # Increments run away from an arm that cannot follow: they end where a step at full speed does.
+        limits, base = self._safety.limits, self._motion.joints - self._lag
+        reach = limits.max_velocity * self.grid.action_dt
+        low, high = np.maximum(base - reach, limits.position_low), np.minimum(base + reach, limits.position_high)
+        self._motion.advance(np.asarray(target.action, dtype=np.float64), low, high)
 
     def _objection(self) -> Hold | None:
         """Why the arm must hold though the safety filter has no reason."""
@@ -337,5 +356,5 @@ class PolicyController:
 
     def _drop_plans(self) -> None:
         self.stream.stop()
-        self._step_hold = None
+        self._step_hold, self._lag = None, 0.0
         self._seam = self._boundary = False

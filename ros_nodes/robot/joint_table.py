@@ -16,14 +16,10 @@ _FIELDS = ("position", "velocity", "effort")
 
 @dataclass
 class JointTable:
-    """Merges joint states that each have some of the joints `wanted`.
-
-    Attributes:
-        lacks: What the newest message lacked, though one before had it; "" if nothing.
-    """
+    """Merges joint states that each have some of the joints `wanted`."""
 
     wanted: Sequence[str]
-    lacks: str = ""
+    lacks: str = ""  # what the newest message lacked, though one before had it; "" if nothing
     _rows: dict[str, tuple[JointState, int]] = field(default_factory=dict)  # joint -> its newest message, and where
 
     def forget(self) -> None:

@@ -88,12 +88,14 @@ def _arm_model(path: Path, joint_names: Sequence[str]) -> mujoco.MjModel:
             f"The joints {list(joint_names)} must be different joints of {path.name}, which has "
             f"{', '.join(name for name in have if name)}."
         )
-    for part in ("keys", "sensors", "actuators", "tendons", "equalities"):
+    for part in ("keys", "sensors", "actuators", "tendons", "equalities", "pairs", "skins", "geoms", "meshes"):
         for element in list(getattr(spec, part)):
             spec.delete(element)
     for joint in list(spec.joints):
         if joint.name not in joint_names:
             spec.delete(joint)
+    for body in spec.bodies[1:]:  # kinematics alone: nothing has a shape, and any mass will do
+        body.mass, body.inertia, body.fullinertia, body.explicitinertial = 1.0, [1.0] * 3, [np.nan] * 6, True
     spec.compiler.fusestatic = False  # a URDF's fixed links would lose their names, the TCP's among them
     try:
         model = spec.compile()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from dataclasses import replace
 
 import numpy as np
 
@@ -39,7 +40,18 @@ class Motion:
         """Go on from joints (J,) [rad], where the arm was held; the gripper's command stays."""
         self.joints = np.array(joints, dtype=np.float64)
         if self._pose is not None and self._model is not None:
-            self._pose.reset(*self._model.pose(self.joints))
+            position, matrix = self._model.pose(self.joints)
+            self._pose.reset(position, matrix)
+            # An arm that is outside is not thrown inside: it may stay, or come.
+            limits = self._robot.action.pose
+            assert limits is not None
+            self._pose.limits = replace(
+                limits,
+                workspace_low=np.minimum(limits.workspace_low, position),
+                workspace_high=np.maximum(limits.workspace_high, position),
+                max_tilt=max(limits.max_tilt, *np.abs(self._pose.rpy[:2])),
+                max_yaw=max(limits.max_yaw, abs(self._pose.rpy[2])),
+            )
 
     def copy(self) -> Motion:
         """Where everything is now: one that may go ahead, or come back by `restore`."""
@@ -51,8 +63,8 @@ class Motion:
         """Undo what was done since `other` was copied."""
         vars(self).update(vars(other.copy()))
 
-    def advance(self, action: Array) -> None:
-        """Execute one action (A,).
+    def advance(self, action: Array, low: Array | float = -np.inf, high: Array | float = np.inf) -> None:
+        """Execute one action (A,); an increment ends between the joints `low` and `high` (J,) [rad].
 
         Raises:
             ConfigError: Another length, or not finite.
@@ -71,12 +83,12 @@ class Motion:
         if self._pose is not None:
             assert self._model is not None  # `robot_file` has seen to it
             self._pose.advance(np.clip(action, -1.0, 1.0))
-            self.joints = self._model.solve(self.joints, self._pose.position, self._pose.matrix)
+            self.joints = np.clip(self._model.solve(self.joints, self._pose.position, self._pose.matrix), low, high)
             self._pose.follow(*self._model.pose(self.joints))
         else:
             absolute = self._robot.action.kind == "joint_position"
             units = self._robot.arm.units
-            self.joints = units.ours(action) if absolute else self.joints + action * units.scale
+            self.joints = units.ours(action) if absolute else np.clip(self.joints + action * units.scale, low, high)
 
     @property
     def commanded(self) -> dict[str, Array | float | None]:

@@ -54,8 +54,8 @@ POLICY_PARAMETERS = (
     NodeParameter(
         "chunk_deadline",
         0.0,
-        "With decoding plan: the plans of the checkpoint are timed here, and the best that takes no longer decodes; 0: "
-        "one step of the robot [s].",
+        "With decoding plan: the plans of the checkpoint are timed here, on a blank image, and the best that takes no "
+        "longer decodes; 0: one step of the robot [s].",
         within=(0, 10),
     ),
     NodeParameter("device", "cpu", "Where the policy runs: cpu, cuda, cuda:1, mps."),

@@ -40,7 +40,10 @@ class PolicyStream(ChunkStream):
     Attributes:
         instruction: What the policy is told.
         failure: `Response.code` of the last answer, unless it is the instruction's.
+        pace: Real seconds in one of the grid, whose time may be a simulation's.
     """
+
+    pace = 1.0
 
     def __init__(
         self,
@@ -175,7 +178,8 @@ class PolicyStream(ChunkStream):
         except ObservationError:  # the objection of the next tick says what is wrong
             return False
         taken = self._observations.image_stamp
-        work = plan.previous, plan.shift_steps, plan.frozen_steps, plan.deadline_s
+        deadline = None if plan.deadline_s is None else plan.deadline_s * self.pace
+        work = plan.previous, plan.shift_steps, plan.frozen_steps, deadline
         request = Request(plan.id, observation, self.instruction, *work, stream=plan.deadline_s is None)
         if not self._worker.submit(request):
             return False

@@ -172,10 +172,10 @@ class SafetyFilter:
         """Why nobody knows where the arm is, or None; `age` of the newest joint state [s], None if none came."""
         return self._latched or self._fault or self._age_fault(JOINT_STATES, age)
 
-    def enable(self, age: float | None = 0.0) -> Hold | None:
+    def enable(self, age: float | None = 0.0, *, moving: bool = False) -> Hold | None:
         """Allow motion from the measured position on; forgets what is latched and what the gripper was told.
 
-        `age` is as in `pose_fault`.
+        `age` is as in `pose_fault`. An arm that is `moving` goes on from the last command: the measured one is behind.
         """
         if self.stopped is not None:
             return Hold("estop", f"the emergency stop is latched ({self.stopped}); reset it first")
@@ -186,7 +186,8 @@ class SafetyFilter:
             return Hold("stale", late.detail)
         assert self._measured is not None
         self._latched = self._still = self._gripper = None
-        self._last = np.clip(self._measured, self.limits.position_low, self.limits.position_high)
+        if not moving:
+            self._last = np.clip(self._measured, self.limits.position_low, self.limits.position_high)
         self.enabled = True
         return None
 

@@ -46,7 +46,7 @@ class StepGrid:
         self._shift = 0.0  # how much earlier the ticks shall come [s]
         self._drift = 0.0  # of the cameras against the steps, from one chunk to the next [s]
         self._expected = math.nan  # what `align` is told next, unless cameras drift otherwise [s]
-        self._images: deque[float] = deque(maxlen=9)  # when sets of new images were complete [s]
+        self.images: deque[float] = deque(maxlen=9)  # when sets of new images were complete [s]
         self._origin, self._tick = 0.0, 0  # time of tick 0 [s], the newest tick
         self._first = 0.0  # tick at which the step that runs began
 
@@ -93,22 +93,18 @@ class StepGrid:
         left = math.floor(self._first + self.ticks_per_step + 1e-6) + 1 - (now - self._origin) * self._rate
         return max(left / self.ticks_per_step, 0.0)
 
-    def images_came(self, now: float) -> None:
-        """Every camera has a new image."""
-        self._images.append(now)
-
     def until_images(self, now: float) -> float:
         """Time until the next images are expected [s]; a little more than a tick if they are late or unknown."""
-        if len(self._images) > 1:
-            gaps = [later - earlier for earlier, later in itertools.pairwise(self._images)]
-            due = self._images[-1] + statistics.median(gaps) - now
+        if len(self.images) > 1:
+            gaps = [later - earlier for earlier, later in itertools.pairwise(self.images)]
+            due = self.images[-1] + statistics.median(gaps) - now
             if due > 0.0:
                 return due
         return 1.1 / self._rate
 
     def delay(self) -> None:
         """Move the grid back: what could be waited for is over, and the images that were expected have not come."""
-        if self._slew and len(self._images) > 1:
+        if self._slew and len(self.images) > 1:
             self._learn(-_LATE)
             self._move(0.0, -_LATE)
 

@@ -61,6 +61,7 @@ class Streaming:
         self._gripped: tuple[float, float] | None = None  # last opening [m], and when [s]
         self._last: Decision | None = None
         clock = node.get_clock() if self._simulated else steady
+        self._paced = time.monotonic(), self.now()  # when others were looked for last
         self._ticks = node.create_timer(setup.arm.period, self._tick, clock=clock)
         self._looks = node.create_timer(CONFLICT_PERIOD, self._look_for_others, clock=steady)
 
@@ -72,14 +73,13 @@ class Streaming:
         """Hold once more and stop."""
         self._node.destroy_timer(self._ticks)
         self._node.destroy_timer(self._looks)
-        self._setup.controller.disable()
-        self._send()
+        self._send(self._setup.controller.end(clock_time(self._node)))
         for publisher in self._publishers:
             self._node.destroy_publisher(publisher)
 
     def _tick(self) -> None:
-        self._send()
         controller = self._setup.controller
+        self._send(controller.tick(self.now(), clock_time(self._node)))
         controller.after_tick(self.now())
         period = round(1e9 * controller.grid.period)
         if period != self._ticks.timer_period_ns:
@@ -101,15 +101,13 @@ class Streaming:
             message.points.append(JointTrajectoryPoint(positions=positions, time_from_start=time_from_start))
         self._planned.publish(message)
 
-    def _send(self) -> None:
-        now = self.now()
-        decision = self._setup.controller.tick(now, clock_time(self._node))
+    def _send(self, decision: Decision | None) -> None:
         message = command_message(self._setup, decision, self._last, self._node.get_clock().now().to_msg())
         self._last = decision
         if message is not None:
             self._commands.publish(message)
             if decision is not None and decision.gripper is not None and not self._dry:
-                self._grip(decision.gripper, now)
+                self._grip(decision.gripper, self.now())
 
     def _grip(self, opening: float, now: float) -> None:
         """Send the gripper's opening [m], unless it was sent just before."""
@@ -121,7 +119,10 @@ class Streaming:
             self._gripped = opening, now
 
     def _look_for_others(self) -> None:
-        """Two commanders would pull the arm to and fro: then nothing is sent."""
+        """Two commanders would pull the arm to and fro: then nothing is sent. And how fast simulated time runs."""
+        (wall, time_then), self._paced = self._paced, (time.monotonic(), self.now())
+        if self._simulated and (passed := self._paced[1] - time_then) > 0.0:
+            self._setup.controller.stream.pace = (self._paced[0] - wall) / passed
         topics = [publisher.topic_name for publisher in self._publishers]
         crowded = [topic for topic in topics if self._node.count_publishers(topic) > 1]
         self._setup.controller.conflict = (

@@ -128,9 +128,9 @@ def grounding_scenes(env: Environment, seeds: range, config: RecordConfig) -> li
         attempts.append(Attempt(seed, env.task, outcome="recorded"))
         rng = attempt_rng(seed, config.mode)
         for pose in range(config.poses_per_scene):
-            env.scatter(rng)
+            env.rearrange("scatter", rng)
             if pose:
-                env.retarget(rng)
+                env.rearrange("retarget", rng)
             frames.append(make_frame(env, None))
     if attempts:
         attempts[0].segments = [frames]

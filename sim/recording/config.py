@@ -85,7 +85,8 @@ class RecordConfig:
         self.root = Path(self.root)
         if self.root == Path():
             raise ConfigError(f"root is {str(self.root)!r}; name a new folder for the data set.")
-        named_config(self.decoding)
+        if named_config(self.decoding).deadline_s is not None and self.mode == "takeover":
+            raise ConfigError(f"decoding is {self.decoding}: attempts share batches, where a deadline means nothing.")
         if self.seed is None:
             self.seed = TAKEOVER_SEEDS[0] if self.mode == "takeover" else RECORDING_SEEDS[0]
         if self.mode != "grounding":

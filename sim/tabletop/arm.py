@@ -9,13 +9,11 @@ from __future__ import annotations
 import mujoco
 import numpy as np
 
-from ceed_vla.kinematics import ArmKinematics, Array
+from ceed_vla.kinematics import AFTER, NEXT, ArmKinematics, Array
 
 JOINT_LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])  # [rad]
 JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])  # [rad]
 HOME = np.array([0.0, -0.60, 0.0, -2.55, 0.0, 1.95, np.pi / 4])  # gripper down, fingers open along y [rad]
-
-_NEXT, _AFTER = [1, 2, 0], [2, 0, 1]  # cyclic successors of x, y, z, for cross products
 
 
 class SceneArm(ArmKinematics):
@@ -34,5 +32,5 @@ class SceneArm(ArmKinematics):
 
     def jacobian(self) -> tuple[Array, Array]:
         axes, arms = self._data.xaxis[:7], self._data.site_xpos[self._site] - self._data.xanchor[:7]
-        linear = axes[:, _NEXT] * arms[:, _AFTER] - axes[:, _AFTER] * arms[:, _NEXT]  # axes x arms
+        linear = axes[:, NEXT] * arms[:, AFTER] - axes[:, AFTER] * arms[:, NEXT]  # axes x arms
         return linear.T, axes.T

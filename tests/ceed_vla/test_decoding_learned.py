@@ -30,6 +30,7 @@ def test_features_are_what_they_are_called() -> None:
     np.testing.assert_allclose(found, [[0, np.mean(odds[0]), 0.5, 1], [odds[1][0], np.mean(odds[1]), 1, 1]], atol=1e-9)
     assert features(seen(2, [[0, 0], [0, 0]]), mass)[:, 2:].tolist() == [[0, 0], [0, 0]]
     assert found.shape[1] == len(FEATURES)
+    assert features(seen(1, [[9, 0, 3]]), mass[:1])[0, 2] == 0.5  # the first slot is frozen
 
 
 @given(st.lists(st.floats(-99, 99), min_size=5, max_size=5))

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ceed_vla.decoding import BlockRequest, DecodingConfig
-from ceed_vla.decoding.ngram import decode_ngram, draft
+from ceed_vla.decoding.jacobi import Rows
+from ceed_vla.decoding.ngram import _Lookup, decode_ngram, draft
 from ceed_vla.errors import ConfigError, TokenError
 
 
@@ -75,6 +76,21 @@ def test_drafts_follow_the_last_two_tokens_at_the_same_dimension() -> None:
     assert draft(guess, proven, 2, 4).tolist() == [6, 6]
     assert draft(guess, np.array([5]), 3, 4).tolist() == guess[1:4].tolist()
     assert len(draft(guess, proven, empty, 4)) == 0
+
+
+def test_a_guess_that_the_proven_tokens_contradict_is_not_the_draft() -> None:
+    lookup, rows = _Lookup(2, 4), Rows(1, 16, 6)
+    block = torch.arange(100, 116).unsqueeze(0)
+    block[0, :4] = torch.tensor([1, 2, 3, 4])
+    rows.exact[:] = 4
+    lookup.draft(None, None, block, rows, 4, 6)  # type: ignore[arg-type]
+    block[0, 4:6] = torch.tensor([1, 2])  # the forward says otherwise than what it was given
+    rows.exact[:] = 6
+    lookup.draft(None, None, block, rows, 6, 8)  # type: ignore[arg-type]
+    assert block[0, 6:8].tolist() == [3, 4]  # what followed 1, 2 before
+    rows.exact[:] = 8
+    lookup.draft(None, None, block, rows, 8, 10)  # type: ignore[arg-type]
+    assert block[0, 8:10].tolist() == [108, 109]  # both drafts were right: the newest state goes on
 
 
 def test_what_it_cannot_decode(toy) -> None:

@@ -93,6 +93,45 @@ def test_relaxed_drafts_are_near_what_follows_them(
     assert found.forwards < exact.forwards if bins else found.forwards == exact.forwards
     if bins:
         assert not found.exact.all()
+    behind = policy.decode(batch, "spec1x1r255", previous=guess, shift_steps=0)
+    again = policy.backbone.block_logits(policy.backbone.prefill(batch), behind.tokens[:, :-1]).argmax(-1)
+    assert torch.equal(behind.tokens[:, 2::2], again[:, 1::2])  # what a forward says behind the draft is no draft
+
+
+def test_exits_go_where_the_policy_goes(student: tuple[Any, Any, Any], batch: dict[str, Any]) -> None:
+    policy, _, _ = student
+    for how, dtype in (("double", torch.float64), ("float", torch.float32)):
+        getattr(torch.nn.ModuleList([policy]), how)()
+        assert {own.linear.weight.dtype for own in policy.backbone.exits.values()} == {dtype}
+
+
+@pytest.mark.parametrize("name", ["deer3t1", "sure3p0.2"])
+def test_states_that_are_not_kept_and_compiled_code_are_refused(
+    name: str, student: tuple[Any, Any, Any], batch: dict[str, Any]
+) -> None:
+    policy, _, _ = student
+    with pytest.raises(ConfigError, match="no states"):
+        policy.decode(batch, name, record_states=True)
+    policy.backbone = compiled(policy.backbone, backend="eager")
+    with pytest.raises(ConfigError, match="eagerly only"):
+        policy.decode(batch, name)
+
+
+def test_frozen_slots_do_not_make_depths_agree(student: tuple[Any, Any, Any], batch: dict[str, Any]) -> None:
+    policy, _, _ = student
+    given = policy.decode(batch, "ar").tokens[:, :14]
+    seen: list[Any] = []
+    depths = policy.backbone.depth_logits
+    policy.backbone.depth_logits = lambda *a: seen.append(found := depths(*a)) or found
+    policy.decode(batch, "deer3t0", frozen=given, executed_steps=4)
+    lower, upper = (scores.argmax(-1)[:, 13:27] for scores in seen[0][0])  # of the slots 14 to 27
+    apart = (lower - upper).abs().double().mean(1)  # (B,)
+    assert apart.min() > 0
+    del policy.backbone.depth_logits
+    found = policy.decode(batch, f"deer3t{0.9 * apart.min():.4f}", frozen=given, executed_steps=4)
+    assert "depths_agree" not in found.exit_reason
+    found = policy.decode(batch, f"deer3t{apart.max() + 0.01:.4f}", frozen=given, executed_steps=4)
+    assert set(found.exit_reason) == {"depths_agree"}
 
 
 def test_rows_whose_exits_agree_are_done_behind_a_cut_prefix(

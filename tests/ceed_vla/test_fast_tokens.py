@@ -241,7 +241,7 @@ def test_a_cap_ends_where_every_row_holds_a_chunk(toy: Toy, tokenizer: FastToken
     assert set(late.exit_reason) <= {"stop", "deadline"}
     with pytest.raises(ConfigError, match="none can be frozen"):
         toy_decode(toy, tokenizer, 0, config, frozen=greedy.tokens[:, :7])
-    with pytest.raises(ConfigError, match="others need jacobi"):
+    with pytest.raises(ConfigError, match="fixed number; use jacobi"):
         toy_decode(toy, tokenizer, 0, DecodingConfig(method="sure1p0.5"))
     with pytest.raises(ConfigError, match="are no bins"):
         toy_decode(toy, tokenizer, 0, DecodingConfig(confidence=0.5))

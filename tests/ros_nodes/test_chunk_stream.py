@@ -123,6 +123,17 @@ def test_a_steady_delay_freezes_what_is_consumed_and_replans_on_time(delay: floa
     assert max(robot.ages[2:]) == pytest.approx(delay, abs=0.1 + 1e-9)  # no older than it must be
 
 
+@pytest.mark.parametrize(("chunk_steps", "replan"), [(1, 1), (8, 8), (8, 4)])
+def test_while_the_last_step_of_a_chunk_runs_the_next_is_still_in_time(chunk_steps: int, replan: int) -> None:
+    flow = stream(chunk_steps=chunk_steps, replan_steps=replan)
+    flow.start()
+    robot = Robot(flow, wait=0.1)
+    robot.steps(60, 0.3)
+    assert max(robot.ages[2:]) < 0.41
+    assert [plan.deadline_s is None for plan in robot.plans] == [True] + [False] * (len(robot.plans) - 1)
+    assert flow.counters.starved == 0
+
+
 @pytest.mark.parametrize("late", range(4))
 def test_the_last_observation_that_is_in_time_is_used(late: int) -> None:
     flow = stream()

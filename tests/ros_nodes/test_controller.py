@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +16,11 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
 
 from ceed_vla.errors import ConfigError
+from ros_nodes.robot.chunk_stream import Target
 from ros_nodes.robot.controller import HOME_SPEED
+from ros_nodes.robot.robot_file import Action
 from ros_nodes.robot.step_grid import SLEW, StepGrid
-from tests.ros_nodes.loop import CLIMB, DT, EVEN, RATE, H, Loop
+from tests.ros_nodes.loop import CLIMB, DT, EVEN, RATE, H, Loop, robot
 
 
 @pytest.mark.parametrize("camera_rate", [15.0, 30.0, 29.97])
@@ -189,6 +194,105 @@ def test_motion_begins_gently_behind_a_slow_first_chunk_too() -> None:
     first = np.abs(np.diff(loop.path[moving - 10 :, 0])).max()
     assert 0 < first < 0.5 * EVEN
     assert first == pytest.approx(np.abs(np.diff(usual.path[:, 0])).max(), rel=0.5)
+
+
+@pytest.mark.parametrize("why", ["camera", "starved"])
+def test_a_hold_while_motion_begins_throws_nothing_back(why: str) -> None:
+    loop = Loop(blend_in=4.0)
+    loop.run(2.0)
+    loop.cameras, loop.policy.delay = why != "camera", 0.02 if why == "camera" else 2.0
+    loop.run(0.6 if why == "camera" else 3.0)
+    before, loop.cameras, loop.policy.delay = len(loop.path), True, 0.02
+    loop.run(5.0)
+    assert loop.steps(before - 3).min() > -1e-9
+    assert loop.path[-1, 0] > loop.path[before - 3, 0] + 0.3
+
+
+def test_enabling_or_going_home_in_motion_goes_on_from_the_command() -> None:
+    for home in ((), (3.0, 0.5)):
+        loop = Loop()
+        loop.follows = False  # but for what was commanded 10 ticks ago
+        for tick in range(200):
+            loop.run(0.0101)
+            loop.position = loop.path[max(len(loop.path) - 10, 0)]
+            if tick == 150:
+                assert loop.path[-1, 0] > loop.position[0] + 0.01
+                assert loop.controller.enable(loop.now, home=home) is None
+        assert loop.steps().min() > -1e-9
+
+
+class Increments:
+    """What a policy of increments wants, instead of the positions of `Policy`."""
+
+    def __init__(self, loop: Loop, wanted: Callable[[float], float], **limits: Any) -> None:
+        loop.safety.limits = replace(loop.safety.limits, **limits)
+        loop.controller._motion._robot = replace(robot(), action=Action("joint_delta", DT))
+        self.loop, self.target, self.wanted = loop, loop.stream.target, wanted
+        loop.stream.target = self  # type: ignore[method-assign, assignment]
+
+    def __call__(self) -> Target:
+        found = self.target()
+        return replace(found, action=np.array([self.wanted(self.loop.now), 0.0])) if found.action is not None else found
+
+
+@pytest.mark.parametrize(
+    ("limits", "most"),
+    [({"max_velocity": np.full(2, 0.1)}, 0.011),
+     ({"max_velocity": np.full(2, 0.5), "max_acceleration": np.full(2, 0.2)}, 0.051),
+     ({"position_high": np.array([0.1, 9.0])}, 1e-9)],
+)  # fmt: skip
+def test_increments_do_not_run_away_from_an_arm_with_low_limits(limits: dict[str, Any], most: float) -> None:
+    loop = Loop()
+    Increments(loop, lambda now: 0.05 if now < 103 else 0.0 if now < 106 else -0.02, **limits)
+    loop.run(3.0)
+    assert 0 <= loop.controller._motion.joints[0] - loop.path[-1, 0] < most
+    there, at = loop.path[-1, 0], len(loop.path)
+    loop.run(3.0)
+    assert loop.path[-1, 0] - there < most + 0.01  # when nothing more is wanted it soon stands still
+    loop.run(2.0)
+    assert loop.path[at:, 0].max() - loop.path[-1, 0] > 0.15  # and comes back at once
+
+
+def test_increments_within_the_limits_are_all_executed() -> None:
+    loop = Loop()
+    Increments(loop, lambda now: 0.02)
+    loop.run(6.0)
+    assert np.allclose(loop.steps(60), EVEN)
+    assert not any(loop.safety.clamps.values())
+
+
+def test_deadlines_are_of_real_time() -> None:
+    half, whole = Loop(), Loop()
+    half.stream.pace = 0.5
+    for loop in (half, whole):
+        loop.run(3.0)
+    deadlines = [[request.deadline_s for _, request in loop.policy.asked] for loop in (half, whole)]
+    assert deadlines[0][0] is deadlines[1][0] is None
+    np.testing.assert_allclose(deadlines[0][1:], 0.5 * np.array(deadlines[1][1:]))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("acceleration", [0.5, 2.0, 100.0])
+def test_the_way_home_takes_as_long_as_its_speed_says(acceleration: float) -> None:
+    loop = Loop()
+    loop.run(0.5)
+    loop.safety.limits = replace(loop.safety.limits, max_acceleration=np.full(2, acceleration))
+    loop.controller.disable()
+    loop.run(0.1)
+    assert loop.controller.enable(loop.now, home=(1.0, 0.5)) is None
+    before, way = len(loop.path), 1.0 - loop.position[0]
+    loop.run(10.0)
+    steps = RATE * np.diff(loop.path[before:], axis=0)
+    assert np.allclose(loop.path[-1], (1.0, 0.5))
+    assert np.abs(steps).max() < HOME_SPEED + 1e-6
+    assert RATE * np.abs(np.diff(steps, axis=0)).max() < acceleration + 1e-6
+    assert len(loop.path) - before < RATE * (way / HOME_SPEED + HOME_SPEED / acceleration + 0.3)
+
+
+def test_a_home_outside_the_limits_is_refused() -> None:
+    loop = Loop()
+    refused = loop.controller.enable(loop.now, home=(99.0, 0.0))
+    assert refused is not None
+    assert (refused.code, loop.safety.enabled) == ("no_home", False)
 
 
 def test_going_home_is_slow_needs_no_images_and_ends_disabled() -> None:

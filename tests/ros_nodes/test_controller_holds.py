@@ -109,6 +109,23 @@ def test_a_stopped_arm_is_left_to_another_commander() -> None:
     assert loop.controller.state.mode == "stopped"
 
 
+def test_out_of_silence_a_stopped_arm_stays_where_it_was_moved() -> None:
+    loop = Loop()
+    loop.run(1.0)
+    loop.controller.estop("an operator")
+    loop.run(0.1)
+    last = loop.controller.end(loop.now)  # as deactivation does
+    assert last is not None
+    np.testing.assert_array_equal(last.positions, loop.path[-1])  # type: ignore[arg-type]
+    loop.now += 10.0
+    loop.position = loop.position + 0.5
+    loop._joints()
+    loop._image()
+    assert loop.controller.enable(loop.now, insist=True).code == "estop"  # type: ignore[union-attr]
+    assert loop.controller.tick(loop.now, loop.now) is None
+    assert loop.controller._clock_fault is None
+
+
 def test_out_of_a_conflict_and_out_of_a_stop_motion_waits_for_joint_states() -> None:
     loop = Loop()
     loop.run(1.0)

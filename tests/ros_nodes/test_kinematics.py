@@ -40,10 +40,21 @@ def test_velocity_limits_are_the_urdfs(tmp_path: Path, kinematics: ModelArm) -> 
 
 
 def test_a_model_that_mujoco_cannot_build_is_refused(tmp_path: Path) -> None:
-    for text in ("<mujoco", "<mujoco/>", "", "<robot name='a'><link name='b'/></robot>", URDF.replace(MASS, "")):
+    for text in ("<mujoco", "<mujoco/>", "", "<robot name='a'><link name='b'/></robot>", "<robot name='a'>"):
         (tmp_path / "arm.urdf").write_text(text)
         with pytest.raises(ConfigError):
             ModelArm(tmp_path / "arm.urdf", "tip", ("a",))
+
+
+def test_meshes_and_masses_do_not_matter(tmp_path: Path) -> None:
+    mesh = '<visual><geometry><mesh filename="package://two/arm.stl"/></geometry></visual>'
+    for name, text in (("a", URDF), ("b", URDF.replace(MASS, mesh)), ("c", URDF.replace(MASS, ""))):
+        (tmp_path / f"{name}.urdf").write_text(text)
+    joints = np.array([0.3, 0.4, 0.5])
+    whole, *others = (ModelArm(tmp_path / f"{name}.urdf", "tip", ("a", "b", "c")).pose(joints) for name in "abc")
+    for other in others:
+        np.testing.assert_allclose(other[0], whole[0])
+        np.testing.assert_allclose(other[1], whole[1])
 
 
 LIMITS = PoseLimits(0.05, 0.25, env.WORKSPACE_LOW, env.WORKSPACE_HIGH, env.MAX_TILT, env.MAX_YAW)

@@ -87,7 +87,14 @@ def test_thresholds_are_tested_from_the_strictest_on(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     "change",
-    [{"epsilons": []}, {"epsilons": [1.0]}, {"signals": []}, {"decoders": "deadline8"}, {"decoders": "cap1,nothing"}],
+    [
+        {"epsilons": []},
+        {"epsilons": [1.0]},
+        {"signals": []},
+        {"decoders": "deadline8"},
+        {"decoders": "cap1,nothing"},
+        {"episodes": 9001},
+    ],
 )
 def test_options_that_cannot_work(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

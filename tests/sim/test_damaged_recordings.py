@@ -132,6 +132,21 @@ def test_a_backup_of_another_commit_replaces_nothing(stored: Path, new_writer: A
     assert contents(stored) == before
 
 
+@pytest.mark.parametrize("back", range(4))
+def test_undoing_a_commit_may_be_interrupted_too(stored: Path, new_writer: Any, back: int) -> None:
+    backup, names = stored / ".recording" / "backup", ["info.json", "stats.json", "tasks.parquet"]
+    before = contents(stored)
+    for place, name in enumerate(names):  # the first ones were put back
+        (backup / name).write_bytes((stored / "meta" / name).read_bytes())
+        if place < back:
+            (backup / name).unlink()
+    for name in names[max(back, 1) :]:  # info.json is the last one that a commit writes
+        (stored / "meta" / name).write_bytes(b"half")
+    (backup / "marker.json").write_text(json.dumps({"total_episodes": 2, "files": names}))
+    new_writer(stored)
+    assert contents(stored) == before
+
+
 def test_a_marker_cannot_name_what_is_committed(stored: Path, new_writer: Any) -> None:
     marker = {"total_episodes": 2, "files": ["info.json", "stats.json", "tasks.parquet"], "adding": [FIRST_FILE]}
     for name in marker["files"]:  # type: ignore[attr-defined]

@@ -47,6 +47,11 @@ def test_drafts_are_verified_and_counted() -> None:
                 assert own.seconds["decode"] > 0
 
 
+def test_what_drafts_decides_what_may_share_a_batch() -> None:
+    pair, timed = (PolicyRunner(load("student"), name) for name in ("cap1", "deadline8"))
+    assert [DraftedRunner(load("teacher"), draft, 4, 0).alone for draft in (pair, timed)] == [False, True]
+
+
 def test_names_and_tokens_that_do_not_fit() -> None:
     for name, message in {"teacher_from_": "Unknown decoder", "teacher_from_nothing": "Unknown decoder"}.items():
         with pytest.raises(ConfigError, match=message):

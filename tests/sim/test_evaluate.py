@@ -101,6 +101,8 @@ def test_options_are_parsed_from_the_command_line() -> None:
         ({"delay_ms": [0.0, 350.0]}, "@350ms is 4 control steps late; a chunk has 4: leave it out"),
         ({"delay_ms": [-1.0]}, "--delay_ms"),
         ({"delay": "measured", "timing_chunks": 0}, "--timing_chunks"),
+        ({"delay": "measured", "delay_ms": [100.0]}, "--delay_ms 0"),
+        ({"decoders": "gap5_cap2"}, "Unknown decoder"),
         ({"workers": 0}, "--workers is 0"),
         ({"device": "cuda:77"}, "The device is 'cuda:77'; this machine has cpu"),
         ({"decoders": "ar,cap0"}, "Decoder 'cap0': its cap K is 0; it must be a whole number in [1, 1e6]"),
@@ -301,6 +303,17 @@ def test_the_teachers_rows_are_taken_from_an_earlier_report(checkpoint: Path, tm
     assert list(again["decoders"]) == [*first["decoders"], "cap1"]
     steps = {json.loads(line)["decoder"]: json.loads(line)["steps"] for line in lines_of(tmp_path / "again")[1:]}
     assert steps == {"teacher_ar": 7, "teacher_cap4": 7, "ceed": 7, "cap1": 8}
+    header = json.loads(lines_of(tmp_path / "first")[0])["identity"]
+    plan = {json.loads(line)["seed"]: "mixed" for line in lines_of(tmp_path / "first")[1:]}
+    log = EpisodeLog(tmp_path / "other", {**header, "policy": "another student"}, plan, 8)
+    row = header["decoders"]["teacher_ar"]
+    for identity in (header, log.identity):
+        identity["decoders"] = {"teacher_ar": row, "teacher_from_cap1": {**row, "draft": "cap1"}}
+    kept = [line for line in lines_of(tmp_path / "first")[1:] if json.loads(line)["decoder"] == "teacher_ar"]
+    start = json.dumps({**json.loads(lines_of(tmp_path / "first")[0]), "identity": header})
+    (tmp_path / "drafted").mkdir()
+    (tmp_path / "drafted" / EPISODES).write_text("\n".join([start, *kept, ""]))
+    assert list(log.shared(tmp_path / "drafted")) == ["teacher_ar"]  # what drafted was another student
     with pytest.raises(ConfigError, match=r"first, an evaluation with other seed; nothing fits"):
         evaluate(options(checkpoint, tmp_path / "other", **changes, seed=50_010), quiet())
     with pytest.raises(ConfigError, match=r"--reuse is .* which has no episodes"):

@@ -304,6 +304,7 @@ def test_statistics_match_numpy() -> None:
         ({"excursion_fraction": float("nan")}, "excursion_fraction is nan"),
         ({"executed_steps": -1}, "executed_steps is -1"),
         ({"decoding": "fast"}, "Unknown decoder 'fast'"),
+        ({"decoding": "deadline8", "mode": "takeover", "seed": 30_000}, "a deadline means nothing"),
         ({"decoding": "ar,ceed"}, "Unknown decoder 'ar,ceed'"),
         ({"decoding": "teacher_ar"}, "Unknown decoder 'teacher_ar'"),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.tokens.uniform import ActionTokenizer, ranges_from_stats
-from training.clipping import check_actions
+from training.clipping import check_actions, check_clipping
 from training.fit_tokens import FitTokensConfig, fit_tokens
 from training.teacher import train
 
@@ -45,6 +47,14 @@ def test_more_than_one_percent_far_outside_is_refused(value: float, share: float
     else:
         with pytest.raises(ConfigError, match=r"2\.0% .* dimension 1 .*\[-1, 1\].*--max_clipped"):
             check_actions(UNIT, actions, 0.01)
+
+
+def test_a_vocabulary_of_normalised_actions_is_compared_with_no_raw_ones(tmp_path: Path) -> None:
+    tokens, store = copy(UNIT), SimpleNamespace(action=100 * normal())
+    with pytest.raises(ConfigError, match="far outside"):
+        check_clipping(tokens, [store], 0.01)  # type: ignore[list-item]
+    tokens.normalised = True
+    check_clipping(tokens, [store], 0.01)  # type: ignore[list-item]
 
 
 def test_a_few_values_that_widen_the_range_until_nothing_is_told_apart() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ceed_vla.data.frames import FrameStore, open_dataset
-from ceed_vla.errors import DatasetError
+from ceed_vla.errors import DatasetError, ObservationError
 from training.mixture import Mixture, check_compatible, check_fits, state_statistics
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
@@ -116,12 +116,19 @@ def test_mixed_features_are_refused(store: FrameStore, kind: str) -> None:
 def test_data_that_the_policy_cannot_read_are_refused(studio: Any, store: FrameStore, kind: str) -> None:
     import ceed_vla
 
-    config = ceed_vla.load(studio.teacher)[0].config
-    check_fits(store, config)
-    check_fits(OTHERS["image size"][0](store), config)  # the policy resizes
-    check_fits(OTHERS["no action"][0](store), config)  # grounding frames
+    policy, pre, _ = ceed_vla.load(studio.teacher)
+    config = policy.config
+    check_fits(store, config, pre)
+    check_fits(OTHERS["image size"][0](store), config, pre)  # the policy resizes
+    check_fits(OTHERS["no action"][0](store), config, pre)  # grounding frames
+    with pytest.raises(ObservationError, match="more than 12"):
+        check_fits(
+            changed(store, tasks=["one two three four five six seven eight nine ten eleven twelve 13"]), config, pre
+        )
+    config.input_features["observation.images.empty_camera_0"] = config.input_features[FRONT]
+    check_fits(store, config, pre)  # LeRobot's pi0-FAST adds it; nobody records it
     with pytest.raises(DatasetError, match="does not fit the policy"):
-        check_fits(OTHERS[kind][0](store), config)
+        check_fits(OTHERS[kind][0](store), config, pre)
 
 
 # ---- drawing ----------------------------------------------------------------------------------------------------

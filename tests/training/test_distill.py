@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from copy import copy
+from copy import copy, deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lerobot.configs import FeatureType, NormalizationMode
+from lerobot.processor import NormalizerProcessorStep
 
 import ceed_vla
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
 from ceed_vla.tokens.uniform import ActionTokenizer
+from training.adapters import LoRAConfig
 from training.corruption import draw_states, guess_states, online_states
 from training.curriculum import FLOOR, informative_states
 from training.distill import DistillConfig, DistillRun, distill
@@ -147,6 +150,20 @@ def test_distances_in_ranges_that_are_not_symmetric(data: StoredData) -> None:
     fixed = other.policy.tokenizer.decode(torch.from_numpy(data.trajectories.fixed_point[rows].astype(np.int64)))
     expected = np.abs(fixed.numpy() - actions.numpy().clip(-0.1, 0.3)).mean((1, 2)) / 0.2
     np.testing.assert_allclose(other.distances(rows), expected, rtol=1e-4)
+
+
+def test_actions_are_compared_as_the_policy_writes_them(data: StoredData) -> None:
+    """A vocabulary of normalised actions reads chunks that are normalised."""
+    other, step = copy(data), deepcopy(next(s for s in data.pre.steps if isinstance(s, NormalizerProcessorStep)))
+    step.norm_map = {**step.norm_map, FeatureType.ACTION: NormalizationMode.MEAN_STD}
+    step._tensor_stats = {**step._tensor_stats, "action": {"mean": torch.full((7,), 2.0), "std": torch.full((7,), 4.0)}}
+    other.pre = SimpleNamespace(steps=[step])
+    rows = np.arange(3)
+    actions, pad = data.stores[0].chunks(data.trajectories.frame[rows], 4)
+    fixed = torch.from_numpy(data.trajectories.fixed_point[rows].astype(np.int64))
+    expected = data.distance(fixed, {"action": (actions - 2) / 4, "action_is_pad": pad})
+    np.testing.assert_allclose(other.distances(rows), expected.numpy(), rtol=1e-4)
+    assert not np.allclose(data.distances(rows), expected.numpy(), rtol=0.01)
 
 
 # ---- states -----------------------------------------------------------------------------------------------------
@@ -293,6 +310,7 @@ def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
         ({"eval_frames": 63}, DatasetError, "--eval_frames 63 of them"),
         ({"device": "cuda:99"}, ConfigError, "cuda:99"),
         ({"trajectories": ""}, ConfigError, "No trajectories"),
+        ({"lora": LoRAConfig(rank=2, targets="all")}, ConfigError, "what makes the prefix stays frozen"),
         ({"output_dir": " "}, ConfigError, "output_dir"),
         ({"resume": True}, CheckpointError, "nothing to resume"),
     ],

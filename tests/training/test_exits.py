@@ -11,7 +11,7 @@ import torch
 
 import ceed_vla
 from ceed_vla.backbones.exits import EXITS
-from ceed_vla.checkpoints import weights_hash
+from ceed_vla.checkpoints import save, weights_hash
 from ceed_vla.errors import ConfigError
 from training.exits import REPORT, ExitsConfig, exits
 from training.teacher import train
@@ -43,6 +43,12 @@ def test_exits_learn_and_the_base_does_not(studio: Any, deep: Path, tmp_path: Pa
     base, _, _ = ceed_vla.load(deep)
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), base.parameters(), strict=True))
     assert list(policy.backbone.exits) == [1]
+    policy.config.decodings, policy.config.decode_with = {"risk0.1": "deer1t1"}, "risk0.1"
+    save(tmp_path / "measured", policy, *ceed_vla.load(folder)[1:])
+    sizes = {"kind": kind, "steps": 1, "eval_frames": 16}
+    anew = ExitsConfig(str(tmp_path / "measured"), str(studio.demo), str(tmp_path / "anew"), layers=[1], **sizes)
+    config = ceed_vla.load(exits(anew))[0].config
+    assert (config.decodings, config.decode_with) == ({}, "ceed")  # what was measured with others says nothing
     assert (folder / EXITS).stat().st_size < 0.6 * (folder / "model.safetensors").stat().st_size
 
 

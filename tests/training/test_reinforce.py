@@ -109,6 +109,9 @@ def test_bad_settings(tmp_path: Path) -> None:
     for change in ({"cap": 1}, {"decay": 0.0}, {"groups": 0}):
         with pytest.raises(ConfigError):
             ReinforceConfig(**change)  # type: ignore[arg-type]
+    for seeds in (range(39_999, 40_001), range(50_000, 50_001)):
+        with pytest.raises(ConfigError, match="those for training are 30000 to 39999"):
+            next(SerialGroups(CeedTabletopEnv()).outcomes("student", ["cap1"], seeds))
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="output_dir"):
         reinforce(ReinforceConfig("student", str(tmp_path)), Script())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 
 import ceed_vla
 from ceed_vla import supervision
+from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, DatasetError
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from training.teacher import TeacherRun, TrainConfig, train
@@ -120,6 +123,12 @@ def test_training_continues_from_a_checkpoint(
     train(config)
     start = next(iter(read_log(studio.teacher_run, "ar_loss").values()))
     assert read_log(tmp_path / "more", "ar_loss")[1] < 0.8 * start
+    student = shutil.copytree(studio.teacher, tmp_path / "student")
+    settings = json.loads((student / "config.json").read_text())
+    settings["decoding"] |= {"watch": "executed", "max_iterations": 2, "confidence": 0.2}
+    (student / "config.json").write_text(json.dumps(settings))
+    more = replace(config, policy_path=str(student), output_dir=str(tmp_path / "strict"), steps=1)
+    assert ceed_vla.load(train(more))[0].config.decoding == DecodingConfig()  # a student's exit is not its own
 
 
 # ---- interrupts -------------------------------------------------------------------------------------------------
@@ -298,15 +307,22 @@ def test_nothing_to_resume(studio: Any, tmp_path: Path) -> None:
         ({"roots": ""}, ConfigError, "--roots"),
         ({"roots": "GROUNDING"}, ConfigError, "holds no actions"),
         ({"roots": "MISSING"}, DatasetError, "No LeRobotDataset"),
+        ({"roots": "OTHERS"}, DatasetError, r"differ in observation\.state"),
         ({"rounds": 1}, ConfigError, "nothing records takeovers"),
         ({"grounding_gate": 0.01}, ConfigError, "grounding_gate needs --grounding_roots"),
         ({"roots": "FILE", "output_dir": "FILE"}, ConfigError, "which is a file"),
     ],
 )
 def test_settings_that_cannot_work(
-    studio: Any, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+    studio: Any,
+    tmp_path: Path,
+    write_dataset: Callable[..., Path],
+    changes: dict[str, Any],
+    error: type[Exception],
+    message: str,
 ) -> None:
     places = {"GROUNDING": str(studio.grounding), "MISSING": str(tmp_path / "missing"), "FILE": __file__}
+    places["OTHERS"] = f"{studio.demo},{write_dataset(tmp_path / 'other', (5,), state_dim=6)}"
     changes = {key: places.get(value, value) for key, value in changes.items()}
     with pytest.raises(error, match=message):
         train(studio.train_config(tmp_path / "run", **changes))

@@ -97,8 +97,9 @@ def make_instruction_step(instructions: Iterable[str], max_words: int, rows: int
     """The step for a data set's instructions, of `max_words` at most and words for an embedding of so many `rows`."""
     instructions = list(instructions)
     vocabulary = build_vocabulary(instructions)
-    if not vocabulary:
-        raise ConfigError("There is no instruction to take the vocabulary from; pass the metadata.")
+    if not vocabulary or (wordless := [text for text in instructions if not split_words(text)]):
+        shown = f"The instruction {wordless[0]!r} has no word" if vocabulary else "There is no instruction"
+        raise ConfigError(f"{shown} to take the vocabulary from; pass the metadata.")
     longest, text = max((len(split_words(text)), text) for text in instructions)
     if longest > max_words:
         raise ConfigError(f"max_instruction_words is {max_words}, an instruction has {longest} words: {text!r}.")

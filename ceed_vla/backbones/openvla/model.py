@@ -104,14 +104,6 @@ class OpenVLABackbone(TransformersBackbone):
             sizes = self.vision_backbone.width, config.hidden_size
             self.projector = Projector(*sizes, fused=values["use_fused_vision_backbone"]).to(self.dtype)
 
-    @property
-    def pretrained(self) -> PreTrainedModel:
-        return self.language_model
-
-    @property
-    def decoder(self) -> nn.Module:
-        return cast("nn.Module", self.language_model.model)
-
     def own_name(self, published: str) -> str:
         if published.endswith("rotary_emb.inv_freq"):  # older transformers saved what is computed
             return ""

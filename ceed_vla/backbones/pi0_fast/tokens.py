@@ -30,6 +30,8 @@ class Pi0FastTokenizer(VariableLengthTokens):
     error instead of zeros. A token is any of the `scored` ids, else an index into `action_ids` (N,).
     """
 
+    normalised = True
+
     def __init__(self, settings: Any, chunk_steps: int, action_dim: int) -> None:
         codec, scored = FastCodec.from_json(settings.bpe, settings.scale, settings.least), settings.scored
         self.settings, self.codec, self.scored = settings, codec, scored

@@ -45,14 +45,14 @@ class TransformersBackbone(TrainableBackbone):
         self.register_buffer("action_ids", action_ids, persistent=False)
 
     @property
-    @abc.abstractmethod
     def pretrained(self) -> PreTrainedModel:
         """The model with its head."""
+        return cast("PreTrainedModel", self.language_model)
 
     @property
-    @abc.abstractmethod
     def decoder(self) -> nn.Module:
         """The language model without its head; its layers are ``decoder.layers``."""
+        return cast("nn.Module", cast("Any", self.language_model).model)
 
     @property
     def num_layers(self) -> int:  # type: ignore[override]

@@ -72,3 +72,7 @@ def test_instructions_that_do_not_fit_the_configuration() -> None:
         make_instruction_step(TASKS, 3, 256)
     with pytest.raises(ConfigError, match="holds 7"):
         make_instruction_step(TASKS, 12, 9)
+    with pytest.raises(ConfigError, match=r"'\.\.\.' has no word"):
+        make_instruction_step([*TASKS, "..."], 12, 256)
+    with pytest.raises(ConfigError, match="There is no instruction"):
+        make_instruction_step([], 12, 256)

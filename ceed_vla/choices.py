@@ -8,15 +8,10 @@ from ceed_vla.errors import ConfigError
 
 
 class Choice:
-    """Beside ``draccus.ChoiceRegistry`` as a base: a family of dataclasses that register themselves by name.
+    """Beside ``draccus.ChoiceRegistry`` as a base: a family of dataclasses that register themselves by name."""
 
-    Attributes:
-        setting: What the family is called in messages.
-        usual: The kind that is meant where none is named.
-    """
-
-    setting: ClassVar[str] = ""
-    usual: ClassVar[str] = ""
+    setting: ClassVar[str] = ""  # what the family is called in messages
+    usual: ClassVar[str] = ""  # the kind that is meant where none is named
     _choice_registry: ClassVar[dict[str, Any]]
 
     @classmethod

@@ -41,17 +41,11 @@ class CutPrefix(Prefix[Any]):
 
 
 class Backbone(Protocol):
-    """A causal model over a block of action tokens.
+    """A causal model over a block of action tokens."""
 
-    Attributes:
-        block_length: Tokens ``n`` of one block.
-        vocabulary_size: Action values ``V`` of one token. No other token has a score.
-        num_layers: Layers of a full forward.
-    """
-
-    block_length: int
-    vocabulary_size: int
-    num_layers: int
+    block_length: int  # tokens ``n`` of one block
+    vocabulary_size: int  # action values ``V`` of one token. No other token has a score
+    num_layers: int  # layers of a full forward
 
     @abc.abstractmethod
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:

@@ -19,17 +19,12 @@ from ceed_vla.errors import ConfigError
 
 
 class Drafter:
-    """Guesses the next tokens.
+    """Guesses the next tokens."""
 
-    Attributes:
-        length: Of a draft.
-        whole_first: Whether the first forward computes the whole block, so that its tail is a warm start.
-        depths: Exits whose tokens `saw` wants, in the place of those that a forward verifies.
-    """
-
+    # Whether the first forward computes the whole block, so that its tail is a warm start.
     whole_first: ClassVar[bool] = False
-    length: int
-    depths: Sequence[int] = ()
+    length: int  # of a draft
+    depths: Sequence[int] = ()  # exits whose tokens `saw` wants, in the place of those that a forward verifies
 
     def draft(self, backbone: Backbone, prefix: Prefix, tokens: Tensor, rows: Rows, exact: int, end: int) -> int:
         """Write into `tokens` (B, n) what may follow the proven ones of every running row, up to slot ``end - 1``.

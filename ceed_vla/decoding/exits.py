@@ -38,17 +38,13 @@ class Seen:
 
 
 class ExitRule(abc.ABC):
-    """Ends rows early.
+    """Ends rows early."""
 
-    Attributes:
-        reason: What `DecodeResult.exit_reason` says of rows that it ended.
-        field: Setting of `DecodingConfig` that holds its option, made by `kind`; rules without are in `exits`.
-        ordered: Whether it compares neighbouring tokens, which must then stand for neighbouring actions.
-    """
-
-    reason: ClassVar[str]
+    reason: ClassVar[str]  # what `DecodeResult.exit_reason` says of rows that it ended
+    # Setting of `DecodingConfig` that holds its option, made by `kind`; rules without are in `exits`.
     field: ClassVar[str] = ""
     kind: ClassVar[Callable[..., Any]] = float
+    # Whether it compares neighbouring tokens, which must then stand for neighbouring actions.
     ordered: ClassVar[bool] = False
 
     def measure(self, logits: Tensor, tokens: Tensor) -> Tensor | None:

@@ -39,40 +39,24 @@ def from_front(gripper_dims: Sequence[int], action_dim: int) -> tuple[int, ...]:
 
 
 class ActionTokens(abc.ABC):
-    """Writes chunks of ``m`` actions of ``A`` dimensions as blocks of ``n`` tokens, and reads them.
+    """Writes chunks of ``m`` actions of ``A`` dimensions as blocks of ``n`` tokens, and reads them."""
 
-    Attributes:
-        action_dim: Action dimensions ``A``.
-        chunk_steps: Steps ``m`` of a chunk.
-        block_length: Tokens ``n`` of a block.
-        vocabulary_size: Values ``V`` of one token.
-        tokens_per_step: Tokens of one step, in order of time; None where a token belongs to no step. Then nothing can
-            be frozen, and a block is executed as a whole or not at all.
-        ordered: Whether neighbouring tokens stand for neighbouring actions, as the settings say.
-        normalised: Whether it writes what the pre-processor makes of a data set's actions.
-        stop: Token behind which a block holds nothing; None where every block is full.
-        zero: (n,) int64, the block nearest "do not move".
-        gripper_dims: Two-valued dimensions, as non-negative indices.
-        low: (A,) float64, smallest action [action units].
-        high: (A,) float64, largest action [action units].
-        grammar: Which tokens can complete a chunk; None where all can, or nobody knows.
-        clipped: Values outside [low, high] that `encode` has clipped since construction.
-    """
-
-    action_dim: int
-    chunk_steps: int
-    block_length: int
-    vocabulary_size: int
+    action_dim: int  # action dimensions ``A``
+    chunk_steps: int  # steps ``m`` of a chunk
+    block_length: int  # tokens ``n`` of a block
+    vocabulary_size: int  # values ``V`` of one token
+    # Tokens of one step, in order of time; None where a token belongs to no step. Then nothing can be frozen, and a
+    # block is executed as a whole or not at all.
     tokens_per_step: int | None
-    ordered: bool = True
-    normalised: bool = False
-    stop: int | None = None
-    zero: Tensor
-    gripper_dims: tuple[int, ...] = ()
-    low: Tensor
-    high: Tensor
-    grammar: Grammar | None = None
-    clipped: int = 0
+    ordered: bool = True  # whether neighbouring tokens stand for neighbouring actions, as the settings say
+    normalised: bool = False  # whether it writes what the pre-processor makes of a data set's actions
+    stop: int | None = None  # token behind which a block holds nothing; None where every block is full
+    zero: Tensor  # (n,) int64, the block nearest "do not move"
+    gripper_dims: tuple[int, ...] = ()  # two-valued dimensions, as non-negative indices
+    low: Tensor  # (A,) float64, smallest action [action units]
+    high: Tensor  # (A,) float64, largest action [action units]
+    grammar: Grammar | None = None  # which tokens can complete a chunk; None where all can, or nobody knows
+    clipped: int = 0  # values outside [low, high] that `encode` has clipped since construction
 
     @abc.abstractmethod
     def encode(self, actions: Tensor) -> Tensor:

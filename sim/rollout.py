@@ -21,7 +21,6 @@ from lerobot.envs.configs import EnvConfig
 from torch import Tensor
 
 from ceed_vla.checkpoints import load
-from ceed_vla.decoding.registry import find_decoder
 from ceed_vla.real_time import decode_behind
 from sim.environment import MIXED, Bundle, Environment, EnvPool, Observation, images_of, joined, observation_batch
 
@@ -158,11 +157,8 @@ class PolicyRunner:
 
     @property
     def alone(self) -> bool:
-        """Whether a chunk may not share a batch: a deadline is of one chunk, and so may be what a decoder computes."""
-        config = self.policy.config.named(self.decoding)
-        entry, options = find_decoder(config.method)
-        own = getattr(entry.make, "alone", None)
-        return config.deadline_s is not None or bool(own and own(options))
+        """Whether a chunk may not share a batch: a deadline is of one chunk."""
+        return self.policy.config.named(self.decoding).deadline_s is not None
 
     def chunk(self, tokens: Tensor) -> Chunk:
         """The chunk that `tokens` (n,) stand for, of which nothing else is known."""

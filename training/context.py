@@ -1,7 +1,7 @@
 """``ceed-vla context``: learn what a frozen policy needs of its prefix, into a file beside a copy of its checkpoint.
 
 The scores of dropped tokens learn to add up to how far the policy's own scores at the fixed point move without them.
-Views are parts of the images that many frames can do with, and a glance at state and words learns which ones.
+Views leave out a row or a column of a camera after the other, where the worst tenth of frames moves least.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import trange
 
 from ceed_vla.backbones.base import View
-from ceed_vla.backbones.context import CONTEXT, ContextScorer, cells, choose, keep_scored
+from ceed_vla.backbones.context import CONTEXT, ContextScorer, keep_scored, percent
 from ceed_vla.checkpoints import load, save
 from ceed_vla.errors import CeedVLAError
 from ceed_vla.fields import COUNTS, ranged
@@ -31,8 +31,6 @@ from training.settings import RATES, BesideConfig
 
 REPORT = "context.json"
 SUBSETS, LEAST, PLACES = 4, 1e-4, 10.0  # of a batch; divergence as good as none; learning rate of places over others
-VIEWS, BOUNDS = 24, (0.02, 0.01, 0.03, 0.05)  # most views; divergences, of which they are found for the first
-GLANCES, HIGH = 3000, 0.8  # steps that it learns; its answers are this quantile
 
 
 @dataclass
@@ -57,25 +55,19 @@ class Scored:
         self.embeddings = self.backbone.embed_prefix(self.batch)
         self.tokens: tuple[Tensor, Tensor, Tensor] = self.backbone.prefix_tokens(self.embeddings)
         self.full = self._behind(self.embeddings)
-        step = data.policy.tokenizer.tokens_per_step
-        self.executed = None if step is None else data.policy.config.n_action_steps * step
 
     def without(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Mean KL (B,), and which tokens (B, n) stay, behind the `count` tokens of the highest `scores` (B, N)."""
         return self._cost(keep_scored(self.backbone, self.embeddings, scores, count))
 
     def seeing(self, view: View) -> tuple[Tensor, Tensor]:
-        """The same behind a `view`, of the executed steps' tokens."""
-        return self._cost(self.backbone.embed_view(self.batch, view), self.executed)
+        """The same behind a `view`."""
+        return self._cost(self.backbone.embed_view(self.batch, view))
 
-    def all_views(self, views: Tensor) -> Tensor:
-        """The divergences (B, W) behind all `views`."""
-        return torch.stack([self.seeing(tuple(map(tuple, view)))[0] for view in views.tolist()], dim=1)
-
-    def _cost(self, embeddings: Any, slots: int | None = None) -> tuple[Tensor, Tensor]:
-        own = self._behind(embeddings)[:, :slots]
-        apart = F.kl_div(own, self.full[:, :slots], reduction="none", log_target=True).sum(-1).mean(-1)
-        return apart, own.argmax(-1) == self.fixed[:, :slots]
+    def _cost(self, embeddings: Any) -> tuple[Tensor, Tensor]:
+        own = self._behind(embeddings)
+        apart = F.kl_div(own, self.full, reduction="none", log_target=True).sum(-1).mean(-1)
+        return apart, own.argmax(-1) == self.fixed
 
     def _behind(self, embeddings: Any) -> Tensor:
         return self.backbone.packed_logits(embeddings, [self.fixed])[1][0].float().log_softmax(-1)
@@ -90,30 +82,26 @@ def context(config: ContextConfig) -> Path:
     data = DistillData(config.roots, policy, pre, eval_frames=config.eval_frames, seed=config.seed)
     data.split()
     frames = Scored(data, data.held_out)
+    scorer = ContextScorer(policy.backbone.exit_parts()[2], int(frames.tokens[1][0].sum()))
+    train(scorer, data, config)
+    worth = held_out(scorer, frames, config.seed)
     rows = data.draw(config.eval_frames, np.random.default_rng(config.seed), 0)
     views = find_views(Scored(data, rows)) if policy.backbone.view else []
-    sizes = policy.backbone.exit_parts()[2], int(frames.tokens[1][0].sum())
-    scorer = ContextScorer(*sizes, views, policy.backbone.known_width)
-    glanced = train(scorer, data, config)
-    worth = held_out(scorer, frames, config.seed)
-    seen = {}
-    if views:
-        learn_to_glance(scorer.glance, *map(torch.cat, zip(*glanced, strict=True)))
-        seen = glances(scorer.eval(), frames)
+    seen = {percent(view, policy.backbone.view): _rounded(frames.seeing(view)) for view in views}
     if policy.backbone.context:
         policy.config.forget()
+    scorer.views = torch.tensor(views, dtype=torch.int64)
     policy.backbone.context = (scorer.requires_grad_(False),)
     save(output, policy, pre, post)
     report = {"steps": config.steps, "dropped": config.dropped, "kept": worth, "seen": seen}
     write_text(output / REPORT, json.dumps(report, indent=2))
-    lines = [f"keep{n}: {found}" for n, found in worth.items()] + [f"look{n}: {found}" for n, found in seen.items()]
+    lines = [f"keep{n}: {found}" for n, found in worth.items()] + [f"view{n}: {found}" for n, found in seen.items()]
     print(*lines, f"Written: {output / CONTEXT}", sep="\n")
     return output
 
 
-def train(scorer: ContextScorer, data: DistillData, config: ContextConfig) -> list[tuple[Tensor, Tensor]]:
-    """Train a scorer on what random subsets of the tokens cost; what is known of the frames, and what views cost."""
-    glanced: list[tuple[Tensor, Tensor]] = []
+def train(scorer: ContextScorer, data: DistillData, config: ContextConfig) -> None:
+    """Train a scorer on what random subsets of the tokens cost."""
     rate = {id(scorer.place): PLACES * config.lr}
     groups = [{"params": [p], "lr": rate.get(id(p), config.lr)} for p in scorer.parameters()]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0)
@@ -135,9 +123,6 @@ def train(scorer: ContextScorer, data: DistillData, config: ContextConfig) -> li
         rates.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-        if len(scorer.views):
-            glanced.append((frames.backbone.known(frames.batch), frames.all_views(scorer.views)))
-    return glanced
 
 
 def held_out(scorer: ContextScorer, frames: Scored, seed: int) -> dict[int, Any]:
@@ -156,52 +141,12 @@ def held_out(scorer: ContextScorer, frames: Scored, seed: int) -> dict[int, Any]
 
 
 def find_views(frames: Scored) -> list[View]:
-    """Parts of the images, from the smallest to the whole: each without a row or a column of a camera's cells that
-    another has, and the one that saves most where frames move within the first of `BOUNDS`.
-    """
-    whole: View = frames.backbone.view
-    found, moves = [whole], {whole: torch.zeros(len(frames.fixed))}
-
-    def size(view: View) -> int:
-        return int(cells(torch.tensor([view])))
-
-    def saves(view: View) -> float:
-        moves[view] = moves[view] if view in moves else frames.seeing(view)[0]
-        return float((least - size(view)).clamp(min=0)[moves[view] <= BOUNDS[0]].sum())
-
-    while len(found) < VIEWS:
-        fits = [torch.where(moves[view] <= BOUNDS[0], size(view), size(whole)) for view in found]
-        least = torch.stack(fits).amin(0)  # (B,) cells that frames need so far
-        best = max((part for view in found for part in _smaller(view) if part not in found), key=saves, default=whole)
-        if not saves(best):
-            break
-        found.append(best)
-    return sorted(found, key=size)
-
-
-def learn_to_glance(glance: nn.Module, known: Tensor, costs: Tensor) -> None:
-    """Let it answer with a high quantile of the logarithms of what views cost (N, W), where `known` (N, K) is there."""
-    target, optimizer = costs.clamp(min=LEAST).log(), torch.optim.AdamW(glance.parameters(), lr=3e-3, weight_decay=1e-2)
-    for step in range(GLANCES):
-        rows = torch.randint(len(known), (128,))
-        missed = target[rows] - glance(known[rows])
-        torch.maximum(HIGH * missed, (HIGH - 1) * missed).mean().backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (1 - step / GLANCES)
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def glances(scorer: ContextScorer, frames: Scored) -> dict[float, list[float]]:
-    """Bound -> share of the cells that are computed, and the divergence behind them: mean, and of the worst tenth."""
-    costs, sizes, report = frames.all_views(scorer.views), cells(scorer.views), {}
-    expected, worst = scorer.glance(frames.backbone.known(frames.batch)), -(-len(costs) // 10)
-    for bound in sorted(BOUNDS):
-        chosen = choose(expected, bound)  # (B,)
-        moved = costs.gather(1, chosen.unsqueeze(1)).squeeze(1)
-        numbers = (sizes[chosen] / sizes[-1]).mean(), moved.mean(), moved.topk(worst).values.mean()
-        report[bound] = [round(number.item(), 4) for number in numbers]
-    return report
+    """Parts of the images, each without one more row or column of a camera's cells: least cost in the worst tenth."""
+    view, views, worst = frames.backbone.view, [], -(-len(frames.fixed) // 10)
+    while smaller := list(_smaller(view)):
+        view = min(smaller, key=lambda part: frames.seeing(part)[0].topk(worst).values.mean().item())
+        views.append(view)
+    return views
 
 
 def _smaller(view: View) -> Iterator[View]:

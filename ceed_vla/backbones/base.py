@@ -79,7 +79,6 @@ class TrainableBackbone(nn.Module, Backbone):
         exits: Depth -> `ceed_vla.backbones.exits.DepthExit`, which reads it; they are no part of the model's weights.
         context: The `ceed_vla.backbones.context.ContextScorer` that chooses prefix tokens, if there is one; as these.
         view: The whole grid of cells of every camera, as `embed_view` takes parts of it; empty where it takes none.
-        known_width: Of what `known` tells of a frame.
         referenced: Names of the weights that a checkpoint leaves in the folder they were read from.
         compilable: What `ceed_vla.engine` may compile, of "prefill" and "block", which runs on a `StaticCache` too.
     """
@@ -90,7 +89,6 @@ class TrainableBackbone(nn.Module, Backbone):
     compilable: tuple[str, ...] = ()
     cuts: bool = False
     view: View = ()
-    known_width: int = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,10 +131,6 @@ class TrainableBackbone(nn.Module, Backbone):
 
     def embed_view(self, batch: dict[str, Tensor], view: View) -> Any:
         """As `embed_prefix`, of these cells of every camera alone, where `view` is not empty."""
-        raise NotImplementedError
-
-    def known(self, batch: dict[str, Tensor]) -> Tensor:
-        """What a frame tells (B, K) before its images are computed, where `view` is not empty: state and words."""
         raise NotImplementedError
 
     def prefix_tokens(self, embeddings: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,20 +21,12 @@ CONTEXT = "context.safetensors"
 class ContextScorer(nn.Module):
     """How far the policy's scores would move without a prefix token, judged in its context (EXIT, arXiv 2412.12559).
 
-    And how far if it saw parts of the images alone: `views` (W, cameras, 4), from the smallest to the whole. Its
-    `glance` gives logarithms (B, W) of that for `known` numbers (B, K) of a frame, which are there before its images.
+    Its `views` (W, cameras, 4) are parts of the images that shrink from one to the next (`find_views`).
     """
 
-    views: Tensor
-
-    def __init__(self, width: int, tokens: int, views: Sequence[View] = (), known: int = 0) -> None:
+    def __init__(self, width: int, tokens: int, views: Sequence[View] = ()) -> None:
         super().__init__()
         self.register_buffer("views", torch.tensor(views, dtype=torch.int64))
-        self.glance = nn.Sequential()
-        if views:
-            first, second, last = nn.Linear(known, 128), nn.Linear(128, 128), nn.Linear(128, len(views))
-            norm = nn.BatchNorm1d(known, eps=1e-2, affine=False)
-            self.glance.extend((norm, first, nn.SiLU(), nn.Dropout(0.2), second, nn.SiLU(), last))
         self.norm = nn.LayerNorm(width)
         self.own, self.context = nn.Linear(width, 64), nn.Linear(2 * width, 64, bias=False)
         self.out = nn.Linear(64, 1, bias=False)
@@ -72,34 +63,29 @@ def keep_scored(backbone: Any, embeddings: Any, scores: Tensor, count: int) -> A
     return backbone.keep_tokens(embeddings, ranked.topk(left).indices.sort(dim=1).values)
 
 
-def cells(views: Tensor) -> Tensor:
-    """How many (W,) the `views` (W, cameras, 4) have."""
-    top, bottom, left, right = views.unbind(-1)  # (W, cameras)
-    return ((bottom - top) * (right - left)).sum(-1)
+def cells(view: View) -> int:
+    """How many a view has."""
+    return sum((bottom - top) * (right - left) for top, bottom, left, right in view)
 
 
-def look(backbone: Any, batch: dict[str, Tensor], bound: float) -> tuple[Any, int]:
-    """What `embed_prefix` makes of the fewest cells behind which the scores move by no more than `bound` (KL), as a
-    glance tells before any is computed; and how many tokens it lacks. Rows share a view, which holds those of all.
+def percent(view: View, whole: View) -> int:
+    """The cells of a `view` in percent of all, rounded up."""
+    return -(-100 * cells(view) // cells(whole))
 
-    `ConfigError` where images are not cut, or nobody has trained the glance.
+
+def see_best(backbone: Any, batch: dict[str, Tensor], most: int) -> tuple[Any, int]:
+    """What `embed_prefix` makes of `most` % of the cells, those that matter, before any other is computed; and how many
+    tokens it lacks. `ConfigError` where images are not cut, or no view is so small.
     """
-    if not backbone.view:
-        raise ConfigError(f"{type(backbone).__name__} looks at whole images (`embed_view`); leave out look<T>.")
-    if not (scorers := [scorer for scorer in backbone.context if len(scorer.views)]):
-        raise ConfigError(f"look{bound} needs a checkpoint whose {CONTEXT} has views; train one: ceed-vla context.")
-    views, known = scorers[0].views, backbone.known(batch)
-    chosen = views[choose(scorers[0].glance(known.to(scorers[0].place.dtype)), bound)]  # (B, cameras, 4)
-    edges = zip(chosen.amin(0).tolist(), chosen.amax(0).tolist(), strict=True)
-    view = tuple((least[0], most[1], least[2], most[3]) for least, most in edges)
-    return backbone.embed_view(batch, view), int(cells(views[-1:])) - int(cells(views.new_tensor([view])))
-
-
-def choose(expected: Tensor, bound: float) -> Tensor:
-    """The first (B,) of the views whose `expected` divergence (B, W), a logarithm, is within `bound`, or the last."""
-    fits = expected <= math.log(bound)
-    fits[:, -1] = True
-    return fits.int().argmax(1)
+    whole = backbone.view
+    if not whole:
+        raise ConfigError(f"{type(backbone).__name__} looks at whole images (`embed_view`); leave out view<P>.")
+    for view in (view for scorer in backbone.context for view in scorer.views.tolist()):
+        if percent(view, whole) <= most:
+            return backbone.embed_view(batch, view), cells(whole) - cells(view)
+    raise ConfigError(
+        f"view{most} needs a checkpoint whose {CONTEXT} has a view so small; train one: ceed-vla context."
+    )
 
 
 def _inside(views: Tensor, whole: Tensor) -> bool:
@@ -123,9 +109,8 @@ def load_context(backbone: Any, folder: Path) -> None:
     with opened(file) as tensors:
         places = tensors.get_slice("place").get_shape() if "place" in tensors.keys() else []  # noqa: SIM118
         views = tensors.get_tensor("views") if "views" in tensors.keys() else torch.empty(0)  # noqa: SIM118
-    seen = views.tolist() if _inside(views, torch.tensor(backbone.view)) else []
-    sizes = backbone.exit_parts()[2], places[0] if len(places) == 1 else 1
-    scorer = ContextScorer(*sizes, seen, backbone.known_width)
+    known = views.tolist() if _inside(views, torch.tensor(backbone.view)) else []
+    scorer = ContextScorer(backbone.exit_parts()[2], places[0] if len(places) == 1 else 1, known)
     if wrong := [name for names in copy_weights(scorer, [file]) for name in names]:
         raise CheckpointError(f"{file} does not belong to this model: {', '.join(wrong)}.")
     backbone.context = (scorer.eval().requires_grad_(False),)

@@ -88,6 +88,7 @@ class PolicyController:
             self.stream.try_again()
             self.hold = None if home else self._objection() or FIRST_CHUNK
         else:
+            self.hold = refused
             self._safety.disable()
             self._drop_plans()
         return refused

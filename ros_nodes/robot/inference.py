@@ -141,7 +141,8 @@ class InferenceWorker:
 
     def _answer(self, response: Response) -> None:
         self._outbox.put(response)
-        self._notify()
+        if not self._closed:
+            self._notify()
 
 
 class _SameProcess:

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from ceed_vla.errors import ConfigError
 from ceed_vla.kinematics import CommandedPose, PoseLimits, rotate_rpy, rpy_matrix, turn_matrix, turn_vector
 from ros_nodes.robot.kinematics import ModelArm
+from ros_nodes.robot.motion import Motion
+from ros_nodes.robot.robot_file import load_robot_config, packaged_config
 from sim.tabletop import arm, env
 from sim.tabletop.scene import SCENE
 
@@ -55,6 +57,28 @@ def test_meshes_and_masses_do_not_matter(tmp_path: Path) -> None:
     for other in others:
         np.testing.assert_allclose(other[0], whole[0])
         np.testing.assert_allclose(other[1], whole[1])
+
+
+def test_an_arm_outside_its_workspace_is_not_thrown_inside() -> None:
+    config = load_robot_config(packaged_config())
+    model = ModelArm(config.arm.model, config.arm.tcp, config.arm.joints, home=config.arm.home)
+    motion, limits = Motion(config, model), config.action.pose
+    assert limits is not None
+    inside = arm.HOME
+    high = inside + np.array([0.0, -0.35, 0.0, 0.9, 0.0, 0.3, 0.0])
+    position, _ = model.pose(high)
+    assert (position > limits.workspace_high).any() or (position < limits.workspace_low).any()
+    motion.restart(high, None)
+    motion.advance(np.zeros(7))
+    assert np.abs(motion.joints - high).max() < 1e-3  # nothing was asked for
+    for _ in range(30):
+        motion.advance(np.array([0, 0, -1.0, 0, 0, 0, 0]))
+    below, _ = model.pose(motion.joints)
+    assert below[2] < position[2] - 0.1  # it may come back
+    motion.restart(inside, None)
+    for _ in range(60):
+        motion.advance(np.array([0, 0, 1.0, 0, 0, 0, 0]))
+    assert model.pose(motion.joints)[0][2] < limits.workspace_high[2] + 0.01  # inside, its limits hold
 
 
 LIMITS = PoseLimits(0.05, 0.25, env.WORKSPACE_LOW, env.WORKSPACE_HIGH, env.MAX_TILT, env.MAX_YAW)

@@ -18,7 +18,6 @@ from sensor_msgs.msg import JointState
 
 from ceed_vla.errors import ConfigError
 from ros_nodes.robot.interfaces.base import INTERFACES
-from ros_nodes.robot.kinematics import ModelArm
 from ros_nodes.robot.messages import array_to_image
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Observations
@@ -59,28 +58,6 @@ def test_packaged_robot_is_the_simulated_one() -> None:
         ("wrist", "wrist/image_raw"),
     ]
     assert set(robot.interfaces) == set(INTERFACES)
-
-
-def test_an_arm_outside_its_workspace_is_not_thrown_inside() -> None:
-    config = load_robot_config(packaged_config())
-    model = ModelArm(config.arm.model, config.arm.tcp, config.arm.joints, home=config.arm.home)
-    motion, limits = Motion(config, model), config.action.pose
-    assert limits is not None
-    inside = arm.HOME
-    high = inside + np.array([0.0, -0.35, 0.0, 0.9, 0.0, 0.3, 0.0])
-    position, _ = model.pose(high)
-    assert (position > limits.workspace_high).any() or (position < limits.workspace_low).any()
-    motion.restart(high, None)
-    motion.advance(np.zeros(7))
-    assert np.abs(motion.joints - high).max() < 1e-3  # nothing was asked for
-    for _ in range(30):
-        motion.advance(np.array([0, 0, -1.0, 0, 0, 0, 0]))
-    below, _ = model.pose(motion.joints)
-    assert below[2] < position[2] - 0.1  # it may come back
-    motion.restart(inside, None)
-    for _ in range(60):
-        motion.advance(np.array([0, 0, 1.0, 0, 0, 0, 0]))
-    assert model.pose(motion.joints)[0][2] < limits.workspace_high[2] + 0.01  # inside, its limits hold
 
 
 def test_packaged_model_is_current() -> None:

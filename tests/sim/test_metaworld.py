@@ -124,7 +124,7 @@ def test_an_episode_ends_with_success_and_holding_stands_still() -> None:
         while not env.success:
             env.advance(env.expert_action())
         assert np.linalg.norm(env.inner.privileged_state()[3:]) < 0.06
-        env.scatter(np.random.default_rng(0))
+        env.rearrange("scatter", np.random.default_rng(0))
         assert np.linalg.norm(env.inner.privileged_state()[3:] - before[3:]) > 0.02
         assert pool.max_episode_steps == 400
 

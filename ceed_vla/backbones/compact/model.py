@@ -94,7 +94,6 @@ class CompactBackbone(TrainableBackbone):
         width, grid, self.num_layers = config.width, config.image_grid, config.layers
         self._recompute = False
         self.view = ((0, grid, 0, grid),) * len(self.cameras)
-        self.known_width = self.state_dim + self.max_words * WORD_CODE
         tokens = grid**2 + bool(config.keypoints)  # of a camera
         self.prefix_length = self.max_words + len(self.cameras) * tokens + 1
         self.words = nn.Embedding(config.words, width)
@@ -179,10 +178,6 @@ class CompactBackbone(TrainableBackbone):
         tokens.append(self.state(observation[STATE_KEY].clamp(-5, 5)).unsqueeze(1))  # (B, 1, d)
         positions = self.prefix_positions if view == self.view else self.prefix_positions[self._places(view)]
         return torch.cat(tokens, dim=1) + positions
-
-    def known(self, observation: dict[str, Tensor]) -> Tensor:
-        words = self.word_codes(observation[LANGUAGE_KEY]).flatten(1)  # (B, L * c)
-        return torch.cat([observation[STATE_KEY].clamp(-5, 5), words], dim=1)
 
     def _places(self, view: View) -> list[int]:
         """Which tokens of the whole prefix a `view` has."""

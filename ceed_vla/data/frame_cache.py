@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +45,31 @@ def read_images(info: Info, rows: dict[str, NDArray[Any]]) -> ImageMaps:
         foreign = cache.is_dir() and not (cache / COMPLETE).is_file()
         if foreign and any(not file.name.startswith(".") for file in cache.iterdir()):
             raise DatasetError(f"{cache} has no {COMPLETE}, so its files are no images of ours; move them.")
-        maps = _decoded_before(cache, key, shapes)
-        if maps is None:
-            _decode_images(info, rows, shapes, cache)
-            write_text(cache / COMPLETE, key)
+        if (maps := _decoded_before(cache, key, shapes)) is None:
+            with _alone(root):
+                if _decoded_before(cache, key, shapes) is None:  # nor did another process meanwhile
+                    for left in cache.glob(".*"):  # of one that was killed
+                        shutil.rmtree(left, ignore_errors=True)
+                    _decode_images(info, rows, shapes, cache)
+                    write_text(cache / COMPLETE, key)
             maps = _decoded_before(cache, key, shapes)
     except OSError as error:
         raise DatasetError(f"{cache} cannot be written ({error}); make room or choose another.") from error
     if maps is None:
         raise DatasetError(f"{cache} changed while the images were decoded; start again.")
     return maps
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Other processes wait here until this one is done, where the file system can lock."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _decoded_before(cache: Path, key: str, shapes: Shapes) -> ImageMaps | None:
@@ -72,7 +90,7 @@ def _decode_images(info: Info, rows: dict[str, NDArray[Any]], shapes: Shapes, ca
     if not (cache / COMPLETE).exists():
         write_text(cache / COMPLETE, "")  # from here on the folder is ours
     reader = ImageReader(info, rows)
-    # Decode beside the final names: another process may be reading, or decoding the same.
+    # Decode beside the final names: another process may be reading.
     with tempfile.TemporaryDirectory(dir=cache, prefix=".") as folder:
         names = {camera: Path(folder) / f"{camera}.npy" for camera in shapes}
         maps: ImageMaps = {}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ceed_vla.data import frame_cache
 from ceed_vla.data.frames import FrameStore, open_dataset
 from ceed_vla.errors import DatasetError, ObservationError
 from training.mixture import Mixture, check_compatible, check_fits, state_statistics
@@ -53,6 +57,25 @@ def test_an_action_free_set_has_no_chunks(studio: Any) -> None:
     assert "action" not in grounding.batch(np.arange(2), CHUNK)
     with pytest.raises(DatasetError, match="holds no actions"):
         grounding.chunks(np.arange(2), CHUNK)
+
+
+def test_processes_that_start_together_decode_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, decode, calls = copy / ".frames", frame_cache._decode_images, []
+    shutil.rmtree(cache, ignore_errors=True)
+    (cache / ".killed").mkdir(parents=True)
+    (cache / "complete.json").touch()
+
+    def slow(*arguments: Any) -> None:
+        calls.append(arguments)
+        time.sleep(0.3)
+        decode(*arguments)
+
+    monkeypatch.setattr(frame_cache, "_decode_images", slow)
+    with ThreadPoolExecutor(3) as pool:  # each opens the folder for itself, as a process does
+        stores = list(pool.map(open_dataset, [copy] * 3))
+    assert len(calls) == 1
+    assert len({store.images[FRONT][3].tobytes() for store in stores}) == 1
+    assert sorted(file.name for file in cache.iterdir() if file.name.startswith(".")) == []
 
 
 def test_images_are_decoded_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,9 @@
     benchmarks/gpu.sh openvla-7b                          # the same on a bare machine with a GPU
 
 Weights are random, so a cap of K forwards takes K. Whole decodes are timed behind one prefix, in every engine that the
-device has, in turns: token by token (all, and the executed half), and Jacobi with caps 1 to 4. The last column weighs
-caps 1 and 2 as the shipped student's early exit does. It needs torch, transformers and draccus, and no lerobot.
+device has, in turns: token by token (all, and the executed half), and Jacobi with caps 1 to 4, with a look after every
+forward and with one wait (``loop``). The last column weighs caps 1 and 2 as the shipped student's early exit does. It
+needs torch, transformers and draccus, and no lerobot.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.models.trunk import ACTION_DIM, SHAPES, CompactTrunk, Trunk
-from ceed_vla.decoding import BlockRequest, DecodeResult, decode_autoregressive, decode_jacobi, named_config
+from ceed_vla.decoding import BlockRequest, DecodeResult, find_decoder, named_config
 from ceed_vla.engine import compiled
 
 FORWARDS = 1.28  # a chunk, of the shipped student's early exit (recipes/MODEL_CARD.md)
@@ -35,6 +36,7 @@ CURVES: dict[str, tuple[int, ...]] = {
     "layers": (4, 8, 16, 32),
 }
 USUAL = {"n": BLOCK, "batch": 1, "prefix": 47, "layers": 4}
+CAPS, LOOPS = ("cap1", "cap2", "cap3", "cap4"), ("loop1_h", "loop2_h", "loop3_h", "loop4_h")
 Timed = dict[str, Callable[[], object]]
 
 
@@ -55,11 +57,12 @@ def decodes(backbone: Any, prefix: Any, rows: int) -> Timed:
     guess = torch.randint(min(backbone.vocabulary_size, 255), (rows, n), generator=generator).to(device)
 
     def run(name: str) -> Callable[[], DecodeResult]:
-        decode = decode_autoregressive if name.startswith("ar") else decode_jacobi
-        request = BlockRequest(named_config(name), guess=guess, tokens_per_step=step, executed_steps=executed)
-        return lambda: decode(backbone, prefix, request)
+        config = named_config(name)
+        entry, options = find_decoder(config.method)
+        request = BlockRequest(config, guess=guess, tokens_per_step=step, executed_steps=executed, options=options)
+        return lambda: entry.make(backbone, prefix, request)
 
-    return {name: run(name) for name in ("ar", "ar_h", "cap1", "cap2", "cap3", "cap4")}
+    return {name: run(name) for name in ("ar", "ar_h", *CAPS, *LOOPS)}
 
 
 def forwards(backbone: Any, prefix: Any, rows: int) -> Timed:
@@ -131,7 +134,7 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
         return min(times[part]["p50"] for times in found.values() if part in times)
 
     student = best("cap1") + (FORWARDS - 1) * (best("cap2") - best("cap1"))
-    ways = {**{part: best(part) for part in ("ar_h", "cap1", "cap2", "cap3", "cap4")}, "student": student}
+    ways = {**{part: best(part) for part in ("ar_h", *CAPS, *LOOPS)}, "student": student}
     return {name: round(best("ar") / way, 2) for name, way in ways.items()} | {
         "student_v_ar_h": round(best("ar_h") / student, 2)
     }

@@ -33,7 +33,9 @@ def test_engines_decode_the_same_and_caps_take_their_forwards(make: Any) -> None
     )
     for name, result in eager.items():
         assert torch.equal(result.tokens, fast[name].tokens), name
-    assert [eager[name].forwards for name in ("ar", "ar_h", "cap1", "cap2")] == [13, 6, 1, 2]
+    assert [eager[name].forwards for name in ("ar", "ar_h", "cap1", "cap2", "loop3_h")] == [13, 6, 1, 2, 3]
+    for k in range(1, 5):
+        assert torch.equal(eager[f"loop{k}_h"].tokens, eager[f"cap{k}"].tokens)
 
 
 def test_a_run_writes_times_and_ratios(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def drawn(config: ProgramsConfig, policy: Any, pre: Any) -> list[tuple[Frame, Fr
     """Frames behind a chunk, each with the one a step later."""
     found, roots, steps = [], split_list(config.roots), policy.config.n_action_steps
     for store in map(open_dataset, roots):
-        check_fits(store, policy.config)
+        check_fits(store, policy.config, pre)
         there = np.arange(steps, len(store) - 1)
         there = there[store.episode[there - steps] == store.episode[there + 1]]
         for frame in np.random.default_rng(0).permutation(there)[: -(-config.frames // len(roots))]:

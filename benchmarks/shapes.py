@@ -26,7 +26,7 @@ from benchmarks.models.trunk import ACTION_DIM, SHAPES, CompactTrunk, Trunk
 from ceed_vla.decoding import BlockRequest, DecodeResult, find_decoder, named_config
 from ceed_vla.engine import compiled
 
-FORWARDS = 1.28  # a chunk, of the shipped student's early exit (recipes/MODEL_CARD.md)
+FORWARDS = 1.28  # a chunk, of the shipped student's early exit, which takes 1.28 to 1.31 (recipes/MODEL_CARD.md)
 BLOCK, PREFIX, EXECUTED = 56, {"openvla": 286, "pi0fast": 560}, 0.5
 BLOCK_FORWARDS = (1, 2, 4, 8, 16, 28, 40, 55)
 CURVES: dict[str, tuple[int, ...]] = {

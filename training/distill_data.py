@@ -21,7 +21,7 @@ from training.corruption import PREVIOUS, StateDraw, guess_states
 from training.losses import chunk_distance, mixed_labels
 from training.mixture import check_compatible, check_fits, join_batches
 from training.settings import split_list
-from training.trajectories import are_those, describe, distinct_states, layout_of, read_trajectories
+from training.trajectories import are_those, check_storable, describe, distinct_states, layout_of, read_trajectories
 from training.windows import row_windows
 
 # The teacher: (observation, guesses (B, n) or None) -> the fixed points (B, n) and, from guesses, all states (k, B, n).
@@ -211,6 +211,8 @@ class OnlineData(DistillData):
     ) -> None:
         super().__init__(roots, policy, pre, **settings)
         self.decode, self.teacher_states = decode, teacher_states
+        if teacher_states:
+            check_storable(policy)
         self.episode = np.concatenate([s.episode for s in self.stores])
         self.split()
         distances = []

@@ -124,11 +124,7 @@ def collect(config: CollectConfig) -> Path:
         torch.set_num_threads(config.threads)
     policy, pre, stores = found = _opened(config)
     steps = policy.config.n_action_steps
-    if policy.tokenizer.vocabulary_size > MOST_TOKENS:
-        raise ConfigError(
-            f"The policy's tokens have {policy.tokenizer.vocabulary_size} values; trajectories store 16 bits. Restrict "
-            "them to actions (pi0-FAST: convert with --vocabulary=actions)."
-        )
+    check_storable(policy)
     if steps % config.frame_stride:
         raise ConfigError(f"frame_stride {config.frame_stride} does not divide n_action_steps = {steps}.")
     if not stores:
@@ -167,6 +163,15 @@ def _opened(config: CollectConfig) -> tuple[Any, Any, list[FrameStore]]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # every process its own GPU
     policy, pre, _ = load(config.policy_path, device=config.device)
     return policy, pre, [open_dataset(root, streaming=config.streaming) for root in split_list(config.roots)]
+
+
+def check_storable(policy: Any) -> None:
+    """Raise `ConfigError` unless trajectories can hold a policy's tokens."""
+    if policy.tokenizer.vocabulary_size > MOST_TOKENS:
+        raise ConfigError(
+            f"The policy's tokens have {policy.tokenizer.vocabulary_size} values; trajectories store 16 bits. Restrict "
+            "them to actions (pi0-FAST: convert with --vocabulary=actions)."
+        )
 
 
 def guess_shares(text: str) -> NDArray[np.float64]:

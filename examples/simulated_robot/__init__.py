@@ -1,7 +1,7 @@
 """The simulated arm as a LeRobot robot, for `lerobot-rollout`: one control step a tick, held where no action comes.
 
 PYTHONPATH=examples lerobot-rollout --discover_packages_path=simulated_robot --robot.type=simulated_arm \
-  --policy.path=ceed_vla/pretrained/student --task="put the red cube in the bin" --inference.type=rtc
+  --policy.path=ceed_vla/pretrained/student --task="move the red cube into the bin" --inference.type=rtc
 
 A robot plugin is a package: LeRobot imports it, and looks in it for the class that the configuration is named after.
 """
@@ -54,7 +54,7 @@ class SimulatedArm(Robot):
 
     def connect(self, calibrate: bool = True) -> None:
         self._env = Environment(CeedTabletopEnv(task=self.config.family))
-        self._env.reset(self.config.seed)
+        self._env.reset(self.config.seed, self.config.family)
         print(f"The episode's instruction: {self._env.instruction}")
 
     @property

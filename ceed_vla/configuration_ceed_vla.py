@@ -161,10 +161,14 @@ class CeedVLAConfig(PreTrainedConfig):
         self.packages = sorted(names - {"ceed_vla", "__main__"})
         super()._save_pretrained(save_directory)
 
-    def forget(self) -> None:
-        """Drop the names that only this checkpoint has: what they were measured on has changed."""
-        self.decodings = {}
-        if OWN.fullmatch(self.decode_with):
+    def forget(self, *stale: str, new: dict[str, str] | None = None) -> None:
+        """Drop the names that only this checkpoint has, or those that begin so: what they were measured on has changed.
+
+        `new` ones take their place.
+        """
+        kept = {name: meant for name, meant in self.decodings.items() if stale and not name.startswith(stale)}
+        self.decodings = {**kept, **(new or {})}
+        if OWN.fullmatch(self.decode_with) and self.decode_with not in self.decodings:
             self.decode_with = CEED
 
     def named(self, decoding: str | DecodingConfig) -> DecodingConfig:

@@ -45,8 +45,7 @@ class CeedVLAPolicy(PreTrainedPolicy):
         adapters: Low-rank adapters of the checkpoint that have not been added to the weights (`ceed_vla.lora`).
         auxiliary_terms: Regress only so many leading terms of the auxiliary target; None for all. Training sets it.
 
-    Raises:
-        ConfigError: Features that the policy cannot serve, or action ranges that nothing defines.
+    `ConfigError`: Features that the policy cannot serve, or action ranges that nothing defines.
     """
 
     config_class = CeedVLAConfig

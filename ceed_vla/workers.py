@@ -53,8 +53,7 @@ class Workers(AbstractContextManager["Workers"]):
     def map(self, items: Iterable[Any]) -> Iterator[Any]:
         """What comes of the items, in their order.
 
-        Raises:
-            CeedVLAError: As the function does, or a process died.
+        `CeedVLAError`: As the function does, or a process died.
         """
         if self.count == 1:
             make, arguments = self._make

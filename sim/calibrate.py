@@ -198,8 +198,8 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     write_text(folder / name, json.dumps(report, indent=2))
     if not config.names:
         stale = ("risk",) if config.executed_steps == policy.config.n_action_steps else ("risk", "plan", "learned")
-        others = {name: meant for name, meant in policy.config.decodings.items() if not name.startswith(stale)}
-        policy.config.decodings, policy.config.n_action_steps = {**others, **chosen}, int(config.executed_steps or 1)
+        policy.config.forget(*stale, new=chosen)
+        policy.config.n_action_steps = int(config.executed_steps or 1)
         save(folder / CHECKPOINT, policy, pre, post)
     _print(report, default_console(), folder / name)
     return report

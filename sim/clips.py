@@ -76,8 +76,7 @@ def compose_frame(
 def write_clip(path: Path, frames: Iterable[Frame], fps: int = 10) -> Path:
     """Encode pictures (`HEIGHT`, `WIDTH`, 3) as H.264 in MP4.
 
-    Raises:
-        SimulationError: The encoder failed; what was there is left.
+    `SimulationError`: The encoder failed; what was there is left.
     """
     with replacing(path) as file:
         writer = imageio_ffmpeg.write_frames(

@@ -47,9 +47,7 @@ def parse_decoders(text: str, *, has_teacher: bool) -> list[str]:
     """Split and check a comma-separated list of decoders; names without repetition, in the order of the table.
 
     With a teacher, the rows every table must have (`HONEST_RIVALS`) are put in front where they are missing.
-
-    Raises:
-        ConfigError: No name, an unknown name, or a teacher row without a teacher.
+    `ConfigError`: No name, an unknown name, or a teacher row without a teacher.
     """
     names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not names:

@@ -16,8 +16,7 @@ class DraftedRunner(PolicyRunner):
     Args:
         draft: The other one's runner; it is warm-started from this one's last chunk.
 
-    Raises:
-        ConfigError: The two write other tokens.
+    `ConfigError`: The two write other tokens.
     """
 
     def __init__(self, bundle: Bundle, draft: PolicyRunner, executed_steps: int | None, delay: int) -> None:

@@ -72,11 +72,11 @@ EVALUATION_SEEDS = 50_000  # nothing is recorded, trained or tuned on seeds from
 
 
 def check_choice(seed: int, episodes: int) -> None:
-    """`ConfigError` where `episodes` from `seed` on, on which something is chosen, reach those of evaluation."""
-    if seed + episodes > EVALUATION_SEEDS:
+    """`ConfigError` where `episodes` from `seed` on, on which something is chosen, are not all for that."""
+    if not VALIDATION_SEED <= seed <= EVALUATION_SEEDS - episodes:
         raise ConfigError(
-            f"Choices would be made on the seeds {seed} to {seed + episodes - 1}; those from {EVALUATION_SEEDS} on are "
-            "for evaluation. Lower --seed or --episodes."
+            f"Choices would be made on the seeds {seed} to {seed + episodes - 1}; {VALIDATION_SEED} to "
+            f"{EVALUATION_SEEDS - 1} are for that. Change --seed or --episodes."
         )
 
 
@@ -169,8 +169,7 @@ class Environment:
         success: Whether the episode is solved now.
         finished: Whether the environment itself has ended the episode.
 
-    Raises:
-        SimulationError: It cannot be made, or it does not say whether an episode is solved.
+    `SimulationError`: It cannot be made, or it does not say whether an episode is solved.
     """
 
     def __init__(self, config: EnvConfig, instruction: str = "") -> None:
@@ -329,8 +328,7 @@ def _stacked(values: Sequence[Any]) -> Any:
 def joined(bundle: Bundle, config: EnvConfig) -> Bundle:
     """A policy's bundle whose processors take what an environment gives and give what it takes.
 
-    Raises:
-        ConfigError: The policy reads or writes features that the environment does not have.
+    `ConfigError`: The policy reads or writes features that the environment does not have.
     """
     policy, pre, post = bundle
     check_features(policy.config, config)

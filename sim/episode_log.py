@@ -43,8 +43,7 @@ class EpisodeLog:
     def read(self) -> Results:
         """Episodes of this evaluation that finished; none without a file.
 
-        Raises:
-            ConfigError: A file of another evaluation, or damage elsewhere than in the last line.
+        `ConfigError`: A file of another evaluation, or damage elsewhere than in the last line.
         """
         results: Results = {name: [] for name in self.identity["decoders"]}
         lines = _lines(self.file)
@@ -67,8 +66,7 @@ class EpisodeLog:
     def shared(self, folder: Path) -> Results:
         """Episodes of another evaluation in `folder` by decoders that are the same there: equal model, settings, seeds.
 
-        Raises:
-            ConfigError: No evaluation there, a damaged one, or one of other episodes.
+        `ConfigError`: No evaluation there, a damaged one, or one of other episodes.
         """
         header = _values((_lines(folder / EPISODES) or [""])[0])
         theirs = header.get("identity") if isinstance(header, dict) else None
@@ -131,8 +129,7 @@ class EpisodeLog:
 def refuse_unfinished(folder: Path, report: str) -> None:
     """Keep the episodes of an interrupted evaluation in `folder`, which its `report` does not call complete.
 
-    Raises:
-        ConfigError: There are such episodes.
+    `ConfigError`: There are such episodes.
     """
     episodes = len(_lines(folder / EPISODES)) - 1
     try:

@@ -153,8 +153,7 @@ class TakeoverRecorder:
         episodes: Attempts a round.
         seed: Seed of the first attempt of round 0; every attempt has its own.
 
-    Raises:
-        ConfigError: The rounds leave the seeds for takeovers, or there is no expert.
+    `ConfigError`: The rounds leave the seeds for takeovers, or there is no expert.
     """
 
     def __init__(self, env: EnvConfig, episodes: int, seed: int, rounds: int, instruction: str = "") -> None:

@@ -55,9 +55,7 @@ def render(
     """Image (size, size, 3) of a state, without shadows and reflections; each pixel the mean of `smooth` x `smooth`.
 
     `scene` names the `model`: where it was rendered before, the first one's shapes are drawn.
-
-    Raises:
-        SimulationError: When no GL context can be made, or the size cannot be rendered.
+    `SimulationError`: When no GL context can be made, or the size cannot be rendered.
     """
     drawn = smooth * size
     if (scene, drawn) not in _renderers:

@@ -363,9 +363,8 @@ def tune(config: TuneConfig) -> dict[str, Any]:
         before, steps = policy.config.n_action_steps, found["plan"].executed_steps
         policy.config.n_action_steps = steps
         stale = ("plan",) if steps == before else ("plan", "risk", "learned")  # proven of other executed steps
-        others = {name: meant for name, meant in policy.config.decodings.items() if not name.startswith(stale)}
         own = {name: plan.decoding for name, plan in found.items() if plan.executed_steps == steps}
-        policy.config.decodings = {**others, **own}
+        policy.config.forget(*stale, new=own)
         save(folder / CHECKPOINT, policy, pre, post)
     _print(report, console := default_console())
     console.print(f"Written: {folder / PLANS}, {folder / PARETO}", soft_wrap=True, highlight=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lerobot.processor import NormalizerProcessorStep
+from lerobot.processor import NormalizerProcessorStep, RelativeActionsProcessorStep, to_relative_actions
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -183,6 +183,9 @@ class StoredData(DistillData):
                 fixed = as_tokens(self.trajectories.fixed_point[rows[part]])
                 action, pad = store.chunks(self.frame[rows[part]], self.policy.config.chunk_size)
                 for step in self.pre.steps:
+                    if isinstance(step, RelativeActionsProcessorStep) and step.enabled:
+                        state, mask = store.state[self.frame[rows[part]]], step._build_mask(action.shape[-1])
+                        action = to_relative_actions(action, torch.from_numpy(state), mask)
                     if isinstance(step, NormalizerProcessorStep):
                         action = step._normalize_action(action, inverse=False)
                 found[part] = self.distance(fixed, {"action": action, "action_is_pad": pad}).numpy()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ceed_vla.checkpoints import load
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.data.frames import open_dataset
+from ceed_vla.decoding.names import CEED
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, ranged
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
@@ -201,7 +202,8 @@ class TeacherRun(Run):
             adapted = config.lora.rank > 0
             policy, pre, post = load(config.policy_path, device=config.policy.device, merge_adapters=not adapted)
             relaxed: dict[str, Any] = {"max_iterations": None, "confidence": None, "exits": (), "deadline_s": None}
-            policy.config.decoding = replace(policy.config.decoding, watch="block", **relaxed)
+            strict = replace(policy.config.decoding, method="jacobi", watch="block", **relaxed)
+            policy.config.decoding, policy.config.decode_with = strict, CEED
         else:
             chosen = deepcopy(config.policy)  # it is filled in; the settings can be used again
             stats = take_from_data(chosen, self.demonstrations, self.grounding, self.privileged)

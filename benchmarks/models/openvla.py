@@ -26,10 +26,7 @@ MASK = [True] * 6 + [False]
 def write_openvla(folder: str | Path, *, width: int = 96, seed: int = 0) -> Path:
     """Write config.json, preprocessor_config.json, tokenizer.json and model.safetensors of a random model.
 
-    The `width` of its language model is a multiple of 8.
-
-    Raises:
-        ConfigError: The folder is not empty.
+    The `width` of its language model is a multiple of 8. `ConfigError`: The folder is not empty.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -46,9 +46,9 @@ def read_images(info: Info, rows: dict[str, NDArray[Any]]) -> ImageMaps:
         if foreign and any(not file.name.startswith(".") for file in cache.iterdir()):
             raise DatasetError(f"{cache} has no {COMPLETE}, so its files are no images of ours; move them.")
         if (maps := _decoded_before(cache, key, shapes)) is None:
-            with _alone(root):
+            with _alone(root) as locked:
                 if _decoded_before(cache, key, shapes) is None:  # nor did another process meanwhile
-                    for left in cache.glob(".*"):  # of one that was killed
+                    for left in cache.glob(".*") if locked else ():  # of one that was killed
                         shutil.rmtree(left, ignore_errors=True)
                     _decode_images(info, rows, shapes, cache)
                     write_text(cache / COMPLETE, key)
@@ -61,13 +61,14 @@ def read_images(info: Info, rows: dict[str, NDArray[Any]]) -> ImageMaps:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Other processes wait here until this one is done, where the file system can lock."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _alone(folder: Path) -> Iterator[bool]:
+    """Other processes wait here until this one is done, where the file system can lock, which it says."""
+    descriptor, locked = os.open(folder, os.O_RDONLY), False
     try:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+            locked = True
+        yield locked
     finally:
         os.close(descriptor)
 
@@ -90,7 +91,7 @@ def _decode_images(info: Info, rows: dict[str, NDArray[Any]], shapes: Shapes, ca
     if not (cache / COMPLETE).exists():
         write_text(cache / COMPLETE, "")  # from here on the folder is ours
     reader = ImageReader(info, rows)
-    # Decode beside the final names: another process may be reading.
+    # Decode beside the final names: another process may be reading, or decoding the same where nothing locks.
     with tempfile.TemporaryDirectory(dir=cache, prefix=".") as folder:
         names = {camera: Path(folder) / f"{camera}.npy" for camera in shapes}
         maps: ImageMaps = {}

@@ -67,7 +67,7 @@ def decode_deer(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
 
 
 @register_decoder(
-    r"sure(?P<depth>\d+)p(?P<confidence>0?\.\d+|[01])", "sure<K>p<P>", "or an exit is sure",
+    r"sure(?P<depth>\d+)p(?P<confidence>0?\.\d+|0|1(?:\.0*)?)", "sure<K>p<P>", "or an exit is sure",
     ("sure{exit}p0.7", "sure{exit}p0.5", "sure{exit}p0.4", "sure{exit}p0.3", "sure{exit}p0.2", "sure{exit}p0.1"),
 )  # fmt: skip
 @torch.no_grad()

@@ -80,7 +80,7 @@ class Confidence(ExitRule):
 
 
 @register_exit(
-    r"gap(?P<confidence>0?\.\d+|[01])", "gap<P>", "or a lead of P",
+    r"gap(?P<confidence>0?\.\d+|0|1(?:\.0*)?)", "gap<P>", "or a lead of P",
     ["gap0.5", "gap0.3", "gap0.2", "gap0.1", "gap0.05", "gap0.02"],
 )  # fmt: skip
 class Gap(Confidence):

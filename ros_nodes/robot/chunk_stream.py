@@ -82,8 +82,7 @@ class ChunkStream:
         margin: Time between an answer and the boundary that needs it [s].
         quantile: Of the delays of the last answers, which is expected of the next one, in (0, 1].
 
-    Raises:
-        ConfigError: More steps than a chunk has, or none.
+    `ConfigError`: More steps than a chunk has, or none.
     """
 
     grace, margin, quantile = 0.3, 0.001, 0.5
@@ -205,10 +204,7 @@ class ChunkStream:
         """Take an answer to a plan: actions (m, A), tokens (n,), None for policies without; `remaining` as in `plan`.
 
         It takes over at the next boundary. Of an answer that is not `whole` these are the first actions (k, A); the
-        others follow. Returns False if nobody waits for it any more.
-
-        Raises:
-            ConfigError: Actions that are no finite (m, A).
+        others follow. Returns False if nobody waits for it any more. `ConfigError`: Actions that are no finite (m, A).
         """
         fits = actions.ndim == 2 and (len(actions) == self.chunk_steps if whole else len(actions) < self.chunk_steps)
         if not fits or not np.isfinite(actions).all():

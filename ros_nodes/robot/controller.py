@@ -73,7 +73,8 @@ class PolicyController:
         With `home` (J,) [rad] it moves there slowly, without the policy; then motion is disabled. Returns why not, or
         None; then motion is disabled at once. With `insist` it is tried again at every tick until joint states come.
         """
-        moving = self._safety.enabled and self.hold is None
+        moving = self._safety.enabled and (self.hold is None or self.hold.code == WAITING)
+        moving = moving and self._pose_fault(now) is None
         refused = self._safety.enable(self.ages(now)[JOINT_STATES], moving=moving)
         if refused is None and self.stream.broken is not None and not home:
             refused = self.stream.objection()
@@ -340,11 +341,10 @@ class PolicyController:
             self._step_hold = Hold(code, f"{detail} (last error: {error})" if error else detail)
             return
         self._step_hold, self._seam = None, target.seam
-        # Increments run away from an arm that cannot follow: they end where a step at full speed does.
-        limits, base = self._safety.limits, self._motion.joints - self._lag
-        reach = limits.max_velocity * self.grid.action_dt
-        low, high = np.maximum(base - reach, limits.position_low), np.minimum(base + reach, limits.position_high)
-        self._motion.advance(np.asarray(target.action, dtype=np.float64), low, high)
+        # Increments run away from an arm that cannot follow: they end where a step at full speed does, and a stop.
+        limits, base, stop = self._safety.limits, self._motion.joints - self._lag, self._safety.stopping_distance
+        reach = limits.max_velocity * self.grid.action_dt + stop
+        self._motion.advance(np.asarray(target.action), base, reach, limits.position_low, limits.position_high)
 
     def _objection(self) -> Hold | None:
         """Why the arm must hold though the safety filter has no reason."""

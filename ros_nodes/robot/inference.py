@@ -43,9 +43,7 @@ class InferenceWorker:
     `python` runs the process of mode "process", this Python if it is empty; it needs ceed_vla, torch and lerobot.
 
     `notify` is called in the thread that carries the answers when one can be polled.
-
-    Raises:
-        ConfigError: An unknown mode, or a number outside its range.
+    `ConfigError`: An unknown mode, or a number outside its range.
     """
 
     def __init__(

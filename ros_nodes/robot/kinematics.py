@@ -28,8 +28,7 @@ class ModelArm(ArmKinematics):
         low, high: (J,) [rad], from the model; infinite without a limit.
         velocity: (J,) [rad/s], of a URDF; NaN where the model has no limit, as every MJCF.
 
-    Raises:
-        ConfigError: An unreadable model, or names that are not in it (the message lists those that are).
+    `ConfigError`: An unreadable model, or names that are not in it (the message lists those that are).
     """
 
     def __init__(

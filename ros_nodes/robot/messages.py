@@ -40,8 +40,7 @@ MAX_PIXELS = 25_000_000  # of a compressed image; more take seconds to read, and
 def image_to_array(message: Image) -> NDArray[np.uint8]:
     """Pixels (H, W, 3) of an image, red first, without the padding of its rows. May share the message's memory.
 
-    Raises:
-        ObservationError: Another encoding than rgb8 and bgr8, no pixels, or data that `step` and `height` contradict.
+    `ObservationError`: Another encoding than rgb8 and bgr8, no pixels, or data that `step` and `height` contradict.
     """
     if message.encoding not in ENCODINGS:
         raise ObservationError(

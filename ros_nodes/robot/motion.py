@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from ceed_vla.errors import ConfigError
-from ceed_vla.kinematics import ArmKinematics, Array, CommandedPose
+from ceed_vla.kinematics import ArmKinematics, Array, CommandedPose, PoseLimits
 from ros_nodes.robot.robot_file import RobotConfig
 
 
@@ -40,18 +40,24 @@ class Motion:
         """Go on from joints (J,) [rad], where the arm was held; the gripper's command stays."""
         self.joints = np.array(joints, dtype=np.float64)
         if self._pose is not None and self._model is not None:
-            position, matrix = self._model.pose(self.joints)
-            self._pose.reset(position, matrix)
-            # An arm that is outside is not thrown inside: it may stay, or come.
-            limits = self._robot.action.pose
-            assert limits is not None
-            self._pose.limits = replace(
-                limits,
-                workspace_low=np.minimum(limits.workspace_low, position),
-                workspace_high=np.maximum(limits.workspace_high, position),
-                max_tilt=max(limits.max_tilt, *np.abs(self._pose.rpy[:2])),
-                max_yaw=max(limits.max_yaw, abs(self._pose.rpy[2])),
-            )
+            self._pose.reset(*self._model.pose(self.joints))
+            self._pose.limits = self._fence(self._pose)
+
+    def _fence(self, pose: CommandedPose, old: PoseLimits | None = None) -> PoseLimits:
+        """The robot's limits, and as far as a commanded `pose` is outside: it may stay, or come; `old` ones hold."""
+        limits, low, high = self._robot.action.pose, pose.position, pose.position
+        tilt, yaw = float(np.abs(pose.rpy[:2]).max()), float(abs(pose.rpy[2]))
+        assert limits is not None
+        if old is not None:
+            low, high = np.maximum(low, old.workspace_low), np.minimum(high, old.workspace_high)
+            tilt, yaw = min(tilt, old.max_tilt), min(yaw, old.max_yaw)
+        return replace(
+            limits,
+            workspace_low=np.minimum(limits.workspace_low, low),
+            workspace_high=np.maximum(limits.workspace_high, high),
+            max_tilt=max(limits.max_tilt, tilt),
+            max_yaw=max(limits.max_yaw, yaw),
+        )
 
     def copy(self) -> Motion:
         """Where everything is now: one that may go ahead, or come back by `restore`."""
@@ -63,11 +69,17 @@ class Motion:
         """Undo what was done since `other` was copied."""
         vars(self).update(vars(other.copy()))
 
-    def advance(self, action: Array, low: Array | float = -np.inf, high: Array | float = np.inf) -> None:
-        """Execute one action (A,); an increment ends between the joints `low` and `high` (J,) [rad].
+    def advance(
+        self,
+        action: Array,
+        base: Array | None = None,
+        reach: Array | float = np.inf,
+        low: Array | float = -np.inf,
+        high: Array | float = np.inf,
+    ) -> None:
+        """Execute one action (A,); an increment ends within `reach` of the joints `base`, and of `low` to `high` [rad].
 
-        Raises:
-            ConfigError: Another length, or not finite.
+        `ConfigError`: Another length, or not finite.
         """
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (self._robot.action_dim,) or not np.isfinite(action).all():
@@ -83,12 +95,19 @@ class Motion:
         if self._pose is not None:
             assert self._model is not None  # `robot_file` has seen to it
             self._pose.advance(np.clip(action, -1.0, 1.0))
-            self.joints = np.clip(self._model.solve(self.joints, self._pose.position, self._pose.matrix), low, high)
+            start = self.joints if base is None else base
+            way = self._model.solve(self.joints, self._pose.position, self._pose.matrix) - start
+            # All joints slow down together, so the tool keeps its way.
+            share = min(1.0, float(np.min(reach / np.maximum(np.abs(way), 1e-12))))
+            self.joints = np.clip(start + share * way, low, high)
             self._pose.follow(*self._model.pose(self.joints))
+            self._pose.limits = self._fence(self._pose, self._pose.limits)
+        elif self._robot.action.kind == "joint_position":
+            self.joints = self._robot.arm.units.ours(action)
         else:
-            absolute = self._robot.action.kind == "joint_position"
-            units = self._robot.arm.units
-            self.joints = units.ours(action) if absolute else np.clip(self.joints + action * units.scale, low, high)
+            start = self.joints if base is None else base
+            wanted = self.joints + action * self._robot.arm.units.scale
+            self.joints = np.clip(np.clip(wanted, start - reach, start + reach), low, high)
 
     @property
     def commanded(self) -> dict[str, Array | float | None]:

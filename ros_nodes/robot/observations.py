@@ -37,8 +37,7 @@ class Observations:
         table: The newest of every joint.
         opening: Measured opening of the gripper [m]; None without.
 
-    Raises:
-        ConfigError: The policy wants a camera or a state that the robot does not have, or of another length.
+    `ConfigError`: The policy wants a camera or a state that the robot does not have, or of another length.
     """
 
     def __init__(
@@ -159,8 +158,7 @@ class Observations:
     def snapshot(self, motion: Motion) -> dict[str, NDArray[np.generic]]:
         """What the policy is shown now: images (H, W, 3) uint8 and states (D,) float32.
 
-        Raises:
-            ObservationError: An input is missing or malformed.
+        `ObservationError`: An input is missing or malformed.
         """
         if not self._joints:
             raise ObservationError("There is no joint state yet.")

@@ -70,8 +70,7 @@ Table = Sequence[NodeParameter]
 def declare_parameters(node: Node, table: Table) -> None:
     """Declare all parameters of a table.
 
-    Raises:
-        ConfigError: A value given at the start is not allowed.
+    `ConfigError`: A value given at the start is not allowed.
     """
     for parameter in table:
         untyped = ParameterDescriptor(dynamic_typing=True)  # with its ranges, rclpy would word the refusal

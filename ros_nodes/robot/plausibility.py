@@ -22,8 +22,7 @@ _OUTSIDE = 0.1  # beyond the position limits [rad]
 def by_name(have: Sequence[str], values: Sequence[float], names: Sequence[str], what: str) -> Array:
     """The `values` of `names` (J,) among those that a joint state has, in any order; errors call them `what`.
 
-    Raises:
-        ObservationError: Joints missing or named twice, another number of values than of names, values not finite.
+    `ObservationError`: Joints missing or named twice, another number of values than of names, values not finite.
     """
     if len(values) != len(have):
         raise ObservationError(f"The joint state has {len(have)} names and {len(values)} {what}.")

@@ -334,8 +334,7 @@ class Predictor:
 def declared_spec(checkpoint: str) -> PolicySpec:
     """What a checkpoint's config.json says, without loading it: `chunk_steps` is 0 where it does not say.
 
-    Raises:
-        CheckpointError: No such folder, or a config.json that is none of a LeRobot policy.
+    `CheckpointError`: No such folder, or a config.json that is none of a LeRobot policy.
     """
     from ceed_vla.files import read_json
     from ceed_vla.folders import resolve_checkpoint

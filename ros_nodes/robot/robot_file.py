@@ -149,8 +149,7 @@ class RobotConfig:
     def interface(self, name: str) -> ActionInterface:
         """An interface of the robot.
 
-        Raises:
-            ConfigError: The robot has no such one, or one that needs a model of the arm without it.
+        `ConfigError`: The robot has no such one, or one that needs a model of the arm without it.
         """
         if name not in self.interfaces:
             raise ConfigError(f"{self.source} has no interface {name!r}; it has {', '.join(self.interfaces)}.")
@@ -162,8 +161,7 @@ class RobotConfig:
 def packaged_config() -> Path:
     """The tabletop robot's file: in the source tree, or where pip or colcon installed it.
 
-    Raises:
-        ConfigError: It is in neither.
+    `ConfigError`: It is in neither.
     """
     for folder in Path(__file__).resolve().parents:
         for place in ("", "share/ceed_vla"):
@@ -175,8 +173,7 @@ def packaged_config() -> Path:
 def load_robot_config(path: str | Path = "") -> RobotConfig:
     """Read a robot's file; the packaged tabletop robot's if `path` is empty.
 
-    Raises:
-        ConfigError: What is wrong, at which key, and what is allowed.
+    `ConfigError`: What is wrong, at which key, and what is allowed.
     """
     if not isinstance(path, str | Path):
         raise ConfigError(f"The robot's file is {path!r:.100}; give its path.")
@@ -203,8 +200,7 @@ def load_robot_config(path: str | Path = "") -> RobotConfig:
 def with_topics(robot: RobotConfig, topics: str) -> RobotConfig:
     """The robot with other topics: "front=/camera/image_raw, joint_states=/left/joint_states".
 
-    Raises:
-        ConfigError: Not of that form, or a name that is no camera of the robot.
+    `ConfigError`: Not of that form, or a name that is no camera of the robot.
     """
     entries = [entry.partition("=") for entry in topics.replace(" ", "").split(",") if entry.strip()]
     wrong = ["".join(entry) for entry in entries if not entry[1] or (entry[2] and not TOPIC.fullmatch(entry[2]))]

@@ -32,8 +32,7 @@ FROZEN_TIME, FROZEN_WAY = 0.5, 0.05
 class SafetyLimits:
     """What an arm may do.
 
-    Raises:
-        ConfigError: Wrong lengths, limits that are not finite or in the wrong order, a timeout that is not positive.
+    `ConfigError`: Wrong lengths, limits that are not finite or in the wrong order, a timeout that is not positive.
     """
 
     joint_names: tuple[str, ...]  # J, in the order of every array here
@@ -228,8 +227,7 @@ class SafetyFilter:
             ages: Input name -> age [s], None if it never came. Every input in ``limits.timeouts`` is checked.
             hold: The caller's own reason to hold: "starved", a worker that failed, ...
 
-        Raises:
-            ConfigError: There are neither positions nor a reason to hold.
+        `ConfigError`: There are neither positions nor a reason to hold.
         """
         if positions is None and hold is None:
             raise ConfigError("There is no command; pass a reason to hold.")
@@ -253,6 +251,12 @@ class SafetyFilter:
             clamped += ("gripper",) if self._gripper != gripper else ()
         self.clamps.update(clamped)
         return Decision(self.last_command, self._gripper, None, clamped)
+
+    @property
+    def stopping_distance(self) -> Array:
+        """How far (J,) the joints get while they brake from the last command [rad]; 0 without `max_acceleration`."""
+        brake = self.limits.max_acceleration
+        return np.zeros_like(self._speed) if brake is None else self._speed**2 / (2.0 * brake)
 
     @property
     def forbidden(self) -> Hold | None:

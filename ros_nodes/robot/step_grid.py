@@ -25,10 +25,7 @@ class StepGrid:
 
     A step begins at the tick that is the last of the step before; its own ticks are 1 to `ticks_per_step`. That may be
     no whole number (30 steps a second at 100 Hz): then it begins between two ticks. A tick may be moved by `slew`
-    periods; 0 where somebody else gives the ticks, such as /clock.
-
-    Raises:
-        ConfigError: A rate that is too low for the steps.
+    periods; 0 where somebody else gives the ticks, such as /clock. `ConfigError`: A rate that is too low for the steps.
     """
 
     def __init__(self, rate: float, action_dt: float, slew: float = SLEW) -> None:

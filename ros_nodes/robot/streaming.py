@@ -121,7 +121,7 @@ class Streaming:
     def _look_for_others(self) -> None:
         """Two commanders would pull the arm to and fro: then nothing is sent. And how fast simulated time runs."""
         (wall, time_then), self._paced = self._paced, (time.monotonic(), self.now())
-        if self._simulated and (passed := self._paced[1] - time_then) > 0.0:
+        if self._simulated and time_then > 0.0 and 0.02 < (passed := self._paced[1] - time_then) < 20.0:
             self._setup.controller.stream.pace = (self._paced[0] - wall) / passed
         topics = [publisher.topic_name for publisher in self._publishers]
         crowded = [topic for topic in topics if self._node.count_publishers(topic) > 1]

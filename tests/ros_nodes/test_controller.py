@@ -213,12 +213,15 @@ def test_enabling_or_going_home_in_motion_goes_on_from_the_command() -> None:
         loop = Loop()
         loop.follows = False  # but for what was commanded 10 ticks ago
         for tick in range(200):
-            loop.run(0.0101)
+            loop.run(0.011)
             loop.position = loop.path[max(len(loop.path) - 10, 0)]
             if tick == 150:
                 assert loop.path[-1, 0] > loop.position[0] + 0.01
-                assert loop.controller.enable(loop.now, home=home) is None
+                assert loop.controller.enable(loop.now) is None
+                assert loop.controller.enable(loop.now, home=home) is None  # twice
         assert loop.steps().min() > -1e-9
+        assert len(loop.sent) > 190
+        assert loop.path[-1, 0] > loop.path[150, 0] + 0.05
 
 
 class Increments:
@@ -238,7 +241,7 @@ class Increments:
 @pytest.mark.parametrize(
     ("limits", "most"),
     [({"max_velocity": np.full(2, 0.1)}, 0.011),
-     ({"max_velocity": np.full(2, 0.5), "max_acceleration": np.full(2, 0.2)}, 0.051),
+     ({"max_velocity": np.full(2, 0.5), "max_acceleration": np.full(2, 0.2)}, 0.5),
      ({"position_high": np.array([0.1, 9.0])}, 1e-9)],
 )  # fmt: skip
 def test_increments_do_not_run_away_from_an_arm_with_low_limits(limits: dict[str, Any], most: float) -> None:
@@ -249,6 +252,7 @@ def test_increments_do_not_run_away_from_an_arm_with_low_limits(limits: dict[str
     there, at = loop.path[-1, 0], len(loop.path)
     loop.run(3.0)
     assert loop.path[-1, 0] - there < most + 0.01  # when nothing more is wanted it soon stands still
+    assert loop.steps()[-1] == pytest.approx(0, abs=1e-9)
     loop.run(2.0)
     assert loop.path[at:, 0].max() - loop.path[-1, 0] > 0.15  # and comes back at once
 
@@ -259,6 +263,13 @@ def test_increments_within_the_limits_are_all_executed() -> None:
     loop.run(6.0)
     assert np.allclose(loop.steps(60), EVEN)
     assert not any(loop.safety.clamps.values())
+
+
+def test_increments_with_an_acceleration_keep_their_speed() -> None:
+    loop = Loop()
+    Increments(loop, lambda now: 0.1, max_velocity=np.full(2, 2.0), max_acceleration=np.full(2, 2.0))
+    loop.run(4.0)
+    assert loop.steps()[-50:].mean() * RATE == pytest.approx(1.0, rel=0.02)  # of 1 rad/s
 
 
 def test_deadlines_are_of_real_time() -> None:

@@ -79,6 +79,29 @@ def test_an_arm_outside_its_workspace_is_not_thrown_inside() -> None:
     for _ in range(60):
         motion.advance(np.array([0, 0, 1.0, 0, 0, 0, 0]))
     assert model.pose(motion.joints)[0][2] < limits.workspace_high[2] + 0.01  # inside, its limits hold
+    motion.restart(high, None)
+    for way in (-1.0, 1.0):
+        for _ in range(60):
+            motion.advance(np.array([0, 0, way, 0, 0, 0, 0]))
+    assert model.pose(motion.joints)[0][2] < limits.workspace_high[2] + 0.01  # nor does it go out again
+
+
+@pytest.mark.parametrize("velocity", [0.3, 0.6])
+@pytest.mark.parametrize("way", [(0, 0, -1), (1, 0, 0), (0, 1, 0)])
+def test_a_slow_arm_keeps_the_way_of_its_tool(velocity: float, way: tuple[int, int, int]) -> None:
+    config = load_robot_config(packaged_config())
+    model = ModelArm(config.arm.model, config.arm.tcp, config.arm.joints, home=config.arm.home)
+    motion, base = Motion(config, model), arm.HOME
+    motion.restart(base, None)
+    start, _ = model.pose(base)
+    for step in range(40):
+        motion.advance(np.array([*(0.5 * np.array(way) * (step < 20)), 0, 0, 0, 0]), base, velocity * 0.1)
+        base = motion.joints
+    end, matrix = model.pose(base)
+    aside = (end - start) * (1 - np.abs(way))
+    assert np.abs(aside).max() < 0.01
+    assert np.abs(matrix - np.eye(3)).max() < 0.03
+    assert np.abs(end - start).max() > 0.05
 
 
 LIMITS = PoseLimits(0.05, 0.25, env.WORKSPACE_LOW, env.WORKSPACE_HIGH, env.MAX_TILT, env.MAX_YAW)

@@ -126,7 +126,7 @@ def test_options_that_cannot_work() -> None:
     for change in ({"budgets_ms": [0.0]}, {"population": 1}, {"engine": "graphs"}):
         with pytest.raises(ConfigError):
             TuneConfig(**change)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"seeds 42000 to 50007; those from 50000 on are for evaluation"):
+    with pytest.raises(ConfigError, match=r"seeds 42000 to 50007; 40000 to 49999 are for that"):
         TuneConfig(episodes=1001)
     with pytest.raises(ConfigError, match=r"policy\.path"):
         tune(TuneConfig())

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from lerobot.configs import FeatureType, NormalizationMode
-from lerobot.processor import NormalizerProcessorStep
+from lerobot.processor import NormalizerProcessorStep, RelativeActionsProcessorStep
 
 import ceed_vla
 from ceed_vla.data.frames import open_dataset
@@ -164,6 +164,10 @@ def test_actions_are_compared_as_the_policy_writes_them(data: StoredData) -> Non
     expected = data.distance(fixed, {"action": (actions - 2) / 4, "action_is_pad": pad})
     np.testing.assert_allclose(other.distances(rows), expected.numpy(), rtol=1e-4)
     assert not np.allclose(data.distances(rows), expected.numpy(), rtol=0.01)
+    other.pre = SimpleNamespace(steps=[RelativeActionsProcessorStep(enabled=True), step])
+    state = torch.from_numpy(data.stores[0].state[data.trajectories.frame[rows]])[:, None, :7]  # (B, 1, A)
+    expected = data.distance(fixed, {"action": (actions - state - 2) / 4, "action_is_pad": pad})
+    np.testing.assert_allclose(other.distances(rows), expected.numpy(), rtol=1e-4)
 
 
 # ---- states -----------------------------------------------------------------------------------------------------

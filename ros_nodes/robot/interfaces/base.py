@@ -59,8 +59,7 @@ class ActionInterface(ABC):
 def register_interface(name: str) -> Callable[[type[ActionInterface]], type[ActionInterface]]:
     """Class decorator: robots' files and the parameter ``action_interface`` know the class by `name`.
 
-    Raises:
-        ConfigError: Another class has the name.
+    `ConfigError`: Another class has the name.
     """
 
     def register(kind: type[ActionInterface]) -> type[ActionInterface]:

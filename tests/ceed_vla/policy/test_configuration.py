@@ -69,3 +69,18 @@ def test_features_that_cannot_be_served(inputs: list[str], outputs: list[str], m
         CeedVLAPolicy(config)
     with pytest.raises(ConfigError, match="gripper_dims"):
         CeedVLAPolicy(tiny_config(gripper_dims=[7]))
+
+
+def test_names_whose_measurement_is_stale_are_forgotten(tiny_config: Any) -> None:
+    config = tiny_config()
+    config.decodings, config.decode_with = {"risk0.1": "cap1", "plan": "cap2", "plan12": "cap2"}, "plan12"
+    config.forget("risk", new={"risk0.2": "cap3"})
+    assert (config.decodings, config.decode_with) == ({"plan": "cap2", "plan12": "cap2", "risk0.2": "cap3"}, "plan12")
+    config.forget("plan", new={"plan": "cap1"})
+    assert (config.decodings, config.decode_with) == (
+        {"risk0.2": "cap3", "plan": "cap1"},
+        "ceed",
+    )  # not what is gone
+    config.decode_with = "cap2"
+    config.forget()
+    assert (config.decodings, config.decode_with) == ({}, "cap2")

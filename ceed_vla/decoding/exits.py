@@ -95,7 +95,7 @@ class Gap(Confidence):
 
 
 @register_exit(
-    r"agree(?P<most>\d+)", "agree<D>", "or states D bins apart",
+    r"agree(?P<most>\d+)", "agree<D>", "or D bins apart",
     ["agree0", "agree1", "agree2", "agree4", "agree8", "agree16", "agree32", "agree48", "agree64", "agree96"],
 )  # fmt: skip
 class Agreement(ExitRule):

@@ -21,7 +21,7 @@ from ceed_vla.decoding.request import BlockRequest, after_stop
 from ceed_vla.decoding.result import DecodeResult
 
 
-@register_decoder("jacobi", "jacobi", "the block, to its fixed point")
+@register_decoder("jacobi", "jacobi", "to the fixed point")
 @torch.no_grad()
 def decode_jacobi(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Decode a block from its guess until every row is at its fixed point or meets an exit rule.

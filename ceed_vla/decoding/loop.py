@@ -17,9 +17,7 @@ from ceed_vla.decoding.result import DecodeResult
 from ceed_vla.errors import ConfigError
 
 
-@register_decoder(
-    r"loop(?P<count>[1-9]\d{0,2})", "loop<K>", "K forwards, one wait", ("loop4", "loop3", "loop2", "loop1")
-)
+@register_decoder(r"loop(?P<count>[1-9]\d{0,2})", "loop<K>", "K, one wait", ("loop4", "loop3", "loop2", "loop1"))
 @torch.no_grad()
 def decode_loop(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """The tokens of ``cap<K>``, from K forwards whatever they prove; the first computes the whole block.

@@ -22,7 +22,7 @@ from ceed_vla.errors import ConfigError
 DRAFT = 8  # tokens, where the name says no number
 
 
-@register_decoder(r"ngram(?P<length>\d*)", "ngram<L>", "drafts of L tokens, verified", ("ngram4", "ngram8"))
+@register_decoder(r"ngram(?P<length>\d*)", "ngram<L>", "drafts of L, verified", ("ngram4", "ngram8"))
 def decode_ngram(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """Decode a block by drafting up to ``L`` tokens behind the proven ones and verifying them in one forward.
 

@@ -114,7 +114,7 @@ class PolicyStream(ChunkStream):
 
     def ask_if_due(self, now: float) -> Plan | None:
         """Ask for the next chunk unless images that are still to come will do; the plan that was sent, if any."""
-        if not self._loaded or not self._worker.idle or now < self._retry_at:
+        if not self._loaded or not self._worker.idle or now < self._retry_at or self._refusal is not None:
             return None
         if self._replan_steps is None:
             # One sooner than in the policy's own loop, where observations are new when they are acted on; but behind a

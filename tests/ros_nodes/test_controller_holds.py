@@ -207,6 +207,24 @@ def test_strange_messages_hold_and_raise_nothing(data: st.DataObject) -> None:
 # ---- what the policy does not take ----------------------------------------------------------------------------------
 
 
+def test_a_refused_instruction_is_not_asked_before_the_tick_that_holds() -> None:
+    loop = Loop()
+    loop.run(1.03)
+    asked = len(loop.policy.asked)
+    while not loop.policy.idle:
+        loop.run(0.011)
+    loop.controller.stream.instruct("x" * 10_000)
+    for _ in range(3):
+        loop._image()
+        loop.controller.observed(loop.now)
+    assert len(loop.policy.asked) - asked <= 1  # what was under way
+    assert loop.policy.idle
+    loop.run(0.1)
+    assert loop.controller.hold is not None
+    assert loop.controller.hold.code == "bad_instruction"
+    assert "10000 characters" in loop.controller.hold.detail
+
+
 def test_a_refused_instruction_holds_at_once_and_is_asked_once() -> None:
     loop = Loop()
     loop.run(1.0)

@@ -257,7 +257,7 @@ def test_no_command_follows_from_a_pose_of_before(graph: Any) -> None:
         ("config.json", "{", "configure failed: "),
         ("robot.yaml", "[" * 3000, "robot.yaml cannot be read"),
         pytest.param("robot.yaml", "arm: {joints: [a]}", "is missing", marks=pytest.mark.slow),
-        pytest.param("robot.yaml", "topic", "topic.xml cannot be used", marks=pytest.mark.slow),
+        pytest.param("robot.yaml", "topic", "topic.xml has no site or body", marks=pytest.mark.slow),
     ],
 )
 def test_a_node_that_starts_by_itself_ends_if_it_cannot(

@@ -11,6 +11,9 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.kinematics import ArmKinematics, Array, CommandedPose, PoseLimits
 from ros_nodes.robot.robot_file import RobotConfig
 
+type Bound = Array | float  # of every joint [rad]
+INF = np.inf
+
 
 class Motion:
     """Where the arm shall be at the end of the step that runs; actions do what ``robot.action.kind`` says.
@@ -70,12 +73,7 @@ class Motion:
         vars(self).update(vars(other.copy()))
 
     def advance(
-        self,
-        action: Array,
-        base: Array | None = None,
-        reach: Array | float = np.inf,
-        low: Array | float = -np.inf,
-        high: Array | float = np.inf,
+        self, action: Array, base: Array | None = None, reach: Bound = INF, low: Bound = -INF, high: Bound = INF
     ) -> None:
         """Execute one action (A,); an increment ends within `reach` of the joints `base`, and of `low` to `high` [rad].
 

@@ -47,11 +47,8 @@ def make_setup(
     """Check robot and checkpoint, and build the controller; `values` are of `POLICY_PARAMETERS`.
 
     The checkpoint loads in the background; until then the controller waits. `notify` is called, in another thread, when
-    it is there (or cannot be) and when the policy has answered.
-
-    Raises:
-        CheckpointError: No checkpoint, or a config.json that is not read.
-        ConfigError: Parameters, robot and checkpoint that do not fit each other.
+    it is there (or cannot be) and when the policy has answered. `CheckpointError`: No checkpoint, or a config.json that
+    is not read. `ConfigError`: Parameters, robot and checkpoint that do not fit each other.
     """
     robot = with_topics(load_robot_config(values["robot_config"]), values["topics"])
     interface = robot.interface(values["action_interface"])

@@ -104,9 +104,8 @@ class Predictor:
     Attributes:
         spec: What the policy wants and gives.
 
-    Raises:
-        CheckpointError: Missing, damaged, or of a kind that cannot be served.
-        ConfigError: An unknown way to decode, or a package that cannot be imported.
+    `CheckpointError`: Missing, damaged, or of a kind that cannot be served. `ConfigError`: An unknown way to decode, or
+    a package that cannot be imported.
     """
 
     def __init__(self, settings: PredictorSettings, wait: Callable[[float], object] = time.sleep) -> None:

@@ -139,7 +139,7 @@ def shaped(values: dict[str, Any], config_class: type[Any], prefix: str = "") ->
 
 def _typed(value: Any, hint: Any, name: str) -> Any:
     """`value` as draccus takes it for `hint`, if it is of that type or the text of one; else a UsageError."""
-    for option in options_of(hint):
+    for option in sorted(options_of(hint), key=lambda option: option is not type(None)):  # "none" is a text too
         fits, typed = _as(value, option, name)
         if fits:
             return typed

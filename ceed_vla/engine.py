@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from ceed_vla.backbones.base import Backbone, Prefix, check_depth
 from ceed_vla.cache import StaticCache
@@ -55,11 +55,13 @@ class CompiledBackbone(nn.Module):
         # Positions behind the prefix that some block reaches when it is filled up.
         self._reach = max(n - k + self._window(k) for k in range(1, n + 1))
         self._caches: dict[tuple[Any, ...], StaticCache] = {}
-        self._block, self._prefill = inner.block_logits, inner.prefill
-        for part in ("block", "prefill"):
-            if part in inner.compilable:
+        self._parts = {"block": inner.block_logits, "prefill": inner.prefill}
+        names = ("embed_prefix", "prefill_embeddings")  # a prefill in two, between which tokens may go
+        self._parts |= {name: getattr(inner, name) for name in names if hasattr(inner, name)}
+        for part in self._parts:
+            if ("block" if part == "block" else "prefill") in inner.compilable:
                 options = {"fullgraph": True, "dynamic": False, "backend": backend, "mode": mode}
-                setattr(self, f"_{part}", self._run(torch.compile, getattr(self, f"_{part}"), **options))
+                self._parts[part] = self._run(torch.compile, self._parts[part], **options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["backbone"], name)
@@ -71,8 +73,20 @@ class CompiledBackbone(nn.Module):
     @torch.no_grad()
     def prefill(self, observation: dict[str, Tensor]) -> Prefix[StaticCache]:
         """As the backbone's; the result moves to the cache of its batch size."""
-        prefix = self._run(self._prefill, {key: v for key, v in observation.items() if isinstance(v, Tensor)})
-        capacity = -(-(prefix.cache.length + self._reach) // ROUND) * ROUND
+        return self._placed(self._run(self._parts["prefill"], _tensors(observation)))
+
+    @torch.no_grad()
+    def embed_prefix(self, observation: dict[str, Tensor]) -> Any:
+        return self._run(self._parts["embed_prefix"], _tensors(observation))
+
+    @torch.no_grad()
+    def prefill_embeddings(self, embeddings: Any) -> Prefix[StaticCache]:
+        return self._placed(self._run(self._parts["prefill_embeddings"], embeddings))
+
+    def _placed(self, prefix: Prefix) -> Prefix[StaticCache]:
+        # As much as a whole prefix needs, so that what is left of one shares its compiled code.
+        length = max(prefix.cache.length, getattr(self.backbone, "prefix_length", 0))
+        capacity = -(-(length + self._reach) // ROUND) * ROUND
         key = (len(prefix.logits), capacity, prefix.logits.device, prefix.cache.entries()[0][0].dtype)
         self._caches[key] = cache = StaticCache(prefix.cache, capacity, self._caches.get(key))
         return cast("Prefix[StaticCache]", prefix.moved(cache))
@@ -87,10 +101,12 @@ class CompiledBackbone(nn.Module):
                 f"{k} tokens after {cache.committed} committed ones exceed the block of {self.block_length}."
             )
         depth = check_depth(depth, self.num_layers)
+        if depth in self.exits:
+            self.exits[depth].check(cache.committed)
         cache.place(k, shallow=depth < self.num_layers)
         filled = torch.zeros(rows, self._window(k), dtype=torch.int64, device=tokens.device)
         filled[:, :k] = tokens
-        return cast("Tensor", self._run(self._block, prefix, filled, depth)[:, :k])
+        return cast("Tensor", self._run(self._parts["block"], prefix, filled, depth)[:, :k])
 
     def compile_now(self, prefix: Prefix) -> None:
         """Compile every window, which some chunk would wait for otherwise."""
@@ -117,8 +133,12 @@ class CompiledBackbone(nn.Module):
     def _run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         try:
             return function(*arguments, **options)
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             raise ConfigError(
                 f"{type(self.backbone).__name__} does not compile with these settings ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:300]}); use it without."
             ) from error
+
+
+def _tensors(observation: dict[str, Any]) -> dict[str, Tensor]:
+    return {key: value for key, value in observation.items() if isinstance(value, Tensor)}

@@ -110,7 +110,10 @@ class CommandedPose:
         moved = self.position + limits.position_scale * action[:3]
         self.position = np.clip(moved, limits.workspace_low, limits.workspace_high)
         bound = np.array([limits.max_tilt, limits.max_tilt, limits.max_yaw])
-        self.rpy = np.clip(rotate_rpy(self.rpy, limits.rotation_scale * action[3:6]), -bound, bound)
+        turned = rotate_rpy(self.rpy, limits.rotation_scale * action[3:6])
+        if abs(over := turned[2] - self.rpy[2]) > np.pi:  # past half a turn, where a yaw begins anew
+            turned[2] -= np.copysign(2 * np.pi, over)
+        self.rpy = np.clip(turned, -bound, bound)
 
     def follow(self, position: Array, matrix: Array) -> None:
         """Go to the pose of the joint targets where it differs: the command never runs away from the arm."""

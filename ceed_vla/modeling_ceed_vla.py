@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lerobot.configs import PreTrainedConfig
+from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION
 from torch import Tensor
 
-import ceed_vla.processor_ceed_vla  # noqa: F401  (these register the steps that a checkpoint may name)
 from ceed_vla.backbones.base import runs
 from ceed_vla.backbones.context import load_context, save_context
 from ceed_vla.backbones.exits import load_exits, save_exits
@@ -25,6 +24,7 @@ from ceed_vla.fields import short
 from ceed_vla.files import saving
 from ceed_vla.folders import POLICY_FILES, PROCESSOR_FILES, WEIGHTS, resolve_checkpoint
 from ceed_vla.lora import merge
+from ceed_vla.processor_ceed_vla import widen  # which registers the steps that a checkpoint may name
 from ceed_vla.processor_steps import check_processors
 from ceed_vla.real_time import continuation, decode_behind
 from ceed_vla.supervision import teacher_loss
@@ -60,7 +60,14 @@ class CeedVLAPolicy(PreTrainedPolicy):
         super().__init__(config)
         config.validate_features()
         config.action_tokens.fit(config.action_dim, (dataset_stats or {}).get(ACTION))
+        widen(dataset_stats)  # which LeRobot's tools give the normaliser of a checkpoint that they train on, too
         self.tokenizer = config.action_tokens.build(config.chunk_size, config.action_dim)
+        mode = config.normalization_mapping.get("ACTION", NormalizationMode.IDENTITY)
+        if mode is not NormalizationMode.IDENTITY and not self.tokenizer.normalised:
+            raise ConfigError(
+                f"normalization_mapping has ACTION {mode.value}, but {config.action_tokens.type} tokens write what "
+                "a data set has; leave it IDENTITY."
+            )
         self.tokenizer.ordered = config.action_tokens.ordered
         self.backbone = config.backbone.build(config.shape)
         self.referenced = {f"backbone.{name}" for name in self.backbone.referenced}

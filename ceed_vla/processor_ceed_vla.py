@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from lerobot.processor import (
     DataProcessorPipeline,
@@ -34,9 +35,7 @@ def make_ceed_vla_pre_post_processors(
         meta = dataset_meta or getattr(config, "_runtime_dataset_meta", None)  # where lerobot-train leaves it
         instructions = [] if meta is None else [str(task) for task in meta.tasks.index]
     stats = None if dataset_stats is None else {name: dict(values) for name, values in dataset_stats.items()}
-    for values in (stats or {}).values():
-        if "std" in values:  # dimensions that never move: nothing is divided by zero
-            values["std"] = torch.as_tensor(values["std"]).clamp(min=LEAST_DEVIATION)
+    widen(stats)
     steps = make_default_policy_processor_steps(config, stats)
     inputs = config.backbone.processor_steps(config.shape, list(instructions))
     pre, post = make_policy_processor_pipelines(
@@ -44,6 +43,16 @@ def make_ceed_vla_pre_post_processors(
         [steps.unnormalize, steps.to_cpu],
     )
     return checked(pre), checked(post)
+
+
+def widen(stats: Mapping[str, Any] | None) -> None:
+    """Let no dimension that never moves divide by zero: the statistics of every feature, in place."""
+    for values in (stats or {}).values():
+        if "std" in values:
+            values["std"] = np.maximum(np.asarray(values["std"]), LEAST_DEVIATION)
+        for low, high in (("min", "max"), ("q01", "q99"), ("q10", "q90")):
+            if low in values and high in values:
+                values[high] = np.maximum(np.asarray(values[high]), np.asarray(values[low]) + LEAST_DEVIATION)
 
 
 class CheckedPipeline(DataProcessorPipeline[Any, Any]):

@@ -197,8 +197,11 @@ def save_weights(policy: Any, folder: Path, state_dict: dict[str, Any] | None = 
         return
     kept = policy.referenced - {name for name, p in policy.named_parameters() if p.requires_grad}
     weights = policy.state_dict() if state_dict is None else state_dict
-    own = {name: tensor.contiguous() for name, tensor in weights.items() if _weight(name) not in kept}
-    save_file(own, file, metadata={"format": "pt"})
+    own = {name: tensor for name, tensor in weights.items() if _weight(name) not in kept}
+    first: dict[tuple[int, int], str] = {}  # of the names of tied weights, whose others safetensors refuses
+    for name, weight in own.items():
+        first.setdefault((weight.data_ptr(), weight.numel()), name)
+    save_file({name: own[name].contiguous() for name in first.values()}, file, metadata={"format": "pt"})
 
 
 def _weight(name: str) -> str:

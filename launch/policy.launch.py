@@ -3,8 +3,10 @@
 ros2 launch ceed_vla policy.launch.py robot_config:=/path/to/robot.yaml checkpoint:=/path/to/checkpoint
 """
 
+from typing import Any
+
 from launch import LaunchDescription
-from launch.actions import DeclareLaunchArgument, Shutdown
+from launch.actions import DeclareLaunchArgument, OpaqueFunction, Shutdown
 from launch.substitutions import LaunchConfiguration, PathJoinSubstitution
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
@@ -13,18 +15,18 @@ from launch_ros.substitutions import FindPackageShare
 from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 
 CONFIG = PathJoinSubstitution([FindPackageShare("ceed_vla"), "launch", "config", "policy.yaml"])
-# Arguments that override the parameters of their names, which describe them, whatever `params_file` says.
+# Arguments that are parameters of the node, which describe them. One that is given overrides `params_file`,
 ARGUMENTS = (
     "checkpoint", "robot_config", "action_interface", "decoding", "discover_packages", "instruction", "autostart",
     "start_enabled", "dry_run", "inference_python", "device", "engine", "command_rate", "blend_in",
     "max_joint_velocity", "max_joint_step",
 )  # fmt: skip
-DEFAULTS = {"autostart": True, "start_enabled": False}  # where they are not the parameters' own
+DEFAULTS = {"autostart": "true", "start_enabled": "false"}  # and these do so always
 PARAMETERS = {
-    parameter.name: (DEFAULTS.get(parameter.name, parameter.default), parameter.description)
+    parameter.name: (type(parameter.default), parameter.description)
     for parameter in POLICY_PARAMETERS
     if parameter.name in ARGUMENTS
-} | {"use_sim_time": (False, "Follow /clock.")}
+} | {"use_sim_time": (bool, "Follow /clock.")}
 # Argument -> what it replaces the topic of; a camera that the robot's file does not have is an error.
 TOPICS = {"front_topic": "front", "wrist_topic": "wrist", "joint_states_topic": "joint_states"}
 
@@ -33,8 +35,11 @@ def generate_launch_description() -> LaunchDescription:
     """One node."""
     described = {
         "namespace": ("", "namespace of the node"),
-        "params_file": (CONFIG, "parameters of the node"),
-        **{name: (str(default).lower(), text) for name, (default, text) in PARAMETERS.items()},
+        "params_file": (
+            CONFIG,
+            "parameters of the node; an argument that is given, autostart and start_enabled go before",
+        ),
+        **{name: (DEFAULTS.get(name, ""), text) for name, (_, text) in PARAMETERS.items()},
         "topics": ("", "topics of cameras with other names: top=/camera/image_raw,left=/left/image_raw"),
         **{name: ("", f"topic of {source} instead of the robot's file's") for name, source in TOPICS.items()},
     }
@@ -42,19 +47,27 @@ def generate_launch_description() -> LaunchDescription:
         DeclareLaunchArgument(name, default_value=default, description=text)
         for name, (default, text) in described.items()
     ]
+    return LaunchDescription([*arguments, OpaqueFunction(function=policy_node)])
+
+
+def policy_node(context: Any) -> list[Node]:
+    """The node with what the arguments say."""
+    names = {name: LaunchConfiguration(name) for name in (*PARAMETERS, "topics", *TOPICS)}
+    given = {name: value for name, value in names.items() if value.perform(context)}
     overrides = {
-        name: ParameterValue(LaunchConfiguration(name), value_type=type(default))
-        for name, (default, _) in PARAMETERS.items()
+        name: ParameterValue(given[name], value_type=PARAMETERS[name][0]) for name in given if name in PARAMETERS
     }
-    replaced = [part for name, source in TOPICS.items() for part in (f",{source}=", LaunchConfiguration(name))]
-    overrides["topics"] = ParameterValue([LaunchConfiguration("topics"), *replaced], value_type=str)
-    policy = Node(
-        package="ceed_vla",
-        executable="policy_node",
-        name="policy",
-        namespace=LaunchConfiguration("namespace"),
-        parameters=[LaunchConfiguration("params_file"), overrides],
-        output="screen",
-        on_exit=Shutdown(),
-    )
-    return LaunchDescription([*arguments, policy])
+    topics = [part for name in given if name in TOPICS for part in (f",{TOPICS[name]}=", given[name])]
+    if topics or "topics" in given:
+        overrides["topics"] = ParameterValue([names["topics"], *topics], value_type=str)
+    return [
+        Node(
+            package="ceed_vla",
+            executable="policy_node",
+            name="policy",
+            namespace=LaunchConfiguration("namespace"),
+            parameters=[LaunchConfiguration("params_file"), overrides],
+            output="screen",
+            on_exit=Shutdown(),
+        )
+    ]

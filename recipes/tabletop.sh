@@ -9,6 +9,8 @@ cd "$(dirname "$0")/.."
 out=${1:-outputs/tabletop}
 export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
 
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT # an interrupt, or one that fails, ends the others too
+
 record() { # name mode episodes seed
   ceed-vla record --resume true --root "$out/data/$1" --mode "$2" --episodes "$3" --seed "$4" "${@:5}"
 }
@@ -51,16 +53,11 @@ if [ -z "${TEACHER:-}" ]; then
     --lr 1e-3 --muon_lr 1e-3
 fi
 
-# 3. Takeovers of it, and its Jacobi trajectories on these and the demonstrations; two processes share the shards.
+# 3. Takeovers of it, and its Jacobi trajectories on these and the demonstrations.
 takeovers takeover "$teacher" 35000 36000
 roots="$demos,$out/data/takeover0,$out/data/takeover1"
 collect() { # name roots, and what differs
-  local shard
-  for shard in 0 1; do
-    ceed-vla collect --policy_path "$teacher" --roots "$2" --output_dir "$out/$1" --num_shards 2 \
-      --shard_index $shard --resume true "${@:3}" &
-  done
-  wait_all
+  ceed-vla collect --policy_path "$teacher" --roots "$2" --output_dir "$out/$1" --workers 2 --resume true "${@:3}"
 }
 collect trajectories "$roots" --max_frames 20000
 

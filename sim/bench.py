@@ -23,7 +23,9 @@ from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.fields import chosen
 from ceed_vla.files import write_text
-from sim.evaluate import EvalConfig, evaluate
+from ceed_vla.outputs import claim_folder
+from sim.episode_log import EPISODES
+from sim.evaluate import REPORT, EvalConfig, evaluate
 from sim.plots import FORWARDS, INK, row_color, save_figure
 from sim.report import PAIRED, PAIRED_COLUMNS, cells, markdown_table, paired_rows
 from sim.timing import ENGINES
@@ -72,6 +74,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         rows += program_rows(policy)
         config.decoders = ",".join([*rows, *[TEACHER_ROWS] * bool(config.teacher.path)])
     config.decoders = f"ar,ar_h,{config.decoders}"  # everything is compared with them
+    claim_folder("output_dir", config.output_dir, (BENCH, TABLE, PARETO), (REPORT, EPISODES))
     report = evaluate(config, None, lambda bundles: {"act": sim.rivals.act(bundles["policy"])})
     result = {**report, "decoders": rows_of(report)}
     folder = Path(config.output_dir)
@@ -160,7 +163,7 @@ def markdown(result: Mapping[str, Any]) -> str:
                 *(f"{row[f'{part}_ms']['p50']:.1f}" for part in ("prefill", "decode")),
                 f"{row['tokens_per_forward']:.1f}",
                 row["engine"],
-                *(f"{row.get(f'ratio_to_{rival}_compiled', 0):.1f}" for rival in ("ar", "ar_h")),
+                *(f"{row[name]:.1f}" if (name := f"ratio_to_{r}_compiled") in row else "-" for r in ("ar", "ar_h")),
                 f"{row['ratio_to_floor']:.2f}",
                 f"{row['action_error']:.4f}",
             ]

@@ -177,6 +177,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     folder = claim_folder("output_dir", config.output_dir, (name,), (REPORT, AUDIT))
     config.limit_threads()
     policy, pre, post = load(config.policy.given())
+    policy.requires_grad_(False)  # nor is any weight saved as trained
     if policy.tokenizer.tokens_per_step is None or not hasattr(policy.tokenizer, "low"):
         raise ConfigError("These tokens are no bins of actions: how far one is from another is unknown.")
     config = replace(config, executed_steps=config.executed_steps or policy.config.n_action_steps)

@@ -20,8 +20,8 @@ On the unwrapped environment:
     hold_action() -> (A,)        keeps the robot where it is; `eval --delay_ms` needs it, elsewhere zeros do
     disturbance(rng) -> (A,)     a random action of `record --mode perturb`; uniform without it
     scatter(rng), retarget(rng)  a random pose of the robot, another instruction; for grounding, with `observe`
-    snapshot() -> Any, restore(snapshot)    all that decides what comes next; for `reinforce`
     observe(), advance(action), is_success()     a step that renders only what somebody looks at; all three or none
+    snapshot() -> Any, restore(snapshot)    all that decides what comes next; for `reinforce`, with these three
 
 With the task "mixed" the environment draws a task at every reset; recordings take turns all the same.
 """
@@ -212,7 +212,8 @@ class Environment:
         name, self._env = self._envs[seed % len(self._envs)]
         self._observation, info = self._env.reset(seed=int(seed), options=options)
         own = self.config.task or self.config.type
-        self.task = str(info.get("task") or (own if len(self._envs) == 1 else name))
+        found = str(info.get("task") or (own if len(self._envs) == 1 else name))
+        self.task = task if task != MIXED and _has_tasks(self.config) else found
         self.success = self.finished = False
 
     def observe(self) -> Observation:
@@ -246,6 +247,8 @@ class Environment:
         if hasattr(self.inner, "disturbance"):
             return self.inner.disturbance(rng)
         space = self._env.action_space
+        if not np.isfinite([space.low, space.high]).all():
+            self.needs("mode perturb with actions of no bounds", "disturbance")
         return rng.uniform(space.low, space.high).astype(np.float32)
 
     def follow(self, other: Environment) -> None:

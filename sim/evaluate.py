@@ -204,6 +204,12 @@ def prepared(config: EvalConfig, pool: EnvPool, probes: Any) -> tuple[Evaluation
         pool.env(0).needs("--delay_ms", "hold_action")
     if latest.delay >= steps:
         raise ConfigError(f"{latest.name} is {latest.delay} control steps late; a chunk has {steps}: leave it out.")
+    if config.workers > 1 and any(row.decoding.deadline_s for row in rows):
+        raise ConfigError("A deadline is of a machine with nothing else to do: run its decoder with --workers 1.")
+    env = pool.env(0)
+    env.reset(*_plan(config)[0])  # what a policy cannot decode is known before any episode
+    for row in rows:
+        make_runner(row, bundles, executed).decode([env.observe()], [env.instruction], [None])
     log = EpisodeLog(
         Path(config.output_dir), _identity(config, rows, bundles), dict(_plan(config)), pool.max_episode_steps
     )
@@ -334,7 +340,7 @@ def _run_timing(run: Evaluation) -> None:
     episodes = collect_observations(runner, run.pool, _plan(config), config.timing_chunks)
     chunks = sum(len(episode) for episode in episodes)
     engines = ENGINES[:2] if config.engine == "fastest" else (config.engine,)
-    bundles = {e: {model: in_engine(bundle, e) for model, bundle in run.bundles.items()} for e in engines}
+    bundles = {e: {model: in_engine(bundle, e) for model, bundle in run.bundles.items()} for e in {"eager", *engines}}
     runners = {
         f"{row.name} {e}": make_runner(row, bundles[e], run.executed_steps)
         for row in (*rows, *references)

@@ -89,6 +89,8 @@ def unit_recorder(config: RecordConfig, pool: EnvPool) -> Callable[[range], list
         if (config.executed_steps or 1) > steps:
             raise ConfigError(f"executed_steps is {config.executed_steps}; the policy's chunks have {steps} steps.")
         runner = PolicyRunner(bundle, config.decoding, executed_steps=config.executed_steps)
+        if runner.alone:
+            raise ConfigError(f"decoding is {config.decoding}: attempts share batches, where a deadline means nothing.")
         return lambda seeds: takeover_attempts(runner, pool, seeds, config)
     env = pool.env(0)
     if config.mode == "grounding":

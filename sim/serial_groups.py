@@ -29,6 +29,9 @@ Decision = tuple[int, str, int]  # seed, task, chunks before it
 Outcome = tuple[str, int, str, bool, int]  # decoder, seed, task, whether it was solved, chunks
 
 
+NEEDED = ("snapshot", "restore", "observe", "advance", "is_success")  # of the unwrapped environment
+
+
 @register_exit("watched", "watched", "")
 class Watched(Learned):
     """Ends no row."""
@@ -59,7 +62,7 @@ class SerialGroups:
             raise ConfigError(f"--seed and --scouts give {seeds}; those for training are {low} to {high - 1}.")
         tasks = turns(self.env)
         with EnvPool(1, self.env) as pool:  # before the first episode
-            pool.env(0).needs("reinforce", "snapshot", "restore")
+            pool.env(0).needs("reinforce", *NEEDED)
         plan = [(seed, tasks[i % len(tasks)]) for i, seed in enumerate(seeds)]
         with Workers(self.workers, episode_runner, policy, self.env) as workers:
             runs = [(decoder, shard) for shard in batched(plan, SHARD) for decoder in decoders]
@@ -78,7 +81,7 @@ def group_runner(policy: str, env: EnvConfig, decoder: str, cap: int) -> Callabl
     """What runs the groups of some decisions, in a process of its own."""
     runner = PolicyRunner(joined(load(policy), env), decoder)
     pool = EnvPool(SHARD * (cap + 1), env)
-    pool.env(0).needs("reinforce", "snapshot", "restore")
+    pool.env(0).needs("reinforce", *NEEDED)
 
     def run(decisions: Sequence[Decision]) -> list[Group]:
         groups: list[Group] = []

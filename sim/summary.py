@@ -36,8 +36,8 @@ def row_entry(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
             entry[f"{name}_mean"] = round(float(np.mean(layers)), 4)
     solved = [episode for episode in episodes if episode.success]
     entry["steps_mean_of_successes"] = round(float(np.mean([e.steps for e in solved])), 2) if solved else None
-    for name in solved[0].motion if solved else ():
-        entry[f"{name}_mean_of_successes"] = float(np.mean([episode.motion.get(name, 0.0) for episode in solved]))
+    for name in solved[0].motion if solved and all(e.motion for e in solved) else ():  # an older file has none
+        entry[f"{name}_mean_of_successes"] = float(np.mean([episode.motion[name] for episode in solved]))
     entry["exit_reasons"] = dict(sorted(Counter(r for episode in episodes for r in episode.exit_reasons).items()))
     entry["per_task"] = {family: success_entry(e.success for e in episodes if e.task == family) for family in families}
     entry["failed_seeds"] = sorted(episode.seed for episode in episodes if not episode.success)

@@ -205,8 +205,9 @@ class Search:
                 if plan.executed_steps == steps
                 for engine in engines_of(self.bundle[0].config.named(plan.decoding), tuple(self.timed))
             }
+            bundles = {"eager": self.bundle, **self.timed}
             runners = {
-                name: PolicyRunner(self.timed[engine], plan.decoding, torch.Generator().manual_seed(0), steps)
+                name: PolicyRunner(bundles[engine], plan.decoding, torch.Generator().manual_seed(0), steps)
                 for name, (plan, engine) in pairs.items()
             }
             samples, _ = measure(runners, {}, self.observations(steps))
@@ -330,14 +331,13 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     folder = claim_folder("output_dir", config.output_dir, (PLANS, PARETO), (PLANS,))
     config.limit_threads()
     policy, pre, post = load(config.policy.given())
+    policy.requires_grad_(False)  # nor is any weight saved as trained
     with (
         EnvPool(SHARD, config.env, config.instruction) as pool,
         Workers(config.workers, episode_runner, config.policy.path, config.env, config.instruction) as workers,
     ):
         search = Search(config, joined((policy, pre, post), config.env), pool, workers)
         trials, final = search.run(), search.final()
-    if not any(found for _, found, _ in final):
-        raise ConfigError(f"No plan fits {search.budgets} ms; the floor is {search.floor} ms. Raise --budgets_ms.")
     report = {
         "program": MADE_BY,
         "policy": {"path": config.policy.path, "sha256": weights_hash(config.policy.path)},
@@ -357,6 +357,11 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     save_figure(_figure([t for t in trials if len(t.solved) >= config.episodes], search.floor), folder / PARETO)
     write_text(folder / PLANS, json.dumps(report, indent=2))
+    if not any(found for _, found, _ in final):
+        raise ConfigError(
+            f"No plan fits {search.budgets} ms when it is timed again; the floor is {search.floor} ms, and "
+            f"{folder / PLANS} has all that was tried. Raise --budgets_ms."
+        )
     if config.save:
         found = {f"plan{plain(budget)}": trial.plan for budget, trial, _ in final if trial}
         found["plan"] = list(found.values())[-1]

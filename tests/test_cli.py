@@ -16,6 +16,7 @@ import pytest
 import ceed_vla
 from ceed_vla import cli
 from ceed_vla.cli_flags import UsageError, parse_flags
+from ceed_vla.cli_values import _typed
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import check_fields, ranged
 
@@ -332,6 +333,11 @@ def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path: Path) -> None
     file.write_text("root: from_file\nsteps: 4\ninner:\n  path: p\n  width: 2\n")
     config = parse_flags(ToyConfig, ["--config_path", str(file), "--inner.width=5"])
     assert config == ToyConfig(Path("from_file"), steps=4, inner=Inner("p", 5, [1, 2]))
+
+
+def test_no_path_is_none() -> None:
+    assert _typed("none", str | None, "policy_path") is None
+    assert _typed("nobody", str | None, "policy_path") == "nobody"
 
 
 @pytest.mark.parametrize("value", ["007", "null", "a: b", "true", "-x"])

@@ -1,13 +1,11 @@
 """``ceed-vla context``: learn what a frozen policy needs of its prefix, into a file beside a copy of its checkpoint.
 
 The scores of dropped tokens learn to add up to how far the policy's own scores at the fixed point move without them.
-Views leave out a row or a column of a camera after the other, where the worst tenth of frames moves least.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
 
-from ceed_vla.backbones.base import View
-from ceed_vla.backbones.context import CONTEXT, ContextScorer, keep_scored, percent
+from ceed_vla.backbones.context import CONTEXT, ContextScorer, keep_scored
 from ceed_vla.checkpoints import load, save
 from ceed_vla.errors import CeedVLAError
 from ceed_vla.fields import COUNTS, ranged
@@ -58,14 +55,7 @@ class Scored:
 
     def without(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Mean KL (B,), and which tokens (B, n) stay, behind the `count` tokens of the highest `scores` (B, N)."""
-        return self._cost(keep_scored(self.backbone, self.embeddings, scores, count))
-
-    def seeing(self, view: View) -> tuple[Tensor, Tensor]:
-        """The same behind a `view`."""
-        return self._cost(self.backbone.embed_view(self.batch, view))
-
-    def _cost(self, embeddings: Any) -> tuple[Tensor, Tensor]:
-        own = self._behind(embeddings)
+        own = self._behind(keep_scored(self.backbone, self.embeddings, scores, count))
         apart = F.kl_div(own, self.full, reduction="none", log_target=True).sum(-1).mean(-1)
         return apart, own.argmax(-1) == self.fixed
 
@@ -85,17 +75,13 @@ def context(config: ContextConfig) -> Path:
     scorer = ContextScorer(policy.backbone.exit_parts()[2], int(frames.tokens[1][0].sum()))
     train(scorer, data, config)
     worth = held_out(scorer, frames, config.seed)
-    rows = data.draw(config.eval_frames, np.random.default_rng(config.seed), 0)
-    views = find_views(Scored(data, rows)) if policy.backbone.view else []
-    seen = {percent(view, policy.backbone.view): _rounded(frames.seeing(view)) for view in views}
     if policy.backbone.context:
         policy.config.forget()
-    scorer.views = torch.tensor(views, dtype=torch.int64)
     policy.backbone.context = (scorer.requires_grad_(False),)
     save(output, policy, pre, post)
-    report = {"steps": config.steps, "dropped": config.dropped, "kept": worth, "seen": seen}
+    report = {"steps": config.steps, "dropped": config.dropped, "kept": worth}
     write_text(output / REPORT, json.dumps(report, indent=2))
-    lines = [f"keep{n}: {found}" for n, found in worth.items()] + [f"view{n}: {found}" for n, found in seen.items()]
+    lines = [f"keep{n}: {found}" for n, found in worth.items()]
     print(*lines, f"Written: {output / CONTEXT}", sep="\n")
     return output
 
@@ -138,23 +124,6 @@ def held_out(scorer: ContextScorer, frames: Scored, seed: int) -> dict[int, Any]
         count: {name: _rounded(frames.without(way, count)) for name, way in ways.items()}
         for count in sorted({max(1, scores.shape[1] * eighths // 8) for eighths in range(1, 8)})
     }
-
-
-def find_views(frames: Scored) -> list[View]:
-    """Parts of the images, each without one more row or column of a camera's cells: least cost in the worst tenth."""
-    view, views, worst = frames.backbone.view, [], -(-len(frames.fixed) // 10)
-    while smaller := list(_smaller(view)):
-        view = min(smaller, key=lambda part: frames.seeing(part)[0].topk(worst).values.mean().item())
-        views.append(view)
-    return views
-
-
-def _smaller(view: View) -> Iterator[View]:
-    for camera, window in enumerate(view):
-        for edge, step in enumerate((1, -1, 1, -1)):
-            top, bottom, left, right = (value + step * (place == edge) for place, value in enumerate(window))
-            if top < bottom and left < right:
-                yield (*view[:camera], (top, bottom, left, right), *view[camera + 1 :])
 
 
 def _rounded(costs: tuple[Tensor, Tensor]) -> list[float]:

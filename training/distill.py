@@ -32,6 +32,8 @@ from training.run import ClosedLoop, Run, RunConfig
 from training.settings import BATCHES, NONE_OR_COUNTS, NONE_OR_RATES, RATES
 from training.trajectories import guess_shares
 
+SCORED = 64  # frames that say which prefix tokens matter
+
 
 @dataclass
 class DistillConfig(RunConfig):
@@ -50,6 +52,8 @@ class DistillConfig(RunConfig):
         max_updates: "online": at most so many own Jacobi updates of the guess.
         curriculum: "online": which of the states are drawn: "uniform", or by "spread", how unevenly the student's
             updates treat them (`training.curriculum`).
+        kept: Prefix tokens that the student runs, those that matter most on average by the teacher's scorer (`ceed-vla
+            context`); 0 for all. Of the compact backbone.
         max_iterations: Iteration cap of the student's early-exit decoding.
         confidence: Its confidence rule (`DecodingConfig.confidence`); None for the cap alone.
         device: Where to train: "cpu", or an accelerator such as "cuda".
@@ -67,6 +71,7 @@ class DistillConfig(RunConfig):
     guesses: str = "0.7,0.2,0.1"
     max_updates: int = ranged(2, "[0, 1000]")
     curriculum: str = chosen("uniform", ("uniform", "spread"))
+    kept: int = ranged(0, "[0, 1e6]")
     max_iterations: int = ranged(2, "[1, 1e6]")
     confidence: float | None = ranged(None, "(0, 1]")
     device: str = "cpu"
@@ -124,11 +129,31 @@ class DistillRun(Run):
             teacher, _, _ = load(config.teacher_path, device=config.device)
             teacher.to(self.accelerator.device)
         student.to(self.accelerator.device)
-        self.objective = DistillationObjective(student, teacher, find_loss(config.loss), config.omega)
+        self.objective = DistillationObjective(
+            student, teacher, find_loss(config.loss), config.omega, narrowed=config.kept > 0
+        )
         with self.accelerator.main_process_first():  # the first one decodes the images
             self.data = self._data(student, pre)
+        if config.kept:
+            self._narrow(student)
         check_clipping(student.tokenizer, self.data.stores, config.max_clipped)
         self.prepare(self.objective, student, pre, post, weight_decay=0.0)
+
+    @torch.no_grad()
+    def _narrow(self, student: Any) -> None:
+        """Let the student run the tokens alone that the teacher's scorer ranks best, the same in all frames."""
+        backbone, scorers = student.backbone, student.backbone.context
+        if not scorers or not hasattr(backbone, "narrowed") or self.config.lora.rank:
+            raise ConfigError(
+                "--kept needs a teacher of the compact backbone whose context.safetensors scores its prefix tokens: "
+                "ceed-vla context; and all of the student's layers learn, so leave out --lora.rank."
+            )
+        rows = self.data.draw(SCORED, np.random.default_rng(self.config.seed), 0)
+        embeddings = backbone.embed_prefix(self.data.observations(rows))
+        scores = scorers[0](*backbone.prefix_tokens(embeddings)).mean(0)  # (N,)
+        if self.config.kept < len(scores):
+            student.config.backbone.kept_tokens = scores.topk(self.config.kept).indices.sort().values.tolist()
+            backbone.keep(student.config.backbone.kept_tokens)
 
     def _data(self, student: Any, pre: Any) -> DistillData:
         config, chosen = self.config, self.config.trajectories
@@ -158,7 +183,7 @@ class DistillRun(Run):
         values: dict[str, float] = defaultdict(float)
 
         def loss(part: dict[str, Any]) -> Tensor:
-            terms = self.model("losses", part["embeddings"], part, counts)
+            terms = self.model("losses", part["embeddings"], part["seen"], part, counts)
             share = self.share(len(part["states"]), size)
             for name, value in {
                 "loss": terms.total,
@@ -182,8 +207,8 @@ class DistillRun(Run):
         own = None if self.config.states == "stored" else (draw, self.config.max_updates)
         with torch.no_grad():
             curriculum = self.shares if self.config.curriculum == "spread" else None
-            embeddings, states = self.model("prepare", batch, own, curriculum)
-        return {**batch, "embeddings": embeddings, "states": states}
+            embeddings, seen, states = self.model("prepare", batch, own, curriculum)
+        return {**batch, "embeddings": embeddings, "seen": seen, "states": states}
 
     def _counts(self, parts: list[dict[str, Any]]) -> Tensor:
         """(2,) slots that the two loss terms are means of in the whole batch, divided by the processes."""

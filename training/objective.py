@@ -22,11 +22,15 @@ class DistillationObjective(nn.Module):
     """The distillation loss of student and frozen teacher.
 
     The `student` starts as the `teacher`, a copy that stays; None where its adapters can be switched
-    (`training.adapters.attach_student`). See `training.losses` for `loss` and `omega`.
+    (`training.adapters.attach_student`). See `training.losses` for `loss` and `omega`. A student
+    may have been `narrowed` to a part of the teacher's prefix.
     """
 
-    def __init__(self, student: CeedVLAPolicy, teacher: CeedVLAPolicy | None, loss: Loss, omega: float) -> None:
+    def __init__(
+        self, student: CeedVLAPolicy, teacher: CeedVLAPolicy | None, loss: Loss, omega: float, narrowed: bool = False
+    ) -> None:
         super().__init__()
+        self.narrowed = narrowed
         self.student, self.loss, self.omega = student, loss, omega
         self.copy = [teacher]  # in a list: not a submodule, so not wrapped, saved or trained
         if teacher is not None:
@@ -63,22 +67,30 @@ class DistillationObjective(nn.Module):
     @torch.no_grad()
     def prepare(
         self, batch: dict[str, Any], own: tuple[StateDraw, int] | None, curriculum: NDArray[Any] | None = None
-    ) -> tuple[Any, Tensor]:
-        """Prefix embeddings, once for all forwards of a step, and states ``Y`` (B, n).
+    ) -> tuple[Any, Any, Tensor]:
+        """Prefix embeddings, once for all forwards of a step, those that the student runs, and states ``Y`` (B, n).
 
         `batch` holds the observation, ``previous`` (B, n), and ``teacher_states`` (B, n), which are taken unless there
         are the draw and most updates of the student's `own`; with the shares of guesses, by `curriculum`.
         """
+        student: Any = self.student
+        previous = batch["previous"]
         with self._evaluating():
-            embeddings = self.student.backbone.embed_prefix(batch)
+            if self.narrowed:
+                with self.teacher() as teacher:  # the same embeddings, of all tokens
+                    embeddings = teacher.backbone.embed_prefix(batch)
+                seen = student.backbone.narrowed(embeddings)
+            else:
+                embeddings = seen = student.backbone.embed_prefix(batch)
             if own is None:
-                return embeddings, batch["teacher_states"]
-            student, previous = self.student, batch["previous"]
-            if curriculum is None:
-                return embeddings, online_states(student, embeddings, previous, *own)
-            return embeddings, informative_states(student, embeddings, previous, batch["fixed_point"], *own, curriculum)
+                states = batch["teacher_states"]
+            elif curriculum is None:
+                states = online_states(student, seen, previous, *own)
+            else:
+                states = informative_states(student, seen, previous, batch["fixed_point"], *own, curriculum)
+            return embeddings, seen, states
 
-    def losses(self, embeddings: Any, batch: dict[str, Any], counts: Tensor) -> DistillationTerms:
+    def losses(self, embeddings: Any, seen: Any, batch: dict[str, Any], counts: Tensor) -> DistillationTerms:
         """Loss terms of a part of a batch with ``fixed_point``, ``states``, ``labels`` and ``label_weight`` (B, n);
         `counts` (2,) are the slots that the two terms are means of.
         """
@@ -90,7 +102,7 @@ class DistillationObjective(nn.Module):
         if "teacher_logits" in wanted:
             with torch.no_grad(), self.teacher() as teacher:
                 _, (have["teacher_logits"],) = teacher.backbone.packed_logits(embeddings, [batch["fixed_point"]])
-        _, logits = backbone.packed_logits(embeddings, [batch[block] for block in blocks.values()])
+        _, logits = backbone.packed_logits(seen, [batch[block] for block in blocks.values()])
         have |= zip(blocks, logits, strict=True)
         return self.loss(**{name: have[name] for name in wanted})
 

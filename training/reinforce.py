@@ -96,6 +96,7 @@ def reinforce(config: ReinforceConfig, rollouts: Rollouts) -> Path:
     """
     output = claim_folder("output_dir", config.output_dir, (), ())
     policy, pre, post = load(config.policy_path)
+    policy.requires_grad_(False)  # nor is any weight saved as trained
     if policy.tokenizer.tokens_per_step is None:
         raise ConfigError("Tokens of variable length belong to no step: no exit is learnt for them.")
 

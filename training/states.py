@@ -40,10 +40,7 @@ def weights(
         return None
     if adapted:
         found = plain_weights(found, scale_of(policy), keep_adapters=bool(policy.referenced))
-    first: dict[tuple[int, int], str] = {}  # of the names of tied weights, whose others safetensors refuses
-    for name, weight in found.items():
-        first.setdefault((weight.data_ptr(), weight.numel()), name)
-    return {name: found[name] for name in first.values()}
+    return found
 
 
 def keep_in_states(accelerator: Accelerator, adapted: bool) -> None:

@@ -93,8 +93,8 @@ class CompactTrunk(CompactBackbone):
             cameras={}, state_dim=1, block_length=block_length, vocabulary_size=255, auxiliary_dim=0
         )
         sizes: Any = SimpleNamespace(
-            image_size=96, image_grid=4, keypoints=0, stem_channels=(32,), early_readout=0, max_instruction_words=1,
-            words=8, width=width, layers=layers, heads=6, mlp_width=512,
+            image_size=96, image_grid=4, keypoints=0, stem_channels=(32,), early_readout=0, kept_tokens=(),
+            max_instruction_words=1, words=8, width=width, layers=layers, heads=6, mlp_width=512,
         )  # fmt: skip
         super().__init__(shape, sizes)
         self.width = width

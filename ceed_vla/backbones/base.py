@@ -16,8 +16,6 @@ from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, rais
 from ceed_vla.fields import short
 from ceed_vla.tensors import is_plain
 
-View = tuple[tuple[int, int, int, int], ...]  # of every camera: first and end row, first and end column of cells
-
 
 @dataclass
 class Prefix[C: BlockCache]:
@@ -78,7 +76,6 @@ class TrainableBackbone(nn.Module, Backbone):
         cuts: Whether it has `prefill_to`, `extend` and `continue_block`.
         exits: Depth -> `ceed_vla.backbones.exits.DepthExit`, which reads it; they are no part of the model's weights.
         context: The `ceed_vla.backbones.context.ContextScorer` that chooses prefix tokens, if there is one; as these.
-        view: The whole grid of cells of every camera, as `embed_view` takes parts of it; empty where it takes none.
         referenced: Names of the weights that a checkpoint leaves in the folder they were read from.
         compilable: What `ceed_vla.engine` may compile, of "prefill" and "block", which runs on a `StaticCache` too.
     """
@@ -88,7 +85,6 @@ class TrainableBackbone(nn.Module, Backbone):
     augmented_images: tuple[str, ...] = ()
     compilable: tuple[str, ...] = ()
     cuts: bool = False
-    view: View = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,10 +123,6 @@ class TrainableBackbone(nn.Module, Backbone):
 
     def continue_block(self, prefix: Prefix, hidden: Tensor, depth: int) -> Tensor:
         """What `block_logits` gives for the tokens of a forward that ended at `depth`, behind the extended prefix."""
-        raise NotImplementedError
-
-    def embed_view(self, batch: dict[str, Tensor], view: View) -> Any:
-        """As `embed_prefix`, of these cells of every camera alone, where `view` is not empty."""
         raise NotImplementedError
 
     def prefix_tokens(self, embeddings: Any) -> tuple[Tensor, Tensor, Tensor]:

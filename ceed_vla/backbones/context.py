@@ -1,8 +1,7 @@
-"""Context: which tokens of a prefix run, and which parts of images, by a module of its own beside frozen weights."""
+"""Context: which tokens of a prefix run, by a module of its own beside frozen weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ceed_vla.backbones.base import View
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.weights import copy_weights, opened
 
@@ -19,14 +17,10 @@ CONTEXT = "context.safetensors"
 
 
 class ContextScorer(nn.Module):
-    """How far the policy's scores would move without a prefix token, judged in its context (EXIT, arXiv 2412.12559).
+    """How far the policy's scores would move without a prefix token, judged in its context (EXIT, arXiv 2412.12559)."""
 
-    Its `views` (W, cameras, 4) are parts of the images that shrink from one to the next (`find_views`).
-    """
-
-    def __init__(self, width: int, tokens: int, views: Sequence[View] = ()) -> None:
+    def __init__(self, width: int, tokens: int) -> None:
         super().__init__()
-        self.register_buffer("views", torch.tensor(views, dtype=torch.int64))
         self.norm = nn.LayerNorm(width)
         self.own, self.context = nn.Linear(width, 64), nn.Linear(2 * width, 64, bias=False)
         self.out = nn.Linear(64, 1, bias=False)
@@ -63,39 +57,6 @@ def keep_scored(backbone: Any, embeddings: Any, scores: Tensor, count: int) -> A
     return backbone.keep_tokens(embeddings, ranked.topk(left).indices.sort(dim=1).values)
 
 
-def cells(view: View) -> int:
-    """How many a view has."""
-    return sum((bottom - top) * (right - left) for top, bottom, left, right in view)
-
-
-def percent(view: View, whole: View) -> int:
-    """The cells of a `view` in percent of all, rounded up."""
-    return -(-100 * cells(view) // cells(whole))
-
-
-def see_best(backbone: Any, batch: dict[str, Tensor], most: int) -> tuple[Any, int]:
-    """What `embed_prefix` makes of `most` % of the cells, those that matter, before any other is computed; and how many
-    tokens it lacks. `ConfigError` where images are not cut, or no view is so small.
-    """
-    whole = backbone.view
-    if not whole:
-        raise ConfigError(f"{type(backbone).__name__} looks at whole images (`embed_view`); leave out view<P>.")
-    for view in (view for scorer in backbone.context for view in scorer.views.tolist()):
-        if percent(view, whole) <= most:
-            return backbone.embed_view(batch, view), cells(whole) - cells(view)
-    raise ConfigError(
-        f"view{most} needs a checkpoint whose {CONTEXT} has a view so small; train one: ceed-vla context."
-    )
-
-
-def _inside(views: Tensor, whole: Tensor) -> bool:
-    """Whether these are views (W, cameras, 4) whose windows all hold cells, of the `whole` images alone."""
-    if views.dtype != torch.int64 or views.ndim != 3 or views.shape[1:] != whole.shape:
-        return False
-    first, end = views[..., ::2], views[..., 1::2]
-    return bool(((first >= 0) & (first < end) & (end <= whole[:, 1::2])).all())
-
-
 def save_context(backbone: Any, folder: Path) -> None:
     """Write the scorer of a backbone, if there is one."""
     for scorer in backbone.context:
@@ -108,9 +69,7 @@ def load_context(backbone: Any, folder: Path) -> None:
         return
     with opened(file) as tensors:
         places = tensors.get_slice("place").get_shape() if "place" in tensors.keys() else []  # noqa: SIM118
-        views = tensors.get_tensor("views") if "views" in tensors.keys() else torch.empty(0)  # noqa: SIM118
-    known = views.tolist() if _inside(views, torch.tensor(backbone.view)) else []
-    scorer = ContextScorer(backbone.exit_parts()[2], places[0] if len(places) == 1 else 1, known)
-    if wrong := [name for names in copy_weights(scorer, [file]) for name in names]:
+    scorer = ContextScorer(backbone.exit_parts()[2], places[0] if len(places) == 1 else 1)
+    if wrong := [name for names in copy_weights(scorer, [file], skip=lambda name: name == "views") for name in names]:
         raise CheckpointError(f"{file} does not belong to this model: {', '.join(wrong)}.")
     backbone.context = (scorer.eval().requires_grad_(False),)

@@ -29,7 +29,8 @@ class DepthExit(nn.Module):
 
     def __init__(self, kind: str, norm: nn.Module, width: int, layer: nn.Module | None, slot: int) -> None:
         super().__init__()
-        self.kind, self.norm = kind, deepcopy(norm)
+        # In float32, as half precision would round most of what it learns away.
+        self.kind, self.norm = kind, deepcopy(norm).float()
         # For kind "layer": one of its own, which the backbone runs before this, and where its keys and values are,
         # behind those of the base's layers.
         self.layer, self.slot = deepcopy(layer), slot
@@ -37,7 +38,7 @@ class DepthExit(nn.Module):
         self.linear = nn.Linear(width, width, bias=False) if layer is None else None
         if self.linear is not None:
             nn.init.zeros_(self.linear.weight)  # at first it is the last norm
-            self.linear.to(next(norm.parameters()))
+            self.linear.to(next(norm.parameters()).device)
 
     def check(self, committed: int) -> None:
         """Raise `ConfigError` where it would have to see committed tokens, of which it kept nothing."""
@@ -55,10 +56,10 @@ class DepthExit(nn.Module):
 
     def forward(self, x: Tensor, *more: Any) -> Any:
         """As the norm in whose place it stands; some take and give more."""
-        found = self.norm(x, *more)
-        x, *rest = found if isinstance(found, tuple) else (found,)
-        x = x if self.linear is None else x + self.linear(x)
-        return (x, *rest) if isinstance(found, tuple) else x
+        found = self.norm(x.float(), *more)
+        own, *rest = found if isinstance(found, tuple) else (found,)
+        own = (own if self.linear is None else own + self.linear(own)).to(x.dtype)
+        return (own, *rest) if isinstance(found, tuple) else own
 
 
 def make_exits(backbone: Any, depths: Sequence[int], kind: str) -> dict[int, DepthExit]:

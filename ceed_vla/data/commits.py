@@ -17,7 +17,7 @@ from typing import Any
 
 from ceed_vla.errors import DatasetError
 from ceed_vla.fields import Interval, fits
-from ceed_vla.files import read_json, strange, write_text
+from ceed_vla.files import read_json, settle, strange, write_text
 
 PROGRESS_FILE = "recording.json"
 WORK_FOLDER = ".recording"
@@ -42,6 +42,11 @@ def read_progress(root: Path) -> dict[str, Any]:
     return record
 
 
+def meta_files(folder: Path) -> list[Path]:
+    """Those of a data set's `meta/` that every commit rewrites, or their copies."""
+    return [folder / name for name in _META_FILES if (folder / name).is_file()]
+
+
 def write_progress(root: Path, total_episodes: int, files: Sequence[str], progress: Mapping[str, Any]) -> None:
     """The commit point: declare the parquet `files` and all that is in `meta/` valid, and drop the copies."""
     record = {"total_episodes": total_episodes, "files": sorted(files), "progress": dict(progress)}
@@ -56,9 +61,10 @@ def begin_commit(root: Path, total_episodes: int, adding: list[str]) -> None:
     """
     marker = _marker(root)
     marker.parent.mkdir(parents=True, exist_ok=True)
-    present = [name for name in _META_FILES if (root / "meta" / name).is_file()]
+    present = [file.name for file in meta_files(root / "meta")]
     for name in present:
         shutil.copy2(root / "meta" / name, marker.parent / name)
+    settle(*meta_files(marker.parent))
     write_text(marker, json.dumps({"total_episodes": total_episodes, "files": present, "adding": adding}))
 
 

@@ -20,6 +20,7 @@ from ceed_vla.files import plain_name, read_json, regular
 
 STATE, ACTION, ENVIRONMENT = "observation.state", "action", "observation.environment_state"
 NUMBERS = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
+MOST_VALUES = 65_536  # of a vector
 MOST = 10**9  # frames, episodes, values of a vector
 LARGEST_IMAGE = 2**13  # [px] of a side
 LARGEST_NUMBER = 1e9  # in any unit: beyond it are broken numbers
@@ -80,6 +81,7 @@ def read_info(root: Path) -> Info:
     vectors = {name: features[name] for name in (STATE, ACTION, ENVIRONMENT) if name in features}
     for name, feature in vectors.items():
         _require(feature["dtype"] in NUMBERS, file, f"the dtype of {name}", feature["dtype"], "a type of numbers")
+        _require(math.prod(feature["shape"]) <= MOST_VALUES, file, name, feature, f"at most {MOST_VALUES} values")
     cameras = {name: f for name, f in features.items() if f["dtype"] in ("image", "video")}
     return Info(
         root=root,
@@ -120,6 +122,9 @@ def open_parquet(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> pq.Parque
     `shapes` has the columns that will be read, and the (largest) shape of a row of each.
     """
     opened = pq.ParquetFile(regular(file, DatasetError))
+    rows, size = opened.metadata.num_rows, file.stat().st_size
+    if rows > size:  # a row takes more than a byte
+        raise DatasetError(f"{file} says {rows} rows in {size} bytes. Make or copy the file again.")
     parts, schema = opened.metadata, set(opened.schema_arrow.names)
     for group in map(parts.row_group, range(parts.num_row_groups)):
         for chunk in map(group.column, range(group.num_columns)):
@@ -144,11 +149,9 @@ def read_rows(info: Info, vectors: Sequence[str]) -> dict[str, NDArray[Any]]:
     with readable(f"{root}: a data file", remedy):
         # One file open at a time: a system allows a thousand or so.
         rows = sum(open_parquet(file, wanted).metadata.num_rows for file in files)
-        size = sum(file.stat().st_size for file in files)
-        if rows != info.frames or rows > size:  # a row takes more than a byte
+        if rows != info.frames:
             raise DatasetError(
-                f"{root}: the data files hold {rows} frames in {size} bytes, meta/info.json says {info.frames} frames; "
-                f"{remedy}."
+                f"{root}: the data files hold {rows} frames, meta/info.json says {info.frames} frames; {remedy}."
             )
         tables = [pq.ParquetFile(file).read(columns=list(wanted)) for file in files]
         columns = {name: pa.chunked_array([c for t in tables for c in t[name].chunks]) for name in wanted}
@@ -216,7 +219,7 @@ def read_tasks(root: Path, used: NDArray[np.int64]) -> list[str]:
     """Instructions in the order of their index; `used` (N,) are the indices of the frames."""
     file = root / "meta" / "tasks.parquet"
     with readable(file, "the set is damaged: copy it again, with the instruction (`task`) of every frame"):
-        table = pq.ParquetFile(regular(file, DatasetError)).read()
+        table = open_parquet(file, {}).read()
         name = "task" if "task" in table.column_names else "__index_level_0__"
         pairs = sorted(zip(table["task_index"].to_pylist(), table[name].to_pylist(), strict=True))
     tasks = [task for _, task in pairs]

@@ -36,7 +36,9 @@ def read_images(info: Info, rows: dict[str, NDArray[Any]]) -> ImageMaps:
     """
     root, cache = info.root, info.root / CACHE
     shapes: Shapes = {camera: (info.frames, *shape) for camera, shape in info.cameras.items()}
-    sources = [*data_files(root), *sorted((root / "videos").rglob("*.mp4"))]
+    sources = [*data_files(root), *(videos := sorted((root / "videos").rglob("*.mp4")))]
+    if videos:  # and where in them an episode begins
+        sources += sorted((root / "meta" / "episodes").rglob("*.parquet"))
     try:
         stamps = [[str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns] for f in sources]
         key = json.dumps({"shapes": shapes, "files": stamps})

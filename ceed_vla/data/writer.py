@@ -186,7 +186,7 @@ class DatasetWriter:
                 (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(self._pending_file, self.root / adding[0])
             self._write_metadata(chunk, file, self.root / adding[1])
-            settle(*(self.root / name for name in adding))
+            settle(*(self.root / name for name in adding), *commits.meta_files(self.root / "meta"))
             self._files += adding
             self._batches += 1
         commits.write_progress(self.root, self._info.total_episodes, self._files, progress)

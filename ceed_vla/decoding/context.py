@@ -1,4 +1,4 @@
-"""Context: Jacobi decoding behind what matters most of the prefix: ``keep24_conf0.2_cap2``, ``view75_conf0.2_cap2``."""
+"""Context: Jacobi decoding behind the tokens that matter most of the prefix: ``keep24_conf0.2_cap2``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
-from ceed_vla.backbones.context import keep_best, see_best
+from ceed_vla.backbones.context import keep_best
 from ceed_vla.decoding.jacobi import decode_jacobi
 from ceed_vla.decoding.registry import register_decoder
 from ceed_vla.decoding.request import BlockRequest
@@ -16,7 +16,6 @@ from ceed_vla.decoding.result import DecodeResult
 
 
 @register_decoder(r"keep(?P<kept>[1-9]\d{0,4})", "keep<K>", "K best prefix tokens", ("keep32", "keep24", "keep16"))
-@register_decoder(r"view(?P<percent>[1-9]\d?)", "view<P>", "P percent of images", ("view88", "view75"))
 @torch.no_grad()
 def decode_part(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> DecodeResult:
     """`decode_jacobi`; where tokens were left out, nothing is proven about the whole prefix (arXiv 2412.12559)."""
@@ -28,11 +27,8 @@ def decode_part(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
 
 
 def _prefix(backbone: Any, batch: dict[str, Tensor], options: dict[str, str]) -> Prefix:
-    """The prefix of the tokens that are kept, or of the part of the images that is computed at all."""
-    if "percent" in options:
-        embeddings, dropped = see_best(backbone, batch, int(options["percent"]))
-    else:
-        embeddings, dropped = keep_best(backbone, backbone.embed_prefix(batch), int(options["kept"]))
+    """The prefix of the tokens that are kept."""
+    embeddings, dropped = keep_best(backbone, backbone.embed_prefix(batch), int(options["kept"]))
     prefix = cast("Prefix", backbone.prefill_embeddings(embeddings))
     prefix.dropped = dropped
     return prefix
@@ -40,4 +36,3 @@ def _prefix(backbone: Any, batch: dict[str, Tensor], options: dict[str, str]) ->
 
 decode_part.prefill = _prefix  # type: ignore[attr-defined]
 decode_part.relaxes = lambda _: True  # type: ignore[attr-defined]
-decode_part.eager_only = True  # type: ignore[attr-defined]  # a compiled prefix has one length

@@ -19,7 +19,7 @@ from ceed_vla.tensors import check_tokens
 if TYPE_CHECKING:
     from ceed_vla.tokens.grammar import Grammar
 
-ACTIONS = "[-1e6, 1e6]"  # whatever the unit: metres, degrees or ticks of an encoder
+ACTIONS = "[-1e9, 1e9]"  # whatever the unit: metres, degrees or ticks of an encoder
 MOST_ROWS = 65_536
 GUESSES = ("previous", "mid", "random")
 

@@ -55,7 +55,7 @@ class FastCodec:
         symbols = most - least + 1
         if symbols > min(vocabulary_size, _MOST_SYMBOLS):
             raise ConfigError(
-                f"The data have coefficients from {least} to {most}, {symbols} symbols, but vocabulary_size is "
+                f"The data have coefficients from {least} to {most}, {symbols} symbols, but most_ids is "
                 f"{vocabulary_size}; raise it, lower the scale ({scale}), or widen the action ranges."
             )
         tokenizer = Tokenizer(models.BPE())

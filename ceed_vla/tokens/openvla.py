@@ -27,7 +27,7 @@ class OpenVLATokensConfig(ActionTokensConfig):
         unnorm_key: Data set the quantiles come from; a name only.
         q01: Lower quantile of every action dimension; filled from the data if empty.
         q99: Upper quantile of every action dimension; filled from the data if empty.
-        mask: Dimensions that are normalised; filled with all but `gripper_dims` if empty.
+        mask: Dimensions that are normalised; filled with all but `gripper_dims` within [-1, 1] if empty.
     """
 
     listed = ("q01", "q99", "mask")
@@ -48,7 +48,8 @@ class OpenVLATokensConfig(ActionTokensConfig):
             if action_stats is None:
                 raise ConfigError("q01 and q99 are empty, and there are no action statistics to take them from.")
             self.q01, self.q99 = ranges_from_stats(action_stats, "quantile", grippers, self.n_action_bins)
-        self.mask = self.mask or [d not in grippers for d in range(action_dim)]
+        inside = [low >= -1 and high <= 1 for low, high in zip(self.q01, self.q99, strict=True)]
+        self.mask = self.mask or [d not in grippers or not inside[d] for d in range(action_dim)]
 
     def build(self, chunk_steps: int, action_dim: int) -> ActionTokens:
         return OpenVLATokenizer(self, chunk_steps)

@@ -164,9 +164,11 @@ def ranges_from_stats(
             low[d], high[d] = -reach, reach
         elif num_bins % 2 and 0.0 in (least[d], most[d]):
             low[d], high[d] = min(low[d], 0.0), max(high[d], 0.0)
-        if high[d] - low[d] < _LEAST_WIDTH:
+        # Of large values float32 tells fewer apart.
+        width = max(_LEAST_WIDTH, 2**-21 * num_bins * max(abs(low[d]), abs(high[d])))
+        if high[d] - low[d] < width:
             middle = (low[d] + high[d]) / 2
-            low[d], high[d] = middle - _LEAST_WIDTH / 2, middle + _LEAST_WIDTH / 2
+            low[d], high[d] = middle - width / 2, middle + width / 2
     return low, high
 
 

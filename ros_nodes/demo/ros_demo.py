@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ceed_vla.discovery import discovered
-from ceed_vla.errors import NodeError
+from ceed_vla.errors import ConfigError, NodeError
 from ceed_vla.fields import SEEDS, Checked, chosen, ranged
 from ceed_vla.folders import resolve_checkpoint
 from ceed_vla.outputs import claim_folder, default_console
 from ros_nodes.demo.report import COMMAND_RATE, Episode, build_report, console_table
 from sim.environment import EVALUATION_SEEDS
+from sim.recording.interrupts import handled_by
 from sim.tabletop import MAX_EPISODE_STEPS
 from sim.tabletop.env import CTRL_DT
 from sim.tabletop.tasks import SPLITS, TASKS
@@ -85,6 +86,10 @@ class RosDemoConfig(Checked, prefix="--"):
     domain: int = ranged(-1, "[-1, 101]")
 
 
+REAL_TIME = ("checkpoint", "decoding", "inference_delay", "stream_seconds", "kill", "domain")
+SIMULATED_TIME = ("rivals", "latencies_ms", "camera_rate", "camera_jitter_ms", "reaction")
+
+
 def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str, Any]:
     """Run the demonstration; returns ``ros.json``, or simulated_time.json. Without a `console` the terminal is used.
 
@@ -95,6 +100,11 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
     from ros_nodes.demo.simulated_time import simulated_time
     from ros_nodes.robot.robot_file import load_robot_config
 
+    unread = REAL_TIME if config.simulated_time else SIMULATED_TIME
+    if given := [name for name in unread if getattr(config, name) != getattr(RosDemoConfig(), name)]:
+        raise ConfigError(
+            f"--{given[0]} is not read with --simulated_time {str(config.simulated_time).lower()}; leave it out."
+        )
     console = console or default_console()
     own = ("bag.mcap", "simulated_time.json")
     folder = claim_folder("output_dir", config.output_dir, own, own)
@@ -113,8 +123,8 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
     domain = config.domain if config.domain >= 0 else 1 + os.getpid() % 99
     reach = os.environ.get("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     console.print(f"Starting simulated robot and policy node (ROS domain {domain}, discovery {reach}).")
-    simulated = {"split": config.split}
-    with closing(Session(folder, domain, interface, ros_arguments(policy), ros_arguments(simulated))) as session:
+    arguments = ros_arguments(policy), ros_arguments({"split": config.split})
+    with handled_by(), closing(Session(folder, domain, interface, *arguments)) as session:
         session.wait_until_ready()
         episodes = []
         for seed in range(config.seed, config.seed + config.episodes):

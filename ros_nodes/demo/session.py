@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class Session:
         self._node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, COMMAND)
 
     def _on_success(self, message: Bool) -> None:
-        self.solved = self.solved or message.data
+        self.solved = message.data  # true once; false again with every reset
 
     def _on_joint_states(self, message: JointState) -> None:
         self.speed = max(map(abs, message.velocity), default=0.0)
@@ -160,11 +161,13 @@ class Session:
 
     def close(self) -> None:
         """End both nodes, then the bag. May be called twice."""
-        for process in reversed(self._processes.values()):  # the policy first: the arm comes to rest
-            process.terminate()  # does nothing to one that has ended
-            try:
-                process.wait(5.0)
-            except subprocess.TimeoutExpired:
+        try:
+            for process in reversed(self._processes.values()):  # the policy first: the arm comes to rest
+                process.terminate()  # does nothing to one that has ended
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(5.0)
+        finally:  # interrupted once more, too
+            for process in self._processes.values():
                 process.kill()
                 process.wait()
         self.bag.close()

@@ -96,7 +96,7 @@ class SimulatedLoop:
         self.robot, self.worker = robot, worker
         self.setup: PolicySetup = make_setup(values, lambda: None, SLEW, lambda *_, **__: worker)
         self._last: Decision | None = None
-        self._gripped = -np.inf
+        self._gripped = np.nan, -np.inf
         self.sent: list[tuple[float, Any, Any]] = []
         self.enabled = self.moving = self.stirred = np.inf
 
@@ -152,9 +152,11 @@ class SimulatedLoop:
             self.moving = min(self.moving, now)
         if message is not None:
             obey(self.robot, message, now)
-            if decision is not None and decision.gripper is not None and now - self._gripped >= GRIPPER_PERIOD:
-                self._gripped = now
-                self.robot.command_gripper([decision.gripper])
+            if decision is not None and (opening := decision.gripper) is not None:  # sent as `Streaming` does
+                last, at = self._gripped
+                if opening != last or now - at >= GRIPPER_PERIOD:
+                    self._gripped = opening, now
+                    self.robot.command_gripper([opening])
         controller.after_tick(now)
 
 

@@ -58,8 +58,8 @@ class InferenceWorker:
         if mode not in MODES:
             raise ConfigError(f"The inference mode is {mode!r}; choose one of {', '.join(MODES)}.")
         chosen = PredictorSettings(str(checkpoint), **settings)
-        if chosen.engine == "compiled" and mode == "thread":  # torch's compiler may crash beside other threads
-            raise ConfigError("The engine is compiled, which needs the inference mode process.")
+        if mode == "thread" and (python or chosen.engine == "compiled"):  # it may crash beside other threads
+            raise ConfigError(f"inference_python and the engine compiled need the inference mode process, not {mode}.")
         self._policy = _OwnProcess(chosen, python) if mode == "process" else _SameProcess(chosen)
         self._spec: PolicySpec | None = None
         self._notify = notify

@@ -85,10 +85,10 @@ def refusal(table: Table, changes: Iterable[Parameter], *, configured: bool) -> 
     by_name = {parameter.name: parameter for parameter in table}
     for change in changes:
         known = by_name.get(change.name)
-        if known is None:
-            continue  # use_sim_time and the like
-        reason = known.problem(change.value)
-        if reason is None and configured and known.when == SETUP:
+        reason = known.problem(change.value) if known is not None else None
+        if change.name == "use_sim_time":
+            reason = "use_sim_time can be set only at the start."
+        elif reason is None and known is not None and configured and known.when == SETUP:
             reason = f"{known.name} can change only while the node is unconfigured: deactivate and clean up first."
         if reason is not None:
             return SetParametersResult(successful=False, reason=reason)

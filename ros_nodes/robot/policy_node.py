@@ -39,7 +39,7 @@ from ros_nodes.robot.streaming import Streaming
 from ros_nodes.robot.texts import instruction_problem, short
 
 LONGEST_FAILURE = 500  # characters: what is wrong, what is allowed and what to do
-_LOAD_TIMEOUT = {"eager": 120.0, "compiled": 900.0}  # of a start by itself [s]
+_LOAD_TIMEOUT = 900.0  # of a start by itself: billions of weights from a slow disk, or compiled [s]
 _LOOK = 0.05  # how often a start by itself asks whether the policy is loaded [s]
 
 
@@ -162,8 +162,8 @@ class PolicyNode(LifecycleNode):
             self._autostart.cancel()
             self._must_succeed(self.trigger_activate())
             self._starting = False
-        elif time.monotonic() - self._begun > (longest := _LOAD_TIMEOUT[self.get_parameter("engine").value]):
-            late = f"the checkpoint was not ready after {longest:g} s; is the machine busy?"
+        elif time.monotonic() - self._begun > _LOAD_TIMEOUT:
+            late = f"the checkpoint was not ready after {_LOAD_TIMEOUT:g} s; is the machine busy?"
             raise NodeError(f"configure failed: {late}")
 
     def _must_succeed(self, result: TransitionCallbackReturn) -> None:
@@ -231,8 +231,6 @@ class PolicyNode(LifecycleNode):
                 self._setup.controller.stream.instruct(message.data)
 
     def _check_parameters(self, changes: list[Parameter]) -> SetParametersResult:
-        if any(change.name == "use_sim_time" for change in changes):
-            return SetParametersResult(successful=False, reason="use_sim_time can be set only at the start.")
         return parameters.refusal(POLICY_PARAMETERS, changes, configured=self._setup is not None)
 
     def _take_parameters(self, changes: list[Parameter]) -> None:

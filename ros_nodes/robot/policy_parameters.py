@@ -1,6 +1,6 @@
 """The policy node's parameters."""
 
-import os
+import shutil
 
 from ros_nodes.robot.interfaces.base import INTERFACES
 from ros_nodes.robot.parameters import LIVE, START, NodeParameter
@@ -70,7 +70,7 @@ POLICY_PARAMETERS = (
         "inference_python",
         "",
         "Python of the inference process, where ceed_vla, torch and lerobot are, if this one has none of them.",
-        check=lambda path: None if not path or os.access(path, os.X_OK) else f"{shown(path)} is no program",
+        check=lambda path: f"{shown(path)} is no program" if path and shutil.which(path) is None else None,
     ),
     NodeParameter("inference_threads", 1, "Threads of inference on the CPU.", within=(1, 64)),
     NodeParameter("inference_delay", 0.0, "Slows every chunk, to test slow inference [s].", within=(0, 5)),
@@ -78,7 +78,8 @@ POLICY_PARAMETERS = (
         "realtime_priority",
         50,
         "SCHED_FIFO priority of the command stream where the system allows it; 0: none.",
-        within=(0, 90),
+        START,
+        (0, 90),
     ),
     NodeParameter("image_timeout", 0.5, "Age of an image at which the arm holds [s].", START, (0.02, 5)),
     NodeParameter(

@@ -92,8 +92,10 @@ class CeedTabletopEnv(EnvConfig):
 
     @property
     def gym_kwargs(self) -> dict[str, Any]:
-        """Keywords of `gymnasium.make`, apart from `task`."""
+        """Keywords of `gymnasium.make`; of several families each gets its own `task`."""
+        names = self.families()
         return {
+            "task": names[0] if len(names) == 1 else MIXED,
             "split": self.split,
             "image_size": self.image_size,
             "cameras": tuple(self.cameras),

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ceed_vla.errors import ConfigError, TokenError
+from ceed_vla.tokens.openvla import OpenVLATokensConfig
 from ceed_vla.tokens.uniform import ActionTokenizer, ranges_from_stats
 
 
@@ -189,6 +190,27 @@ def test_dimensions_without_width_get_a_small_one() -> None:
         assert max(high) < 0.01
     constant = ranges_from_stats(stats(), "min_max", num_bins=256)
     assert constant[0][2] < 0.5 < constant[1][2]
+
+
+@pytest.mark.parametrize("value", [63.0, 90.0, -1000.0, 1e6])
+def test_a_large_value_that_never_moves_has_bins_too(value: float) -> None:
+    still = {k: torch.full((1,), value) for k in ("min", "max", "q01", "q99")}
+    for num_bins in (255, 65_536):
+        tokenizer = ActionTokenizer(*ranges_from_stats(still, "quantile", num_bins=num_bins), 1, num_bins)
+        found = tokenizer.decode(tokenizer.encode(torch.full((1, 1, 1), value)))
+        assert abs(float(found) - value) <= 1e-6 * abs(value)
+
+
+def test_a_gripper_that_openvlas_range_does_not_hold_is_normalised() -> None:
+    ends = {"min": [0.0, 0.0, -1.0], "max": [9.0, 100.0, 1.0]}
+    stats = {**ends, "q01": ends["min"], "q99": ends["max"]}
+    config = OpenVLATokensConfig(gripper_dims=[1, 2])
+    config.fit(3, stats)
+    assert config.mask == [True, True, False]
+    tokenizer = config.build(1, 3)
+    actions = torch.tensor([[[3.0, 100.0, 1.0]], [[3.0, 0.0, -1.0]], [[3.0, 50.0, 1.0]]])
+    torch.testing.assert_close(tokenizer.decode(tokenizer.encode(actions)), actions, atol=0.3, rtol=0)
+    assert tokenizer.clipped == 0
 
 
 def test_bad_statistics_are_named() -> None:

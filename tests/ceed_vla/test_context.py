@@ -14,7 +14,6 @@ from ceed_vla import load
 from ceed_vla.backbones.context import CONTEXT, ContextScorer, keep_best, keep_scored
 from ceed_vla.checkpoints import save, weights_hash
 from ceed_vla.decoding import DecodingConfig, decoder_ladders, prefill
-from ceed_vla.decoding.registry import find_decoder
 from ceed_vla.engine import compiled
 from ceed_vla.errors import CheckpointError, ConfigError
 
@@ -95,43 +94,25 @@ def test_kept_tokens_are_ascending_and_the_state_stays(student: Any) -> None:
         assert ((scores > least.unsqueeze(1)).sum(1) == count - 1).all()
 
 
-FRONT_TOP, WRIST = ((1, 4, 0, 4), (0, 4, 0, 4)), ((0, 4, 0, 4), (2, 4, 1, 3))
-
-
-@pytest.mark.parametrize("view", [FRONT_TOP, WRIST])
-def test_a_view_sees_its_cells_and_nothing_else(view: Any, student: Any, batch: dict[str, Any]) -> None:
-    backbone = student[0].backbone
-    backbone.context[0].views = torch.tensor([view])
-    whole, part = backbone.embed_prefix(batch), backbone.embed_view(batch, view)
-    assert torch.equal(backbone.embed_view(batch, backbone.view), whole)
-    cells = sum((bottom - top) * (right - left) for top, bottom, left, right in view)
-    assert part.shape == (ROWS, 47 - 32 + cells, 192)
-    torch.testing.assert_close(
-        part[:, [*range(12), -1]], whole[:, [*range(12), -1]]
-    )  # words and state, in their places
-    other = dict(batch)
-    for camera, (top, bottom, left, right) in zip(backbone.cameras, view, strict=True):
-        seen = torch.zeros(96, 96, dtype=torch.bool)
-        seen[24 * top : 24 * bottom, 24 * left : 24 * right] = True
-        other[camera] = torch.where(seen, batch[camera], 1 - batch[camera])
-    assert torch.equal(backbone.embed_view(other, view), part)
-    assert not torch.equal(backbone.embed_prefix(other), whole)
-    prefix = prefill(backbone, batch, student[0].decoding_config("view88"))
-    assert (prefix.cache.prefix_length, prefix.dropped) == (part.shape[1], 32 - cells)
-    assert torch.equal(prefix.logits, backbone.prefill_embeddings(part).logits)
-    found = student[0].decode(batch, "view88_conf0.2_cap2")
-    assert not found.exact.any()
-    assert not student[0].decoding_config("view88").strict
-
-
-def test_places_of_a_view_are_those_of_the_whole_image(student: Any) -> None:
-    keypoints = student[0].backbone.stems[0].keypoints
-    fine, coarse = torch.zeros(2, 64, 24, 24), torch.zeros(2, 128, 12, 12)
-    fine[0, :, 15, 20] = fine[1, :, 9, 8] = 1e4 * keypoints.fine.weight[0, :, 0, 0].sign()  # a peak, or a hole, a map
-    keypoints.fine.weight.data[:] = keypoints.fine.weight[:1]
-    whole = keypoints(fine, coarse, 24, (0, 0))
-    torch.testing.assert_close(keypoints(fine[:, :, 6:18, 6:], coarse[:, :, 3:9, 3:], 24, (6, 6)), whole)
-    assert not torch.equal(whole[0], whole[1])
+def test_a_backbone_may_run_a_part_of_its_prefix(batch: dict[str, Any], tmp_path: Path) -> None:
+    policy, pre, post = load("student")
+    whole = policy.backbone.embed_prefix(batch)
+    policy.config.backbone.kept_tokens = kept = [6, 28, 45]
+    policy.backbone.keep(kept)
+    assert torch.equal(policy.backbone.embed_prefix(batch), whole[:, [*kept, TOKENS]])  # and the state
+    greedy = policy.decode(batch, "ar").tokens
+    for name in ("jacobi", "jacobi_random", "ngram8", "loop60"):
+        assert torch.equal(policy.decode(batch, name).tokens, greedy), name
+    assert policy.decode(batch, "jacobi").exact.all()
+    assert not torch.equal(greedy, load("student")[0].decode(batch, "ar").tokens)
+    save(tmp_path, policy, pre, post)
+    again, _, _ = load(tmp_path)
+    assert torch.equal(again.decode(batch, "ar").tokens, greedy)
+    again.backbone = compiled(again.backbone, "eager")
+    assert torch.equal(again.decode(batch, "jacobi").tokens, greedy)
+    for wrong in ([46], [3, 3], [5, 1]):
+        with pytest.raises(ConfigError, match=r"kept_tokens is .* some of 0..45, in order"):
+            policy.backbone.keep(wrong)
 
 
 def test_a_scorer_is_a_file_beside_bit_equal_weights(student: Any, batch: dict[str, Any], tmp_path: Path) -> None:
@@ -149,7 +130,7 @@ def test_a_scorer_is_a_file_beside_bit_equal_weights(student: Any, batch: dict[s
         load(tmp_path)[0].decode(batch, "keep20_cap2")
 
 
-@pytest.mark.parametrize("damage", ["width", "missing", "more", "place", "nan", "cut", "views", "outside", "empty"])
+@pytest.mark.parametrize("damage", ["width", "missing", "more", "place", "nan", "cut"])
 def test_a_foreign_file_is_refused(damage: str, student: Any, tmp_path: Path) -> None:
     save(tmp_path, *student)
     tensors = load_file(tmp_path / CONTEXT)
@@ -161,13 +142,6 @@ def test_a_foreign_file_is_refused(damage: str, student: Any, tmp_path: Path) ->
         tensors["bias"] = torch.zeros(1)
     elif damage == "place":
         tensors["place"] = torch.zeros(TOKENS, 1)
-    elif damage in ("views", "outside", "empty"):
-        views = {
-            "views": torch.zeros(2, 3),
-            "outside": torch.tensor([[[0, 5, 0, 4]] * 2]),
-            "empty": [[[0, 4, 2, 2]] * 2],
-        }
-        tensors["views"] = torch.as_tensor(views[damage])
     elif damage == "nan":
         tensors["place"][3] = torch.nan
     save_file(tensors, tmp_path / CONTEXT)
@@ -182,29 +156,35 @@ def test_what_cannot_be_is_said(student: Any, batch: dict[str, Any]) -> None:
     policy.backbone.context = (random_scorer(192, 5),)
     with pytest.raises(ConfigError, match="3 of 46 prefix tokens needs"):
         policy.decode(batch, "keep3")
-    with pytest.raises(ConfigError, match=r"view50 needs a checkpoint whose context.safetensors has a view so small"):
-        policy.decode(batch, "view50")
-    for name in ("keep0", "keep", "keep-1", "keep100000", "view0", "view100", "view"):
+    for name in ("keep0", "keep", "keep-1", "keep100000"):
         with pytest.raises(ConfigError, match="Unknown decoder"):
             policy.decode(batch, name)
     ladders = decoder_ladders()
-    assert all(name.startswith(kind) for kind in ("keep", "view") for name in ladders[kind])
+    assert all(name.startswith("keep") for name in ladders["keep"])
 
 
-def test_other_decoders_and_compiled_code_do_not_see_it(student: Any, batch: dict[str, Any]) -> None:
+def test_other_decoders_do_not_see_it_and_compiled_code_keeps_the_same(student: Any, batch: dict[str, Any]) -> None:
     policy, _, _ = student
-    with_scorer = policy.decode(batch, "jacobi").tokens
-    assert find_decoder("keep3")[0].make.eager_only
-    policy.backbone.context = ()
-    assert torch.equal(policy.decode(batch, "jacobi").tokens, with_scorer)
-    policy.backbone = compiled(policy.backbone, "eager")
-    assert torch.equal(policy.decode(batch, "jacobi").tokens, with_scorer)
+    names = ("jacobi", "keep30", "keep9_cap2", "keep30")
+    eager = [policy.decode(batch, name).tokens for name in names]
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    plain, policy.backbone = policy.backbone, compiled(policy.backbone, backend)
+    for name, expected in zip(names, eager, strict=True):
+        before = len(graphs)
+        assert torch.equal(policy.decode(batch, name).tokens, expected), name
+    assert len(graphs) == before  # the second time nothing is compiled
+    policy.backbone, plain.context = plain, ()
+    assert torch.equal(policy.decode(batch, "jacobi").tokens, eager[0])
 
 
 def test_a_family_without_marked_patches_says_so(llama: Any) -> None:
     backbone, observation = llama(0, 2, 6, 20)
     with pytest.raises(ConfigError, match="marks no image patches"):
         keep_best(backbone, backbone.embed_prefix(observation), 2)
-    for name in ("keep2", "view50"):
-        with pytest.raises(ConfigError, match=f"leave out {name[:4]}"):
-            prefill(backbone, observation, replace(DecodingConfig(), method=name))
+    with pytest.raises(ConfigError, match="leave out keep"):
+        prefill(backbone, observation, replace(DecodingConfig(), method="keep2"))

@@ -305,3 +305,37 @@ def test_exits_that_there_cannot_be(student: tuple[Any, Any, Any]) -> None:
     for depths in ([], [0], [4]):
         with pytest.raises(ConfigError, match=r"in \[1, 3\]"):
             make_exits(student[0].backbone, depths, "linear")
+
+
+def test_an_exit_of_a_bfloat16_model_learns_in_float32(llama: Any) -> None:
+    backbone, observation = llama(0, 2, 6, 20)
+    backbone.to(torch.bfloat16)
+    backbone.exits = make_exits(backbone, [1], "linear")
+    assert {p.dtype for p in backbone.exits[1].parameters()} == {torch.float32}
+    embeddings = backbone.embed_prefix(observation)
+    _, (logits,) = backbone.packed_logits(embeddings, [torch.zeros(2, 6, dtype=torch.int64)], depth=1)
+    assert logits.dtype == torch.bfloat16
+    logits.float().logsumexp(-1).sum().backward()
+    assert backbone.exits[1].linear.weight.grad.abs().sum() > 0
+
+
+def test_compiled_code_behind_an_exit_is_the_same_at_every_position(llama: Any) -> None:
+    backbone, observation = llama(0, 2, 6, 20)
+    backbone.exits = make_exits(backbone, [1], "linear")
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    engine, found = compiled(backbone, backend), []
+    for committed in (1, 2, 3):
+        prefix = engine.prefill(observation)
+        engine.block_logits(prefix, torch.zeros(2, 5, dtype=torch.int64))
+        prefix.cache.commit(committed)
+        engine.block_logits(prefix, torch.zeros(2, 1, dtype=torch.int64), depth=1)
+        found.append(len(graphs))
+    assert found[0] == found[-1]
+    backbone.exits = make_exits(backbone, [1], "layer")
+    with pytest.raises(ConfigError, match="has not seen the committed tokens"):
+        engine.block_logits(prefix, torch.zeros(2, 1, dtype=torch.int64), depth=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from rich.console import Console
 from ceed_vla.errors import CheckpointError, ConfigError
 from ros_nodes.demo.report import rest_after
 from ros_nodes.demo.ros_demo import RosDemoConfig, ros_arguments, ros_demo
+from ros_nodes.demo.session import Session
 
 KEYS = [
     *("command_rate_hz", "missed_ticks_fraction", "jitter_ms", "episodes", "success_rate", "success_ci95"),
@@ -37,6 +39,8 @@ MS = 1_000_000  # [ns]
         ({"simulated_time": True, "rivals": ["nowhere:ar"]}, CheckpointError, "No checkpoint folder"),
         ({"simulated_time": True, "action_interface": "wheels"}, ConfigError, "no interface 'wheels'"),
         ({"checkpoint": "nowhere"}, CheckpointError, "No checkpoint folder"),
+        ({"simulated_time": True, "decoding": "ar"}, ConfigError, "--decoding is not read with --simulated_time true"),
+        ({"reaction": True}, ConfigError, "--reaction is not read with --simulated_time false"),
     ],
 )
 def test_options_that_cannot_work_start_nothing(
@@ -45,6 +49,22 @@ def test_options_that_cannot_work_start_nothing(
     with pytest.raises(error, match=message):
         ros_demo(RosDemoConfig(output_dir=str(tmp_path / "out"), **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_on_the_way_out_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session.__new__(Session)
+    session._processes = {name: subprocess.Popen(["sleep", "60"]) for name in ("sim", "policy")}
+    sim, policy = session._processes.values()
+
+    def interrupted(timeout: float | None = None) -> int:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(policy, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.close()
+    assert sim.poll() is not None
+    assert policy.poll() is not None
 
 
 def test_texts_are_quoted_for_ros() -> None:

@@ -412,10 +412,11 @@ def test_compiled_it_answers_the_same_and_no_request_waits_for_a_compiler(monkey
         np.testing.assert_array_equal(mine.tokens, theirs.tokens)
         assert mine.forwards == theirs.forwards
     assert len(graphs) == ready
-    with pytest.raises(ConfigError, match=r"engine is compiled; keep24 \(keep\) runs eager only|runs eager only"):
-        Predictor(PredictorSettings("student", engine="compiled", decoding="keep24", warmup=1))
-    with pytest.raises(ConfigError, match="needs the inference mode process"):
-        InferenceWorker("student", mode="thread", engine="compiled")
+    with pytest.raises(ConfigError, match="runs eager only"):
+        Predictor(PredictorSettings("student", engine="compiled", decoding="deer3t3_cap2", warmup=1))
+    for setting in ({"engine": "compiled"}, {"python": "python3"}):
+        with pytest.raises(ConfigError, match="need the inference mode process, not thread"):
+            InferenceWorker("student", mode="thread", **setting)
 
 
 def test_an_unknown_way_to_decode_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +225,15 @@ def test_the_commanded_pose_gives_way_to_the_arm() -> None:
     pose.follow(near + 0.01, rpy_matrix(np.array([0.0, 0.0, 0.06])))
     np.testing.assert_allclose(pose.position, near + 0.01)
     np.testing.assert_allclose(pose.rpy, [0.0, 0.0, 0.06], atol=1e-9)
+
+
+def test_a_yaw_limit_near_half_a_turn_is_not_jumped() -> None:
+    pose = CommandedPose(replace(LIMITS, max_yaw=3.1), env.HOME_POSITION)
+    pose.reset(env.HOME_POSITION, np.eye(3))
+    for _ in range(200):
+        pose.advance(np.array([0.0, 0, 0, 0, 0, 1]))
+        assert 0 < pose.rpy[2] <= 3.1
+    assert pose.rpy[2] == 3.1
 
 
 def test_a_urdf_works_too_and_joints_keep_the_given_order(tmp_path: Path) -> None:

@@ -45,12 +45,16 @@ class Made:
     def __init__(self, *parts: Any, **named: Any) -> None:
         self.parts, self.named = parts, named
 
+    def perform(self, context: dict[str, str]) -> str:
+        """What a `LaunchConfiguration` is in a launch with these arguments."""
+        return context[self.parts[0]]
+
 
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put recording modules where launch files import from."""
     for name, classes in {
         "launch": ("LaunchDescription",),
-        "launch.actions": ("DeclareLaunchArgument", "IncludeLaunchDescription", "Shutdown"),
+        "launch.actions": ("DeclareLaunchArgument", "IncludeLaunchDescription", "OpaqueFunction", "Shutdown"),
         "launch.launch_description_sources": ("PythonLaunchDescriptionSource",),
         "launch.substitutions": ("LaunchConfiguration", "PathJoinSubstitution"),
         "launch_ros.actions": ("Node",),
@@ -63,12 +67,16 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
 
 
-def made(file: str, monkeypatch: pytest.MonkeyPatch, kind: str) -> list[Made]:
-    """The actions of a kind in a launch file."""
+def made(file: str, monkeypatch: pytest.MonkeyPatch, kind: str, **given: str) -> list[Made]:
+    """The actions of a kind in a launch file that gets these arguments."""
     stand_ins(monkeypatch)
     description = runpy.run_path(str(LAUNCH / file))["generate_launch_description"]()
     assert description.kind == "LaunchDescription"
-    return [part for part in description.parts[0] if part.kind == kind]
+    parts = list(description.parts[0])
+    context = {part.parts[0]: part.named["default_value"] for part in parts if part.kind == "DeclareLaunchArgument"}
+    for part in parts[:]:
+        parts += part.named["function"](context | given) if part.kind == "OpaqueFunction" else []
+    return [part for part in parts if part.kind == kind]
 
 
 def entry_points() -> dict[str, str]:
@@ -95,26 +103,37 @@ def test_every_argument_is_declared_once_and_described(file: str, monkeypatch: p
     ("file", "executable"), [("policy.launch.py", "policy_node"), ("sim_demo.launch.py", "sim_node")]
 )
 def test_nodes_exist_and_know_their_parameters(file: str, executable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (node,) = made(file, monkeypatch, "Node")
+    defaults = arguments(file, monkeypatch)
+    (node,) = made(file, monkeypatch, "Node", **{name: value or "x" for name, value in defaults.items()})
     assert (node.named["package"], node.named["executable"]) == ("ceed_vla", executable)
     module, function = entry_points()[executable].split(":")
     assert importlib.util.find_spec(module) is not None
     assert f"def {function}(" in (ROOT / f"{module.replace('.', '/')}.py").read_text()
-    defaults = arguments(file, monkeypatch)
     assert node.named["on_exit"].kind == "Shutdown"  # nothing stays when it dies
-    for name, value in node.named["parameters"][-1].items():
+    overrides = node.named["parameters"][-1]
+    assert set(overrides) > {"seed"} if executable == "sim_node" else set(overrides) > {"topics", "max_joint_velocity"}
+    for name, value in overrides.items():
         if name == "use_sim_time":
             continue
         parameter = DECLARED[executable][name]
-        default = yaml.safe_load(defaults[name]) if value.named["value_type"] is not str else defaults[name]
-        assert isinstance(default, value.named["value_type"])
+        if defaults[name] and value.named["value_type"] is not str:
+            assert isinstance(yaml.safe_load(defaults[name]), value.named["value_type"])
         assert type(parameter.default) is value.named["value_type"]
 
 
+def test_arguments_that_nobody_gives_leave_the_parameter_file_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    (node,) = made("policy.launch.py", monkeypatch, "Node", max_joint_velocity="0.3", engine="")
+    file, overrides = node.named["parameters"]
+    assert file.parts == ("params_file",)
+    assert set(overrides) == {"autostart", "start_enabled", "max_joint_velocity"}
+    defaults = arguments("policy.launch.py", monkeypatch)
+    assert (defaults["autostart"], defaults["start_enabled"]) == ("true", "false")
+
+
 def test_policy_topics_are_the_packaged_robots(monkeypatch: pytest.MonkeyPatch) -> None:
-    (node,) = made("policy.launch.py", monkeypatch, "Node")
     robot = load_robot_config()
     chosen = {"front_topic": "/cam/image", "joint_states_topic": "/left/joint_states"}
+    (node,) = made("policy.launch.py", monkeypatch, "Node", **chosen)
     parts = node.named["parameters"][-1]["topics"].parts[0]
     given = "".join(part if isinstance(part, str) else chosen.get(part.parts[0], "") for part in parts)
     changed = with_topics(robot, given)

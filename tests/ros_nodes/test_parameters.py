@@ -87,7 +87,8 @@ def test_setup_changes_only_while_unconfigured() -> None:
     assert not result.successful
     assert "deactivate and clean up first" in result.reason
     assert parameters.refusal(POLICY_PARAMETERS, [Parameter("instruction", value="stop")], configured=True).successful
-    assert parameters.refusal(POLICY_PARAMETERS, [Parameter("use_sim_time", value=True)], configured=True).successful
+    result = parameters.refusal(POLICY_PARAMETERS, [Parameter("use_sim_time", value=True)], configured=False)
+    assert "only at the start" in result.reason
 
 
 @pytest.mark.parametrize("name", ["image_timeout", "joint_state_timeout", "max_joint_velocity", "max_joint_step"])

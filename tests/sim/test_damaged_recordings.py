@@ -173,3 +173,22 @@ def test_damaged_progress_is_refused(tmp_path: Path, changes: dict[str, Any], co
     with pytest.raises(DatasetError, match=r"recording\.json is damaged"):
         record(config(root, episodes=2, resume=True))
     assert contents(root) == before
+
+
+def test_a_commit_is_on_disk_before_it_counts(
+    stored: Path, new_writer: Any, fake_frames: Any, monkeypatch: Any
+) -> None:
+    settled: list[str] = []
+
+    def sync(handle: int) -> None:
+        settled.append(Path(os.readlink(f"/proc/self/fd/{handle}")).relative_to(stored).as_posix())
+
+    monkeypatch.setattr(os, "fsync", sync)
+    writer = new_writer(stored)
+    writer.add_episode(fake_frames(5, "task 2"))
+    settled.clear()
+    writer.commit({"done": 2})
+    names = ("info.json", "stats.json", "tasks.parquet")
+    marker, done = (next(i for i, name in enumerate(settled) if key in name) for key in (".marker", ".recording."))
+    assert {Path(name).name for name in settled[:marker]} >= set(names)  # the copies
+    assert {f"meta/{name}" for name in names} <= set(settled[marker:done])

@@ -137,6 +137,14 @@ def test_latency_needs_to_know_how_to_hold_still(tmp_path: Path, monkeypatch: py
         prepared(config, pool, lambda _: {})
 
 
+def test_a_deadline_needs_the_machine_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sim.evaluate.load_bundles", lambda config: {"policy": (load("student")[0], None, None)})
+    config = EvalConfig(CheckpointPath("student"), env=PlainConfig(), output_dir=str(tmp_path / "out"), workers=2)
+    config.decoders = "deadline8"
+    with EnvPool(1, config.env) as pool, pytest.raises(ConfigError, match="run its decoder with --workers 1"):
+        prepared(config, pool, lambda _: {})
+
+
 def test_the_tasks_of_a_suite_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     def create_envs(self: EnvConfig, n_envs: int, use_async_envs: bool = False) -> Any:
         return {"suite": {i: gymnasium.vector.SyncVectorEnv([Plain] * n_envs) for i in range(2)}}
@@ -193,3 +201,25 @@ def test_installed_packages_register_their_environments(
 def test_an_environment_whose_package_is_missing(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SimulationError, match=r"--env.type=libero cannot be made \("):
         Environment(LiberoEnv())
+
+
+def test_the_task_is_what_was_asked_for_where_the_environment_says_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PlainConfig, "tasks", lambda self: ["red", "blue"], raising=False)
+    monkeypatch.setattr(PlainConfig, "create_envs", None)
+    monkeypatch.setattr(EnvConfig, "create_envs", lambda *_, **__: {"suite": {0: SimpleNamespace(envs=[Plain()])}})
+    env = Environment(PlainConfig(task="all"))
+    env.reset(1, "blue")
+    assert env.task == "blue"
+
+
+def test_actions_of_no_bounds_need_a_disturbance(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = Environment(PlainConfig())
+    env._env.unwrapped.action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    monkeypatch.setattr(type(env._env), "action_space", env._env.unwrapped.action_space, raising=False)
+    with pytest.raises(SimulationError, match=r"lacks disturbance\(\), which mode perturb with actions of no bounds"):
+        env.disturbance(np.random.default_rng(0))
+
+
+def test_one_family_is_the_environments_own() -> None:
+    assert CeedTabletopEnv(task="push_cube").gym_kwargs["task"] == "push_cube"
+    assert CeedTabletopEnv(task="all").gym_kwargs["task"] == "mixed"

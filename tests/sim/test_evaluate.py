@@ -107,6 +107,7 @@ def test_options_are_parsed_from_the_command_line() -> None:
         ({"device": "cuda:77"}, "The device is 'cuda:77'; this machine has cpu"),
         ({"decoders": "ar,cap0"}, "Decoder 'cap0': its cap K is 0; it must be a whole number in [1, 1e6]"),
         ({"decoders": "teacher_cap0"}, "its cap K is 0"),
+        ({"decoders": "ar,keep3_cap2"}, "needs a checkpoint whose context.safetensors"),
         ({"decoders": "conf2_cap1"}, "its confidence P is 2.0"),
         ({"decoders": f"cap{'9' * 20}"}, "its cap K is 99999999999999999999"),
         ({"decoders": "cap" + "9" * 10_000}, "Unknown decoder 'cap999"),

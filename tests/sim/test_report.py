@@ -212,3 +212,12 @@ def test_status_of_tokens_on_the_way_to_the_fixed_point() -> None:
         [SETTLED, SETTLED, UNKNOWN],
         [SETTLED] * 3,
     ]
+
+
+def test_episodes_of_an_older_file_have_no_motion_to_average() -> None:
+    new = [episode(seed, True, 1) for seed in range(2)]
+    for one in new:
+        one.motion = {"path": 2.0}
+    assert row_entry(new)["path_mean_of_successes"] == 2.0
+    for mixed in ([*new, episode(2, True, 1)], [episode(2, True, 1), *new]):
+        assert "path_mean_of_successes" not in row_entry(mixed)

@@ -283,7 +283,7 @@ def test_interval_of_a_success_rate() -> None:
 def test_takeover_stores_only_finished_corrections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "takeover"
     options = {"env": push(), "episodes": 3, "batch": 2, "max_chunks": 3}
-    config = RecordConfig(root=root, mode="takeover", policy_path=tmp_path, decoding="cap2", progress=False, **options)
+    config = RecordConfig(root=root, mode="takeover", policy_path="student", decoding="cap2", progress=False, **options)
     policy = FakePolicy(reach)
     monkeypatch.setattr("sim.record.load", lambda path: (policy, None, None))
     summary = record(config)

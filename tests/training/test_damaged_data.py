@@ -146,6 +146,7 @@ INFO: dict[str, tuple[Any, str]] = {
     "negative shape": (feature_with("action", shape=[-7]), "action"),
     "huge shape": (feature_with("action", shape=[10**12]), "action"),
     "large shape": (feature_with("action", shape=[10**9]), "shape|lengths"),
+    "long vector": (feature_with("action", shape=[70_000]), "at most 65536 values"),
     "other shape": (feature_with("action", shape=[6]), "lengths"),
     "camera shape": (feature_with(FRONT, shape=[96, 96]), "shape of observation.images.front"),
     "grey camera": (feature_with(FRONT, shape=[96, 96, 1]), "shape of observation.images.front"),
@@ -194,6 +195,7 @@ ROWS: dict[str, tuple[Any, str]] = {
     "no camera": (lambda r: drop_column(r, FRONT), "decoded"),
     "tasks are numbers": (lambda r: rewrite_tasks(r, [1, 2, 3]), "without an instruction"),
     "tasks twice": (lambda r: rewrite_tasks(r, ["a", "b", "c"], [0, 0, 1]), "task_index"),
+    "tasks bomb": (lambda r: rewrite_tasks(r, ["a"] * 10**6, [0] * 10**6), "says 1000000 rows in"),
     "tasks are no parquet": (lambda r: (r / "meta" / "tasks.parquet").write_bytes(b"x"), "cannot be read"),
 }  # fmt: skip
 PICTURES: dict[str, tuple[Any, str]] = {

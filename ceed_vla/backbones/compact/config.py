@@ -32,6 +32,8 @@ class CompactConfig(BackboneConfig):
         layers: Decoder layers.
         heads: Attention heads.
         mlp_width: Hidden width of the gated MLP.
+        kept_tokens: Prefix tokens that run beside the state, in order, as `ceed-vla distill --kept` chooses them; none
+            for all: first the words, then each camera's patches and its keypoints.
         early_readout: Numbers of a prefix token that training regresses the grounding target from too; 0 for none.
     """
 
@@ -48,6 +50,7 @@ class CompactConfig(BackboneConfig):
     layers: int = ranged(4, "[1, 1024]")
     heads: int = ranged(6, "[1, 1024]")
     mlp_width: int = ranged(512, "[1, 1048576]")
+    kept_tokens: list[int] = ranged([], "[0, 1e6]")
     early_readout: int = ranged(32, "[0, 65536]")
 
     def __post_init__(self) -> None:

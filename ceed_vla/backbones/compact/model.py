@@ -25,7 +25,6 @@ from ceed_vla.backbones.base import (
     CutPrefix,
     Prefix,
     TrainableBackbone,
-    View,
     check_depth,
     check_features,
     check_program,
@@ -36,6 +35,7 @@ from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.backbones.exits import check_linear
 from ceed_vla.cache import KVCache
 from ceed_vla.errors import ConfigError, ObservationError
+from ceed_vla.fields import short
 from ceed_vla.images import check_images
 
 LANGUAGE_KEY = "observation.language.tokens"
@@ -93,9 +93,9 @@ class CompactBackbone(TrainableBackbone):
         self.block_length, self.vocabulary_size, self._shape = shape.block_length, shape.vocabulary_size, shape
         width, grid, self.num_layers = config.width, config.image_grid, config.layers
         self._recompute = False
-        self.view = ((0, grid, 0, grid),) * len(self.cameras)
         tokens = grid**2 + bool(config.keypoints)  # of a camera
         self.prefix_length = self.max_words + len(self.cameras) * tokens + 1
+        self.keep(config.kept_tokens)
         self.words = nn.Embedding(config.words, width)
         self.word_codes = nn.Embedding(config.words, WORD_CODE)
         seen = (config.stem_channels, grid, config.keypoints, self.image_size, width, self.max_words * WORD_CODE)
@@ -110,7 +110,7 @@ class CompactBackbone(TrainableBackbone):
         if outputs := shape.auxiliary_dim:
             self.auxiliary = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs))
             if kept := config.early_readout:
-                self.early_auxiliary = EarlyReadout(self.prefix_length, width, kept, width, outputs)
+                self.early_auxiliary = EarlyReadout(len(self.kept) or self.prefix_length, width, kept, width, outputs)
         self._initialise()
 
     @property
@@ -160,34 +160,30 @@ class CompactBackbone(TrainableBackbone):
     def distillation_parameters(self) -> list[str]:
         return [name for name, _ in self.named_parameters() if name.partition(".")[0] in DISTILLED]
 
-    def embed_prefix(self, observation: dict[str, Tensor]) -> Tensor:
-        """Embeddings (B, P, d) of words, cameras and state (the state token comes last)."""
-        return self.embed_view(observation, self.view)
+    def keep(self, tokens: Sequence[int]) -> None:
+        """Run these prefix tokens alone, beside the state, which is the last; all for none of them."""
+        last = self.prefix_length - 1
+        if any(token >= last for token in tokens) or sorted(set(tokens)) != list(tokens):
+            raise ConfigError(f"kept_tokens is {short(list(tokens))}; it must be some of 0..{last - 1}, in order.")
+        self.kept = [*tokens, last] if tokens else []
 
-    def embed_view(self, observation: dict[str, Tensor], view: View) -> Tensor:
+    def embed_prefix(self, observation: dict[str, Tensor]) -> Tensor:
+        """Embeddings (B, P, d) of words, cameras and state (the state token comes last), or of those that are kept."""
         words = observation[LANGUAGE_KEY]  # (B, L)
-        word_embeddings = self.words(words)  # (B, L, d)
         instruction = self.word_codes(words).flatten(1)  # (B, L * c)
-        tokens = [word_embeddings]
+        tokens = [self.words(words)]  # (B, L, d)
         size = (self.image_size, self.image_size)
-        for camera, stem, window in zip(self.cameras, self.stems, view, strict=True):
+        for camera, stem in zip(self.cameras, self.stems, strict=True):
             image = observation[camera]
             if image.shape[-2:] != size:
                 image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
-            tokens.append(stem(image * 2 - 1, instruction, window))  # (B, cells [+ 1], d)
+            tokens.append(stem(image * 2 - 1, instruction))  # (B, grid ** 2 [+ 1], d)
         tokens.append(self.state(observation[STATE_KEY].clamp(-5, 5)).unsqueeze(1))  # (B, 1, d)
-        positions = self.prefix_positions if view == self.view else self.prefix_positions[self._places(view)]
-        return torch.cat(tokens, dim=1) + positions
+        return self.narrowed(torch.cat(tokens, dim=1) + self.prefix_positions)
 
-    def _places(self, view: View) -> list[int]:
-        """Which tokens of the whole prefix a `view` has."""
-        grid, places = self.view[0][1], list(range(self.max_words))
-        tokens = (self.prefix_length - 1 - self.max_words) // len(view)  # of a camera
-        firsts = range(self.max_words, self.prefix_length - 1, tokens)
-        for first, (top, bottom, left, right) in zip(firsts, view, strict=True):
-            places += [first + grid * row + column for row in range(top, bottom) for column in range(left, right)]
-            places += range(first + grid**2, first + tokens)
-        return [*places, self.prefix_length - 1]
+    def narrowed(self, embeddings: Tensor) -> Tensor:
+        """Of the embeddings (B, P, d) of all tokens, those that run."""
+        return embeddings[:, self.kept] if self.kept else embeddings
 
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:
         return self.prefill_embeddings(self.embed_prefix(observation))

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WHOLE = (0, 1 << 20, 0, 1 << 20)  # the cells of any image
-
 
 class Keypoints(nn.Module):
     """Where things are: each of ``count`` heat maps gives the mean place of its softmax; all places make one token.
@@ -27,17 +25,13 @@ class Keypoints(nn.Module):
         for heat, channels in ((self.fine, fine), (self.coarse, coarse)):
             nn.init.normal_(heat.weight, std=0.2 * channels**-0.5)
 
-    def forward(self, fine: Tensor, coarse: Tensor, side: int = 0, corner: tuple[int, int] = (0, 0)) -> Tensor:
-        """Features (B, f, H, W) and (B, c, H / k, W / k) to a token (B, 1, d).
-
-        They are of a window with its upper left `corner` (row, column) in an image of `side` x `side` features, if any.
-        """
-        (height, width), (top, left) = fine.shape[-2:], corner
-        heat = self.fine(fine) + F.interpolate(self.coarse(coarse), size=(height, width), mode="bilinear")
-        heat = (10 * heat.flatten(2).float()).softmax(-1)  # (B, K, H * W)
-        axis = torch.linspace(-1, 1, side or width, device=fine.device)
-        down, across = axis[top : top + height], axis[left : left + width]
-        places = torch.stack([across.repeat(height), down.repeat_interleave(width)], dim=-1)  # (H * W, 2)
+    def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
+        """Features (B, f, S, S) and (B, c, S / k, S / k) to a token (B, 1, d)."""
+        side = fine.shape[-1]
+        heat = self.fine(fine) + F.interpolate(self.coarse(coarse), size=(side, side), mode="bilinear")
+        heat = (10 * heat.flatten(2).float()).softmax(-1)  # (B, K, S * S)
+        axis = torch.linspace(-1, 1, side, device=fine.device)
+        places = torch.stack([axis.repeat(side), axis.repeat_interleave(side)], dim=-1)  # (S * S, 2)
         return self.project((heat @ places).flatten(1)).unsqueeze(1)
 
 
@@ -93,15 +87,10 @@ class CameraStem(nn.Module):
             weight.data = weight.data.contiguous(memory_format=layout)
         return super().train(mode)
 
-    def forward(self, image: Tensor, instruction: Tensor, window: Sequence[int] = WHOLE) -> Tensor:
-        """Image (B, 3, S, S) in [-1, 1] and word codes (B, L * c) to tokens (B, cells [+ 1], d).
-
-        Of the cells in the `window`: first and end row, first and end column.
-        """
+    def forward(self, image: Tensor, instruction: Tensor) -> Tensor:
+        """Image (B, 3, S, S) in [-1, 1] and word codes (B, L * c) to tokens (B, grid ** 2 [+ 1], d)."""
         films = self.film(instruction).split(self.film_sizes, dim=-1)
-        size, side = 8 * self.cells.kernel_size[0], image.shape[-1] // 4  # pixels of a cell, fine features of an image
-        top, bottom, left, right = (size * edge for edge in window)
-        x = fine = image[:, :, top:bottom, left:right]
+        x = fine = image
         for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
             x = norm(convolution(x))
             if i in (1, 2):
@@ -110,6 +99,4 @@ class CameraStem(nn.Module):
             x = F.silu(x)
             fine = x if i == 1 else fine
         tokens = self.cells(x).flatten(2).transpose(1, 2)
-        if self.keypoints is None:
-            return tokens
-        return torch.cat([tokens, self.keypoints(fine, x, side, (top // 4, left // 4))], dim=1)
+        return tokens if self.keypoints is None else torch.cat([tokens, self.keypoints(fine, x)], dim=1)

@@ -137,13 +137,6 @@ class OpenVLABackbone(TransformersBackbone):
         embeddings.patches = (place > 0) & (place <= patches.shape[1])
         return embeddings
 
-    def score(self, hidden: Tensor) -> Tensor:
-        """Scores (..., V): the ids are neighbours, so that the head's rows need no copy."""
-        head = cast("nn.Linear", self.language_model.get_output_embeddings())
-        ids = slice(self.words - self.vocabulary_size, self.words)
-        bias = None if head.bias is None else head.bias[ids]
-        return F.linear(hidden, head.weight[ids], bias).flip(-1)
-
 
 def quantize(module: nn.Module, kind: str, device: str) -> None:
     """Replace the linear layers inside `module`, for `device`, by "8bit" (LLM.int8) or "4bit" (NF4) ones.

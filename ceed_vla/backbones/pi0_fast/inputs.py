@@ -49,9 +49,9 @@ class PromptTokensStep(FilesStep, TokenizerProcessorStep):
 
 
 def load_text_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer in a local folder, as LeRobot's policy configures it."""
+    """The tokenizer in a local folder, as LeRobot reads a prompt with it."""
     from transformers import AutoTokenizer
 
     what, advice = f"{folder} holds no text tokenizer that loads", "give the folder of PaliGemma's tokenizer."
     with raised_as(CheckpointError, what, advice):
-        return AutoTokenizer.from_pretrained(str(folder), **LOCAL, add_eos_token=True, add_bos_token=False)
+        return AutoTokenizer.from_pretrained(str(folder), **LOCAL)

@@ -94,12 +94,15 @@ class TransformersBackbone(TrainableBackbone):
         """`prefill` from what `embed_prefix` made."""
         cache, real = TransformersCache(), embeddings.real
         config: Any = self.decoder.config  # some rotary embeddings depend on how many positions there are
-        kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-        if kind in ("dynamic", "longrope") and real.shape[1] + self.block_length > config.max_position_embeddings:
+        rope = getattr(config, "rope_parameters", None) or {}
+        kind, length, most = rope.get("rope_type"), real.shape[1], config.max_position_embeddings
+        if kind == "longrope":  # which only changes once, where there is more than it was trained on first
+            most = rope.get("original_max_position_embeddings") or most
+        changes = kind == "dynamic" or (kind == "longrope" and length <= most)
+        if changes and length + self.block_length > most:
             raise ConfigError(
-                f"The prompt has {real.shape[1]} positions and the block {self.block_length}; behind "
-                f"{config.max_position_embeddings} (max_position_embeddings) this model's rope_scaling changes all "
-                "positions with every further one, so keys and values cannot be kept. Use another model."
+                f"The prompt has {length} positions and the block {self.block_length}; behind {most} this model's "
+                f"rope_scaling ({kind}) changes all positions, so keys and values cannot be kept. Use another model."
             )
         # The exits' own layers see the prefix too, with what the layer before is called with.
         with _behind(self.decoder, [(depth, e.layer) for depth, e in self.exits.items() if e.layer is not None]):
@@ -135,7 +138,7 @@ class TransformersBackbone(TrainableBackbone):
         if depth is None or depth == self.num_layers:
             return self._run(embeds, cache.begin(k), inputs)
         own = self.exits.get(depth)
-        if own is not None:
+        if own is not None and isinstance(cache, TransformersCache):
             own.check(cache.committed)
         with _first_layers(self.decoder, depth, own):
             return self._run(embeds, cache.begin(k, shallow=True), inputs)

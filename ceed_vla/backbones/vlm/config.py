@@ -76,7 +76,7 @@ class VLMConfig(TransformersConfig):
             auxiliary_dim=shape.auxiliary_dim,
         )
         if self.weights == "reference":
-            backbone.refer()
+            backbone.refer(new_rows=self.action_ids == "added")
         if new:
             loading.check_decoding(backbone)
             self.architecture = loading.architecture(model)

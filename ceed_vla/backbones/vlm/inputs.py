@@ -74,9 +74,11 @@ class VLMInputsStep(FilesStep, InputsStep):
         images = self._images(observation)  # (B lists of k images)
         tasks = batch_instructions(self.transition.get(TransitionKey.COMPLEMENTARY_DATA), len(images))
         texts = [self._text(task, len(row)) for task, row in zip(tasks, images, strict=True)]
+        bos = self._processor.tokenizer.bos_token  # some chat templates write it
+        once = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
         given = f"images of {self.sizes} with the prompt {texts[0]!r}"
         with raised_as(ObservationError, f"{name} cannot read {given}", "use the checkpoint's own settings."):
-            inputs = dict(self._processor(images=images, text=texts, padding=True, return_tensors="pt"))
+            inputs = dict(self._processor(images=images, text=texts, padding=True, return_tensors="pt", **once))
         inputs.pop("labels", None)
         if IDS not in inputs or inputs[IDS].shape[-1] > LONGEST_PROMPT:
             made = tuple(inputs[IDS].shape) if IDS in inputs else "no"

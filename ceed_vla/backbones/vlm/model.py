@@ -146,9 +146,9 @@ class VLMBackbone(TransformersBackbone):
         share = (state.float().clamp(-STATE_RANGE, STATE_RANGE) + STATE_RANGE) / (2 * STATE_RANGE)
         return self.action_ids[(share * (self.vocabulary_size - 1)).round().long()]
 
-    def refer(self) -> None:
-        """Leave the model's weights where they are, but for embeddings that may have got new rows."""
-        vocabulary = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+    def refer(self, new_rows: bool = True) -> None:
+        """Leave the model's weights where they are, trainable, but for embeddings that may have got new rows."""
+        vocabulary = (self.model.get_input_embeddings(), self.model.get_output_embeddings()) if new_rows else ()
         own = {id(p) for module in vocabulary for p in module.parameters()}
         state = self.model.state_dict(keep_vars=True)
         self.referenced = [f"model.{name}" for name, tensor in state.items() if id(tensor) not in own]

@@ -182,8 +182,25 @@ def test_positions_that_depend_on_the_length_are_refused(most: int, refused: boo
     if not refused:
         assert torch.equal(policy.decode(batch, "ar").tokens, policy.decode(batch, "jacobi").tokens)
         return
-    with pytest.raises(ConfigError, match=r"behind 20 \(max_position_embeddings\) .* cannot be kept"):
+    with pytest.raises(ConfigError, match=r"behind 20 .*\(dynamic\) .* cannot be kept"):
         policy.decode(batch, "jacobi")
+
+
+def test_positions_that_change_once_are_refused_where_they_do(copied: Any, edit: Any) -> None:
+    folder = copied()
+    text = json.loads((folder / CONFIG).read_text())["text_config"]
+    heads = text["hidden_size"] // text["num_attention_heads"]
+    factors = {"short_factor": [1.0] * (heads // 2), "long_factor": [3.0] * (heads // 2)}
+    for most, refused in ((20, True), (100, False), (2, False)):
+        rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors, "original_max_position_embeddings": most}
+        edit(folder / CONFIG, text_config={**text, "rope_parameters": rope, "max_position_embeddings": 4096})
+        policy, pre, _ = build(folder)
+        batch = pre({"observation.images.front": torch.zeros(1, 3, 8, 8), "task": "open"})
+        if refused:
+            with pytest.raises(ConfigError, match=r"behind 20 .*\(longrope\) .* cannot be kept"):
+                policy.decode(batch, "jacobi")
+        else:
+            assert torch.equal(policy.decode(batch, "ar").tokens, policy.decode(batch, "jacobi").tokens)
 
 
 def test_one_file_wins_over_an_index_that_was_left_behind(copied: Any) -> None:

@@ -23,6 +23,8 @@ from ceed_vla.convert import ConvertConfig, convert
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, MalformedChunkError
 
+IDS = "observation.language.tokens"
+
 
 @pytest.fixture
 def published(lab: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
@@ -53,7 +55,7 @@ def published(lab: Any, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     for module in (modeling_pi0_fast, tokenizer_processor):
         monkeypatch.setattr(module, "AutoProcessor", SimpleNamespace(from_pretrained=refuse))
-    return SimpleNamespace(folder=folder, raw=raw, tokens=expected, actions=actions, policy=policy)
+    return SimpleNamespace(folder=folder, raw=raw, tokens=expected, actions=actions, policy=policy, ids=pre(raw)[IDS])
 
 
 def convert_pi0_fast(source: Path, output: Path, **settings: Any) -> Path:
@@ -75,6 +77,7 @@ def test_a_converted_checkpoint_acts_as_lerobots(lab: Any, published: Any, weigh
     for name in ("text", "fast", *(() if weights == "reference" else ("lerobot",))):
         shutil.rmtree(lab.folder / name)  # the checkpoint needs nothing else
     bundle = load(output)
+    assert torch.equal(bundle[1](published.raw)[IDS], published.ids)  # no mark of LeRobot's action tokenizer
     for decoding in ("ar", "jacobi", "ceed"):
         tokens, actions = act(bundle, published.raw, decoding)
         assert torch.equal(tokens, published.tokens)

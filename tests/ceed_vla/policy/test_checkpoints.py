@@ -8,13 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from lerobot.configs import PreTrainedConfig
+from lerobot.configs import NormalizationMode, PreTrainedConfig
 
 from ceed_vla import CeedVLAPolicy
 from ceed_vla.checkpoints import load, pretrained_path, resolve_checkpoint, save, weights_hash
-from ceed_vla.errors import CheckpointError
+from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from tests.helpers.tabletop import tabletop_config
 
 STATE = "observation.state"
 TOKENS = "observation.language.tokens"
@@ -176,3 +179,27 @@ def test_other_formats_are_named(tmp_path: Path, change: dict[str, Any], message
     (folder / "config.json").write_text(json.dumps({**values, "decoding": decoding, **change}))
     with pytest.raises(CheckpointError, match=message):
         load(folder)
+
+
+@pytest.mark.parametrize("mode", ["MEAN_STD", "MIN_MAX", "QUANTILES"])
+def test_a_state_that_never_moves_loads_again(mode: str, tmp_path: Path) -> None:
+    still = {"min": [0.0] * 14, "max": [1.0] * 14, "q01": [0.0] * 14, "q99": [1.0] * 14}
+    stats = {STATE: {"mean": np.zeros(14), "std": np.ones(14), **{k: np.array(v) for k, v in still.items()}}}
+    for name, value in (("mean", 5.0), ("std", 0.0), ("min", 5.0), ("max", 5.0), ("q01", 5.0), ("q99", 5.0)):
+        stats[STATE][name][1] = value
+    config = tabletop_config()
+    config.normalization_mapping = {**config.normalization_mapping, "STATE": NormalizationMode(mode)}
+    policy = CeedVLAPolicy(config, stats)  # LeRobot's tools give these to the normaliser of a checkpoint, too
+    assert stats[STATE]["std"][1] > 0
+    assert stats[STATE]["max"][1] > 5
+    save(tmp_path, policy, *make_ceed_vla_pre_post_processors(config, stats, instructions=["go"]))
+    _, pre, _ = load(tmp_path)
+    raw = {STATE: torch.full((1, 14), 5.0), **{c: torch.zeros(1, 3, 96, 96) for c in config.cameras}, "task": "go"}
+    assert pre(raw)[STATE][0, 1].abs() <= 1
+
+
+def test_actions_that_a_step_normalises_need_tokens_that_know() -> None:
+    config = tabletop_config()
+    config.normalization_mapping = {**config.normalization_mapping, "ACTION": NormalizationMode.MEAN_STD}
+    with pytest.raises(ConfigError, match="ACTION MEAN_STD, but uniform tokens write what a data set has"):
+        CeedVLAPolicy(config)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lerobot.processor import PolicyProcessorPipeline
 from tiny_vlms import FAMILIES
+from tokenizers.processors import TemplateProcessing
 
 from ceed_vla.backbones.vlm.inputs import VLMInputsStep, keyed
 from ceed_vla.backbones.vlm.model import FLAT_KEY, IDS_KEY, MASK_KEY, ROW_KEY
@@ -116,3 +117,18 @@ def test_rows_with_different_numbers_of_images() -> None:
 def test_a_step_without_its_files() -> None:
     with pytest.raises(CheckpointError, match="without its files"):
         PolicyProcessorPipeline([VLMInputsStep(sizes={FRONT: [64, 96]})])(raw())
+
+
+def test_a_template_that_writes_the_first_token_does_so_alone(steps: Any) -> None:
+    pipeline = steps("llava")
+    processor = pipeline.steps[0]._processor
+    begins, first = processor.tokenizer.bos_token, processor.tokenizer.bos_token_id
+    adds = TemplateProcessing(single=f"{begins} $A", special_tokens=[(begins, first)])
+    processor.tokenizer.backend_tokenizer.post_processor = adds
+    part = "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}"
+    row = "{% for p in messages[0]['content'] %}" + part + "{% endfor %}"
+    for template in (row, begins + row):
+        pipeline.steps[0]._rendered.clear()
+        processor.chat_template = template
+        ids = pipeline(raw(task="press"))[IDS_KEY]
+        assert ((ids == first).sum(1) == 1).all()

@@ -55,13 +55,12 @@ class CompiledBackbone(nn.Module):
         # Positions behind the prefix that some block reaches when it is filled up.
         self._reach = max(n - k + self._window(k) for k in range(1, n + 1))
         self._caches: dict[tuple[Any, ...], StaticCache] = {}
-        self._parts = {"block": inner.block_logits, "prefill": inner.prefill}
-        names = ("embed_prefix", "prefill_embeddings")  # a prefill in two, between which tokens may go
-        self._parts |= {name: getattr(inner, name) for name in names if hasattr(inner, name)}
-        for part in self._parts:
-            if ("block" if part == "block" else "prefill") in inner.compilable:
+        self._block, self._prefill = inner.block_logits, inner.prefill
+        self._rest = getattr(inner, "prefill_embeddings", None)  # of the tokens that are kept
+        for name, part in (("_block", "block"), ("_prefill", "prefill"), ("_rest", "prefill")):
+            if part in inner.compilable and getattr(self, name):
                 options = {"fullgraph": True, "dynamic": False, "backend": backend, "mode": mode}
-                self._parts[part] = self._run(torch.compile, self._parts[part], **options)
+                setattr(self, name, self._run(torch.compile, getattr(self, name), **options))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["backbone"], name)
@@ -73,19 +72,18 @@ class CompiledBackbone(nn.Module):
     @torch.no_grad()
     def prefill(self, observation: dict[str, Tensor]) -> Prefix[StaticCache]:
         """As the backbone's; the result moves to the cache of its batch size."""
-        return self._placed(self._run(self._parts["prefill"], _tensors(observation)))
-
-    @torch.no_grad()
-    def embed_prefix(self, observation: dict[str, Tensor]) -> Any:
-        return self._run(self._parts["embed_prefix"], _tensors(observation))
+        tensors = {key: value for key, value in observation.items() if isinstance(value, Tensor)}
+        return self._placed(self._run(self._prefill, tensors))
 
     @torch.no_grad()
     def prefill_embeddings(self, embeddings: Any) -> Prefix[StaticCache]:
-        return self._placed(self._run(self._parts["prefill_embeddings"], embeddings))
+        """As the backbone's; what made the embeddings runs eagerly."""
+        return self._placed(self._run(cast("Any", self._rest), embeddings))
 
     def _placed(self, prefix: Prefix) -> Prefix[StaticCache]:
         # As much as a whole prefix needs, so that what is left of one shares its compiled code.
-        length = max(prefix.cache.length, getattr(self.backbone, "prefix_length", 0))
+        whole = len(getattr(self.backbone, "kept", ())) or getattr(self.backbone, "prefix_length", 0)
+        length = max(prefix.cache.length, whole)
         capacity = -(-(length + self._reach) // ROUND) * ROUND
         key = (len(prefix.logits), capacity, prefix.logits.device, prefix.cache.entries()[0][0].dtype)
         self._caches[key] = cache = StaticCache(prefix.cache, capacity, self._caches.get(key))
@@ -106,7 +104,7 @@ class CompiledBackbone(nn.Module):
         cache.place(k, shallow=depth < self.num_layers)
         filled = torch.zeros(rows, self._window(k), dtype=torch.int64, device=tokens.device)
         filled[:, :k] = tokens
-        return cast("Tensor", self._run(self._parts["block"], prefix, filled, depth)[:, :k])
+        return cast("Tensor", self._run(self._block, prefix, filled, depth)[:, :k])
 
     def compile_now(self, prefix: Prefix) -> None:
         """Compile every window, which some chunk would wait for otherwise."""
@@ -138,7 +136,3 @@ class CompiledBackbone(nn.Module):
                 f"{type(self.backbone).__name__} does not compile with these settings ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:300]}); use it without."
             ) from error
-
-
-def _tensors(observation: dict[str, Any]) -> dict[str, Tensor]:
-    return {key: value for key, value in observation.items() if isinstance(value, Tensor)}

@@ -65,7 +65,7 @@ def auxiliary_loss(policy: Any, embeddings: Any, state: Tensor, environment_stat
         raise ConfigError(f"auxiliary_terms is {short(policy.auxiliary_terms)}; it must be a whole number, or None.")
     scale = torch.tensor(policy.config.auxiliary_scale[: policy.auxiliary_terms], device=state.device)
     target = environment_state[:, : len(scale)] * scale
-    regressed = [backbone.auxiliary(state)]
+    regressed = [backbone.auxiliary(state.float())]
     if backbone.early_auxiliary is not None:
         regressed.append(backbone.early_auxiliary(embeddings))
     losses = [

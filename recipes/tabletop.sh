@@ -9,7 +9,8 @@ cd "$(dirname "$0")/.."
 out=${1:-outputs/tabletop}
 export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
 
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT # an interrupt, or one that fails, ends the others too
+set -m # every job is a group of processes, and
+trap 'for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done' EXIT # an interrupt, or one that fails, ends the others
 
 record() { # name mode episodes seed
   ceed-vla record --resume true --root "$out/data/$1" --mode "$2" --episodes "$3" --seed "$4" "${@:5}"

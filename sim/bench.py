@@ -69,7 +69,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     if not config.decoders:
         folder = resolve_checkpoint(config.policy.given())
         policy = CeedVLAConfig.read(folder)
-        rows = [*usual_rows(policy), *policy.decodings, *depth_rows(*described_exits(folder))]
+        usual = [name for name in usual_rows(policy) if config.workers == 1 or not name.startswith("deadline")]
+        rows = [*usual, *policy.decodings, *depth_rows(*described_exits(folder))]
         rows += [CONTEXT_ROW] * (folder / CONTEXT).is_file()
         rows += program_rows(policy)
         config.decoders = ",".join([*rows, *[TEACHER_ROWS] * bool(config.teacher.path)])

@@ -204,12 +204,13 @@ def prepared(config: EvalConfig, pool: EnvPool, probes: Any) -> tuple[Evaluation
         pool.env(0).needs("--delay_ms", "hold_action")
     if latest.delay >= steps:
         raise ConfigError(f"{latest.name} is {latest.delay} control steps late; a chunk has {steps}: leave it out.")
-    if config.workers > 1 and any(row.decoding.deadline_s for row in rows):
-        raise ConfigError("A deadline is of a machine with nothing else to do: run its decoder with --workers 1.")
     env = pool.env(0)
     env.reset(*_plan(config)[0])  # what a policy cannot decode is known before any episode
     for row in rows:
-        make_runner(row, bundles, executed).decode([env.observe()], [env.instruction], [None])
+        runner = make_runner(row, bundles, executed)
+        if runner.alone and config.workers > 1:
+            raise ConfigError(f"{row.name} has a deadline, of a machine with nothing else to do: give --workers 1.")
+        runner.decode([env.observe()], [env.instruction], [None])
     log = EpisodeLog(
         Path(config.output_dir), _identity(config, rows, bundles), dict(_plan(config)), pool.max_episode_steps
     )
@@ -376,7 +377,9 @@ def _build_report(run: Evaluation, *, complete: bool) -> dict[str, Any]:
                 run.samples[row.name], reference, run.bundles[row.model][0].tokenizer, run.executed_steps
             )
         entry |= {"delay_steps": row.delay, "delay_of": row.name.removesuffix(row.suffix)}
-        entry["paired"] = paired_entries(row.name, run.results, (f"ar{row.suffix}", f"teacher_ar{row.suffix}"))
+        entry["paired"] = paired_entries(
+            row.name, run.results, (f"ar{row.suffix}", f"teacher_ar{row.suffix}", f"teacher_{row.name}")
+        )
         entry["decoding"] = {**asdict(row.decoding), "exits": list(row.decoding.exits)}
         entries[row.name] = entry
     return {

@@ -94,7 +94,7 @@ class ReinforceSimulation:
     """The flags by which `reinforce` uses a simulator.
 
     Attributes:
-        env: Where episodes run; it has ``snapshot`` and ``restore``, see `sim.environment`.
+        env: Where episodes run; it has ``snapshot`` and what goes with it, see `sim.environment`.
         workers: Processes that share them.
     """
 

@@ -358,10 +358,7 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     save_figure(_figure([t for t in trials if len(t.solved) >= config.episodes], search.floor), folder / PARETO)
     write_text(folder / PLANS, json.dumps(report, indent=2))
     if not any(found for _, found, _ in final):
-        raise ConfigError(
-            f"No plan fits {search.budgets} ms when it is timed again; the floor is {search.floor} ms, and "
-            f"{folder / PLANS} has all that was tried. Raise --budgets_ms."
-        )
+        raise ConfigError(f"No plan fits {search.budgets} ms, floor {search.floor} ({PLANS}); raise --budgets_ms.")
     if config.save:
         found = {f"plan{plain(budget)}": trial.plan for budget, trial, _ in final if trial}
         found["plan"] = list(found.values())[-1]

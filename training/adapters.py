@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ceed_vla.errors import ConfigError
-from ceed_vla.fields import Checked, chosen, ranged
+from ceed_vla.fields import Checked, chosen, ranged, short
 from ceed_vla.lora import A, B
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 
@@ -53,6 +53,9 @@ def attach(policy: CeedVLAPolicy, config: LoRAConfig) -> None:
     """
     _add(policy, LEARNT, _own_layers(policy, config.rank), config, config.targets)
     full = [name.strip() for name in config.train.split(",") if name.strip()]
+    known = {part for name, _ in policy.backbone.named_parameters() for part in name.split(".")}
+    if wrong := set(full) - known - {"state", "auxiliary"}:
+        raise ConfigError(f"--lora.train has {short(min(wrong))}, which no weight has in its name.")
     for name, parameter in policy.backbone.named_parameters():
         parts = name.split(".")
         parameter.requires_grad_(f".{LEARNT}." in name or any(part in full for part in parts))

@@ -92,7 +92,7 @@ def train(scorer: ContextScorer, data: DistillData, config: ContextConfig) -> No
     groups = [{"params": [p], "lr": rate.get(id(p), config.lr)} for p in scorer.parameters()]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=0.0)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine_factor(s, config.steps, config.steps // 20))
-    tokens, most = len(scorer.place), min(config.dropped, len(scorer.place) - 1)
+    tokens, most = len(scorer.place), max(1, min(config.dropped, len(scorer.place) - 1))
     for step in (bar := trange(config.steps, desc="context", unit="step", dynamic_ncols=True)):
         random = np.random.default_rng([config.seed, step])
         frames, loss = Scored(data, data.draw(config.batch_size, random, step)), torch.zeros(())
@@ -120,11 +120,8 @@ def held_out(scorer: ContextScorer, frames: Scored, seed: int) -> dict[int, Any]
         "norm": x[may_go].float().norm(dim=-1).view_as(scores),
         "random": torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)),
     }
-    return {
-        count: {name: _rounded(frames.without(way, count)) for name, way in ways.items()}
-        for count in sorted({max(1, scores.shape[1] * eighths // 8) for eighths in range(1, 8)})
-    }
-
-
-def _rounded(costs: tuple[Tensor, Tensor]) -> list[float]:
-    return [round(cost.float().mean().item(), 4) for cost in costs]
+    worth: dict[int, Any] = {}
+    for count in sorted({max(1, scores.shape[1] * eighths // 8) for eighths in range(1, 8)}):
+        found = {name: frames.without(way, count) for name, way in ways.items()}
+        worth[count] = {name: [round(c.float().mean().item(), 4) for c in costs] for name, costs in found.items()}
+    return worth

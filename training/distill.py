@@ -22,6 +22,7 @@ from ceed_vla.decoding import DecodingConfig
 from ceed_vla.decoding.exits import exit_rules
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, chosen, ranged
+from ceed_vla.supervision import finish_training
 from training.adapters import attach_student
 from training.clipping import check_clipping
 from training.corruption import PREVIOUS, StateDraw, draw_states
@@ -129,9 +130,7 @@ class DistillRun(Run):
             teacher, _, _ = load(config.teacher_path, device=config.device)
             teacher.to(self.accelerator.device)
         student.to(self.accelerator.device)
-        self.objective = DistillationObjective(
-            student, teacher, find_loss(config.loss), config.omega, narrowed=config.kept > 0
-        )
+        self.objective = DistillationObjective(student, teacher, find_loss(config.loss), config.omega)
         with self.accelerator.main_process_first():  # the first one decodes the images
             self.data = self._data(student, pre)
         if config.kept:
@@ -143,11 +142,12 @@ class DistillRun(Run):
     def _narrow(self, student: Any) -> None:
         """Let the student run the tokens alone that the teacher's scorer ranks best, the same in all frames."""
         backbone, scorers = student.backbone, student.backbone.context
-        if not scorers or not hasattr(backbone, "narrowed") or self.config.lora.rank:
+        if not scorers or getattr(backbone, "kept", True) or self.config.lora.rank:
             raise ConfigError(
-                "--kept needs a teacher of the compact backbone whose context.safetensors scores its prefix tokens: "
-                "ceed-vla context; and all of the student's layers learn, so leave out --lora.rank."
+                "--kept needs a teacher of the compact backbone that runs its whole prefix, with a context.safetensors "
+                "(ceed-vla context); and all of the student's layers learn, so leave out --lora.rank."
             )
+        finish_training(student)  # its early head is of all tokens
         rows = self.data.draw(SCORED, np.random.default_rng(self.config.seed), 0)
         embeddings = backbone.embed_prefix(self.data.observations(rows))
         scores = scorers[0](*backbone.prefix_tokens(embeddings)).mean(0)  # (N,)
@@ -163,7 +163,7 @@ class DistillRun(Run):
         if chosen.online:
             decode = self.objective.decode_teacher
             return OnlineData(config.roots, student, pre, decode, teacher_states=stored, **sizes)
-        data = StoredData(chosen.path, config.roots, config.teacher_path, student, pre, **sizes)
+        data = StoredData(chosen.path, config.roots, config.teacher_path, student, pre, stored, **sizes)
         if stored and not data.trajectories.states:
             raise DatasetError(f"{chosen.path} keeps no states; collect them with --states=true.")
         return data
@@ -212,10 +212,9 @@ class DistillRun(Run):
 
     def _counts(self, parts: list[dict[str, Any]]) -> Tensor:
         """(2,) slots that the two loss terms are means of in the whole batch, divided by the processes."""
-        masks = torch.cat([after_first_divergence(part["states"], part["fixed_point"]) for part in parts])
-        weights = torch.cat([part["label_weight"] for part in parts])
-        if "label_weight" not in needs(self.objective.loss):
-            weights = torch.ones_like(weights)
+        masks = torch.cat([after_first_divergence(part["states"], part["fixed_point"], part["live"]) for part in parts])
+        weight = "label_weight" if "label_weight" in needs(self.objective.loss) else "live"
+        weights = torch.cat([part[weight] for part in parts])
         counts = torch.stack([masks.sum(), weights.sum()])
         return self.accelerator.reduce(counts, reduction="mean")  # type: ignore[no-any-return]
 
@@ -223,7 +222,7 @@ class DistillRun(Run):
 
     def before_step(self) -> None:
         if self.step == 0 and self.config.eval_every:
-            self.log(self._measure())  # the student is the teacher still: what the others are compared with
+            self.log(self._measure())  # the student has the teacher's weights still
 
     def after_step(self) -> None:
         every = self.config.eval_every
@@ -242,7 +241,10 @@ class DistillRun(Run):
             result = decode(batch, strict, batch["previous"])
             once = decode(batch, replace(strict, max_iterations=1), batch["previous"])
             agree = result.tokens == batch["fixed_point"], once.tokens == result.tokens
-            found.append((result.iterations.float(), *(same.float() for same in agree)))
+            live = batch["live"] / batch["live"].sum(
+                1, keepdim=True
+            )  # behind a token that ends a chunk nothing is read
+            found.append((result.iterations.float(), *((same * live).sum(1) for same in agree)))
         iterations, teacher, once = (torch.cat(parts) for parts in zip(*found, strict=True))
         return {
             "iterations_mean": iterations.mean().item(),

@@ -120,7 +120,8 @@ class DistillData:
     def batch(self, rows: NDArray[np.int64], draw: StateDraw | None = None) -> dict[str, Any]:
         """What a part of a step needs, of rows that are grouped by data set, on the policy's device.
 
-        Returns what the pre-processor and `fixed_points` give, ``labels``, ``label_weight`` (B, n), ``replaced`` (B,).
+        Returns what the pre-processor and `fixed_points` give, ``labels``, ``label_weight``, ``live`` (B, n) and
+        ``replaced`` (B,).
         Without `draw`, the random part of the states, every row gets its previous chunk.
         """
         batch = self.observations(rows)
@@ -130,8 +131,9 @@ class DistillData:
         distance = self.distance(fixed, batch)
         labels, replaced = mixed_labels(fixed, demonstration, distance, self.delta_max)
         valid = self.policy.tokenizer.weight(labels, batch["action_is_pad"]).bool()  # (B, n)
-        weight = torch.where(replaced[:, None], valid, torch.ones_like(valid)).float()
-        return {**batch, **found, "labels": labels, "replaced": replaced, "label_weight": weight}
+        live = self.policy.tokenizer.weight(fixed)
+        weight = torch.where(replaced[:, None], valid, live.bool()).float()
+        return {**batch, **found, "labels": labels, "replaced": replaced, "label_weight": weight, "live": live}
 
     def distance(self, fixed: Tensor, batch: dict[str, Any]) -> Tensor:
         """Distance (B,) between the teacher's chunk and the demonstration, in normalised units."""
@@ -153,13 +155,15 @@ class StoredData(DistillData):
     in the same order) do not fit each other; `CheckpointError` for another teacher.
     """
 
-    def __init__(self, path: str, roots: str, teacher: str, policy: CeedVLAPolicy, pre: Any, **settings: Any) -> None:
+    def __init__(
+        self, path: str, roots: str, teacher: str, policy: CeedVLAPolicy, pre: Any, states: bool = True, **settings: Any
+    ) -> None:
         super().__init__(roots, policy, pre, **settings)
         if not path:
             raise ConfigError(
                 "No trajectories: set --trajectories.path to their folder, or --trajectories.online=true."
             )
-        self.trajectories = read_trajectories(path, teacher)
+        self.trajectories = read_trajectories(path, teacher, states)
         meta = self.trajectories.meta
         if values := {key: meta[key] for key, value in layout_of(policy).items() if meta[key] != value}:
             raise DatasetError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from ceed_vla.backbones.exits import EXITS, KINDS, make_exits
 from ceed_vla.checkpoints import load, save
 from ceed_vla.data.frame_stream import StreamingConfig
 from ceed_vla.devices import check_device
-from ceed_vla.errors import CeedVLAError
+from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.fields import THREADS, chosen, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import claim_folder
 from training.corruption import StateDraw, draw_states
 from training.distill_data import OnlineData
+from training.objective import fixed_points
 from training.optim import cosine_factor
 from training.settings import BesideConfig
 from training.trajectories import guess_shares
@@ -81,15 +83,10 @@ def exits(config: ExitsConfig) -> Path:
     if policy.backbone.exits:
         policy.config.forget()
     policy.backbone.exits = made = make_exits(policy.backbone, config.layers, config.kind)
-
-    def decode(batch: dict[str, Any], guess: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if guess is None:
-            return policy.decode(batch, "ar", read=False).tokens, None
-        found = policy.decode(batch, "jacobi", previous=guess, shift_steps=0, record_states=True, read=False)
-        return found.tokens, torch.stack([*(found.states or []), found.tokens])
-
+    if any(p.dtype != torch.float32 for own in made.values() for p in own.parameters()):
+        raise ConfigError("--kind layer would learn in half precision, which rounds it away; train linear ones.")
     sizes = {"eval_frames": config.eval_frames, "streaming": config.streaming, "seed": config.seed}
-    data = OnlineData(config.roots, policy, pre, decode, teacher_states=True, **sizes)
+    data = OnlineData(config.roots, policy, pre, partial(fixed_points, policy), teacher_states=True, **sizes)
     shares = guess_shares(config.guesses)
     optimizer = torch.optim.AdamW([p for e in made.values() for p in e.parameters()], lr=config.lr, weight_decay=0.0)
     with tqdm(total=config.steps, desc="exits", unit="step", dynamic_ncols=True) as bar:

@@ -10,7 +10,8 @@ A loss is one function that registers itself; the names of its parameters say wh
     fixed_logits, state_logits, label_logits    the student's (B, n, V) on ``Y*``, ``Y`` and the labels
     teacher_logits      the frozen teacher's (B, n, V) on ``Y*``
     states, fixed_point, labels    ``Y``, ``Y*`` and mixed labels (B, n)
-    label_weight        (B, n) 0 on tokens past the end of the demonstration
+    label_weight        (B, n) 0 on tokens past the end of the demonstration, and where `live` is
+    live                (B, n) 0 behind a token of ``Y*`` that ends it
     omega               weight of the anchor
     sigma               width of soft labels [bins], as in the teacher's training; 0 is the paper's hard label
     counts              (2,) slots that consistency and anchor are means of in the whole batch, where this is a part
@@ -71,10 +72,10 @@ def forward_kl(target_logits: Tensor, logits: Tensor) -> Tensor:
     return (target.exp() * (target - F.log_softmax(logits.float(), dim=-1))).sum(-1)
 
 
-def after_first_divergence(states: Tensor, fixed_point: Tensor) -> Tensor:
-    """(B, n) float mask: 1 on slots after the first one where `states` and `fixed_point` differ."""
+def after_first_divergence(states: Tensor, fixed_point: Tensor, live: Tensor | None = None) -> Tensor:
+    """(B, n) float mask: 1 on `live` slots after the first one where `states` and `fixed_point` differ."""
     wrong = (states != fixed_point).int()  # (B, n)
-    return (wrong.cumsum(1) - wrong > 0).float()
+    return (wrong.cumsum(1) - wrong > 0).float() * (1 if live is None else live)
 
 
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
@@ -93,14 +94,15 @@ def trust_region_loss(
     fixed_point: Tensor,
     omega: float,
     counts: Tensor | None = None,
+    live: Tensor | None = None,
 ) -> DistillationTerms:
     """Both blocks of the student stay near the frozen teacher; no demonstration is involved.
 
     L = mean_{i > f} KL(p_T(. | Y*_<i) || q(. | Y_<i)) + omega * mean_i KL(p_T(. | Y*_<i) || q(. | Y*_<i))
     """
-    mask = after_first_divergence(states, fixed_point)
+    mask = after_first_divergence(states, fixed_point, live)
     divergences = forward_kl(teacher_logits, state_logits), forward_kl(teacher_logits, fixed_logits)
-    return _terms(*divergences, mask, torch.ones_like(mask), omega, counts)
+    return _terms(*divergences, mask, torch.ones_like(mask) if live is None else live, omega, counts)
 
 
 @register_loss("paper")
@@ -115,6 +117,7 @@ def paper_loss(
     omega: float,
     sigma: float,
     counts: Tensor | None = None,
+    live: Tensor | None = None,
 ) -> DistillationTerms:
     """CEED-VLA (arXiv 2506.13725): self-consistency plus autoregression on mixed labels.
 
@@ -123,7 +126,7 @@ def paper_loss(
     The student reads the label itself, so that prefix and target agree.
     """
     divergence, surprise = forward_kl(fixed_logits, state_logits), soft_cross_entropy(label_logits, labels, sigma)
-    return _terms(divergence, surprise, after_first_divergence(states, fixed_point), label_weight, omega, counts)
+    return _terms(divergence, surprise, after_first_divergence(states, fixed_point, live), label_weight, omega, counts)
 
 
 def _terms(

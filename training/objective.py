@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from numpy.typing import NDArray
@@ -22,15 +22,11 @@ class DistillationObjective(nn.Module):
     """The distillation loss of student and frozen teacher.
 
     The `student` starts as the `teacher`, a copy that stays; None where its adapters can be switched
-    (`training.adapters.attach_student`). See `training.losses` for `loss` and `omega`. A student
-    may have been `narrowed` to a part of the teacher's prefix.
+    (`training.adapters.attach_student`). See `training.losses` for `loss` and `omega`.
     """
 
-    def __init__(
-        self, student: CeedVLAPolicy, teacher: CeedVLAPolicy | None, loss: Loss, omega: float, narrowed: bool = False
-    ) -> None:
+    def __init__(self, student: CeedVLAPolicy, teacher: CeedVLAPolicy | None, loss: Loss, omega: float) -> None:
         super().__init__()
-        self.narrowed = narrowed
         self.student, self.loss, self.omega = student, loss, omega
         self.copy = [teacher]  # in a list: not a submodule, so not wrapped, saved or trained
         if teacher is not None:
@@ -76,10 +72,10 @@ class DistillationObjective(nn.Module):
         student: Any = self.student
         previous = batch["previous"]
         with self._evaluating():
-            if self.narrowed:
-                with self.teacher() as teacher:  # the same embeddings, of all tokens
-                    embeddings = teacher.backbone.embed_prefix(batch)
-                seen = student.backbone.narrowed(embeddings)
+            kept, teacher = getattr(student.backbone, "kept", []), cast("Any", self.copy[0])
+            if kept and teacher is not None and not teacher.backbone.kept:  # the student runs a part of the prefix
+                embeddings = teacher.backbone.embed_prefix(batch)
+                seen = embeddings[:, kept]
             else:
                 embeddings = seen = student.backbone.embed_prefix(batch)
             if own is None:
@@ -113,9 +109,12 @@ class DistillationObjective(nn.Module):
     def decode_teacher(self, batch: dict[str, Any], guess: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The teacher's fixed points (B, n), and all states (k, B, n) of its way there from a guess (B, n)."""
         with self.teacher() as teacher:
-            if guess is None:
-                return teacher.decode(batch, "ar", read=False).tokens, None
-            jacobi = DecodingConfig(method="jacobi", guess="previous")
-            result = teacher.decode(batch, jacobi, previous=guess, shift_steps=0, record_states=True, read=False)
-        assert result.states is not None
-        return result.tokens, torch.stack([*result.states, result.tokens])
+            return fixed_points(teacher, batch, guess)
+
+
+def fixed_points(policy: CeedVLAPolicy, batch: dict[str, Any], guess: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A policy's fixed points (B, n), and from a guess (B, n) all states (k, B, n) of its way there."""
+    if guess is None:
+        return policy.decode(batch, "ar", read=False).tokens, None
+    found = policy.decode(batch, "jacobi", previous=guess, shift_steps=0, record_states=True, read=False)
+    return found.tokens, torch.stack([*(found.states or []), found.tokens])

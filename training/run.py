@@ -169,6 +169,11 @@ class Run:
             raise ConfigError(
                 "No weight would learn: all are referred to. Set --lora.rank, or copy them (backbone.weights=copied)."
             )
+        if half := {p.dtype for p in policy.parameters() if p.requires_grad} - {torch.float32}:
+            raise ConfigError(
+                f"Weights would learn in {half.pop()}, which rounds most of an update away; load the model in float32 "
+                "(--policy.backbone.dtype, convert --dtype), or train adapters alone (--lora.rank, --lora.train)."
+            )
         objective._no_split_modules = layer_classes(policy)  # type: ignore[assignment]  # what FSDP wraps
         optimizers = build_optimizers(
             policy.named_parameters(), lr=self.settings.lr, muon_lr=self.settings.muon_lr, weight_decay=weight_decay

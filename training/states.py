@@ -38,9 +38,7 @@ def weights(
         found = {name.removeprefix(prefix): w for name, w in whole.items() if name.startswith(prefix)}
     if not accelerator.is_main_process:
         return None
-    if adapted:
-        found = plain_weights(found, scale_of(policy), keep_adapters=bool(policy.referenced))
-    return found
+    return plain_weights(found, scale_of(policy), keep_adapters=bool(policy.referenced)) if adapted else found
 
 
 def keep_in_states(accelerator: Accelerator, adapted: bool) -> None:

@@ -192,9 +192,8 @@ def _work_units(stores: Sequence[FrameStore], config: CollectConfig) -> Iterator
         chosen = np.sort(random.permutation(episodes)[: max(1, round(keep * len(episodes)))])
         for part in range(0, len(chosen), EPISODES_PER_SHARD):
             group = chosen[part : part + EPISODES_PER_SHARD]
-            frames = np.flatnonzero(np.isin(store.episode, group))
-            start = np.searchsorted(store.episode, store.episode[frames])
-            frames = frames[(frames - start) % config.frame_stride == 0]
+            bounds = zip(*(np.searchsorted(store.episode, group, side) for side in ("left", "right")), strict=True)
+            frames = np.concatenate([np.arange(first, end, config.frame_stride) for first, end in bounds])
             yield index, f"data{index}-{part // EPISODES_PER_SHARD:05d}.parquet", frames
 
 
@@ -323,7 +322,7 @@ def layout_of(policy: Any) -> dict[str, int]:
     return {**layout, "num_bins": config.action_tokens.vocabulary_size, "shift_steps": config.n_action_steps}
 
 
-def read_trajectories(folder: str | Path, teacher: str | Path | None = None) -> Trajectories:
+def read_trajectories(folder: str | Path, teacher: str | Path | None = None, states: bool = True) -> Trajectories:
     """Read all complete shards in the output folder of `collect`; `teacher`, a checkpoint, must have made them.
 
     `DatasetError` for nothing to read, or what `collect` does not write; `CheckpointError` for another teacher.
@@ -342,14 +341,15 @@ def read_trajectories(folder: str | Path, teacher: str | Path | None = None) -> 
     root, frame = (table[name].to_numpy().astype(np.int64) for name in ("root", "frame"))
     if len(np.unique(np.stack([root, frame]), axis=1).T) < len(frame):
         raise DatasetError(f"{folder} has frames in more than one of its {len(files)} shards.")
-    n, ends = meta["block_length"], np.cumsum(lengths_of(table["states"]))[:-1]
-    states = np.split(pc.list_flatten(table["states"]).to_numpy(), ends) if meta["states"] else []
+    n, found = meta["block_length"], []
+    if meta["states"] and states:
+        found = np.split(pc.list_flatten(table["states"]).to_numpy(), np.cumsum(lengths_of(table["states"]))[:-1])
     return Trajectories(
         root=root,
         frame=frame,
         fixed_point=blocks(table, "fixed_point", n),
         guess=blocks(table, "guess", n),
         previous=blocks(table, "previous", n),
-        states=[s.reshape(-1, n) for s in states],
+        states=[s.reshape(-1, n) for s in found],
         meta=meta,
     )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ceed_vla.errors import CheckpointError, ConfigError
+from ceed_vla.errors import CheckpointError
 from ceed_vla.weights import copy_weights, opened
 
 CONTEXT = "context.safetensors"
@@ -34,18 +34,6 @@ class ContextScorer(nn.Module):
         seen = (marks @ x / marks.sum(-1, keepdim=True).clamp(min=1)).flatten(1)  # (B, 2 d), of all and of what stays
         own = self.own(x[may_go].view(len(x), len(self.place), -1)) + self.context(seen).unsqueeze(1)
         return self.out(F.silu(own)).squeeze(-1) + self.place  # type: ignore[no-any-return]
-
-
-def keep_best(backbone: Any, embeddings: Any, count: int) -> tuple[Any, int]:
-    """`embeddings` of the `count` best tokens, if more may go, and how many went; `ConfigError` without a scorer."""
-    x, may_go, stays = backbone.prefix_tokens(embeddings)
-    tokens = int(may_go[0].sum())
-    if count >= tokens:
-        return embeddings, 0
-    if [len(scorer.place) for scorer in backbone.context] != [tokens]:
-        reason = f"Keeping {count} of {tokens} prefix tokens needs a checkpoint whose {CONTEXT} scores so many"
-        raise ConfigError(f"{reason}; train one: ceed-vla context.")
-    return keep_scored(backbone, embeddings, backbone.context[0](x, may_go, stays), count), tokens - count
 
 
 def keep_scored(backbone: Any, embeddings: Any, scores: Tensor, count: int) -> Any:

@@ -56,7 +56,7 @@ class DepthExit(nn.Module):
 
     def forward(self, x: Tensor, *more: Any) -> Any:
         """As the norm in whose place it stands; some take and give more."""
-        found = self.norm(x.float(), *more)
+        found = self.norm(x.to(next(self.parameters()).dtype), *more)
         own, *rest = found if isinstance(found, tuple) else (found,)
         own = (own if self.linear is None else own + self.linear(own)).to(x.dtype)
         return (own, *rest) if isinstance(found, tuple) else own

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ceed_vla.backbones.base import Backbone, Prefix
-from ceed_vla.backbones.context import keep_best
+from ceed_vla.backbones.context import CONTEXT, keep_scored
 from ceed_vla.decoding.jacobi import decode_jacobi
 from ceed_vla.decoding.registry import register_decoder
 from ceed_vla.decoding.request import BlockRequest
 from ceed_vla.decoding.result import DecodeResult
+from ceed_vla.errors import ConfigError
 
 
 @register_decoder(r"keep(?P<kept>[1-9]\d{0,4})", "keep<K>", "K best prefix tokens", ("keep32", "keep24", "keep16"))
@@ -27,8 +28,17 @@ def decode_part(backbone: Backbone, prefix: Prefix, request: BlockRequest) -> De
 
 
 def _prefix(backbone: Any, batch: dict[str, Tensor], options: dict[str, str]) -> Prefix:
-    """The prefix of the tokens that are kept."""
-    embeddings, dropped = keep_best(backbone, backbone.embed_prefix(batch), int(options["kept"]))
+    """The prefix of the best tokens, if more may go; `ConfigError` without a scorer of so many."""
+    embeddings, kept = backbone.embed_prefix(batch), int(options["kept"])
+    x, may_go, stays = backbone.prefix_tokens(embeddings)
+    dropped = max(int(may_go[0].sum()) - kept, 0)
+    if dropped and [len(scorer.place) for scorer in backbone.context] != [kept + dropped]:
+        raise ConfigError(
+            f"Keeping {kept} of {kept + dropped} prefix tokens needs a checkpoint whose {CONTEXT} scores so many: "
+            "ceed-vla context."
+        )
+    if dropped:
+        embeddings = keep_scored(backbone, embeddings, backbone.context[0](x, may_go, stays), kept)
     prefix = cast("Prefix", backbone.prefill_embeddings(embeddings))
     prefix.dropped = dropped
     return prefix

@@ -102,9 +102,7 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
 
     unread = REAL_TIME if config.simulated_time else SIMULATED_TIME
     if given := [name for name in unread if getattr(config, name) != getattr(RosDemoConfig(), name)]:
-        raise ConfigError(
-            f"--{given[0]} is not read with --simulated_time {str(config.simulated_time).lower()}; leave it out."
-        )
+        raise ConfigError(f"--{given[0]} is not read with --simulated_time {config.simulated_time}; leave it out.")
     console = console or default_console()
     own = ("bag.mcap", "simulated_time.json")
     folder = claim_folder("output_dir", config.output_dir, own, own)

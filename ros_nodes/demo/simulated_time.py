@@ -2,6 +2,9 @@
 
 The node's own controller, stream, safety filter and interfaces drive the simulated robot in one process, on one
 simulated clock. The policy decodes for real; its answer comes after a prescribed time.
+
+An episode repeats itself to the last bit. So for the reaction time, from an event to the first command that it changes,
+it runs twice, the second time with the object pushed aside on the way: until then both send the same commands.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import json
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,8 +27,8 @@ from rich.progress import track
 from rich.table import Table
 from sensor_msgs.msg import JointState
 
+from ceed_vla.kinematics import Array
 from ceed_vla.outputs import MADE_BY
-from ros_nodes.demo.reaction import PATIENCE, Event, draw_event, first_change
 from ros_nodes.robot.messages import array_to_image
 from ros_nodes.robot.parameters import defaults
 from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
@@ -40,9 +44,25 @@ from sim.rollout import success_entry
 from sim.tabletop.env import CTRL_DT
 
 TRANSPORT = 0.002  # from an image's stamp to its arrival, as between the processes [s]
+DISTANCE = 0.04  # that the object moves [m]
+WHEN = (0.2, 0.8)  # from the start of the episode [s]: two periods of chunks on the way, before most grasps
+PATIENCE = 1.5  # for a command that differs [s]
+Event = tuple[float, Array]  # the object moves so long [s] after the start by (2,) [m]
 _STATES = 0.01  # between joint states [s]
 _PREFILL = 2  # forwards that the prefill takes as long as
 _TIMES = {"observation_to_command_ms": (50, 99), "first_action_ms": (50, 95), "reaction_ms": (50, 95)}  # percentiles
+
+
+def draw_event(seed: int) -> Event:
+    """The event of an episode: the same for all policies."""
+    random = np.random.default_rng([seed, 1])
+    after, angle = random.uniform(*WHEN), random.uniform(0.0, 2.0 * np.pi)
+    return after, DISTANCE * np.array([np.cos(angle), np.sin(angle)])
+
+
+def first_change(calm: Sequence[Any], stirred: Sequence[Any]) -> float:
+    """When the run with the event first sent what the other did not [s]; both are of (time, ...). inf: never."""
+    return next((ours[0] for theirs, ours in zip(calm, stirred, strict=False) if theirs != ours), np.inf)
 
 
 class TimedWorker:

@@ -19,7 +19,6 @@ from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from rcl_interfaces.msg import SetParametersResult
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
@@ -51,7 +50,9 @@ class PolicyNode(LifecycleNode):
         parameters.declare_parameters(self, POLICY_PARAMETERS[:1])
         discover(self.get_parameter("discover_packages").value, "discover_packages")
         parameters.declare_parameters(self, POLICY_PARAMETERS[1:])
-        self.add_on_set_parameters_callback(self._check_parameters)
+        self.add_on_set_parameters_callback(
+            lambda changes: parameters.refusal(POLICY_PARAMETERS, changes, configured=self._setup is not None)
+        )
         self.add_post_set_parameters_callback(self._take_parameters)
         self._setup: PolicySetup | None = None
         self._active: Streaming | None = None
@@ -229,9 +230,6 @@ class PolicyNode(LifecycleNode):
             self.get_logger().warning(f"Bad instruction: {problem}", throttle_duration_sec=1.0)
             if self._setup is not None:
                 self._setup.controller.stream.instruct(message.data)
-
-    def _check_parameters(self, changes: list[Parameter]) -> SetParametersResult:
-        return parameters.refusal(POLICY_PARAMETERS, changes, configured=self._setup is not None)
 
     def _take_parameters(self, changes: list[Parameter]) -> None:
         for change in changes:

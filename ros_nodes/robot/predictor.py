@@ -287,12 +287,14 @@ class Predictor:
             **{key: np.zeros(length, np.float32) for key, length in self.spec.states.items()},
         }
         response, word = Response(0), min(self._vocabulary, default="move")  # one that it does not warn of
-        if self._settings.engine == "compiled" and not calls:
+        if self._settings.engine == "compiled" and self._decoding is not None:  # before anything is timed
             import torch
+
+            from ceed_vla.decoding import prefill
 
             with torch.inference_mode():  # as requests are answered
                 batch = self._prepare(Request(0, observation, word))
-                self._policy.backbone.compile_now(self._policy.backbone.prefill(batch))
+                self._policy.backbone.compile_now(prefill(self._policy.backbone, batch, self._decoding))
         times = []
         for _ in range(calls or self._settings.warmup):
             frozen = 1 if len(response.actions) > 1 else 0

@@ -13,7 +13,6 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, check_fields, chosen, ranged
 from ceed_vla.workers import MOST
 from sim.environment import RECORDING_SEEDS, TAKEOVER_SEEDS, check_expert, flags, recorded_tasks
-from sim.episode_log import fingerprint
 from sim.tabletop.lerobot_env import CeedTabletopEnv
 
 MODES = ("clean", "perturb", "grounding", "takeover")
@@ -123,6 +122,4 @@ class RecordConfig:
         names = [item.name for item in fields(self) if item.name not in (*_FREE, "env")]
         values = {name: getattr(self, name) for name in names if getattr(self, name) != ""}
         values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-        if self.policy_path:
-            values["policy_path"] = fingerprint(str(self.policy_path))
         return {**values, "env": flags(self.env)}

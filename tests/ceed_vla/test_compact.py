@@ -7,6 +7,7 @@ import torch
 
 from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.compact.stem import CameraStem, Keypoints
+from ceed_vla.backbones.compact.words import split_words
 from ceed_vla.errors import ConfigError
 
 
@@ -36,3 +37,8 @@ def test_a_stem_without_keypoints_has_a_token_less() -> None:
     for count, tokens in ((0, 4), (8, 5)):
         stem = CameraStem((4, 4, 4, 4), grid=2, keypoints=count, image_size=32, width=6, instruction_width=3)
         assert stem(torch.randn(2, 3, 32, 32), torch.randn(2, 3)).shape == (2, tokens, 6)
+
+
+def test_words_are_those_of_any_script() -> None:
+    assert split_words("Move_the RED cube, 2 cm!") == ["move", "the", "red", "cube", "2", "cm"]
+    assert split_words("移动 红色-1 grünen") == ["移动", "红色", "1", "grünen"]

@@ -39,8 +39,8 @@ MS = 1_000_000  # [ns]
         ({"simulated_time": True, "rivals": ["nowhere:ar"]}, CheckpointError, "No checkpoint folder"),
         ({"simulated_time": True, "action_interface": "wheels"}, ConfigError, "no interface 'wheels'"),
         ({"checkpoint": "nowhere"}, CheckpointError, "No checkpoint folder"),
-        ({"simulated_time": True, "decoding": "ar"}, ConfigError, "--decoding is not read with --simulated_time true"),
-        ({"reaction": True}, ConfigError, "--reaction is not read with --simulated_time false"),
+        ({"simulated_time": True, "decoding": "ar"}, ConfigError, "--decoding is not read with --simulated_time True"),
+        ({"reaction": True}, ConfigError, "--reaction is not read with --simulated_time False"),
     ],
 )
 def test_options_that_cannot_work_start_nothing(

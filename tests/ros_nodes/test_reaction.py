@@ -14,9 +14,18 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
 from ceed_vla.cli_flags import parse_flags
 from ceed_vla.errors import ConfigError
-from ros_nodes.demo.reaction import DISTANCE, WHEN, Event, draw_event, first_change
 from ros_nodes.demo.ros_demo import RosDemoConfig
-from ros_nodes.demo.simulated_time import TRANSPORT, SimulatedLoop, _percentiles, _run
+from ros_nodes.demo.simulated_time import (
+    DISTANCE,
+    TRANSPORT,
+    WHEN,
+    Event,
+    SimulatedLoop,
+    _percentiles,
+    _run,
+    draw_event,
+    first_change,
+)
 from ros_nodes.robot.predictor import Request, Response, declared_spec
 from ros_nodes.simulated.robot import SimRobot
 

@@ -270,6 +270,13 @@ def test_adapters_on_a_base_in_bfloat16(
         np.testing.assert_allclose(list(read_log(tmp_path / name).values()), exact, rtol=0.02)
 
 
+def test_weights_do_not_learn_in_half_precision(studio: Any, base: Path, tmp_path: Path) -> None:
+    policy = studio.vlm_policy(base, weights="reference", dtype="bfloat16")
+    config = studio.train_config(tmp_path / "out", policy=policy, steps=1, mixed_precision="no", **PLAIN)
+    with pytest.raises(ConfigError, match=r"Weights would learn in torch.bfloat16, which rounds .* --lora.train"):
+        TeacherRun(config, None, None)
+
+
 # ---- refusals ---------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +292,13 @@ def test_adapters_on_a_base_in_bfloat16(
 def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LoRAConfig(**settings)
+
+
+def test_a_part_that_no_weight_has_is_refused(studio: Any, base: Path, tmp_path: Path) -> None:
+    policy = studio.vlm_policy(base, weights="reference")
+    config = studio.train_config(tmp_path / "out", policy=policy, lora=LoRAConfig(rank=4, train="embed_token"), **PLAIN)
+    with pytest.raises(ConfigError, match=r"--lora.train has 'embed_token', which no weight has in its name"):
+        TeacherRun(config, None, None)
 
 
 def test_adapters_of_another_rank(studio: Any, adapter_teacher: Path, tmp_path: Path) -> None:

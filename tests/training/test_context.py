@@ -16,7 +16,7 @@ from ceed_vla.checkpoints import weights_hash
 from ceed_vla.errors import ConfigError
 from training.context import LEAST, REPORT, ContextConfig, Scored, context
 from training.distill import distill
-from training.distill_data import DistillData
+from training.distill_data import DistillData, TrajectoriesConfig
 
 
 def test_it_learns_what_one_token_costs(studio: Any, tmp_path: Path) -> None:
@@ -60,8 +60,13 @@ def test_it_learns_what_one_token_costs(studio: Any, tmp_path: Path) -> None:
     assert entries[0]["teacher_agreement"] < 1
     again, _, _ = ceed_vla.load(distill(replace(config, steps=4, resume=True)))
     assert again.config.backbone.kept_tokens == kept
-    with pytest.raises(ConfigError, match="--kept needs a teacher of the compact backbone whose context"):
-        distill(studio.distill_config(tmp_path / "none", kept=5, steps=1))
+    for teacher in (
+        str(studio.teacher),
+        str(tmp_path / "kept" / "checkpoints" / "final"),
+    ):  # no scorer; a part of the prefix already
+        settings = {"teacher_path": teacher, "trajectories": TrajectoriesConfig(online=True), "kept": 3, "steps": 1}
+        with pytest.raises(ConfigError, match="--kept needs a teacher of the compact backbone that runs its whole"):
+            distill(studio.distill_config(tmp_path / "none", **settings))
 
 
 def test_what_cannot_work_is_refused(studio: Any, tmp_path: Path) -> None:

@@ -89,6 +89,22 @@ def numpy64(tensor: Tensor) -> NDArray[np.float64]:
 # ---- values -----------------------------------------------------------------------------------------------------
 
 
+def test_slots_behind_the_end_of_a_chunk_teach_nothing(case: dict[str, Tensor]) -> None:
+    live = torch.ones(B, N)
+    live[:, 5:] = 0
+    for loss, keys in (
+        (trust_region_loss, ("teacher_logits", "fixed_logits", "state_logits", "states", "fixed_point")),
+        (paper_loss, ("fixed_logits", "state_logits", "label_logits", "states", "fixed_point", "labels")),
+    ):
+        given = {key: case[key] for key in keys}
+        more = {"omega": 2.0} if loss is trust_region_loss else {"omega": 2.0, "sigma": 0.0}
+        weight = {} if loss is trust_region_loss else {"label_weight": live}
+        cut = {key: value[:, :5] for key, value in given.items()}
+        whole = loss(**given, **more, **weight, live=live).total
+        part = loss(**cut, **more, **{key: value[:, :5] for key, value in weight.items()}).total
+        assert whole.item() == pytest.approx(part.item(), rel=1e-5)
+
+
 def test_trust_region_equals_the_loops(case: dict[str, Tensor]) -> None:
     keys = ("teacher_logits", "fixed_logits", "state_logits", "states", "fixed_point")
     terms = trust_region_loss(**{key: case[key] for key in keys}, omega=2.5)

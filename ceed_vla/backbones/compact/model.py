@@ -179,10 +179,7 @@ class CompactBackbone(TrainableBackbone):
                 image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
             tokens.append(stem(image * 2 - 1, instruction))  # (B, grid ** 2 [+ 1], d)
         tokens.append(self.state(observation[STATE_KEY].clamp(-5, 5)).unsqueeze(1))  # (B, 1, d)
-        return self.narrowed(torch.cat(tokens, dim=1) + self.prefix_positions)
-
-    def narrowed(self, embeddings: Tensor) -> Tensor:
-        """Of the embeddings (B, P, d) of all tokens, those that run."""
+        embeddings = torch.cat(tokens, dim=1) + self.prefix_positions
         return embeddings[:, self.kept] if self.kept else embeddings
 
     def prefill(self, observation: dict[str, Tensor]) -> Prefix:

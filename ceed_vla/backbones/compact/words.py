@@ -26,7 +26,7 @@ MOST_WARNINGS = 100  # about words that a policy has never seen
 
 def split_words(instruction: str) -> list[str]:
     """Lower-case words of an instruction; punctuation separates."""
-    return re.findall(r"[a-z0-9]+", instruction.lower())
+    return re.findall(r"[^\W_]+", instruction.lower())
 
 
 def build_vocabulary(instructions: Iterable[str]) -> list[str]:

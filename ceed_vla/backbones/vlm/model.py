@@ -67,12 +67,12 @@ class VLMBackbone(TransformersBackbone):
         super().__init__(block_length, len(action_ids), torch.tensor(list(action_ids), device=model.device))
         _make_causal(model)
         self.model = model
-        width, like = embedding.embedding_dim, cast("Any", {"device": model.device, "dtype": model.dtype})
-        self.state_dim = state_dim
-        self.state = nn.Linear(state_dim, width, **like) if project_state else None
+        width, device = embedding.embedding_dim, model.device
+        self.state_dim = state_dim  # both learn, so they are float32 whatever the model is
+        self.state = nn.Linear(state_dim, width, device=device) if project_state else None
         if auxiliary_dim:
             layers = (nn.Linear(width, width), nn.SiLU(), nn.Linear(width, auxiliary_dim))
-            self.auxiliary = nn.Sequential(*layers).to(**like)
+            self.auxiliary = nn.Sequential(*layers).to(device)
         self._accepted = set(inspect.signature(self.trunk.forward).parameters) - {"labels"}
 
     @property

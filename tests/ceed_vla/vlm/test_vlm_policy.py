@@ -94,7 +94,8 @@ def test_tied_embeddings_by_reference_are_written_once(action_ids: str, base: An
 
 def test_bfloat16(base: Any) -> None:
     policy, pre, _ = new_policy(base("qwen2_5_vl"), dtype="bfloat16", proprio="projected")
-    assert {p.dtype for p in policy.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in policy.backbone.model.parameters()} == {torch.bfloat16}
+    assert policy.backbone.state.weight.dtype == torch.float32
     assert policy.decode(pre(observation()), "jacobi").tokens.shape == (2, 14)
 
 

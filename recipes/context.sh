@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A student that runs 10 of its 46 prefix tokens, from the shipped one (docs/latency-dial.md, Context): half an hour of two cores.
+# A student that runs 8 of its 46 prefix tokens, from the shipped one (docs/latency-dial.md, Context): half an hour of two cores.
 # Every step but the scorer's goes on where an interrupt left it.
 #
 #   bash recipes/context.sh [OUTPUT_FOLDER] [KEPT_TOKENS] [TRAINING_SEED]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-outputs/context} kept=${2:-10} seed=${3:-0}
+out=${1:-outputs/context} kept=${2:-8} seed=${3:-0}
 export MUJOCO_GL=${MUJOCO_GL:-egl} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$PWD/.venv/bin:$PATH"
 
 record() { # name mode episodes seed, and what differs

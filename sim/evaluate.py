@@ -204,8 +204,7 @@ def prepared(config: EvalConfig, pool: EnvPool, probes: Any) -> tuple[Evaluation
         pool.env(0).needs("--delay_ms", "hold_action")
     if latest.delay >= steps:
         raise ConfigError(f"{latest.name} is {latest.delay} control steps late; a chunk has {steps}: leave it out.")
-    env = pool.env(0)
-    env.reset(*_plan(config)[0])  # what a policy cannot decode is known before any episode
+    (env := pool.env(0)).reset(*_plan(config)[0])  # what a policy cannot decode is known before any episode
     for row in rows:
         runner = make_runner(row, bundles, executed)
         if runner.alone and config.workers > 1:

@@ -81,6 +81,7 @@ def group_runner(policy: str, env: EnvConfig, decoder: str, cap: int) -> Callabl
     """What runs the groups of some decisions, in a process of its own."""
     runner = PolicyRunner(joined(load(policy), env), decoder)
     pool = EnvPool(SHARD * (cap + 1), env)
+    pool.env(0).needs("reinforce", *NEEDED)
 
     def run(decisions: Sequence[Decision]) -> list[Group]:
         groups: list[Group] = []

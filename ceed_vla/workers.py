@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from itertools import islice
 from multiprocessing import forkserver
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
 from ceed_vla.discovery import discover, discovered
 from ceed_vla.errors import CeedVLAError
@@ -76,10 +76,11 @@ class Workers(AbstractContextManager["Workers"]):
     def __exit__(self, kind: Any, *_: Any) -> None:
         if self.count == 1:
             return
+        if kind is not None:  # an interrupt waits for no work, but half a result would hold up this process's own end
+            with cast("Any", self._pool)._result_queue._wlock:
+                for process in set(multiprocessing.active_children()) - self._others:
+                    process.terminate()
         self._pool.shutdown(wait=kind is None, cancel_futures=True)
-        if kind is not None:  # an interrupt does not wait for what is under way
-            for process in set(multiprocessing.active_children()) - self._others:
-                process.terminate()
 
 
 def _begin(packages: list[str], make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

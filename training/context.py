@@ -79,8 +79,7 @@ def context(config: ContextConfig) -> Path:
         policy.config.forget()
     policy.backbone.context = (scorer.requires_grad_(False),)
     save(output, policy, pre, post)
-    report = {"steps": config.steps, "dropped": config.dropped, "kept": worth}
-    write_text(output / REPORT, json.dumps(report, indent=2))
+    write_text(output / REPORT, json.dumps({"steps": config.steps, "dropped": config.dropped, "kept": worth}, indent=2))
     lines = [f"keep{n}: {found}" for n, found in worth.items()]
     print(*lines, f"Written: {output / CONTEXT}", sep="\n")
     return output

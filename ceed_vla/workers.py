@@ -21,6 +21,7 @@ from ceed_vla.errors import CeedVLAError
 
 MOST = "[1, 64]"  # workers, as settings say it
 PRELOADED = ["ceed_vla.checkpoints"]  # most of what takes seconds, and nothing that opens a device or a renderer
+HALF_S = 2.0  # that an answer which is being written may take, once the others are to end [s]
 _state: dict[str, Any] = {}  # of a worker's process
 
 
@@ -77,9 +78,12 @@ class Workers(AbstractContextManager["Workers"]):
         if self.count == 1:
             return
         if kind is not None:  # an interrupt waits for no work, but half a result would hold up this process's own end
-            with cast("Any", self._pool)._result_queue._wlock:
-                for process in set(multiprocessing.active_children()) - self._others:
-                    process.terminate()
+            writing = cast("Any", self._pool)._result_queue._wlock
+            held = writing.acquire(timeout=HALF_S)  # not where a worker died with it
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.terminate()
+            if held:
+                writing.release()
         self._pool.shutdown(wait=kind is None, cancel_futures=True)
 
 

@@ -35,10 +35,7 @@ def generate_launch_description() -> LaunchDescription:
     """One node."""
     described = {
         "namespace": ("", "namespace of the node"),
-        "params_file": (
-            CONFIG,
-            "parameters of the node; an argument that is given, autostart and start_enabled go before",
-        ),
+        "params_file": (CONFIG, "parameters of the node; given arguments, autostart and start_enabled override them"),
         **{name: (DEFAULTS.get(name, ""), text) for name, (_, text) in PARAMETERS.items()},
         "topics": ("", "topics of cameras with other names: top=/camera/image_raw,left=/left/image_raw"),
         **{name: ("", f"topic of {source} instead of the robot's file's") for name, source in TOPICS.items()},

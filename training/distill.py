@@ -241,9 +241,7 @@ class DistillRun(Run):
             result = decode(batch, strict, batch["previous"])
             once = decode(batch, replace(strict, max_iterations=1), batch["previous"])
             agree = result.tokens == batch["fixed_point"], once.tokens == result.tokens
-            live = batch["live"] / batch["live"].sum(
-                1, keepdim=True
-            )  # behind a token that ends a chunk nothing is read
+            live = batch["live"] / batch["live"].sum(1, keepdim=True)
             found.append((result.iterations.float(), *((same * live).sum(1) for same in agree)))
         iterations, teacher, once = (torch.cat(parts) for parts in zip(*found, strict=True))
         return {

@@ -121,8 +121,7 @@ class DistillData:
         """What a part of a step needs, of rows that are grouped by data set, on the policy's device.
 
         Returns what the pre-processor and `fixed_points` give, ``labels``, ``label_weight``, ``live`` (B, n) and
-        ``replaced`` (B,).
-        Without `draw`, the random part of the states, every row gets its previous chunk.
+        ``replaced`` (B,). Without `draw`, the random part of the states, every row gets its previous chunk.
         """
         batch = self.observations(rows)
         found = self.fixed_points(rows, batch, draw)

@@ -56,6 +56,15 @@ def test_a_process_that_dies_is_an_error_and_nothing_is_left() -> None:
     assert not any(process.is_alive() for process in left)
 
 
+def test_an_answer_that_a_dead_process_was_writing_holds_nothing_up() -> None:
+    with pytest.raises(KeyboardInterrupt), Workers(2, make, 0) as pool:  # noqa: PT012
+        next(pool.map(range(10)))
+        pool._pool._result_queue._wlock.acquire()  # as one that was killed in the middle
+        began = time.monotonic()
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 60
+
+
 KILLED = """
 import multiprocessing
 import os

@@ -17,7 +17,7 @@ from ceed_vla.backbones.openvla.config import OpenVLAConfig
 from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding.names import named_config
-from ceed_vla.engine import CompiledBackbone
+from ceed_vla.engine import CompiledBackbone, compiled
 from ceed_vla.errors import ConfigError, MalformedChunkError
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from ceed_vla.tokens.fast import FastTokensConfig
@@ -38,7 +38,9 @@ from sim.bench import (
     usual_rows,
 )
 from sim.decoders import Row, parse_decoders
+from sim.evaluate import EvalConfig, evaluate
 from sim.settings import CheckpointPath
+from sim.tabletop.lerobot_env import CeedTabletopEnv
 from sim.timing import engines_of, in_engine
 from tests.helpers.tabletop import tabletop_config
 
@@ -118,6 +120,26 @@ def test_exits_bring_their_rows() -> None:
 def test_decoders_run_in_the_engines_that_they_can_run_in() -> None:
     rows = [Row(name, "policy", named_config(name)) for name in ("cap1", "pdvla")]
     assert [engines_of(row.decoding, ("eager", "compiled")) for row in rows] == [("eager", "compiled"), ("eager",)]
+
+
+def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "pareto.png").write_bytes(b"mine")
+    config = BenchConfig(policy=CheckpointPath("student"), decoders="ceed", output_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"pareto\.png"):
+        bench(config)
+    assert [file.name for file in tmp_path.iterdir()] == ["pareto.png"]
+
+
+def test_a_row_that_runs_eagerly_only_is_timed_beside_compiled_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sim.timing.compiled", lambda backbone: compiled(backbone, "eager"))
+    config = EvalConfig(
+        policy=CheckpointPath("student"), decoders="ceed,pdvla", engine="compiled", episodes=1, timing_chunks=2,
+        clips=False, env=CeedTabletopEnv(task="mixed", episode_length=8), output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    engines = evaluate(config)["timing"]["engines"]
+    assert (engines["ceed"], engines["pdvla"]) == ("compiled", "eager")
 
 
 def test_pdvla_counts_the_forwards_of_every_row() -> None:

@@ -165,3 +165,4 @@ def test_from_the_shipped_student_to_a_plan(tmp_path: Path) -> None:
                 policy=CheckpointPath("student"), output_dir=str(tmp_path / "none"), budgets_ms=[0.01], **options
             )
         )
+    assert json.loads((tmp_path / "none" / "plans.json").read_text())["rejected"] > 0

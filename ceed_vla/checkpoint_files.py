@@ -13,15 +13,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ceed_vla.checkpoints.manifest import read_config
 from ceed_vla.decoding.config import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import short
-from ceed_vla.files import read_json
+from ceed_vla.files import count_values, read_json
 from ceed_vla.folders import WEIGHTS, resolve_checkpoint
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3
+MOST_VALUES = 50_000  # of config.json: a policy's has a few hundred
 _SINCE_3 = {"tail"}  # settings of the decoding that older formats do not have
 _REMOVED = ("tolerance_bins", "stable_iterations")  # of the decoding, in format 1
 
@@ -31,7 +33,11 @@ def read_values(folder: Path) -> dict[str, Any]:
 
     `CheckpointError` for another policy's, a newer format, or a missing decoding setting, which no default replaces.
     """
-    values, file = read_json(folder / "config.json"), folder / "config.json"
+    file = folder / "config.json"
+    values = read_config(folder)
+    count = count_values(values)
+    if count > MOST_VALUES:
+        raise CheckpointError(f"{file} has {count} values; a policy's settings have at most {MOST_VALUES}.")
     kind, tokens = values.get("type"), values.get("action_tokens")
     if kind != "ceed_vla":
         raise CheckpointError(f"{folder} holds a policy of type {kind!r}; this loader reads type 'ceed_vla'.")

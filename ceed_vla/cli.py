@@ -23,11 +23,12 @@ from ceed_vla import __version__
 from ceed_vla.cli_flags import format_help, parse_flags, take_packages
 from ceed_vla.cli_values import UsageError
 from ceed_vla.discovery import discover
-from ceed_vla.errors import CeedVLAError
+from ceed_vla.errors import CeedVLAError, is_failure
 from ceed_vla.workers import prepare
 
 PROGRAM = "ceed-vla"
 TRACEBACK = "CEED_VLA_TRACEBACK"
+_ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 LONGEST_MESSAGE = 1500
 
 
@@ -183,6 +184,12 @@ COMMANDS = {
         may="from unnorm_key chunk_size n_action_steps camera camera_size fast_tokenizer text_tokenizer device",
         positional="path",
     ),
+    "seal": Command(
+        "write a checkpoint's manifest: a lost, exchanged or damaged file is an error from then on",
+        "ceed_vla.checkpoints.sealing SealConfig seal_folder",
+        must="folder",
+        positional="folder",
+    ),
     "verify": Command(
         "check a published model against its reference outputs",
         "ceed_vla.verify VerifyConfig verify",
@@ -217,11 +224,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything of the hub is imported: no command asks it
     _configure_logging()
-    if arguments is None and not os.environ.get(TRACEBACK):
+    if os.environ.get(TRACEBACK, "").lower() not in (*_ON, *_OFF):
+        print(
+            f"{PROGRAM}: {TRACEBACK} is {os.environ[TRACEBACK][:20]!r}; 1 shows tracebacks, 0 does not", file=sys.stderr
+        )
+    if arguments is None and not tracebacks():
         sys.unraisablehook = lambda _: None  # what fails while objects are thrown away changes nothing
     if re.search(r"--workers[= ](?!1( |$))", " ".join(flags)):  # they import what this process is about to
         prepare(COMMANDS[name].where.split()[0])
     return run(name, COMMANDS[name], flags)
+
+
+def tracebacks() -> bool:
+    """Whether the user asks where errors come from."""
+    return os.environ.get(TRACEBACK, "").lower() in _ON
 
 
 def _configure_logging() -> None:
@@ -234,7 +250,7 @@ def _configure_logging() -> None:
 
 
 def _is_for_the_user(record: logging.LogRecord) -> bool:
-    if not os.environ.get(TRACEBACK):
+    if not tracebacks():
         record.exc_info = record.exc_text = record.stack_info = None
     return record.levelno >= logging.ERROR or "lerobot" not in Path(record.pathname).parts
 
@@ -286,8 +302,8 @@ def run(name: str, command: Command, flags: Sequence[str]) -> int:
         kept = command.kept.format_map(vars(config)) if config is not None else "nothing was started"
         print(f"\n{program}: interrupted; {kept}", file=sys.stderr)
         return 130
-    except Exception as error:
-        if os.environ.get(TRACEBACK):
+    except BaseException as error:
+        if tracebacks() or not is_failure(error):
             raise
         return _complain(program, explain(error), 1)
     return 0
@@ -301,7 +317,7 @@ def _help(flags: Sequence[str]) -> str:
     return ""
 
 
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
     """What a user can do about an exception, whatever raised it."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:

@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ceed_vla.fields import describe, options_of, short, type_hints
+from ceed_vla.files import whole
 
 MOST_FLAGS = 2**20  # [bytes] of a file of flags
+MOST_DEPTH = 50  # of values in values
+MOST_MARKS = 20_000  # of YAML: what separates values, each of which takes some 0.1 ms to read
+_MARKS = (",", "[", "{", "\n", ":", "- ", "? ")
 _WHOLE = re.compile(r"[-+]?[0-9]+")
 _DECIMAL = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _LONGEST_NUMBER = 400  # [characters]
@@ -49,13 +53,23 @@ def read_yaml(text: str, source: str) -> Any:
     """
     import yaml
 
+    if sum(map(text.count, _MARKS)) > MOST_MARKS:
+        raise UsageError(f"{source} cannot be read: it has more than {MOST_MARKS} lines and values")
+
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+
+        depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
                 raise yaml.YAMLError("it has an alias (*name); write the value out")
-            return super().compose_node(parent, index)
+            self.depth += 1
+            if self.depth > MOST_DEPTH:
+                raise yaml.YAMLError("it is nested too deep")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen: set[str] = set()
@@ -70,7 +84,7 @@ def read_yaml(text: str, source: str) -> Any:
     scalars: dict[str, tuple[str, typing.Callable[[str], Any]]] = {
         "null": (r"~|null|Null|NULL|", lambda value: None),
         "bool": (r"true|True|TRUE|false|False|FALSE", lambda value: value.lower() == "true"),
-        "int": (_WHOLE.pattern, int),
+        "int": (_WHOLE.pattern, whole),
         "float": (_DECIMAL.pattern, float),
     }
     for kind, (pattern, read) in scalars.items():
@@ -79,7 +93,7 @@ def read_yaml(text: str, source: str) -> Any:
         Loader.add_constructor(tag, lambda loader, node, read=read: read(str(node.value)))
     try:
         return yaml.load(text, Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, MemoryError) as error:
         reason = "it is nested too deep" if isinstance(error, RecursionError) else error
         raise UsageError(f"{source} cannot be read: {reason}") from error
 
@@ -92,9 +106,11 @@ def read_config(config_class: type[Any], file: str | None) -> dict[str, Any]:
     try:
         if path.exists() and not path.is_file():
             raise UsageError(f"{source} is no file")
-        if path.stat().st_size > MOST_FLAGS:
+        with path.open("rb") as content:
+            found = content.read(MOST_FLAGS + 1)
+        if len(found) > MOST_FLAGS:
             raise UsageError(f"{source} has more than {MOST_FLAGS // 1000} kB; it cannot be a file of flags")
-        values = read_yaml(path.read_text(encoding="utf-8"), source)
+        values = read_yaml(found.decode("utf-8"), source)
     except (OSError, ValueError) as error:
         raise UsageError(f"{source} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(values, dict):

@@ -20,13 +20,13 @@ from ceed_vla.backbones.compact.config import CompactConfig
 from ceed_vla.backbones.config import BackboneConfig, PolicyShape
 from ceed_vla.checkpoint_files import FORMAT_VERSION, check_kinds, in_current_format, read_values
 from ceed_vla.decoding.config import DecodingConfig
-from ceed_vla.decoding.names import CEED, OWN, named_config
+from ceed_vla.decoding.names import CEED, MOST_OWN, OWN, named_config
 from ceed_vla.decoding.registry import find_decoder, find_exit
 from ceed_vla.devices import check_device, check_device_name
 from ceed_vla.errors import CheckpointError, ConfigError, raised_as
 from ceed_vla.fields import check_fields, ranged, short
 from ceed_vla.files import plain_name, saving
-from ceed_vla.folders import resolve_checkpoint
+from ceed_vla.folders import EXITS, MANIFEST, resolve_checkpoint
 from ceed_vla.tokens.base import ActionTokensConfig
 from ceed_vla.tokens.uniform import UniformTokensConfig
 
@@ -114,6 +114,8 @@ class CeedVLAConfig(PreTrainedConfig):
             )
         if not self.action_tokens.ordered:
             self.label_sigma = 0.0  # no token is near another
+        if len(self.decodings) > MOST_OWN:
+            raise ConfigError(f"decodings has {len(self.decodings)} names; a checkpoint has at most {MOST_OWN}.")
         for name, meant in self.decodings.items():
             if not OWN.fullmatch(name) or OWN.fullmatch(meant):
                 raise ConfigError(
@@ -159,6 +161,9 @@ class CeedVLAConfig(PreTrainedConfig):
             kinds += [find_decoder(decoding.method)[0].make, *(find_exit(name)[0].make for name in decoding.exits)]
         names = {str(kind.__module__).partition(".")[0] for kind in kinds}
         self.packages = sorted(names - {"ceed_vla", "__main__"})
+        # What it describes is about to change. Only `save` and `seal` write a new one: LeRobot
+        # writes the processors later.
+        (save_directory / MANIFEST).unlink(missing_ok=True)
         super()._save_pretrained(save_directory)
 
     def forget(self, *stale: str, new: dict[str, str] | None = None) -> None:
@@ -170,6 +175,16 @@ class CeedVLAConfig(PreTrainedConfig):
         self.decodings = {**kept, **(new or {})}
         if OWN.fullmatch(self.decode_with) and self.decode_with not in self.decodings:
             self.decode_with = CEED
+
+    def check_without_exits(self, folder: Path) -> None:
+        """Raise `CheckpointError` if a folder without exits names a decoding that needs one."""
+        for name in (CEED, self.decode_with, *self.decodings):
+            entry, _ = find_decoder(self.named(name).method)
+            if any("{exit}" in rung for rung in entry.ladder):
+                decoding = f"its decoding {name!r} ({self.named(name).method})"
+                raise CheckpointError(
+                    f"{folder} lacks {EXITS}, which {decoding} needs; copy the whole checkpoint again."
+                )
 
     def named(self, decoding: str | DecodingConfig) -> DecodingConfig:
         """The decoding that a name stands for, of this checkpoint; see `named_config`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from ceed_vla.errors import ConfigError
+from ceed_vla.errors import ConfigError, is_failure
 
 FLAG = "discover_packages_path"
 _discovered: set[str] = set()
@@ -19,7 +19,9 @@ def discover(text: str, option: str = f"--{FLAG}") -> None:
     for name in filter(None, (part.strip() for part in text.split(","))):
         try:
             importlib.import_module(name)
-        except Exception as error:  # a package of any make may raise anything
+        except BaseException as error:  # a package of any make may raise anything, or end the process
+            if not (is_failure(error) or isinstance(error, SystemExit)):
+                raise
             raise ConfigError(
                 f"{option}: the package {name!r} cannot be imported ({type(error).__name__}: {error}); install it, or "
                 "set PYTHONPATH."

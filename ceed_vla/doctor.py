@@ -107,7 +107,9 @@ def _run_probe(script: str) -> dict[str, Any]:
     command = [sys.executable, "-c", script]
     with tempfile.TemporaryFile() as file:  # a pipe would wait for the process's children, too
         try:
-            run = subprocess.run(command, stdout=file, stderr=file, env=environment, timeout=LIMIT_S)
+            run = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, timeout=LIMIT_S
+            )
         except subprocess.TimeoutExpired:
             return {"error": f"no answer in {LIMIT_S:.0f} s (is the machine busy? then try again)"}
         file.seek(0)

@@ -11,8 +11,16 @@ except ImportError:  # a robot's node whose policy runs in another Python needs 
     ParsingError = ValueError  # type: ignore[misc,assignment]
 
 
+LONGEST = 1800  # characters of a message that somebody reads
+
+
 class CeedVLAError(Exception):
     """Base class of every error that this project raises on purpose."""
+
+    def __str__(self) -> str:
+        """The message; a value of any length in it is cut."""
+        text = super().__str__()
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 class ConfigError(CeedVLAError, ParsingError):
@@ -27,6 +35,11 @@ def root_cause(error: BaseException) -> str:
     return line if isinstance(error, CeedVLAError) else f"{type(error).__name__}: {line}"
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether `error` is an ordinary exception, or a panic of a library in Rust: no request to end the process."""
+    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
+
+
 @contextmanager
 def raised_as(
     kind: type[CeedVLAError], what: str, advice: str, passing: type[CeedVLAError] | tuple[()] = CeedVLAError
@@ -39,7 +52,9 @@ def raised_as(
         yield
     except passing:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise kind(f"{what} ({root_cause(error)}); {advice}") from error
 
 

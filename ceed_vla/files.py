@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
@@ -17,25 +17,88 @@ from typing import Any
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError
 from ceed_vla.fields import short
 
-MOST_JSON = 2**28  # [bytes] of settings, tokenizers included
+MOST_SETTINGS = 2**24  # [bytes] of a file of settings
+MOST_DIGITS = 400  # of a number; the largest that is a float has 309
+MOST_DEPTH = 100  # of values in values, which whoever reads them follows down
+MOST_VALUES = 10**6  # of one: each takes some hundred bytes of memory, whatever it takes in the file
 LONGEST_NAME = 200
 
 
-def read_json(file: Path, error: type[CeedVLAError] = CheckpointError) -> dict[str, Any]:
-    """A JSON object; otherwise raises `error`."""
+def read_json(
+    file: Path, error: type[CeedVLAError] = CheckpointError, *, most: int = MOST_SETTINGS, values: int = MOST_VALUES
+) -> dict[str, Any]:
+    """A JSON object of at most `most` bytes and about `values` values; otherwise raises `error`."""
+    content = read_bytes(file, error, most=most)
+    try:
+        found = parse_json(content.decode("utf-8"), values)
+    except ValueError as problem:
+        raise error(f"{file} is not JSON ({str(problem)[:200]}); copy it again.") from problem
+    if not isinstance(found, dict):
+        raise error(f"{file} holds a {type(found).__name__} instead of settings; copy it again.")
+    return found
+
+
+def parse_json(text: str, most: int = MOST_VALUES) -> Any:
+    """The value of JSON `text`, of about `most` values and without a repeated name; otherwise `ValueError`."""
+    count = sum(map(text.count, "[{,"))  # at least the number of values but one
+    if count > most:
+        raise ValueError(f"it has about {count} values; at most {most} are read")
+    try:
+        value = json.loads(text, object_pairs_hook=_once, parse_int=whole)
+    except (RecursionError, MemoryError) as problem:
+        raise ValueError("it is nested too deep, or takes too much memory") from problem
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return value
+    raise ValueError(f"it is nested too deep; {MOST_DEPTH} levels are read")
+
+
+def count_values(value: Any) -> int:
+    """Values in what JSON holds, nested ones included."""
+    count = 0
+    waiting = [value]
+    while waiting:
+        count += 1
+        waiting.extend(_inside(waiting.pop()))
+    return count
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    """The values in a mapping or list; none in another value."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def read_text(file: Path, error: type[CeedVLAError] = CheckpointError, *, most: int = MOST_SETTINGS) -> str:
+    """The UTF-8 text of a file of at most `most` bytes; otherwise raises `error`."""
+    try:
+        return read_bytes(file, error, most=most).decode("utf-8")
+    except ValueError as problem:
+        raise error(f"{file} is not text in UTF-8 ({str(problem)[:200]}); copy it again.") from problem
+
+
+def read_bytes(file: Path, error: type[CeedVLAError] = CheckpointError, *, most: int) -> bytes:
+    """The content of a file of at most `most` bytes, whatever size it declares; otherwise raises `error`."""
     regular(file, error)
     try:
-        size = file.stat().st_size
-        if size > MOST_JSON:
-            raise error(f"{file} has {size / 1e6:.0f} MB; settings take less than {MOST_JSON / 1e6:.0f}.")
-        values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except OSError as problem:
-        raise error(f"{file} cannot be read ({problem.strerror}); is this the right folder?") from problem
-    except (ValueError, RecursionError) as problem:
-        raise error(f"{file} is not JSON ({str(problem)[:200]}); copy it again.") from problem
-    if not isinstance(values, dict):
-        raise error(f"{file} holds a {type(values).__name__} instead of settings; copy it again.")
-    return values
+        with file.open("rb") as content:
+            found = content.read(most + 1)
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        raise error(f"{file} cannot be read ({reason}); is this the right folder?") from problem
+    if len(found) > most:
+        raise error(f"{file} has more than {most / 1e6:.0f} MB, the most that such a file takes.")
+    return found
+
+
+def whole(text: str) -> int:
+    """The whole number that a text of digits stands for; `ValueError` for one that nobody means."""
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"it has a number of {len(text)} digits; at most {MOST_DIGITS} are read")
+    return int(text)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

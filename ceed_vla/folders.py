@@ -10,10 +10,15 @@ from ceed_vla.errors import CheckpointError
 from ceed_vla.fields import short
 
 PRETRAINED = ("teacher", "student")
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+MANIFEST = "manifest.json"  # see `ceed_vla.checkpoints.manifest`
+EXITS = "exits.safetensors"
+CONTEXT = "context.safetensors"
+MODULES = (EXITS, CONTEXT)  # beside the weights, and read if they are there
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 PROCESSOR_FILES = (PREPROCESSOR, POSTPROCESSOR)
-POLICY_FILES = ("config.json", WEIGHTS)
+POLICY_FILES = (CONFIG, WEIGHTS)
 FILES = (*POLICY_FILES, *PROCESSOR_FILES)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ceed_vla.backbones.base import runs
 from ceed_vla.backbones.context import load_context, save_context
 from ceed_vla.backbones.exits import load_exits, save_exits
+from ceed_vla.checkpoints.manifest import check_files, held_still
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.decoding import DecodeResult, DecodingConfig, decode_block, prefill
 from ceed_vla.errors import CheckpointError, ConfigError
@@ -87,7 +88,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
     ) -> CeedVLAPolicy:
         """Load a local checkpoint in evaluation mode; never asks a hub.
 
-        `CheckpointError` for missing, foreign, truncated or corrupt files.
+        `CheckpointError` for missing, foreign, truncated or corrupt files, and for files of a
+        sealed checkpoint that differ from its manifest.
 
         Args:
             pretrained_name_or_path: A checkpoint folder, or "teacher" / "student" for the shipped ones.
@@ -100,7 +102,18 @@ class CeedVLAPolicy(PreTrainedPolicy):
         _check_switches(strict=strict, merge_adapters=merge_adapters)
         if not isinstance(config, CeedVLAConfig | None):
             raise ConfigError(f"config is a {type(config).__name__}; pass a CeedVLAConfig or None.")
-        chosen = CeedVLAConfig.read(folder) if config is None else config
+        with held_still(folder):
+            check_files(folder)
+            chosen = CeedVLAConfig.read(folder) if config is None else config
+            policy = cls._from_folder(folder, chosen, strict, **kwargs)
+        if merge_adapters and policy.adapters:
+            merge(policy, policy.adapters)
+            policy.adapters = {}
+        return policy.to(policy.config.device).eval()
+
+    @classmethod
+    def _from_folder(cls, folder: Path, chosen: CeedVLAConfig, strict: bool, **kwargs: Any) -> CeedVLAPolicy:
+        """The policy in a folder whose files have been checked against their manifest."""
         # Before anything is built. Without an architecture the model would be read from wherever `path` says.
         if getattr(chosen.backbone, "architecture", None) == "":
             raise CheckpointError(f"{folder}: backbone.architecture in config.json is empty; copy it again.")
@@ -116,10 +129,9 @@ class CeedVLAPolicy(PreTrainedPolicy):
         load_weights(policy, folder, strict)
         load_exits(policy.backbone, folder)
         load_context(policy.backbone, folder)
-        if merge_adapters and policy.adapters:
-            merge(policy, policy.adapters)
-            policy.adapters = {}
-        return policy.to(policy.config.device).eval()
+        if not policy.backbone.exits:
+            CeedVLAConfig.read(folder, "cpu").check_without_exits(folder)
+        return policy
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Write configuration and weights into a folder, as LeRobot does; see `saving`."""

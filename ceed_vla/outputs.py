@@ -1,21 +1,29 @@
-"""Where a command writes: never over a file that it did not make.
+"""Where a command writes: never over a file that it did not make, and never beside another writer.
 
-Every file that we make says so inside (`MADE_BY`), so that the next run can tell its own files from a user's.
+Every file that we make says so inside (`MADE_BY`), so that the next run can tell its own files from
+a user's. Weights cannot say so: a report beside them lists their hashes (`WRITTEN`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from ceed_vla import __version__
 from ceed_vla.errors import ConfigError
+from ceed_vla.files import read_json, strange
+from ceed_vla.locks import locked
 
 MADE_BY = f"made by ceed-vla {__version__}"
 _MARK = b"made by ceed-vla "
 _SEARCHED = 2**17  # [bytes] at both ends of a file
+_NAMED = 12  # digits of a hash by which a report names weights
+WRITTEN = "written"  # in a report: path below its folder -> SHA-256 of what was written there
 
 
 def is_own(file: Path) -> bool:
@@ -50,20 +58,150 @@ def named_folder(option: str, text: str) -> Path:
     return path
 
 
-def claim_folder(option: str, text: str, names: Iterable[str], known_by: Iterable[str]) -> Path:
-    """The folder that an option names, if files `names` may be written into it: a new or empty one, or one of ours.
+@contextmanager
+def owned_folder(option: str, text: str, part: str = "", launched: bool = False) -> Iterator[Path]:
+    """`named_folder`, while this process is its only writer; for the others see `locked`."""
+    folder = named_folder(option, text)
+    with locked(folder, f"--{option} is {text!r}", part, launched=launched):
+        yield folder
 
-    A file of ours among `known_by` makes a folder ours. `ConfigError` for an empty name, a file, or somebody else's.
+
+@contextmanager
+def claimed_folder(
+    option: str,
+    text: str,
+    names: Iterable[str],
+    known_by: Iterable[str],
+    part: str = "",
+    inputs: Sequence[Path] = (),
+    unmarked: Iterable[str] = (),
+) -> Iterator[Path]:
+    """`claim_folder`, while this process is the only writer of the folder."""
+    with owned_folder(option, text):
+        yield claim_folder(option, text, names, known_by, part, inputs, unmarked)
+
+
+def claim_folder(
+    option: str,
+    text: str,
+    names: Iterable[str],
+    known_by: Iterable[str],
+    part: str = "",
+    inputs: Sequence[Path] = (),
+    unmarked: Iterable[str] = (),
+) -> Path:
+    """The folder that an option names, if all that a command writes may be written there.
+
+    It is a new or empty one, or one of ours.
+
+    Args:
+        option: Name of the option.
+        text: Its value.
+        names: Files that the command writes into the folder.
+        known_by: A file of ours among these makes the folder ours.
+        part: A folder below it that the command replaces; a report among `known_by` must list all
+            of its files.
+        inputs: Folders that the command reads, which it must not replace.
+        unmarked: Files that it writes, too, and that cannot say who made them.
+
+    Raises:
+        ConfigError: An empty name, a file, a folder or a file of somebody else's, a link that leads
+            out of the folder, or an input in the place of an output.
     """
     path = named_folder(option, text)
-    content = sorted(file.name for file in path.iterdir() if file.name[0] != ".") if path.is_dir() else []
-    strange = [name for name in names if (path / name).exists(follow_symlinks=False) and not is_own(path / name)]
-    if content and not any(is_own(path / name) for name in known_by):
-        strange = strange or content
-    if strange:
-        what = f"which holds {strange[0]!r} that ceed-vla did not make"
-        raise ConfigError(f"--{option} is {text!r}, {what}; name a new or empty folder.")
+    what = f"--{option} is {text!r}"
+    files = list(names)
+    for name in unmarked:
+        _check_links(what, path, name)
+    for name in [*files, part] if part else files:
+        _check_links(what, path, name)
+        for source in inputs:
+            if source.resolve().is_relative_to((path / name).resolve()):
+                replaces = f"where {name} would replace {source}, an input"
+                raise ConfigError(f"{what}, {replaces}; name another folder.")
+    reports = [path / name for name in known_by if is_own(path / name)]
+    strange_files = [name for name in files if _is_strange(path / name)]
+    if path.is_dir() and not reports:
+        strange_files += sorted(file.name for file in path.iterdir() if file.name[0] != ".")
+    if part:
+        strange_files += _unlisted(path, part, reports)
+    if strange_files:
+        holds = f"which holds {strange_files[0]!r} that ceed-vla did not make"
+        raise ConfigError(f"{what}, {holds}; name a new or empty folder.")
     return path
+
+
+def hashes(folder: Path, part: str) -> dict[str, str]:
+    """What a report lists as `WRITTEN`: every file in `part` of `folder`, with its SHA-256."""
+    files = [file for file in sorted((folder / part).rglob("*")) if file.is_file()]
+    return {file.relative_to(folder).as_posix(): _hash(file) for file in files}
+
+
+def written_before(report: Mapping[str, Any] | Path) -> dict[str, Any]:
+    """What a report, or its file, lists as `WRITTEN`; nothing where it cannot be read."""
+    values = _read(report) if isinstance(report, Path) else report
+    written = values.get(WRITTEN)
+    return written if isinstance(written, dict) else {}
+
+
+def _read(report: Path) -> dict[str, Any]:
+    """The values of a report; none where it cannot be read."""
+    try:
+        return read_json(report, ConfigError)
+    except ConfigError:
+        return {}
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _is_strange(file: Path) -> bool:
+    """Whether somebody else's file has this name."""
+    return file.exists(follow_symlinks=False) and not is_own(file)
+
+
+def _check_links(what: str, folder: Path, name: str) -> None:
+    """Raise `ConfigError` where writing `name` would write elsewhere than in `folder`."""
+    path = folder / name
+    below = strange(path) if path.is_dir() and not path.is_symlink() else ()
+    for file in [path] if path.is_symlink() else below:
+        holds = f"{what}, which holds {file.relative_to(folder)}"
+        if not file.is_symlink():
+            raise ConfigError(f"{holds}, a pipe or a device; name a new or empty folder.")
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"{holds}, a link to {file.resolve()}; name a new or empty folder.")
+
+
+def _unlisted(folder: Path, part: str, reports: Iterable[Path]) -> list[str]:
+    """Files in `part` that no report lists as written, with the content that they have.
+
+    A report of an earlier version lists none: the policy's weights that it names are enough there.
+    """
+    if not (folder / part).is_dir():
+        return [part] if (folder / part).exists(follow_symlinks=False) else []
+    listed: dict[str, Any] = {}
+    for report in map(_read, reports):
+        if WRITTEN in report:
+            listed |= written_before(report)
+        elif _has_weights(folder / part, report.get("policy")):
+            return []
+    found = []
+    for file in sorted((folder / part).rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if not file.is_dir() and (name not in listed or listed[name] != _hash(file)):
+            found.append(name)
+    return found
+
+
+def _has_weights(checkpoint: Path, policy: Any) -> bool:
+    """Whether the weights in a checkpoint are those that a report's entry `policy` names."""
+    weights = checkpoint / "model.safetensors"
+    if not weights.is_file() or not isinstance(policy, dict):
+        return False
+    named = policy.get("sha256")
+    return isinstance(named, str) and len(named) >= _NAMED and _hash(weights).startswith(named)
 
 
 def _path(option: str, text: str) -> Path:

@@ -234,7 +234,7 @@ def _check_normalisation(pre: list[Step], post: list[Step], config: PreTrainedCo
                 raise CheckpointError(f"{file} lacks the step {name!r} for {', '.join(sorted(used))}.")
             continue
         if {str(k): str(m) for k, m in step.settings.get("norm_map", {}).items()} != modes:
-            raise step.error(f"has the modes {step.settings.get('norm_map')}, config.json has {modes}.")
+            raise step.error(f"has the modes {short(step.settings.get('norm_map'))}, config.json has {modes}.")
         if step.settings.get("normalize_observation_keys") is not None:
             raise step.error("normalises some keys only (normalize_observation_keys); no training here does.")
         for feature, (kind, shape) in _shapes(step).items():

@@ -42,7 +42,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise CheckpointError(
             f"The weights of this policy lie in {str(folder)!r}, which is no folder (any more); correct "
-            "backbone.path in the checkpoint's config.json."
+            "backbone.path in the checkpoint's config.json, and run `ceed-vla seal` on the checkpoint."
         )
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]

@@ -20,7 +20,8 @@ from ceed_vla.discovery import discover, discovered
 from ceed_vla.errors import CeedVLAError
 
 MOST = "[1, 64]"  # workers, as settings say it
-PRELOADED = ["ceed_vla.checkpoints"]  # most of what takes seconds, and nothing that opens a device or a renderer
+# Most of what takes seconds to import, and nothing that opens a device or a renderer.
+PRELOADED = ["ceed_vla.checkpoints.policies"]
 HALF_S = 2.0  # that an answer which is being written may take, once the others are to end [s]
 _state: dict[str, Any] = {}  # of a worker's process
 
@@ -90,6 +91,7 @@ class Workers(AbstractContextManager["Workers"]):
 def _begin(packages: list[str], make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
     Thread(target=_follow, daemon=True).start()
+    close_input()
     os.environ["LP_NUM_THREADS"] = "1"  # of a renderer without a GPU
     if torch := sys.modules.get("torch"):  # `make` came with it
         torch.set_num_threads(1)
@@ -98,6 +100,13 @@ def _begin(packages: list[str], make: Callable[..., Any], arguments: tuple[Any, 
         _state["call"] = make(*arguments)
     except Exception as error:  # which reaches nobody from here
         _state["error"] = error
+
+
+def close_input() -> None:
+    """Let reading standard input end at once, so that no library waits for an answer there."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
 
 
 def _follow() -> None:

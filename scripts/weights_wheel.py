@@ -18,8 +18,10 @@ import draccus
 from setuptools import build_meta
 
 from ceed_vla import __version__
+from ceed_vla.checkpoints.manifest import check_files
+from ceed_vla.checkpoints.sealing import seal
 from ceed_vla.errors import CheckpointError, ConfigError
-from ceed_vla.folders import PRETRAINED, resolve_checkpoint
+from ceed_vla.folders import MANIFEST, PRETRAINED, resolve_checkpoint
 
 PROJECT = """[build-system]
 requires = ["setuptools>=77"]
@@ -63,7 +65,11 @@ def build(config: WheelConfig) -> Path:
     with tempfile.TemporaryDirectory() as temporary:
         package = Path(temporary) / f"ceed_vla_{config.name}"
         for name, folder in found.items():
-            shutil.copytree(resolve_checkpoint(folder), package / name)
+            source = resolve_checkpoint(folder)
+            check_files(source)
+            shutil.copytree(source, package / name)
+            if not (package / name / MANIFEST).exists():
+                seal(package / name)
         shutil.copy(config.card, package / "README.md")
         (package / "__init__.py").write_text(f'"""Checkpoints: {", ".join(found)}."""\n')
         text = PROJECT.format(name=config.name, version=__version__, names=", ".join(found))

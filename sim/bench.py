@@ -23,7 +23,7 @@ from ceed_vla.checkpoints import resolve_checkpoint
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.fields import chosen
 from ceed_vla.files import write_text
-from ceed_vla.outputs import claim_folder
+from ceed_vla.outputs import claimed_folder
 from sim.episode_log import EPISODES
 from sim.evaluate import REPORT, EvalConfig, evaluate
 from sim.plots import FORWARDS, INK, row_color, save_figure
@@ -75,10 +75,15 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         rows += program_rows(policy)
         config.decoders = ",".join([*rows, *[TEACHER_ROWS] * bool(config.teacher.path)])
     config.decoders = f"ar,ar_h,{config.decoders}"  # everything is compared with them
-    claim_folder("output_dir", config.output_dir, (BENCH, TABLE, PARETO), (REPORT, EPISODES))
+    own = (BENCH, TABLE, PARETO)
+    with claimed_folder("output_dir", config.output_dir, own, (REPORT, EPISODES)) as folder:
+        return _bench(config, folder)
+
+
+def _bench(config: BenchConfig, folder: Path) -> dict[str, Any]:
+    """As `bench`, into a folder of its own."""
     report = evaluate(config, None, lambda bundles: {"act": sim.rivals.act(bundles["policy"])})
     result = {**report, "decoders": rows_of(report)}
-    folder = Path(config.output_dir)
     if report["timing"]:
         result["floor_ms"], result["ar_over_parts"] = floor(report, "policy"), ar_over_parts(report)
         save_figure(pareto(result), folder / PARETO)

@@ -30,7 +30,7 @@ from ceed_vla.decoding import decoder_ladders, exit_ladders, named_config
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, ranged
 from ceed_vla.files import write_text
-from ceed_vla.outputs import MADE_BY, claim_folder, default_console
+from ceed_vla.outputs import MADE_BY, WRITTEN, claimed_folder, default_console, hashes
 from sim.environment import VALIDATION_SEED, Bundle, EnvPool, check_choice, flags, joined, observation_batch, turns
 from sim.rollout import Chunk, PolicyRunner, rollout, success_entry
 from sim.settings import DrivenConfig
@@ -173,8 +173,15 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
         ConfigError: An option that cannot work.
         CheckpointError: A checkpoint that cannot be loaded.
     """
-    name = AUDIT if config.names else REPORT
-    folder = claim_folder("output_dir", config.output_dir, (name,), (REPORT, AUDIT))
+    name, part = (AUDIT, "") if config.names else (REPORT, CHECKPOINT)
+    inputs = [resolve_checkpoint(config.policy.given())]
+    claim = ("output_dir", config.output_dir, (name,), (REPORT, AUDIT), part, inputs)
+    with claimed_folder(*claim) as folder:
+        return _calibrate(config, folder / name)
+
+
+def _calibrate(config: CalibrateConfig, file: Path) -> dict[str, Any]:
+    """As `calibrate`, into the report `file` and beside it."""
     config.limit_threads()
     policy, pre, post = load(config.policy.given())
     policy.requires_grad_(False)  # nor is any weight saved as trained
@@ -184,7 +191,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     bundle = joined((policy, pre, post), config.env)
     with EnvPool(min(config.batch, config.episodes), config.env, config.instruction) as pool:
         rows, chosen = _choose(config, bundle, pool)
-    report = {
+    report: dict[str, Any] = {
         "program": MADE_BY,
         "policy": {"path": str(resolve_checkpoint(config.policy.path)), "sha256": weights_hash(config.policy.path)},
         "alpha": config.alpha,
@@ -195,14 +202,16 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
         "chosen": chosen,
         "decoders": {row.name: row.entry(config.epsilons) for row in rows},
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / name, json.dumps(report, indent=2))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(report, indent=2))  # whatever becomes of the checkpoint
     if not config.names:
         stale = ("risk",) if config.executed_steps == policy.config.n_action_steps else ("risk", "plan", "learned")
         policy.config.forget(*stale, new=chosen)
         policy.config.n_action_steps = int(config.executed_steps or 1)
-        save(folder / CHECKPOINT, policy, pre, post)
-    _print(report, default_console(), folder / name)
+        save(file.parent / CHECKPOINT, policy, pre, post)
+        report[WRITTEN] = hashes(file.parent, CHECKPOINT)
+        write_text(file, json.dumps(report, indent=2))
+    _print(report, default_console(), file)
     return report
 
 

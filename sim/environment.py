@@ -1,7 +1,7 @@
 """Environments are LeRobot's `EnvConfig`s; what one may offer beside that is listed here, and found by its name.
 
 Whatever LeRobot or a discovered package registers can be evaluated and shown: observations as LeRobot reads them
-(``pixels``, ``agent_pos``), success from ``info["is_success"]``. All else is optional.
+(``pixels``, ``agent_pos``), success from ``info["is_success"]``, a boolean. All else is optional.
 
 On the configuration:
 
@@ -56,6 +56,7 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ConfigError, SimulationError, raised_as, root_cause
+from ceed_vla.fields import short
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ class Environment:
         success: Whether the episode is solved now.
         finished: Whether the environment itself has ended the episode.
 
-    `SimulationError`: It cannot be made, or it does not say whether an episode is solved.
+    `SimulationError`: It cannot be made, it fails, or it does not say whether an episode is solved.
     """
 
     def __init__(self, config: EnvConfig, instruction: str = "") -> None:
@@ -178,8 +179,14 @@ class Environment:
             # With a task list one environment does for all; without, LeRobot makes one for each task.
             make = EnvConfig.create_envs if _has_tasks(config) else make_env
             self._suites = make(config, n_envs=1)
-        suites = self._suites.items()
-        self._envs = [(f"{suite}/{n}", vector.envs[0]) for suite, vectors in suites for n, vector in vectors.items()]
+            self._envs = []
+            for suite, vectors in self._suites.items():
+                self._envs += [(f"{suite}/{n}", own.envs[0]) for n, own in vectors.items()]
+        if not self._envs:
+            raise SimulationError(
+                f"--env.type={config.type} has no environment: what its package makes is empty. "
+                "Check its fields, such as env.task, or its package."
+            )
         self._env = self._envs[0][1]
         self._quick = all(hasattr(self.inner, name) for name in ("observe", "advance", "is_success"))
         self._observation: Observation | None = None
@@ -210,30 +217,54 @@ class Environment:
         if not _has_tasks(self.config):
             options[NEW_ROLLOUT_OPTION] = True
         name, self._env = self._envs[seed % len(self._envs)]
-        self._observation, info = self._env.reset(seed=int(seed), options=options)
+        with self._fails_in(f"reset to seed {seed}"):
+            self._observation, info = self._env.reset(seed=int(seed), options=options)
+            said = info.get("task")
         own = self.config.task or self.config.type
-        found = str(info.get("task") or (own if len(self._envs) == 1 else name))
+        found = str(said or (own if len(self._envs) == 1 else name))
         self.task = task if task != MIXED and _has_tasks(self.config) else found
         self.success = self.finished = False
 
     def observe(self) -> Observation:
         if self._observation is None:
-            self._observation = self.inner.observe()
+            with self._fails_in("observe()"):
+                self._observation = self.inner.observe()
         return self._observation
 
     def advance(self, action: NDArray[np.floating]) -> bool:
         """One control step; whether the episode is solved now."""
         if self._quick:
-            self.inner.advance(action)
-            self._observation, self.success = None, bool(self.inner.is_success())
+            with self._fails_in("advance(action)"):
+                self.inner.advance(action)
+                solved = self.inner.is_success()
+            self._observation = None
+            self.success = self._checked(solved, "is_success()")
             return self.success
-        self._observation, _, terminated, truncated, info = self._env.step(action)
-        if "is_success" not in info:
+        with self._fails_in("step(action)"):
+            self._observation, _, terminated, truncated, info = self._env.step(action)
+            silent = "is_success" not in info
+        if silent:
             raise SimulationError(
                 f"--env.type={self.config.type} does not say in info['is_success'] whether an episode is solved."
             )
-        self.success, self.finished = bool(np.all(info["is_success"])), bool(terminated or truncated)
+        self.success = self._checked(info["is_success"], "info['is_success']")
+        self.finished = bool(terminated or truncated)
         return self.success
+
+    def _fails_in(self, what: str) -> AbstractContextManager[None]:
+        """What the environment raises, as a `SimulationError` that names it and the call."""
+        failed = f"--env.type={self.config.type} fails in {what}"
+        return raised_as(SimulationError, failed, "this is an error of that environment's package.")
+
+    def _checked(self, solved: Any, name: str) -> bool:
+        """Whether an episode is solved; only a boolean says it, as "no" and NaN would be true."""
+        if not isinstance(solved, bool | np.bool_):
+            value = f"{short(solved)} ({type(solved).__name__})"
+            raise SimulationError(
+                f"--env.type={self.config.type}: {name} is {value}; it must be a boolean, True or "
+                "False. Make its package return bool(...) of what it means."
+            )
+        return bool(solved)
 
     def expert_action(self) -> NDArray[np.float32]:
         """Action (A,) of the expert in the present state."""

@@ -1,24 +1,31 @@
 """Finished episodes of an evaluation on disk, one line each, so that an interrupted one goes on where it was.
 
-The first line says of what evaluation they are: an episode is believed only where all that decides it is the same.
+The first line says of what evaluation they are: an episode counts only where all that decides it is
+the same. Every line ends with a checksum of itself and of the lines before it, so that an edit is
+noticed; it is no signature.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from ceed_vla.checkpoint_files import weights_hash
+from ceed_vla.checkpoints.manifest import unsealed_bytes
 from ceed_vla.errors import CeedVLAError, ConfigError
-from ceed_vla.files import read_json, write_text
-from ceed_vla.folders import resolve_checkpoint
+from ceed_vla.files import parse_json, read_json, write_text
+from ceed_vla.folders import MANIFEST, WEIGHTS, resolve_checkpoint
 from ceed_vla.outputs import MADE_BY
 from sim.rollout import EpisodeResult
 
+logger = logging.getLogger(__name__)
+
 EPISODES = "episodes.jsonl"
+CHAINED = "chained"  # in the first line: whether the others have checksums
 Results = dict[str, list[EpisodeResult]]  # by the decoder's name
 
 _KINDS = {"decoder": str, "seed": int, "task": str, "instruction": str, "success": bool, "steps": int}
@@ -26,6 +33,7 @@ _KINDS |= {"forwards": list, "exit_reasons": list, "block_layers": list, "prefix
 _LATER: dict[str, Any] = {"block_layers": [], "prefix_layers": [], "motion": {}}  # older files lack these
 _ANEW = "start anew in another --output_dir."
 _LONGEST = 2**28  # [bytes]
+_CHECK = ', "check": "'  # before the checksum at the end of a line
 
 
 class EpisodeLog:
@@ -39,25 +47,37 @@ class EpisodeLog:
         self.file = folder / EPISODES
         self.identity = json.loads(json.dumps(identity))
         self.plan, self.longest = plan, longest
+        self._last = ""  # checksum of the last line that was written
 
     def read(self) -> Results:
         """Episodes of this evaluation that finished; none without a file.
 
-        `ConfigError`: A file of another evaluation, or damage elsewhere than in the last line.
+        `ConfigError`: A file of another evaluation, an edited one, or damage elsewhere than in the
+        last line.
         """
         results: Results = {name: [] for name in self.identity["decoders"]}
         lines = _lines(self.file)
         if not lines:
             return results
-        self._check_identity(_values(lines[0]))
+        header = _values(lines[0])
+        self._check_identity(header)
+        chained = header.get(CHAINED) is True
+        if not chained:
+            logger.warning("%s is of an earlier version: its lines have no checksums.", self.file)
+        last = _checksum("", lines[0])
         seen: set[tuple[str, int]] = set()
         for number, line in enumerate(lines[1:], start=2):
-            values = _values(line)
-            if values is None and number == len(lines):
+            if _values(line) is None and number == len(lines):
                 break  # a process died while it wrote
+            text, check = _parted(line) if chained else (line, "")
+            values = _values(text)
             episode = self._episode(values)
             if episode is None or (values["decoder"], episode.seed) in seen:
                 what = f"line {number} is no episode of this evaluation, or a second one"
+                raise ConfigError(f"{self.file}: {what}; restore the file, or {_ANEW}")
+            last = _checksum(last, text)
+            if chained and check != last:
+                what = f"line {number}, or one before it, is not as it was written"
                 raise ConfigError(f"{self.file}: {what}; restore the file, or {_ANEW}")
             seen.add((values["decoder"], episode.seed))
             results[values["decoder"]].append(episode)
@@ -82,19 +102,27 @@ class EpisodeLog:
 
     def start(self, results: Results) -> None:
         """Write a file of `results`."""
-        header = json.dumps({"program": MADE_BY, "identity": self.identity})
-        lines = [line_of(name, episode) for name, episodes in results.items() for episode in episodes]
+        header = json.dumps({"program": MADE_BY, CHAINED: True, "identity": self.identity})
+        self._last = _checksum("", header)
+        found = [(name, episode) for name, episodes in results.items() for episode in episodes]
+        lines = [self._line(name, episode) for name, episode in found]
         write_text(self.file, "\n".join([header, *lines, ""]))
 
     def append(self, name: str, episode: EpisodeResult) -> None:
         try:
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(line_of(name, episode) + "\n")
+                file.write(self._line(name, episode) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             error.filename = str(self.file)
             raise
+
+    def _line(self, name: str, episode: EpisodeResult) -> str:
+        """The line that follows the last one."""
+        text = line_of(name, episode)
+        self._last = _checksum(self._last, text)
+        return f'{text[:-1]}{_CHECK}{self._last}"}}'
 
     def _check_identity(self, header: Any) -> None:
         theirs = header.get("identity") if isinstance(header, dict) else None
@@ -145,8 +173,8 @@ def fingerprint(path: str) -> str:
     """Names a checkpoint: its weights, and the settings beside them."""
     digest = hashlib.sha256(weights_hash(path).encode())
     for file in sorted(resolve_checkpoint(path).glob("*")):
-        if file.suffix in (".json", ".safetensors") and file.name != "model.safetensors":
-            digest.update(file.name.encode() + file.read_bytes())
+        if file.suffix in (".json", ".safetensors") and file.name not in (WEIGHTS, MANIFEST):
+            digest.update(file.name.encode() + unsealed_bytes(file))
     return digest.hexdigest()[:12]
 
 
@@ -165,9 +193,20 @@ def _lines(file: Path) -> list[str]:
 def _values(line: str) -> Any:
     """What JSON says; None if it is none."""
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        return parse_json(line)
+    except ValueError:
         return None
+
+
+def _checksum(before: str, text: str) -> str:
+    """Of a line's `text`, behind a line whose checksum is `before`."""
+    return hashlib.sha256(f"{before}{text}".encode()).hexdigest()[:12]
+
+
+def _parted(line: str) -> tuple[str, str]:
+    """A line without its checksum, and the checksum; empty where there is none."""
+    text, found, rest = line.rpartition(_CHECK)
+    return (text + "}", rest.removesuffix('"}')) if found else (line, "")
 
 
 def line_of(name: str, episode: EpisodeResult) -> str:

@@ -18,7 +18,7 @@ from ceed_vla.checkpoints import load, resolve_checkpoint, weights_hash
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, chosen, ranged
 from ceed_vla.files import write_text
-from ceed_vla.outputs import MADE_BY, claim_folder, default_console
+from ceed_vla.outputs import MADE_BY, claimed_folder, default_console
 from ceed_vla.workers import MOST, Workers
 from sim.clips import record_clip
 from sim.decoders import Row, parse_decoders, resolve_rows
@@ -140,26 +140,31 @@ def evaluate(
         CheckpointError: A checkpoint that cannot be loaded.
         SimulationError: An environment that cannot be made.
     """
+    clips = [f"clip_{name}.mp4" for name in _decoders(config)] if config.clips else []
+    own = (EPISODES, REPORT, "report.md", *PLOTS, *clips)
     with (
+        claimed_folder("output_dir", config.output_dir, own, (REPORT, EPISODES)) as folder,
         EnvPool(min(config.batch, config.episodes), config.env, config.instruction) as pool,
         Workers(config.workers, shard_runner, config, pool) as workers,
     ):
-        return _evaluate(config, pool, workers, console or default_console(), probes)
+        if not config.resume:
+            refuse_unfinished(folder, REPORT)
+        run, log = prepared(config, pool, probes)
+        return _evaluate(run, log, folder, workers, console or default_console())
 
 
-def _evaluate(config: EvalConfig, pool: EnvPool, workers: Workers, console: Console, probes: Any) -> dict[str, Any]:
+def _evaluate(
+    run: Evaluation,
+    log: EpisodeLog,
+    folder: Path,
+    workers: Workers,
+    console: Console,
+) -> dict[str, Any]:
+    config = run.config
     if config.seed < EVALUATION_SEEDS:
         logger.warning(
             "Seeds below %d may have been recorded or tuned on; do not report them as results.", EVALUATION_SEEDS
         )
-    names = _decoders(config)
-    clips = [f"clip_{name}.mp4" for name in names] if config.clips else []
-    own = (EPISODES, REPORT, "report.md", *PLOTS, *clips)
-    folder = claim_folder("output_dir", config.output_dir, own, (REPORT, EPISODES))
-    if not config.resume:
-        refuse_unfinished(folder, REPORT)
-    run, log = prepared(config, pool, probes)
-    config = run.config
     folder.mkdir(parents=True, exist_ok=True)
     log.start(run.results)
     complete = False

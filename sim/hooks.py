@@ -21,9 +21,10 @@ from ceed_vla.folders import resolve_checkpoint
 from ceed_vla.workers import MOST, Workers
 from sim.decoders import resolve_rows
 from sim.environment import TAKEOVER_SEEDS, VALIDATION_SEED, EnvPool, check_expert, check_features
+from sim.episode_log import fingerprint
 from sim.evaluate import EvalConfig, shard_runner, shards
 from sim.grounding import GroundingConfig, grounding
-from sim.record import record
+from sim.record import record, recorded_policy
 from sim.recording.config import RecordConfig
 from sim.serial_groups import SerialGroups
 from sim.settings import CheckpointPath
@@ -167,9 +168,18 @@ class TakeoverRecorder:
         self.env, self.episodes, self.seed, self.instruction = env, episodes, seed, instruction
 
     def __call__(self, policy: Path, index: int, folder: Path) -> list[Path]:
-        """Record round `index` with the checkpoint `policy` into a new root under `folder`; resumes a broken one."""
+        """Record round `index` with the checkpoint `policy` into a new root under `folder`.
+
+        A broken one is resumed, unless its policy was another: a run that goes on from a state
+        before the round may train other weights.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        root, seed = folder / f"round_{index}", self.seed + index * self.episodes
+        root = folder / f"round_{index}"
+        seed = self.seed + index * self.episodes
+        recorded = recorded_policy(root)
+        if recorded is not None and recorded != fingerprint(str(policy)):
+            logger.warning("%s has takeovers of other weights; they are not used.", root)
+            root = folder / f"round_{index}_{fingerprint(str(policy))}"
         config = RecordConfig(
             root, self.env, self.episodes, "takeover", seed, resume=True, workers=PROCESSES,
             instruction=self.instruction, policy_path=policy.resolve(),

@@ -6,6 +6,7 @@ See `sim.recording.config.RecordConfig` for all options.
 from __future__ import annotations
 
 import errno
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,17 +18,23 @@ from typing import Any
 from tqdm import tqdm
 
 from ceed_vla.checkpoints import load
-from ceed_vla.data.commits import PROGRESS_FILE, is_recording
+from ceed_vla.data.commits import PROGRESS_FILE, is_recording, read_progress
 from ceed_vla.data.files import is_whole
 from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import ConfigError, DatasetError
+from ceed_vla.outputs import owned_folder
 from ceed_vla.workers import Workers
 from sim.environment import EnvPool, joined
+from sim.episode_log import fingerprint
 from sim.recording.attempts import Attempt, expert_attempt, frame_features, grounding_scenes
 from sim.recording.config import RecordConfig
 from sim.recording.interrupts import handled_by, held_back
 from sim.recording.takeover import takeover_attempts
 from sim.rollout import PolicyRunner
+
+logger = logging.getLogger(__name__)
+
+POLICY = "policy"  # in the progress: the fingerprint of the policy that drives takeovers
 
 
 @dataclass
@@ -52,7 +59,13 @@ def record(config: RecordConfig) -> RecordSummary:
     `ConfigError` where `root` exists (without `resume`) or was recorded with other options, `DatasetError` where it is
     no recording or the disk is full. What was stored stays readable.
     """
-    occupied = config.root.exists() and (not config.root.is_dir() or any(config.root.iterdir()))
+    with owned_folder("root", str(config.root)):
+        return _record(config)
+
+
+def _record(config: RecordConfig) -> RecordSummary:
+    """As `record`, into a folder of its own."""
+    occupied = config.root.exists() and any(config.root.iterdir())
     if occupied and not config.resume:
         raise ConfigError(f"{config.root} exists; add --resume to continue it, or choose a new --root")
     if occupied and not is_recording(config.root):
@@ -101,13 +114,44 @@ def unit_recorder(config: RecordConfig, pool: EnvPool) -> Callable[[range], list
     return lambda seeds: [expert_attempt(env, seed, config) for seed in seeds]
 
 
+def _identity(config: RecordConfig) -> dict[str, Any]:
+    """What a resumed recording has in common with its first run."""
+    if config.mode != "takeover" or config.policy_path is None:
+        return config.identity()
+    return {**config.identity(), POLICY: fingerprint(str(config.policy_path))}
+
+
+def recorded_policy(root: Path) -> str | None:
+    """The fingerprint of the policy that drove the takeovers in `root`, where it is known."""
+    if not is_recording(root):
+        return None
+    found = read_progress(root)["progress"].get("config")
+    policy = found.get(POLICY) if isinstance(found, dict) else None
+    return policy if isinstance(policy, str) else None
+
+
 class _Session:
     """The loop over units of seeds, with progress on screen and on disk."""
 
     def __init__(self, config: RecordConfig, writer: DatasetWriter) -> None:
         self.config, self.writer = config, writer
         stored = self._checked(writer.progress)
-        own, first = config.identity(), stored.get("config", config.identity())
+        self.identity = _identity(config)
+        own = self.identity
+        first = stored.get("config", own)
+        if POLICY in own and POLICY not in first:
+            logger.warning(
+                "%s does not name the weights of %s of its first run; they are not compared.",
+                config.root,
+                config.policy_path,
+            )
+            first = {**first, POLICY: own[POLICY]}
+        if own.get(POLICY) != first.get(POLICY):
+            raise ConfigError(
+                f"{config.root} was recorded with a policy of fingerprint {first.get(POLICY)}, and "
+                f"that of {config.policy_path} is {own.get(POLICY)}: its weights or settings have "
+                "changed. Give the policy of the first run, or choose a new --root."
+            )
         if changed := sorted(name for name in own.keys() | first.keys() if own.get(name) != first.get(name)):
             raise ConfigError(
                 f"{config.root} was recorded with other options ({', '.join(changed)}); repeat the first "
@@ -200,7 +244,7 @@ class _Session:
 
     def _progress(self) -> dict[str, Any]:
         return {
-            "config": self.config.identity(),
+            "config": self.identity,
             "attempts": self.attempts,
             "outcomes": dict(self.outcomes),
             "failed_seeds": self.failed_seeds,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import batched
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,19 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from ceed_vla.checkpoints import load, save, weights_hash
+from ceed_vla.checkpoints import load, resolve_checkpoint, save, weights_hash
 from ceed_vla.decoding import decoder_ladders, exit_ladders
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, chosen, ranged
 from ceed_vla.files import write_text
-from ceed_vla.outputs import MADE_BY, claim_folder, default_console
+from ceed_vla.outputs import (
+    MADE_BY,
+    WRITTEN,
+    claimed_folder,
+    default_console,
+    hashes,
+    written_before,
+)
 from ceed_vla.workers import MOST, Workers
 from sim.bench import PARETO, pareto
 from sim.calibrate import CHECKPOINT, plain
@@ -328,7 +336,15 @@ def tune(config: TuneConfig) -> dict[str, Any]:
         ConfigError: An option that cannot work, or budgets that no plan fits.
         CheckpointError: A checkpoint that cannot be loaded.
     """
-    folder = claim_folder("output_dir", config.output_dir, (PLANS, PARETO), (PLANS,))
+    inputs = [resolve_checkpoint(config.policy.given())]
+    part = CHECKPOINT if config.save else ""
+    claim = ("output_dir", config.output_dir, (PLANS, PARETO), (PLANS,), part, inputs)
+    with claimed_folder(*claim) as folder:
+        return _tune(config, folder)
+
+
+def _tune(config: TuneConfig, folder: Path) -> dict[str, Any]:
+    """As `tune`, into a folder of its own."""
     config.limit_threads()
     policy, pre, post = load(config.policy.given())
     policy.requires_grad_(False)  # nor is any weight saved as trained
@@ -338,7 +354,7 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     ):
         search = Search(config, joined((policy, pre, post), config.env), pool, workers)
         trials, final = search.run(), search.final()
-    report = {
+    report: dict[str, Any] = {
         "program": MADE_BY,
         "policy": {"path": config.policy.path, "sha256": weights_hash(config.policy.path)},
         "engine": config.engine,
@@ -356,6 +372,8 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_figure(_figure([t for t in trials if len(t.solved) >= config.episodes], search.floor), folder / PARETO)
+    if not config.save:  # a checkpoint of an earlier search stays, and stays ours
+        report[WRITTEN] = written_before(folder / PLANS)
     write_text(folder / PLANS, json.dumps(report, indent=2))
     if not any(found for _, found, _ in final):
         raise ConfigError(f"No plan fits {search.budgets} ms, floor {search.floor} ({PLANS}); raise --budgets_ms.")
@@ -368,6 +386,8 @@ def tune(config: TuneConfig) -> dict[str, Any]:
         own = {name: plan.decoding for name, plan in found.items() if plan.executed_steps == steps}
         policy.config.forget(*stale, new=own)
         save(folder / CHECKPOINT, policy, pre, post)
+        report[WRITTEN] = hashes(folder, CHECKPOINT)
+        write_text(folder / PLANS, json.dumps(report, indent=2))
     _print(report, console := default_console())
     console.print(f"Written: {folder / PLANS}, {folder / PARETO}", soft_wrap=True, highlight=False)
     return report

@@ -243,6 +243,45 @@ def test_traceback_on_request(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None
         cli.main(["toy", "--root=x"])
 
 
+@pytest.mark.parametrize("value", ["0", "false", "No", "OFF", "", "2", "maybe"])
+def test_other_values_ask_for_no_traceback(
+    toy: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    def fail(config: ToyConfig) -> None:
+        raise DatasetError("no frames")
+
+    toy.run = fail
+    monkeypatch.setenv(cli.TRACEBACK, value)
+    assert cli.main(["toy", "--root=x"]) == 1
+    said = capsys.readouterr().err
+    assert ("CEED_VLA_TRACEBACK is" in said) == (value in ("2", "maybe"))
+    assert said.endswith("ceed-vla toy: error: no frames\n")
+
+
+@pytest.mark.parametrize("how", ["sys.exit(0)", "sys.exit('bye')", "raise SystemExit", "quit()"])
+def test_a_package_that_ends_the_process_is_an_error(
+    toy: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    how: str,
+) -> None:
+    (tmp_path / "leaves_of_test_cli.py").write_text(f"import sys\n{how}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main(["toy", "--root=x", "--discover_packages_path=leaves_of_test_cli"]) == 1
+    said = capsys.readouterr()
+    assert "'leaves_of_test_cli' cannot be imported (SystemExit" in said.err
+    assert said.out == ""
+
+
+def test_an_interrupt_of_an_import_is_none_of_the_package(
+    toy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "stopped_of_test_cli.py").write_text("raise KeyboardInterrupt\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main(["toy", "--root=x", "--discover_packages_path=stopped_of_test_cli"]) == 130
+
+
 def test_interrupt_says_what_is_kept(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(config: ToyConfig) -> None:
         raise KeyboardInterrupt
@@ -369,6 +408,8 @@ def test_text_stays_text(value: str) -> None:
         ("root:", "--root is None; it must be a path"),
         ("rate: .inf", "--rate is '.inf'; it must be a finite number"),
         ("mode: " + "x" * 2**20, "more than 1048 kB"),
+        ("sizes: [" + "[]," * 100_000 + "]", "more than 20000 lines and values"),
+        ("mode: |\n" + "\n" * 100_000, "more than 20000 lines and values"),
     ],
 )
 def test_unusable_file(tmp_path: Path, text: str, words: str) -> None:

@@ -25,6 +25,7 @@ from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from ceed_vla.tokens.uniform import ActionTokenizer
 from ros_nodes.robot.predictor import Predictor, PredictorSettings, Request
+from tests.helpers.edits import unsealed
 from tests.helpers.tabletop import tabletop_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,7 +159,7 @@ def test_two_tokens_a_dimension_on_a_robot(plugins: Path, delta_dims: list[int])
 def test_a_checkpoint_of_a_missing_package_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "policy"
     policy, pre, post = ceed_vla.load("student")
-    save(folder, policy, pre, post)
+    unsealed(save(folder, policy, pre, post))
     values: dict[str, Any] = json.loads((folder / "config.json").read_text())
     assert values["packages"] == []
     for packages in (["nobodys_package"], "nobodys_package", [3]):

@@ -1,6 +1,7 @@
 """Damaged files of every kind, by seeded mutations: each is one of our errors or harmless, and nothing else is touched.
 
-The mutations know no format: values of JSON and YAML are replaced, removed and moved, bytes flipped and cut.
+The mutations know no format: values of JSON and YAML are replaced, removed, moved and blown up, bytes
+flipped and cut. A case runs in a child with limits of time and memory (`corpus`).
 """
 
 from __future__ import annotations
@@ -25,16 +26,35 @@ from ceed_vla.checkpoints import load, save
 from ceed_vla.cli_flags import UsageError, parse_flags
 from ceed_vla.errors import CeedVLAError
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from tests.helpers.corpus import LONGEST, Counts, try_cases
+from tests.helpers.edits import unsealed
 from tests.helpers.tabletop import tabletop_config
 
 SIZES = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 16, "stem_channels": [4] * 4, "chunk_size": 4}
-# More cases than the suite has time for: FUZZ_FACTOR=20 FUZZ_SEED=1 pytest tests/test_fuzz.py
+# More cases than the suite has time for, and what became of them in a file:
+# FUZZ_FACTOR=20 FUZZ_SEED=1 FUZZ_REPORT=counts.txt pytest -n 0 --timeout 0 tests/test_fuzz.py
 FACTOR, OFFSET = int(os.environ.get("FUZZ_FACTOR", "1")), 1000 * int(os.environ.get("FUZZ_SEED", "0"))
-LONGEST = 2000  # characters of a message that somebody reads
 STRANGE: tuple[Any, ...] = (
     *(None, True, -1, 0, 1, 2.5, 1e30, float("nan"), float("inf"), -(10**20), 10**12),
     *("", "x", "nan", "../../victim", "/tmp/victim", "a" * 2000, "\x1b[2J", "{x.__class__}", "cuda"),
     *([], {}, [1, 2], {"a": 1}, [[[]]]),
+    *({"class": "os.system", "config": {"command": "touch ran"}}, "__import__('os').system('touch ran')"),
+    *("{{ cycler.__init__.__globals__.os.system('touch ran') }}", {"auto_map": {"AutoTokenizer": "ran.Ran"}}),
+)
+# Values that take much more time or memory than any that is meant, each made when it is drawn.
+LARGE: tuple[Callable[[], Any], ...] = (
+    lambda: "1" * 60_000,
+    lambda: "risk" + "1" * 60_000,
+    lambda: {"risk" + "1" * 60_000: "ar"},
+    lambda: {f"risk{number}": "ar" for number in range(100_000)},
+    lambda: [[] for _ in range(500_000)],
+    lambda: [0.5] * 300_000,
+    lambda: ["a" * 1000] * 10_000,
+    lambda: json.loads("[" * 150 + "]" * 150),
+    lambda: 10**4000,
+    lambda: "a" * 3_000_000,
+    lambda: "_".join(["conf0.1"] * 10_000),
+    lambda: "(a+)+$",
 )
 
 
@@ -69,14 +89,28 @@ def mutated(value: Any, source: random.Random) -> Any:
             del holder[place[-1]]
         elif kind < 0.25:
             holder[place[-1]] = [holder[place[-1]]]
+        elif kind < 0.32:
+            holder[place[-1]] = source.choice(LARGE)()
         else:
             holder[place[-1]] = copy.deepcopy(source.choice(STRANGE))
     return value
 
 
+def dump_yaml(values: Any) -> str:
+    """YAML; long ones as JSON, which is YAML too and quickly written."""
+    text = json.dumps(values, default=str)
+    return text if len(text) > 20_000 else yaml.safe_dump(values)
+
+
 def damage_text(file: Path, source: random.Random) -> None:
     read: Callable[[str], Any] = yaml.safe_load if file.suffix == ".yaml" else json.loads
-    write: Callable[[Any], str] = yaml.safe_dump if file.suffix == ".yaml" else json.dumps
+    write: Callable[[Any], str] = dump_yaml if file.suffix == ".yaml" else json.dumps
+    if file.suffix == ".jsonl":
+        lines = file.read_text().splitlines()
+        at = source.randrange(len(lines))
+        lines[at] = json.dumps(mutated(json.loads(lines[at]), source))
+        file.write_text("\n".join(lines) + "\n")
+        return
     file.write_text(write(mutated(read(file.read_text()), source)))
 
 
@@ -97,32 +131,49 @@ def damage_bytes(file: Path, source: random.Random) -> None:
 
 
 def damage(file: Path, source: random.Random) -> None:
-    text = file.suffix in (".json", ".yaml")
+    text = file.suffix in (".json", ".jsonl", ".yaml")
     (damage_text if text and source.random() < 0.9 else damage_bytes)(file, source)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def report() -> Iterator[None]:
+    """At the end, what became of all cases, where FUZZ_REPORT names a file for it."""
+    yield
+    if file := os.environ.get("FUZZ_REPORT"):
+        total = Counts()
+        for counts in TOTAL.values():
+            total.add(counts)
+        lines = [f"{kind}: {counts}" for kind, counts in {**TOTAL, "all": total}.items()]
+        Path(file).write_text("\n".join(lines) + "\n")
+
+
+TOTAL: dict[str, Counts] = {}
 
 
 def run_cases(good: Path, names: list[str], read: Callable[[Path], Any], tmp_path: Path, count: int, seed: int) -> int:
     """Damage a copy of `good` `count` times and read it; how often that was refused in a few lines."""
-    source, refused = random.Random(seed + OFFSET), 0
-    victim = tmp_path / "victim"
+    victim, mark, folder = tmp_path / "victim", tmp_path / "mark", tmp_path / "place" / "folder"
     victim.write_text("mine")
-    for case in range(count * FACTOR):
-        folder = tmp_path / "place" / "folder"
+    mark.mkdir()
+
+    def case(number: int) -> None:
+        source = random.Random(f"{seed + OFFSET} {number}")
         shutil.rmtree(folder.parent, ignore_errors=True)
         shutil.copytree(good, folder)
-        file = folder / source.choice(names)
-        damage(file, source)
-        try:
-            read(folder)
-        except (CeedVLAError, UsageError) as error:
-            refused += len(str(error)) < LONGEST
-        except Exception as error:
-            content = file.read_bytes()[:1000]
-            pytest.fail(f"case {case}: {file.name}: {type(error).__name__}: {error}\n{content!r}")
-    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.iterdir())
-    assert found == ["place", "victim"], "something was written outside the folder"
-    assert victim.read_text() == "mine"
-    return refused // FACTOR
+        damage(folder / source.choice(names), source)
+        read(folder)
+
+    return counted(tmp_path.name.rstrip("0123456789"), count * FACTOR, case, victim, mark) // FACTOR
+
+
+def counted(kind: str, count: int, case: Callable[[int], Any], victim: Path, mark: Path) -> int:
+    """Try cases, note what became of them, and fail for any that neither was refused nor is harmless."""
+    counts, failures = try_cases(count, case, victim, mark)
+    TOTAL.setdefault(kind, Counts()).add(counts)
+    assert not failures, f"{counts}\n" + "\n".join(f"case {f.number}: {f.what}" for f in failures[:5])
+    found = sorted(str(path.relative_to(victim.parent)) for path in victim.parent.iterdir())
+    assert set(found) <= {"place", "victim", "mark"}, "something was written outside the folder"
+    return counts.refused
 
 
 # ---- the kinds of files -----------------------------------------------------------------------------------------
@@ -138,7 +189,7 @@ def policy() -> CeedVLAPolicy:
 def checkpoint(policy: CeedVLAPolicy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     stats = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
     processors = make_ceed_vla_pre_post_processors(policy.config, stats, instructions=["put the red cube in the bin"])
-    return save(tmp_path_factory.mktemp("checkpoint") / "policy", policy, *processors)
+    return unsealed(save(tmp_path_factory.mktemp("checkpoint") / "policy", policy, *processors))
 
 
 def test_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
@@ -238,7 +289,98 @@ def test_published_models(tmp_path: Path) -> None:
         OpenVLAInputsStep().read_folder(str(folder))
 
     names = ["config.json", "preprocessor_config.json", "tokenizer_config.json"]
-    assert run_cases(good, names, read, tmp_path, 60, 6) > 20
+    assert run_cases(good, names, read, tmp_path, 30, 6) > 8
+
+
+def test_tokenizers(tmp_path: Path) -> None:
+    from benchmarks.models.openvla import write_openvla
+    from ceed_vla.backbones.openvla.tokenizer import read_tokenizer
+    from ceed_vla.tokens.fast_codec import FastCodec
+
+    good = tmp_path.parent / f"{tmp_path.name}-tokenizer"
+    good.mkdir()
+    source = write_openvla(tmp_path.parent / f"{tmp_path.name}-openvla", width=16)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, good / name)
+
+    def read(folder: Path) -> None:
+        read_tokenizer(folder)("What action should the robot take to put the cube in the bin?")
+        codec = FastCodec.from_json((folder / "tokenizer.json").read_text("utf-8", "replace"), 10.0, -50)
+        codec.encode(torch.zeros(1, 4, 7))
+
+    read(good)
+    names = ["tokenizer.json", "tokenizer.json", "tokenizer_config.json"]
+    assert run_cases(good, names, read, tmp_path, 30, 9) > 8
+
+
+def test_groups(tmp_path: Path) -> None:
+    from training.reinforce import read_groups
+
+    good = tmp_path.parent / f"{tmp_path.name}-groups"
+    good.mkdir()
+    strata = {"of": {"0": "alike"}, "episodes": {"differ": [], "alike": [[0, "t", 9]]}, "solved": {"alike": 1.0}}
+    group = {"seed": 0, "features": [[0.0] * 4] * 2, "solved": [True, None]}
+    lines = [json.dumps(values) for values in (strata, group, group)]
+    (good / "groups.jsonl").write_text("\n".join(lines) + "\n")
+    read_groups(good / "groups.jsonl")
+    read = lambda folder: read_groups(folder / "groups.jsonl")  # noqa: E731
+    assert run_cases(good, ["groups.jsonl"], read, tmp_path, 60, 10) > 30
+
+
+def test_names(tmp_path: Path) -> None:
+    from ceed_vla.decoding.names import named_config
+
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "mark").mkdir()
+    parts = ("ar", "jacobi", "ceed", "conf0.2", "cap2", "risk", "plan", "learned", "deer2t3", "keep24", "h", "mid",
+             "fresh", "_", ".", "-1", "1e400", "0", "9" * 50, "9" * 60_000, "\0", "\u0663", " ", "(", "x")  # fmt: skip
+
+    def case(number: int) -> None:
+        source = random.Random(f"{OFFSET} {number}")
+        words = [source.choice(parts) * source.choice((1, 1, 1, 2, 30)) for _ in range(source.randrange(1, 5))]
+        name = source.choice(("_", "_", "")).join(words)
+        named_config(name, own={"risk0.05": name} if source.random() < 0.3 else {})
+
+    assert counted("test_names", 200 * FACTOR, case, tmp_path / "victim", tmp_path / "mark") > 100 * FACTOR
+
+
+def test_tables_that_unpack_to_much(dataset: Path, tmp_path: Path) -> None:
+    """Columns of a data set in other types, encodings and lengths, which compress to little."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from ceed_vla.data.frames import open_dataset
+
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "mark").mkdir()
+    values: tuple[Callable[[], Any], ...] = (
+        lambda: "x" * 500_000,
+        lambda: b"\x89PNG" + bytes(500_000),
+        lambda: [0.0] * 20_000,
+        lambda: ["x" * 1000] * 300,
+        lambda: {"bytes": bytes(10**6), "path": "/etc/hostname"},
+        lambda: None,
+        lambda: 2**62,
+    )
+
+    def case(number: int) -> None:
+        source = random.Random(f"{OFFSET} {number}")
+        root = tmp_path / "place" / "folder"
+        shutil.rmtree(root.parent, ignore_errors=True)
+        shutil.copytree(dataset, root)
+        file = source.choice(sorted(root.rglob("*.parquet")))
+        table = pq.read_table(file)
+        rows = max(len(table), source.choice((1, 100, 300)))
+        name = source.choice(table.column_names)
+        column = pa.array([source.choice(values)()] * rows)
+        names = table.column_names
+        columns = {n: pa.array([c[0].as_py()] * rows, c.type) for n, c in zip(names, table, strict=True)}
+        compression = source.choice(("zstd", "gzip", "snappy"))
+        dictionary = source.random() < 0.5
+        pq.write_table(pa.table({**columns, name: column}), file, compression=compression, use_dictionary=dictionary)
+        open_dataset(root)
+
+    assert counted("test_tables", 15 * FACTOR, case, tmp_path / "victim", tmp_path / "mark") > 7 * FACTOR
 
 
 def test_trajectories(checkpoint: Path, dataset: Path, tmp_path: Path) -> None:

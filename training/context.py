@@ -21,7 +21,7 @@ from ceed_vla.checkpoints import load, save
 from ceed_vla.errors import CeedVLAError
 from ceed_vla.fields import COUNTS, ranged
 from ceed_vla.files import write_text
-from ceed_vla.outputs import claim_folder
+from ceed_vla.outputs import claimed_folder
 from training.distill_data import DistillData
 from training.optim import cosine_factor
 from training.settings import RATES, BesideConfig
@@ -65,7 +65,12 @@ class Scored:
 
 def context(config: ContextConfig) -> Path:
     """Train, write a checkpoint with a scorer and what it is worth, and return its folder; raises as `exits` does."""
-    output = claim_folder("output_dir", config.output_dir, (), ())
+    with claimed_folder("output_dir", config.output_dir, (), ()) as output:
+        return _context(config, output)
+
+
+def _context(config: ContextConfig, output: Path) -> Path:
+    """As `context`, into a folder of its own."""
     torch.manual_seed(config.seed)
     policy, pre, post = load(config.policy_path)
     policy.requires_grad_(False)

@@ -22,6 +22,7 @@ from ceed_vla.decoding import DecodingConfig
 from ceed_vla.decoding.exits import exit_rules
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, chosen, ranged
+from ceed_vla.outputs import owned_folder
 from ceed_vla.supervision import finish_training
 from training.adapters import attach_student
 from training.clipping import check_clipping
@@ -100,7 +101,8 @@ def distill(config: DistillConfig, closed_loop: ClosedLoop | None = None) -> Pat
     `DatasetError` for trajectories or data sets that do not fit, `CheckpointError` for those of another teacher, or
     nothing to resume, `ConfigError` for bad settings.
     """
-    return DistillRun(config, closed_loop).run()
+    with owned_folder("output_dir", config.output_dir, launched=True):
+        return DistillRun(config, closed_loop).run()
 
 
 class DistillRun(Run):

@@ -26,7 +26,7 @@ from ceed_vla.devices import check_device
 from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.fields import THREADS, chosen, ranged
 from ceed_vla.files import write_text
-from ceed_vla.outputs import claim_folder
+from ceed_vla.outputs import claimed_folder
 from training.corruption import StateDraw, draw_states
 from training.distill_data import OnlineData
 from training.objective import fixed_points
@@ -73,7 +73,12 @@ def exits(config: ExitsConfig) -> Path:
         DatasetError: Data sets that do not fit.
         CheckpointError: A checkpoint that cannot be loaded or written.
     """
-    output = claim_folder("output_dir", config.output_dir, (), ())
+    with claimed_folder("output_dir", config.output_dir, (), ()) as output:
+        return _exits(config, output)
+
+
+def _exits(config: ExitsConfig, output: Path) -> Path:
+    """As `exits`, into a folder of its own."""
     check_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -28,7 +28,7 @@ from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, Checked, ranged
 from ceed_vla.files import replacing, write_text
-from ceed_vla.outputs import MADE_BY, claim_folder, default_console
+from ceed_vla.outputs import MADE_BY, claimed_folder, default_console
 from ceed_vla.tokens.base import ActionTokens
 from training.mixture import check_compatible, check_fits
 from training.settings import full_disk, split_list
@@ -84,7 +84,12 @@ def open_loop(config: OpenLoopConfig) -> dict[str, Any]:
     and returns ``open_loop.json``. `ConfigError` for no policy or data, an unknown decoder, or more steps than a chunk
     has; `DatasetError` for data that are unreadable, without actions, or do not fit the policy.
     """
-    folder = claim_folder("output_dir", config.output_dir, (REPORT, PICTURE), (REPORT,))
+    with claimed_folder("output_dir", config.output_dir, (REPORT, PICTURE), (REPORT,)) as folder:
+        return _open_loop(config, folder)
+
+
+def _open_loop(config: OpenLoopConfig, folder: Path) -> dict[str, Any]:
+    """As `open_loop`, into a folder of its own."""
     roots = split_list(config.roots)
     if not config.policy_path or not roots:
         raise ConfigError("Set --policy_path to a checkpoint, and --roots to data that it was not trained on.")

@@ -26,15 +26,17 @@ from tqdm import tqdm
 from ceed_vla.checkpoints import load, save
 from ceed_vla.decoding.learned import FEATURES, Group, head_name
 from ceed_vla.errors import ConfigError, DatasetError
-from ceed_vla.fields import COUNTS, SEEDS, Checked, ranged
-from ceed_vla.files import write_text
-from ceed_vla.outputs import claim_folder
+from ceed_vla.fields import COUNTS, SEEDS, Checked, ranged, short
+from ceed_vla.files import parse_json, read_text, write_text
+from ceed_vla.outputs import claimed_folder
 
 REPORT, GROUPS, LEARNED = "reinforce.json", "groups.jsonl", "learned"
 START = np.array([1.0, 0.0, 0.0, 0.0, 1.386])  # conf0.2: the least certain slot's log-odds above those of 0.2
 SWEEPS = 4  # what staying is worth depends on the head
 LARGEST = 99.0  # weight that a name holds
 DIFFER, ALIKE = "differ", "alike"
+MOST_GROUPS = 2**26  # [bytes] of a file of groups
+MOST_STATES = 64  # of a group; the largest --cap
 Rollouts = Any  # sim.serial_groups.SerialGroups: training never imports the simulation
 
 
@@ -94,7 +96,14 @@ def reinforce(config: ReinforceConfig, rollouts: Rollouts) -> Path:
         DatasetError: No groups in `groups_from`.
         SimulationError: An environment that cannot go on from a state it was in.
     """
-    output = claim_folder("output_dir", config.output_dir, (), ())
+    with claimed_folder("output_dir", config.output_dir, (), ()) as output:
+        return _reinforce(config, rollouts, output)
+
+
+def _reinforce(config: ReinforceConfig, rollouts: Rollouts, output: Path) -> Path:
+    """As `reinforce`, into a folder of its own."""
+    old = config.groups_from
+    found = read_groups(Path(old) / GROUPS) if old else None  # what is wrong with them is said at once
     policy, pre, post = load(config.policy_path)
     policy.requires_grad_(False)  # nor is any weight saved as trained
     if policy.tokenizer.tokens_per_step is None:
@@ -103,8 +112,7 @@ def reinforce(config: ReinforceConfig, rollouts: Rollouts) -> Path:
     def named(head: NDArray[np.float64]) -> str:
         return f"{head_name(head)}_cap{config.cap}"
 
-    old = config.groups_from
-    strata, groups = read_groups(Path(old) / GROUPS) if old else (scout(config, rollouts), list[Group]())
+    strata, groups = found or (scout(config, rollouts), list[Group]())
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / GROUPS, "".join(line_of(item) + "\n" for item in (strata, *groups)))
     head, rounds = START, []
@@ -139,20 +147,54 @@ def line_of(item: Any) -> str:
 
 def read_groups(file: Path) -> tuple[Strata, list[Group]]:
     """The groups of another run, also of one that was killed in mid-line; `DatasetError` for a file that has none."""
+    if not file.exists():
+        raise DatasetError(f"There is no {file}: --groups_from is the folder of another run of `ceed-vla reinforce`.")
+    lines = read_text(file, DatasetError, most=MOST_GROUPS).splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
     try:
-        text = file.read_text(encoding="utf-8")
-        first, *lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        of = {int(seed): str(name) for seed, name in first["of"].items()}
-        strata = Strata(
-            {name: list(map(tuple, found)) for name, found in first["episodes"].items()}, of, first["solved"]
-        )
-        groups = [Group(g["seed"], np.array(g["features"], dtype=float), g["solved"]) for g in lines]
-        fits = all(g.seed in of and g.features.shape == (len(g.solved), len(FEATURES)) for g in groups)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(f"{file} cannot be read as groups ({type(error).__name__}); run without it.") from error
-    if not groups or not fits:
+        strata = _strata_of(parse_json(whole[0]) if whole else None)
+        groups = [_group_of(parse_json(line), strata) for line in whole[1:]]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise DatasetError(f"{file} cannot be read as groups ({short(error)}); run without it.") from error
+    if not groups:
         raise DatasetError(f"{file} holds no groups that a head can learn from; run without it.")
     return strata, groups
+
+
+def _strata_of(values: Any) -> Strata:
+    """The first line of a file of groups; `ValueError`, or what a value of another kind raises."""
+    of = {int(seed): name for seed, name in values["of"].items()}
+    episodes = {name: list(map(tuple, found)) for name, found in values["episodes"].items()}
+    strata = Strata(episodes, of, values["solved"])
+    every = [episode for found in episodes.values() for episode in found]
+    fits = (
+        episodes.keys() == {DIFFER, ALIKE}
+        and strata.solved.keys() >= set(of.values())
+        and all(type(share) in (int, float) and 0 <= share <= 1 for share in strata.solved.values())
+        and all(type(seed) is int and type(task) is str for seed, task, _ in every)
+        and all(type(chunks) is int and 0 < chunks < 10**6 for _, _, chunks in every)
+        and set(of.items()) == {(seed, name) for name, found in episodes.items() for seed, _, _ in found}
+    )
+    if not fits:
+        raise ValueError("its first line does not say which episodes differ")
+    return strata
+
+
+def _group_of(values: Any, strata: Strata) -> Group:
+    """A line of a file of groups; `ValueError`, or what a value of another kind raises."""
+    group = Group(values["seed"], np.array(values["features"], dtype=float), values["solved"])
+    fits = (
+        type(group.seed) is int
+        and group.seed in strata.of
+        and isinstance(group.solved, list)
+        and 0 < len(group.solved) <= MOST_STATES
+        and all(solved is None or type(solved) is bool for solved in group.solved)
+        and group.features.shape == (len(group.solved), len(FEATURES))
+        and bool(np.isfinite(group.features).all())
+    )
+    if not fits:
+        raise ValueError("a line is no group of its episodes")
+    return group
 
 
 def scout(config: ReinforceConfig, rollouts: Rollouts) -> Strata:

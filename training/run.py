@@ -24,7 +24,7 @@ from ceed_vla.data.frame_stream import StreamingConfig
 from ceed_vla.devices import check_device
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, raised_as
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, Checked, chosen, ranged
-from ceed_vla.files import read_json, settle, strange, write_text
+from ceed_vla.files import parse_json, read_bytes, read_json, settle, strange, write_text
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.outputs import named_folder
 from ceed_vla.supervision import finish_training
@@ -41,6 +41,7 @@ ClosedLoop = Callable[[Path], tuple[int, int]]
 
 PROGRESS = "progress.json"
 STATES = ("state_a", "state_b")  # written in turns, so that the last complete one survives an interrupt
+MOST_LOG = 2**28  # [bytes]
 LOG, CHECKPOINTS, TRACKER, TAKEOVER = "log.jsonl", "checkpoints", "tensorboard", "takeover"
 
 
@@ -317,7 +318,8 @@ class Run:
         """Drop log lines of steps that will be taken (again)."""
         file = self.output / LOG
         if self.accelerator.is_main_process and file.is_file():
-            lines = file.read_text(errors="replace").splitlines() if self.settings.resume else []
+            content = read_bytes(file, most=MOST_LOG) if self.settings.resume else b""
+            lines = content.decode(errors="replace").splitlines()
             kept = [line for line in lines if is_whole(_step_of(line), 0, self.step)]
             write_text(file, "".join(f"{line}\n" for line in kept))
 
@@ -409,6 +411,6 @@ def layer_classes(policy: CeedVLAPolicy) -> list[str]:
 def _step_of(line: str) -> object:
     """The step of a line of ``log.jsonl``; None of a damaged one."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError, RecursionError):
+        return parse_json(line)["step"]
+    except (ValueError, TypeError, KeyError):
         return None

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from ceed_vla.data.files import is_whole, open_parquet, readable
+from ceed_vla.data.files import is_whole, readable
+from ceed_vla.data.parquet import Budget, open_parquet, read_table
 from ceed_vla.errors import DatasetError
 from ceed_vla.files import read_json, regular
 
@@ -79,12 +80,13 @@ def read_shard(file: Path, meta: dict[str, Any], frames: NDArray[np.int64] | Non
     with readable(file, "remove it, and collect it again with --resume=true"):
         most_states = (n + 2) * n if meta["states"] else n  # Jacobi decoding ends after n iterations
         shapes = {key: (n if kind == _BLOCK else 1,) for key, kind in SCHEMA.items()}
-        opened = open_parquet(file, {**shapes, "states": (most_states,)})
+        shapes["states"] = (most_states,)
+        opened = open_parquet(file, shapes)
         require(0 < opened.metadata.num_rows <= most, f"it has {opened.metadata.num_rows} rows of {most} frames")
-        table = opened.read()
-        table.validate(full=True)
-        found = {field.name: field.type for field in table.schema}
+        found = {field.name: field.type for field in opened.schema_arrow}
         require(found == SCHEMA, f"it has the columns {str(found)[:300]}, not {', '.join(SCHEMA)} of 16-bit blocks")
+        table = read_table(file, shapes, Budget([file]))
+        table.validate(full=True)
         for key, kind in SCHEMA.items():
             nulls = table[key].null_count + (pc.list_flatten(table[key]).null_count if kind == _BLOCK else 0)
             require(not nulls, f"{key} has {nulls} empty values")

@@ -21,6 +21,7 @@ from ceed_vla.decoding.names import CEED
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import COUNTS, SEEDS, ranged
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from ceed_vla.outputs import owned_folder
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from ceed_vla.supervision import AUGMENTATION_NOISE, augmentation_size, grounding_loss
 from training.adapters import attach
@@ -119,7 +120,8 @@ def train(config: TrainConfig, **simulation: Any) -> Path:
     `ConfigError` for missing or contradicting settings, or a gate that is not met (the state is saved, to go on from);
     `DatasetError` for unreadable or incompatible data sets; `CheckpointError` for nothing to resume, or other sizes.
     """
-    return TeacherRun(config, **simulation).run()
+    with owned_folder("output_dir", config.output_dir, launched=True):
+        return TeacherRun(config, **simulation).run()
 
 
 class TeacherRun(Run):

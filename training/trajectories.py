@@ -30,7 +30,7 @@ from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, SEEDS, THREADS, check_fields, ranged
 from ceed_vla.files import replacing, write_text
-from ceed_vla.outputs import named_folder
+from ceed_vla.outputs import owned_folder
 from ceed_vla.workers import MOST, Workers
 from training.clipping import MOST_CLIPPED, check_clipping
 from training.mixture import check_fits
@@ -114,12 +114,19 @@ def collect(config: CollectConfig) -> Path:
 
     `ConfigError` for bad settings, or a folder that belongs to another teacher, data set or mixture.
     """
-    output = named_folder("output_dir", config.output_dir)
     if config.num_shards == 1 and "WORLD_SIZE" in os.environ:  # set by torchrun and accelerate
         rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
         if not (rank.isdecimal() and world.isdecimal()):
             raise ConfigError(f"RANK is {rank!r} and WORLD_SIZE {world!r}; they must be numbers or unset.")
         config = replace(config, shard_index=int(rank), num_shards=int(world))
+    # Each process has its own shards of the folder.
+    part = f"{config.shard_index}-of-{config.num_shards}" if config.num_shards > 1 else ""
+    with owned_folder("output_dir", config.output_dir, part) as output:
+        return _collect(config, output)
+
+
+def _collect(config: CollectConfig, output: Path) -> Path:
+    """This process's shards, into `output`."""
     if config.threads:
         torch.set_num_threads(config.threads)
     policy, pre, stores = found = _opened(config)

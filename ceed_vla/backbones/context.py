@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ceed_vla.errors import CheckpointError
+from ceed_vla.files import regular
+from ceed_vla.folders import CONTEXT as CONTEXT
 from ceed_vla.weights import copy_weights, opened
-
-CONTEXT = "context.safetensors"
 
 
 class ContextScorer(nn.Module):
@@ -46,18 +46,26 @@ def keep_scored(backbone: Any, embeddings: Any, scores: Tensor, count: int) -> A
 
 
 def save_context(backbone: Any, folder: Path) -> None:
-    """Write the scorer of a backbone, if there is one."""
+    """Write the scorer of a backbone; without one, remove that of another policy."""
+    (folder / CONTEXT).unlink(missing_ok=True)
     for scorer in backbone.context:
         save_file(scorer.state_dict(), folder / CONTEXT)
 
 
 def load_context(backbone: Any, folder: Path) -> None:
     """Attach the scorer of a checkpoint's folder, if there is one; `CheckpointError` for another model's, or damage."""
-    if not (file := folder / CONTEXT).is_file():
+    file = folder / CONTEXT
+    if not file.exists(follow_symlinks=False):
         return
-    with opened(file) as tensors:
-        places = tensors.get_slice("place").get_shape() if "place" in tensors.keys() else []  # noqa: SIM118
-    scorer = ContextScorer(backbone.exit_parts()[2], places[0] if len(places) == 1 else 1)
+    with opened(regular(file)) as tensors:
+        names = list(tensors.keys())
+        places = tensors.get_slice("place").get_shape() if "place" in names else []
+    if len(places) != 1 or places[0] < 1:
+        raise CheckpointError(
+            f"{file} scores places of shape {tuple(places)}; a scorer has one number for every token "
+            "that may go. Copy the checkpoint again."
+        )
+    scorer = ContextScorer(backbone.exit_parts()[2], places[0])
     if wrong := [name for names in copy_weights(scorer, [file], skip=lambda name: name == "views") for name in names]:
         raise CheckpointError(f"{file} does not belong to this model: {', '.join(wrong)}.")
     backbone.context = (scorer.eval().requires_grad_(False),)

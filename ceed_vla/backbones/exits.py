@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import short
+from ceed_vla.files import regular
+from ceed_vla.folders import EXITS as EXITS
 from ceed_vla.weights import copy_weights, opened
 
-EXITS = "exits.safetensors"
 KINDS = ("linear", "layer", "coarse")
 
 
@@ -95,9 +96,11 @@ def check_linear(exits: Mapping[int, DepthExit], depths: Sequence[int]) -> None:
 
 
 def save_exits(backbone: Any, folder: Path) -> None:
-    """Write the exits of a backbone, if there are any."""
+    """Write the exits of a backbone; without any, remove those of another policy."""
     exits: dict[int, DepthExit] = backbone.exits
-    if exits:
+    if not exits:
+        (folder / EXITS).unlink(missing_ok=True)
+    else:
         kind = next(iter(exits.values())).kind
         tensors = {name: value.contiguous() for name, value in _modules(exits).state_dict().items()}
         save_file(tensors, folder / EXITS, metadata={"kind": kind, "depths": ",".join(map(str, exits))})
@@ -106,9 +109,9 @@ def save_exits(backbone: Any, folder: Path) -> None:
 def described_exits(folder: Path) -> tuple[str, list[int]]:
     """Kind and depths of a checkpoint folder's exits, ("", []) without any; `CheckpointError` for a damaged file."""
     file = folder / EXITS
-    if not file.is_file():
+    if not file.exists(follow_symlinks=False):
         return "", []
-    with opened(file) as tensors:
+    with opened(regular(file)) as tensors:
         said = tensors.metadata() or {}
     depths = said.get("depths", "").split(",")
     if not all(depth.isascii() and depth.isdecimal() and len(depth) < 6 for depth in depths):

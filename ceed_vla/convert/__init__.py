@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 
 from ceed_vla.convert.config import ConvertConfig as ConvertConfig
-from ceed_vla.outputs import claim_folder
+from ceed_vla.outputs import claimed_folder
 
 
 def convert(config: ConvertConfig) -> str:
     """Convert a model, and return a line about what was written."""
-    claim_folder("output_dir", config.output_dir, (), ())
-    line: str = importlib.import_module(f"{__name__}.{config.from_}").write(config)
+    with claimed_folder("output_dir", config.output_dir, (), ()):
+        line: str = importlib.import_module(f"{__name__}.{config.from_}").write(config)
     return line

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ceed_vla.data.parquet import MOST, Budget, open_parquet, read_table
 from ceed_vla.errors import DatasetError, raised_as
 from ceed_vla.files import plain_name, read_json, regular
 
 STATE, ACTION, ENVIRONMENT = "observation.state", "action", "observation.environment_state"
 NUMBERS = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
 MOST_VALUES = 65_536  # of a vector
-MOST = 10**9  # frames, episodes, values of a vector
 LARGEST_IMAGE = 2**13  # [px] of a side
 LARGEST_NUMBER = 1e9  # in any unit: beyond it are broken numbers
 JITTER = 0.2  # of a step between two frames: how far recorded times may differ from 1 / fps ...
@@ -116,30 +115,6 @@ def data_files(root: Path) -> list[Path]:
     return [regular(file, DatasetError) for file in sorted((root / "data").rglob("*.parquet"))]
 
 
-def open_parquet(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> pq.ParquetFile:
-    """A parquet file of which no column has more values than its rows have: a few bytes can stand for millions.
-
-    `shapes` has the columns that will be read, and the (largest) shape of a row of each.
-    """
-    opened = pq.ParquetFile(regular(file, DatasetError))
-    rows, size = opened.metadata.num_rows, file.stat().st_size
-    if rows > size:  # a row takes more than a byte
-        raise DatasetError(f"{file} says {rows} rows in {size} bytes. Make or copy the file again.")
-    parts, schema = opened.metadata, set(opened.schema_arrow.names)
-    for group in map(parts.row_group, range(parts.num_row_groups)):
-        for chunk in map(group.column, range(group.num_columns)):
-            path = chunk.path_in_schema.split(".")  # action.list.element
-            prefixes = (".".join(path[:length]) for length in range(len(path), 0, -1))
-            name = next((prefix for prefix in prefixes if prefix in schema), "")
-            most = group.num_rows * math.prod(shapes.get(name, (MOST,)))
-            if chunk.num_values > most:
-                raise DatasetError(
-                    f"{file}: {name} has {chunk.num_values} values in {group.num_rows} rows, of other lengths "
-                    f"than its shape, which gives {most}. Make or copy the file again."
-                )
-    return opened
-
-
 def read_rows(info: Info, vectors: Sequence[str]) -> dict[str, NDArray[Any]]:
     """Columns of all frames: (N, D) float32 for `vectors`, (N,) for indices of episode and task and the timestamp."""
     root, remedy = info.root, "the recording was not finalised, or copy it again"
@@ -153,7 +128,8 @@ def read_rows(info: Info, vectors: Sequence[str]) -> dict[str, NDArray[Any]]:
             raise DatasetError(
                 f"{root}: the data files hold {rows} frames, meta/info.json says {info.frames} frames; {remedy}."
             )
-        tables = [pq.ParquetFile(file).read(columns=list(wanted)) for file in files]
+        budget = Budget(files)
+        tables = [read_table(file, wanted, budget) for file in files]
         columns = {name: pa.chunked_array([c for t in tables for c in t[name].chunks]) for name in wanted}
     arrays = {name: numbers(columns[name], shape, f"{root}: {name}") for name, shape in wanted.items()}
     for name in ("index", "episode_index", "task_index"):
@@ -219,8 +195,9 @@ def read_tasks(root: Path, used: NDArray[np.int64]) -> list[str]:
     """Instructions in the order of their index; `used` (N,) are the indices of the frames."""
     file = root / "meta" / "tasks.parquet"
     with readable(file, "the set is damaged: copy it again, with the instruction (`task`) of every frame"):
-        table = open_parquet(file, {}).read()
-        name = "task" if "task" in table.column_names else "__index_level_0__"
+        names = open_parquet(file, {}).schema_arrow.names
+        name = "task" if "task" in names else "__index_level_0__"
+        table = read_table(file, {"task_index": (), name: ()}, Budget([file]))
         pairs = sorted(zip(table["task_index"].to_pylist(), table[name].to_pylist(), strict=True))
     tasks = [task for _, task in pairs]
     if [index for index, _ in pairs] != list(range(len(pairs))):

@@ -1,16 +1,26 @@
-"""Images of a LeRobotDataset as memory maps: decoded once into ``<root>/.frames``, which is ours alone."""
+"""Images of a LeRobotDataset as memory maps: decoded once into ``<root>/.frames``, ours alone.
+
+They stand for the very files that they were decoded from: ``complete.json`` has the SHA-256 of
+these and of the maps. A file is hashed again where its size, times or inode have changed; no
+program sets a file's change time, so it tells of every change. Opening a data set again therefore
+reads no images.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +31,13 @@ from tqdm import tqdm
 from ceed_vla.data.files import Info, data_files
 from ceed_vla.data.images import ImageReader
 from ceed_vla.errors import DatasetError
-from ceed_vla.files import regular, write_text
+from ceed_vla.files import read_json, regular, write_text
 
 CACHE, COMPLETE = ".frames", "complete.json"
+# A file that changes right after it was read may keep the times that a coarse clock gave it.
+_UNSETTLED_NS = 2 * 10**9
+_HASHED_TOGETHER = 4  # files
+_LARGEST_RECORD = 2**26  # [bytes]
 
 Shapes = dict[str, tuple[int, ...]]  # camera -> (N, H, W, 3)
 ImageMaps = dict[str, NDArray[np.uint8]]
@@ -40,21 +54,22 @@ def read_images(info: Info, rows: dict[str, NDArray[Any]]) -> ImageMaps:
     if videos:  # and where in them an episode begins
         sources += sorted((root / "meta" / "episodes").rglob("*.parquet"))
     try:
-        stamps = [[str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns] for f in sources]
-        key = json.dumps({"shapes": shapes, "files": stamps})
         if cache.is_symlink() or (cache.exists() and not cache.is_dir()):
             raise DatasetError(f"{cache} is a link or a file; images go into a folder of that name. Remove it.")
         foreign = cache.is_dir() and not (cache / COMPLETE).is_file()
         if foreign and any(not file.name.startswith(".") for file in cache.iterdir()):
             raise DatasetError(f"{cache} has no {COMPLETE}, so its files are no images of ours; move them.")
-        if (maps := _decoded_before(cache, key, shapes)) is None:
+        if (maps := _decoded_before(root, sources, shapes)) is None:
             with _alone(root) as locked:
-                if _decoded_before(cache, key, shapes) is None:  # nor did another process meanwhile
+                maps = _decoded_before(root, sources, shapes)  # by another process meanwhile
+                if maps is None:
                     for left in cache.glob(".*") if locked else ():  # of one that was killed
                         shutil.rmtree(left, ignore_errors=True)
+                    known = _described(root, sources)  # before they are read
                     _decode_images(info, rows, shapes, cache)
-                    write_text(cache / COMPLETE, key)
-            maps = _decoded_before(cache, key, shapes)
+                    known |= _described(root, _map_files(cache, shapes).values())
+                    _write_record(cache, shapes, known)
+                    maps = _opened(cache, shapes)
     except OSError as error:
         raise DatasetError(f"{cache} cannot be written ({error}); make room or choose another.") from error
     if maps is None:
@@ -75,17 +90,127 @@ def _alone(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _decoded_before(cache: Path, key: str, shapes: Shapes) -> ImageMaps | None:
-    """The maps, if they are what `key` says; nothing in them is believed but uint8 numbers in these shapes."""
-    done, files = cache / COMPLETE, {camera: cache / f"{camera}.npy" for camera in shapes}
-    if not done.is_file() or done.stat().st_size != len(key.encode()) or done.read_bytes() != key.encode():
+def _decoded_before(root: Path, sources: Sequence[Path], shapes: Shapes) -> ImageMaps | None:
+    """The maps, if they and their sources are those of the record, of uint8 in these shapes."""
+    cache = root / CACHE
+    files = _map_files(cache, shapes)
+    maps = _opened(cache, shapes)
+    known, settled_ns = _read_record(cache, shapes)
+    if maps is None or known.keys() != {_name(root, f) for f in (*sources, *files.values())}:
         return None
+    doubtful = []
+    for file in (*sources, *files.values()):
+        before, now = known[_name(root, file)], _Stamp.of(file)
+        if before.size != now.size:
+            return None
+        if before.stamp != now or now.changed_ns > settled_ns:
+            doubtful.append(file)
+    if doubtful:
+        found = _described(root, doubtful)
+        if any(known[name].sha256 != entry.sha256 for name, entry in found.items()):
+            return None
+        with suppress(OSError):  # of a disk that is only read
+            _write_record(cache, shapes, known | found)
+    return maps
+
+
+def _opened(cache: Path, shapes: Shapes) -> ImageMaps | None:
+    """The maps in `cache`, if they are of uint8 in these shapes."""
+    files = _map_files(cache, shapes)
+    opened = np.lib.format.open_memmap
     try:
-        maps = {camera: np.lib.format.open_memmap(regular(file), mode="r") for camera, file in files.items()}
+        maps = {name: opened(regular(file), mode="r") for name, file in files.items()}
     except Exception:  # whatever is wrong with them, they are decoded again
         return None
-    right = all(m.dtype == np.uint8 and m.shape == shapes[camera] for camera, m in maps.items())
+    right = all(m.dtype == np.uint8 and m.shape == shapes[name] for name, m in maps.items())
     return maps if right else None
+
+
+def _map_files(cache: Path, shapes: Shapes) -> dict[str, Path]:
+    """The file of every camera."""
+    return {camera: cache / f"{camera}.npy" for camera in shapes}
+
+
+# ---- what the images were decoded from, and into ----------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Stamp:
+    """What changes with a file's content: the kernel sets the last two, and no program."""
+
+    size: int
+    modified_ns: int
+    changed_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, file: Path) -> _Stamp:
+        found = file.stat()
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A file's content, and its stamp when it was read."""
+
+    sha256: str
+    stamp: _Stamp
+
+    @classmethod
+    def of(cls, file: Path) -> _Described:
+        stamp = _Stamp.of(file)
+        with regular(file, DatasetError).open("rb") as content:
+            return cls(hashlib.file_digest(content, "sha256").hexdigest(), stamp)
+
+    @classmethod
+    def read(cls, text: object) -> _Described:
+        """From a record; `ValueError` for another text."""
+        sha256, *numbers = str(text).split()
+        size, modified, changed, inode = map(int, numbers)
+        return cls(sha256, _Stamp(size, modified, changed, inode))
+
+    @property
+    def size(self) -> int:
+        return self.stamp.size
+
+    def __str__(self) -> str:
+        return " ".join([self.sha256, *map(str, astuple(self.stamp))])
+
+
+def _name(root: Path, file: Path) -> str:
+    return file.relative_to(root).as_posix()
+
+
+def _described(root: Path, files: Iterable[Path]) -> dict[str, _Described]:
+    """Content and stamp of files, by their path in the data set; hashed side by side."""
+    waiting = list(files)
+    with ThreadPoolExecutor(min(_HASHED_TOGETHER, os.cpu_count() or 1)) as pool:
+        entries = pool.map(_Described.of, waiting)
+        bar = tqdm(entries, "hashing", len(waiting), unit="file", delay=1)
+        return {_name(root, file): entry for file, entry in zip(waiting, bar, strict=True)}
+
+
+def _read_record(cache: Path, shapes: Shapes) -> tuple[dict[str, _Described], int]:
+    """Files by name, and the change time [ns] up to which stamps count; none of other shapes."""
+    most = _LARGEST_RECORD
+    try:
+        record = read_json(cache / COMPLETE, DatasetError, most=most, values=most)
+        known = {name: _Described.read(text) for name, text in record["files"].items()}
+        written_ns = int(record["written_ns"])
+    except (DatasetError, ValueError, KeyError, AttributeError, TypeError):
+        return {}, 0
+    if record.get("shapes") != {camera: list(shape) for camera, shape in shapes.items()}:
+        return {}, 0
+    return known, written_ns - _UNSETTLED_NS
+
+
+def _write_record(cache: Path, shapes: Shapes, known: Mapping[str, _Described]) -> None:
+    files = {name: str(entry) for name, entry in known.items()}
+    record = {"shapes": shapes, "written_ns": time.time_ns(), "files": files}
+    write_text(cache / COMPLETE, json.dumps(record))
+
+
+# ---- decoding ---------------------------------------------------------------------------------
 
 
 def _decode_images(info: Info, rows: dict[str, NDArray[Any]], shapes: Shapes, cache: Path) -> None:
@@ -95,7 +220,7 @@ def _decode_images(info: Info, rows: dict[str, NDArray[Any]], shapes: Shapes, ca
     reader = ImageReader(info, rows)
     # Decode beside the final names: another process may be reading, or decoding the same where nothing locks.
     with tempfile.TemporaryDirectory(dir=cache, prefix=".") as folder:
-        names = {camera: Path(folder) / f"{camera}.npy" for camera in shapes}
+        names = _map_files(Path(folder), shapes)
         maps: ImageMaps = {}
         total = info.frames * len(shapes)
         with tqdm(total=total, desc=f"decoding {info.root.name}", unit="image") as progress:

@@ -16,12 +16,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from ceed_vla.data.files import Info, data_files, is_whole, numbers, open_parquet, readable
+from ceed_vla.data.files import Info, data_files, is_whole, numbers, readable
+from ceed_vla.data.parquet import Budget, batch_rows, open_parquet, read_table, weigh
 from ceed_vla.errors import DatasetError
 
 FORMATS, MODES = ("PNG", "JPEG", "WEBP"), ("RGB", "RGBA", "L", "P")  # others lose bits or start programs
 VIDEO_TOLERANCE = 1e-4  # [s] LeRobot's own
 WINDOW = 32  # frames of an episode that are decoded together
+MOST_DECODED = 2**28  # [bytes] of images that wait, as they are stored or decoded
 READ_AHEAD = 2**20  # [bytes] of a parquet file
 
 Image8 = NDArray[np.uint8]  # (H, W, 3)
@@ -68,6 +70,9 @@ class ImageReader:
             )
 
     def _stored(self, camera: str, first: int, end: int) -> Iterator[Image8]:
+        shape = self.info.cameras[camera]
+        together = max(2, min(WINDOW, MOST_DECODED // math.prod(shape)))
+
         def decode(item: tuple[int, Any]) -> Image8:
             frame, stored = item
             data = stored.get("bytes") if isinstance(stored, dict) else None
@@ -85,9 +90,13 @@ class ImageReader:
                 if not groups:
                     continue
                 at = int(edges[groups[0]])
+                budget = Budget([file])
                 # Buffered: otherwise the column of a whole row group is held in memory.
                 with pq.ParquetFile(file, buffer_size=READ_AHEAD) as opened:
-                    for part in opened.iter_batches(WINDOW, row_groups=groups, columns=[camera]):
+                    longest = weigh(file, opened, [camera], budget, groups)
+                    rows = min(together, batch_rows(longest, MOST_DECODED))
+                    for part in opened.iter_batches(rows, row_groups=groups, columns=[camera]):
+                        budget.spend(part.nbytes, file)
                         wanted = part.column(camera)[max(first - at, 0) : max(end - at, 0)]
                         yield from pool.map(decode, enumerate(wanted.to_pylist(), max(first, at)))
                         at += part.num_rows
@@ -127,7 +136,8 @@ def _video_places(info: Info, camera: str) -> tuple[NDArray[np.int64], NDArray[n
         raise DatasetError(f"{info.root} has no meta/episodes, which says where its videos are; copy it too.")
     names = ["episode_index", *(f"videos/{camera}/{part}" for part in ("chunk_index", "file_index", "from_timestamp"))]
     with readable(f"{info.root}/meta/episodes"):
-        tables = [open_parquet(f, dict.fromkeys(names, ())).read(columns=names) for f in files]
+        budget = Budget(files)
+        tables = [read_table(f, dict.fromkeys(names, ()), budget) for f in files]
         episode, chunk, file, start = (
             np.concatenate([numbers(table[name], (), f"{info.root}: {name}") for table in tables]) for name in names
         )

@@ -21,7 +21,9 @@ from ceed_vla.fields import short
 CEED, EXECUTED, FRESH = "ceed", "h", "fresh"
 _GUESSES = ("mid", "random")
 _STRICT = DecodingConfig()
-OWN = re.compile(r"risk\d*\.?\d+|plan(\d*\.?\d+)?|learned", re.ASCII)  # what commands write into a checkpoint
+# What commands write into a checkpoint; a digit is matched in one way only, so that no text takes long.
+OWN = re.compile(r"(risk|plan)(\d+(\.\d+)?|\.\d+)|plan|learned", re.ASCII)
+MOST_OWN = 256  # names of its own that a checkpoint may have
 
 
 def names_help() -> str:
@@ -56,6 +58,8 @@ def named_config(
 
 @lru_cache(maxsize=256)  # a robot asks for the same name with every chunk
 def _parse(decoding: str, ceed: DecodingConfig) -> DecodingConfig:
+    if len(decoding) > LONGEST_NAME:  # of what a checkpoint's own name stands for
+        raise _unknown(decoding)
     head, *parts = decoding.split("_")
     changes: dict[str, Any] = {}
     if parts and parts[-1] in _GUESSES and head != "ar":

@@ -18,9 +18,11 @@ from tokenizers import Tokenizer, decoders, models, trainers
 from torch import Tensor
 
 from ceed_vla.errors import CheckpointError, ConfigError, MalformedChunkError, TokenError, raised_as
-from ceed_vla.files import read_json
+from ceed_vla.files import read_json, read_text
+from ceed_vla.limited.tokenizers import MOST_BYTES, check_tokenizer_text
 
 UNDECODABLE = "\ufffd"  # what a byte-level BPE writes for bytes that are no character
+_BYTES = 16  # of a coefficient's text at most: a character has four, and a decoder may drop marks
 _MOST_SYMBOLS = 0xD800  # the first code point that is no character
 _MOST_CHARACTERS = 2**25  # of all ids; merges of merges would double without end
 
@@ -40,6 +42,8 @@ class FastCodec:
             raise ConfigError(f"scale is {scale}; it must be a positive number.")
         self.bpe, self.scale, self.least, self.most = bpe, float(scale), int(least), most
         self.vocabulary_size = int(bpe.get_vocab_size())
+        # (vocabulary_size,) characters of the entries; a byte of a coefficient takes one
+        self._lengths = [len(bpe.id_to_token(i) or "") for i in range(self.vocabulary_size)]
         self.merges: list[tuple[int, int]] = []  # the pairs of ids that a fitted codec joins; empty for a folder's
 
     @classmethod
@@ -109,11 +113,13 @@ class FastCodec:
             raise CheckpointError(f"The FAST tokenizer {folder} lacks tokenizer.json; copy the whole folder.")
         needed = "processor_config.json must name scale and min_token, and tokenizer.json hold a BPE."
         with raised_as(CheckpointError, f"The FAST tokenizer {folder} cannot be used", needed, CheckpointError):
-            return cls.from_json(file.read_text(), float(settings["scale"]), int(settings["min_token"]))
+            text = read_text(file, most=MOST_BYTES)
+            return cls.from_json(text, float(settings["scale"]), int(settings["min_token"]))
 
     @classmethod
     def from_json(cls, bpe: str, scale: float, least: int) -> FastCodec:
         """The codec of a published tokenizer: the content of its tokenizer.json, and its numbers."""
+        check_tokenizer_text(bpe, "The FAST tokenizer's BPE", ConfigError)
         with raised_as(ConfigError, "The FAST tokenizer's BPE cannot be read", "copy its folder again."):
             return cls(Tokenizer.from_str(bpe), scale, least)
 
@@ -130,14 +136,22 @@ class FastCodec:
         if frequencies is not None:
             rounded[:, frequencies * chunks.shape[2] :] = 0
         texts = _texts(rounded.clamp(self.least, self.most), self.least)
-        return [encoding.ids for encoding in self.bpe.encode_batch(texts)]
+        with raised_as(TokenError, "The FAST tokenizer fails on a chunk", "copy its folder again."):
+            return [encoding.ids for encoding in self.bpe.encode_batch(texts)]
 
     def decode(self, ids: Sequence[int], steps: int, action_dim: int) -> Tensor:
         """The chunk (m, A) float64 that `ids` stand for, in normalised units, or `MalformedChunkError`."""
         unknown = [i for i in ids if not 0 <= i < self.vocabulary_size]
         if unknown:
             raise MalformedChunkError(f"{unknown[0]} is no FAST id; they lie in [0, {self.vocabulary_size - 1}].")
-        text = self.bpe.decode(list(ids), skip_special_tokens=False)
+        longest = _BYTES * steps * action_dim
+        if sum(self._lengths[i] for i in ids) > longest:  # refused before a text of any length is made
+            raise MalformedChunkError(
+                f"{len(ids)} FAST ids stand for more than {longest} bytes, too many for a chunk of {steps} steps of "
+                f"{action_dim} dimensions."
+            )
+        with raised_as(MalformedChunkError, "The FAST tokenizer cannot decode them", "copy its folder again."):
+            text = self.bpe.decode(list(ids), skip_special_tokens=False)
         if UNDECODABLE in text or len(text) != steps * action_dim:
             broken = " with bytes that are no character" if UNDECODABLE in text else ""
             raise MalformedChunkError(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,8 +16,9 @@ from rich.console import Console
 from ceed_vla.discovery import discovered
 from ceed_vla.errors import ConfigError, NodeError
 from ceed_vla.fields import SEEDS, Checked, chosen, ranged
+from ceed_vla.files import write_text
 from ceed_vla.folders import resolve_checkpoint
-from ceed_vla.outputs import claim_folder, default_console
+from ceed_vla.outputs import claimed_folder, default_console
 from ros_nodes.demo.report import COMMAND_RATE, Episode, build_report, console_table
 from sim.environment import EVALUATION_SEEDS
 from sim.recording.interrupts import handled_by
@@ -27,7 +29,7 @@ from sim.tabletop.tasks import SPLITS, TASKS
 if TYPE_CHECKING:
     from ros_nodes.demo.session import Session
 
-_SETTLE = 0.3  # after a reset, until the policy has seen the new scene [s]
+
 _DIAGNOSED = 1.2  # until the next diagnostics, which come once a second [s]
 _MOVING = 0.3  # speed of the fastest joint [rad/s]
 _DECAY = 1.5  # after the policy node was killed, until the arm must have come to rest [s]
@@ -86,6 +88,7 @@ class RosDemoConfig(Checked, prefix="--"):
     domain: int = ranged(-1, "[-1, 101]")
 
 
+UNMARKED = ("ros.json", "details.json", "sim.log", "policy.log", "simulated_time.png")
 REAL_TIME = ("checkpoint", "decoding", "inference_delay", "stream_seconds", "kill", "domain")
 SIMULATED_TIME = ("rivals", "latencies_ms", "camera_rate", "camera_jitter_ms", "reaction")
 
@@ -96,18 +99,24 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
     `ConfigError` where the robot has no such action interface, `CheckpointError` for no checkpoint, `NodeError` for a
     node that ended, refused a request or did not answer.
     """
-    from ros_nodes.demo.session import Session
     from ros_nodes.demo.simulated_time import simulated_time
-    from ros_nodes.robot.robot_file import load_robot_config
 
     unread = REAL_TIME if config.simulated_time else SIMULATED_TIME
     if given := [name for name in unread if getattr(config, name) != getattr(RosDemoConfig(), name)]:
         raise ConfigError(f"--{given[0]} is not read with --simulated_time {config.simulated_time}; leave it out.")
     console = console or default_console()
     own = ("bag.mcap", "simulated_time.json")
-    folder = claim_folder("output_dir", config.output_dir, own, own)
-    if config.simulated_time:
-        return simulated_time(config, folder, console)
+    with claimed_folder("output_dir", config.output_dir, own, own, unmarked=UNMARKED) as folder:
+        if config.simulated_time:
+            return simulated_time(config, folder, console)
+        return _in_real_time(config, folder, console)
+
+
+def _in_real_time(config: RosDemoConfig, folder: Path, console: Console) -> dict[str, Any]:
+    """As `ros_demo`, with two processes, into a folder of its own."""
+    from ros_nodes.demo.session import Session
+    from ros_nodes.robot.robot_file import load_robot_config
+
     interface = load_robot_config().interface(config.action_interface)
     policy = {
         "checkpoint": str(resolve_checkpoint(config.checkpoint)),
@@ -118,7 +127,7 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
         "inference_delay": config.inference_delay,
         "command_rate": COMMAND_RATE,
     }
-    domain = config.domain if config.domain >= 0 else 1 + os.getpid() % 99
+    domain = config.domain if config.domain >= 0 else free_domain()
     reach = os.environ.get("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     console.print(f"Starting simulated robot and policy node (ROS domain {domain}, discovery {reach}).")
     arguments = ros_arguments(policy), ros_arguments({"split": config.split})
@@ -140,10 +149,17 @@ def ros_demo(config: RosDemoConfig, console: Console | None = None) -> dict[str,
     bag = folder / "bag.mcap"
     report, details = build_report(asdict(config), episodes, windows, values, bag, f"/{interface.topic}", killed)
     for name, content in (("ros", report), ("details", details)):
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / f"{name}.json", json.dumps(content, indent=2) + "\n")
     console.print(console_table(report, details))
     console.print(f"Written: {folder / 'ros.json'}, {bag}", soft_wrap=True, highlight=False)
     return report
+
+
+def free_domain() -> int:
+    """A ROS domain for this process, in [1, 99], that is not the environment's: a real arm may be there."""
+    domain = 1 + os.getpid() % 99
+    taken = os.environ.get("ROS_DOMAIN_ID", "").strip()
+    return domain if str(domain) != taken else 1 + domain % 99
 
 
 def ros_arguments(parameters: Mapping[str, Any]) -> list[str]:
@@ -158,7 +174,6 @@ def ros_arguments(parameters: Mapping[str, Any]) -> list[str]:
 def _begin(session: Session, config: RosDemoConfig, seed: int) -> str:
     """Draw a scene with the arm held, then let the policy act; returns the instruction."""
     instruction = session.reset_episode(seed, config.task)
-    session.spin(_SETTLE)
     session.enable(True)
     return instruction
 

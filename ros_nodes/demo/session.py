@@ -30,6 +30,7 @@ from ros_nodes.robot.messages import COMMAND, LATCHED
 
 START_TIMEOUT = 90.0  # until both nodes answer; the policy loads its weights meanwhile [s]
 CALL_TIMEOUT = 10.0  # [s]
+SETTLE = 0.3  # after a new episode, until the policy node has seen where the arm is [s]
 _KEPT = 1000  # messages that a slow recorder may fall behind
 
 
@@ -107,6 +108,7 @@ class Session:
             self._processes[name] = subprocess.Popen(
                 [sys.executable, "-m", module, "--ros-args", *arguments],
                 env=os.environ | {"ROS_DOMAIN_ID": str(self._domain)},
+                stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches this process only, which ends them in order
@@ -121,14 +123,15 @@ class Session:
         """Let the policy move the arm, or make it hold."""
         end, request = time.monotonic() + CALL_TIMEOUT, SetBool.Request(data=on)
         response = self._call("/policy/enable", SetBool, request)
-        while response.message.startswith("stale") and time.monotonic() < end:  # on a busy machine
+        passing = ("stale", "unsettled_pose")  # on a busy machine, or after a new episode
+        while response.message.startswith(passing) and time.monotonic() < end:
             self.spin(0.1)
             response = self._call("/policy/enable", SetBool, request)
         if not response.success:
             raise NodeError(f"The policy node does not {'enable' if on else 'disable'}: {response.message}")
 
     def reset_episode(self, seed: int, task: str) -> str:
-        """Draw a scene in the simulation; returns the instruction."""
+        """Draw a scene in the simulation, and accept the arm's new pose; returns the instruction."""
         parameters = [Parameter("seed", value=seed), Parameter("task", value=task)]
         request = SetParameters.Request(parameters=[parameter.to_parameter_msg() for parameter in parameters])
         for result in self._call("/sim/set_parameters", SetParameters, request).results:
@@ -138,6 +141,9 @@ class Session:
         response = self._call("/sim/reset_episode", Trigger, Trigger.Request())
         if not response.success:
             raise NodeError(f"The simulation does not reset: {response.message}")
+        # The arm is elsewhere all at once, which the policy node takes from nobody but its operator.
+        self.spin(SETTLE)
+        self._call("/policy/reset", Trigger, Trigger.Request())
         return str(response.message)
 
     def spin(self, seconds: float, until: Callable[[], bool] = lambda: False) -> bool:

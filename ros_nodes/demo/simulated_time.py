@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from builtin_interfaces.msg import Time as TimeMessage
 from matplotlib.figure import Figure
+from rclpy.serialization import serialize_message
 from rclpy.time import Time
 from rich.console import Console
 from rich.progress import track
@@ -29,10 +30,12 @@ from sensor_msgs.msg import JointState
 
 from ceed_vla.kinematics import Array
 from ceed_vla.outputs import MADE_BY
+from ros_nodes.robot.inference import decoded
 from ros_nodes.robot.messages import array_to_image
 from ros_nodes.robot.parameters import defaults
 from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ros_nodes.robot.policy_setup import PolicySetup, make_setup
+from ros_nodes.robot.pose_trust import TRUST_TIME
 from ros_nodes.robot.predictor import PolicySpec, Predictor, PredictorSettings, Request, Response
 from ros_nodes.robot.safety import Decision
 from ros_nodes.robot.step_grid import SLEW
@@ -45,9 +48,9 @@ from sim.tabletop.env import CTRL_DT
 
 TRANSPORT = 0.002  # from an image's stamp to its arrival, as between the processes [s]
 DISTANCE = 0.04  # that the object moves [m]
-WHEN = (0.2, 0.8)  # from the start of the episode [s]: two periods of chunks on the way, before most grasps
+WHEN = (0.2, 0.8)  # from `enable` on [s]: two periods of chunks on the way, before most grasps
 PATIENCE = 1.5  # for a command that differs [s]
-Event = tuple[float, Array]  # the object moves so long [s] after the start by (2,) [m]
+Event = tuple[float, Array]  # the object moves so long [s] after `enable` by (2,) [m]
 _STATES = 0.01  # between joint states [s]
 _PREFILL = 2  # forwards that the prefill takes as long as
 _TIMES = {"observation_to_command_ms": (50, 99), "first_action_ms": (50, 95), "reaction_ms": (50, 95)}  # percentiles
@@ -94,6 +97,7 @@ class TimedWorker:
 
     def submit(self, request: Request) -> bool:
         self._asked = self.now
+        request, _ = decoded(request)
         self._answers.append(self._predictor.predict(request, early=self._answers.append))
         forwards = _PREFILL + self._answers[-1].forwards
         for answer in self._answers:
@@ -136,7 +140,7 @@ class SimulatedLoop:
                 controller.receive(now)
             elif now == state:
                 state += _STATES
-                if event is not None and now - start >= event[0] and now < self.stirred:
+                if event is not None and now - self.enabled >= event[0] and now < self.stirred:
                     self.stirred = now
                     self.robot.move_target(event[1])
                 self._measure(now)
@@ -149,7 +153,8 @@ class SimulatedLoop:
             elif arriving and now == arriving[0][0]:
                 _, _, pixels, taken = heapq.heappop(arriving)
                 for camera in cameras:
-                    camera.take(array_to_image(pixels[camera.source.name], _stamp(taken), ""))
+                    message = array_to_image(pixels[camera.source.name], _stamp(taken), "")
+                    camera.take(serialize_message(message))
                 if now < self.enabled and controller.enable(now) is None:
                     self.enabled = now
                 controller.observed(now)
@@ -241,7 +246,8 @@ def _run(
     given = {name: getattr(config, name) for name in ("action_interface", "replan_steps")}
     given |= {"checkpoint": predictor.spec.checkpoint, "instruction": robot.reset(seed, config.task)}
     loop = SimulatedLoop(robot, TimedWorker(predictor, latency), {**defaults(POLICY_PARAMETERS), **given})
-    limit = config.max_episode_steps * CTRL_DT if event is None else event[0] + PATIENCE
+    # Before motion the pose must be trusted, which is no part of the episode.
+    limit = TRUST_TIME + (config.max_episode_steps * CTRL_DT if event is None else event[0] + PATIENCE)
     return loop, loop.episode(limit, config.camera_rate, 1e-3 * config.camera_jitter_ms, seed, event)
 
 

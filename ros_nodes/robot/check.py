@@ -6,7 +6,7 @@ moves an arm comes from the file that the user names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,15 @@ from rich.text import Text
 from ceed_vla.errors import CeedVLAError, ConfigError
 from ceed_vla.folders import resolve_checkpoint
 from ros_nodes.robot import policy_setup
+from ros_nodes.robot.data_ranges import ACTION, Range, read_ranges
+from ros_nodes.robot.findings import explained, split, verdict
 from ros_nodes.robot.observations import Observations
 from ros_nodes.robot.parameters import defaults
 from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
-from ros_nodes.robot.predictor import declared_spec
-from ros_nodes.robot.robot_file import load_robot_config
+from ros_nodes.robot.predictor import PolicySpec, declared_spec
+from ros_nodes.robot.review import feature_lengths, review
+from ros_nodes.robot.robot_file import RobotConfig, load_robot_config
+from ros_nodes.robot.safety import SafetyLimits
 from ros_nodes.robot.texts import short
 from ros_nodes.robot.yaml_fields import Fields
 
@@ -32,7 +36,7 @@ TEMPLATE = "robot.yaml"  # beside a checkpoint's config.json
 
 @dataclass
 class RobotCheckConfig:
-    """Read a robot's file and a checkpoint's config.json, and say what the policy sees and does through them.
+    """Compare a robot's file with a checkpoint and the arm's model; the exit code is 0 if they fit.
 
     Attributes:
         file: The robot's YAML file; without it the template that the checkpoint brings is printed, if it brings one.
@@ -43,8 +47,22 @@ class RobotCheckConfig:
     checkpoint: str = "student"
 
 
+class _Problems(list[str]):
+    """What does not fit, in the order in which it was found."""
+
+    def attempt(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns; None, and one more problem, if it fails."""
+        try:
+            return make()
+        except CeedVLAError as error:
+            self.append(str(error))
+
+
 def robot_check(config: RobotCheckConfig) -> str | None:
-    """Print what fits; `ConfigError` says all that does not. Without a file, return the checkpoint's template."""
+    """Print what fits, what does not, and a verdict; without a file, return the template.
+
+    `ConfigError`: They do not fit.
+    """
     template = resolve_checkpoint(config.checkpoint) / TEMPLATE
     if not config.file:
         if not template.exists():
@@ -52,48 +70,89 @@ def robot_check(config: RobotCheckConfig) -> str | None:
         Fields.read(template)  # plain YAML of a limited size, which has no control characters
         return template.read_text(encoding="utf-8")
     console = Console(width=None if Console().is_terminal else 140)
-    robot, spec = load_robot_config(config.file), declared_spec(config.checkpoint)
-    problems: list[str] = []
+    try:
+        robot = load_robot_config(config.file)
+        spec = declared_spec(config.checkpoint)
+    except CeedVLAError as error:  # there is nothing to compare
+        _tell(console, [str(error)], ())
+        raise
+    problems = _Problems()
+    model = problems.attempt(lambda: policy_setup.arm_model(robot))
+    problems.attempt(lambda: policy_setup.check_fit(robot, spec))
+    problems.attempt(lambda: Observations(robot, spec.cameras, spec.states, model))
+    for name in robot.interfaces:
+        problems.attempt(partial(robot.interface, name))
+    first = next(iter(robot.interfaces.values()))
+    values = defaults(POLICY_PARAMETERS)
+    limits = problems.attempt(lambda: policy_setup.safety_limits(robot, first, model, (), values))
+    ranges = problems.attempt(lambda: read_ranges(spec.checkpoint, feature_lengths(robot))) or {}
+    physical = policy_setup.physical_velocity(robot, model)
+    found, warnings = split(review(robot, model, physical, ranges))
+    problems += found
+    console.print(_features(robot, spec))
+    console.print(_joints(robot, limits, ranges, model is not None))
+    if template.exists():
+        own = Fields.read(Path(config.file))
+        problems.attempt(lambda: console.print(_differences(own, Fields.read(template))))
+    _tell(console, problems, warnings)
+    if problems:
+        raise ConfigError(explained(robot, config.checkpoint, problems))
+    return None
 
-    def attempt(make: Callable[[], Any]) -> Any:
-        try:
-            return make()
-        except CeedVLAError as error:
-            problems.append(str(error))
 
-    model = attempt(lambda: policy_setup.arm_model(robot))
-    attempt(lambda: policy_setup.check_fit(robot, spec))
-    attempt(lambda: Observations(robot, spec.cameras, spec.states, model))
+def _tell(console: Console, problems: Sequence[str], warnings: Sequence[str]) -> None:
+    """Print warnings, then problems with their numbers, one a line, and the verdict last."""
+    lines = [f"warning: {warning}" for warning in warnings]
+    lines += [f"{number}. {problem}" for number, problem in enumerate(problems, 1)]
+    for line in [*lines, verdict(problems, warnings)]:
+        printable = "".join(c if c.isprintable() else "?" for c in " ".join(line.split()))
+        console.print(Text(printable), soft_wrap=True)
+
+
+def _features(robot: RobotConfig, spec: PolicySpec) -> Table:
+    """What the policy sees and does, and what it is made of."""
     table = Table("what", "the checkpoint", "the robot")
     images = {image.feature: image for image in robot.images}
     for feature, (_, height, width) in spec.cameras.items():
         image = images.get(feature)
         crop = f", crop {list(image.crop)}" if image and image.crop else ""
-        table.add_row(feature, f"{width} x {height}", f"{image.topic} ({image.transport}{crop})" if image else "-")
+        source = f"{image.topic} ({image.transport}{crop})" if image else "-"
+        table.add_row(feature, f"{width} x {height}", source)
     for feature, length in spec.states.items():
         table.add_row(feature, f"{length} values", ", ".join(robot.states.get(feature, ("-",))))
     chunk = f"chunks of {spec.chunk_steps or '?'} steps, {spec.n_action_steps or '?'} executed"
     table.add_row(
-        "action", f"{spec.action_dim} values, {chunk}", f"{robot.action.kind}, {1 / robot.action.dt:g} a second"
+        "action",
+        f"{spec.action_dim} values, {chunk}",
+        f"{robot.action.kind}, {1 / robot.action.dt:g} a second",
     )
     for name, interface in robot.interfaces.items():
         table.add_row(name, "", interface.topic)
-        attempt(partial(robot.interface, name))
-    first, values = next(iter(robot.interfaces.values())), defaults(POLICY_PARAMETERS)
-    limits = attempt(lambda: policy_setup.safety_limits(robot, first, model, (), values))
+    return table
+
+
+def _joints(
+    robot: RobotConfig,
+    limits: SafetyLimits | None,
+    ranges: Mapping[str, Range | str],
+    has_model: bool,
+) -> Table:
+    """The limits of every joint in both units, and what they were compared with."""
+    table = Table("limits", "in the policy's unit", "of commands")
     for place, joint in enumerate(robot.arm.joints if limits is not None else ()):
+        assert limits is not None
         ends = limits.position_low, limits.position_high
         low, high = (float(end[place]) for end in ends)
         own = " to ".join(f"{robot.arm.units.theirs(end)[place]:.4g}" for end in ends)
         table.add_row(joint, own, f"[{low:.3f}, {high:.3f}] rad, {limits.max_velocity[place]:g} rad/s")
-        if robot.arm.home and not low <= robot.arm.home[place] <= high:
-            problems.append(f"arm.home of {joint} is {robot.arm.home[place]}, outside its limits.")
-    console.print(table)
-    if template.exists():
-        attempt(lambda: console.print(_differences(Fields.read(Path(config.file)), Fields.read(template))))
-    if problems:
-        raise ConfigError(f"{robot.source} and {config.checkpoint} do not fit. {' '.join(problems)}")
-    return None
+    table.add_section()
+    model = "compared" if has_model else "not checked: the file names no arm.model"
+    table.add_row("the model's limits", "", model)
+    for feature in (*robot.states, ACTION):
+        seen = ranges.get(feature, "they cannot be read")
+        told = f"compared ({seen.source})" if isinstance(seen, Range) else f"not checked: {seen}"
+        table.add_row(f"statistics of {feature}", "", told)
+    return table
 
 
 def _differences(own: Fields, template: Fields) -> Table:

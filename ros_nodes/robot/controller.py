@@ -3,8 +3,9 @@
 Time is a grid of steps of ``action_dt``, each ``N`` ticks long. A step has one end target; the command of tick i of N
 lies on the straight line from the target before to this one, so commands stay continuous where one chunk follows
 another. As soon as `SafetyFilter` or an input objects, the arm holds and everything the policy had planned is dropped;
-it goes on from where it was held, or from where it is if nobody knew that meanwhile. A chunk is asked for with the last
-images that can still make the step at which it takes over, and `StepGrid` sees to it that these are fresh.
+it goes on from where it was held, or from where it is if that was unknown meanwhile. After a long outage, a restart of
+the robot or a conflict it waits for an operator instead. A chunk is asked for with the last images that can still make
+the step at which it takes over, and `StepGrid` sees to it that these are fresh.
 """
 
 from __future__ import annotations
@@ -16,17 +17,28 @@ import numpy as np
 
 from ceed_vla.kinematics import Array
 from ros_nodes.robot.chunk_stream import Target
-from ros_nodes.robot.mode import WAITING, State
-from ros_nodes.robot.motion import Motion
+from ros_nodes.robot.mode import WAITING, Mode, State
+from ros_nodes.robot.motion import Motion, toward
 from ros_nodes.robot.observations import Observations
+from ros_nodes.robot.outage import RESUME_WITHIN, Outage
 from ros_nodes.robot.policy_stream import PolicyStream
-from ros_nodes.robot.safety import JOINT_STATES, MAX_DT, Decision, Hold, SafetyFilter
+from ros_nodes.robot.safety import (
+    JOINT_STATES,
+    MAX_DT,
+    MOVED,
+    NOT_ENABLED,
+    Decision,
+    Hold,
+    SafetyFilter,
+)
 
-# How long the last command is repeated while nobody knows where the arm is [s]: by hand nobody moves an arm and powers
-# it up again sooner. Afterwards it would leap back as its drives come on.
+# How long the last command is repeated while the arm's pose is unknown [s]. Nobody can move the arm by hand and restart
+# it faster than this; afterwards it would leap back as its drives come on.
 BLIND_HOLD = 5.0
+STALLED = 1.0  # real time without a tick after which a simulation's clock counts as stopped [s]
 HOME_SPEED = 0.2  # of the fastest joint on the way home [rad/s]
 FIRST_CHUNK = Hold(WAITING, "for the first chunk")
+NOT_BY_WAITING = ("estop", "conflict", MOVED)  # refusals of `enable` that an operator must see
 
 
 class PolicyController:
@@ -37,23 +49,32 @@ class PolicyController:
     Attributes:
         ages: `Observations.ages`.
         hold: Why the arm held at the last tick; None in motion.
-        conflict: Set it to the reason why nothing may be sent now, though motion is enabled (another commander).
+        outage: How long the fault has lasted that holds the arm.
     """
 
     def __init__(
-        self, observations: Observations, motion: Motion, safety: SafetyFilter, stream: PolicyStream, blend_in: float
+        self,
+        observations: Observations,
+        motion: Motion,
+        safety: SafetyFilter,
+        stream: PolicyStream,
+        blend_in: float,
+        resume_within: float = RESUME_WITHIN,
     ) -> None:
         self._observations, self._motion, self._safety, self.stream = observations, motion, safety, stream
         self.ages, self.grid, self.statistics = observations.ages, stream.grid, stream.statistics
         self.hold = safety.forbidden
-        self.conflict: str | None = None
+        self.outage = Outage(resume_within)
+        self._conflict: str | None = None
         self._enable_asked = False
         self._blend_in, self._blend = blend_in, 1.0  # share of what is wanted now
         self._held: Array = motion.joints  # the pose that motion blends from
         self._home: Array | None = None  # the pose that `enable` was told to move to
         self._enabled_at = -math.inf  # images from before are of another situation
         self._silent = True
-        self._blind_since: float | None = None  # steady time since which nobody knows where the arm is
+        self._not_yet: Hold | None = None  # why motion does not restart, though the pose is known
+        self._anchor: Array | None = None  # the pose (J,) at which the hold that lasts began [rad]; None in motion
+        self._blind_since: float | None = None  # steady time since which the arm's pose is unknown
         self._clock_fault: Hold | None = None
         self._last_tick: float | None = None
         self._boundary = False  # the step that runs is done, the next one waits for the answer that is due
@@ -74,14 +95,16 @@ class PolicyController:
         None; then motion is disabled at once. With `insist` it is tried again at every tick until joint states come.
         """
         moving = self._safety.enabled and (self.hold is None or self.hold.code == WAITING)
-        moving = moving and self._pose_fault(now) is None
-        refused = self._safety.enable(self.ages(now)[JOINT_STATES], moving=moving)
+        moving = moving and not self._silent and self._pose_fault(now) is None
+        refused = self._conflict_hold()
+        if refused is None:
+            refused = self._safety.enable(self.ages(now)[JOINT_STATES], moving=moving)
         if refused is None and self.stream.broken is not None and not home:
             refused = self.stream.objection()
         limits = self._safety.limits
         if refused is None and home and np.any(np.clip(home, limits.position_low, limits.position_high) != home):
             refused = Hold("no_home", "arm.home lies outside the position limits")
-        self._enable_asked = insist and refused is not None and self._safety.stopped is None
+        self._enable_asked = insist and refused is not None and refused.code not in NOT_BY_WAITING
         self._home = np.array(home) if home and refused is None else None
         if refused is None:
             self._observations.look_anew()
@@ -97,32 +120,58 @@ class PolicyController:
     @property
     def state(self) -> State:
         """What is true now, whatever was at the last tick."""
-        hold, forbidden = self.hold, self._safety.forbidden
+        hold = self.hold
+        forbidden = self._safety.forbidden
+        if self._conflict is not None and self._safety.stopped is None:
+            return State(Mode.DISABLED, "conflict", self._conflict)
         if forbidden is not None and not self._enable_asked:
             hold = forbidden
-        elif self.conflict is not None or (self.stream.broken is not None and self._home is None):
+        elif self.stream.broken is not None and self._home is None:
             hold = self._objection()
         return State.of(hold)
 
+    def note_conflict(self, reason: str | None) -> None:
+        """Note what else commands the arm or publishes its joints; None if nothing does.
+
+        A conflict disables motion, which stays so when the conflict ends.
+        """
+        if reason is not None:
+            self.interrupt(f"there was a conflict: {reason}")
+        self._conflict = reason
+
+    def interrupt(self, why: str) -> None:
+        """Forbid motion until an operator allows it again; nothing changes if it is not allowed now."""
+        if self._safety.enabled or self._enable_asked:
+            self._forbid(f"{why}; see where the arm is, then call ~/enable")
+
     def disable(self) -> None:
         """Hold once, then send nothing until `enable`."""
-        self._enable_asked, self._home = False, None
-        self._safety.disable()
+        self._forbid(NOT_ENABLED)
+
+    def _forbid(self, why: str) -> None:
+        self._enable_asked = False
+        self._home = None
+        self.outage.forget()
+        self._safety.disable(why)
         self._drop_plans()
 
     def end(self, clock: float) -> Decision | None:
-        """The last command once more, and then none, stopped or not, until motion begins where the arm is."""
+        """The last command once more, and then none until motion begins where the arm is."""
         self.disable()
         return self._fall_silent(self.grid.nominal, clock, None)
 
     def estop(self, reason: str) -> None:
-        """Latch the stop: hold until `reset`, then `enable`."""
+        """Latch the stop: hold once, then send nothing until `reset` and `enable`."""
         self._safety.estop(reason)
         self.disable()
 
-    def reset(self) -> None:
-        """Unlatch the stop, after which motion stays disabled; nothing changes if there was none."""
-        self._safety.reset()
+    def reset(self) -> str:
+        """Unlatch the stop and accept the arm's pose; motion that is disabled stays so.
+
+        Returns how the pose differs from the last trusted one; "" if it does not.
+        """
+        self._enable_asked = False
+        return self._safety.reset()
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
@@ -135,6 +184,7 @@ class PolicyController:
         dt = max(dt, self.grid.nominal)  # a tick that only makes up for a late one is no faster motion
         self.receive(now)
         refused = self.enable(clock, insist=True) if self._enable_asked else None
+        self._watch_faults(now, clock)
         hold = refused or self._objection()
         if self._stays_silent(now, clock):
             return self._fall_silent(dt, clock, hold)
@@ -143,7 +193,12 @@ class PolicyController:
         else:
             decision = self._move(dt, clock, hold) if self.stream.started else self._wait(dt, clock, hold)
         self.hold = self._cause(decision.hold)
+        if decision.hold is None:
+            self._anchor = None
+        elif self._anchor is None:
+            self._anchor = self._safety.measured
         if decision.positions is None:
+            self._go_silent()
             return None
         self.statistics.sent(now, decision.positions, self._seam)
         self._seam = False
@@ -215,13 +270,29 @@ class PolicyController:
         elif self._clock_fault is not None and None not in self.ages(clock).values():
             self._clock_fault = None
 
+    def watch_ticks(self, since: float) -> None:
+        """Note that no tick came for so long [s] of real time, though time is a simulation's."""
+        if since > STALLED and self._safety.enabled:
+            detail = f"no tick for {since:.1f} s: /clock has stopped, and with it the commands"
+            self.hold = Hold("clock", detail)
+
+    def _watch_faults(self, now: float, clock: float) -> None:
+        """Forbid motion where it must not resume by itself: after a long outage, or from another pose than before."""
+        if not self._safety.enabled:
+            return
+        fault = self._safety.pose_fault(self.ages(clock)[JOINT_STATES])
+        if fault is not None and fault.code == MOVED:
+            self._forbid(f"{fault.code}: {fault.detail}")
+            return
+        why = self.outage.over(self.hold, self.ages(clock).values(), now)
+        if why:
+            self.interrupt(why)
+
     def _cause(self, hold: Hold | None) -> Hold | None:
         """What made an input stale, where that is known."""
         if hold is None or hold.code != "stale":
             return hold
-        if self._observations.table.lacks and hold.detail.startswith(JOINT_STATES):
-            hold = Hold("bad_joint_states", self._observations.table.lacks)
-        return self._clock_fault or self._observations.fault or hold
+        return self._clock_fault or self._observations.explain(hold, self._safety.limits.timeouts)
 
     def _pose_fault(self, clock: float) -> Hold | None:
         return self._cause(self._safety.pose_fault(self.ages(clock)[JOINT_STATES]))
@@ -231,22 +302,41 @@ class PolicyController:
 
         So it does when joint states come back after a hold: no command follows from a pose of before.
         """
-        known, blind_since = self._pose_fault(clock) is None, self._blind_since
+        known = self._pose_fault(clock) is None
+        blind_since = self._blind_since
         if known:
             self._blind_since = None
         elif blind_since is None:
             self._blind_since = now
         elif now - blind_since > BLIND_HOLD:
             return True
-        if self._safety.stopped is not None:
-            return self._silent or self.conflict is not None  # a commanded arm is held; one left alone is left alone
-        if not self._safety.enabled or self.conflict is not None:
+        if self._safety.forbidden is not None or self._conflict is not None:
             return True
-        if known and (self._silent or blind_since is not None):
-            self._safety.restart(self.ages(clock)[JOINT_STATES])
-            self._start_here(clock, resumed=not self._silent)
-            self._silent = False
-        return self._silent
+        if self._left_anchor():
+            self._go_silent()
+        if not known or not (self._silent or blind_since is not None):
+            return self._silent
+        self._not_yet = self._safety.restart(self.ages(clock)[JOINT_STATES])
+        if self._not_yet is not None:
+            self._go_silent()
+            return True
+        self._start_here(clock, resumed=not self._silent)
+        self._silent = False
+        return False
+
+    def _left_anchor(self) -> bool:
+        """Whether something else has moved the arm since the hold began."""
+        measured = self._safety.measured
+        if self._anchor is None or measured is None:
+            return False
+        return bool(np.any(np.abs(measured - self._anchor) > self._safety.limits.max_step))
+
+    def _go_silent(self) -> None:
+        """Send nothing until motion restarts from the measured pose."""
+        self._silent = True
+        self._anchor = None
+        self._drop_plans()
+        self.statistics.paused()
 
     def _start_here(self, clock: float, *, resumed: bool) -> None:
         """Plan nothing, and start from the measured pose; what the gripper was told stays true if it is `resumed`."""
@@ -261,18 +351,15 @@ class PolicyController:
     def _fall_silent(self, dt: float, clock: float, hold: Hold | None) -> Decision | None:
         """The last command once more, so that a twist ends too; then nothing."""
         if self._silent:
-            if self._safety.stopped is not None:
-                hold = self._safety.forbidden
-            elif self._safety.enabled and self.conflict is None:
-                hold = self._pose_fault(clock) or hold
-            self.hold = hold or self._safety.forbidden
+            forbidden = self._safety.forbidden
+            if self._safety.stopped is not None or forbidden is None:
+                hold = forbidden or self._pose_fault(clock) or self._not_yet or hold
+            self.hold = hold or forbidden
             return None
-        self._silent = True
-        self._drop_plans()
-        self.statistics.paused()
+        self._go_silent()
         decision = self._safety.command(None, None, dt=dt, ages=self.ages(clock), hold=hold or Hold("disabled", ""))
         self.hold = self._cause(decision.hold)
-        if decision.positions is None or self.conflict is not None:
+        if decision.positions is None or self._conflict is not None:
             return None
         return decision
 
@@ -312,13 +399,12 @@ class PolicyController:
         """One command on the way home, on which images do not matter."""
         last = self._safety.last_command
         assert last is not None
-        way, dt = home - last, min(dt, MAX_DT)
-        speed = way * min(HOME_SPEED / max(float(np.abs(way).max()), 1e-9), 1.0 / dt)
-        brake = self._safety.limits.max_acceleration  # what is wanted lies so far ahead that it need not brake for it
-        ahead = np.abs(speed) * dt + (0.0 if brake is None else speed**2 / (2.0 * brake))
+        dt = min(dt, MAX_DT)
+        wanted = toward(last, home, HOME_SPEED, dt, self._safety.limits.max_acceleration)
         ages = {**dict.fromkeys(self.ages(clock), 0.0), JOINT_STATES: self.ages(clock)[JOINT_STATES]}
-        decision = self._safety.command(last + np.clip(way, -ahead, ahead), None, dt=dt, ages=ages, hold=None)
-        assert decision.positions is not None
+        decision = self._safety.command(wanted, None, dt=dt, ages=ages, hold=None)
+        if decision.positions is None:
+            return decision
         if decision.hold is None and np.allclose(decision.positions, home, rtol=0.0, atol=1e-9):
             self.disable()
         return decision
@@ -348,12 +434,15 @@ class PolicyController:
 
     def _objection(self) -> Hold | None:
         """Why the arm must hold though the safety filter has no reason."""
-        if self.conflict is not None:
-            return Hold("conflict", self.conflict)
+        if self._conflict is not None:
+            return self._conflict_hold()
         objection, taken = self.stream.objection(), self._observations.image_stamp
         if objection is None and taken is not None and taken < self._enabled_at:
             return Hold(WAITING, "for images taken after motion was enabled")
         return objection
+
+    def _conflict_hold(self) -> Hold | None:
+        return None if self._conflict is None else Hold("conflict", self._conflict)
 
     def _drop_plans(self) -> None:
         self.stream.stop()

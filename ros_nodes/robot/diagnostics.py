@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import Any
 
 from builtin_interfaces.msg import Time
@@ -12,6 +13,31 @@ from ros_nodes.robot.controller import PolicyController
 from ros_nodes.robot.mode import HARMLESS, LOADING, Mode, State
 from ros_nodes.robot.safety import SafetyFilter
 from ros_nodes.robot.texts import short
+
+SUSTAINED = 3  # seconds over which clamps count as sustained, one publication each
+MOST_CLAMPED = 0.5  # share of the commands of that time that may be clamped
+
+
+class ClampWatch:
+    """Finds clamping that lasts: limits, units or the scale of the actions do not fit then."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[tuple[int, int]] = deque(maxlen=SUSTAINED + 1)  # commands, clamps so far
+
+    def look(self, commands: int, safety: SafetyFilter) -> str:
+        """What to warn of, "" if nothing; call it once a second with the commands sent so far."""
+        if self._seconds and commands < self._seconds[-1][0]:  # another run of the node
+            self._seconds.clear()
+        self._seconds.append((commands, sum(safety.clamps.values())))
+        sent = commands - self._seconds[0][0]
+        clamped = self._seconds[-1][1] - self._seconds[0][1]
+        if len(self._seconds) <= SUSTAINED or not sent or clamped <= MOST_CLAMPED * sent:
+            return ""
+        kinds = ", ".join(f"{kind} {count}" for kind, count in safety.clamps.items() if count)
+        return (
+            f"{clamped} clamps in the last {sent} commands ({kinds} in all): do limits, units and "
+            "action scale of the robot's file fit the policy?"
+        )
 
 
 def level_of(state: State, *, warn: bool) -> bytes:
@@ -33,6 +59,7 @@ def running_values(controller: PolicyController, safety: SafetyFilter, now: floa
         "slipped_steps": numbers.slips,
         **{f"jitter_p{share}_ms": 1e3 * numbers.jitter.percentile(share) for share in (50, 99)},
         **{f"decode_ms_p{share}": 1e3 * numbers.decode.percentile(share) for share in (50, 95, 99)},
+        **{f"images_ms_p{share}": 1e3 * numbers.images.percentile(share) for share in (50, 95, 99)},
         **{f"observation_to_command_ms_p{share}": 1e3 * numbers.to_command.percentile(share) for share in (50, 99)},
         **{f"beyond_decode_ms_p{share}": 1e3 * numbers.beyond_decode.percentile(share) for share in (50, 99)},
         "forwards_mean": numbers.forwards.mean,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,6 +12,7 @@ import numpy as np
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.kinematics import ArmKinematics, Array
+from ros_nodes.robot.model_file import read_model, text_of, urdf_velocities
 from ros_nodes.robot.texts import short
 
 
@@ -40,7 +40,8 @@ class ModelArm(ArmKinematics):
         home: Sequence[float] = (),
         max_joint_step: float = 0.6,
     ) -> None:
-        self._model = _arm_model(Path(model_path), joint_names)
+        kinematics = read_model(Path(model_path))
+        self._model = _arm_model(Path(model_path), kinematics, joint_names)
         self._data = mujoco.MjData(self._model)
         self._tcp, self._body = _frame(self._model, self._data, tcp, model_path)
         joints = [self._model.joint(name) for name in joint_names]  # of one position and one velocity each
@@ -51,7 +52,7 @@ class ModelArm(ArmKinematics):
         default = self._model.qpos0[self._positions]
         low, high = ranges.T.copy()
         super().__init__(low, high, np.array(home) if len(home) else default, max_joint_step)
-        limits = _urdf_velocities(Path(model_path))
+        limits = urdf_velocities(kinematics)
         self.velocity = np.array([limits.get(name, np.nan) for name in joint_names])
 
     def pose(self, q: Array) -> tuple[Array, Array]:
@@ -74,48 +75,42 @@ class ModelArm(ArmKinematics):
         return found * np.copysign(1.0, found[0])
 
 
-def _arm_model(path: Path, joint_names: Sequence[str]) -> mujoco.MjModel:
-    """The model without the joints that are not named, and without what may refer to them."""
+def _arm_model(
+    path: Path,
+    kinematics: ElementTree.Element,
+    joint_names: Sequence[str],
+) -> mujoco.MjModel:
+    """The model without the joints that are not named."""
     try:
-        spec = mujoco.MjSpec.from_file(str(path))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"The robot model {path} cannot be read ({error}); give an MJCF or URDF file.") from error
+        spec = mujoco.MjSpec.from_string(text_of(kinematics))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"The robot model {path} cannot be read ({short(error)}); give an MJCF or URDF file."
+        ) from error
     have = [joint.name for joint in spec.joints]
     missing = [name for name in joint_names if name not in have]
     if missing or not joint_names or len(set(joint_names)) != len(joint_names):
         raise ConfigError(
             f"The joints {list(joint_names)} must be different joints of {path.name}, which has "
-            f"{', '.join(name for name in have if name)}."
+            f"{short(', '.join(name for name in have if name))}."
         )
-    for part in ("keys", "sensors", "actuators", "tendons", "equalities", "pairs", "skins", "geoms", "meshes"):
-        for element in list(getattr(spec, part)):
-            spec.delete(element)
     for joint in list(spec.joints):
         if joint.name not in joint_names:
             spec.delete(joint)
     for body in spec.bodies[1:]:  # kinematics alone: nothing has a shape, and any mass will do
-        body.mass, body.inertia, body.fullinertia, body.explicitinertial = 1.0, [1.0] * 3, [np.nan] * 6, True
-    spec.compiler.fusestatic = False  # a URDF's fixed links would lose their names, the TCP's among them
+        body.mass = 1.0
+        body.inertia = [1.0] * 3
+        body.fullinertia = [np.nan] * 6
+        body.explicitinertial = True
+    # A URDF's fixed links would lose their names, the TCP's among them.
+    spec.compiler.fusestatic = False
     try:
         model = spec.compile()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise ConfigError(f"The robot model {path} cannot be used ({short(error)}).") from error
     if model.nq != len(joint_names):
         raise ConfigError(f"The joints {list(joint_names)} of {path.name} must have one position each.")
     return model
-
-
-def _urdf_velocities(path: Path) -> dict[str, float]:
-    """Joint -> velocity limit [rad/s] of a URDF, which mujoco does not keep; an MJCF has none."""
-    try:
-        joints = ElementTree.parse(path).getroot().findall("joint")
-    except ElementTree.ParseError:  # mujoco reads a little more than XML
-        return {}
-    velocities = {}
-    for joint in joints:
-        with suppress(AttributeError, TypeError, ValueError):  # without a limit, or not a number
-            velocities[joint.get("name", "")] = float(joint.find("limit").get("velocity"))  # type: ignore
-    return {name: limit for name, limit in velocities.items() if 0.0 < limit < np.inf}  # 0: not known
 
 
 def _frame(model: mujoco.MjModel, data: mujoco.MjData, name: str, path: str | Path) -> tuple[Any, int]:
@@ -127,6 +122,6 @@ def _frame(model: mujoco.MjModel, data: mujoco.MjData, name: str, path: str | Pa
     if name in bodies:
         return data.body(name), model.body(name).id
     raise ConfigError(
-        f"{Path(path).name} has no site or body {name!r}; its sites are {', '.join(sites) or 'none'}, its bodies "
-        f"{', '.join(bodies)}."
+        f"{Path(path).name} has no site or body {name!r}; its sites are "
+        f"{short(', '.join(sites)) or 'none'}, its bodies {short(', '.join(bodies))}."
     )

@@ -39,6 +39,7 @@ class LoopStatistics:
         self.slips = 0  # times that the step grid was set back because a whole step was missed
         self.jitter = Window(2000)  # |period - nominal| of every command [s]
         self.decode = Window(200)  # time of every chunk, as the policy's side measured it [s]
+        self.images = Window(200)  # time of decoding and scaling the images of every chunk [s]
         self.to_command = Window(200)  # from the oldest image shown to the first command computed from it [s]
         self.beyond_decode = Window(200)  # the same without the chunk's decoding [s]
         self.forwards = Window(200)  # model calls of every chunk
@@ -77,6 +78,7 @@ class LoopStatistics:
             self.errors += 1
             self.last_error = response.error
             return
+        self.images.append(response.seen.seconds)
         self.decode.append(response.seconds.get("total", math.nan))
         if response.exit_reason:
             self.forwards.append(response.forwards)

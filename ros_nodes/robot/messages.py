@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import array
-import io
-import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ceed_vla.errors import ObservationError
-from ros_nodes.robot.texts import short, shown
+from ros_nodes.robot.images import read_compressed, read_image
 
 try:
     from builtin_interfaces.msg import Time
     from rclpy.node import Node
     from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+    from rclpy.serialization import serialize_message
     from sensor_msgs.msg import CompressedImage, Image
 except ImportError as error:
     raise ImportError(
@@ -33,52 +33,17 @@ LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 # Commands to controllers; ros2_control subscribes to them with the system's default, which this matches.
 COMMAND = QoSProfile(depth=10)
 
-ENCODINGS = ("rgb8", "bgr8")
-MAX_PIXELS = 25_000_000  # of a compressed image; more take seconds to read, and the commands would wait
+_UNNUMBERED = 2**64 - 1  # what a middleware without message numbers puts there
 
 
 def image_to_array(message: Image) -> NDArray[np.uint8]:
-    """Pixels (H, W, 3) of an image, red first, without the padding of its rows. May share the message's memory.
-
-    `ObservationError`: Another encoding than rgb8 and bgr8, no pixels, or data that `step` and `height` contradict.
-    """
-    if message.encoding not in ENCODINGS:
-        raise ObservationError(
-            f"The image has encoding {shown(message.encoding)}; use {' or '.join(ENCODINGS)} "
-            "(set it in the camera driver, or convert with image_proc)."
-        )
-    height, width, step = message.height, message.width, message.step
-    if not height or not width:
-        raise ObservationError(f"The image is empty: {width} x {height} pixels.")
-    if step < 3 * width:
-        raise ObservationError(
-            f"The image has step {step}; a row of {width} {message.encoding} pixels takes {3 * width} bytes."
-        )
-    data = np.frombuffer(message.data, np.uint8)
-    if data.size != step * height:
-        raise ObservationError(f"The image has {data.size} bytes; step {step} x height {height} makes {step * height}.")
-    pixels = data.reshape(height, step)[:, : 3 * width].reshape(height, width, 3)
-    return pixels if message.encoding == "rgb8" else pixels[:, :, ::-1]
+    """Pixels (H, W, 3) of an image, red first, without the padding of its rows; raises as `read_image`."""
+    return read_image(serialize_message(message)).pixels()
 
 
 def compressed_to_array(message: CompressedImage) -> NDArray[np.uint8]:
     """Pixels (H, W, 3) of a JPEG or PNG image, red first; `ObservationError` if the data are none."""
-    from PIL import Image as PillowImage
-
-    data = io.BytesIO(bytes(message.data))
-    try:
-        with (
-            warnings.catch_warnings(action="ignore", category=PillowImage.DecompressionBombWarning),
-            PillowImage.open(data, formats=("JPEG", "PNG")) as image,
-        ):
-            if image.width * image.height > MAX_PIXELS:
-                raise ObservationError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:  # Pillow's readers raise some ten kinds on damaged files
-        raise ObservationError(
-            f"The compressed image (format {shown(message.format)}, {len(message.data)} bytes) cannot be read: "
-            f"{short(error)}. Send JPEG or PNG."
-        ) from error
+    return read_compressed(serialize_message(message)).pixels()
 
 
 def array_to_image(pixels: NDArray[np.uint8], stamp: Time, frame_id: str) -> Image:
@@ -94,6 +59,12 @@ def array_to_image(pixels: NDArray[np.uint8], stamp: Time, frame_id: str) -> Ima
 def seconds(stamp: Any) -> float:
     """A message's time stamp [s]."""
     return float(stamp.sec) + 1e-9 * float(stamp.nanosec)
+
+
+def message_number(information: Mapping[str, Any]) -> int | None:
+    """The number that its publisher gave a message, from rclpy's message information; None if it gives none."""
+    number = information.get("publication_sequence_number")
+    return number if isinstance(number, int) and 0 < number < _UNNUMBERED else None
 
 
 def clock_time(node: Node) -> float:

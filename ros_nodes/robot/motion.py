@@ -15,6 +15,26 @@ type Bound = Array | float  # of every joint [rad]
 INF = np.inf
 
 
+def toward(last: Array, goal: Array, speed: float, dt: float, braking: Array | None) -> Array:
+    """The next command (J,) [rad] on the straight way from the `last` one to `goal`.
+
+    Args:
+        last: (J,) [rad].
+        goal: (J,) [rad].
+        speed: Of the joint with the longest way [rad/s].
+        dt: Until the next command [s].
+        braking: Acceleration (J,) [rad/s^2] of the safety filter, which brakes for what is wanted;
+            so this lies so far ahead that it need not. None without.
+    """
+    way = goal - last
+    velocity = way * min(speed / max(float(np.abs(way).max()), 1e-9), 1.0 / dt)
+    ahead = np.abs(velocity) * dt
+    if braking is not None:
+        ahead = ahead + velocity**2 / (2.0 * braking)
+    command: Array = last + np.clip(way, -ahead, ahead)
+    return command
+
+
 class Motion:
     """Where the arm shall be at the end of the step that runs; actions do what ``robot.action.kind`` says.
 

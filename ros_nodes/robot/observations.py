@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sensor_msgs.msg import CompressedImage, Image, JointState
+from sensor_msgs.msg import JointState
 
 from ceed_vla.errors import ConfigError, ObservationError
 from ceed_vla.kinematics import Array
+from ros_nodes.robot.camera import Camera
+from ros_nodes.robot.images import Seen, Shown
 from ros_nodes.robot.joint_table import JointTable
-from ros_nodes.robot.messages import compressed_to_array, image_to_array, seconds
+from ros_nodes.robot.messages import seconds
 from ros_nodes.robot.motion import Motion
-from ros_nodes.robot.plausibility import by_name
-from ros_nodes.robot.robot_file import POSE_COMPONENTS, ImageSource, RobotConfig
-from ros_nodes.robot.safety import JOINT_STATES, Hold
+from ros_nodes.robot.pose_trust import by_name
+from ros_nodes.robot.robot_file import POSE_COMPONENTS, RobotConfig
+from ros_nodes.robot.safety import JOINT_STATES, SYNCHRONIZE, Hold
 
 if TYPE_CHECKING:
     from ros_nodes.robot.kinematics import ModelArm
@@ -26,6 +28,16 @@ if TYPE_CHECKING:
 MOVED = 0.05  # a joint moves so far, and an image must have changed [rad]
 AT_ONCE = 0.1  # between stamps of an image and of the pose that it shows [s]
 _MEASURED = {"joint_positions": "position", "joint_velocities": "velocity", "joint_efforts": "effort"}
+
+
+@dataclass
+class _Look:
+    """What is known of a camera's image that repeats itself."""
+
+    changed: float | None  # when it came first [s]
+    pose: Array | None  # of the arm then (J,) [rad]; None where that is not known
+    moved: float | None = None  # stamp of the joint state that is `MOVED` from there [s]
+    stuck: bool = False
 
 
 class Observations:
@@ -65,10 +77,10 @@ class Observations:
         parts = {"joint_positions", *(part for feature in states for part in robot.states[feature])}
         self._measured = {part: values for part, values in _MEASURED.items() if part in parts}
         self.table = JointTable((*robot.arm.joints, *(robot.gripper.joints if robot.gripper else ())))
-        # Camera -> when its image changed [s], the pose then (None where that is not known), and whether it is stuck.
-        self._looks: dict[str, tuple[float | None, Array | None, bool]] = {}
+        self._looks: dict[str, _Look] = {}  # of every camera
         self._joints: dict[str, Array] = {}  # component -> (J,) of the arm [rad], [rad/s], [N m]; empty at first
         self.opening: float | None = None
+        self._delays: dict[str, float | None] = {}  # input -> age of its newest message on arrival
         self._joint_stamp: float | None = None
         self._joint_fault: str | None = None
 
@@ -120,20 +132,42 @@ class Observations:
         self._looks.clear()
 
     def _frozen(self) -> Hold | None:
+        """A camera that goes on sending the image that it sent before the arm moved. One that stops is stale."""
         for camera in self.cameras if self._frozen_after and self._joints else ():
             name, pose = camera.source.name, self._joints["joint_positions"]
-            known = abs((self._joint_stamp or 0.0) - (camera.stamp or 0.0)) < AT_ONCE
-            changed, before, stuck = self._looks.get(name, (None, None, False))
-            if changed != camera.changed or before is None:
-                self._looks[name] = camera.changed, pose if known else None, False
+            taken, state = camera.stamp or 0.0, self._joint_stamp or 0.0
+            known = abs(state - taken) < AT_ONCE
+            look = self._looks.get(name)
+            if look is None or look.changed != camera.changed or look.pose is None:
+                self._looks[name] = _Look(camera.changed, pose if known else None)
                 continue
-            since = 0.0 if changed is None or camera.stamp is None else camera.stamp - changed
-            if not stuck and since > self._frozen_after and known and np.abs(pose - before).max() > MOVED:
-                self._looks[name] = changed, before, stuck = changed, before, True
-            if stuck:  # until another image comes
+            if np.abs(pose - look.pose).max() <= MOVED:
+                look.moved = None
+            elif look.moved is None and known:
+                look.moved = state
+            since = 0.0 if look.changed is None else taken - look.changed
+            if since > self._frozen_after and look.moved is not None and taken >= look.moved:
+                look.stuck = True
+            if look.stuck:  # until another image comes
                 detail = f"{name} repeats the same image for {since:.2f} s while the arm moved"
                 return Hold("frozen_image", f"{detail}; is its driver stuck?")
         return None
+
+    def arrived(self, name: str, now: float) -> None:
+        """Note that a message of an input has come at the clock's time `now` [s]."""
+        self._delays[name] = self.ages(now)[name]
+
+    def explain(self, stale: Hold, timeouts: Mapping[str, float]) -> Hold:
+        """What made an input `stale`, as far as the messages show it; `timeouts` are the inputs' [s]."""
+        if self.table.lacks and stale.detail.startswith(JOINT_STATES):
+            return Hold("bad_joint_states", self.table.lacks)
+        if self.fault is not None:
+            return self.fault
+        name = stale.detail.partition(" ")[0]
+        delay = self._delays.get(name)
+        if delay is None or abs(delay) <= timeouts.get(name, math.inf):
+            return stale
+        return Hold(stale.code, f"{stale.detail}; it arrives with such stamps. {SYNCHRONIZE}")
 
     def ages(self, now: float) -> dict[str, float | None]:
         """Input -> age of its newest good message at the clock's time `now` [s]; None if none came."""
@@ -155,15 +189,26 @@ class Observations:
         for camera in self.cameras:
             camera.forget()
 
-    def snapshot(self, motion: Motion) -> dict[str, NDArray[np.generic]]:
-        """What the policy is shown now: images (H, W, 3) uint8 and states (D,) float32.
+    def snapshot(self, motion: Motion) -> dict[str, Shown | NDArray[np.generic]]:
+        """What the policy is shown now: images that `images.decode` turns into pixels, states (D,) float32.
 
-        `ObservationError`: An input is missing or malformed.
+        `judge` is then told what decoding has found. `ObservationError`: An input is missing or malformed.
         """
         if not self._joints:
             raise ObservationError("There is no joint state yet.")
-        images = {camera.source.feature: camera.pixels() for camera in self.cameras}
+        images = {camera.source.feature: camera.show() for camera in self.cameras}
         return {**images, **{feature: self._state(feature, motion) for feature in self._features}}
+
+    def suspects(self) -> dict[str, Shown]:
+        """Images that must be decoded to know whether a camera's fault is over; `judge` is told of them too."""
+        return {camera.source.feature: camera.show() for camera in self.cameras if camera.suspect}
+
+    def judge(self, seen: Seen) -> None:
+        """Take what decoding the last images that were shown has found."""
+        for camera in self.cameras:
+            feature = camera.source.feature
+            if feature in seen.problems:
+                camera.judge(seen.problems[feature], blank=feature in seen.blank)
 
     def _state(self, feature: str, motion: Motion) -> NDArray[np.float32]:
         parts, units, gripper = self._robot.states[feature], self._robot.arm.units, self._robot.gripper
@@ -179,81 +224,6 @@ class Observations:
             values["tcp_position"], matrix = self._model.pose(positions)
             values["tcp_quaternion"] = self._model.quaternion(matrix)
         return np.concatenate([np.atleast_1d(values[part]) for part in parts]).astype(np.float32)
-
-
-class Camera:
-    """The newest image of one camera; a malformed message is a fault until a good one comes."""
-
-    def __init__(self, source: ImageSource, shape: tuple[int, int, int]) -> None:
-        self.source = source
-        self._height, self._width = shape[1], shape[2]
-        self.forget()
-
-    def forget(self) -> None:
-        self.stamp: float | None = None
-        self.gaps: deque[float] = deque(maxlen=3)  # between the last images, one of which may have been lost [s]
-        self.renewed = False
-        self.changed: float | None = None  # stamp of the first of the images that are all the same
-        self.blank = False  # the image that the policy saw last has one colour
-        self.fault: str | None = None
-        self._data: object = None
-        self._pixels: NDArray[np.uint8] | None = None
-        self._unread: CompressedImage | None = None
-
-    def take(self, message: Image | CompressedImage) -> None:
-        """Keep a message. Reading JPEG takes milliseconds, so it waits for `pixels`, unless it may clear a fault."""
-        if self.source.transport == "compressed" and self.fault is None:
-            self._unread = message
-        else:
-            try:
-                self._pixels = self._read(message)
-            except ObservationError as error:
-                self.fault = str(error)
-                return
-            self.fault = self._unread = None
-        stamp = seconds(message.header.stamp)
-        if self.stamp is not None and stamp > self.stamp:
-            self.gaps.append(stamp - self.stamp)
-        self.stamp, self.renewed = stamp, True
-        if self._data != message.data or self.changed is None or self.stamp < self.changed:
-            self._data, self.changed = message.data, self.stamp
-
-    def pixels(self) -> NDArray[np.uint8]:
-        """(H, W, 3) in the policy's size."""
-        if self._unread is not None:
-            message, self._unread = self._unread, None
-            try:
-                self._pixels = self._read(message)
-            except ObservationError as error:
-                self.fault, self.stamp = str(error), None
-                raise
-        if self._pixels is None:
-            raise ObservationError(f"There is no image of {self.source.name} yet.")
-        pixels = np.ascontiguousarray(self._pixels)
-        self.blank = all((part == pixels[0, 0]).all() for part in (pixels[::4, ::4], pixels))  # few are tried first
-        if pixels.shape[:2] == (self._height, self._width):
-            return pixels
-        from PIL import Image as PillowImage
-
-        image = PillowImage.fromarray(pixels)
-        return np.asarray(image.resize((self._width, self._height), PillowImage.Resampling.BILINEAR))
-
-    def _read(self, message: Image | CompressedImage) -> NDArray[np.uint8]:
-        compressed = self.source.transport == "compressed"
-        pixels = compressed_to_array(message) if compressed else image_to_array(message)
-        if self.source.crop:
-            top, left, kept_height, kept_width = self.source.crop
-            if top + kept_height > pixels.shape[0] or left + kept_width > pixels.shape[1]:
-                size = f"{pixels.shape[1]} x {pixels.shape[0]} pixels"
-                raise ObservationError(f"The image is {size}; the robot's file crops {list(self.source.crop)} of it.")
-            pixels = pixels[top : top + kept_height, left : left + kept_width]
-        height, width = pixels.shape[:2]
-        if (height, width) != (self._height, self._width) and not self.source.resize:
-            raise ObservationError(
-                f"The image is {width} x {height} pixels; the policy was trained on {self._width} x {self._height}. "
-                "Set the camera to it, or resize: true in the robot's file."
-            )
-        return pixels
 
 
 def _check(robot: RobotConfig, wanted: Iterable[str], have: Mapping[str, Any], key: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from rclpy.parameter import Parameter
 
 from ceed_vla.errors import ConfigError
 from ceed_vla.fields import Allowed, Interval, describe, fits
-from ros_nodes.robot.texts import shown
+from ros_nodes.robot.texts import short, shown
 
 START, SETUP, LIVE = "start", "setup", "live"
 """When a parameter may change: only at the start (read-only), while a lifecycle node is unconfigured, or always."""
@@ -78,6 +79,23 @@ def declare_parameters(node: Node, table: Table) -> None:
         if problem:
             raise ConfigError(f"Parameter {problem}")
         node.set_descriptor(parameter.name, parameter.descriptor)
+
+
+def refuse_unknown(node: Node) -> None:
+    """Refuse values for parameters that the node does not have; call it when all of them are declared.
+
+    `ConfigError`: Names the unknown parameter, and the closest ones that exist.
+    """
+    given = node._parameter_overrides  # rclpy offers no other way to what the command line has
+    unknown = [n for n in given if not node.has_parameter(n) and not n.startswith("qos_overrides.")]
+    if not unknown:
+        return
+    known = sorted(name for name in node._parameters if not name.startswith("qos_overrides."))
+    near = difflib.get_close_matches(unknown[0], known, n=3) or known
+    raise ConfigError(
+        f"Parameter {shown(unknown[0])} is unknown to the node {node.get_name()}; it has "
+        f"{short(', '.join(near))}. Correct the name, or leave it out."
+    )
 
 
 def refusal(table: Table, changes: Iterable[Parameter], *, configured: bool) -> SetParametersResult:

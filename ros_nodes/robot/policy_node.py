@@ -9,13 +9,21 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from ros_nodes.robot.messages import COMMAND, JOINT_STATES, LATCHED, SENSOR, clock_time
+from ros_nodes.robot.messages import (
+    COMMAND,
+    JOINT_STATES,
+    LATCHED,
+    SENSOR,
+    clock_time,
+    message_number,
+)
 
-from diagnostic_msgs.msg import DiagnosticArray
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from lifecycle_msgs.srv import ChangeState
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
@@ -26,16 +34,17 @@ from std_srvs.srv import SetBool, Trigger
 from ceed_vla.discovery import discover
 from ceed_vla.errors import CeedVLAError, NodeError
 from ros_nodes.robot import parameters
-from ros_nodes.robot.diagnostics import level_of, running_values, status_message
+from ros_nodes.robot.diagnostics import ClampWatch, level_of, running_values, status_message
 from ros_nodes.robot.mode import LOADING, Mode, State
 from ros_nodes.robot.observations import Camera
 from ros_nodes.robot.policy_parameters import POLICY_PARAMETERS
 from ros_nodes.robot.policy_setup import PolicySetup, make_setup
-from ros_nodes.robot.safety import Hold
-from ros_nodes.robot.spinning import raise_priority, run
+from ros_nodes.robot.safety import JOINT_STATES as JOINT_STATES_INPUT
+from ros_nodes.robot.safety import NOT_ENABLED, Hold
+from ros_nodes.robot.spinning import keep_memory, raise_priority, run
 from ros_nodes.robot.step_grid import SLEW
 from ros_nodes.robot.streaming import Streaming
-from ros_nodes.robot.texts import instruction_problem, short
+from ros_nodes.robot.texts import instruction_problem, short, shown
 
 LONGEST_FAILURE = 500  # characters: what is wrong, what is allowed and what to do
 _LOAD_TIMEOUT = 900.0  # of a start by itself: billions of weights from a slow disk, or compiled [s]
@@ -50,6 +59,7 @@ class PolicyNode(LifecycleNode):
         parameters.declare_parameters(self, POLICY_PARAMETERS[:1])
         discover(self.get_parameter("discover_packages").value, "discover_packages")
         parameters.declare_parameters(self, POLICY_PARAMETERS[1:])
+        parameters.refuse_unknown(self)
         self.add_on_set_parameters_callback(
             lambda changes: parameters.refusal(POLICY_PARAMETERS, changes, configured=self._setup is not None)
         )
@@ -60,10 +70,12 @@ class PolicyNode(LifecycleNode):
         self._starting = False  # by itself: then nobody could set right what fails
         self._begun = 0.0  # steady time at which the policy began to load [s]
         self._told: tuple[Mode, str] | None = None  # what ~/state said last
+        self._clamp_watch = ClampWatch()
         self._announced = False  # the policy that is loaded
         self._scheduling = "normal"
         self._stopped_early: str | None = None  # an emergency stop while there was nothing to stop
         self._inputs: list[Any] = []
+        self._image_warnings: list[str] = []  # that the diagnostics have not said yet
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)  # runs on when the system's time is set
         self._answered = self.create_guard_condition(self._on_answer)
         self._diagnostics = self.create_publisher(DiagnosticArray, "diagnostics", COMMAND)
@@ -96,13 +108,19 @@ class PolicyNode(LifecycleNode):
         except Exception as error:  # a model's file may make mujoco raise anything
             return self._fail("configure", error)
         self._setup = setup
+        for warning in setup.warnings:
+            self.get_logger().warning(warning)
         if self._stopped_early is not None:
             setup.controller.estop(self._stopped_early)
-        inputs = [(JointState, setup.robot.joint_states, self._on_joint_states, JOINT_STATES)]
+        take_joints: Any = self._on_joint_states  # with the message's information, which rclpy does not declare
+        states = setup.robot.joint_states
+        self._inputs = [self.create_subscription(JointState, states, take_joints, JOINT_STATES)]
+        keep_memory()
         for camera in setup.observations.cameras:
             kind = CompressedImage if camera.source.transport == "compressed" else Image
-            inputs.append((kind, camera.source.topic, partial(self._on_image, camera), SENSOR))
-        self._inputs = [self.create_subscription(*listened) for listened in inputs]
+            take = partial(self._on_image, camera)
+            # raw: as bytes, for this thread has no time for pixels
+            self._inputs.append(self.create_subscription(kind, camera.source.topic, take, SENSOR, raw=True))
         self.show_state()
         return TransitionCallbackReturn.SUCCESS
 
@@ -119,6 +137,7 @@ class PolicyNode(LifecycleNode):
         self._scheduling = raise_priority(
             self.get_parameter("realtime_priority").value,
             only_this_thread=self.get_parameter("inference_mode").value == "thread",
+            second=self._setup.worker.thread,
         )
         if "(" in self._scheduling:
             self.get_logger().warning(
@@ -148,6 +167,24 @@ class PolicyNode(LifecycleNode):
     def destroy_node(self) -> None:
         self._release()
         super().destroy_node()
+
+    # rclpy has no hook for this: an impossible transition raises RCLError out of its service, and the node would end.
+    def _LifecycleNodeMixin__on_change_state(  # noqa: N802 - overrides rclpy's private method
+        self, request: ChangeState.Request, response: ChangeState.Response
+    ) -> ChangeState.Response:
+        """Answer ~/change_state; a transition that this state does not have is refused."""
+        wanted = request.transition.label or request.transition.id
+        possible = {label: number for number, label, *_ in self._state_machine.available_transitions}
+        if wanted not in possible and wanted not in possible.values():
+            current = self._state_machine.current_state[1]
+            self.get_logger().warning(
+                f"Refused the lifecycle transition {shown(wanted)}: the node is {current}; it can "
+                f"{', '.join(f'{label} ({number})' for label, number in sorted(possible.items()))}."
+            )
+            response.success = False
+            return response
+        answer: ChangeState.Response = super()._LifecycleNodeMixin__on_change_state(request, response)  # type: ignore[misc]
+        return answer
 
     def _start(self) -> None:
         """Configure, and activate when the policy is there; if that fails, a launch file sees the node gone."""
@@ -197,13 +234,22 @@ class PolicyNode(LifecycleNode):
 
     # ---- inputs -------------------------------------------------------------------------------------------------
 
-    def _on_joint_states(self, message: JointState) -> None:
+    def _on_joint_states(self, message: JointState, information: Mapping[str, Any]) -> None:
         assert self._setup is not None
+        number = message_number(information)
+        restarted = self._setup.sources.take(message.name, number, time.monotonic())
+        if restarted:
+            self._setup.controller.interrupt(f"{restarted} has another publisher than before")
         self._setup.safety.measure(*self._setup.observations.take_joints(message))
+        self._setup.observations.arrived(JOINT_STATES_INPUT, clock_time(self))
 
-    def _on_image(self, camera: Camera, message: Image | CompressedImage) -> None:
+    def _on_image(self, camera: Camera, message: bytes) -> None:
         assert self._setup is not None
-        camera.take(message)
+        warning = camera.take(message)
+        self._setup.observations.arrived(camera.source.name, clock_time(self))
+        if warning is not None:
+            self.get_logger().warning(warning)
+            self._image_warnings.append(warning)
         if self._active is not None:
             self._setup.controller.observed(self._active.now())
 
@@ -247,7 +293,9 @@ class PolicyNode(LifecycleNode):
     def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
         self._stopped_early = None
         if self._setup is not None:
-            self._setup.controller.reset()
+            accepted = self._setup.controller.reset()
+            if accepted:
+                self.get_logger().warning(f"~/reset accepts another pose: {accepted}.")
         return self._answer(response, True)
 
     def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
@@ -285,14 +333,23 @@ class PolicyNode(LifecycleNode):
         blank: list[str] = []
         if setup is not None:
             values |= {f"observation_age_s.{k}": v for k, v in setup.controller.ages(clock).items()}
+            values |= {f"images.{c.source.name}": c.received for c in setup.observations.cameras}
             blank = [camera.source.name for camera in setup.observations.cameras if camera.blank]
+        clamps = ""
         if setup is not None and self._active is not None:
             values |= running_values(setup.controller, setup.safety, self._active.now())
-        message = state.reason or (f"all pixels of {', '.join(blank)} are equal" if blank else state.mode)
-        values |= {name: self.get_parameter(name).value for name in ("checkpoint", "action_interface")}
+            clamps = self._clamp_watch.look(setup.controller.statistics.ticks, setup.safety)
+        warning = f"all pixels of {', '.join(blank)} are equal" if blank else clamps
+        warning = "; ".join(self._image_warnings) or warning
+        self._image_warnings.clear()
+        message = state.reason or warning or state.mode
+        shown_parameters = ("checkpoint", "action_interface", "dry_run")
+        values |= {name: self.get_parameter(name).value for name in shown_parameters}
+        if values["dry_run"]:
+            message = f"dry run, nothing is sent to the arm: {message}"
         values["scheduling"] = self._scheduling
         hardware = self.get_parameter("robot_config").value or "tabletop"
-        level, name = level_of(state, warn=bool(blank)), f"{self.get_fully_qualified_name()}: policy"
+        level, name = level_of(state, warn=bool(warning)), f"{self.get_fully_qualified_name()}: policy"
         stamp = self.get_clock().now().to_msg()
         self._diagnostics.publish(status_message(name, hardware, level, message, values, stamp))
 
@@ -306,11 +363,19 @@ class PolicyNode(LifecycleNode):
         return State(Mode.INACTIVE, detail=self._failure or self._setup.worker.failed or loading)
 
     def show_state(self) -> None:
-        """Say on ~/state what has changed."""
+        """Publish on ~/state what has changed, and log it, which reaches /rosout too."""
         state = self._state()
-        if (state.mode, state.code or state.detail) != self._told:
-            self._told = state.mode, state.code or state.detail
-            self._states.publish(String(data=str(state)))
+        key = (state.mode, state.code or state.detail)
+        if key == self._told:
+            return
+        self._told = key
+        self._states.publish(String(data=str(state)))
+        forbidden = state.mode == Mode.DISABLED and state.detail != NOT_ENABLED
+        faulty = state.mode == Mode.HOLDING and level_of(state, warn=False) == DiagnosticStatus.ERROR
+        if forbidden or faulty or state.mode == Mode.STOPPED:
+            self.get_logger().warning(f"State: {state}")
+        else:
+            self.get_logger().info(f"State: {state}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import shutil
 
 from ros_nodes.robot.interfaces.base import INTERFACES
+from ros_nodes.robot.outage import RESUME_WITHIN
 from ros_nodes.robot.parameters import LIVE, START, NodeParameter
 from ros_nodes.robot.predictor import ENGINES
 from ros_nodes.robot.texts import LONGEST_INSTRUCTION, instruction_problem, shown
@@ -39,6 +40,13 @@ POLICY_PARAMETERS = (
     ),
     NodeParameter(
         "blend_in", 0.0, "Motion grows from none to all that the policy wants for so long [s].", within=(0, 10)
+    ),
+    NodeParameter(
+        "resume_within",
+        RESUME_WITHIN,
+        "Longest outage of an input or of the policy after which motion resumes by itself [s]; after a longer one, a "
+        "restart of the robot or a conflict it waits for ~/enable.",
+        within=(0, 3600),
     ),
     NodeParameter(
         "command_rate", 100.0, "Commands per second [Hz]; at least the robot's steps per second.", within=(5, 500)

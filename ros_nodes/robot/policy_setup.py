@@ -9,14 +9,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ceed_vla.errors import ConfigError
+from ceed_vla.kinematics import Array
 from ros_nodes.robot.controller import PolicyController
+from ros_nodes.robot.data_ranges import read_ranges
+from ros_nodes.robot.findings import explained, split
 from ros_nodes.robot.inference import InferenceWorker
 from ros_nodes.robot.interfaces.base import ActionInterface, CommandedArm
+from ros_nodes.robot.joint_sources import JointSources
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Camera, Observations
-from ros_nodes.robot.plausibility import PHYSICAL_VELOCITY
 from ros_nodes.robot.policy_stream import PolicyStream
+from ros_nodes.robot.pose_trust import PHYSICAL_VELOCITY
 from ros_nodes.robot.predictor import PolicySpec, declared_spec
+from ros_nodes.robot.review import feature_lengths, review
 from ros_nodes.robot.robot_file import RobotConfig, load_robot_config, with_topics
 from ros_nodes.robot.safety import JOINT_STATES, SafetyFilter, SafetyLimits
 from ros_nodes.robot.step_grid import StepGrid
@@ -34,8 +39,10 @@ class PolicySetup:
     arm: CommandedArm
     worker: InferenceWorker
     observations: Observations
+    sources: JointSources
     safety: SafetyFilter
     controller: PolicyController
+    warnings: tuple[str, ...] = ()  # of the review: what is strange about the robot's file
 
 
 def make_setup(
@@ -59,9 +66,11 @@ def make_setup(
     if replan_steps and spec.chunk_steps and replan_steps > spec.chunk_steps:
         raise ConfigError(f"replan_steps is {replan_steps}; chunks of {spec.checkpoint} have {spec.chunk_steps} steps.")
     observations = Observations(robot, spec.cameras, spec.states, model, values["frozen_image_timeout"])
+    warnings = check_review(robot, model, spec)
     limits = safety_limits(robot, interface, model, observations.cameras, values)
     low, high = limits.position_low, limits.position_high
-    arm = CommandedArm(robot.arm.joints, 1.0 / values["command_rate"], low, high, model)
+    step = limits.max_step
+    arm = CommandedArm(robot.arm.joints, 1.0 / values["command_rate"], low, high, step, model)
     safety = SafetyFilter(limits)
     safety.follows = not values["dry_run"]
     worker = make_worker(
@@ -81,9 +90,11 @@ def make_setup(
     motion, grid = Motion(robot, model), StepGrid(values["command_rate"], robot.action.dt, slew)
     instruction = values["instruction"]
     stream = PolicyStream(observations, motion, worker, grid, replan_steps=replan_steps, instruction=instruction)
-    controller = PolicyController(observations, motion, safety, stream, values["blend_in"])
+    resume = values["resume_within"]
+    controller = PolicyController(observations, motion, safety, stream, values["blend_in"], resume)
     worker.begin()
-    return PolicySetup(robot, interface, arm, worker, observations, safety, controller)
+    sources = JointSources(observations.table.wanted)
+    return PolicySetup(robot, interface, arm, worker, observations, sources, safety, controller, tuple(warnings))
 
 
 def arm_model(robot: RobotConfig) -> ModelArm | None:
@@ -112,6 +123,28 @@ def check_fit(robot: RobotConfig, spec: PolicySpec) -> None:
         )
 
 
+def check_review(robot: RobotConfig, model: ModelArm | None, spec: PolicySpec) -> list[str]:
+    """The warnings of `review`; `ConfigError` for its problems."""
+    ranges = read_ranges(spec.checkpoint, feature_lengths(robot))
+    findings = review(robot, model, physical_velocity(robot, model), ranges)
+    problems, warnings = split(findings)
+    if problems:
+        raise ConfigError(explained(robot, spec.checkpoint, problems))
+    return warnings
+
+
+def physical_velocity(robot: RobotConfig, model: ModelArm | None) -> Array:
+    """What the joints reach (J,) [rad/s], by the file, else by the URDF.
+
+    Where neither says it: the larger of the file's velocity limit and `PHYSICAL_VELOCITY`.
+    """
+    limits = robot.limits
+    if limits.physical_velocity:
+        return np.array(limits.physical_velocity)
+    own = model.velocity if model is not None else np.full(len(limits.step), np.nan)
+    return np.where(np.isnan(own), np.maximum(limits.velocity, PHYSICAL_VELOCITY), own)
+
+
 def safety_limits(
     robot: RobotConfig,
     interface: ActionInterface,
@@ -124,13 +157,7 @@ def safety_limits(
     low, high = np.array(limits.low), np.array(limits.high)
     if model is not None and not limits.low:
         low, high = model.low, model.high
-    physical = np.array(limits.physical_velocity)
-    if not len(physical):
-        own = model.velocity if model is not None else np.full(len(limits.step), np.nan)
-        physical = np.where(np.isnan(own), np.maximum(limits.velocity, PHYSICAL_VELOCITY), own)
     step = np.minimum(limits.step, values["max_joint_step"])
-    if not interface.commands_joints:  # the arm's posture may be another
-        step = np.full_like(step, 2.0 * np.pi)
     opening = {"gripper_low": gripper.closed, "gripper_high": gripper.open} if gripper else {}
     timeouts = {camera.source.name: values["image_timeout"] for camera in cameras}
     return SafetyLimits(
@@ -140,7 +167,8 @@ def safety_limits(
         max_velocity=np.minimum(limits.velocity, values["max_joint_velocity"]),
         max_step=step,
         timeouts={JOINT_STATES: values["joint_state_timeout"], **timeouts},
-        physical_velocity=physical,
+        physical_velocity=physical_velocity(robot, model),
         max_acceleration=np.array(limits.acceleration) if limits.acceleration else None,
+        commands_joints=interface.commands_joints,
         **opening,
     )

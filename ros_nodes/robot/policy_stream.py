@@ -12,7 +12,7 @@ from ros_nodes.robot.loop_statistics import LoopStatistics
 from ros_nodes.robot.mode import WAITING
 from ros_nodes.robot.motion import Motion
 from ros_nodes.robot.observations import Observations
-from ros_nodes.robot.predictor import BAD_INSTRUCTION, Request, Response
+from ros_nodes.robot.predictor import BAD_IMAGE, BAD_INSTRUCTION, LOOK, Request, Response
 from ros_nodes.robot.safety import Hold
 from ros_nodes.robot.step_grid import UNSURE, StepGrid
 from ros_nodes.robot.texts import instruction_problem
@@ -131,8 +131,13 @@ class PolicyStream(ChunkStream):
         """Take the policy's answer if there is one; whether it will be used."""
         response = self._worker.poll()
         if response is None:
+            self._look_again()
             return False
+        self._observations.judge(response.seen)
         asked, accepted = self._asked.pop(response.id, None), False
+        if response.id == LOOK or response.code == BAD_IMAGE:
+            self.cancel(response.id)  # the next tick holds, without a failure of the policy
+            return False
         if response.error is None:
             try:
                 remaining, whole = self.grid.remaining(now), response.whole
@@ -186,6 +191,12 @@ class PolicyStream(ChunkStream):
         self._told = self.instruction
         self._asked[plan.id] = _Asked(plan, math.nan if taken is None else taken, now)
         return True
+
+    def _look_again(self) -> None:
+        """Have images decoded that may end a camera's fault."""
+        suspects = self._observations.suspects() if self._worker.idle else {}
+        if suspects:
+            self._worker.submit(Request(LOOK, suspects, ""))
 
     def _failed(self, response: Response, now: float) -> None:
         self.cancel(response.id)

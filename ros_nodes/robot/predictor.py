@@ -6,9 +6,10 @@ The module itself imports neither torch nor lerobot, so that a node whose policy
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,12 +21,14 @@ from ceed_vla.discovery import discover
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, NotFiniteError, ObservationError, raised_as
 from ceed_vla.fields import COUNTS, Checked, chosen, ranged
 from ros_nodes.robot.failure_log import FailureLog
+from ros_nodes.robot.images import Seen
 from ros_nodes.robot.texts import short, shown
 
 logger = logging.getLogger(__name__)
 
 ENGINES = ("eager", "compiled")
-BAD_INSTRUCTION, NOT_FINITE = "bad_instruction", "not_finite"
+BAD_INSTRUCTION, NOT_FINITE, BAD_IMAGE = "bad_instruction", "not_finite", "bad_image"
+LOOK = 0  # id of a request that only decodes its images
 _PLAN_CALLS = 10  # on which a plan is timed
 _LEAST_DEADLINE = 1e-4  # [s]: the first iteration runs in any case
 
@@ -51,7 +54,8 @@ class Request:
     """One chunk to decode."""
 
     id: int  # repeated in the response
-    observation: dict[str, NDArray[Any]]  # feature name -> image (H, W, 3) uint8 or vector (D,) of floats
+    # Feature name -> vector (D,) of floats, or an image: `Shown` until `images.decode`, then (H, W, 3) uint8.
+    observation: Mapping[str, Any]
     instruction: str
     previous: NDArray[np.int64] | None = None  # tokens (n,) of the running chunk, for the warm start
     shift_steps: int = 0  # steps of `previous` that are consumed
@@ -73,8 +77,9 @@ class Response:
     # "preprocess", "prefill", "decode", "total" [s]; without stages all is in "decode".
     seconds: dict[str, float] = field(default_factory=dict)
     error: str | None = None  # why there are no actions; None if all went well
-    code: str = ""  # `BAD_INSTRUCTION`, `NOT_FINITE`, or "" for any other error
+    code: str = ""  # `BAD_INSTRUCTION`, `NOT_FINITE`, `BAD_IMAGE`, or "" for any other error
     whole: bool = True  # whether no more is to come; otherwise `actions` (k, A) are the first steps of the chunk
+    seen: Seen = field(default_factory=Seen)  # what decoding the images has found
 
 
 class _InstructionError(ObservationError):
@@ -236,10 +241,13 @@ class Predictor:
 
         batch, words = self._batch(request), split_words(request.instruction)
         try:
-            if self._vocabulary and not self._vocabulary & set(words):
+            unknown = [word for word in words if word not in self._vocabulary]
+            # A few known words among nonsense would still drive the arm at full speed.
+            if self._vocabulary and (not words or 2 * len(unknown) > len(words)):
                 raise ObservationError(
-                    f"The instruction {shown(request.instruction)} has no word that the policy knows; it knows "
-                    f"{', '.join(sorted(self._vocabulary)[:8])} and others."
+                    f"The policy knows {len(words) - len(unknown)} of the {len(words)} words of the instruction "
+                    f"{shown(request.instruction)}; it must know at least half of them, such as "
+                    f"{', '.join(sorted(self._vocabulary)[:8])}."
                 )
             return self._preprocess(batch)
         except ObservationError as error:
@@ -337,10 +345,10 @@ def declared_spec(checkpoint: str) -> PolicySpec:
 
     `CheckpointError`: No such folder, or a config.json that is none of a LeRobot policy.
     """
-    from ceed_vla.files import read_json
+    from ceed_vla.checkpoints.manifest import read_config
     from ceed_vla.folders import resolve_checkpoint
 
-    config = read_json(resolve_checkpoint(checkpoint) / "config.json")
+    config = read_config(resolve_checkpoint(checkpoint))
     try:
         features = {name: (feature["type"], feature["shape"]) for name, feature in config["input_features"].items()}
         if not isinstance(config["type"], str):
@@ -378,26 +386,27 @@ def _load(settings: PredictorSettings, kind: str) -> tuple[Any, Any, Any]:
 
 
 def _load_other(folder: Path, kind: str, device: str) -> tuple[Any, Any, Any]:
-    """Another policy of LeRobot; its checkpoint may name harmless steps only, and nothing is asked of a hub."""
+    """Another policy of LeRobot, whose type, settings and steps are listed; never asks a hub."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for what is imported from here on
+    import draccus
     import huggingface_hub.constants
 
+    from ceed_vla.checkpoints.allowed import read_allowed
     from ceed_vla.folders import WEIGHTS
     from ceed_vla.processor_steps import check_foreign_processors
     from ceed_vla.weights import check_floating, check_weights
 
-    huggingface_hub.constants.HF_HUB_OFFLINE = True  # policies may name models there; read at every request
+    # It may have been imported before; this is read at every request.
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    values = read_allowed(folder, device)
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
-    from lerobot.utils.import_utils import register_third_party_plugins
 
-    register_third_party_plugins()
-    policy_class = get_policy_class(kind)  # imports the configuration, which registers its type
-    config = PreTrainedConfig.from_pretrained(folder)
-    config.device = device
+    policy_class = get_policy_class(kind)
+    settings = {name: value for name, value in values.items() if name != "type"}
+    config: Any = draccus.decode(PreTrainedConfig.get_choice_class(kind), settings)
     if config.n_obs_steps > 1:
         raise CheckpointError(f"The policy reads {config.n_obs_steps} observations at once; the node gives one.")
-    if hasattr(config, "pretrained_backbone_weights"):
-        config.pretrained_backbone_weights = None  # the checkpoint holds them: nothing to download
     check_foreign_processors(folder, config)
     check_floating([folder / WEIGHTS])
     policy = policy_class.from_pretrained(folder, config=config, strict=True)

@@ -20,6 +20,8 @@ from ros_nodes.robot.yaml_fields import TOPIC, Fields
 
 INVERSE = 1e-9  # part of its range that a mapping may lose there and back
 PACKAGED = "launch/config/tabletop_robot.yaml"
+# Rules of `review` that a file may set aside, by its list `allow`.
+ALLOWABLE = ("gripper", "position_limits", "statistics", "step", "units", "velocity")
 POSE_COMPONENTS = ("tcp_position", "tcp_quaternion")
 COMMAND_COMPONENTS = ("commanded_position", "commanded_yaw_cos_sin")
 # Component of a state -> its length; 0 stands for a value of each arm joint.
@@ -137,6 +139,7 @@ class RobotConfig:
     action: Action
     limits: Limits
     interfaces: dict[str, ActionInterface]  # by name
+    allow: tuple[str, ...] = ()  # of `ALLOWABLE`
 
     @property
     def action_dim(self) -> int:
@@ -144,7 +147,11 @@ class RobotConfig:
         return body + int(self.gripper is not None and self.gripper.action != "none")
 
     def state_dim(self, feature: str) -> int:
-        return sum(COMPONENTS[component] or len(self.arm.joints) for component in self.states[feature])
+        return sum(self.component_dim(component) for component in self.states[feature])
+
+    def component_dim(self, component: str) -> int:
+        """Length of one of `COMPONENTS`."""
+        return COMPONENTS[component] or len(self.arm.joints)
 
     def interface(self, name: str) -> ActionInterface:
         """An interface of the robot.
@@ -191,6 +198,7 @@ def load_robot_config(path: str | Path = "") -> RobotConfig:
         action=_action(fields.child("action")),
         limits=_limits(fields.child("limits"), len(arm.joints)),
         interfaces=_interfaces(fields.child("interfaces")),
+        allow=fields.texts("allow", ALLOWABLE, default=()),
     )
     fields.finish()
     _check(config, fields)

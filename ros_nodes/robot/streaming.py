@@ -59,6 +59,7 @@ class Streaming:
         elif gripper is not None:
             self._publishers.append(node.create_publisher(Float64MultiArray, gripper.topic, COMMAND))
         self._gripped: tuple[float, float] | None = None  # last opening [m], and when [s]
+        self._ticked = time.monotonic()  # when the last tick came
         self._last: Decision | None = None
         clock = node.get_clock() if self._simulated else steady
         self._paced = time.monotonic(), self.now()  # when others were looked for last
@@ -79,6 +80,7 @@ class Streaming:
 
     def _tick(self) -> None:
         controller = self._setup.controller
+        self._ticked = time.monotonic()
         self._send(controller.tick(self.now(), clock_time(self._node)))
         controller.after_tick(self.now())
         period = round(1e9 * controller.grid.period)
@@ -123,8 +125,34 @@ class Streaming:
         (wall, time_then), self._paced = self._paced, (time.monotonic(), self.now())
         if self._simulated and time_then > 0.0 and 0.02 < (passed := self._paced[1] - time_then) < 20.0:
             self._setup.controller.stream.pace = (self._paced[0] - wall) / passed
+        self._setup.controller.note_conflict(self._other_commanders() or self._other_drivers())
+        if self._simulated:
+            self._setup.controller.watch_ticks(time.monotonic() - self._ticked)
+
+    def _other_commanders(self) -> str | None:
+        """Which nodes publish on a command topic of this node too."""
         topics = [publisher.topic_name for publisher in self._publishers]
         crowded = [topic for topic in topics if self._node.count_publishers(topic) > 1]
-        self._setup.controller.conflict = (
-            f"another node publishes on {', '.join(crowded)} too; end one of them" if crowded else None
+        if not crowded:
+            return None
+        own = self._node.get_fully_qualified_name()
+        nodes = {name for topic in crowded for name in self._publishers_of(topic)} - {own}
+        others = ", ".join(sorted(nodes)) or f"a second {own}"
+        return f"{others} publishes on {', '.join(crowded)} too; end one of them"
+
+    def _other_drivers(self) -> str | None:
+        """Which joints have more than one publisher, and which nodes that may be."""
+        topic = self._node.resolve_topic_name(self._setup.robot.joint_states)
+        nodes = self._publishers_of(topic)
+        shared = self._setup.sources.shared(len(nodes), time.monotonic())
+        if not shared:
+            return None
+        return (
+            f"{len(nodes)} publishers of {topic} send {', '.join(shared)}: the candidates are "
+            f"{', '.join(sorted(set(nodes)))}; end one of them"
         )
+
+    def _publishers_of(self, topic: str) -> list[str]:
+        """The full names of the nodes that publish on a topic, one for each publisher."""
+        found = self._node.get_publishers_info_by_topic(topic)
+        return [f"{one.node_namespace.rstrip('/')}/{one.node_name}" for one in found]

@@ -52,6 +52,7 @@ class SimNode(Node):
     def __init__(self, **node_options: Any) -> None:
         super().__init__("sim", **node_options)
         parameters.declare_parameters(self, SIM_PARAMETERS)
+        parameters.refuse_unknown(self)
         values = parameters.values(self, SIM_PARAMETERS)
         if values["real_time_factor"] != 1.0 and not values["publish_clock"]:
             raise ConfigError(

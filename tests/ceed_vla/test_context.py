@@ -16,6 +16,7 @@ from ceed_vla.checkpoints import save, weights_hash
 from ceed_vla.decoding import DecodingConfig, decoder_ladders, prefill
 from ceed_vla.engine import compiled
 from ceed_vla.errors import CheckpointError, ConfigError
+from tests.helpers.edits import unsealed
 
 ROWS, TOKENS = 3, 46
 
@@ -125,14 +126,14 @@ def test_a_scorer_is_a_file_beside_bit_equal_weights(student: Any, batch: dict[s
     assert set(again.state_dict()) == set(load("student")[0].state_dict())
     assert not any(parameter.requires_grad for parameter in again.backbone.context[0].parameters())
     assert again.to(torch.float64).backbone.context[0].place.dtype == torch.float64
-    (tmp_path / CONTEXT).unlink()
+    (unsealed(tmp_path) / CONTEXT).unlink()
     with pytest.raises(ConfigError, match="ceed-vla context"):
         load(tmp_path)[0].decode(batch, "keep20_cap2")
 
 
-@pytest.mark.parametrize("damage", ["width", "missing", "more", "place", "nan", "cut"])
+@pytest.mark.parametrize("damage", ["width", "missing", "more", "place", "no place", "nan", "nan weight", "cut"])
 def test_a_foreign_file_is_refused(damage: str, student: Any, tmp_path: Path) -> None:
-    save(tmp_path, *student)
+    unsealed(save(tmp_path, *student))
     tensors = load_file(tmp_path / CONTEXT)
     if damage == "width":
         tensors = dict(random_scorer(64, TOKENS).state_dict())
@@ -142,6 +143,10 @@ def test_a_foreign_file_is_refused(damage: str, student: Any, tmp_path: Path) ->
         tensors["bias"] = torch.zeros(1)
     elif damage == "place":
         tensors["place"] = torch.zeros(TOKENS, 1)
+    elif damage == "no place":
+        tensors["place"] = torch.zeros(0)
+    elif damage == "nan weight":
+        tensors["own.weight"][0, 0] = torch.nan
     elif damage == "nan":
         tensors["place"][3] = torch.nan
     save_file(tensors, tmp_path / CONTEXT)

@@ -18,6 +18,7 @@ from ceed_vla.decoding.exits import mass_near
 from ceed_vla.decoding.speculation import PRIOR, _Online
 from ceed_vla.engine import compiled
 from ceed_vla.errors import CheckpointError, ConfigError, NotFiniteError
+from tests.helpers.edits import unsealed
 
 ROWS = 3
 
@@ -295,7 +296,7 @@ def test_a_foreign_file_is_refused(
 ) -> None:
     policy, pre, post = student
     del policy.backbone.exits[2]
-    save(tmp_path, policy, pre, post)
+    unsealed(save(tmp_path, policy, pre, post))
     save_file(load_file(tmp_path / EXITS), tmp_path / EXITS, metadata=metadata)
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path)

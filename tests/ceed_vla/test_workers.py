@@ -35,6 +35,26 @@ def test_results_come_in_order_and_errors_as_they_are(count: int) -> None:
     assert set(multiprocessing.active_children()) <= before
 
 
+READING = """
+from shared_work import reader
+from ceed_vla import workers
+if __name__ == "__main__":
+    workers.PRELOADED = []
+    with workers.Workers(2, reader) as pool:
+        print(list(pool.map([0])))
+"""
+
+
+def test_a_worker_reads_no_input(tmp_path: Path) -> None:
+    """A library that prompts finds the end of standard input, whatever the command was given."""
+    script = tmp_path / "reading.py"
+    script.write_text(READING)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, input="yes\n" * 100, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split("\n")[0] == "[(b'', '')]"
+
+
 def test_processes_import_what_was_discovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "package_of_a_user.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
@@ -71,7 +91,7 @@ import os
 import subprocess
 import sys
 import time
-from shared_work import make
+from shared_work import make, reader
 from ceed_vla import workers
 from ceed_vla.workers import Workers
 workers.PRELOADED = []

@@ -11,6 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
+def unsealed(folder: Path) -> Path:
+    """The checkpoint in `folder`, which is returned, as one that never had a manifest."""
+    (folder / "manifest.json").unlink()
+    values = json.loads((folder / "config.json").read_text())
+    assert values.pop("sealed") is True
+    (folder / "config.json").write_text(json.dumps(values, indent=4))
+    return folder
+
+
 def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     values = json.loads(file.read_text())
     change(values)

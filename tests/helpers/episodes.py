@@ -1,14 +1,22 @@
-"""Episodes of a scripted policy."""
+"""Episodes of a scripted policy, and files of evaluations."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lerobot.envs.configs import EnvConfig
 
 from sim.environment import EnvPool, joined, turns
+from sim.episode_log import EPISODES
+from sim.evaluate import EvalConfig
 from sim.rollout import EpisodeResult, PolicyRunner, rollout
+from sim.settings import CheckpointPath
+from sim.tabletop.lerobot_env import CeedTabletopEnv
 
 
 def run_seeds(
@@ -19,3 +27,24 @@ def run_seeds(
     with EnvPool(batch, env) as pool:
         runner = PolicyRunner(joined((policy, None, None), env), **options)
         return rollout(runner, pool, [(seed, tasks[i % len(tasks)]) for i, seed in enumerate(seeds)])
+
+
+def short_evaluation(checkpoint: Path, folder: Path, **changes: Any) -> EvalConfig:
+    """Options of an evaluation that takes a second."""
+    env = CeedTabletopEnv(task="push_cube", episode_length=8)
+    config = EvalConfig(CheckpointPath(str(checkpoint)), env=env, output_dir=str(folder), threads=1)
+    short = {"decoders": "ceed", "episodes": 2, "timing_chunks": 0, "clips": False}
+    return replace(config, **{**short, **changes})
+
+
+def episodes_of(folder: Path) -> list[str]:
+    """The lines in order, without the checksums, which tell in which order they were written."""
+    return sorted(re.sub(r', "check": "\w+"', "", line) for line in (folder / EPISODES).read_text().splitlines())
+
+
+def as_of_before(folder: Path) -> None:
+    """Rewrite the episodes as versions did whose lines have no checksums."""
+    first, *lines = (folder / EPISODES).read_text().splitlines()
+    header = {name: value for name, value in json.loads(first).items() if name != "chained"}
+    plain = [re.sub(r', "check": "\w+"', "", line) for line in lines]
+    (folder / EPISODES).write_text("\n".join([json.dumps(header), *plain, ""]))

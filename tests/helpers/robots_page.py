@@ -46,7 +46,12 @@ def policy_topics() -> list[Row]:
         ("policy/preview_command", OUT, "as the command", "instead of commands, with `dry_run`"),
         ("policy/planned", OUT, "trajectory_msgs/msg/JointTrajectory", "every chunk as it takes over, with `dry_run`"),
         ("policy/estop", SERVICE, "std_srvs/srv/Trigger", "hold, and stay so until reset"),
-        ("policy/reset", SERVICE, "std_srvs/srv/Trigger", "unlatch the stop, after which motion is disabled"),
+        (
+            "policy/reset",
+            SERVICE,
+            "std_srvs/srv/Trigger",
+            "unlatch the stop and accept the pose; motion stays as it is",
+        ),
         ("policy/enable", SERVICE, "std_srvs/srv/SetBool", "allow motion, or forbid it"),
         ("policy/go_home", SERVICE, "std_srvs/srv/Trigger", "move to `arm.home` at 0.2 rad/s, then disable motion"),
         ("policy/change_state", SERVICE, "lifecycle_msgs/srv/ChangeState", "configure, activate, ..."),

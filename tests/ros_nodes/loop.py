@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
 from builtin_interfaces.msg import Time
+from rclpy.serialization import serialize_message
 from sensor_msgs.msg import Image, JointState
 
 from ros_nodes.robot.controller import PolicyController
@@ -123,6 +124,7 @@ class Loop:
         slew: float = SLEW,
         replan_steps: int | None = 4,
         blend_in: float = 0.0,
+        step: float = 9.0,
     ) -> None:
         self.policy, self.now = Policy(), 100.0
         config = robot()
@@ -134,7 +136,7 @@ class Loop:
                 np.array(limits.low),
                 np.array(limits.high),
                 np.array(limits.velocity),
-                np.array(limits.step),
+                np.full(len(JOINTS), step),
                 {JOINT_STATES: 0.2, "front": 0.3},
             )
         )
@@ -153,10 +155,15 @@ class Loop:
         self._grid = self.now
         self._image_period = 1.0 / camera_rate
         self._next_image, self._next_tick = self.now + phase, self.now
-        self._joints()
+        self.settle()
         self._image()
         if enable:
             assert self.controller.enable(self.now) is None
+
+    def settle(self) -> None:
+        """Joint states of the last 0.3 s that agree, so that the pose is trusted."""
+        for step in range(-30, 1):
+            self._joints(self.now + 0.01 * step)
 
     def run(self, seconds: float) -> None:
         end = self.now + seconds
@@ -185,18 +192,17 @@ class Loop:
             self._grid += self.controller.grid.period
         self._next_tick = self._grid + self.late.get(len(self.sent), 0.0)
 
-    def _joints(self) -> None:
+    def _joints(self, now: float | None = None) -> None:
         message = JointState(name=list(JOINTS), position=self.position.tolist())
-        message.header.stamp = stamp(self.now)
+        message.header.stamp = stamp(self.now if now is None else now)
         if self.states:
-            self.safety.measure(message.name, message.position, self.now)
-            self.observations.take_joints(message)
+            self.safety.measure(*self.observations.take_joints(message))
 
     def _image(self) -> None:
         if self.cameras:
             self._images += self.alive
             image: Image = array_to_image(PIXELS + np.uint8(self._images % 200), stamp(self.now), "camera")
-            self.observations.cameras[0].take(image)
+            self.observations.cameras[0].take(serialize_message(image))
 
     @property
     def path(self) -> np.ndarray:

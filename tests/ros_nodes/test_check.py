@@ -37,7 +37,7 @@ def test_all_that_does_not_fit_is_told_at_once(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "robot.yaml").write_text(yaml.safe_dump(values))
     assert main(["robot-check", str(tmp_path / "robot.yaml"), "--checkpoint", "teacher"]) == 1
     told = capsys.readouterr().err
-    for text in ("wants 'observation.images.wrist'", "actions of 7 values", "arm.home of joint1 is 3.5, outside"):
+    for text in ("wants 'observation.images.wrist'", "actions of 7 values", "arm.home: joint1 is at 3.5 rad"):
         assert text in told
     assert main(["robot-check", str(tmp_path / "none.yaml")]) == 1
     assert main(["robot-check", str(packaged_config()), "--checkpoint", str(tmp_path)]) == 1
@@ -110,6 +110,11 @@ def test_nothing_of_a_template_moves_an_arm(brought: tuple[Path, Path]) -> None:
         np.testing.assert_array_equal(setup.safety.limits.max_velocity, [2.2, 2.2, 2.2, 2.2, 2.6, 2.6, 3.5])
         assert [camera.source.topic for camera in setup.observations.cameras] == ["front/image_raw", "wrist/image_raw"]
         assert (np.array(setup.robot.arm.units.scale) > 0.0).all()
+
+
+def test_wrong_usage_is_another_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["robot", "check", "--file", str(packaged_config()), "--robot", "x"]) == 2
+    assert "unknown flag" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -14,13 +14,16 @@ from hypothesis import strategies as st
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 
+from rclpy.serialization import serialize_message
 
 from ceed_vla.errors import ConfigError
 from ros_nodes.robot.chunk_stream import Target
 from ros_nodes.robot.controller import HOME_SPEED
+from ros_nodes.robot.diagnostics import ClampWatch
+from ros_nodes.robot.messages import array_to_image
 from ros_nodes.robot.robot_file import Action
 from ros_nodes.robot.step_grid import SLEW, StepGrid
-from tests.ros_nodes.loop import CLIMB, DT, EVEN, RATE, H, Loop, robot
+from tests.ros_nodes.loop import CLIMB, DT, EVEN, PIXELS, RATE, H, Loop, robot, stamp
 
 
 @pytest.mark.parametrize("camera_rate", [15.0, 30.0, 29.97])
@@ -395,3 +398,46 @@ def test_the_next_chunk_is_due_one_step_sooner_than_in_the_policy_s_own_loop(del
     assert loop.policy.spec.n_action_steps == 4
     assert loop.stream.replan_steps == due
     assert loop.stream.counters.switched - switched >= 6.0 / (due * DT) - 1
+
+
+def test_clamping_that_lasts_is_warned_of() -> None:
+    loop = Loop()
+    watch = ClampWatch()
+    for commands, clamped in ((0, 0), (100, 10), (200, 20), (300, 30), (400, 40)):
+        loop.safety.clamps["velocity"] = clamped
+        assert watch.look(commands, loop.safety) == ""
+    for second in range(1, 4):
+        loop.safety.clamps["position"] = 60 * second
+        warning = watch.look(400 + 100 * second, loop.safety)
+        assert bool(warning) == (second >= 3), second
+    assert warning.startswith("180 clamps in the last 300 commands (position 180, velocity 40 in all)")
+    assert watch.look(0, loop.safety) == ""  # another run of the node
+
+
+def test_stale_inputs_that_keep_coming_hint_at_the_clocks() -> None:
+    loop = Loop()
+    loop.run(1.0)
+    loop.cameras = False
+    loop.run(0.5)
+    assert loop.controller.hold is not None
+    assert "synchronized" not in loop.controller.hold.detail
+    for _ in range(5):
+        loop.run(0.05)
+        late = array_to_image(PIXELS, stamp(loop.now - 60.0), "camera")
+        loop.observations.cameras[0].take(serialize_message(late))
+        loop.observations.arrived("front", loop.now)
+    assert loop.controller.hold.code == "stale"
+    assert "it arrives with such stamps. Are the clocks of both computers" in loop.controller.hold.detail
+
+
+def test_simulated_time_that_stops_is_told() -> None:
+    loop = Loop()
+    loop.run(1.0)
+    loop.controller.watch_ticks(0.3)
+    assert loop.controller.state.mode == "moving"
+    loop.controller.watch_ticks(3.0)
+    state = loop.controller.state
+    assert (state.mode, state.code) == ("holding", "clock")
+    assert "no tick for 3.0 s: /clock has stopped" in state.detail
+    loop.run(0.1)
+    assert loop.controller.hold is None

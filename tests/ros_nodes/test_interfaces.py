@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ PERIOD = 0.01
 def arm() -> CommandedArm:
     assert ROBOT.arm.model is not None
     model = ModelArm(ROBOT.arm.model, "tcp", ROBOT.arm.joints, home=ROBOT.arm.home)
-    return CommandedArm(ROBOT.arm.joints, PERIOD, model.low, model.high, model)
+    return CommandedArm(ROBOT.arm.joints, PERIOD, model.low, model.high, np.full(7, 0.3), model)
 
 
 def command(arm: CommandedArm, velocity: float, lag: float = 0.0) -> Command:
@@ -67,7 +68,15 @@ def test_positions_are_sent_as_they_are(arm: CommandedArm) -> None:
     assert message.data.tolist() == list(ROBOT.arm.home)
 
 
+def test_every_point_of_a_trajectory_is_within_a_step_of_the_measured_position(arm: CommandedArm) -> None:
+    for speed in (-100.0, -3.0, 3.0, 100.0):
+        sent = command(arm, speed)
+        for point in ROBOT.interface("joint_trajectory").message(sent, arm).points:
+            assert (np.abs(np.array(point.positions) - sent.measured) <= arm.step + 1e-9).all()
+
+
 def test_a_trajectory_stops_by_itself_inside_the_limits(arm: CommandedArm) -> None:
+    arm = replace(arm, step=np.full(7, 9.0))
     message = ROBOT.interface("joint_trajectory").message(command(arm, 100.0), arm)
     assert tuple(message.joint_names) == ROBOT.arm.joints
     first, last = message.points

@@ -10,7 +10,7 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 from sensor_msgs.msg import JointState
 
 from ros_nodes.robot.joint_table import JointTable
-from ros_nodes.robot.plausibility import by_name
+from ros_nodes.robot.pose_trust import by_name
 from tests.ros_nodes.loop import stamp
 
 

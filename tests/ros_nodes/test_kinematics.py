@@ -259,3 +259,106 @@ def test_bad_models_and_names_are_named(tmp_path: Path) -> None:
         ModelArm(SCENE, "tool", JOINTS)
     with pytest.raises(ConfigError, match="one position each"):
         ModelArm(SCENE, "tcp", ("cube_red",))
+
+
+# ---- what a model may cost ----------------------------------------------------------------------
+
+
+def chain(links: int) -> str:
+    """A URDF of so many links, one after the other."""
+    parts = ["<robot name='a'><link name='l0'/>"]
+    for i in range(1, links):
+        parts.append(
+            f"<link name='l{i}'/><joint name='j{i}' type='revolute'><parent link='l{i - 1}'/>"
+            f"<child link='l{i}'/><axis xyz='0 0 1'/><limit lower='-1' upper='1'/></joint>"
+        )
+    return "".join([*parts, "</robot>"])
+
+
+def mjcf(inside: str, above: str = "") -> str:
+    """An MJCF of one joint, with more in its body, and before its bodies."""
+    arm = "<body name='tip'><joint name='a' type='hinge' range='-1 1'/></body>"
+    return f"<mujoco><compiler angle='radian'/>{above}<worldbody>{arm}{inside}</worldbody></mujoco>"
+
+
+def model(folder: Path, text: str) -> ModelArm:
+    (folder / "arm.xml").write_text(text)
+    return ModelArm(folder / "arm.xml", "tip", ("a",))
+
+
+BALL = "<body><geom size='1'/></body>"
+NESTED = "<replicate count='1000'>" * 5 + BALL + "</replicate>" * 5
+TEXTURE = "<texture type='2d' builtin='flat' width='99999' height='99999'/>"
+COSTS = {
+    "replicate": mjcf(NESTED),
+    "composite": mjcf("<body><composite type='cable' count='9999999 1 1' size='1'/></body>"),
+    "flexcomp": mjcf("<flexcomp name='f' type='grid' count='999 999 999' spacing='1 1 1'/>"),
+    "a file of its own": mjcf("", "<asset><model name='m' file='/dev/zero'/></asset>"),
+    "a texture": mjcf("", f"<asset>{TEXTURE}</asset>"),
+    "memory": mjcf("", "<size memory='900G' nuserdata='2000000000' nuser_body='100000000'/>"),
+    "numbers": mjcf("", "<custom><numeric name='n' size='2000000000'/></custom>"),
+    "a mesh": mjcf(
+        "<body><geom type='mesh' mesh='m'/></body>",
+        "<asset><mesh name='m' file='/dev/zero'/></asset>",
+    ),
+    "a plugin": mjcf("", "<extension><plugin plugin='evil.library'/></extension>"),
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_what_kinematics_does_not_need_costs_nothing(tmp_path: Path, name: str) -> None:
+    arm_model = model(tmp_path, COSTS[name])
+    assert (arm_model.low.tolist(), arm_model.high.tolist()) == ([-1.0], [1.0])
+    np.testing.assert_array_equal(arm_model.pose(np.zeros(1))[0], np.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        pytest.param(chain(20_000), "more than 1000 bodies", id="20,000 links"),
+        pytest.param(mjcf("", "<default/>" * 2000), "more than 1000 bodies", id="2,000 defaults"),
+        pytest.param(mjcf("<body/>" * 2000), "more than 1000 bodies", id="2,000 bodies"),
+        pytest.param(mjcf("<body>" * 300 + "</body>" * 300), "nests more than 200", id="deep"),
+        pytest.param(" " * 5_000_001, "more than 5 MB", id="large"),
+        pytest.param("<!DOCTYPE a [<!ENTITY b 'c'>]><a/>", "has a document type", id="entities"),
+        pytest.param(mjcf("", "<include file='arm.xml'/>"), "more than 49 files", id="in itself"),
+        pytest.param(mjcf("<include file='/dev/zero'/>"), "not a folder, pipe", id="device"),
+        pytest.param(mjcf("<include file='none.xml'/>"), "No such file", id="missing"),
+        pytest.param(mjcf("<include/>"), "include without a file", id="no file"),
+        pytest.param(mjcf("<body name='a'><joint name='a'/></body>"), "repeated name", id="twice"),
+        pytest.param("<a/>", "cannot be read", id="another format"),
+        pytest.param("<mujoco>" + "<!--" * 300_000, "cannot be read", id="comments without end"),
+        pytest.param("\0", "cannot be read", id="no text"),
+    ],
+)
+def test_models_that_cost_too_much_are_refused(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        model(tmp_path, text)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_chain_of_the_longest_kind_is_read(tmp_path: Path) -> None:
+    (tmp_path / "arm.urdf").write_text(chain(150))
+    arm_model = ModelArm(tmp_path / "arm.urdf", "l149", ("j1", "j149"))
+    assert arm_model.low.tolist() == [-1.0, -1.0]
+
+
+def test_includes_stand_where_they_are_named(tmp_path: Path) -> None:
+    """In a folder of their own, with comments as vendors write them, and an undeclared prefix."""
+    whole = mjcf("<body name='other'><site name='point' pos='0 0 1' material='none'/></body>")
+    before, _, after = whole.partition("<body name='other'>")
+    part, _, end = after.partition("</body>")
+    (tmp_path / "parts").mkdir()
+    other = f"<mujocoinclude><body name='other' a:b='c'>{part}</body></mujocoinclude>"
+    (tmp_path / "parts" / "other.xml").write_text(f"<!-- -- a -- -->\n{other}")
+    arm_model = model(tmp_path, f"{before}<include file='parts/other.xml'/>{end}")
+    (tmp_path / "arm.xml").write_text(f"{before}<include file='parts/other.xml'/>{end}")
+    reached = ModelArm(tmp_path / "arm.xml", "point", ("a",)).pose(np.zeros(1))[0]
+    assert arm_model.low.tolist() == [-1.0]
+    np.testing.assert_allclose(reached, [0.0, 0.0, 1.0])
+
+
+def test_what_a_comment_hides_is_not_built(tmp_path: Path) -> None:
+    """MuJoCo gets what was read within limits: it takes a "<" in an attribute, XML does not."""
+    hidden = mjcf(f"<body name='<!--'/>{NESTED}<body name='-->'/>")
+    assert model(tmp_path, hidden).low.tolist() == [-1.0]

@@ -18,7 +18,7 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 
 from ceed_vla.errors import ObservationError
 from ros_nodes.robot import messages
-from ros_nodes.robot.plausibility import by_name
+from ros_nodes.robot.pose_trust import by_name
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
 

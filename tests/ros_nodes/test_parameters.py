@@ -106,3 +106,13 @@ def test_every_parameter_is_described(parameter: NodeParameter) -> None:
     assert parameter.description.endswith(".")
     assert parameter.when in (parameters.START, parameters.SETUP, parameters.LIVE)
     assert type(parameter.default) not in (int, float) or parameter.within[0] < parameter.within[1]
+
+
+def test_a_parameter_that_the_node_does_not_have_is_refused(context: Context) -> None:
+    node = make_node(context, comand_rate=50.0)
+    parameters.declare_parameters(node, POLICY_PARAMETERS)
+    with pytest.raises(ConfigError, match="'comand_rate' is unknown to the node policy; it has command_rate"):
+        parameters.refuse_unknown(node)
+    node = make_node(context, command_rate=50.0, use_sim_time=True)
+    parameters.declare_parameters(node, POLICY_PARAMETERS)
+    parameters.refuse_unknown(node)

@@ -12,7 +12,7 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra ros2)")
 import robots_page
 
 from ros_nodes.robot.diagnostics import HARMLESS
-from ros_nodes.robot.safety import CLAMPS
+from ros_nodes.robot.safety import CLAMPS, DISPLACED, MOVED, UNSETTLED
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = robots_page.PAGE.read_text(encoding="utf-8")
@@ -28,6 +28,7 @@ def test_every_hold_is_explained() -> None:
     raised = (
         set(re.findall(r'Hold\(\s*"(\w+)"', source)) | set(re.findall(r'"(\w+_joint_states)"', source)) | set(HARMLESS)
     )
+    raised |= {DISPLACED, MOVED, UNSETTLED}
     assert {"estop", "stale", "implausible_joint_states", "frozen_joint_states"} <= raised
     explained = set(re.findall(r"`(\w+)`", TEXT.split("## 3.")[1].split("## 4.")[0]))
     assert raised <= explained

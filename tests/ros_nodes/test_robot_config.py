@@ -14,9 +14,11 @@ import yaml
 from builtin_interfaces.msg import Time
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rclpy.serialization import serialize_message
 from sensor_msgs.msg import JointState
 
 from ceed_vla.errors import ConfigError
+from ros_nodes.robot.images import decode
 from ros_nodes.robot.interfaces.base import INTERFACES
 from ros_nodes.robot.messages import array_to_image
 from ros_nodes.robot.motion import Motion
@@ -105,7 +107,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     ("path", "value", "message"),
     [
         ("arm", None, "arm is missing"),
-        ("arms", {}, "arms is unknown; the keys here are action, arm, "),
+        ("arms", {}, "arms is unknown; the keys here are action, allow, arm, "),
         ("action/kind", "fly", "action.kind is 'fly'; choose one of ee_delta, joint_position, joint_delta"),
         ("action/kind", "joint_delta", "is unknown; the keys here are dt, kind"),
         ("action/dt", 0, r"action.dt has 0; it must lie in \[0.01, 2\]"),
@@ -147,6 +149,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("gripper", None, "gripper is missing; finger_opening and commanded_gripper need it"),
         ("interfaces", {}, "interfaces is empty"),
         ("interfaces/wheels", {"topic": "a"}, "interfaces.wheels is unknown; the interfaces are forward_position"),
+        ("allow", "velocity", "allow is 'velocity'; give a list of texts"),
+        ("allow", ["step", "step"], "a value is there twice"),
         ("joint_states/topik", "x", "joint_states.topik is unknown; the keys here are topic"),
         ("joint_states", "joint_states", "joint_states is 'joint_states'; give keys with values"),
     ],
@@ -318,13 +322,14 @@ def test_velocities_and_efforts_are_parts_of_states_and_crops_of_images(tmp_path
     state.velocity, state.effort = [1.0] * 6 + [9.0], [2.0] * 6 + [9.0]
     observations.take_joints(state)
     pixels = np.arange(8 * 7 * 3, dtype=np.uint8).reshape(8, 7, 3)
-    observations.cameras[0].take(array_to_image(pixels, Time(sec=1), "front"))
-    seen = observations.snapshot(Motion(robot))
+    take = observations.cameras[0].take
+    take(serialize_message(array_to_image(pixels, Time(sec=1), "front")))
+    seen, _ = decode(observations.snapshot(Motion(robot)))
     np.testing.assert_array_equal(seen["observation.state"][6:], [1.0] * 6 + [2.0] * 6)
     np.testing.assert_array_equal(seen[camera], pixels[2:6, 1:6])
-    observations.cameras[0].take(array_to_image(pixels[:5], Time(sec=1), "front"))
+    take(serialize_message(array_to_image(pixels[:5], Time(sec=1), "front")))
     assert "crops [2, 1, 4, 5]" in observations.cameras[0].fault
-    observations.cameras[0].take(array_to_image(pixels, Time(sec=2), "front"))
+    take(serialize_message(array_to_image(pixels, Time(sec=2), "front")))
     state.effort = []
     observations.take_joints(state)
     assert "7 names and 0 efforts" in observations.fault.detail

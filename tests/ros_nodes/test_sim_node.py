@@ -24,7 +24,7 @@ from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from ros_nodes.robot.messages import LATCHED, SENSOR, image_to_array, seconds
-from ros_nodes.robot.plausibility import by_name
+from ros_nodes.robot.pose_trust import by_name
 from ros_nodes.simulated import sim_node
 from sim.tabletop.env import TabletopEnv
 

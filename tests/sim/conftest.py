@@ -54,3 +54,24 @@ def new_writer() -> Callable[[Path], Any]:
         "action": {"dtype": "float32", "shape": (2,), "names": ["x", "y"]},
     }
     return lambda root: DatasetWriter(root, repo_id="local/test", fps=10, features=features, robot_type="test")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy with random weights; nothing may write into it."""
+    import torch
+
+    from ceed_vla.checkpoints import save
+    from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+    from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+    from sim.tabletop.tasks import TASKS, combinations
+    from tests.helpers.tabletop import tabletop_config
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 16}
+    config = tabletop_config(chunk_size=4, n_action_steps=2, stem_channels=[4] * 4, **sizes)
+    stats = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
+    instructions = [command.text for family in TASKS for command in combinations(family, "all")]
+    pre, post = make_ceed_vla_pre_post_processors(config, stats, instructions=instructions)
+    folder = tmp_path_factory.mktemp("policies") / "policy"
+    return save(folder, CeedVLAPolicy(config), pre, post)

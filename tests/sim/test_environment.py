@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,3 +227,110 @@ def test_actions_of_no_bounds_need_a_disturbance(monkeypatch: pytest.MonkeyPatch
 def test_one_family_is_the_environments_own() -> None:
     assert CeedTabletopEnv(task="push_cube").gym_kwargs["task"] == "push_cube"
     assert CeedTabletopEnv(task="all").gym_kwargs["task"] == "mixed"
+
+
+# ---- what an environment says, and how it fails -----------------------------------------------------------------
+
+
+class Odd(Plain):
+    """Says `solved`, or fails in `failing`."""
+
+    solved: Any = True
+    failing = ""
+
+    def reset(self, **options: Any) -> Any:
+        if self.failing == "reset":
+            raise KeyError("scene")
+        return super().reset(**options)
+
+    def step(self, action: Any) -> Any:
+        if self.failing == "step":
+            raise ZeroDivisionError("no contact")
+        return (*super().step(action)[:4], {"is_success": self.solved})
+
+
+class Quick(Odd):
+    """Steps without rendering."""
+
+    def observe(self) -> Any:
+        return self._observation()
+
+    def advance(self, action: Any) -> None:
+        self.sum = self.sum + action
+
+    def is_success(self) -> Any:
+        return self.solved
+
+
+@pytest.fixture
+def odd(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Environment]:
+    """An environment of a class, whose attributes are set."""
+
+    def make(kind: type[Odd] = Odd, **values: Any) -> Environment:
+        def create_envs(self: EnvConfig, n_envs: int, use_async_envs: bool = False) -> Any:
+            return {"suite": {0: gymnasium.vector.SyncVectorEnv([kind] * n_envs)}}
+
+        monkeypatch.setattr(PlainConfig, "create_envs", create_envs)
+        for name, value in values.items():
+            monkeypatch.setattr(kind, name, value)
+        return Environment(PlainConfig(episode_length=5))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "solved",
+    ["yes", "no", "", float("nan"), 1.0, 0.0, 1, 0, None, [True], np.array([True]), np.float32(0), np.int64(1)],
+    ids=repr,
+)
+@pytest.mark.parametrize("kind", [Odd, Quick])
+def test_only_a_boolean_says_that_an_episode_is_solved(
+    odd: Callable[..., Environment], kind: type[Odd], solved: Any
+) -> None:
+    env = odd(kind, solved=solved)
+    env.reset(1)
+    name = r"info\['is_success'\]" if kind is Odd else r"is_success\(\)"
+    message = rf"--env.type=sim_tests_plain: {name} is .*\({type(solved).__name__}\); it must be a boolean"
+    with pytest.raises(SimulationError, match=message):
+        env.advance(np.ones(1, np.float32))
+    assert env.success is False
+
+
+@pytest.mark.parametrize("kind", [Odd, Quick])
+@pytest.mark.parametrize("solved", [True, False, np.True_, np.False_])
+def test_booleans_of_python_and_numpy_do(odd: Callable[..., Environment], kind: type[Odd], solved: Any) -> None:
+    env = odd(kind, solved=solved)
+    env.reset(1)
+    assert env.advance(np.ones(1, np.float32)) is bool(solved)
+
+
+def test_an_environment_that_fails_is_named(odd: Callable[..., Environment]) -> None:
+    with pytest.raises(
+        SimulationError, match=r"--env.type=sim_tests_plain fails in reset to seed 3 .KeyError: 'scene'"
+    ):
+        odd(failing="reset").reset(3)
+    env = odd(failing="step")
+    env.reset(3)
+    with pytest.raises(SimulationError, match=r"fails in step\(action\) .ZeroDivisionError: no contact"):
+        env.advance(np.ones(1, np.float32))
+
+
+@pytest.mark.parametrize("made", [{}, {"suite": {}}])
+def test_a_package_without_environments_is_named(monkeypatch: pytest.MonkeyPatch, made: Any) -> None:
+    monkeypatch.setattr(PlainConfig, "create_envs", lambda *_, **__: made)
+    with pytest.raises(SimulationError, match=r"--env\.type=sim_tests_plain has no env"):
+        Environment(PlainConfig())
+
+
+@pytest.mark.parametrize("made", [None, [], {"suite": None}, {"suite": {0: None}}])
+def test_what_a_package_makes_wrongly_is_named(monkeypatch: pytest.MonkeyPatch, made: Any) -> None:
+    monkeypatch.setattr(PlainConfig, "create_envs", lambda *_, **__: made)
+    with pytest.raises(SimulationError, match=r"--env\.type=sim_tests_plain cannot be made"):
+        Environment(PlainConfig())
+
+
+def test_lerobots_own_environments_say_booleans() -> None:
+    """Those that are installed; docs/extending.md says what is taken."""
+    env = Environment(EnvConfig.get_choice_class("pusht")())
+    env.reset(0)
+    assert env.advance(np.asarray(env._env.action_space.sample(), np.float32)) is False

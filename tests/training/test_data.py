@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from ceed_vla.data import frame_cache
+from ceed_vla.data.files import read_info, read_rows
 from ceed_vla.data.frames import FrameStore, open_dataset
 from ceed_vla.errors import DatasetError, ObservationError
 from training.mixture import Mixture, check_compatible, check_fits, state_statistics
@@ -100,6 +102,46 @@ def test_images_are_decoded_again_when_the_data_changed(studio: Any, copy: Path)
     after = open_dataset(copy)
     np.testing.assert_array_equal(after.images[WRIST][0], after.images[FRONT][0])
     assert (after.images[WRIST][0] != before).any()
+
+
+def changed_in_place(file: Path, place: int) -> None:
+    """Change a byte of a file, and give it the times that it had."""
+    before = file.stat()
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    with file.open("r+b") as opened:
+        opened.write(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def test_images_that_were_changed_in_place_are_decoded_again(copy: Path) -> None:
+    first = open_dataset(copy).images[FRONT].copy()
+    changed_in_place(copy / ".frames" / f"{FRONT}.npy", -1)
+    np.testing.assert_array_equal(open_dataset(copy).images[FRONT], first)
+
+
+def test_data_that_were_changed_in_place_are_decoded_again(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_dataset(copy)
+    info = read_info(copy)
+    rows = read_rows(info, [])
+    changed_in_place(data_file(copy), 1000)
+    decoded = []
+    monkeypatch.setattr(frame_cache, "_decode_images", lambda *_: decoded.append(copy))
+    frame_cache.read_images(info, rows)
+    assert decoded == [copy]
+
+
+def test_a_copied_data_set_is_hashed_once_and_not_decoded(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = open_dataset(copy).images[FRONT][:]
+    monkeypatch.setattr(frame_cache, "_decode_images", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(frame_cache, "_UNSETTLED_NS", 0)  # nothing changes any more
+    again = shutil.copytree(copy, tmp_path / "again")
+    np.testing.assert_array_equal(open_dataset(again).images[FRONT], first)
+    monkeypatch.setattr(frame_cache, "_described", lambda *_: pytest.fail("hashed again"))
+    np.testing.assert_array_equal(open_dataset(again).images[FRONT], first)
 
 
 def test_video_features_are_read(video: Path) -> None:

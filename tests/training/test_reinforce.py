@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +47,8 @@ def planted(count: int) -> list[Group]:
 
 
 def all_alike(count: int) -> Strata:
-    return Strata({"differ": [], "alike": [(s, "t", 9) for s in range(count)]}, dict.fromkeys(range(count), "alike"))
+    episodes = {"differ": [], "alike": [(seed, "t", 9) for seed in range(count)]}
+    return Strata(episodes, dict.fromkeys(range(count), "alike"), {"alike": 1.0})
 
 
 def test_chances_are_those_of_leaving_in_turn() -> None:
@@ -165,3 +168,57 @@ def test_from_the_shipped_student_to_a_head(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.delattr(TabletopEnv, "snapshot")
     with pytest.raises(SimulationError, match=r"lacks snapshot\(\), which reinforce needs"):
         next(SerialGroups(env, 1).groups("student", "cap1", 2, [(0, "x", 0)]))
+
+
+GROUPS_LINES = {
+    "text": "hello\nthere\n",
+    "one line": "hello",
+    "empty": "",
+    "a list": "[]\n[]\n",
+    "many values": "[" + "[]," * 2_000_000 + "[]]\n",
+    "deep": "[" * 100_000 + "\n",
+    "other strata": '{"of": {"0": "x"}, "episodes": {}, "solved": {}}\n{}\n',
+    "no chunks": '{"of": {"0": "alike"}, "episodes": {"alike": [[0, "a", 0]], "differ": []}, '
+    '"solved": {"alike": 1, "differ": 0}}\n{}\n',
+}
+
+
+@pytest.mark.parametrize("content", GROUPS_LINES.values(), ids=GROUPS_LINES)
+def test_other_files_are_no_groups(tmp_path: Path, content: str) -> None:
+    (tmp_path / "groups.jsonl").write_text(content)
+    config = ReinforceConfig("nowhere", str(tmp_path / "out"), groups_from=str(tmp_path))
+    with pytest.raises(DatasetError, match="groups"):  # before the policy is looked for
+        reinforce(config, Script())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"solved": ["yes"]},
+        {"solved": []},
+        {"solved": [True] * 100},
+        {"seed": "0"},
+        {"seed": 7},
+        {"features": [[1, 2]]},
+        {"features": [[float("nan")] * 4]},
+        {"features": [["a"] * 4]},
+    ],
+    ids=str,
+)
+def test_a_group_of_other_kinds_does_not_teach(tmp_path: Path, change: dict[str, Any]) -> None:
+    values = json.loads(line_of(Group(0, np.zeros((1, 4)), [True]))) | change
+    lines = [line_of(all_alike(1)), json.dumps(values)]
+    (tmp_path / "groups.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DatasetError, match="groups"):
+        read_groups(tmp_path / "groups.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "nothing"])
+def test_groups_are_read_from_a_file(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "groups.jsonl"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    with pytest.raises(DatasetError, match=r"must be a file|There is no"):
+        read_groups(file)

@@ -23,6 +23,7 @@ from ceed_vla import supervision
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, DatasetError
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from tests.helpers.edits import unsealed
 from training.teacher import TeacherRun, TrainConfig, train
 
 
@@ -123,7 +124,7 @@ def test_training_continues_from_a_checkpoint(
     train(config)
     start = next(iter(read_log(studio.teacher_run, "ar_loss").values()))
     assert read_log(tmp_path / "more", "ar_loss")[1] < 0.8 * start
-    student = shutil.copytree(studio.teacher, tmp_path / "student")
+    student = unsealed(shutil.copytree(studio.teacher, tmp_path / "student"))
     settings = json.loads((student / "config.json").read_text())
     settings["decoding"] |= {"watch": "executed", "max_iterations": 2, "confidence": 0.2}
     (student / "config.json").write_text(json.dumps(settings))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ceed_vla.errors import CheckpointError, ConfigError, raised_as
+from ceed_vla.errors import CheckpointError, ConfigError, ObservationError, raised_as
 from ceed_vla.files import read_json
+from ceed_vla.limited.tokenizers import check_tokenizers
 
 FAST, SLOW = "tokenizer.json", "tokenizer.model"
 LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
@@ -19,6 +20,7 @@ def read_tokenizer(folder: Path) -> _Fast | _SentencePiece:
     """
     settings_file = folder / "tokenizer_config.json"
     settings = read_json(settings_file) if settings_file.is_file() else {}
+    check_tokenizers(folder)
     for name, kind in ((FAST, _Fast), (SLOW, _SentencePiece)):
         if (folder / name).is_file():
             with raised_as(CheckpointError, f"{folder / name} cannot be read", "copy it again."):
@@ -50,7 +52,8 @@ class _Fast:
         self._tokenizer.post_processor = TemplateProcessing(single=f"{first} $A {last}".strip(), special_tokens=special)
 
     def __call__(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text).ids)
+        with raised_as(ObservationError, "The tokenizer fails on the prompt", "use the model's own."):
+            return list(self._tokenizer.encode(text).ids)
 
 
 class _SentencePiece:

@@ -12,6 +12,7 @@ from lerobot.processor import ProcessorStepRegistry, TokenizerProcessorStep
 from ceed_vla.backbones.config import PolicyShape
 from ceed_vla.backbones.transformers.step_files import LOCAL, FilesStep, read_files
 from ceed_vla.errors import CheckpointError, ConfigError, raised_as
+from ceed_vla.limited.tokenizers import check_tokenizers
 
 LONGEST_PROMPT = 65_536
 
@@ -52,6 +53,7 @@ def load_text_tokenizer(folder: str | Path) -> Any:
     """The tokenizer in a local folder, as LeRobot reads a prompt with it."""
     from transformers import AutoTokenizer
 
+    check_tokenizers(Path(folder))
     what, advice = f"{folder} holds no text tokenizer that loads", "give the folder of PaliGemma's tokenizer."
     with raised_as(CheckpointError, what, advice):
         return AutoTokenizer.from_pretrained(str(folder), **LOCAL)

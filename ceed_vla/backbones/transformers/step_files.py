@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ceed_vla.errors import CheckpointError
-from ceed_vla.files import plain_name, regular
+from ceed_vla.files import plain_name, read_bytes
+from ceed_vla.limited.tokenizers import MOST_BYTES
 
 # Nothing is fetched, and a file that names classes of its own (auto_map) does not get to run them.
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -28,7 +29,8 @@ TOKENIZER_FILES = (
 
 def read_files(folder: Path, names: Iterable[str] = TOKENIZER_FILES) -> dict[str, Tensor]:
     """The given files of `folder` that exist: name -> uint8 (bytes,)."""
-    found = {name: regular(folder / name).read_bytes() for name in names if (folder / name).exists()}
+    files = {name: folder / name for name in names if (folder / name).exists()}
+    found = {name: read_bytes(file, CheckpointError, most=MOST_BYTES) for name, file in files.items()}
     return {name: torch.from_numpy(np.frombuffer(data, np.uint8).copy()) for name, data in found.items()}
 
 

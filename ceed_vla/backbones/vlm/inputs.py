@@ -66,7 +66,7 @@ class VLMInputsStep(FilesStep, InputsStep):
         return self
 
     def _open(self, folder: Path) -> None:
-        self._processor = load_processor(folder)
+        self._processor = load_processor(folder, self.prompt)
 
     def observation(self, observation: RobotObservation) -> RobotObservation:
         self.check_files()

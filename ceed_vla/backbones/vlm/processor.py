@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ceed_vla.backbones.transformers.step_files import LOCAL
-from ceed_vla.errors import CheckpointError, root_cause
+from ceed_vla.errors import CheckpointError, raised_as
 from ceed_vla.files import read_json
+from ceed_vla.limited.tokenizers import check_tokenizers
 
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 LARGEST_SIDE, MOST_PIXELS = 8192, 2**25
@@ -18,20 +19,21 @@ _TOKENS = ("num_additional_image_tokens", "image_seq_length", "image_seq_len")
 SIZES = (*_SIDES, *_PATCHES, *_TOKENS)
 
 
-def load_processor(folder: str | Path) -> Any:
-    """The processor (tokenizer and image processor) of a folder, padding on the left."""
+def load_processor(folder: str | Path, prompt: str = "") -> Any:
+    """The processor (tokenizer and image processor) of a folder, padding on the left; it will read `prompt`."""
     from transformers import AutoProcessor
 
     for file in (Path(folder) / name for name in IMAGE_FILES):
         if file.is_file():
             _check_image_settings(str(file), read_json(file))
-    try:
+    if Path(folder).is_dir():
+        check_tokenizers(Path(folder), [prompt])
+    needed = (
+        "it needs preprocessor_config.json or processor_config.json, and the tokenizer's files. Code from a "
+        "checkpoint is never run."
+    )
+    with raised_as(CheckpointError, f"{folder} holds no processor that can be read", needed, passing=()):
         processor = AutoProcessor.from_pretrained(str(folder), **LOCAL)
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder} holds no processor that can be read ({root_cause(error)}); it needs preprocessor_config.json "
-            "or processor_config.json, and the tokenizer's files. Code from a checkpoint is never run."
-        ) from error
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise CheckpointError(
             f"{folder}: {type(processor).__name__} is no processor of images and text; "

@@ -27,6 +27,7 @@ class CommandedArm:
     period: float  # between commands [s]
     low: Array  # (J,) positions [rad]
     high: Array
+    step: Array  # `limits.step`: distance of every commanded point from the measured position [rad]
     model: ModelArm | None  # None without arm.model in the robot's file
 
 
@@ -34,7 +35,7 @@ class CommandedArm:
 class Command:
     positions: Array  # (J,) [rad]
     velocities: Array  # (J,) from the last command to this one; zero on a hold [rad/s]
-    measured: Array  # (J,) [rad]
+    measured: Array  # (J,) the last trusted pose [rad]
     stamp: Time  # now
 
 

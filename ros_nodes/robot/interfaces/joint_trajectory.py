@@ -13,9 +13,10 @@ from ros_nodes.robot.yaml_fields import Fields
 
 @register_interface("joint_trajectory")
 class JointTrajectories(ActionInterface):
-    """The next command and, in case no other follows, a stop within ``stop_time`` inside the position limits.
+    """The next command and, in case no other follows, a stop within ``stop_time``.
 
-    Stamp 0 starts a trajectory when it arrives; each replaces the one before.
+    The stop lies inside the position limits and, as the command, within `limits.step` of the
+    measured position. Stamp 0 starts a trajectory when it arrives; each replaces the one before.
     """
 
     message_type = JointTrajectory
@@ -25,9 +26,13 @@ class JointTrajectories(ActionInterface):
         self._stop_time = settings.number("stop_time", 0.01, 1.0, default=0.1)  # [s]
 
     def message(self, command: Command, arm: CommandedArm) -> JointTrajectory:
-        at, time = command.positions, self._stop_time  # faster, a cubic to a stop would overshoot the limits
-        speeds = np.clip(command.velocities, 3.0 * (arm.low - at) / time, 3.0 * (arm.high - at) / time)
-        stop = np.clip(at + 0.5 * time * speeds, arm.low, arm.high)
+        at = command.positions
+        time = self._stop_time
+        low = np.minimum(np.maximum(arm.low, command.measured - arm.step), at)
+        high = np.maximum(np.minimum(arm.high, command.measured + arm.step), at)
+        # Faster, a cubic to a stop would overshoot the limits.
+        speeds = np.clip(command.velocities, 3.0 * (low - at) / time, 3.0 * (high - at) / time)
+        stop = np.clip(at + 0.5 * time * speeds, low, high)
         points = [
             _point(arm.period, at, speeds),
             _point(arm.period + self._stop_time, stop, np.zeros_like(stop)),

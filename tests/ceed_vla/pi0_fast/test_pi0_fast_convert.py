@@ -22,6 +22,7 @@ from ceed_vla.cli import main
 from ceed_vla.convert import ConvertConfig, convert
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError, MalformedChunkError
+from tests.helpers.edits import unsealed
 
 IDS = "observation.language.tokens"
 
@@ -108,6 +109,7 @@ def test_steps_that_would_run_code_are_refused(lab: Any, published: Any) -> None
     copied = json.loads((output / file.name).read_text())
     assert not any(step["registry_name"] == "action_tokenizer_processor" for step in copied["steps"])
 
+    unsealed(output)
     ran = lab.folder / "ran"
     bad = {"class": "subprocess.Popen", "config": {"args": ["touch", str(ran)]}}
     for folder, read in ((published.folder, lambda f: convert_pi0_fast(f, lab.folder / "bad")), (output, load)):

@@ -13,6 +13,7 @@ import torch
 from ceed_vla import CeedVLAConfig, CeedVLAPolicy
 from ceed_vla.checkpoints import save
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from tests.helpers.edits import unsealed
 from tests.helpers.tabletop import tabletop_config
 
 FRONT, WRIST, STATE = "observation.images.front", "observation.images.wrist", "observation.state"
@@ -67,7 +68,8 @@ def checkpoint(policy: CeedVLAPolicy, processors: tuple[Any, Any], tmp_path_fact
 
 @pytest.fixture
 def folder(checkpoint: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(checkpoint, tmp_path / "policy")
+    """A copy of the checkpoint without a manifest: its files may be changed, to see what reads them say of it."""
+    return unsealed(shutil.copytree(checkpoint, tmp_path / "policy"))
 
 
 @pytest.fixture

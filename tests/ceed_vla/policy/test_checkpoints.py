@@ -17,6 +17,7 @@ from ceed_vla import CeedVLAPolicy
 from ceed_vla.checkpoints import load, pretrained_path, resolve_checkpoint, save, weights_hash
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from tests.helpers.edits import unsealed
 from tests.helpers.tabletop import tabletop_config
 
 STATE = "observation.state"
@@ -95,7 +96,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_a_broken_checkpoint_is_one_clear_error(
     checkpoint: Path, tmp_path: Path, damage: str, loader: Callable[[Path], Any]
 ) -> None:
-    folder = shutil.copytree(checkpoint, tmp_path / "broken")
+    folder = unsealed(shutil.copytree(checkpoint, tmp_path / "broken"))
     break_it, message = DAMAGES[damage]
     break_it(folder)
     with pytest.raises(CheckpointError, match=message):
@@ -107,7 +108,7 @@ def test_missing_weights_are_refused_unless_asked_for(
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    folder = shutil.copytree(checkpoint, tmp_path / "partial")
+    folder = unsealed(shutil.copytree(checkpoint, tmp_path / "partial"))
     weights = load_file(folder / "model.safetensors")
     del weights["backbone.head.bias"]
     save_file(weights, folder / "model.safetensors")
@@ -119,7 +120,7 @@ def test_missing_weights_are_refused_unless_asked_for(
 
 
 def test_processors_are_needed_to_load_but_not_for_the_policy(checkpoint: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(checkpoint, tmp_path / "bare")
+    folder = unsealed(shutil.copytree(checkpoint, tmp_path / "bare"))
     (folder / "policy_preprocessor.json").write_text("{")
     for loader in (load, CeedVLAPolicy.from_pretrained):
         with pytest.raises(CheckpointError, match=r"policy_preprocessor\.json is not JSON"):

@@ -19,6 +19,7 @@ from ceed_vla.checkpoints import save, weights_hash
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from tests.helpers.edits import unsealed
 from tests.helpers.tabletop import tabletop_config
 
 STATS = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
@@ -100,7 +101,7 @@ def test_bfloat16(base: Any) -> None:
 
 
 def test_a_configuration_that_was_edited(base: Any, tmp_path: Path) -> None:
-    save(tmp_path / "policy", *new_policy(base("smolvlm")))
+    unsealed(save(tmp_path / "policy", *new_policy(base("smolvlm"))))
     file = tmp_path / "policy" / "config.json"
     config = json.loads(file.read_text())
     for changes, message in (

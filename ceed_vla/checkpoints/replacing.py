@@ -1,0 +1,203 @@
+"""Folders that are replaced as a whole: after a kill all files are the old ones or all the new.
+
+The new folder is written beside the old one, and the two change places in one system call. Linux
+can do that (`renameat2` with ``RENAME_EXCHANGE``), on most file systems.
+
+Where it cannot, or the folder must stay the folder that it is, the new files are written into a
+folder inside. Renaming that to `PENDING` is the one step that decides. What is left, moving its
+files up, is finished by whoever saves or loads next. A folder must stay if it is a mount point,
+holds this process's working directory or folders of the user's, or has a parent that is not
+writable.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import glob
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from secrets import token_hex
+
+from ceed_vla.errors import CheckpointError
+from ceed_vla.folders import MANIFEST
+
+PENDING = ".saved"
+_STAGE = ".new"  # how the names of folders end that are being written
+_LONGEST = 100  # characters of the folder's name in theirs
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EBUSY)
+
+
+@contextmanager
+def replacing_folder(folder: Path, belonging: Callable[[Path], set[str]]) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of `folder` if the block ends well.
+
+    Args:
+        folder: It need not exist. A link stays, and what it leads to is replaced. The block writes
+            a manifest.
+        belonging: Names of the files in a folder that go with the old content; others are kept.
+
+    Raises:
+        OSError: It cannot be written. What was there stays.
+    """
+    if folder.is_symlink() and not folder.exists():
+        raise FileNotFoundError(errno.ENOENT, "a link to nothing; name a folder", str(folder))
+    target = Path(os.path.realpath(folder))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        if not target.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+        finish_replacing(target, belonging)
+    if not _is_writable(target if target.exists() else target.parent):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    beside = _may_be_exchanged(target)
+    place = target.parent if beside else target
+    _sweep(place, target.name)
+    stage = place / f".{target.name[:_LONGEST]}.{token_hex(8)}{_STAGE}"
+    stage.mkdir()
+    lock = _hold(stage)
+    try:
+        yield stage
+        for file in (*stage.iterdir(), stage):
+            _settle(file)
+        if not beside or not _exchanged(stage, target, belonging):
+            _replace_inside(stage, target, belonging)
+    finally:
+        os.close(lock)
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def finish_replacing(folder: Path, belonging: Callable[[Path], set[str]]) -> None:
+    """Finish a replacement of files in `folder` that was decided, and then ended by a kill.
+
+    Raises:
+        CheckpointError: The folder cannot be written here.
+    """
+    pending = folder / PENDING
+    if not (pending / MANIFEST).is_file():
+        return
+    try:
+        _move_up(pending, folder, belonging)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: a save was interrupted, and cannot be finished here ({error.strerror}); "
+            "load it once where the folder may be written."
+        ) from error
+
+
+def _is_writable(folder: Path) -> bool:
+    effective = os.access in os.supports_effective_ids
+    return os.access(folder, os.W_OK | os.X_OK, effective_ids=effective)
+
+
+def _may_be_exchanged(target: Path) -> bool:
+    """Whether a folder beside `target` can take its place, and nothing is lost with it."""
+    if not _is_writable(target.parent):
+        return False
+    if not target.exists():
+        return True
+    here = Path.cwd()
+    if target.is_mount() or here == target or target in here.parents:
+        return False
+    return all(entry.is_symlink() or entry.is_file() for entry in os.scandir(target))
+
+
+def _exchanged(stage: Path, target: Path, belonging: Callable[[Path], set[str]]) -> bool:
+    """Whether `stage` and `target` have changed places; False where the system cannot do that."""
+    if not target.exists():
+        stage.rename(target)
+        _settle(target.parent)
+        return True
+    old = belonging(target)
+    for entry in os.scandir(target):
+        if entry.name not in old and not (stage / entry.name).exists(follow_symlinks=False):
+            link(Path(entry.path), stage / entry.name)
+    shutil.copymode(target, stage)
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    names = (os.fsencode(stage), os.fsencode(target))
+    if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
+        code = ctypes.get_errno()
+        if code in _CANNOT:
+            return False
+        raise OSError(code, os.strerror(code), str(target))
+    _settle(target.parent)
+    return True
+
+
+def _replace_inside(stage: Path, target: Path, belonging: Callable[[Path], set[str]]) -> None:
+    pending = target / PENDING
+    if pending.exists() and not (pending / MANIFEST).exists():
+        shutil.rmtree(pending)  # what a replacement left that was otherwise finished
+    target.mkdir(exist_ok=True)
+    stage.rename(pending)
+    _settle(target)
+    _move_up(pending, target, belonging)
+
+
+def _move_up(pending: Path, folder: Path, belonging: Callable[[Path], set[str]]) -> None:
+    """Move the files of `pending` up into `folder`; the manifest last, so that it can be redone."""
+    new = {MANIFEST, *json.loads((pending / MANIFEST).read_text(encoding="utf-8"))["files"]}
+    for name in belonging(folder) - new:
+        (folder / name).unlink(missing_ok=True)
+    names = sorted(os.listdir(pending), key=lambda name: name == MANIFEST)
+    for name in names:
+        with suppress(FileNotFoundError):  # another process finishes it, too
+            os.replace(pending / name, folder / name)
+            (pending / name).unlink()  # which is left where both names were one file
+    _settle(folder)
+    shutil.rmtree(pending, ignore_errors=True)
+
+
+def link(old: Path, new: Path) -> None:
+    """The same file by another name; a copy where there can be no second name."""
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(old, new, follow_symlinks=False)
+
+
+def _hold(stage: Path) -> int:
+    """Lock a folder, until the file number that this returns is closed or the process ends."""
+    number = os.open(stage, os.O_RDONLY)
+    _locked(number)
+    return number
+
+
+def _locked(number: int) -> bool:
+    """Whether an open folder could be locked."""
+    try:
+        import fcntl
+
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _sweep(place: Path, name: str) -> None:
+    """Remove what killed replacements of `name` left in `place`; live ones hold a lock."""
+    for left in place.glob(f".{glob.escape(name[:_LONGEST])}.{'[0-9a-f]' * 16}{_STAGE}"):
+        with suppress(OSError):
+            number = os.open(left, os.O_RDONLY)
+            try:
+                if _locked(number):
+                    shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(number)
+
+
+def _settle(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,336 @@
+"""Measures whether a policy node is on time: ``python -m ros_nodes.demo.camera_load``.
+
+A process of its own replays prepared images of two cameras to a real policy node with the shipped
+student. This one publishes joint states that follow the commands, and tells from the times at which
+commands were sent how many ticks were missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import io
+import json
+import multiprocessing
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from PIL import Image as PillowImage
+
+from ceed_vla.errors import CeedVLAError, NodeError
+from ros_nodes.demo.report import status_values
+from ros_nodes.robot.loop_statistics import MISSED
+from ros_nodes.robot.robot_file import load_robot_config, packaged_config
+
+CAMERAS = ("front", "wrist")
+COMMANDS = "/forward_position_controller/commands"
+COMMAND_RATE = 100.0  # of the policy node [Hz]
+PROFILE = "fastdds_large_images.xml"  # beside the packaged robot's file
+_IMAGES = 8  # different ones that are replayed
+_JPEG_QUALITY = 85
+_KEPT = 1000  # commands that this process may fall behind
+_STATES = 0.01  # between two joint states [s]
+_START_TIMEOUT = 300.0  # until the arm moves [s]
+_SETTLE = 3.0  # from then on, before anything is measured [s]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the cameras send: images of `width` x `height` [px], `rate` a second of each."""
+
+    width: int = 1920
+    height: int = 1080
+    rate: float = 30.0
+    transport: str = "compressed"  # or "raw"
+
+
+def scene(load: Load, number: int) -> NDArray[np.uint8]:
+    """An image (H, W, 3) with details of all sizes; its JPEG is as large as a photograph's."""
+    rng = np.random.default_rng(number)
+    height, width = load.height, load.width
+    total = 128.0 + rng.normal(0.0, 2.0, (height, width, 3))
+    for size, strength in ((2, 6), (4, 8), (8, 12), (32, 20), (128, 30), (512, 30)):
+        shape = (max(height // size, 2), max(width // size, 2))
+        for channel in range(3):
+            coarse = PillowImage.fromarray(rng.normal(0.0, strength, shape).astype(np.float32))
+            fine = coarse.resize((width, height), PillowImage.Resampling.BILINEAR)
+            total[:, :, channel] += np.asarray(fine)
+    return np.clip(total, 0, 255).astype(np.uint8)
+
+
+def prepared(load: Load) -> list[bytes]:
+    """Serialized messages with different images."""
+    from rclpy.serialization import serialize_message
+    from sensor_msgs.msg import CompressedImage, Image
+
+    messages = []
+    for number in range(_IMAGES):
+        pixels = scene(load, number)
+        if load.transport == "raw":
+            message = Image(height=load.height, width=load.width, encoding="rgb8")
+            message.step = 3 * load.width
+            message.data = array.array("B", pixels.tobytes())
+        else:
+            file = io.BytesIO()
+            PillowImage.fromarray(pixels).save(file, "JPEG", quality=_JPEG_QUALITY)
+            message = CompressedImage(format="jpeg", data=array.array("B", file.getvalue()))
+        messages.append(bytes(serialize_message(message)))
+    return messages
+
+
+def replay(load: Load) -> None:
+    """Publish the images of both cameras at once, until the process is ended."""
+    import rclpy
+    from sensor_msgs.msg import CompressedImage, Image
+
+    from ros_nodes.robot.messages import SENSOR
+
+    messages = prepared(load)
+    rclpy.init(args=[])
+    node = rclpy.create_node("cameras")
+    kind = Image if load.transport == "raw" else CompressedImage
+    publishers = [node.create_publisher(kind, f"/{name}/images", SENSOR) for name in CAMERAS]
+    due = time.monotonic()
+    number = 0
+    while True:
+        message = bytearray(messages[number % _IMAGES])
+        now = time.time_ns()
+        message[4:12] = struct.pack("<iI", now // 10**9, now % 10**9)  # the header's stamp
+        for publisher in publishers:
+            publisher.publish(bytes(message))
+        number += 1
+        due = max(due + 1.0 / load.rate, time.monotonic() - 1.0)
+        time.sleep(max(due - time.monotonic(), 0.0))
+
+
+def robot_file(folder: Path, load: Load) -> Path:
+    """The packaged robot's file with these cameras, in `folder`."""
+    packaged = packaged_config()
+    values = yaml.safe_load(packaged.read_text(encoding="utf-8"))
+    values["arm"]["model"] = str(packaged.with_name(values["arm"]["model"]))
+    values["images"] = {
+        f"observation.images.{name}": {
+            "topic": f"/{name}/images",
+            "transport": load.transport,
+            "resize": True,
+        }
+        for name in CAMERAS
+    }
+    path = folder / "robot.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+@dataclass
+class Arm:
+    """The joints, which go where the last command says, and what the policy node tells.
+
+    Attributes:
+        sent: When every command was sent [ns].
+        policy: Newest diagnostics of the policy node.
+    """
+
+    sent: list[int] = field(default_factory=list)
+    policy: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        import rclpy
+        from diagnostic_msgs.msg import DiagnosticArray
+        from rclpy.executors import SingleThreadedExecutor
+        from rclpy.qos import QoSProfile
+        from rclpy.signals import SignalHandlerOptions
+        from sensor_msgs.msg import JointState
+        from std_msgs.msg import Float64MultiArray
+
+        from ros_nodes.robot.messages import COMMAND, JOINT_STATES
+
+        robot = load_robot_config()
+        assert robot.gripper is not None
+        self._joints = robot.arm.joints
+        self._position = dict(zip(robot.arm.joints, robot.arm.home, strict=True))
+        opening = robot.gripper.open / len(robot.gripper.joints)
+        self._position |= dict.fromkeys(robot.gripper.joints, opening)
+        self._target = dict(self._position)
+        limits = dict(zip(robot.arm.joints, robot.limits.velocity, strict=True))
+        self._speeds = {joint: limits.get(joint, 0.0) for joint in self._position}
+        self._moved = time.time_ns()
+        self._message = JointState
+        rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
+        self._node = rclpy.create_node("arm")
+        self._executor = SingleThreadedExecutor()
+        self._executor.add_node(self._node)
+        self._states = self._node.create_publisher(JointState, "/joint_states", JOINT_STATES)
+        self._node.create_timer(_STATES, self._publish)
+        follow: Callable[..., None] = self._follow  # with the message's information
+        kept = QoSProfile(depth=_KEPT)  # a command that this process loses is no missed tick
+        self._node.create_subscription(Float64MultiArray, COMMANDS, follow, kept)
+        self._node.create_subscription(DiagnosticArray, "/diagnostics", self._diagnosed, COMMAND)
+
+    def _publish(self) -> None:
+        now = time.time_ns()
+        for joint, speed in self._speeds.items():  # a busy machine does not make an arm leap
+            reach = speed * 1e-9 * (now - self._moved)
+            way = self._target[joint] - self._position[joint]
+            self._position[joint] += min(max(way, -reach), reach)
+        self._moved = now
+        message = self._message(name=list(self._position), position=list(self._position.values()))
+        message.header.stamp.sec = now // 10**9
+        message.header.stamp.nanosec = now % 10**9
+        self._states.publish(message)
+
+    def _follow(self, message: Any, information: Mapping[str, int]) -> None:
+        self.sent.append(information["source_timestamp"])
+        self._target.update(zip(self._joints, message.data, strict=True))
+
+    def _diagnosed(self, message: Any) -> None:
+        self.policy = status_values(message, "action_interface") or self.policy
+
+    def spin(self, seconds: float, node: subprocess.Popen[bytes], until: str = "") -> bool:
+        """Move for so long [s], or until the node is in that state; whether it is.
+
+        `NodeError`: The node has ended.
+        """
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if until and self.policy.get("state") == until:
+                return True
+            if node.poll() is not None:
+                raise NodeError(f"The policy node ended with code {node.returncode}.")
+            self._executor.spin_once(timeout_sec=0.1)
+        return not until
+
+    def close(self) -> None:
+        import rclpy
+
+        self._executor.shutdown()
+        self._node.destroy_node()
+        rclpy.try_shutdown()
+
+
+def timing(sent: Sequence[int]) -> dict[str, float]:
+    """Of commands that were sent at these times [ns]: ticks, missed ones, jitter."""
+    intervals = np.diff(np.sort(np.asarray(sent, dtype=np.int64))) * 1e-9
+    if not len(intervals):
+        raise NodeError(f"{len(sent)} commands came; at least 2 are needed to measure.")
+    jitter = np.abs(intervals - 1.0 / COMMAND_RATE)
+    missed = intervals > MISSED / COMMAND_RATE
+    shares = np.percentile(1e3 * jitter, (50, 95, 99))
+    return {
+        "ticks": len(intervals),
+        "missed_ticks": int(missed.sum()),
+        "missed_percent": round(100.0 * float(missed.mean()), 3),
+        "jitter_p50_ms": round(float(shares[0]), 3),
+        "jitter_p95_ms": round(float(shares[1]), 3),
+        "jitter_p99_ms": round(float(shares[2]), 3),
+        "longest_gap_ms": round(1e3 * float(intervals.max()), 2),
+    }
+
+
+def measure(load: Load, seconds: float, parameters: Sequence[str] = ()) -> dict[str, Any]:
+    """What a policy node does under that load for so long [s], with further `parameters`.
+
+    `NodeError`: The node ends, or does not move the arm.
+    """
+    given = [
+        "autostart:=true",
+        "instruction:=move the green cube into the bin",
+        *parameters,
+    ]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        arguments = [f"robot_config:={robot_file(folder, load)}", *given]
+        command = [sys.executable, "-m", "ros_nodes.robot.policy_node", "--ros-args"]
+        command += [part for argument in arguments for part in ("-p", argument)]
+        context = multiprocessing.get_context("spawn")
+        cameras = context.Process(target=replay, args=(load,), name="cameras", daemon=True)
+        cameras.start()
+        stack.callback(cameras.join)
+        stack.callback(cameras.kill)
+        arm = Arm()
+        stack.callback(arm.close)
+        node = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        stack.callback(node.wait)
+        stack.callback(node.terminate)
+        if not arm.spin(_START_TIMEOUT, node, until="moving"):
+            reason = arm.policy.get("hold_reason") or "no diagnostics came"
+            raise NodeError(f"The arm does not move: {reason}.")
+        arm.spin(_SETTLE, node)
+        arm.sent.clear()
+        before = dict(arm.policy)
+        arm.spin(seconds, node)
+        sent = list(arm.sent)
+        arm.spin(1.1, node)  # until the diagnostics tell of the last second
+        return {
+            **vars(load),
+            **timing(sent),
+            **_told(before, arm.policy),
+            "load_average": os.getloadavg()[0],
+        }
+
+
+def _told(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
+    """What the diagnostics say of the time between two of them."""
+    told: dict[str, Any] = {key: after.get(key, "") for key in ("state", "hold_reason")}
+    holds = [key for key in after if key.startswith("holds.")]
+    for key in ("ticks", "missed_ticks", "chunks", *holds, *(f"images.{name}" for name in CAMERAS)):
+        if key in before and key in after:
+            told[f"node.{key}"] = int(after[key]) - int(before[key])
+    for key in ("images_ms_p50", "images_ms_p95", "decode_ms_p50", "decode_ms_p95", "scheduling"):
+        if key in after:
+            told[key] = after[key]
+    return told
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print what `measure` finds as JSON, a line for every time that it measures."""
+    from ros_nodes.demo.ros_demo import free_domain
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    about = str(__doc__).partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="camera_load", description=about)
+    parser.add_argument("--width", type=int, default=1920, help="of the images [px]")
+    parser.add_argument("--height", type=int, default=1080, help="of the images [px]")
+    parser.add_argument("--rate", type=float, default=30.0, help="images a second of each camera")
+    parser.add_argument("--transport", choices=("compressed", "raw"), default="compressed")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of every measurement")
+    parser.add_argument("--repeat", type=int, default=1, help="how often it is measured")
+    parser.add_argument("--domain", type=int, default=-1, help="ROS_DOMAIN_ID; -1 picks one")
+    parser.add_argument(
+        "--parameter",
+        action="append",
+        default=[],
+        help="of the node, such as inference_mode:=thread",
+    )
+    given = parser.parse_args(arguments)
+    domain = given.domain if given.domain >= 0 else free_domain()
+    os.environ["ROS_DOMAIN_ID"] = str(domain)
+    os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
+    profile = packaged_config().with_name(PROFILE)
+    os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(profile))
+    load = Load(given.width, given.height, given.rate, given.transport)
+    try:
+        for _ in range(given.repeat):
+            print(json.dumps(measure(load, given.seconds, given.parameter)), flush=True)
+    except CeedVLAError as error:
+        print(f"camera_load: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""What a review of a robot's file found, and how it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ceed_vla.kinematics import Array
+from ros_nodes.robot.robot_file import RobotConfig
+from ros_nodes.robot.texts import short
+
+PROBLEM, WARNING = "problem", "warning"
+LONGEST_TEXT = 1200  # characters of all problems in one message
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that does not fit."""
+
+    key: str  # of the robot's file
+    value: str  # what is there
+    rule: str  # what it must be
+    remedy: str
+    allow: str = ""  # the entry of `allow` that turns a problem into a warning; "" if none does
+    severity: str = PROBLEM
+
+    def __str__(self) -> str:
+        text = f"{self.key}: {self.value}; {self.rule}. {self.remedy}"
+        if self.severity == PROBLEM and self.allow:
+            return f"{text} If it is meant, write allow: [{self.allow}]."
+        return text
+
+
+def split(findings: Sequence[Finding]) -> tuple[list[str], list[str]]:
+    """The texts of the problems, and those of the warnings."""
+    problems = [str(finding) for finding in findings if finding.severity == PROBLEM]
+    return problems, [str(finding) for finding in findings if finding.severity == WARNING]
+
+
+def verdict(problems: Sequence[str], warnings: Sequence[str]) -> str:
+    """One line: whether file and checkpoint fit."""
+    if problems:
+        return f"does not fit: {_count(problems, 'problem')}"
+    if warnings:
+        return f"fits, with {_count(warnings, 'warning')}"
+    return "fits"
+
+
+def explained(robot: RobotConfig, checkpoint: str, problems: Sequence[str]) -> str:
+    """The verdict with the problems, the first ones if they are many, for an error message.
+
+    The problems come before the names: the node shows the beginning of an error.
+    """
+    numbered: list[str] = []
+    for number, problem in enumerate(problems, 1):
+        text = f"{number}. {short(problem, LONGEST_TEXT // 2)}"
+        if numbered and len(" ".join([*numbered, text])) > LONGEST_TEXT:
+            numbered.append(f"And {len(problems) - number + 1} more.")
+            break
+        numbered.append(text)
+    where = f"(File {short(robot.source)}, checkpoint {short(checkpoint)}.)"
+    return f"{verdict(problems, ())}. {' '.join(numbered)} {where}"
+
+
+def _count(texts: Sequence[str], word: str) -> str:
+    return f"{len(texts)} {word}{'s' if len(texts) != 1 else ''}"
+
+
+def worst(names: Sequence[str], excess: Array) -> tuple[int, str]:
+    """The joint with the largest `excess` (J,), and how it and the others above 0 are called."""
+    joint = int(np.argmax(excess))
+    others = int((excess > 0.0).sum()) - 1
+    if others == 0:
+        return joint, names[joint]
+    return joint, f"{names[joint]} (and {others} more)"

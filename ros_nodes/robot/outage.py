@@ -1,0 +1,38 @@
+"""How long an input or the policy has been at fault. Free of ROS and of clocks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ros_nodes.robot.mode import HARMLESS
+from ros_nodes.robot.safety import Hold
+
+RESUME_WITHIN = 5.0  # default of the longest outage after which motion resumes by itself [s]
+
+
+class Outage:
+    """Times the hold that lasts; an outage longer than `within` [s] needs an operator."""
+
+    def __init__(self, within: float) -> None:
+        self.within = within
+        self._since: float | None = None  # steady time at which the outage began [s]
+
+    def forget(self) -> None:
+        """Motion is forbidden, or goes on: there is no outage."""
+        self._since = None
+
+    def over(self, hold: Hold | None, ages: Collection[float | None], now: float) -> str:
+        """Take the hold of the last tick, at steady time `now` [s], and the inputs' ages.
+
+        Returns why motion must not resume by itself; "" if it may. An input that never came is
+        waited for: that is no outage.
+        """
+        missing = hold is not None and hold.code == "stale" and None in ages
+        if hold is None or hold.code in HARMLESS or missing:
+            self._since = None
+            return ""
+        if self._since is None:
+            self._since = now
+        if now - self._since <= self.within:
+            return ""
+        return f"after more than {self.within:g} s (resume_within) of {hold.code}: {hold.detail}"

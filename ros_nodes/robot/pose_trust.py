@@ -1,0 +1,210 @@
+"""Which joint states are trusted as the arm's pose. Free of ROS and of clocks; `safety.py` states the rule.
+
+A pose is trusted once the joint states have agreed with each other for `TRUST_TIME`. From then on
+every state that follows without a gap is trusted too. A gap, a jump or a position outside the limits
+ends that, and the states must agree anew. The last trusted pose outlives the gap: a new one that
+lies elsewhere is not trusted before an operator accepts it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ceed_vla.errors import ObservationError
+from ceed_vla.kinematics import Array
+from ros_nodes.robot.texts import short
+
+TRUST_TIME = 0.2  # for which joint states must agree before their pose is trusted [s]
+TRUST_STATES = 3  # that must agree, at least
+PHYSICAL_VELOCITY = float(np.pi)  # of a joint whose own limit is not known [rad/s]
+_SPEEDS = 2.0  # physical velocities that a joint may show between two states
+_SLACK = 0.05  # noise, and stamps that jitter [rad]
+_OUTSIDE = 0.1  # how far beyond the position limits a joint may be [rad]
+_EXACT = 1e-9  # rounding of a position [rad]
+_MOMENT = 1e-4  # rounding of the difference of two stamps, which are large numbers [s]
+
+
+@dataclass(frozen=True)
+class JointBounds:
+    """What joint states are compared with; every array is (J,)."""
+
+    names: tuple[str, ...]
+    low: Array  # [rad]
+    high: Array  # [rad]
+    velocity: Array  # that the joints reach physically [rad/s]
+    step: Array  # `limits.step`: how far a pose may lie from the last trusted one [rad]
+    longest_gap: float  # between two states that follow each other [s]
+
+
+def by_name(have: Sequence[str], values: Sequence[float], names: Sequence[str], what: str) -> Array:
+    """The `values` of `names` (J,) among those that a joint state has, in any order.
+
+    Errors call the values `what`. `ObservationError`: Joints missing or named twice, another number of
+    values than of names, values that are not finite.
+    """
+    if len(values) != len(have):
+        raise ObservationError(f"The joint state has {len(have)} names and {len(values)} {what}.")
+    if len(set(have)) != len(have):
+        raise ObservationError(f"The joint state names a joint twice: {short(', '.join(have))}.")
+    table = dict(zip(have, values, strict=True))
+    missing = [name for name in names if name not in table]
+    if missing:
+        has = short(", ".join(have)) or "no joints"
+        raise ObservationError(f"The joint state lacks {', '.join(missing)}; it has {has}.")
+    chosen = np.array([table[name] for name in names], dtype=np.float64)
+    if not np.isfinite(chosen).all():
+        every = zip(names, chosen, strict=True)
+        bad = [f"{name} {value}" for name, value in every if not np.isfinite(value)]
+        raise ObservationError(f"The joint state's {what} are not finite: {', '.join(bad)}.")
+    return chosen
+
+
+class PoseTrust:
+    """Takes every joint state in turn and says where the arm is known to be.
+
+    Attributes:
+        pose: The last trusted pose (J,) [rad]; None before the first.
+        newest: The last state (J,) [rad], trusted or not; None before the first.
+        trusted: Whether `newest` is trusted.
+    """
+
+    def __init__(self, bounds: JointBounds) -> None:
+        self.pose: Array | None = None
+        self.newest: Array | None = None
+        self.trusted = False
+        self._bounds = bounds
+        self._stamps: Array | None = None  # (J,) of `newest` [s]
+        self._slack = np.minimum(_SLACK, 0.5 * bounds.step)  # (J,) [rad]
+        # The states of the last `TRUST_TIME`: stamp [s], lowest and highest positions (J,) of that moment.
+        self._agreeing: deque[tuple[float, Array, Array]] = deque()
+
+    def take(self, positions: Array, stamps: Array) -> tuple[str, str]:
+        """Take a state (J,) [rad], and when each of its joints was measured (J,) [s].
+
+        Returns:
+            Which joint lies where none can be, and which one jumped out of a trusted pose; "" each if none did.
+        """
+        outside = self._outside(positions)
+        jump = self._jump(positions, stamps)
+        gap = self._gap(stamps)
+        was_trusted = self.trusted
+        if outside or jump or gap:
+            self._agreeing.clear()
+            self.trusted = False
+        self.newest = positions
+        self._stamps = stamps
+        if not outside:
+            self._remember(positions, float(stamps.min()))
+            self._judge(positions)
+        return outside, jump if was_trusted else ""
+
+    @property
+    def settled(self) -> bool:
+        """Whether the states of the last `TRUST_TIME` agree, so that motion may start from `newest`."""
+        if len(self._agreeing) < TRUST_STATES:
+            return False
+        if self._agreeing[-1][0] - self._agreeing[0][0] < TRUST_TIME - _MOMENT:
+            return False
+        return bool((self._spread() <= self._bounds.step).all())
+
+    @property
+    def elsewhere(self) -> str:
+        """Which joint settled too far from the last trusted pose; "" if none did."""
+        if self.pose is None or self.newest is None or self.trusted or not self.settled:
+            return ""
+        way = np.abs(self.newest - self.pose) - self._bounds.step
+        joint = int(way.argmax())
+        if way[joint] <= _EXACT:
+            return ""
+        return (
+            f"{self._bounds.names[joint]} is at {self.newest[joint]:.4g} rad, the last trusted pose has it at "
+            f"{self.pose[joint]:.4g}, further than limits.step ({self._bounds.step[joint]:.3g})"
+        )
+
+    @property
+    def unsettled(self) -> str:
+        """How far the states are from being trusted, for a person."""
+        span = self._agreeing[-1][0] - self._agreeing[0][0] if self._agreeing else 0.0
+        spread = self._spread() - self._bounds.step if self._agreeing else -self._bounds.step
+        joint = int(spread.argmax())
+        if spread[joint] > 0.0:
+            return (
+                f"{self._bounds.names[joint]} moves too fast to start: further than limits.step "
+                f"({self._bounds.step[joint]:.3g} rad) within {TRUST_TIME:g} s"
+            )
+        return (
+            f"the joint states agree for {span:.2f} s ({len(self._agreeing)} states); motion starts after "
+            f"{TRUST_TIME:g} s and {TRUST_STATES} states within limits.step of each other"
+        )
+
+    def accept(self) -> None:
+        """Forget the last trusted pose: wherever the states settle next is right."""
+        if self.trusted:
+            return
+        self.pose = None
+        if self.newest is not None and self._agreeing:
+            self._judge(self.newest)
+
+    def _spread(self) -> Array:
+        """How far the states of the last `TRUST_TIME` lie apart (J,) [rad]."""
+        lowest = np.min([low for _, low, _ in self._agreeing], axis=0)
+        highest = np.max([high for _, _, high in self._agreeing], axis=0)
+        spread: Array = highest - lowest
+        return spread
+
+    def _remember(self, positions: Array, stamp: float) -> None:
+        """Keep a state, and of the older ones no more than `TRUST_TIME` needs."""
+        states = self._agreeing
+        if states and stamp <= states[-1][0]:  # of another joint's driver, or late: no time has passed
+            last, low, high = states[-1]
+            states[-1] = (last, np.minimum(low, positions), np.maximum(high, positions))
+            return
+        states.append((stamp, positions, positions))
+        while len(states) > TRUST_STATES and stamp - states[1][0] >= TRUST_TIME:
+            states.popleft()
+
+    def _judge(self, positions: Array) -> None:
+        """Decide whether `positions`, the newest state, are trusted."""
+        near = self.pose is None or bool((np.abs(positions - self.pose) <= self._bounds.step + _EXACT).all())
+        self.trusted = near and (self.trusted or self.settled)
+        if self.trusted:
+            self.pose = positions
+
+    def _outside(self, positions: Array) -> str:
+        bounds = self._bounds
+        beyond = np.maximum(bounds.low - positions, positions - bounds.high)
+        excess = beyond - np.minimum(_OUTSIDE, bounds.step)  # or the first command would be a larger step
+        joint = int(excess.argmax())
+        if excess[joint] <= _EXACT:
+            return ""
+        return (
+            f"{bounds.names[joint]} is at {positions[joint]:.6g} rad, {beyond[joint]:.3g} outside its "
+            f"limits [{bounds.low[joint]:.4g}, {bounds.high[joint]:.4g}]"
+        )
+
+    def _jump(self, positions: Array, stamps: Array) -> str:
+        """Which joint moved faster than it can since the last state.
+
+        The order of the stamps does not matter: a late message is a state of a moment ago.
+        """
+        if self.newest is None or self._stamps is None:
+            return ""
+        bounds = self._bounds
+        seconds = np.abs(stamps - self._stamps)
+        reach = _SPEEDS * bounds.velocity * np.minimum(seconds, bounds.longest_gap) + self._slack
+        excess = np.abs(positions - self.newest) - reach
+        joint = int(excess.argmax())
+        if excess[joint] <= 0.0 or seconds[joint] > bounds.longest_gap:  # then it is a gap
+            return ""
+        way = f"from {self.newest[joint]:.4g} to {positions[joint]:.4g} rad in {seconds[joint]:.3f} s"
+        return f"{bounds.names[joint]} went {way}; it moves at most {bounds.velocity[joint]:.3g} rad/s"
+
+    def _gap(self, stamps: Array) -> bool:
+        """Whether a joint was not heard of for too long, or the clock went back."""
+        if self._stamps is None:
+            return False
+        return bool((np.abs(stamps - self._stamps) > self._bounds.longest_gap + _MOMENT).any())

@@ -119,7 +119,7 @@ print("\\n" + json.dumps(found))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.external  # of LeRobot alone: it shows what the test above refuses
 def test_the_attacks_are_real(place: Path) -> None:
     """What LeRobot does with the same folders by itself: it runs code, or asks on stdin."""
     for kind, texts in ATTACKS.items():

@@ -69,7 +69,8 @@ def test_bad_images_hold_with_their_camera_and_changes_of_size_are_told(graph: A
     values["images"]["observation.images.front"] |= {"topic": FRONT, "transport": "compressed"}
     path.write_text(yaml.safe_dump(values))
     robot, status = Cameras(graph), Status(graph)
-    start(graph, robot_config=str(path))
+    # Nothing is sent: on a busy machine the test's arm would leap, which is another hold.
+    start(graph, robot_config=str(path), dry_run=True)
     assert int(status.state("moving")["images.front"]) > 0
 
     robot.strange = lambda number: number % 3 == 0

@@ -61,6 +61,8 @@ class CeedVLAConfig(PreTrainedConfig):
         decode_with: Name of the decoding that LeRobot's tools use (`ceed_vla.decoding.names`).
         packages: Packages of others that backbone, tokens or decoding come from; filled when a checkpoint is written.
         format_version: Of the checkpoint's files.
+        sealed: Whether the folder that it is read from has a manifest; false in memory, for only `save` and `seal`
+            write one.
     """
 
     chunk_size: int = ranged(8, "[1, 4096]")
@@ -81,6 +83,7 @@ class CeedVLAConfig(PreTrainedConfig):
     decode_with: str = CEED
     packages: list[str] = field(default_factory=list)
     format_version: int = ranged(FORMAT_VERSION, f"[1, {FORMAT_VERSION}]")
+    sealed: bool = False
 
     optimizer_lr: float = ranged(5e-4, "(0, 10]")
     optimizer_weight_decay: float = ranged(0.05, "[0, 10]")
@@ -107,6 +110,7 @@ class CeedVLAConfig(PreTrainedConfig):
         if self.use_peft:
             raise ConfigError("use_peft is true; adapters lie in the checkpoint's own weights: set false.")
         super().__post_init__()
+        self.sealed = False  # what is written from here on has no manifest yet
         if self.n_action_steps > self.chunk_size:
             raise ConfigError(
                 f"n_action_steps is {self.n_action_steps}, more than chunk_size = {self.chunk_size}: "

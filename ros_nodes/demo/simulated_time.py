@@ -52,6 +52,7 @@ WHEN = (0.2, 0.8)  # from `enable` on [s]: two periods of chunks on the way, bef
 PATIENCE = 1.5  # for a command that differs [s]
 Event = tuple[float, Array]  # the object moves so long [s] after `enable` by (2,) [m]
 _STATES = 0.01  # between joint states [s]
+TIE = 1e-9  # an answer that is due at a tick, but for rounding, comes before it [s]
 _PREFILL = 2  # forwards that the prefill takes as long as
 _TIMES = {"observation_to_command_ms": (50, 99), "first_action_ms": (50, 95), "reaction_ms": (50, 95)}  # percentiles
 
@@ -129,14 +130,16 @@ class SimulatedLoop:
         controller, cameras = self.setup.controller, self.setup.observations.cameras
         random = np.random.default_rng(seed)
         start = self.robot.time
-        state, tick, image = start, start + 0.004, start + random.uniform(0.0, 1.0 / camera_rate)
+        state, tick = start, start + 0.004
+        # The episode begins when the pose is trusted: then the first image comes, and motion is enabled.
+        image = start + TRUST_TIME + random.uniform(0.0, 1.0 / camera_rate)
         arriving: list[tuple[float, int, dict[str, Any], float]] = []
         serial = itertools.count()
         while True:
             now = min(state, tick, image, self.worker.due, arriving[0][0] if arriving else np.inf)
             self.robot.advance(now - self.robot.time)
             self.worker.now = now
-            if now == self.worker.due:
+            if self.worker.due <= now + TIE:
                 controller.receive(now)
             elif now == state:
                 state += _STATES
@@ -246,7 +249,7 @@ def _run(
     given = {name: getattr(config, name) for name in ("action_interface", "replan_steps")}
     given |= {"checkpoint": predictor.spec.checkpoint, "instruction": robot.reset(seed, config.task)}
     loop = SimulatedLoop(robot, TimedWorker(predictor, latency), {**defaults(POLICY_PARAMETERS), **given})
-    # Before motion the pose must be trusted, which is no part of the episode.
+    # Until the pose is trusted nothing moves, which is no part of the episode.
     limit = TRUST_TIME + (config.max_episode_steps * CTRL_DT if event is None else event[0] + PATIENCE)
     return loop, loop.episode(limit, config.camera_rate, 1e-3 * config.camera_jitter_ms, seed, event)
 

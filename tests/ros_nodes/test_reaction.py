@@ -84,7 +84,7 @@ def test_the_first_command_that_an_event_changes_comes_after_the_chunk_that_saw_
 def test_without_a_change_in_the_scene_both_runs_are_the_same(robot: SimRobot) -> None:
     after, shift = draw_event(SEED)
     calm, stirred = run(robot, 0.02), run(robot, 0.02, (after, 0.0 * shift))
-    assert after <= stirred.stirred <= after + 0.02
+    assert after <= stirred.stirred - stirred.enabled <= after + 0.02
     assert min(len(calm.sent), len(stirred.sent)) > 120
     assert first_change(calm.sent, stirred.sent) == np.inf
 
@@ -127,7 +127,7 @@ def test_the_first_step_moves_the_arm_before_its_chunk_is_there(robot: SimRobot,
     assert first < 0.25 * latency + 0.03 < whole.setup.controller.statistics.to_command[0]
 
 
-@pytest.mark.parametrize("latency", [0.03, 0.08])
+@pytest.mark.parametrize("latency", [0.033, 0.083])  # no whole ticks: ties are decided by rounding
 def test_chunks_behind_an_early_first_step_come_in_time_with_the_images(robot: SimRobot, latency: float) -> None:
     whole, early = (run(robot, latency, streams=streams).setup.controller.statistics for streams in (False, True))
     np.testing.assert_allclose(list(early.to_command)[1:], list(whole.to_command)[1:], atol=0.005)

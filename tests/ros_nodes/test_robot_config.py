@@ -131,7 +131,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         pytest.param("arm/model", "a" * 5000, "File name too long", id="long path"),
         ("arm/model", "~nobody_here/arm.xml", "home directory"),
         ("action/dt", float("nan"), "action.dt has '.nan'; give a finite number"),
-        pytest.param("action/dt", 10**400, "action.dt has 10+...0+; it must lie in", id="no float"),
+        pytest.param("action/dt", 10**390, "action.dt has 10+...0+; it must lie in", id="no float"),
         ("action/dt", True, "action.dt has True; give a finite number"),
         ("gripper/open", 1e300, "it must lie in"),
         ("gripper/topic", {"a": [[["x"] * 1000]]}, "gripper.topic is .* give a text"),

@@ -102,7 +102,7 @@ def test_a_base_that_is_none(train: Callable[..., Path], tmp_path: Path, capfd: 
     """Exit code 1 and one line, before any training."""
     make_tiny_vlm("smolvlm", tmp_path / "whole")
     (tmp_path / "whole" / "model.safetensors").unlink()
-    for folder, message in (("nowhere", "which is no folder"), ("whole", "has neither model.safetensors nor")):
+    for folder, message in (("nowhere", "is this the right folder"), ("whole", "has neither model.safetensors nor")):
         flags = {"policy.backbone.type": "vlm", "policy.backbone.path": tmp_path / folder, "grounding_steps": 0}
         flags |= {
             "roots": tmp_path / "demo",

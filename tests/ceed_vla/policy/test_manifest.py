@@ -263,7 +263,7 @@ def test_what_lerobot_writes_is_unsealed_until_it_is_sealed(
     policy, pre, post = load(sealed)
     policy.save_pretrained(sealed)  # into a sealed folder, whose manifest does not hold any more
     assert not (sealed / MANIFEST).exists()
-    assert SEALED not in json.loads((sealed / CONFIG).read_text())
+    assert json.loads((sealed / CONFIG).read_text())[SEALED] is False
     load(sealed)
     for part in (policy, pre, post):
         part.save_pretrained(tmp_path / "new")
@@ -286,7 +286,7 @@ def test_a_configuration_does_not_carry_the_flag(sealed: Path, tmp_path: Path) -
     config = CeedVLAConfig.from_pretrained(sealed)
     (tmp_path / "new").mkdir()
     config.save_pretrained(tmp_path / "new")
-    assert SEALED not in json.loads((tmp_path / "new" / CONFIG).read_text())
+    assert json.loads((tmp_path / "new" / CONFIG).read_text())[SEALED] is False
 
 
 def test_a_checkpoint_that_was_changed_is_sealed_again(sealed: Path) -> None:

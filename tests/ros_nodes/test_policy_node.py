@@ -188,12 +188,13 @@ def test_operator_stops_resets_enables_and_instructs(graph: Any) -> None:
     assert "latched" in refused.message
     assert graph.call("/policy/reset", Trigger).success
     status.state("disabled")
-    robot.state["joint1"] = 0.2  # somebody moves the arm by hand
+    moved = robot.state["joint1"] + 0.2  # somebody moves the arm by hand
+    robot.state["joint1"] = moved
     graph.spin(0.6)
     before = len(commands)
     assert graph.call("/policy/enable", SetBool, SetBool.Request(data=True)).success
     graph.wait(lambda: len(commands) > before, "commands after enable")
-    assert commands[before].data[0] == pytest.approx(0.2, abs=1e-6)  # it goes on from where the arm is
+    assert commands[before].data[0] == pytest.approx(moved, abs=1e-6)  # it goes on from where the arm is
     status.state("moving")
 
     refusals = graph.set_parameters("/policy", command_rate=1e9, image_timeout=1.0, checkpoint="teacher")

@@ -95,7 +95,7 @@ def read_bytes(file: Path, error: type[CeedVLAError] = CheckpointError, *, most:
 
 
 def whole(text: str) -> int:
-    """The whole number that a text of digits stands for; `ValueError` for one that nobody means."""
+    """The whole number that a text of digits stands for; `ValueError` for one of too many digits."""
     if len(text) > MOST_DIGITS:
         raise ValueError(f"it has a number of {len(text)} digits; at most {MOST_DIGITS} are read")
     return int(text)

@@ -185,7 +185,7 @@ def _acquired(file: Path, what: str) -> _Lock:
 
 
 def _check(descriptor: int, file: Path, what: str, alone: bool | None) -> None:
-    """Raise `ConfigError` unless nobody else holds the lock file.
+    """Raise `ConfigError` if another process holds the lock file.
 
     `alone` says whether `flock` gave it to this process; None where the file system has none.
     """

@@ -25,11 +25,11 @@ def main() -> None:
         answer = _load(sent["work"]).work(sent["job"])
     except MemoryError:
         answer = {"error": "it took too much memory"}
-    except BaseException as error:  # a panic of a library in Rust is no Exception, and nobody interrupts a child
+    except BaseException as error:  # a panic of a Rust library is not an Exception
         answer = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
     json.dump(answer, answers)
     answers.flush()
-    os._exit(0)  # what libraries would do at their end matters to nobody
+    os._exit(0)  # without the exit handlers of libraries
 
 
 def _limit(cpu_s: int, memory: int) -> None:

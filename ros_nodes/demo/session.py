@@ -141,7 +141,7 @@ class Session:
         response = self._call("/sim/reset_episode", Trigger, Trigger.Request())
         if not response.success:
             raise NodeError(f"The simulation does not reset: {response.message}")
-        # The arm is elsewhere all at once, which the policy node takes from nobody but its operator.
+        # The arm is elsewhere all at once, which the policy node accepts from an operator alone.
         self.spin(SETTLE)
         self._call("/policy/reset", Trigger, Trigger.Request())
         return str(response.message)

@@ -249,7 +249,7 @@ def _run(
     given = {name: getattr(config, name) for name in ("action_interface", "replan_steps")}
     given |= {"checkpoint": predictor.spec.checkpoint, "instruction": robot.reset(seed, config.task)}
     loop = SimulatedLoop(robot, TimedWorker(predictor, latency), {**defaults(POLICY_PARAMETERS), **given})
-    # Until the pose is trusted nothing moves, which is no part of the episode.
+    # The time until the pose is trusted is not part of the episode.
     limit = TRUST_TIME + (config.max_episode_steps * CTRL_DT if event is None else event[0] + PATIENCE)
     return loop, loop.episode(limit, config.camera_rate, 1e-3 * config.camera_jitter_ms, seed, event)
 

@@ -43,7 +43,7 @@ def seal(path: str | Path) -> list[str]:
         Names of files that an earlier manifest did not describe so; of all if there was none.
 
     Raises:
-        CheckpointError: It is no checkpoint of ours, does not load, or cannot be written.
+        CheckpointError: It is not a ceed_vla checkpoint, does not load, or cannot be written.
     """
     folder = resolve_checkpoint(path)
     if read_json(folder / CONFIG).get("type") != "ceed_vla":

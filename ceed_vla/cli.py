@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ceed_vla import __version__
-from ceed_vla.cli_flags import format_help, parse_flags, take_packages
+from ceed_vla.cli_flags import parse_flags, take_packages
+from ceed_vla.cli_help import Page, format_help, installed_environments
 from ceed_vla.cli_values import UsageError
 from ceed_vla.discovery import discover
 from ceed_vla.errors import CeedVLAError, is_failure
@@ -42,6 +43,7 @@ class Command:
     may: str = ""  # flags that it explains after these; the others it only names. With neither, it explains all
     kept: str = "nothing was written"  # by an interrupt; formatted with the configuration's fields
     positional: str = ""  # the flag that a word without ``--`` stands for
+    renamed: str = ""  # "field=flag ..." where a flag is not called like its field, see `ceed_vla.cli_names`
     # Module and class that add a simulator's flags to the configuration; `arguments` of that class gives the
     # function's further arguments. For commands that may not import the simulator.
     simulator: str = ""
@@ -53,22 +55,23 @@ COMMANDS = {
         "record demonstrations of the scripted experts as a LeRobot data set",
         "sim.record RecordConfig record",
         must="root",
-        may="mode env.type env.task episodes seed policy_path resume",
+        may="mode env.type env.task episodes seed policy.path resume",
         kept=f"complete attempts are in {{root}}; {_RESUMABLE}",
     ),
     "inspect": Command(
         "say what a data set holds, and what training would choose from it",
         "training.inspection InspectConfig inspect",
-        must="root",
-        may="output policy.chunk_size policy.action_tokens.type",
-        positional="root",
+        must="roots",
+        may="minutes output policy.chunk_size policy.action_tokens.type",
+        positional="roots",
+        renamed="root=roots",
     ),
     "train": Command(
         "train the autoregressive teacher on recorded data",
         "training.teacher TrainConfig train",
         must="roots output_dir",
-        may="grounding_roots steps batch_size rounds env.type validate_episodes policy_path policy.chunk_size "
-        "policy.backbone.type policy.action_tokens.type policy.device threads resume",
+        may="grounding_roots steps max_minutes batch_size rounds env.type validate_episodes policy.path "
+        "policy.chunk_size policy.backbone.type policy.device resume",
         kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
         simulator="sim.hooks TeacherSimulation",
     ),
@@ -81,14 +84,14 @@ COMMANDS = {
     "collect": Command(
         "write the teacher's Jacobi trajectories over a data set",
         "training.trajectories CollectConfig collect",
-        must="policy_path roots output_dir",
+        must="policy.path roots output_dir",
         may="device batch_size max_frames shard_index num_shards threads resume",
         kept=f"complete shards are in {{output_dir}}; {_RESUMABLE}",
     ),
     "distill": Command(
         "distill the teacher into a student that decodes in few forwards",
         "training.distill DistillConfig distill",
-        must="teacher_path trajectories.path roots output_dir",
+        must="teacher.path trajectories.path roots output_dir",
         may="trajectories.online steps batch_size lr loss states max_iterations confidence lora.rank device seed "
         "threads resume",
         kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
@@ -97,13 +100,13 @@ COMMANDS = {
     "exits": Command(
         "train exits of a frozen policy: forwards that end after a few layers",
         "training.exits ExitsConfig exits",
-        must="policy_path roots output_dir layers",
+        must="policy.path roots output_dir layers",
         may="kind steps batch_size lr device seed threads",
     ),
     "reinforce": Command(
         "learn when to exit from what becomes of episodes",
         "training.reinforce ReinforceConfig reinforce",
-        must="policy_path output_dir",
+        must="policy.path output_dir",
         may="env.type env.task cap decay rounds groups scouts groups_from seed workers",
         kept="groups so far, if any, are in {output_dir}; teach with them: --groups_from={output_dir}",
         simulator="sim.hooks ReinforceSimulation",
@@ -111,14 +114,14 @@ COMMANDS = {
     "context": Command(
         "train which prefix tokens of a frozen policy are run: the others cost nothing",
         "training.context ContextConfig context",
-        must="policy_path roots output_dir",
+        must="policy.path roots output_dir",
         may="dropped steps batch_size lr seed",
     ),
     "open-loop": Command(
         "compare decoders on held-out data, without a simulator: error, forwards, latency",
         "training.open_loop OpenLoopConfig open_loop",
-        must="policy_path roots output_dir",
-        may="decoders chunks executed_steps device threads",
+        must="policy.path roots output_dir",
+        may="held_out gate decoders chunks executed_steps device threads",
     ),
     "eval": Command(
         "compare decoders in closed loop: success, forwards, latency, clips",
@@ -194,7 +197,7 @@ COMMANDS = {
         "check a published model against its reference outputs",
         "ceed_vla.verify VerifyConfig verify",
         must="folder",
-        may="policy_path device",
+        may="policy.path device",
         positional="folder",
     ),
     "doctor": Command(
@@ -230,7 +233,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if arguments is None and not tracebacks():
         sys.unraisablehook = lambda _: None  # what fails while objects are thrown away changes nothing
-    if re.search(r"--workers[= ](?!1( |$))", " ".join(flags)):  # they import what this process is about to
+    if re.search(r"--workers[= ](?!1( |$))", " ".join(flags)) and not _help(
+        flags
+    ):  # they import what this process is about to
         prepare(COMMANDS[name].where.split()[0])
     return run(name, COMMANDS[name], flags)
 
@@ -284,13 +289,18 @@ def run(name: str, command: Command, flags: Sequence[str]) -> int:
     try:
         packages, flags = take_packages(flags)
         discover(packages)
-        config_class = config_of(command)
         wanted = _help(flags)
         if wanted:
+            # Packages may add to what flags can be; the stored page has what this package alone offers.
+            stored = None if packages else Page.stored(name)
+            page = stored or Page.of(config_of(command), command.renamed)
             groups = (command.positional, command.must.split(), command.may.split())
-            print(format_help(program, config_class, *groups, everything=wanted == "all"))
+            print(format_help(program, page, *groups, everything=wanted == "all"))
+            installed = ", ".join(installed_environments())
+            if installed and any(flag[0] == "env.type" for flag in page.flags):
+                print(f"\nInstalled here, with environments that --env.type takes, too: {installed}")
             return 0
-        config = parse_flags(config_class, flags, command.positional)
+        config = parse_flags(config_of(command), flags, command.positional, command.renamed)
         module, _, function = command.where.split()
         more = config.arguments() if command.simulator else {}
         result = getattr(importlib.import_module(module), function)(config, **more)

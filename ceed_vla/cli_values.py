@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -81,7 +81,7 @@ def read_yaml(text: str, source: str) -> Any:
                 seen.add(key.value)
             return super().construct_mapping(node, deep)
 
-    scalars: dict[str, tuple[str, typing.Callable[[str], Any]]] = {
+    scalars: dict[str, tuple[str, Callable[[str], Any]]] = {
         "null": (r"~|null|Null|NULL|", lambda value: None),
         "bool": (r"true|True|TRUE|false|False|FALSE", lambda value: value.lower() == "true"),
         "int": (_WHOLE.pattern, whole),
@@ -98,8 +98,12 @@ def read_yaml(text: str, source: str) -> Any:
         raise UsageError(f"{source} cannot be read: {reason}") from error
 
 
-def read_config(config_class: type[Any], file: str | None) -> dict[str, Any]:
-    """What a file of flags says, as `shaped` gives it; nothing without a file."""
+def read_config(
+    config_class: type[Any], file: str | None, by_field: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> dict[str, Any]:
+    """The flags in a file, as `shaped` gives them; nothing without a file. `by_field` replaces the names of flags by
+    those of fields.
+    """
     if file is None:
         return {}
     source, path = f"--config_path {file}", Path(file)
@@ -116,7 +120,7 @@ def read_config(config_class: type[Any], file: str | None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"{source} holds no mapping of flags to values")
     try:
-        return shaped(values, config_class)
+        return shaped(by_field(values), config_class)
     except UsageError as error:
         raise UsageError(f"{source}: {error}") from error
 

@@ -9,6 +9,7 @@ from typing import Any
 import draccus
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
+from lerobot.utils.constants import ACTION, OBS_STATE
 
 import ceed_vla.backbones.compact.config  # these register what they have
 import ceed_vla.backbones.openvla.config
@@ -110,6 +111,7 @@ class CeedVLAConfig(PreTrainedConfig):
         if self.use_peft:
             raise ConfigError("use_peft is true; adapters lie in the checkpoint's own weights: set false.")
         super().__post_init__()
+        self.ranges_from = "the settings"  # of the action tokens; what fills them writes where from
         self.sealed = False  # what is written from here on has no manifest yet
         if self.n_action_steps > self.chunk_size:
             raise ConfigError(
@@ -249,11 +251,29 @@ class CeedVLAConfig(PreTrainedConfig):
             decay_lr=self.optimizer_lr * 0.02,
         )
 
+    def uses(self, feature: str, kind: object) -> bool:
+        """Whether a feature is a camera, the state, the action, or the environment state (a target)."""
+        return feature in (OBS_STATE, ACTION) or kind in (FeatureType.VISUAL, FeatureType.ENV)
+
+    def drop_unused_features(self) -> None:
+        """Drop features of the data that the policy does not use, such as ``observation.force``.
+
+        LeRobot's tools pass all of them, and every observation would have to have those that stay.
+        """
+        inputs: dict[str, Any] = self.input_features or {}
+        outputs: dict[str, Any] = self.output_features or {}
+        broken = {name: feature for name, feature in inputs.items() if not isinstance(feature, PolicyFeature)}
+        used = {name: feature for name, feature in inputs.items() if name in broken or self.uses(name, feature.type)}
+        self.input_features: dict[str, PolicyFeature] | None = used
+        self.output_features: dict[str, PolicyFeature] | None = {n: f for n, f in outputs.items() if n == ACTION}
+
     def validate_features(self) -> None:
-        """Check that the features can be served: `ConfigError` if not."""
+        """Drop features that the policy does not use; `ConfigError` for others it cannot serve."""
         check_fields(self)
-        for name, feature in {**(self.input_features or {}), **(self.output_features or {})}.items():
+        for name in (*(self.input_features or {}), *(self.output_features or {})):
             plain_name(name, "The name of a feature", ConfigError)
+        self.drop_unused_features()
+        for name, feature in {**(self.input_features or {}), **(self.output_features or {})}.items():
             if not isinstance(feature, PolicyFeature) or not isinstance(feature.shape, tuple | list):
                 raise ConfigError(f"The feature {name} is {short(feature)}; it must have a type and a shape.")
             sides = tuple(feature.shape)

@@ -26,12 +26,16 @@ from rich.text import Text
 
 from ceed_vla.errors import ConfigError
 
-LIMIT_S = 25.0
+LIMIT_S = 90.0  # a first start compiles thousands of modules of torch, transformers and LeRobot
 SHIPPED = Path(__file__).parent / "pretrained"
 ALWAYS_SHOWN = ("torch", "transformers", "lerobot", "mujoco", "gymnasium", "numpy")
 PLUGIN = "lerobot_policy_ceed_vla"
 LEAST_FREE_GB, WANTED_FREE_GB = 0.2, 5.0
 INSTALL = "run `make install`"
+LATE = (
+    "run `ceed-vla doctor` again when the machine is idle: the first start after an installation is slow, the second "
+    "is not; if it stays so, something hangs"
+)
 EXTRAS = {"ros2": "ROS 2 without a distribution of it", "vlm": "OpenVLA, pi0-FAST and image-text models"}
 RANGE = "ROS_AUTOMATIC_DISCOVERY_RANGE"
 
@@ -111,7 +115,7 @@ def _run_probe(script: str) -> dict[str, Any]:
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, timeout=LIMIT_S
             )
         except subprocess.TimeoutExpired:
-            return {"error": f"no answer in {LIMIT_S:.0f} s (is the machine busy? then try again)"}
+            return {"error": f"no answer in {LIMIT_S:.0f} s; slow, not necessarily broken", "late": True}
         file.seek(0)
         lines = file.read().decode(errors="replace").strip().splitlines()
     answers = [line for line in lines if line.startswith("{")]  # packages print remarks before and behind
@@ -119,6 +123,11 @@ def _run_probe(script: str) -> dict[str, Any]:
         return dict(json.loads(answers[-1]))
     signal = f"died of signal {-run.returncode}: " if run.returncode < 0 else ""
     return {"error": _short(signal + (lines or ["no message"])[-1])}
+
+
+def _remedy(probe: dict[str, Any], remedy: str) -> str:
+    """What to do where `probe` failed: `remedy`, unless it was only late."""
+    return LATE if probe.get("late") else remedy
 
 
 def _version(package: str) -> str:
@@ -158,7 +167,7 @@ def _packages() -> Generator[Finding]:
 
 def _devices(probe: dict[str, Any]) -> Generator[Finding]:
     if "error" in probe:
-        yield Finding("devices", f"torch does not run: {probe['error']}", INSTALL)
+        yield Finding("devices", f"torch does not run: {probe['error']}", _remedy(probe, INSTALL))
         return
     yield Finding("CPU", f"{probe['cores']} cores, torch uses {probe['threads']} threads")
     if probe["cuda"]:
@@ -177,7 +186,7 @@ def _rendering(probe: dict[str, Any]) -> Generator[Finding]:
     if probe.get("brightest"):
         yield Finding("rendering", f"MuJoCo renders, {how}")
     else:
-        yield Finding("rendering", f"{how}: {probe.get('error', 'the picture is black')}", remedy)
+        yield Finding("rendering", f"{how}: {probe.get('error', 'the picture is black')}", _remedy(probe, remedy))
 
 
 def _discovery(probe: dict[str, Any]) -> Generator[Finding]:
@@ -186,13 +195,13 @@ def _discovery(probe: dict[str, Any]) -> Generator[Finding]:
         yield Finding("LeRobot's tools", f"find this policy through {PLUGIN} {version}")
     else:
         found = probe.get("error", "do not know the policy") if version else f"{PLUGIN} is not installed"
-        yield Finding("LeRobot's tools", found, remedy, needed=False)
+        yield Finding("LeRobot's tools", found, _remedy(probe, remedy) if version else remedy, needed=False)
 
 
 def _ros(probe: dict[str, Any]) -> Generator[Finding]:
     if "error" in probe:
         remedy = "only for robots: `source /opt/ros/<distribution>/setup.bash`, or `make ros-demo` installs wheels"
-        yield Finding("ROS 2", probe["error"], remedy, needed=False)
+        yield Finding("ROS 2", probe["error"], _remedy(probe, remedy), needed=False)
         return
     wheel, distribution = _version("ros-rclpy"), os.environ.get("ROS_DISTRO")
     version = f" {wheel} (wheel)" if wheel else f" of {distribution}" if distribution else ""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
+from multiprocessing import parent_process
 from pathlib import Path
 
 from ceed_vla.errors import CheckpointError
 from ceed_vla.fields import short
+
+_logger = logging.getLogger(__name__)
 
 PRETRAINED = ("teacher", "student")
 CONFIG = "config.json"
@@ -40,16 +45,30 @@ def pretrained_path(name: str) -> Path:
 
 
 def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
-    """A checkpoint folder that holds `files`, from its path, the one above its ``pretrained_model``, or a shipped name
-    ("teacher", "student"); `CheckpointError` if there is none, or files are missing from it.
+    """Find a checkpoint folder and check that it holds `files`.
+
+    A name of a shipped checkpoint may also be that of a local folder. The folder is used if it is a
+    checkpoint, the shipped one otherwise; a warning says which. ``./student`` is always the folder.
+
+    Args:
+        path: The folder, the one above its ``pretrained_model``, or a shipped name ("teacher",
+            "student", "metaworld/student" of a wheel of weights).
+        files: Names of files that it must hold.
+
+    Returns:
+        The folder; absolute where its relative path is a shipped name.
+
+    Raises:
+        CheckpointError: There is no such folder, or files are missing from it.
     """
     if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
         raise CheckpointError(f"The checkpoint is {short(path)}; give a folder, or one of {', '.join(PRETRAINED)}.")
     folder = Path(path)
     try:
-        named = folder.name in PRETRAINED and len(folder.parts) <= 2 and not folder.is_absolute()
-        if named and not folder.exists() and not (len(folder.parts) == 2 and folder.parent.exists()):
-            return pretrained_path(str(path))
+        if _may_be_shipped(path):
+            folder = _chosen(folder)
+        elif _may_be_shipped(folder):  # ./student, which is student once it is a `Path`
+            folder = Path.cwd() / folder
         if (folder / "pretrained_model").is_dir():
             folder = folder / "pretrained_model"
         found = folder.is_dir()
@@ -64,3 +83,52 @@ def resolve_checkpoint(path: str | Path, files: Sequence[str] = FILES) -> Path:
     if missing:
         raise CheckpointError(f"The checkpoint {path} lacks {', '.join(missing)}; it is incomplete.")
     return folder
+
+
+def unambiguous(text: str) -> str:
+    """The path `text` so that it stays a local one as a `Path`, which would make ``student`` of ``./student``."""
+    return str(Path.cwd() / text) if not _may_be_shipped(text) and _may_be_shipped(Path(text)) else text
+
+
+def _may_be_shipped(path: str | Path) -> bool:
+    """Whether `path` has the form of a shipped name: "student", or "wheel/student". "./student" has not."""
+    text = str(path)
+    folder = Path(text)
+    return (
+        folder.name in PRETRAINED
+        and len(folder.parts) <= 2
+        and not folder.is_absolute()
+        and text.split("/")[0] not in (".", "..")
+    )
+
+
+def _chosen(named: Path) -> Path:
+    """The folder that is meant by `named`, which has the form of a shipped name."""
+    name = str(named)
+    local = Path.cwd() / named
+    is_wheel = len(named.parts) == 2
+    if not local.exists() and not (is_wheel and local.parent.exists()):
+        return pretrained_path(name)
+    try:
+        shipped = pretrained_path(name)
+    except CheckpointError:  # only the folder can be meant
+        return named
+    if (local / CONFIG).is_file() or (local / "pretrained_model").is_dir():
+        _warn(
+            f"{name} is the local folder {local}, not the shipped checkpoint of this name; write ./{name} to be sure "
+            "of the folder, or rename it to have the shipped one"
+        )
+        return local
+    if local.exists():
+        _warn(
+            f"{name} is the shipped checkpoint; the local folder {local} is none, as it has neither {CONFIG} nor "
+            f"pretrained_model. Write ./{name} if you mean the folder"
+        )
+    return shipped
+
+
+@cache
+def _warn(message: str) -> None:
+    """Log `message` once in a process, and not in its workers: a command resolves a path many times."""
+    if parent_process() is None:
+        _logger.warning(message)

@@ -24,6 +24,13 @@ from ceed_vla.errors import CheckpointError, ConfigError
 from ceed_vla.fields import short
 from ceed_vla.files import saving
 from ceed_vla.folders import POLICY_FILES, PROCESSOR_FILES, WEIGHTS, resolve_checkpoint
+from ceed_vla.from_data import (
+    correct_action_statistics,
+    log_lerobot,
+    normalises_actions,
+    take_from_lerobot,
+    without_quantiles,
+)
 from ceed_vla.lora import merge
 from ceed_vla.processor_ceed_vla import widen  # which registers the steps that a checkpoint may name
 from ceed_vla.processor_steps import check_processors
@@ -37,7 +44,11 @@ class CeedVLAPolicy(PreTrainedPolicy):
 
     Args:
         config: Sizes and vocabulary; ``input_features`` and ``output_features`` must be set.
-        dataset_stats: LeRobot statistics, needed once for action ranges that come from the data.
+        dataset_stats: Statistics, needed once for action ranges that come from the data. Those of
+            a LeRobotDataset itself have a ``count``; their quantiles are averages over episodes
+            and are not used. Changed in place: LeRobot's normalisers get the same object.
+        dataset_meta: LeRobot's metadata of the data set, which `lerobot-train` passes. A new
+            policy then takes what its settings leave open from the frames, as in `ceed-vla train`.
 
     Attributes:
         tokenizer: Actions to tokens and back.
@@ -53,14 +64,26 @@ class CeedVLAPolicy(PreTrainedPolicy):
     name = "ceed_vla"
     config: CeedVLAConfig
 
-    def __init__(self, config: CeedVLAConfig, dataset_stats: dict[str, Any] | None = None, **_: Any) -> None:
+    def __init__(
+        self,
+        config: CeedVLAConfig,
+        dataset_stats: dict[str, Any] | None = None,
+        dataset_meta: Any | None = None,
+        **_: Any,
+    ) -> None:
         if not isinstance(config, CeedVLAConfig):
             raise ConfigError(f"config is a {type(config).__name__}; a CeedVLAPolicy needs a CeedVLAConfig.")
         if not isinstance(dataset_stats, Mapping | None):
             raise ConfigError(f"dataset_stats is a {type(dataset_stats).__name__}; pass statistics or None.")
         super().__init__(config)
+        if dataset_meta is not None:
+            dataset_stats = {} if dataset_stats is None else dataset_stats
+            take_from_lerobot(config, dataset_meta, dataset_stats)
         config.validate_features()
-        config.action_tokens.fit(config.action_dim, (dataset_stats or {}).get(ACTION))
+        action_stats = (dataset_stats or {}).get(ACTION)
+        if dataset_meta is None and isinstance(action_stats, Mapping) and "count" in action_stats:
+            action_stats = without_quantiles(action_stats)
+        config.action_tokens.fit(config.action_dim, action_stats)
         widen(dataset_stats)  # which LeRobot's tools give the normaliser of a checkpoint that they train on, too
         self.tokenizer = config.action_tokens.build(config.chunk_size, config.action_dim)
         mode = config.normalization_mapping.get("ACTION", NormalizationMode.IDENTITY)
@@ -75,6 +98,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
         self.adapters: dict[str, Tensor] = {}
         self.auxiliary_terms: int | None = None
         self.reset()
+        if dataset_meta is not None:
+            log_lerobot(config, self.tokenizer, dataset_meta)
 
     @classmethod
     def from_pretrained(
@@ -96,7 +121,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
             config: Used instead of the checkpoint's own.
             strict: Refuse missing and additional weights.
             merge_adapters: Add low-rank adapters in the checkpoint to the weights; otherwise they are in `adapters`.
-            kwargs: What LeRobot's tools pass besides; only ``dataset_stats`` is read.
+            kwargs: What LeRobot's tools pass besides; only ``dataset_stats`` and ``dataset_meta``
+                are read. The checkpoint's action ranges stay.
         """
         folder = resolve_checkpoint(pretrained_name_or_path, POLICY_FILES)
         _check_switches(strict=strict, merge_adapters=merge_adapters)
@@ -114,6 +140,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
     @classmethod
     def _from_folder(cls, folder: Path, chosen: CeedVLAConfig, strict: bool, **kwargs: Any) -> CeedVLAPolicy:
         """The policy in a folder whose files have been checked against their manifest."""
+        chosen.ranges_from = "the checkpoint"
+        chosen.drop_unused_features()  # LeRobot's tools have put in those of their data
         # Before anything is built. Without an architecture the model would be read from wherever `path` says.
         if getattr(chosen.backbone, "architecture", None) == "":
             raise CheckpointError(f"{folder}: backbone.architecture in config.json is empty; copy it again.")
@@ -122,8 +150,11 @@ class CeedVLAPolicy(PreTrainedPolicy):
         check_sizes(files, *chosen.backbone.least_sizes(chosen.shape))
         if any((folder / name).exists() for name in PROCESSOR_FILES):  # a policy without is still a policy
             check_processors(folder, chosen)
+        meta, stats = kwargs.get("dataset_meta"), kwargs.get("dataset_stats")
+        if meta is not None and stats is not None and normalises_actions(chosen):
+            correct_action_statistics(meta, stats)
         try:
-            policy = cls(chosen, **kwargs)
+            policy = cls(chosen, dataset_stats=stats)
         except ConfigError as error:
             raise CheckpointError(f"{folder}: config.json cannot be used ({error}).") from error
         load_weights(policy, folder, strict)
@@ -131,6 +162,8 @@ class CeedVLAPolicy(PreTrainedPolicy):
         load_context(policy.backbone, folder)
         if not policy.backbone.exits:
             CeedVLAConfig.read(folder, "cpu").check_without_exits(folder)
+        if meta is not None:
+            log_lerobot(chosen, policy.tokenizer, meta)
         return policy
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:

@@ -34,7 +34,10 @@ def make_ceed_vla_pre_post_processors(
     if instructions is None:
         meta = dataset_meta or getattr(config, "_runtime_dataset_meta", None)  # where lerobot-train leaves it
         instructions = [] if meta is None else [str(task) for task in meta.tasks.index]
-    stats = None if dataset_stats is None else {name: dict(values) for name, values in dataset_stats.items()}
+    stats = None
+    if dataset_stats is not None:  # a data set may have more features than the policy reads
+        used = {**(config.input_features or {}), **(config.output_features or {})}
+        stats = {name: dict(values) for name, values in dataset_stats.items() if name in used}
     widen(stats)
     steps = make_default_policy_processor_steps(config, stats)
     inputs = config.backbone.processor_steps(config.shape, list(instructions))

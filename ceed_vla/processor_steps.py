@@ -210,7 +210,12 @@ def check_processors(folder: Path, config: Any) -> None:
     inputs, outputs = config.input_features or {}, config.output_features or {}
     for step in (*pre, *post):
         features = {NORMALIZER: {**inputs, **outputs}, UNNORMALIZER: outputs}.get(step.name)
-        if features is not None and _shapes(step) != {n: (f.type.value, tuple(f.shape)) for n, f in features.items()}:
+        if features is None:
+            continue
+        wanted_shapes = {name: (feature.type.value, tuple(feature.shape)) for name, feature in features.items()}
+        # Older checkpoints of lerobot-train also normalise features that the policy does not use.
+        found_shapes = {name: found for name, found in _shapes(step).items() if config.uses(name, found[0])}
+        if found_shapes != wanted_shapes:
             raise step.error("normalises other features than config.json has; copy both again.")
 
 

@@ -18,18 +18,18 @@ ceed-vla record --root "$out/held-out" --episodes 16 --seed 1000
 
 # What has hardly learnt writes nearly the same chunk in every frame, where a warm start has little to gain: 150 steps.
 ceed-vla convert --from openvla "$out/model" --output_dir "$out/base" --chunk_size 8 --n_action_steps 4
-ceed-vla train --policy_path "$out/base" --roots "$out/data" --output_dir "$out/fine-tune" --steps 150 --lr 2e-3 \
+ceed-vla train --policy.path "$out/base" --roots "$out/data" --output_dir "$out/fine-tune" --steps 150 --lr 2e-3 \
   --muon_lr 1e-2 --warmup 5 --grounding_steps 0 --rounds 0 "${small[@]}"
 
 # The teacher's answers are stored, as the tiny model sees each frame many times; with large data leave collect out, and
 # give distill --trajectories.online=true. A small omega: the tiny model has little skill to protect.
 teacher="$out/fine-tune/checkpoints/final/pretrained_model" student="$out/student/checkpoints/final/pretrained_model"
-ceed-vla collect --policy_path "$teacher" --roots "$out/data" --output_dir "$out/trajectories" --states=false --frame_stride 1
-ceed-vla distill --teacher_path "$teacher" --trajectories.path "$out/trajectories" --roots "$out/data" \
+ceed-vla collect --policy.path "$teacher" --roots "$out/data" --output_dir "$out/trajectories" --states=false --frame_stride 1
+ceed-vla distill --teacher.path "$teacher" --trajectories.path "$out/trajectories" --roots "$out/data" \
   --output_dir "$out/student" --steps 150 --lr 3e-3 --muon_lr 1e-2 --omega 1 --eval_every 0 --eval_frames 16 "${small[@]}"
 
 for part in before after; do # Jacobi forwards to the exact greedy chunk fall from a random and from a warm start
   [ $part = before ] && policy=$teacher || policy=$student
-  ceed-vla open-loop --policy_path "$policy" --roots "$out/held-out" --output_dir "$out/$part" \
+  ceed-vla open-loop --policy.path "$policy" --roots "$out/held-out" --output_dir "$out/$part" \
     --decoders jacobi_random,jacobi,cap2_fresh
 done

@@ -5,7 +5,7 @@ It is then trained and distilled as any other:
     export PYTHONPATH=examples own="--discover_packages_path=own_backbone --env.type=none"
     ceed-vla train $own --policy.backbone.type=own --policy.auxiliary_scale "[]" --grounding_steps 0 --rounds 0 \
         --roots DATA --output_dir teacher
-    ceed-vla distill $own --teacher_path teacher/checkpoints/final/pretrained_model --trajectories.online=true \
+    ceed-vla distill $own --teacher.path teacher/checkpoints/final/pretrained_model --trajectories.online=true \
         --roots DATA --output_dir student
 
 `OwnBackbone` is a plain causal transformer. What a decoder asks of it is in `ceed_vla/backbones/base.py`: run the

@@ -22,9 +22,9 @@ ceed-vla train --policy.backbone.type=vlm --policy.backbone.path="$out/model" --
 # The teacher's answers are stored, as the tiny model sees each frame many times; with large data leave collect out, and
 # give distill --trajectories.online=true.
 teacher="$out/teacher/checkpoints/final/pretrained_model"
-ceed-vla collect --policy_path "$teacher" --roots "$out/data" --output_dir "$out/trajectories" --states=false --frame_stride 1
-ceed-vla distill --teacher_path "$teacher" --trajectories "$out/trajectories" --roots "$out/data" --output_dir "$out/student" \
+ceed-vla collect --policy.path "$teacher" --roots "$out/data" --output_dir "$out/trajectories" --states=false --frame_stride 1
+ceed-vla distill --teacher.path "$teacher" --trajectories "$out/trajectories" --roots "$out/data" --output_dir "$out/student" \
   --steps 200 --batch_size 16 --lr 3e-3 --muon_lr 2e-2 --omega 0.3 --eval_every 0 --mixed_precision no --env.type=none
 
-ceed-vla open-loop --policy_path "$teacher" --roots "$out/held-out" --output_dir "$out/before"
-ceed-vla open-loop --policy_path "$out/student/checkpoints/final/pretrained_model" --roots "$out/held-out" --output_dir "$out/after"
+ceed-vla open-loop --policy.path "$teacher" --roots "$out/held-out" --output_dir "$out/before"
+ceed-vla open-loop --policy.path "$out/student/checkpoints/final/pretrained_model" --roots "$out/held-out" --output_dir "$out/after"

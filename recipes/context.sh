@@ -14,22 +14,22 @@ record() { # name mode episodes seed, and what differs
 # 1. Demonstrations, and what the student sees when it drives with one forward a chunk, or as it does.
 record perturb0 perturb 800 1000
 record perturb1 perturb 500 3000
-record drift0 takeover 960 37000 --policy_path student --decoding cap1
-record takeover0 takeover 240 35000 --policy_path student --decoding ceed
+record drift0 takeover 960 37000 --policy.path student --decoding cap1
+record takeover0 takeover 240 35000 --policy.path student --decoding ceed
 seen="$out/perturb1,$out/drift0,$out/takeover0"
 roots="$out/perturb0,$seen"
 
 # 2. Which tokens matter: a scorer beside the student's weights, which stay. Its fixed points, which the new one is to reach.
 [ -e "$out/scored/context.safetensors" ] ||
-  ceed-vla context --policy_path student --roots "$seen" --output_dir "$out/scored" --steps 120 --dropped 40
-ceed-vla collect --policy_path student --roots "$roots" --output_dir "$out/trajectories" --states false --max_frames 20000 \
+  ceed-vla context --policy.path student --roots "$seen" --output_dir "$out/scored" --steps 120 --dropped 40
+ceed-vla collect --policy.path student --roots "$roots" --output_dir "$out/trajectories" --states false --max_frames 20000 \
   --workers 2 --resume true
 
 # 3. The student behind the best of them, and both on the same episodes.
 run="$out/kept${kept}_$seed"
 resume=$([ -e "$run/progress.json" ] && echo true || echo false)
 [ -e "$run/checkpoints/final/pretrained_model/model.safetensors" ] ||
-  ceed-vla distill --teacher_path "$out/scored" --trajectories.path "$out/trajectories" --roots "$roots" --output_dir "$run" \
+  ceed-vla distill --teacher.path "$out/scored" --trajectories.path "$out/trajectories" --roots "$roots" --output_dir "$run" \
     --kept "$kept" --seed "$seed" --steps 800 --lr 1e-3 --muon_lr 1e-3 --max_updates 1 --omega 10 --max_iterations 2 \
     --confidence 0.2 --threads 1 --validate_episodes 0 --resume "$resume"
 ceed-vla bench --policy.path "$run/checkpoints/final" --teacher.path student --decoders ceed,teacher_ceed --episodes 400 \

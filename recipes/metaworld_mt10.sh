@@ -30,21 +30,21 @@ train() { # name, and what differs
 }
 train first --roots "$demos" --grounding_steps 1500 --grounding_gate "${GATE:-0.06}" --steps "${STEPS:-2600}" --rounds 1 \
   --takeover_episodes 200 --lr 2e-3 --policy.label_sigma 1.8 --policy.augment_shift 0 --policy.augment_brightness 0
-train second --policy_path "$out/first/checkpoints/final" --grounding_steps 0 --steps "${MORE_STEPS:-1700}" --rounds 0 \
+train second --policy.path "$out/first/checkpoints/final" --grounding_steps 0 --steps "${MORE_STEPS:-1700}" --rounds 0 \
   --roots "$demos,$takeover" --root_weights 0.7,0.3 --lr 1e-3 --muon_lr 1e-3
 
 # 3. What decides: states that policies reach by themselves. 600 takeovers that this teacher drives, 600 that a first student of it
 #    drives with one forward a chunk; the teacher goes on with the expert's way out of both, and the students learn on all.
 distill() { # name teacher trajectories roots steps, and what differs
-  finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli distill $env --teacher_path "$2" --trajectories.path "$out/$3" \
+  finished "$1" || torchrun --nproc_per_node 2 -m ceed_vla.cli distill $env --teacher.path "$2" --trajectories.path "$out/$3" \
     --roots "$4" --output_dir "$out/$1" --steps "$5" --omega 10 --lr 1e-3 --muon_lr 1e-3 --max_updates 1 --max_iterations 2 \
     --confidence 0.2 --threads 1 --validate_episodes 0 --resume "$(started "$1")" "${@:6}"
 }
 collect() { # name teacher roots
-  ceed-vla collect --policy_path "$2" --roots "$3" --output_dir "$out/$1" --states false --max_frames 60000 --workers 2 --resume true
+  ceed-vla collect --policy.path "$2" --roots "$3" --output_dir "$out/$1" --states false --max_frames 60000 --workers 2 --resume true
 }
 drive() { # name seed policy, and what differs
-  record "$1" takeover 600 "$2" --policy_path "$3" --max_chunks 40 --takeover_steps 150 --batch 20 "${@:4}"
+  record "$1" takeover 600 "$2" --policy.path "$3" --max_chunks 40 --takeover_steps 150 --batch 20 "${@:4}"
 }
 second=$out/second/checkpoints/final teacher=$out/teacher/checkpoints/final
 drive driven 31000 "$second"
@@ -52,7 +52,7 @@ collect trajectories_second "$second" "$demos,$takeover,$out/data/driven"
 distill first_student "$second" trajectories_second "$demos,$takeover,$out/data/driven" 1000
 drive drift 33000 "$out/first_student/checkpoints/final" --decoding cap1
 seen="$demos,$takeover,$out/data/driven,$out/data/drift"
-train teacher --policy_path "$second" --grounding_steps 0 --steps "${LAST_STEPS:-2400}" --rounds 0 \
+train teacher --policy.path "$second" --grounding_steps 0 --steps "${LAST_STEPS:-2400}" --rounds 0 \
   --roots "$seen" --root_weights 0.4,0.1,0.25,0.25 --lr 1e-3 --muon_lr 1e-3
 collect trajectories "$teacher" "$seen"
 student() { [ "$1" = 0 ] && echo student || echo "student_$1"; } # scripts/weights_wheel.py packs the first

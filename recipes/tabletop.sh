@@ -32,8 +32,8 @@ demos="$out/data/clean,$out/data/perturb0,$out/data/perturb1"
 #    rounds; then on from there at half the learning rate, with takeovers of the first run and two more rounds.
 teacher=${TEACHER:-$out/teacher/checkpoints/final}
 takeovers() { # name policy seed seed [attempts decoding]
-  record "${1}0" takeover "${5:-480}" "$3" --policy_path "$2" --decoding "${6:-ar}" &
-  record "${1}1" takeover "${5:-480}" "$4" --policy_path "$2" --decoding "${6:-ar}" &
+  record "${1}0" takeover "${5:-480}" "$3" --policy.path "$2" --decoding "${6:-ar}" &
+  record "${1}1" takeover "${5:-480}" "$4" --policy.path "$2" --decoding "${6:-ar}" &
   wait_all
 }
 train() { # name, and what differs
@@ -49,7 +49,7 @@ if [ -z "${TEACHER:-}" ]; then
     --policy.action_tokens.action_range fixed --policy.action_tokens.action_low "[-1, -1, -1, -0.25, -0.25, -1, -1]" \
     --policy.action_tokens.action_high "[1, 1, 1, 0.25, 0.25, 1, 1]"
   takeovers early "$out/first/checkpoints/final" 31000 32000
-  train teacher --policy_path "$out/first/checkpoints/final" --roots "$demos,$out/data/early0,$out/data/early1" \
+  train teacher --policy.path "$out/first/checkpoints/final" --roots "$demos,$out/data/early0,$out/data/early1" \
     --root_weights 0.08,0.3,0.37,0.125,0.125 --grounding_steps 0 --steps 3600 --rounds 2 --takeover_seed 33000 \
     --lr 1e-3 --muon_lr 1e-3
 fi
@@ -58,13 +58,13 @@ fi
 takeovers takeover "$teacher" 35000 36000
 roots="$demos,$out/data/takeover0,$out/data/takeover1"
 collect() { # name roots, and what differs
-  ceed-vla collect --policy_path "$teacher" --roots "$2" --output_dir "$out/$1" --workers 2 --resume true "${@:3}"
+  ceed-vla collect --policy.path "$teacher" --roots "$2" --output_dir "$out/$1" --workers 2 --resume true "${@:3}"
 }
 collect trajectories "$roots" --max_frames 20000
 
 # 4. A first student, and what it sees when it drives with one forward a chunk.
 distill() { # name trajectories roots, and what differs
-  finished "$1" || ceed-vla distill --teacher_path "$teacher" --trajectories.path "$out/$2" --roots "$3" \
+  finished "$1" || ceed-vla distill --teacher.path "$teacher" --trajectories.path "$out/$2" --roots "$3" \
     --output_dir "$out/$1" --resume "$(started "$1")" --max_iterations 2 --confidence 0.2 --threads 1 "${@:4}"
 }
 first_student() { # loss seed, and what differs

@@ -12,7 +12,11 @@ from ceed_vla.decoding.names import named_config, names_help
 from ceed_vla.errors import ConfigError
 
 TEACHER_PREFIX, DRAFT_PREFIX = "teacher_", "teacher_from_"
-HONEST_RIVALS = ("teacher_ar", "teacher_cap4")
+HONEST_RIVALS = {  # rows of every table with a teacher, and what they show
+    "teacher_ar": "the teacher token by token",
+    "teacher_cap4": "what the teacher reaches in 4 forwards without distillation",
+}
+ONLY = "only="  # before a name of --decoders: the rivals are not added
 DECODERS = (
     f"{names_help()}; all with {TEACHER_PREFIX} in front, or {DRAFT_PREFIX}: the teacher's exact chunk, begun from the "
     "policy's"
@@ -46,19 +50,30 @@ class Row:
 def parse_decoders(text: str, *, has_teacher: bool) -> list[str]:
     """Split and check a comma-separated list of decoders; names without repetition, in the order of the table.
 
-    With a teacher, the rows every table must have (`HONEST_RIVALS`) are put in front where they are missing.
+    With a teacher, the missing ones of `HONEST_RIVALS` are put in front, unless `ONLY` stands before a name.
     `ConfigError`: No name, an unknown name, or a teacher row without a teacher.
     """
-    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    names = _listed(text)
     if not names:
         raise ConfigError(f"--decoders is empty; name at least one of {DECODERS}.")
     for name in names:
         named_config(name.removeprefix(DRAFT_PREFIX).removeprefix(TEACHER_PREFIX))
         if name.startswith(TEACHER_PREFIX) and not has_teacher:
             raise ConfigError(f"Decoder {name!r} needs the teacher; pass --teacher.path=<checkpoint folder>.")
-    if has_teacher:
-        names = [rival for rival in HONEST_RIVALS if rival not in names] + names
-    return names
+    return added_rivals(text, has_teacher=has_teacher) + names
+
+
+def added_rivals(text: str, *, has_teacher: bool) -> list[str]:
+    """The names that `parse_decoders` adds to those of `text`."""
+    if not has_teacher or any(part.strip().startswith(ONLY) for part in text.split(",")):
+        return []
+    return [rival for rival in HONEST_RIVALS if rival not in _listed(text)]
+
+
+def _listed(text: str) -> list[str]:
+    """The names in a comma-separated list, without repetition."""
+    names = (part.strip().removeprefix(ONLY).strip() for part in text.split(","))
+    return list(dict.fromkeys(name for name in names if name))
 
 
 def resolve_rows(names: Sequence[str], configs: dict[str, Any]) -> list[Row]:

@@ -140,9 +140,14 @@ def _has_tasks(config: EnvConfig) -> bool:
     return callable(getattr(config, "tasks", None))
 
 
+def has_expert(config: EnvConfig) -> bool:
+    """Whether the environment's configuration has an expert."""
+    return callable(getattr(config, "act", None))
+
+
 def check_expert(config: EnvConfig, purpose: str) -> None:
     """Raise `ConfigError` unless the environment has an expert."""
-    if not callable(getattr(config, "act", None)):
+    if not has_expert(config):
         raise ConfigError(
             f"--env.type={config.type} has no expert, which {purpose} needs: its configuration {type(config).__name__} "
             "lacks act(env), see sim/environment.py."
@@ -298,8 +303,8 @@ class Environment:
         missing = [f"{name}()" for name in names if not hasattr(self.inner, name)]
         if missing:
             raise SimulationError(
-                f"--env.type={self.config.type} lacks {' and '.join(missing)}, which {purpose} needs, see "
-                "sim/environment.py."
+                f"--env.type={self.config.type} lacks {' and '.join(missing)}, which {purpose} needs. "
+                "Add what is missing to the environment's class; sim/environment.py describes it."
             )
 
     def close(self) -> None:

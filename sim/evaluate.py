@@ -19,9 +19,10 @@ from ceed_vla.errors import ConfigError
 from ceed_vla.fields import SEEDS, chosen, ranged
 from ceed_vla.files import write_text
 from ceed_vla.outputs import MADE_BY, claimed_folder, default_console
+from ceed_vla.wording import counted
 from ceed_vla.workers import MOST, Workers
 from sim.clips import record_clip
-from sim.decoders import Row, parse_decoders, resolve_rows
+from sim.decoders import HONEST_RIVALS, ONLY, Row, added_rivals, parse_decoders, resolve_rows
 from sim.environment import EVALUATION_SEEDS, Bundle, EnvPool, flags, joined, turns
 from sim.episode_log import EPISODES, EpisodeLog, Results, fingerprint, refuse_unfinished
 from sim.plots import PLOTS, write_plots
@@ -55,10 +56,12 @@ class EvalConfig(DrivenConfig):
     """Options of ``ceed-vla eval``.
 
     Attributes:
-        teacher: Its autoregressive teacher; adds the rows teacher_ar and teacher_cap4, and allows others.
+        teacher: Its autoregressive teacher; adds the rows teacher_ar and teacher_cap4 (unless `decoders` begins with
+            only=), and allows others.
         decoders: Comma-separated names: ar, ar_h (stops after the executed steps), jacobi (strict), ceed (the
             checkpoint's early exit), cap<K> (at most K forwards, e.g. cap2), conf<P>_cap<K> (or until confident, e.g.
-            conf0.2_cap3); Jacobi ones also with _mid or _random (the guess); all with teacher_ in front.
+            conf0.2_cap3); Jacobi ones also with _mid or _random (the guess); all with teacher_ in front. With only=
+            before the names, as in only=ar,ceed, there are no rows beside these.
         episodes: Episodes a decoder.
         seed: First seed; every decoder runs seed, seed + 1, ... Seeds from 50000 up are for evaluation only.
         output_dir: Folder for the report, plots and clips. A report that we completed there earlier is replaced.
@@ -149,8 +152,11 @@ def evaluate(
     ):
         if not config.resume:
             refuse_unfinished(folder, REPORT)
+        console = console or default_console()
+        if added := added_rivals(config.decoders, has_teacher=bool(config.teacher.path)):
+            console.print(_added_note(added), soft_wrap=True, highlight=False)
         run, log = prepared(config, pool, probes)
-        return _evaluate(run, log, folder, workers, console or default_console())
+        return _evaluate(run, log, folder, workers, console)
 
 
 def _evaluate(
@@ -190,6 +196,12 @@ def _decoders(config: EvalConfig) -> list[str]:
     return parse_decoders(config.decoders, has_teacher=bool(config.teacher.path))
 
 
+def _added_note(added: Sequence[str]) -> str:
+    """One line: which rows a teacher adds, what they show, and how to leave them out."""
+    rows = " and ".join(f"{name} ({HONEST_RIVALS[name]})" for name in added)
+    return f"Added: {rows}; {ONLY} before the names of --decoders leaves {'them' if len(added) > 1 else 'it'} out."
+
+
 def prepared(config: EvalConfig, pool: EnvPool, probes: Any) -> tuple[Evaluation, EpisodeLog]:
     """What is evaluated, with the episodes that are kept of a run before, and where episodes are written."""
     if config.delay == "measured" and (not config.timing_chunks or min(config.delay_ms, default=0)):
@@ -208,7 +220,8 @@ def prepared(config: EvalConfig, pool: EnvPool, probes: Any) -> tuple[Evaluation
     if latest.delay:
         pool.env(0).needs("--delay_ms", "hold_action")
     if latest.delay >= steps:
-        raise ConfigError(f"{latest.name} is {latest.delay} control steps late; a chunk has {steps}: leave it out.")
+        late = counted(latest.delay, "control step")
+        raise ConfigError(f"{latest.name} is {late} late; a chunk has {steps}: leave it out.")
     (env := pool.env(0)).reset(*_plan(config)[0])  # what a policy cannot decode is known before any episode
     for row in rows:
         runner = make_runner(row, bundles, executed)
@@ -242,7 +255,7 @@ def load_bundles(config: Any) -> dict[str, Bundle]:
         if (config.executed_steps or 1) > policy.config.chunk_size:
             raise ConfigError(
                 f"--executed_steps is {config.executed_steps}; "
-                f"a chunk of {paths[model]} has {policy.config.chunk_size} steps."
+                f"a chunk of {paths[model]} has {counted(policy.config.chunk_size, 'step')}."
             )
     return {model: joined(bundle, config.env) for model, bundle in bundles.items()}
 

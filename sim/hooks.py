@@ -20,7 +20,7 @@ from ceed_vla.fields import ranged
 from ceed_vla.folders import resolve_checkpoint
 from ceed_vla.workers import MOST, Workers
 from sim.decoders import resolve_rows
-from sim.environment import TAKEOVER_SEEDS, VALIDATION_SEED, EnvPool, check_expert, check_features
+from sim.environment import TAKEOVER_SEEDS, VALIDATION_SEED, EnvPool, check_expert, check_features, has_expert
 from sim.episode_log import fingerprint
 from sim.evaluate import EvalConfig, shard_runner, shards
 from sim.grounding import GroundingConfig, grounding
@@ -33,6 +33,7 @@ from sim.tabletop.lerobot_env import mixed_tabletop
 logger = logging.getLogger(__name__)
 
 PROCESSES = 2  # that share the episodes of a validation or a takeover round
+LONG_ENOUGH = 10.0  # [minutes] a budget in which a takeover round pays
 SCENES = 400  # on which localisation is measured
 
 
@@ -76,6 +77,8 @@ class TeacherSimulation(StudentSimulation):
     def arguments(self: Any) -> dict[str, Any]:
         if self.env.type == "none":
             self.rounds = 0
+        elif self.rounds is None:  # there is a budget
+            self.rounds = int(has_expert(self.env) and self.max_minutes >= LONG_ENOUGH)
         recorder = None
         if self.rounds:
             episodes, seed = self.takeover_episodes, self.takeover_seed
@@ -167,9 +170,10 @@ class TakeoverRecorder:
             )
         self.env, self.episodes, self.seed, self.instruction = env, episodes, seed, instruction
 
-    def __call__(self, policy: Path, index: int, folder: Path) -> list[Path]:
+    def __call__(self, policy: Path, index: int, folder: Path, minutes: float = 0.0) -> list[Path]:
         """Record round `index` with the checkpoint `policy` into a new root under `folder`.
 
+        Of `minutes` above 0 it takes no more, and records as many takeovers as fit into them.
         A broken one is resumed, unless its policy was another: a run that goes on from a state
         before the round may train other weights.
         """
@@ -182,7 +186,7 @@ class TakeoverRecorder:
             root = folder / f"round_{index}_{fingerprint(str(policy))}"
         config = RecordConfig(
             root, self.env, self.episodes, "takeover", seed, resume=True, workers=PROCESSES,
-            instruction=self.instruction, policy_path=policy.resolve(),
+            instruction=self.instruction, policy_path=policy.resolve(), max_minutes=minutes,
         )  # fmt: skip
         logger.info("%s", summary := record(config))
         return [root] if summary.frames else []

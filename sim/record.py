@@ -17,18 +17,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ceed_vla.checkpoints import load
+from ceed_vla.checkpoints import load, resolve_checkpoint
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.data.commits import PROGRESS_FILE, is_recording, read_progress
 from ceed_vla.data.files import is_whole
 from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.outputs import owned_folder
+from ceed_vla.wording import counted
 from ceed_vla.workers import Workers
-from sim.environment import EnvPool, joined
+from sim.environment import Environment, EnvPool, check_features, joined
 from sim.episode_log import fingerprint
 from sim.recording.attempts import Attempt, expert_attempt, frame_features, grounding_scenes
 from sim.recording.config import RecordConfig
 from sim.recording.interrupts import handled_by, held_back
+from sim.recording.roots import removed_while_empty
 from sim.recording.takeover import takeover_attempts
 from sim.rollout import PolicyRunner
 
@@ -46,18 +49,27 @@ class RecordSummary:
     frames: int
     attempts: int  # attempts made, earlier runs of a resumed set included
     outcomes: dict[str, int]  # attempts by "family/outcome"
+    scenes: int = 0  # most of a stored episode, in mode grounding; 0 in the others, whose attempts have no scenes
 
     def __str__(self) -> str:
         outcomes = ", ".join(f"{name} {count}" for name, count in sorted(self.outcomes.items()))
-        stored = f"{self.frames} frames in {self.episodes} episodes"
-        return f"{self.root}: {stored} of {self.attempts} attempts ({outcomes})"
+        source = counted(self.attempts, "scene" if self.scenes else "attempt")
+        text = f"{counted(self.frames, 'frame')} in {counted(self.episodes, 'episode')}, from {source}"
+        if self.scenes:
+            text += f" (a grounding episode stores up to {counted(self.scenes, 'scene')}, without actions)"
+        return f"{self.root}: {text}: {outcomes}"
 
 
 def record(config: RecordConfig) -> RecordSummary:
     """Record a data set, or the rest of one: an interrupted one has stored all complete units, after which it goes on.
 
-    `ConfigError` where `root` exists (without `resume`) or was recorded with other options, `DatasetError` where it is
-    no recording or the disk is full. What was stored stays readable.
+    What was stored stays readable. Where nothing was, a new `root` is removed again.
+
+    Raises:
+        ConfigError: `root` exists (without `resume`) or was recorded with other options, or the
+            policy of a takeover does not fit the environment.
+        DatasetError: `root` is no recording, or the disk is full.
+        SimulationError: The environment fails, or lacks a method that the mode needs.
     """
     with owned_folder("root", str(config.root)):
         return _record(config)
@@ -71,12 +83,14 @@ def _record(config: RecordConfig) -> RecordSummary:
     if occupied and not is_recording(config.root):
         raise ConfigError(f"{config.root} was not written by `ceed-vla record`; choose a new --root")
     if config.mode == "takeover" and config.policy_path is None:
-        raise ConfigError("mode takeover needs --policy_path, the checkpoint folder of the policy that drives")
+        raise ConfigError("mode takeover needs --policy.path, the checkpoint folder of the policy that drives")
     with (
+        removed_while_empty(config.root),
         handled_by(),
         EnvPool(config.batch, config.env, config.instruction) as pool,
         Workers(config.workers, unit_recorder, config, pool) as workers,
     ):
+        check_requirements(config, pool.env(0))
         features = frame_features(pool.env(0), config)
         try:
             name, env = f"local/{config.root.resolve().name}", config.env
@@ -91,25 +105,41 @@ def _record(config: RecordConfig) -> RecordSummary:
                 session.store(attempts)
         finally:
             session.close()
-    return RecordSummary(config.root, writer.episodes, writer.frames, session.attempts, dict(session.outcomes))
+    return session.summary()
+
+
+def check_requirements(config: RecordConfig, env: Environment) -> None:
+    """Check what a mode needs of environment and policy, as far as neither has to run for it.
+
+    Raises:
+        SimulationError: The environment lacks a method.
+        ConfigError: The policy's features or chunks do not fit.
+        CheckpointError: The policy's configuration cannot be read.
+    """
+    if config.mode == "grounding":
+        env.needs("mode grounding", "privileged_state", "scatter", "observe")
+        if config.poses_per_scene > 1:
+            env.needs("--poses_per_scene above 1", "retarget")
+    if config.mode == "takeover":
+        policy = CeedVLAConfig.read(resolve_checkpoint(str(config.policy_path)))
+        check_features(policy, config.env)
+        if (config.executed_steps or 1) > policy.chunk_size:
+            raise ConfigError(
+                f"executed_steps is {config.executed_steps}; the policy's chunks have "
+                f"{policy.chunk_size} steps. Lower --executed_steps to that."
+            )
 
 
 def unit_recorder(config: RecordConfig, pool: EnvPool) -> Callable[[range], list[Attempt]]:
     """The function that records one unit of seeds in the configured mode."""
     if config.mode == "takeover":
         bundle = joined(load(config.policy_path or ""), config.env)
-        steps = bundle[0].config.chunk_size
-        if (config.executed_steps or 1) > steps:
-            raise ConfigError(f"executed_steps is {config.executed_steps}; the policy's chunks have {steps} steps.")
         runner = PolicyRunner(bundle, config.decoding, executed_steps=config.executed_steps)
         if runner.alone:
             raise ConfigError(f"decoding is {config.decoding}: attempts share batches, where a deadline means nothing.")
         return lambda seeds: takeover_attempts(runner, pool, seeds, config)
     env = pool.env(0)
     if config.mode == "grounding":
-        env.needs("mode grounding", "privileged_state", "scatter", "observe")
-        if config.poses_per_scene > 1:
-            env.needs("--poses_per_scene above 1", "retarget")
         return lambda seeds: grounding_scenes(env, seeds, config)
     return lambda seeds: [expert_attempt(env, seed, config) for seed in seeds]
 
@@ -161,7 +191,7 @@ class _Session:
         self.bar = tqdm(
             total=config.episodes,
             initial=min(self.attempts, config.episodes),
-            unit="attempt",
+            unit="scene" if config.mode == "grounding" else "attempt",
             desc=f"record {config.mode}",
             disable=not config.progress,
             dynamic_ncols=True,
@@ -180,7 +210,7 @@ class _Session:
         if not fits or sum(counts) != attempts or len(stored["episode_seeds"]) != self.writer.episodes:
             raise DatasetError(
                 f"{self.config.root / PROGRESS_FILE} is damaged: its attempts, outcomes and seeds do not fit the "
-                f"{self.writer.episodes} stored episodes. Record into a new root."
+                f"{counted(self.writer.episodes, 'stored episode')}. Record into a new root."
             )
         return stored
 
@@ -190,11 +220,14 @@ class _Session:
         self.failed_seeds: list[int] = list(stored.get("failed_seeds", []))
         self.episode_seeds: list[int] = list(stored.get("episode_seeds", []))
 
-    def units(self) -> list[range]:
-        """Seeds of the units that are missing."""
+    def units(self) -> Iterator[range]:
+        """Seeds of the units that are missing, until the time is over."""
         first, size = self.config.first_seed, self.config.unit_size
-        last = first + self.config.episodes
-        return [range(seed, min(seed + size, last)) for seed in range(first + self.attempts, last, size)]
+        last, most = first + self.config.episodes, 60 * self.config.max_minutes
+        for seed in range(first + self.attempts, last, size):
+            if most and time.perf_counter() - self.started > most:
+                return
+            yield range(seed, min(seed + size, last))
 
     def store(self, attempts: list[Attempt]) -> None:
         """Write one unit; counters change together with the frames they count."""
@@ -215,7 +248,13 @@ class _Session:
         self.bar.update(len(attempts))
         rate = (self.writer.frames - self.first_frame) / (time.perf_counter() - self.started)
         lost = len(self.failed_seeds)
-        self.bar.set_postfix_str(f"{self.writer.frames} frames, {rate:.0f} frames/s, {lost} not finished")
+        self.bar.set_postfix_str(f"{counted(self.writer.frames, 'frame')}, {rate:.0f} frames/s, {lost} not finished")
+
+    def summary(self) -> RecordSummary:
+        """What is in the data set now."""
+        scenes = self.config.scenes_per_episode if self.config.mode == "grounding" else 0
+        stored = self.writer.episodes, self.writer.frames
+        return RecordSummary(self.config.root, *stored, self.attempts, dict(self.outcomes), scenes)
 
     def close(self) -> None:
         """Bring the data set on disk up to date; also after an interrupt or an error."""
@@ -237,9 +276,10 @@ class _Session:
             if not isinstance(error, OSError):
                 raise
             reason = "the disk is full" if error.errno == errno.ENOSPC else f"writing failed: {error}"
+            stored = f"{counted(self.writer.episodes, 'episode')} ({counted(self.writer.frames, 'frame')})"
             raise DatasetError(
-                f"{self.config.root}: {reason}. {self.writer.episodes} episodes ({self.writer.frames} "
-                "frames) are stored and readable; make room and repeat the command with --resume"
+                f"{self.config.root}: {reason}. Stored and readable: {stored}; make room and repeat "
+                "the command with --resume"
             ) from error
 
     def _progress(self) -> dict[str, Any]:

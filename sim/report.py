@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from ceed_vla.outputs import MADE_BY
+from ceed_vla.wording import counted
 
 COLUMNS = (  # a line break is a space in Markdown
     "decoder",
@@ -171,28 +172,30 @@ def _conditions(report: Mapping[str, Any]) -> str:
     models = [
         f"{role} {report[role]['name']} ({report[role]['sha256']})" for role in ("policy", "teacher") if report[role]
     ]
-    threads = hardware["threads"]
+    episodes = counted(seeds["count"], "episode")
     split = f", split {report['split']}" if report["split"] else ""
     lines = [
-        f"- Task {report['task']}{split}, {seeds['count']} episodes a decoder, "
+        f"- Task {report['task']}{split}, {episodes} a decoder, "
         f"{_seed_range(report)}; {report['executed_steps']} of {report['chunk_size']} steps of a chunk are "
         "executed before the next one.",
         f"- Checkpoints: {', '.join(models)}.",
         f"- Machine: {hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gb']} GB; "
-        f"device {hardware['device']}, {threads} thread{'s' if threads != 1 else ''} of torch.",
+        f"device {hardware['device']}, {counted(hardware['threads'], 'thread')} of torch.",
         "- Versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + ".",
     ]
     if timing:
+        chunks = counted(timing["chunks"], "consecutive chunk")
+        episodes = counted(timing["episodes"], "closed-loop episode")
         lines.append(
-            f"- Latency: {timing['chunks']} consecutive chunks from {timing['episodes']} closed-loop "
-            f"episodes of {timing['driver']}, each decoder warm-started from its own chunk before."
+            f"- Latency: {chunks} from {episodes} of {timing['driver']}, each decoder warm-started "
+            "from its own chunk before."
         )
     return "\n".join(lines)
 
 
 def _seed_range(report: Mapping[str, Any]) -> str:
     first, count = report["seeds"]["first"], report["seeds"]["count"]
-    return f"seeds {first} to {first + count - 1}"
+    return f"seed {first}" if count == 1 else f"seeds {first} to {first + count - 1}"
 
 
 def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

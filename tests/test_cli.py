@@ -328,22 +328,6 @@ def test_help_in_full(toy: Any, capsys: pytest.CaptureFixture[str], words: list[
     assert "the rest:\n  --unexplained INT" in text
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
-def test_help_is_short_and_its_groups_are_flags(
-    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
-    command = cli.COMMANDS[name]
-    assert cli.main([name, "--help"]) == 0
-    text = capsys.readouterr().out
-    assert len(text.splitlines()) <= 50
-    assert cli.main([name, "--help=all"]) == 0
-    full = capsys.readouterr().out
-    for flag in f"{command.must} {command.may}".split():
-        assert f"\n  --{flag} " in text
-    assert "the rest (" not in full
-
-
 def test_range_in_help_is_the_one_in_the_error(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["toy", "--root=x", "--rate=7"]) == 1
     assert capsys.readouterr().err == "ceed-vla toy: error: rate is 7.0; it must be a finite number in (0, 1].\n"

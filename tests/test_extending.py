@@ -27,6 +27,7 @@ from ceed_vla.tokens.uniform import ActionTokenizer
 from ros_nodes.robot.predictor import Predictor, PredictorSettings, Request
 from tests.helpers.edits import unsealed
 from tests.helpers.tabletop import tabletop_config
+from tests.helpers.tiny_pi0_fast import write_text_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = {
@@ -129,9 +130,85 @@ def test_tokens_backbone_and_loss_from_data_to_evaluation(plugins: Path, capfd: 
     assert "Traceback" not in found.stderr
 
 
+def test_tokens_take_their_ranges_from_the_data(plugins: Path) -> None:
+    tokens = importlib.import_module("my_tokens").SignedLevelsConfig()
+    with pytest.raises(ConfigError, match="needs the statistics of the data"):
+        tokens.fit(2, None)
+    tokens.fit(2, {"min": np.array([-3.0, 0.0]), "max": np.array([2.0, 0.5])})
+    assert tokens.largest == [3.0, 0.5]
+    built = tokens.build(4, 2)
+    actions = torch.tensor([3.0, -0.5]).expand(1, 4, 2)
+    torch.testing.assert_close(built.decode(built.encode(actions)), actions)
+    tokens.fit(2, {"min": np.zeros(2), "max": np.ones(2)})  # of another data set: what is known stays
+    assert tokens.largest == [3.0, 0.5]
+    assert built.clipped == 0
+    assert built.encode(4 * actions).shape == (1, 16)
+    assert built.clipped == 8
+
+
+@pytest.fixture
+def language_model(plugins: Path) -> Any:
+    """The example as a module of another name, whose family another test may have registered."""
+    for name, mine in (("hf_language_model", "my_lm"), ("own_environment", "my_environment")):
+        text = (ROOT / f"examples/{name}.py").read_text()
+        text = text.replace('"hf_lm"', '"my_lm"').replace('"point_reach"', '"my_point"').replace("own_env/", "my_env/")
+        (plugins / f"{mine}.py").write_text(text)
+    return importlib.import_module("my_lm")
+
+
+def test_a_language_model_decodes_exactly(plugins: Path, language_model: Any) -> None:
+    backbone = language_model.LanguageModelConfig(width=32, heads=2)
+    sizes = {"chunk_size": 2, "n_action_steps": 1, "auxiliary_scale": []}
+    assert language_model.check(tabletop_config(backbone=backbone, **sizes), rows=2) == 2 * 14 * 7
+
+
+def test_a_published_language_model(plugins: Path, language_model: Any) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    write_text_tokenizer(plugins / "published")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    published = Qwen2ForCausalLM(Qwen2Config(vocab_size=700, num_hidden_layers=1, **sizes))
+    published.save_pretrained(plugins / "published")
+    backbone = language_model.LanguageModelConfig(path=str(plugins / "published"))
+    config = tabletop_config(backbone=backbone, chunk_size=2, n_action_steps=1, auxiliary_scale=[])
+    policy = CeedVLAPolicy(config).eval()
+    rows = policy.backbone.pretrained.get_input_embeddings().weight
+    assert torch.equal(rows[:700], published.get_input_embeddings().weight)
+    stats = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
+    save(plugins / "saved", policy, *make_ceed_vla_pre_post_processors(config, stats, instructions=["put the cube"]))
+    (plugins / "published").rename(plugins / "gone")  # the checkpoint needs nothing else
+    again, pre, _ = ceed_vla.load(plugins / "saved")
+    observation = {name: torch.rand(2, 3, 96, 96) for name in config.cameras}
+    batch = pre({**observation, "observation.state": torch.rand(2, 14), "task": ["put the cube in", "put cube"]})
+    assert torch.equal(again.decode(batch, "jacobi").tokens, policy.decode(batch, "ar").tokens)
+    config.backbone = language_model.LanguageModelConfig(path="nowhere")
+    with pytest.raises(CheckpointError, match=r"backbone\.path is 'nowhere'"):
+        CeedVLAPolicy(config)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_precision")
+def test_a_language_model_learns_from_a_recording(plugins: Path, language_model: Any) -> None:
+    own = ["--env.type=my_point", "--discover_packages_path=my_environment,my_lm"]
+    assert main(["record", "--root=demos", "--episodes=2", "--mode=clean", *own]) == 0
+    train = [
+        "train", "--roots=demos", "--output_dir=teacher", "--steps=2", "--grounding_steps=0", "--batch_size=4",
+        "--rounds=0", "--validate_episodes=0", "--policy.backbone.type=my_lm", "--policy.chunk_size=4",
+        "--policy.n_action_steps=2", "--policy.backbone.width=32", "--policy.backbone.heads=2", *own,
+    ]  # fmt: skip
+    assert main(train) == 0
+    teacher = "teacher/checkpoints/final/pretrained_model"
+    assert json.loads(Path(teacher, "config.json").read_text())["packages"] == ["my_lm"]
+    policy, pre, _ = ceed_vla.load(teacher)
+    seen = {"observation.images.top": torch.rand(3, 32, 32), "observation.state": torch.zeros(2)}
+    batch = pre({**seen, "task": "go to the red"})
+    assert torch.equal(policy.decode(batch, "jacobi").tokens, policy.decode(batch, "ar").tokens)
+
+
 @pytest.mark.parametrize("delta_dims", [[], [0, 2]])
 def test_two_tokens_a_dimension_on_a_robot(plugins: Path, delta_dims: list[int]) -> None:
-    tokens = importlib.import_module("my_tokens").SignedLevelsConfig()
+    tokens = importlib.import_module("my_tokens").SignedLevelsConfig(largest=[1.0] * 7)
     config = tabletop_config(**SIZES, mlp_width=16, stem_channels=[8] * 4, action_tokens=tokens, delta_dims=delta_dims)
     stats = {"observation.state": {"mean": torch.zeros(14), "std": torch.ones(14)}}
     pre, post = make_ceed_vla_pre_post_processors(config, stats, instructions=["push the red cube"])

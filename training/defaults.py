@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +13,14 @@ from torch import Tensor
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.data.frames import ACTION, ENVIRONMENT, STATE, FrameStore
 from ceed_vla.errors import DatasetError
+from ceed_vla.from_data import NEAR_ZERO as NEAR_ZERO  # for who reads `take_from_data`
+from ceed_vla.from_data import SPARSE as SPARSE
+from ceed_vla.from_data import describe as describe_data
+from ceed_vla.from_data import take_from_actions
 from training.mixture import state_statistics
 
 logger = logging.getLogger(__name__)
 
-SPARSE = 0.9  # of a dimension's values lie near zero: its quantiles say nothing of the others
-NEAR_ZERO = 0.01  # of the largest value
-INCREMENT = re.compile("(d|delta_)(x|y|z|rx|ry|rz|roll|pitch|yaw)")  # names of actions that add up over steps
 Privileged = Any  # sim.environment.Privileged: training never imports the simulation
 
 
@@ -36,17 +36,9 @@ def take_from_data(
     cameras = {name: PolicyFeature(FeatureType.VISUAL, (3, *shapes[name][:2])) for name in stores[0].images}
     policy.input_features = {**cameras, STATE: PolicyFeature(FeatureType.STATE, shapes[STATE])}
     policy.output_features = {ACTION: PolicyFeature(FeatureType.ACTION, shapes[ACTION])}
-    stats, tokens = state_statistics(stores), policy.action_tokens
+    stats = state_statistics(stores)
     actions = np.concatenate([store.action for store in stores if store.action is not None])
-    sparse = (np.abs(actions) <= NEAR_ZERO * np.abs(actions).max(0)).mean(0) >= SPARSE  # (A,)
-    open_ranges = not any(getattr(tokens, name, None) for name in ("q01", "fitted"))
-    if open_ranges and tokens.gripper_dims == [-1]:  # two values, as a gripper takes
-        tokens.gripper_dims = [d for d in np.flatnonzero(~sparse).tolist() if len(np.unique(actions[:, d])) == 2]
-    names = stores[0].labels.get(ACTION, [])
-    increments = [d for d, name in enumerate(names) if INCREMENT.fullmatch(str(name).lower())]
-    policy.delta_dims = increments if policy.delta_dims is None else policy.delta_dims
-    for quantile, extreme in (("q01", "min"), ("q99", "max")):
-        stats[ACTION][quantile][sparse] = stats[ACTION][extreme][sparse]
+    take_from_actions(policy, actions, stats[ACTION], stores[0].labels.get(ACTION, []))
     told = [store for store in (*stores, *grounding) if store.environment_state is not None]
     known = privileged is not None and told and all(is_of(store, privileged) for store in told)
     if known and policy.auxiliary_weight and not policy.auxiliary_scale:
@@ -88,13 +80,5 @@ def check_target(
 
 
 def describe(policy: CeedVLAConfig, tokens: Any, store: FrameStore, named: int) -> str:
-    """What training is about to use, for the log."""
-    cameras = ", ".join(f"{name} {policy.image_features[name].shape[1:]}" for name in policy.cameras)
-    ends = zip(tokens.low.tolist(), tokens.high.tolist(), strict=True)
-    ranges = ", ".join(f"[{low:.4g}, {high:.4g}]" for low, high in ends)
-    target = f"{len(policy.auxiliary_scale)} values, {named or 'all'} of them while actions are learnt"
-    return (
-        f"cameras {cameras}; state {store.state.shape[1]}; {store.fps:g} Hz; action ranges {ranges}; two-valued "
-        f"dimensions {list(tokens.gripper_dims)}; increments {policy.delta_dims}; auxiliary target "
-        f"{target if policy.auxiliary_scale else 'none'}"
-    )
+    """What training is about to use, for the log: see `ceed_vla.from_data.describe`."""
+    return describe_data(policy, tokens, store.fps, store.ignored, named or None)

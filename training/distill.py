@@ -24,14 +24,17 @@ from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, chosen, ranged
 from ceed_vla.outputs import owned_folder
 from ceed_vla.supervision import finish_training
+from ceed_vla.wording import counted
 from training.adapters import attach_student
 from training.clipping import check_clipping
 from training.corruption import PREVIOUS, StateDraw, draw_states
 from training.distill_data import DistillData, OnlineData, StoredData, TrajectoriesConfig
 from training.losses import after_first_divergence, find_loss, needs
 from training.objective import DistillationObjective
-from training.run import ClosedLoop, Run, RunConfig
+from training.run import ClosedLoop, Run
+from training.run_config import RunConfig
 from training.settings import BATCHES, NONE_OR_COUNTS, NONE_OR_RATES, RATES
+from training.summary import Summary
 from training.trajectories import guess_shares
 
 SCORED = 64  # frames that say which prefix tokens matter
@@ -60,7 +63,7 @@ class DistillConfig(RunConfig):
         confidence: Its confidence rule (`DecodingConfig.confidence`); None for the cap alone.
         device: Where to train: "cpu", or an accelerator such as "cuda".
         eval_every: Steps between measurements of iterations and agreement, from step 0 on (0: at the end only).
-        eval_frames: Held-out frames of that measurement.
+        eval_frames: Frames of held-out episodes of that measurement.
     """
 
     teacher_path: str = ""
@@ -159,7 +162,7 @@ class DistillRun(Run):
 
     def _data(self, student: Any, pre: Any) -> DistillData:
         config, chosen = self.config, self.config.trajectories
-        names = ("eval_frames", "delta_quantile", "streaming", "seed")
+        names = ("eval_frames", "held_out", "delta_quantile", "streaming", "seed")
         sizes = {name: getattr(config, name) for name in names}
         stored = config.states == "stored"
         if chosen.online:
@@ -231,22 +234,55 @@ class DistillRun(Run):
         if self.step == self.total or (every and self.step % every == 0):
             self.log(self._measure())
 
+    def summarize(self, summary: Summary) -> None:
+        found = self._measure()
+        frames = counted(len(self.data.held_out), "frame")
+        where = f"{frames} of held-out episodes" if self.data.whole_episodes else f"{frames} (no episode was held out)"
+        summary.lines += [
+            f"On {where}: {found['teacher_agreement']:.3f} of the teacher's tokens, "
+            f"{found['token_accuracy']:.3f} of the demonstration's",
+            f"Forwards a chunk: {found['iterations_mean']:.2f} with strict Jacobi, "
+            f"{found['early_exit_forwards']:.2f} with early exit; after one forward "
+            f"{found['one_forward_agreement']:.3f} of the tokens are what they become",
+        ]
+
+    def next_command(self, checkpoint: Path) -> str:
+        env = getattr(self.config, "env", None)
+        if env is None or env.type == "none":
+            return (
+                f"ceed-vla open-loop --policy.path {checkpoint} --roots {self.config.roots} "
+                f"--held_out {self.config.held_out:g} --decoders jacobi,ceed --output_dir {self.output / 'open-loop'}"
+            )
+        return (
+            f"ceed-vla calibrate --policy.path {checkpoint} --env.type={env.type} --output_dir "
+            f"{self.output / 'calibrated'} (chooses the exit), or ceed-vla eval --policy.path {checkpoint} "
+            f"--env.type={env.type} --teacher.path {self.config.teacher_path}"
+        )
+
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
         """Strict iterations, agreement with the teacher and accuracy after one forward, on held-out frames."""
         strict, size = DecodingConfig(method="jacobi", guess="previous"), self.config.batch_size // self.num_parts or 1
         # Sharded weights come together in the model's own forward only.
         decode = partial(self.model, "decode_student") if self.sharded else self.objective.decode_student
-        found = []
+        found, early = [], []
         for rows in np.split(self.data.held_out, range(size, len(self.data.held_out), size)):
             batch = self.data.batch(rows)
             result = decode(batch, strict, batch["previous"])
             once = decode(batch, replace(strict, max_iterations=1), batch["previous"])
-            agree = result.tokens == batch["fixed_point"], once.tokens == result.tokens
+            early.append(decode(batch, self.policy.config.decoding, batch["previous"]).iterations.float())
+            demonstrated = self.policy.tokenizer.encode(batch["action"])
+            agree = (
+                result.tokens == batch["fixed_point"],
+                once.tokens == result.tokens,
+                result.tokens == demonstrated,
+            )
             live = batch["live"] / batch["live"].sum(1, keepdim=True)
             found.append((result.iterations.float(), *((same * live).sum(1) for same in agree)))
-        iterations, teacher, once = (torch.cat(parts) for parts in zip(*found, strict=True))
+        iterations, teacher, once, shown = (torch.cat(parts) for parts in zip(*found, strict=True))
         return {
+            "early_exit_forwards": torch.cat(early).mean().item(),
+            "token_accuracy": shown.mean().item(),
             "iterations_mean": iterations.mean().item(),
             "iterations_p95": iterations.quantile(0.95).item(),
             "teacher_agreement": teacher.mean().item(),

@@ -18,6 +18,7 @@ from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import check_fields
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from training.corruption import PREVIOUS, StateDraw, guess_states
+from training.held_out import SHARE, held_out_frames
 from training.losses import chunk_distance, mixed_labels
 from training.mixture import check_compatible, check_fits, join_batches
 from training.settings import split_list
@@ -54,9 +55,11 @@ class TrajectoriesConfig:
 class DistillData:
     """Frames of data sets, and what is distilled on each; `DatasetError` for those that the `policy` cannot read.
 
-    `roots` are comma-separated data sets with actions, `pre` is the policy's pre-processor. `eval_frames` frames are
-    held out; of the others, the share `delta_quantile` has an acceptable distance between teacher and demonstration.
-    Streamed data are read in an order that follows from `seed`.
+    `roots` are comma-separated data sets with actions, `pre` is the policy's pre-processor. Whole
+    episodes are held out, a share `held_out` of them, and `eval_frames` of their frames measured on
+    (of data sets with few episodes, that many single frames); of the others, the share
+    `delta_quantile` has an acceptable distance between teacher and demonstration. Streamed data are
+    read in an order that follows from `seed`.
     """
 
     def __init__(
@@ -66,12 +69,14 @@ class DistillData:
         pre: Any,
         *,
         eval_frames: int = 0,
+        held_out: float = SHARE,
         delta_quantile: float = 1.0,
         streaming: StreamingConfig | None = None,
         seed: int = 0,
     ) -> None:
         self.policy, self.pre = policy, pre
         self.eval_frames, self.delta_quantile, self.seed = eval_frames, delta_quantile, seed
+        self.held_out_share = held_out
         self.stores = [open_dataset(root, streaming=streaming) for root in split_list(roots)]
         if not self.stores:
             raise ConfigError("No data: set --roots to one or more recorded folders.")
@@ -87,13 +92,26 @@ class DistillData:
 
     def split(self) -> None:
         """Split into `rows` to train on and `held_out` ones to measure on; `DatasetError` for too few frames."""
-        order, held_out = np.random.default_rng(0).permutation(len(self.frame)), self.eval_frames
-        self.held_out, self.rows = self._by_store(order[:held_out]), order[held_out:]
+        order, most = np.random.default_rng(0).permutation(len(self.frame)), self.eval_frames
+        spared = self._in_held_out_episodes()[order]
+        self.whole_episodes = most > 0 and bool(spared.any())
+        if self.whole_episodes:
+            held_out, self.rows = order[spared][:most], order[~spared]
+        else:
+            held_out, self.rows = order[:most], order[most:]
+        self.held_out = self._by_store(held_out)
         if not len(self.rows):
             raise DatasetError(
-                f"There are {len(order)} frames, --eval_frames {held_out} of them held out; record more or lower it."
+                f"There are {len(order)} frames, --eval_frames {most} of them held out; record more or lower it."
             )
         self.windows = row_windows(self.stores, self.root, self.frame, self.rows, self.seed)
+
+    def _in_held_out_episodes(self) -> NDArray[np.bool_]:
+        """Which rows (N,) are frames of held-out episodes."""
+        masks = [held_out_frames(store, self.held_out_share) for store in self.stores]
+        begins = np.cumsum([0, *(len(mask) for mask in masks)])[:-1]
+        found: NDArray[np.bool_] = np.concatenate(masks)[begins[self.root] + self.frame]
+        return found
 
     def draw(self, size: int, random: np.random.Generator, step: int) -> NDArray[np.int64]:
         """Rows of a step's batch, grouped by data set: so are those of any part of it."""

@@ -8,44 +8,68 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ceed_vla.backbones.compact.words import InstructionWordsStep
 from ceed_vla.configuration_ceed_vla import CeedVLAConfig
 from ceed_vla.data.frames import ACTION, STATE, FrameStore
 from ceed_vla.errors import DatasetError
+from training.held_out import held_out_frames
 from training.windows import sliding
 
 
 class Mixture:
     """Draws batches from several frame stores in fixed proportions; a step always gets the same frames.
 
-    `weights` are the shares of the stores, by default their frames'. `DatasetError` where they do not go together.
+    Args:
+        stores: The data sets.
+        weights: Their shares, by default in proportion to their frames.
+        seed: Decides what is drawn, with the step.
+        chunk_size: Steps m of an action chunk.
+        held_out: Share of every data set's episodes that is never drawn.
+
+    `DatasetError` where they do not go together.
     """
 
     def __init__(
-        self, stores: Sequence[FrameStore], weights: Sequence[float] | None, seed: int, chunk_size: int
+        self,
+        stores: Sequence[FrameStore],
+        weights: Sequence[float] | None,
+        seed: int,
+        chunk_size: int,
+        held_out: float = 0.0,
     ) -> None:
         check_compatible(stores)
         self.stores, self.seed, self.chunk_size = list(stores), seed, chunk_size
         shares = np.asarray(weights if weights else [len(s) for s in stores], dtype=np.float64)
         self.shares = shares / shares.sum()
         pairs = zip(stores, self.shares.tolist(), strict=True)
-        self.windows = [sliding(store.edges, share * store.together, seed) for store, share in pairs]
+        self.rows = [np.flatnonzero(~held_out_frames(store, held_out)) for store in stores]
+        self.windows = [
+            sliding(_edges(store, rows), share * store.together, seed, rows)
+            for (store, share), rows in zip(pairs, self.rows, strict=True)
+        ]
 
     def draw(self, size: int, step: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
         """A raw batch of `size` frames; of `world` processes, each loads its own part of the same draw."""
         random = np.random.default_rng([self.seed, step])
         counts = random.multinomial(size, self.shares)
         parts, seen = [], 0
-        for store, count, share, windows in zip(self.stores, counts, self.shares, self.windows, strict=True):
+        sources = zip(self.stores, counts, self.shares, self.rows, self.windows, strict=True)
+        for store, count, share, rows, windows in sources:
             drawn = step * size * share
-            frames = windows.draw(random, count, drawn) if windows else random.integers(len(store), size=count)
+            frames = windows.draw(random, count, drawn) if windows else rows[random.integers(len(rows), size=count)]
             frames = frames[(rank - seen) % world :: world]
             seen += int(count)
             if len(frames):
                 parts.append(store.batch(frames, self.chunk_size))
         return join_batches(parts)
+
+
+def _edges(store: FrameStore, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """First place in `rows` of every window that is decoded together, and one past the last."""
+    return np.unique(np.searchsorted(rows, store.edges))
 
 
 def join_batches(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -25,16 +25,19 @@ from tqdm import tqdm
 from ceed_vla.checkpoints import load
 from ceed_vla.data.frames import ACTION, FrameStore, open_dataset
 from ceed_vla.decoding import DecodingConfig
-from ceed_vla.errors import ConfigError, DatasetError
+from ceed_vla.errors import CeedVLAError, ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, Checked, ranged
 from ceed_vla.files import replacing, write_text
 from ceed_vla.outputs import MADE_BY, claimed_folder, default_console
 from ceed_vla.tokens.base import ActionTokens
+from ceed_vla.wording import counted
+from training.held_out import SHARES, held_out_frames
 from training.mixture import check_compatible, check_fits
 from training.settings import full_disk, split_list
 
 REPORT, PICTURE = "open_loop.json", "open_loop.png"
 MEAN_ACTION = "mean action"
+LEARNT = 0.5  # share of the mean action's error: where ar makes more, a policy has learnt little
 _WARM_UP = 3  # chunks that are decoded before the clock runs
 _DRAWN = 200  # frames
 
@@ -45,7 +48,11 @@ class OpenLoopConfig(Checked):
 
     Attributes:
         policy_path: Checkpoint folder, or teacher or student for the shipped ones.
-        roots: Comma-separated LeRobotDataset folders that the policy was not trained on.
+        roots: Comma-separated LeRobotDataset folders that the policy was not trained on; or those
+            that it was trained on, with the held_out of that training.
+        held_out: Share of the episodes that training left out, to look at these alone; 0: at all.
+        gate: Largest error of ar, as a share of the mean action's, that passes: with a larger one
+            the command fails. 0: only say which it is.
         output_dir: Folder for open_loop.json and a picture of the first actions; earlier ones of ours are replaced.
         decoders: Comma-separated names of decoders, without a teacher's; "ar" is always among them.
         chunks: Chunks of every decoder, one after every `executed_steps`, from the first episodes of every data set.
@@ -58,10 +65,16 @@ class OpenLoopConfig(Checked):
     roots: str = ""
     output_dir: str = ""
     decoders: str = "ar,jacobi,ceed"
+    held_out: float = ranged(0.0, SHARES)
+    gate: float = ranged(0.0, "[0, 1]")
     chunks: int = ranged(400, COUNTS)
     executed_steps: int | None = ranged(None, "[1, 4096]")
     device: str | None = None
     threads: int | None = ranged(None, "[1, 256]")
+
+
+class OpenLoopError(CeedVLAError):
+    """A policy does not pass the gate."""
 
 
 @dataclass
@@ -92,7 +105,7 @@ def _open_loop(config: OpenLoopConfig, folder: Path) -> dict[str, Any]:
     """As `open_loop`, into a folder of its own."""
     roots = split_list(config.roots)
     if not config.policy_path or not roots:
-        raise ConfigError("Set --policy_path to a checkpoint, and --roots to data that it was not trained on.")
+        raise ConfigError("Set --policy.path to a checkpoint, and --roots to data that it was not trained on.")
     if config.threads:
         torch.set_num_threads(config.threads)
     policy, pre, post = load(config.policy_path, device=config.device)
@@ -111,7 +124,8 @@ def _open_loop(config: OpenLoopConfig, folder: Path) -> dict[str, Any]:
     width[width == 0] = 1.0
     most = math.ceil(config.chunks / len(stores))  # of a data set
     places = [np.arange(len(store)) - np.searchsorted(store.episode, store.episode) for store in stores]
-    plans = [np.flatnonzero(place % steps == 0)[:most] for place in places]
+    masks = [_looked_at(store, config.held_out) for store in stores]
+    plans = [np.flatnonzero((p % steps == 0) & mask)[:most] for p, mask in zip(places, masks, strict=True)]
     moments = [(store, int(frame)) for store, plan in zip(stores, plans, strict=True) for frame in plan]
     episodes = [(str(store.root), int(store.episode[frame])) for store, frame in moments]
     constant: list[float] = []
@@ -127,7 +141,7 @@ def _open_loop(config: OpenLoopConfig, folder: Path) -> dict[str, Any]:
                 chunk = post(policy.tokenizer.decode(row.tokens[-1][None]))[0, : len(wanted)].cpu().float().numpy()
             row.errors.append(float((np.abs(chunk - wanted) / width).mean()))
             row.drawn.append(chunk)
-    report = {
+    report: dict[str, Any] = {
         "program": MADE_BY,
         "policy": config.policy_path,
         "data": [{"root": root, "chunks": len(plan)} for root, plan in zip(roots, plans, strict=True)],
@@ -138,6 +152,8 @@ def _open_loop(config: OpenLoopConfig, folder: Path) -> dict[str, Any]:
         },
         "threads": torch.get_num_threads(),
     }
+    own, mean_error = (report["rows"][name]["error"] for name in ("ar", MEAN_ACTION))
+    report["ratio"] = round(own / mean_error, 4) if own is not None and mean_error else None
     with full_disk(folder, "nothing was written"):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
@@ -145,7 +161,41 @@ def _open_loop(config: OpenLoopConfig, folder: Path) -> dict[str, Any]:
         _draw(stores[0], drawn, folder / PICTURE)
     _print(report)
     print(f"Written: {folder / REPORT}, {folder / PICTURE}")
+    print(verdict(report["ratio"], config.gate or LEARNT))
+    if config.gate and not _passes(report["ratio"], config.gate):
+        raise OpenLoopError(
+            f"The policy does not pass --gate {config.gate:g}: it has not learnt enough of its task. "
+            "Train longer, or on more episodes, before it is distilled."
+        )
     return report
+
+
+def _looked_at(store: FrameStore, held_out: float) -> NDArray[np.bool_]:
+    """Which frames (N,) are looked at; `DatasetError` where there are too few episodes to hold one out."""
+    if not held_out:
+        return np.ones(len(store), dtype=bool)
+    mask = held_out_frames(store, held_out)
+    if not mask.any():
+        episodes = len(np.unique(store.episode))
+        raise DatasetError(
+            f"{store.root}: none of its {counted(episodes, 'episode')} was held out: data sets of fewer than ten "
+            "spare none. Name a data set that the policy was not trained on, without --held_out."
+        )
+    return mask
+
+
+def _passes(ratio: float | None, gate: float) -> bool:
+    return ratio is not None and ratio <= gate
+
+
+def verdict(ratio: float | None, gate: float) -> str:
+    """What the error of ar, as a share of the mean action's, says; None where there is none."""
+    if ratio is None:
+        return "Verdict: none. Every chunk was malformed, or the data's actions never change."
+    share = f"the error of ar is {ratio:.2f} of the mean action's"
+    if not _passes(ratio, gate):
+        return f"Verdict: it has not learnt its task ({share}, above {gate:g}). Do not distil it."
+    return f"Verdict: it follows the demonstrations ({share}, at most {gate:g}). Success shows in a closed loop only."
 
 
 @torch.inference_mode()

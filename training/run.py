@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,18 @@ from tqdm import tqdm
 
 from ceed_vla.checkpoints import save
 from ceed_vla.data.files import is_whole
-from ceed_vla.data.frame_stream import StreamingConfig
 from ceed_vla.devices import check_device
 from ceed_vla.errors import CeedVLAError, CheckpointError, ConfigError, raised_as
-from ceed_vla.fields import COUNTS, SEEDS, THREADS, Checked, chosen, ranged
 from ceed_vla.files import parse_json, read_bytes, read_json, settle, strange, write_text
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.outputs import named_folder
 from ceed_vla.supervision import finish_training
 from training import states
-from training.adapters import LoRAConfig
-from training.clipping import MOST_CLIPPED
+from training.budget import FEW_STEPS, STEP, StepTimer
 from training.optim import build_optimizers, computes_bfloat16, cosine_factor
-from training.settings import BATCHES, NONE_OR_COUNTS, NONE_OR_RATES, RATES, SHARES, full_disk
+from training.run_config import RunConfig
+from training.settings import full_disk
+from training.summary import Summary
 
 logger = logging.getLogger(__name__)
 
@@ -43,54 +41,6 @@ PROGRESS = "progress.json"
 STATES = ("state_a", "state_b")  # written in turns, so that the last complete one survives an interrupt
 MOST_LOG = 2**28  # [bytes]
 LOG, CHECKPOINTS, TRACKER, TAKEOVER = "log.jsonl", "checkpoints", "tensorboard", "takeover"
-
-
-@dataclass
-class RunConfig(Checked):
-    """Settings of every training run.
-
-    Attributes:
-        output_dir: Where checkpoints, logs and states go.
-        steps: Optimiser steps.
-        max_minutes: Take only as many steps as fit into so long, by the speed so far (every `log_every` steps), and
-            lower the learning rate accordingly; 0: all. A resumed run may take so long again for what was left.
-        batch_size: Frames a step, over all processes and all of its parts.
-        gradient_accumulation: Parts that a process's share of a batch is run in, one after another.
-        gradient_checkpointing: Keep only the layers' inputs for the backward pass; less memory, a third more time.
-        lora: Low-rank adapters instead of all weights.
-        lr: Peak learning rate of AdamW.
-        muon_lr: Peak learning rate of Muon (the trunk's matrices); 0 gives these to AdamW too.
-        warmup: Warm-up steps.
-        validate_every: Steps between closed-loop validations (0: only at the end).
-        save_every: Steps between resumable states.
-        log_every: Steps between log lines.
-        mixed_precision: "bf16", "no", or "auto": bf16 where the device computes in it and does not emulate it.
-        seed: Seed of weights, batches and augmentation.
-        threads: CPU threads; 0 leaves torch's default.
-        max_clipped: Largest share of a dimension's actions far outside the policy's range.
-        streaming: Which data sets are decoded into files, and how much of the others is in memory.
-        resume: Continue an interrupted run in `output_dir`.
-    """
-
-    output_dir: str = ""
-    steps: int = ranged(1000, COUNTS)
-    max_minutes: float = ranged(0.0, "[0, 1e6]")
-    batch_size: int = ranged(32, BATCHES)
-    gradient_accumulation: int = ranged(1, BATCHES)
-    gradient_checkpointing: bool = False
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    lr: float = ranged(1e-3, RATES)
-    muon_lr: float = ranged(1e-3, NONE_OR_RATES)
-    warmup: int = ranged(50, NONE_OR_COUNTS)
-    validate_every: int = ranged(0, NONE_OR_COUNTS)
-    save_every: int = ranged(200, COUNTS)
-    log_every: int = ranged(20, COUNTS)
-    mixed_precision: str = chosen("auto", ("auto", "bf16", "no"))
-    seed: int = ranged(0, SEEDS)
-    threads: int = ranged(0, THREADS)
-    max_clipped: float = ranged(MOST_CLIPPED, SHARES)
-    streaming: StreamingConfig = field(default_factory=StreamingConfig)
-    resume: bool = False
 
 
 class Run:
@@ -129,9 +79,11 @@ class Run:
             ],
         )
         set_seed(config.seed)
-        self.step, self.total = 0, config.steps
+        self.step, self.total = 0, config.steps or 0
+        self.warned = False  # that the budget is small
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        self._check_split(config.batch_size, "batch_size")
+        if config.batch_size:
+            self._check_split(config.batch_size, "batch_size")
         if self.sharded and config.muon_lr:
             raise ConfigError("Muon does not work on sharded weights; set --muon_lr=0 under FSDP.")
 
@@ -219,6 +171,21 @@ class Run:
     def after_step(self) -> None:
         """Called after every step, when `step` counts it."""
 
+    def kind_of_step(self) -> str:
+        """Of the step that comes: kinds take different times."""
+        return STEP
+
+    def steps_in_budget(self, left: float, seconds: dict[str, float]) -> int:
+        """Steps in all, when `left` seconds are left of the budget and a step takes so many, by kind."""
+        return self.step + int(left / seconds[STEP]) if STEP in seconds else self.total
+
+    def summarize(self, summary: Summary) -> None:
+        """Add to the summary what the run measures at its end, on every process."""
+
+    def next_command(self, checkpoint: Path) -> str:
+        """What a user does next with the final checkpoint."""
+        raise NotImplementedError
+
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs beside weights, optimisers and torch's random state; JSON types."""
         return {}
@@ -230,7 +197,7 @@ class Run:
 
     def run(self) -> Path:
         """Train to the end, and return the folder of the final checkpoint."""
-        settings = self.settings
+        settings, started = self.settings, time.monotonic()
         if settings.resume:
             self.load_state()
         else:
@@ -247,19 +214,22 @@ class Run:
             dynamic_ncols=True,
             disable=not self.accelerator.is_main_process,
         ) as bar:
-            started, first, planned = time.monotonic(), self.step, self.total
+            first, planned, timer = self.step, self.total, StepTimer()
             while self.step < self.total:
                 self.before_step()
+                began = time.monotonic()
+                kind = self.kind_of_step()
                 values = self.train_step()
+                timer.add(kind, time.monotonic() - began)
                 self.step += 1
                 bar.update()
                 if self.step % settings.log_every == 0:
-                    seconds = time.monotonic() - started
-                    values = self._mean_over_processes({**values, "steps_per_s": (self.step - first) / seconds})
+                    elapsed = time.monotonic() - started
+                    values = self._mean_over_processes({**values, "steps_per_s": (self.step - first) / elapsed})
                     self.log(values)
-                    if settings.max_minutes:  # by means, which are the same in all processes
-                        last = first + int(60 * settings.max_minutes * values["steps_per_s"])
-                        self.total = bar.total = max(min(planned, last), self.step)
+                    if settings.max_minutes:
+                        self._keep_to_budget(elapsed, timer.means(), planned)
+                        bar.total = self.total
                     bar.set_postfix({key: f"{value:.3f}" for key, value in values.items()})
                 self.after_step()
                 if settings.validate_every and self.step % settings.validate_every == 0 and self.step < self.total:
@@ -268,10 +238,34 @@ class Run:
                     self.save_state()
         finish_training(self.policy)
         final = self.save_policy("final")
+        self._end(final, time.monotonic() - started, planned)
         self.validate(final)
         with self._writing():
             self.accelerator.end_training()
         return final
+
+    def _keep_to_budget(self, elapsed: float, seconds: dict[str, float], planned: int) -> None:
+        """Set the steps that the budget allows, `elapsed` seconds after the start."""
+        timing = self._mean_over_processes({"elapsed": elapsed, **seconds})  # the same in all processes
+        left = 60 * self.settings.max_minutes - timing.pop("elapsed")
+        self.total = max(min(planned, self.steps_in_budget(left, timing)), self.step)
+        if self.total < FEW_STEPS * planned and not self.warned:
+            logger.warning(
+                "--max_minutes %g allows about %d of --steps %d. A run that ends so early has rarely "
+                "learnt its task: give it more minutes, smaller images or a smaller --batch_size.",
+                self.settings.max_minutes, self.total, planned,
+            )  # fmt: skip
+            self.warned = True
+
+    def _end(self, final: Path, seconds: float, planned: int) -> None:
+        """Measure on held-out episodes, log it, and print the summary."""
+        summary = Summary(self.step, planned, seconds, str(final), self.next_command(final))
+        self.policy.eval()
+        self.summarize(summary)
+        if summary.measured:
+            self.log(summary.measured)
+        if self.accelerator.is_main_process:
+            summary.show()
 
     def optimize[T](self, parts: Sequence[T], loss: Callable[[T], Tensor]) -> None:
         """One step of all optimisers at this step's learning rate; `CeedVLAError` if a loss is not finite.

@@ -6,7 +6,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,80 +15,43 @@ import torch
 from torch import Tensor, nn
 
 from ceed_vla.checkpoints import load
-from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.data.files import is_whole
 from ceed_vla.data.frames import open_dataset
 from ceed_vla.decoding.names import CEED
 from ceed_vla.errors import CheckpointError, ConfigError
-from ceed_vla.fields import COUNTS, SEEDS, ranged
 from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
 from ceed_vla.outputs import owned_folder
 from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
 from ceed_vla.supervision import AUGMENTATION_NOISE, augmentation_size, grounding_loss
+from ceed_vla.wording import counted
 from training.adapters import attach
+from training.budget import (
+    ACTION,
+    BATCH,
+    FEW_STEPS,
+    GROUNDING,
+    GROUNDING_SHARE,
+    TAKEOVER_SHARE,
+    Speeds,
+    divide,
+    probe,
+)  # fmt: skip
 from training.clipping import check_clipping
 from training.defaults import Privileged, check_target, describe, named_terms, take_from_data
 from training.fit_tokens import fit_action_tokens
 from training.mixture import Mixture, check_compatible, check_fits
-from training.run import TAKEOVER, ClosedLoop, Run, RunConfig
-from training.settings import NONE_OR_COUNTS, NONE_OR_RATES, number_list, split_list
+from training.run import TAKEOVER, ClosedLoop, Run
+from training.settings import number_list, split_list
+from training.summary import NOTHING_HELD_OUT, Summary, find_held_out, held_out_batches, mean_forwards, token_accuracy
+from training.train_config import ANY_NUMBER, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-# What a takeover round needs: (policy folder, round, folder for the new data sets) -> the recorded roots.
-# It is called again when the run is resumed from a state before the end of that round.
 Localisation = Callable[[Path], dict[str, float]]  # of a checkpoint folder: median error [m] by what is looked for
-RecordTakeover = Callable[[Path, int, Path], list[Path]]
-
-
-@dataclass
-class TrainConfig(RunConfig):
-    """Settings of `ceed-vla train`.
-
-    Attributes:
-        roots: Comma-separated LeRobotDataset folders with demonstrations.
-        root_weights: Comma-separated shares of `roots`; proportional to their frames if empty.
-        grounding_roots: Comma-separated action-free data sets for the auxiliary target.
-        policy: The policy's configuration. Features come from the data; action ranges, two-valued dimensions and the
-            auxiliary target too, where they are not set (auxiliary_weight 0 switches the target off).
-        policy_path: Start from this checkpoint; it replaces `policy` (but for the device).
-        grounding_steps: Optimiser steps on grounding frames alone, first.
-        grounding_gate: Largest median error [m] of every object in every task on held-out scenes after these steps;
-            where one is larger, training ends before it sees an action. 0: no gate.
-        steps: Optimiser steps on demonstrations.
-        grounding_batch: Grounding frames beside every step.
-        named_terms: Once there are actions to learn, regress only so many leading terms of the auxiliary target, those
-            that tell of what the instruction names; 0 for all, by default what the environment says.
-        weight_decay: Decoupled weight decay.
-        rounds: Takeover (DAgger) rounds within the first 3/4 of `steps`.
-        takeover_episodes: Takeovers a round.
-        takeover_seed: First seed of the takeovers' scenes; a run that goes on from another one's policy takes new ones.
-        takeover_weight: Share of a batch that comes from takeover data once there is some.
-    """
-
-    roots: str = ""
-    root_weights: str = ""
-    grounding_roots: str = ""
-    policy: CeedVLAConfig = field(default_factory=lambda: CeedVLAConfig(device="cpu", push_to_hub=False))
-    policy_path: str = ""
-    grounding_steps: int = ranged(1000, NONE_OR_COUNTS)
-    steps: int = ranged(8000, COUNTS)
-    grounding_gate: float = ranged(0.0, "[0, 10]")
-    grounding_batch: int = ranged(12, "[0, 1e6]")
-    named_terms: int | None = ranged(None, "[0, 1e6]")
-    muon_lr: float = ranged(2e-3, NONE_OR_RATES)
-    weight_decay: float = ranged(0.05, "[0, 10]")
-    rounds: int = ranged(2, "[0, 1000]")
-    takeover_episodes: int = ranged(600, "[1, 1e6]")
-    takeover_seed: int = ranged(30_000, SEEDS)
-    takeover_weight: float = ranged(0.4, "[0, 1)")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        weights, roots = number_list(self.root_weights, "root_weights"), split_list(self.roots)
-        if weights and (len(weights) != len(roots) or not sum(weights)):
-            raise ConfigError(
-                f"root_weights has {len(weights)} weights for {len(roots)} roots; give one each, not all 0."
-            )
+# What a takeover round needs: (policy folder, round, folder for the new data sets, most minutes or
+# 0) -> the recorded roots. It is called again when the run is resumed from a state before the end
+# of that round.
+RecordTakeover = Callable[[Path, int, Path, float], list[Path]]
 
 
 class TeacherObjective(nn.Module):
@@ -149,12 +112,8 @@ class TeacherRun(Run):
             raise ConfigError(
                 f"rounds is {config.rounds}, but nothing records takeovers; use `ceed-vla train` or rounds=0."
             )
-        if config.max_minutes and (config.rounds or (config.grounding_roots and config.grounding_steps)):
-            raise ConfigError(
-                "max_minutes may end a run before its takeovers, or before it has seen an action: give --rounds 0 and "
-                "--grounding_steps 0 with it, or no --max_minutes."
-            )
-        if config.grounding_gate and not (localisation and config.grounding_roots and config.grounding_steps):
+        grounded = config.grounding_roots and config.grounding_steps != 0
+        if config.grounding_gate and not (localisation and grounded):
             raise ConfigError(
                 "grounding_gate needs --grounding_roots, --grounding_steps and an environment with known positions."
             )
@@ -185,8 +144,62 @@ class TeacherRun(Run):
         self.grounding_mixture = Mixture(self.grounding, None, config.seed + 1, chunk) if self.grounding else None
         self.takeovers: list[list[str]] = []  # the roots of every round
         self.mixture = self._mixture()
-        self.first = config.grounding_steps if self.grounding else 0  # the first step on demonstrations
-        self.total = self.first + config.steps
+        self.speeds = Speeds(0.0, 0.0)  # of steps, known where there is a budget
+        self._choose_sizes()
+
+    def _choose_sizes(self) -> None:
+        """Set `batch_size`, `first` (the first step on demonstrations) and `total`, and say them."""
+        config = self.config
+        self.batch_size = config.batch_size or BATCH
+        self.first = (config.grounding_steps or 0) if self.grounding else 0
+        self.total = self.first + config.steps if config.steps else ANY_NUMBER
+        if not config.max_minutes or config.resume:  # a resumed run goes on with the sizes that it had
+            return
+        self.speeds = self._measure_speeds()
+        plan = divide(
+            config.max_minutes,
+            self.speeds,
+            grounded=bool(self.grounding),
+            frames=sum(len(store) for store in self.demonstrations),
+            episodes=sum(len(np.unique(store.episode)) for store in self.demonstrations),
+            rounds=config.rounds or 0,
+            grounding_steps=config.grounding_steps,
+            batch_size=config.batch_size,
+            steps=config.steps,
+        )
+        logger.info("%s", plan)
+        if plan.advice:
+            logger.warning("So little has rarely been enough for a task of one object: %s.", plan.advice)
+        if config.steps and plan.steps < FEW_STEPS * config.steps:
+            logger.warning(
+                "--max_minutes %g allows about %d of --steps %d.", config.max_minutes, plan.steps, config.steps
+            )
+        self.warned = True
+        self.batch_size, self.first = plan.batch_size, plan.grounding_steps
+        self._check_split(self.batch_size, "batch_size")
+        self.total = self.first + plan.steps
+
+    def _measure_speeds(self) -> Speeds:
+        """Seconds of steps whose gradients are thrown away; random numbers come as if there were none."""
+
+        def take(size: int, beside: int) -> Callable[[], None]:
+            def step() -> None:
+                batch, _ = self._draw(self.mixture, size, 0)
+                grounding, _ = self._draw(self.grounding_mixture, beside, 0)
+                with torch.random.fork_rng(devices=[]):
+                    loss, _ = self.model(batch, grounding, 1.0, 1.0)
+                    self.accelerator.backward(loss)
+                for optimizer in self.optimizers:
+                    optimizer.zero_grad()
+
+            return step
+
+        self.model.train()
+        kinds = {ACTION: take(BATCH, self.config.grounding_batch)}
+        if self.grounding and self.config.grounding_steps != 0:
+            kinds[GROUNDING] = take(0, 2 * BATCH)
+        seconds = self._mean_over_processes(probe(kinds))
+        return Speeds(seconds.get(GROUNDING, 0.0), seconds[ACTION])
 
     def _check_data(self) -> None:
         if not self.demonstrations:
@@ -195,7 +208,7 @@ class TeacherRun(Run):
             if store.action is None:
                 raise ConfigError(f"{store.root} holds no actions; name it in --grounding_roots instead.")
         check_compatible(self.demonstrations)
-        if (self.config.grounding_steps or self.config.grounding_batch) and not self.grounding:
+        if (self.config.grounding_steps != 0 or self.config.grounding_batch) and not self.grounding:
             logger.warning("No --grounding_roots: training without grounding frames.")
 
     def _policy(self) -> tuple[CeedVLAPolicy, Any, Any]:
@@ -232,7 +245,7 @@ class TeacherRun(Run):
             share = config.takeover_weight / (1 - config.takeover_weight) * sum(weights)
             weights += [share * len(s) / frames for s in takeovers]
             stores += takeovers
-        return Mixture(stores, weights, config.seed + 2, self.policy.config.chunk_size)
+        return Mixture(stores, weights, config.seed + 2, self.policy.config.chunk_size, config.held_out)
 
     # ---- steps --------------------------------------------------------------------------------------------------
 
@@ -241,16 +254,34 @@ class TeacherRun(Run):
         if config.grounding_gate and self.step == self.first:
             self._check_grounding()
         self.policy.auxiliary_terms = (self.named or None) if self.step >= self.first else None
-        while len(self.takeovers) < config.rounds:
-            share = 0.75 * (len(self.takeovers) + 1) / (config.rounds + 1)
-            if self.step < self.first + int(config.steps * share):
+        rounds = config.rounds or 0
+        while len(self.takeovers) < rounds:
+            share = 0.75 * (len(self.takeovers) + 1) / (rounds + 1)
+            if self.step < self.first + int((self.total - self.first) * share):
                 return
             self._takeover_round(len(self.takeovers))
 
+    def kind_of_step(self) -> str:
+        return ACTION if self.step >= self.first else GROUNDING
+
+    def steps_in_budget(self, left: float, seconds: dict[str, float]) -> int:
+        """See `Run.steps_in_budget`; takeover rounds that are still to come take their share."""
+        config, action = self.config, seconds.get(ACTION)
+        budget = 60 * config.max_minutes
+        if self.step < self.first and GROUNDING in seconds and config.grounding_steps is None:
+            remaining = GROUNDING_SHARE * budget - (budget - left)
+            self.first = max(self.step, self.step + int(remaining / seconds[GROUNDING]))
+        if action is None:  # as fast as was measured at first, or slower by as much as the others
+            slower = seconds[GROUNDING] / self.speeds.grounding if GROUNDING in seconds and self.speeds.grounding else 1
+            action = slower * self.speeds.action * self.batch_size / BATCH
+        left -= TAKEOVER_SHARE * budget * ((config.rounds or 0) - len(self.takeovers))
+        left -= max(0, self.first - self.step) * seconds.get(GROUNDING, self.speeds.grounding)
+        return max(self.first + 1, max(self.first, self.step) + int(left / max(action, 1e-6)))
+
     def train_step(self) -> dict[str, float]:
         config = self.config
-        size = config.batch_size if self.step >= self.first else 0
-        beside = config.grounding_batch if size else 2 * config.batch_size
+        size = self.batch_size if self.step >= self.first else 0
+        beside = config.grounding_batch if size else 2 * self.batch_size
         values: dict[str, float] = defaultdict(float)
 
         def loss(part: int) -> Tensor:
@@ -301,18 +332,20 @@ class TeacherRun(Run):
         """Record takeovers of the policy as it is now, and train on them from here on."""
         folder = self.save_policy(f"round_{index}")
         self.validate(folder)
-        roots = self._of_the_first(lambda: self.record_takeover(folder, index, self.output / TAKEOVER))
+        minutes = TAKEOVER_SHARE * self.config.max_minutes
+        roots = self._of_the_first(lambda: self.record_takeover(folder, index, self.output / TAKEOVER, minutes))
         self.takeovers.append([str(Path(root).resolve()) for root in roots])
         self.mixture = self._mixture()
         self.save_state()
         self.model.train()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"takeovers": self.takeovers}
+        sizes = {"first": self.first, "batch_size": self.batch_size}
+        return {"takeovers": self.takeovers, "sizes": {**sizes, "speeds": [self.speeds.grounding, self.speeds.action]}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         rounds = state.get("takeovers")
-        rounds = rounds if isinstance(rounds, list) and len(rounds) <= self.config.rounds else [None]
+        rounds = rounds if isinstance(rounds, list) and len(rounds) <= (self.config.rounds or 0) else [None]
         folder = (self.output / TAKEOVER).resolve()
         for roots in rounds:
             inside = isinstance(roots, list) and all(isinstance(root, str) for root in roots)
@@ -323,3 +356,50 @@ class TeacherRun(Run):
                 )
         self.takeovers = rounds
         self.mixture = self._mixture()
+        if self.config.max_minutes:
+            self._load_sizes(state.get("sizes"))
+
+    def _load_sizes(self, sizes: Any) -> None:
+        """Go on with the sizes that were chosen when the run began; `CheckpointError` for damaged ones."""
+        try:
+            first, batch_size, speeds = sizes["first"], sizes["batch_size"], [float(s) for s in sizes["speeds"]]
+            grounding, action = speeds
+            fits = is_whole(first, 0, self.total) and is_whole(batch_size, 1) and all(0 <= s < 1e6 for s in speeds)
+        except (TypeError, KeyError, ValueError):
+            fits = False
+        if not fits:
+            raise CheckpointError(
+                f"{self.output} cannot be resumed with --max_minutes: its sizes are {str(sizes)[:200]}; they must be "
+                "those that a run with --max_minutes chose. Leave the flag out and give --steps, or start again."
+            )
+        self.first, self.batch_size, self.speeds = first, batch_size, Speeds(grounding, action)
+
+    # ---- the end ------------------------------------------------------------------------------------------------
+
+    def summarize(self, summary: Summary) -> None:
+        config = self.config
+        if self.first:
+            summary.lines.append(f"{counted(self.first, 'step')} of them on grounding frames alone, at first")
+        held = find_held_out(self.demonstrations, config.held_out)
+        if not held.count:
+            summary.lines.append(NOTHING_HELD_OUT)
+            return
+        batches = held_out_batches(held, self.pre, self.policy.config.chunk_size)
+        summary.measured |= token_accuracy(self.policy, lambda batch: self.model(batch, None, 1.0, 1.0), batches)
+        found = summary.measured
+        summary.lines.append(
+            f"Token accuracy {found['held_out_token_accuracy']:.3f} on {held}, shown the tokens before; "
+            f"{found['constant_token_accuracy']:.3f} for the most frequent token of every slot"
+        )
+        if not self.sharded and self.policy.tokenizer.stop is None:
+            block = self.policy.config.block_length
+            strict = mean_forwards(self.policy, batches[0], "jacobi")
+            summary.measured["jacobi_forwards"] = strict
+            summary.lines.append(f"Forwards a chunk: {block - 1} token by token, {strict:.1f} with strict Jacobi")
+
+    def next_command(self, checkpoint: Path) -> str:
+        config = self.config
+        return (
+            f"ceed-vla open-loop --policy.path {checkpoint} --roots {config.roots} "
+            f"--held_out {config.held_out:g} --gate 0.5 --output_dir {self.output / 'open-loop'}"
+        )

@@ -75,4 +75,4 @@ def _hint(config: ConvertConfig, folder: Path) -> str:
         return ""
     if chunk != config.chunk_size:
         return f"; {EXPECTED} there has chunks of {chunk}: convert with --chunk_size {chunk} to verify it"
-    return f"; try `ceed-vla verify {config.path} --policy_path {folder}`"
+    return f"; try `ceed-vla verify {config.path} --policy.path {folder}`"

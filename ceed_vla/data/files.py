@@ -14,15 +14,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from ceed_vla.data.broken_values import check_finite
 from ceed_vla.data.parquet import MOST, Budget, open_parquet, read_table
 from ceed_vla.errors import DatasetError, raised_as
 from ceed_vla.files import plain_name, read_json, regular
 
 STATE, ACTION, ENVIRONMENT = "observation.state", "action", "observation.environment_state"
+# Columns that order the frames; every LeRobotDataset has them.
+BOOKKEEPING = ("index", "episode_index", "frame_index", "task_index", "timestamp", "task")
 NUMBERS = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
 MOST_VALUES = 65_536  # of a vector
 LARGEST_IMAGE = 2**13  # [px] of a side
-LARGEST_NUMBER = 1e9  # in any unit: beyond it are broken numbers
 JITTER = 0.2  # of a step between two frames: how far recorded times may differ from 1 / fps ...
 TOLERANCE = 1e-4  # [s] ... beyond LeRobot's own tolerance
 
@@ -40,6 +42,8 @@ class Info:
     videos: tuple[str, ...]  # cameras that are stored as videos
     names: str  # all features
     labels: dict[str, list[Any]]  # names of the dimensions of vectors, where they are a list
+    ignored: tuple[str, ...]  # features that training leaves out, with dtype and shape
+    arrays: tuple[str, ...]  # those of several dimensions that are no images
 
 
 def readable(file: Path | str, remedy: str = "copy it again") -> AbstractContextManager[None]:
@@ -81,7 +85,10 @@ def read_info(root: Path) -> Info:
     for name, feature in vectors.items():
         _require(feature["dtype"] in NUMBERS, file, f"the dtype of {name}", feature["dtype"], "a type of numbers")
         _require(math.prod(feature["shape"]) <= MOST_VALUES, file, name, feature, f"at most {MOST_VALUES} values")
-    cameras = {name: f for name, f in features.items() if f["dtype"] in ("image", "video")}
+    images = {name: f for name, f in features.items() if f["dtype"] in ("image", "video")}
+    cameras = {name: f for name, f in images.items() if not _is_depth_map(f)}
+    used = (*cameras, *vectors, *BOOKKEEPING)
+    ignored = {name: feature for name, feature in features.items() if name not in used}
     return Info(
         root=root,
         fps=float(fps),
@@ -92,7 +99,16 @@ def read_info(root: Path) -> Info:
         videos=tuple(name for name, feature in cameras.items() if feature["dtype"] == "video"),
         names=", ".join(features)[:500],
         labels={name: feature["names"] for name, feature in vectors.items() if isinstance(feature.get("names"), list)},
+        ignored=tuple(f"{name} {f['dtype']} {tuple(f['shape'])}" for name, f in ignored.items()),
+        arrays=tuple(name for name, f in ignored.items() if name not in images and len(f["shape"]) > 1),
     )
+
+
+def _is_depth_map(feature: dict[str, Any]) -> bool:
+    """Whether an image or video feature is marked as a depth map, in a new or old way of LeRobot."""
+    marks: list[Any] = [feature.get("info"), feature.get("video_info")]
+    found = [mark for mark in marks if isinstance(mark, dict)]
+    return any(mark.get("is_depth_map") or mark.get("video.is_depth_map") for mark in found)
 
 
 def _require(fits: Any, file: Path, what: str, value: object, rule: str) -> None:
@@ -115,8 +131,11 @@ def data_files(root: Path) -> list[Path]:
     return [regular(file, DatasetError) for file in sorted((root / "data").rglob("*.parquet"))]
 
 
-def read_rows(info: Info, vectors: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Columns of all frames: (N, D) float32 for `vectors`, (N,) for indices of episode and task and the timestamp."""
+def read_rows(info: Info, vectors: Sequence[str], *, finite: bool = True) -> dict[str, NDArray[Any]]:
+    """Columns of all frames: (N, D) float32 for `vectors`, (N,) for indices of episode and task and
+    the timestamp. NaN, infinite and very large values are errors, or returned as they are if not
+    `finite`.
+    """
     root, remedy = info.root, "the recording was not finalised, or copy it again"
     shapes = {"index": (), "episode_index": (), "task_index": (), "timestamp": ()}
     wanted = {**shapes, **{name: info.vectors[name] for name in vectors}}
@@ -143,10 +162,12 @@ def read_rows(info: Info, vectors: Sequence[str]) -> dict[str, NDArray[Any]]:
             f"{root}: index or episode_index of the frames are out of order; they must count the {rows} frames and "
             f"{info.episodes} episodes from 0. Record it again."
         )
-    for name in vectors:
-        arrays[name] = _finite(arrays[name], f"{root}: {name}")
+    with np.errstate(over="ignore"):
+        read = {name: arrays.pop(name).astype(np.float32) for name in vectors}
+    if finite:
+        check_finite(root, read, episode, info.arrays)
     _check_times(arrays["timestamp"].astype(np.float64), steps[1:-1] == 0, info)
-    return {**arrays, "episode_index": episode, "task_index": arrays["task_index"].astype(np.int64)}
+    return {**arrays, **read, "episode_index": episode, "task_index": arrays["task_index"].astype(np.int64)}
 
 
 def _check_times(times: NDArray[np.float64], same: NDArray[np.bool_], info: Info) -> None:
@@ -179,16 +200,6 @@ def numbers(column: pa.ChunkedArray, shape: tuple[int, ...], what: str) -> NDArr
         raise DatasetError(f"{what} has {len(values)} values in {rows} rows of the shape {shape}.")
     array: NDArray[Any] = values.to_numpy(zero_copy_only=False)
     return array.reshape(rows, -1) if shape else array
-
-
-def _finite(values: NDArray[Any], what: str) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):
-        values = values.astype(np.float32)
-    bad = np.flatnonzero(~(np.isfinite(values) & (np.abs(values) <= LARGEST_NUMBER)).all(axis=1))
-    if len(bad):
-        kind = "not finite" if not np.isfinite(values[bad[0]]).all() else f"beyond {LARGEST_NUMBER:.0e}"
-        raise DatasetError(f"{what} of frame {bad[0]} is {kind} ({len(bad)} such frames); remove that episode.")
-    return values
 
 
 def read_tasks(root: Path, used: NDArray[np.int64]) -> list[str]:

@@ -42,6 +42,8 @@ class FrameStore:
     fps: float  # frames a second [Hz]
     # Names of the dimensions of state and actions, where the set lists them
     labels: dict[str, list[Any]] = field(default_factory=dict)
+    # Features that training leaves out, such as "observation.depth float32 (96, 128)"
+    ignored: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.state)
@@ -141,18 +143,28 @@ def _images(info: Info, rows: dict[str, NDArray[Any]], streaming: StreamingConfi
     return dict(streams)
 
 
-def open_dataset(root: str | Path, *, decode: bool = True, streaming: StreamingConfig | None = None) -> FrameStore:
+def open_dataset(
+    root: str | Path, *, decode: bool = True, streaming: StreamingConfig | None = None, strict: bool = True
+) -> FrameStore:
     """Read a LeRobotDataset v3 from a local folder.
 
-    Without `decode` images are black, in their shapes, until `FrameStore.decode`. `DatasetError` if the folder holds no
-    readable data set, or one without camera, state or instruction.
+    Args:
+        root: The folder.
+        decode: Without it images are black, in their shapes, until `FrameStore.decode`.
+        streaming: Which images are streamed.
+        strict: Without it, for an inspection, NaN, infinite and very large values are returned as
+            they are, and a set may lack cameras (`images` is empty) or a state, which is (N, 0).
+
+    Raises:
+        DatasetError: The folder holds no readable data set, or one without instruction; if
+            `strict`, also one without camera or state, or with values that are not finite.
     """
     info = read_info(Path(root))
-    if STATE not in info.vectors:
+    if strict and STATE not in info.vectors:
         raise DatasetError(f"{root}: the data set has no {STATE}; it has {info.names}.")
-    if not info.cameras:
+    if strict and not info.cameras:
         raise DatasetError(f"{root}: the data set has no camera; it has {info.names}.")
-    rows = read_rows(info, list(info.vectors))
+    rows = read_rows(info, list(info.vectors), finite=strict)
     episode, task = rows["episode_index"], rows["task_index"]
     black: dict[str, Images] = {
         name: np.broadcast_to(np.uint8(0), (info.frames, *shape)) for name, shape in info.cameras.items()
@@ -160,8 +172,8 @@ def open_dataset(root: str | Path, *, decode: bool = True, streaming: StreamingC
     return FrameStore(
         root=info.root,
         tasks=read_tasks(info.root, task),
-        images=_images(info, rows, streaming or StreamingConfig()) if decode else black,
-        state=rows[STATE],
+        images=_images(info, rows, streaming or StreamingConfig()) if decode and info.cameras else black,
+        state=rows.get(STATE, np.zeros((info.frames, 0), np.float32)),
         action=rows.get(ACTION),
         environment_state=rows.get(ENVIRONMENT),
         task=task,
@@ -169,4 +181,5 @@ def open_dataset(root: str | Path, *, decode: bool = True, streaming: StreamingC
         episode_end=np.searchsorted(episode, episode, side="right"),
         fps=info.fps,
         labels=info.labels,
+        ignored=list(info.ignored),
     )

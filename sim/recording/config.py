@@ -19,7 +19,7 @@ MODES = ("clean", "perturb", "grounding", "takeover")
 STEPS = "[1, 1e6]"
 
 # Fields that a resumed run may change; all others decide what is recorded.
-_FREE = ("root", "episodes", "resume", "commit_frames", "progress", "workers")
+_FREE = ("root", "episodes", "max_minutes", "resume", "commit_frames", "progress", "workers")
 
 
 @dataclass
@@ -49,6 +49,7 @@ class RecordConfig:
         workers: Processes that share the attempts; what is recorded does not depend on it.
         max_chunks: The policy drives 1 to `max_chunks` chunks before the expert takes over.
         takeover_steps: Control steps within which the expert must finish after the takeover.
+        max_minutes: End after so long, with what was recorded by then; 0: record all episodes.
         commit_frames: Frames after which the data set on disk is brought up to date; a killed process loses at most
             these, an interrupt, an error or a full disk lose less.
         progress: Show a progress bar.
@@ -77,6 +78,7 @@ class RecordConfig:
     workers: int = ranged(1, MOST)
     max_chunks: int = ranged(15, STEPS)
     takeover_steps: int = ranged(60, STEPS)
+    max_minutes: float = ranged(0.0, "[0, 1e6]")
     commit_frames: int = ranged(3000, COUNTS)
     progress: bool = True
 

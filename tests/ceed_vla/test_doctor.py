@@ -75,6 +75,17 @@ def test_a_broken_package_is_a_finding(
     assert words in table(fails=fails)
 
 
+def test_what_is_only_late_is_not_to_be_installed(probes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LIMIT_S", 2.0)
+    version = module._version
+    monkeypatch.setattr(module, "_version", lambda package: version(package) or "1.0")
+    probes["lerobot"] = "import time; time.sleep(60)"
+    lines = [line for line in table().splitlines() if "LeRobot's tools" in line]
+    assert "no answer in 2 s; slow" in lines[0]
+    assert "run `ceed-vla doctor` again" in lines[0]
+    assert "make install" not in lines[0]
+
+
 def test_versions_are_compared_with_the_supported_ones(probes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ["torch>=99", "numpy>=1", "surely-not-there>=2", "peft>=99; extra == 'vlm'"]
     monkeypatch.setattr(module.metadata, "requires", lambda name: wanted)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,10 +57,9 @@ def lerobot_train(*arguments: str) -> str:
     return output
 
 
-@pytest.mark.slow
-def test_lerobot_train(dataset: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    settings: dict[str, Any] = {
+def settings(root: Path, output: Path, **changes: Any) -> list[str]:
+    """Arguments that train a small new policy on the data set in `root`."""
+    values: dict[str, Any] = {
         "policy.type": "ceed_vla",
         "policy.device": "cpu",
         "policy.push_to_hub": "false",
@@ -67,17 +68,23 @@ def test_lerobot_train(dataset: Path, tmp_path: Path) -> None:
         "policy.backbone.heads": 2,
         "policy.backbone.mlp_width": 32,
         "policy.backbone.stem_channels": "[8,8,8,8]",
-        "policy.auxiliary_scale": "[10,10,10]",
         "dataset.repo_id": "local/data",
-        "dataset.root": dataset,
+        "dataset.root": root,
         "output_dir": output,
-        "steps": 2,
         "batch_size": 4,
         "num_workers": 0,
         "log_freq": 1,
         "wandb.enable": "false",
+        **changes,
     }
-    printed = lerobot_train(*(f"--{key}={value}" for key, value in settings.items()))
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+@pytest.mark.slow
+def test_lerobot_train(dataset: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    changes = {"policy.auxiliary_scale": "[10,10,10]", "steps": 2}
+    printed = lerobot_train(*settings(dataset, output, **changes))
     assert "ar_loss" in printed
     assert "auxiliary_loss" in printed
     assert "unknown word" not in printed
@@ -92,3 +99,67 @@ def test_lerobot_train(dataset: Path, tmp_path: Path) -> None:
     batch = pre({**observation, "observation.state": torch.zeros(14), "task": TASKS[0]})
     assert policy.decode(batch, "ceed").actions.shape == (1, 8, 7)
     assert (batch["observation.language.tokens"] > 1).sum() == 7  # every word is known
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> Path:
+    """A data set whose quantiles an episode say little of all: two of eight episodes make the large motions.
+
+    It has a gripper of 0 and 255, a dimension that moves in two frames, and features that no policy of ours uses.
+    """
+    from lerobot.datasets import LeRobotDataset
+
+    shapes = {"observation.state": (5,), "observation.force": (6,), "observation.depth": (8, 12), "next.reward": (1,)}
+    vectors = {name: {"dtype": "float32", "shape": shape, "names": None} for name, shape in shapes.items()}
+    names = ["dx", "dy", "dz", "tool", "spare", "gripper"]
+    action = {"dtype": "float32", "shape": (6,), "names": names}
+    image = {"dtype": "image", "shape": (32, 32, 3), "names": ["height", "width", "channels"]}
+    features = {"observation.images.front": image, **vectors, "action": action}
+    root, random = tmp_path / "uneven", np.random.default_rng(0)
+    dataset = LeRobotDataset.create("local/data", 10, features, root=root, use_videos=False)
+    for episode in range(8):
+        for step in range(30):
+            reach = {0: 1.0, 4: -1.0}.get(episode, 0.05)
+            move = np.zeros(6, np.float32)
+            move[:3] = reach * random.uniform(0.6, 1, 3)
+            move[3] = random.normal()
+            move[4] = 0.7 if episode == 3 and step in (5, 6) else 0.0
+            move[5] = 255.0 if step > 20 else 0.0
+            numbers = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+            picture = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            frame = {"observation.images.front": picture, **numbers, "action": move, "task": TASKS[0]}
+            dataset.add_frame(frame)
+        dataset.save_episode()
+    dataset.finalize()
+    return root
+
+
+@pytest.mark.slow
+def test_lerobot_train_takes_from_the_data_what_ceed_vla_train_takes(uneven: Path, tmp_path: Path) -> None:
+    from ceed_vla.data.frames import open_dataset
+    from training.defaults import describe, take_from_data
+
+    printed = lerobot_train(*settings(uneven, tmp_path / "run", steps=1, **{"policy.backbone.image_size": 32}))
+    policy, _, _ = ceed_vla.load(tmp_path / "run" / "checkpoints" / "000001")
+
+    store = open_dataset(uneven, decode=False)
+    ours = ceed_vla.CeedVLAConfig(device="cpu", push_to_hub=False)
+    stats = take_from_data(ours, [store], [], None)
+    ours.action_tokens.fit(6, stats["action"])
+    assert policy.config.action_tokens == ours.action_tokens
+    assert policy.config.action_tokens.gripper_dims == [5]
+    assert policy.config.delta_dims == ours.delta_dims == [0, 1, 2]
+    assert policy.config.input_features == ours.input_features
+    averaged = json.loads((uneven / "meta" / "stats.json").read_text())["action"]["q99"]
+    high = policy.config.action_tokens.action_high
+    assert max(averaged[:3]) < 0.3 < 0.9 < min(high[:3])  # what LeRobot's statistics would have clipped
+    assert high[4] == pytest.approx(0.7)
+
+    pattern = r"cameras observation.images.front .*"
+    (logged,) = re.findall(pattern, printed)
+    assert logged == describe(ours, policy.tokenizer, store, 0)
+    assert (
+        "ignored: observation.force float32 (6,), observation.depth float32 (8, 12), next.reward float32 (1,)" in logged
+    )
+    weights = (tmp_path / "run" / "checkpoints" / "000001" / "pretrained_model").glob("*.safetensors")
+    assert not any(b"observation.depth" in file.read_bytes() for file in weights)

@@ -14,21 +14,24 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 
 
-def run_page(page: str, folder: Path) -> str:
-    """What the commands of a page print, with `folder` in the place of its ``out``."""
+def run_page(page: str, folder: Path, *, sizes: str = "", threads: int = 1, timeout: float = 880) -> str:
+    """What the commands of a page print, with `folder` in the place of its ``out``, and `sizes` of its sizes."""
     text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     script = "set -e\n" + "".join(blocks).replace('export PATH="$PWD/.venv/bin:$PATH"', "export")
     script = re.sub(r"out=outputs/\S+", f"out={folder}", script, count=1)
+    if sizes:
+        assert len(SIZES.findall(script)) == 1
+        script = SIZES.sub(sizes, script)
     tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": tools, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    environment = {**os.environ, "PATH": tools, "OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     process = subprocess.run(
         ["bash", "-c", script],
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=880,
+        timeout=timeout,
         check=False,
     )
     output = process.stdout + process.stderr
@@ -50,23 +53,35 @@ def test_the_commands_of_the_lerobot_page(tmp_path: Path) -> None:
     assert all(outcome.startswith("Solved") for outcome in outcomes), outcomes
 
 
+SIZES = re.compile(r"^seed=0 .*$", re.MULTILINE)  # of docs/own-data.md
+REDUCED = "seed=0 attempts=40 scenes=60 teacher_minutes=0.7 student_minutes=0.4 gate=1 episodes=4"
+
+
 @pytest.mark.slow
 @pytest.mark.realtime  # it trains for a time, not for a number of steps
 @pytest.mark.timeout(900)
 def test_the_commands_of_the_page_for_own_data(tmp_path: Path) -> None:
-    """PushT: another robot, one camera, two dimensions of absolute positions, no gripper, no simulator in training."""
-    output = run_page("own-data.md", tmp_path)
-    assert "two-valued dimensions []; increments []" in output
-    assert re.search(r"action ranges \[\d+(\.\d+)?, \d+(\.\d+)?\], \[\d+", output)  # positive, as the data are
-    before, after = (
-        json.loads((tmp_path / f"{model}-open-loop" / "open_loop.json").read_text())["rows"]
-        for model in ("teacher", "student")
-    )
-    for rows in (before, after):
-        assert rows["ar"]["error"] < 0.7 * rows["mean action"]["error"]  # it has learnt something
-        assert rows["jacobi"]["tokens_equal_ar"] == 1
-    assert after["jacobi"]["forwards_mean"] < before["jacobi"]["forwards_mean"]
-    assert after["ceed"]["forwards_mean"] < after["jacobi"]["forwards_mean"]
+    """gymnasium-robotics' FetchPickAndPlace in sizes that show that every command runs, not that the task is learnt."""
+    output = run_page("own-data.md", tmp_path, sizes=REDUCED)
+    assert "two-valued dimensions [3]; increments [0, 1, 2]" in output
+    assert "Verdict: ready" in output  # inspect
+    assert "0.7 minutes on this machine:" in output
+    assert "Verdict: it follows the demonstrations" in output  # open-loop
+    assert output.count("held-out episode") == 2  # the summaries of teacher and student
     report = json.loads((tmp_path / "eval" / "report.json").read_text())
     assert report["complete"]
+    assert set(report["decoders"]) == {"teacher_ar", "ar", "jacobi", "ceed", "cap1"}
     assert report["decoders"]["ceed"]["episodes"] == 4
+    rows = report["decoders"]
+    assert rows["ceed"]["forwards_mean"] <= rows["jacobi"]["forwards_mean"] < rows["ar"]["forwards_mean"]
+
+
+@pytest.mark.external  # half an hour of two quiet cores for each seed; the log is docs/reports/own-data.md
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_page_for_own_data_solves_its_task(tmp_path: Path, seed: int) -> None:
+    text = (REPOSITORY / "docs" / "own-data.md").read_text(encoding="utf-8")
+    (sizes,) = SIZES.findall(text)
+    run_page("own-data.md", tmp_path, sizes=sizes.replace("seed=0", f"seed={seed}"), threads=2, timeout=3600)
+    rows = json.loads((tmp_path / "eval" / "report.json").read_text())["decoders"]
+    assert rows["teacher_ar"]["success"] >= 80
+    assert rows["ceed"]["success"] >= rows["teacher_ar"]["success"] - 3

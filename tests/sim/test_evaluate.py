@@ -187,6 +187,27 @@ def test_evaluation_from_options_to_files(checkpoint: Path, tmp_path: Path) -> N
     assert "teacher_ar" not in rows["teacher_ar"]["paired"]
 
 
+def test_rows_that_a_teacher_adds_are_announced_and_can_be_left_out(checkpoint: Path, tmp_path: Path) -> None:
+    changes = {"teacher": CheckpointPath(str(checkpoint)), "timing_chunks": 2, "episodes": 1}
+    told = {}
+    for decoders in ("ceed,teacher_ar", "only=ceed,teacher_ar"):
+        console = quiet()
+        config = options(checkpoint, tmp_path / decoders, decoders=decoders, **changes)
+        rows = list(evaluate(config, console)["decoders"])
+        assert isinstance(console.file, StringIO)
+        told[decoders] = rows, console.file.getvalue().splitlines()[0]
+    rows, first = told["ceed,teacher_ar"]
+    assert rows == ["teacher_cap4", "ceed", "teacher_ar"]
+    meaning = "what the teacher reaches in 4 forwards without distillation"
+    assert first == f"Added: teacher_cap4 ({meaning}); only= before the names of --decoders leaves it out."
+    rows, first = told["only=ceed,teacher_ar"]
+    assert rows == ["ceed", "teacher_ar"]
+    assert "Added" not in first
+    assert parse_decoders("ar,only=ceed", has_teacher=True) == ["ar", "ceed"]  # as `ceed-vla bench` extends it
+    with pytest.raises(ConfigError, match="--decoders is empty"):
+        parse_decoders("only=", has_teacher=True)
+
+
 def test_same_seeds_give_the_same_outcomes(checkpoint: Path, tmp_path: Path) -> None:
     counts = []
     for name in ("a", "b"):

@@ -22,7 +22,7 @@ from ceed_vla.data.files import read_info, read_rows
 from ceed_vla.data.statistics import image_statistics, vector_statistics
 from ceed_vla.data.writer import DatasetWriter
 from ceed_vla.errors import ConfigError, DatasetError
-from sim.record import _Session, record
+from sim.record import RecordSummary, _Session, record
 from sim.tabletop.tasks import TASKS
 
 
@@ -97,6 +97,16 @@ def test_grounding_frames_have_own_tasks_and_no_action(tmp_path: Path, config: A
     assert len({data[i]["task"] for i in range(12)}) > 3
     states = np.stack([row["observation.state"] for row in rows(root)])
     assert len(np.unique(states[:, :3].round(4), axis=0)) == 20
+
+
+def test_a_summary_counts_in_words() -> None:
+    clean = RecordSummary(Path("demos"), 1, 41, 2, {"push/recorded": 1, "push/failed": 1})
+    assert str(clean) == "demos: 41 frames in 1 episode, from 2 attempts: push/failed 1, push/recorded 1"
+    scenes = RecordSummary(Path("scenes"), 1, 40, 20, {"push/recorded": 20}, scenes=200)
+    assert str(scenes) == (
+        "scenes: 40 frames in 1 episode, from 20 scenes (a grounding episode stores up to 200 scenes, without "
+        "actions): push/recorded 20"
+    )
 
 
 # -- interrupts, full disks, resume --
@@ -344,7 +354,7 @@ def test_more_steps_than_a_chunk_has(tmp_path: Path, config: Any) -> None:
 
 
 def test_takeover_needs_a_policy(tmp_path: Path, config: Any) -> None:
-    with pytest.raises(ConfigError, match="--policy_path"):
+    with pytest.raises(ConfigError, match=r"--policy\.path"):
         record(config(tmp_path / "set", mode="takeover"))
     assert not (tmp_path / "set").exists()
 

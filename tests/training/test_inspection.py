@@ -43,7 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_a_data_set_holds(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = inspect(InspectConfig(str(root), str(tmp_path / "shown.png")))
+    report = inspect(InspectConfig(str(root), str(tmp_path / "shown.png"), minutes=0))
     assert (report["episodes"], report["frames"], report["fps"], report["instructions"]) == (3, 60, 5, 2)
     assert report["episode_frames"] == [20, 20, 20]
     assert report["cameras"] == {"observation.image": [8, 10, 3]}
@@ -63,13 +63,13 @@ def test_what_a_data_set_holds(root: Path, tmp_path: Path, capsys: pytest.Captur
         assert words in lines
     said = capsys.readouterr().out
     assert "3 episodes, 60 frames at 5 Hz (20 to 20 an episode, median 20 = 4.0 s)" in " ".join(said.split())
-    assert "episodes 1" in said
+    assert "At rest in more than half of the frames: episode 1." in said
     with Image.open(tmp_path / "shown.png") as picture:
         assert min(picture.size) > 300
 
 
 def test_what_cannot_be_inspected(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="--root is missing"):
+    with pytest.raises(DatasetError, match="--roots is missing"):
         inspect(InspectConfig())
     with pytest.raises(CeedVLAError, match="nowhere"):
         inspect(InspectConfig(str(tmp_path / "nowhere")))

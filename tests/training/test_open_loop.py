@@ -88,7 +88,7 @@ def test_the_mean_action_is_the_data_s_own(studio: Any, report: Any) -> None:
     ("changes", "error", "message"),
     [
         ({"roots": ""}, ConfigError, "--roots to data"),
-        ({"policy_path": ""}, ConfigError, "--policy_path"),
+        ({"policy_path": ""}, ConfigError, "--policy.path"),
         ({"output_dir": " "}, ConfigError, "--output_dir"),
         ({"decoders": "fast"}, ConfigError, "Unknown decoder 'fast'"),
         ({"executed_steps": 5}, ConfigError, "chunks have 4 steps"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import os
 import pickle
@@ -191,38 +190,3 @@ def test_a_full_disk_names_the_file_that_was_meant(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Path, "write_text", write)
     with pytest.raises(OSError, match=re.escape(f"device: '{tmp_path / 'a.json'}'") + "$"):
         write_text(tmp_path / "a.json", "{}")
-
-
-def test_a_budget_of_time_ends_the_run_and_its_schedule(
-    studio: Any, tmp_path: Path, read_log: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A clock that goes on by 0.6 s with every step: 100 steps a minute. Interrupted at step 12, it ends at 20 too."""
-    from training import run
-
-    clock, rates = itertools.count(), []
-    monkeypatch.setattr(run.time, "monotonic", lambda: 0.6 * next(clock))
-    optimize = run.Run.optimize
-
-    def spy(self: Any, *arguments: Any) -> None:
-        optimize(self, *arguments)
-        rates.append(self.optimizers[0].param_groups[0]["lr"] / self.peak_lrs[0])
-        if self.step == 12 and not self.settings.resume:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(run.Run, "optimize", spy)
-    settings = {"steps": 100_000, "grounding_steps": 0, "max_minutes": 0.2, "save_every": 5}
-    with pytest.raises(KeyboardInterrupt):
-        train(studio.train_config(tmp_path / "run", **settings))
-    final = train(studio.train_config(tmp_path / "run", resume=True, **settings))
-    assert max(read_log(tmp_path / "run")) == 20
-    assert json.loads((tmp_path / "run" / "progress.json").read_text())["step"] == 20
-    assert (final / "model.safetensors").is_file()
-    assert max(rates) > 0.9
-    assert rates[-1] < 0.1 < rates[12]  # down to the end, and no jump back up at the start
-
-
-@pytest.mark.parametrize("changes", [{"rounds": 1}, {"grounding_steps": 5, "rounds": 0}], ids=str)
-def test_a_budget_of_time_and_what_might_never_come(studio: Any, tmp_path: Path, changes: dict[str, int]) -> None:
-    config = studio.train_config(tmp_path / "run", max_minutes=1.0, **changes)
-    with pytest.raises(ConfigError, match="max_minutes may end a run before"):
-        TeacherRun(config, None, lambda *_: [])

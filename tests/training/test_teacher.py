@@ -234,7 +234,8 @@ class Recorder:
     def __init__(self, write_dataset: Callable[..., Path], fail_at: int = -1) -> None:
         self.write_dataset, self.fail_at, self.calls = write_dataset, fail_at, 0
 
-    def __call__(self, policy: Path, index: int, folder: Path) -> list[Path]:
+    def __call__(self, policy: Path, index: int, folder: Path, minutes: float) -> list[Path]:
+        assert minutes == 0  # no budget
         self.calls += 1
         if self.calls == self.fail_at:
             raise KeyboardInterrupt
@@ -281,7 +282,7 @@ def test_an_interrupted_round_is_repeated(
 def test_takeover_data_with_other_features_are_refused(
     studio: Any, tmp_path: Path, write_dataset: Callable[..., Path]
 ) -> None:
-    def record(policy: Path, index: int, folder: Path) -> list[Path]:
+    def record(policy: Path, index: int, folder: Path, minutes: float) -> list[Path]:
         return [write_dataset(folder / "other", (5,), state_dim=6)]
 
     with pytest.raises(DatasetError, match=r"observation\.state"):

@@ -1,0 +1,155 @@
+"""How a budget of minutes is divided: steps on grounding frames, on actions, and takeover rounds.
+
+The speeds of a step are measured before the first one, on the frames and the machine that the run
+has, and corrected while it goes on. What is chosen is said before it begins.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ceed_vla.wording import counted
+
+GROUNDING, ACTION, STEP = "grounding", "action", "step"  # kinds of steps; the last where there is one
+GROUNDING_SHARE = 0.2  # of the time, where there are grounding frames
+TAKEOVER_SHARE = 0.1  # of the time, for each round
+BATCH, SMALL_BATCH = 32, 16  # frames of a step on actions
+FEWEST = 600  # steps on actions: with fewer, half a batch gives more of them
+ENOUGH = 1000  # steps on actions, in the runs of docs/own-data.md that learnt their task
+FEW_STEPS = 1 / 3  # of the steps asked for: a run says so at its start
+FEWEST_EPISODES = 100  # with fewer demonstrations the runs of docs/own-data.md failed
+_PROBES = 3  # steps of each kind, of which the first does not count
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Seconds of a step: on grounding frames, and on actions with `BATCH` frames."""
+
+    grounding: float
+    action: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training run does with its minutes.
+
+    Attributes:
+        minutes: The budget.
+        grounding_steps: Steps on grounding frames alone, first.
+        steps: Steps on actions.
+        batch_size: Frames of a step on actions.
+        rounds: Takeover rounds.
+        speeds: What it was computed from.
+        frames: Frames with actions.
+        episodes: Demonstrated episodes.
+    """
+
+    minutes: float
+    grounding_steps: int
+    steps: int
+    batch_size: int
+    rounds: int
+    speeds: Speeds
+    frames: int
+    episodes: int
+
+    @property
+    def enough(self) -> bool:
+        """Whether so many steps and episodes have been enough for a task of one object."""
+        return self.steps * self.batch_size >= ENOUGH * BATCH and self.episodes >= FEWEST_EPISODES
+
+    @property
+    def advice(self) -> str:
+        """What to change where it is not `enough`; else empty."""
+        found = []
+        if self.steps * self.batch_size < ENOUGH * BATCH:
+            action = self.speeds.action * ENOUGH / 60
+            spent = (GROUNDING_SHARE if self.grounding_steps else 0.0) + TAKEOVER_SHARE * self.rounds
+            found.append(f"give about {math.ceil(action / (1 - spent))} minutes, or smaller images")
+        if self.episodes < FEWEST_EPISODES:
+            found.append(f"record {FEWEST_EPISODES} episodes or more")
+        return "; ".join(found)
+
+    def __str__(self) -> str:
+        seen = self.steps * self.batch_size / max(1, self.frames)
+        parts = [f"about {counted(self.steps, 'step')} of {counted(self.batch_size, 'frame')}"]
+        if self.grounding_steps:
+            parts.insert(0, f"{counted(self.grounding_steps, 'grounding step')}")
+        if self.rounds:
+            parts.append(counted(self.rounds, "takeover round"))
+        return (
+            f"{self.minutes:g} minutes on this machine: {', '.join(parts)} "
+            f"({self.speeds.action:.2f} s for a step of {BATCH} frames); every frame is seen about "
+            f"{seen:.1f} times"
+        )
+
+
+def divide(
+    minutes: float,
+    speeds: Speeds,
+    *,
+    grounded: bool,
+    frames: int,
+    episodes: int,
+    rounds: int = 0,
+    grounding_steps: int | None = None,
+    batch_size: int | None = None,
+    steps: int | None = None,
+) -> Plan:
+    """The plan of a budget; what is given stays, what is None is chosen.
+
+    Args:
+        minutes: The budget, above 0.
+        speeds: Of a step on this machine.
+        grounded: Whether there are grounding frames.
+        frames: Frames with actions.
+        episodes: Demonstrated episodes.
+        rounds: Takeover rounds, each of which takes `TAKEOVER_SHARE` of the time.
+        grounding_steps: Steps on grounding frames; by default `GROUNDING_SHARE` of the time.
+        batch_size: Frames of a step on actions.
+        steps: Most steps on actions.
+    """
+    seconds = 60 * minutes
+    if not grounded:
+        grounding_steps = 0
+    elif grounding_steps is None:
+        grounding_steps = max(1, int(GROUNDING_SHARE * seconds / speeds.grounding))
+    left = seconds * (1 - TAKEOVER_SHARE * rounds) - grounding_steps * speeds.grounding
+    if batch_size is None:
+        batch_size = BATCH if left >= FEWEST * speeds.action else SMALL_BATCH
+    fitting = max(1, int(left / (speeds.action * batch_size / BATCH)))
+    steps = fitting if steps is None else min(steps, fitting)
+    return Plan(minutes, grounding_steps, steps, batch_size, rounds, speeds, frames, episodes)
+
+
+class StepTimer:
+    """Mean seconds of a step, by its kind; the first one of a kind does not count."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._steps: dict[str, int] = defaultdict(int)
+
+    def add(self, kind: str, seconds: float) -> None:
+        self._steps[kind] += 1
+        if self._steps[kind] > 1:
+            self._seconds[kind] += seconds
+
+    def means(self) -> dict[str, float]:
+        """Of the kinds of which two steps or more were taken."""
+        counts = {kind: steps - 1 for kind, steps in self._steps.items() if steps > 1}
+        return {kind: self._seconds[kind] / count for kind, count in counts.items()}
+
+
+def probe(steps: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Seconds of each kind of step, measured by taking a few."""
+    timer = StepTimer()
+    for kind, take in steps.items():
+        for _ in range(_PROBES):
+            began = time.monotonic()
+            take()
+            timer.add(kind, time.monotonic() - began)
+    return timer.means()

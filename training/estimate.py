@@ -1,0 +1,76 @@
+"""How many steps of training fit into a budget of minutes, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+
+import numpy as np
+import torch
+
+from ceed_vla.configuration_ceed_vla import CeedVLAConfig
+from ceed_vla.data.frames import FrameStore
+from ceed_vla.modeling_ceed_vla import CeedVLAPolicy
+from ceed_vla.processor_ceed_vla import make_ceed_vla_pre_post_processors
+from training.budget import ACTION, BATCH, GROUNDING, Plan, Speeds, divide, probe
+from training.defaults import take_from_data
+from training.fit_tokens import fit_action_tokens
+from training.mixture import Mixture
+from training.optim import computes_bfloat16
+from training.teacher import TeacherObjective
+from training.train_config import TrainConfig
+
+
+def estimate(
+    stores: Sequence[FrameStore],
+    policy: CeedVLAConfig,
+    minutes: float,
+    grounding: Sequence[FrameStore] = (),
+) -> Plan:
+    """What `ceed-vla train --max_minutes` would choose for these data on this machine.
+
+    A new policy takes a few steps whose gradients are thrown away; it does not matter whether the
+    images are decoded.
+
+    Args:
+        stores: Data sets with actions.
+        policy: Its settings; what they leave open comes from the data.
+        minutes: The budget, above 0.
+        grounding: Data sets without actions for the auxiliary target.
+    """
+    settings = deepcopy(policy)
+    stats = take_from_data(settings, stores, grounding, None)
+    fit_action_tokens(settings, stores)
+    made = CeedVLAPolicy(settings, dataset_stats=stats)
+    tasks = [task for store in (*stores, *grounding) for task in store.tasks]
+    pre, _ = make_ceed_vla_pre_post_processors(settings, stats, instructions=tasks)
+    objective = TeacherObjective(made).train()
+    regressed = made.backbone.auxiliary is not None and len(grounding) > 0
+    mixtures = {ACTION: Mixture(stores, None, 0, settings.chunk_size)}
+    if regressed:
+        mixtures[GROUNDING] = Mixture(grounding, None, 0, settings.chunk_size)
+    bfloat16 = torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16("cpu"))
+
+    def take(size: int, beside: int) -> Callable[[], None]:
+        def step() -> None:
+            batch = pre(mixtures[ACTION].draw(size, 0)) if size else None
+            frames = pre(mixtures[GROUNDING].draw(beside, 0)) if beside and regressed else None
+            with bfloat16:
+                loss, _ = objective(batch, frames, 1.0, 1.0)
+            loss.backward()
+            objective.zero_grad()
+
+        return step
+
+    kinds = {ACTION: take(BATCH, TrainConfig.grounding_batch)}
+    if regressed:
+        kinds[GROUNDING] = take(0, 2 * BATCH)
+    with torch.random.fork_rng(devices=[]):
+        seconds = probe(kinds)
+    return divide(
+        minutes,
+        Speeds(seconds.get(GROUNDING, 0.0), seconds[ACTION]),
+        grounded=regressed,
+        frames=sum(len(store) for store in stores),
+        episodes=sum(len(np.unique(store.episode)) for store in stores),
+    )

@@ -1,0 +1,123 @@
+"""What a training run says at its end: how far it came, what it knows, and what comes next.
+
+What it knows is measured on episodes that it never saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor
+
+from ceed_vla.data.frames import FrameStore
+from ceed_vla.outputs import default_console
+from ceed_vla.wording import counted
+from training.held_out import held_out_frames
+
+MOST_FRAMES = 256  # that are measured on
+PART = 32  # of them at once
+NOTHING_HELD_OUT = "No episode was held out: fewer than ten in a data set, or --held_out 0"
+
+
+@dataclass
+class Summary:
+    """Lines of the end of a run.
+
+    Attributes:
+        steps: Steps taken.
+        asked: Steps asked for, or chosen at the start.
+        seconds: That the run took.
+        measured: Name -> value, for the log.
+        lines: What was found on held-out episodes, in words.
+        checkpoint: The final one's folder.
+        following: The command that comes next.
+    """
+
+    steps: int
+    asked: int
+    seconds: float
+    checkpoint: str
+    following: str
+    measured: dict[str, float] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+    def show(self, console: Console | None = None) -> None:
+        """Print it."""
+        taken = f"{self.steps:,} of {counted(self.asked, 'step')} in {self.seconds / 60:.1f} minutes"
+        rows = [taken, *self.lines, f"Checkpoint: {self.checkpoint}", f"Next: {self.following}"]
+        for row in rows:
+            (console or default_console()).print(row, soft_wrap=True, highlight=False, markup=False)
+
+
+@dataclass
+class HeldOut:
+    """Frames of whole episodes that training left out."""
+
+    stores: Sequence[FrameStore]
+    frames: list[NDArray[np.int64]]  # of every store
+    episodes: int
+
+    @property
+    def count(self) -> int:
+        return sum(len(frames) for frames in self.frames)
+
+    def __str__(self) -> str:
+        return f"{counted(self.count, 'frame')} of {counted(self.episodes, 'held-out episode')}"
+
+
+def find_held_out(stores: Sequence[FrameStore], share: float) -> HeldOut:
+    """Up to `MOST_FRAMES` frames of the held-out episodes, drawn evenly; the same ones at any time."""
+    found, episodes = [], 0
+    for store in stores:
+        frames = np.flatnonzero(held_out_frames(store, share))
+        episodes += len(np.unique(store.episode[frames]))
+        most = max(1, MOST_FRAMES // len(stores))
+        if len(frames) > most:
+            frames = np.sort(np.random.default_rng(0).choice(frames, most, replace=False))
+        found.append(frames)
+    return HeldOut(stores, found, episodes)
+
+
+def held_out_batches(held: HeldOut, pre: Any, chunk_size: int) -> list[dict[str, Any]]:
+    """Pre-processed batches of up to `PART` frames with their action chunks."""
+    batches = []
+    for store, frames in zip(held.stores, held.frames, strict=True):
+        for part in np.split(frames, range(PART, len(frames), PART)):
+            if len(part):
+                batches.append(pre(store.batch(part, chunk_size)))
+    return batches
+
+
+@torch.no_grad()
+def token_accuracy(policy: Any, forward: Any, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Share of the tokens that the policy names, shown those before them; and of the best constant block.
+
+    Args:
+        policy: Whose vocabulary it is, in evaluation mode.
+        forward: Pre-processed batch -> (loss, parts), as `CeedVLAPolicy.forward`.
+        batches: Of held-out frames.
+    """
+    hits, rows, labels = 0.0, 0, []
+    for batch in batches:
+        labels.append(policy.tokenizer.encode(batch["action"]).cpu())
+        hits += len(labels[-1]) * forward(batch)[1]["token_accuracy"]
+        rows += len(labels[-1])
+    every = torch.cat(labels)  # (N, n)
+    constant = every.mode(0).values
+    return {
+        "held_out_token_accuracy": hits / rows,
+        "constant_token_accuracy": (every == constant).double().mean().item(),
+    }
+
+
+@torch.no_grad()
+def mean_forwards(policy: Any, batch: dict[str, Any], decoding: Any, previous: Tensor | None = None) -> float:
+    """Mean forwards of a chunk of one batch with a decoder."""
+    result = policy.decode(batch, decoding, previous=previous, read=False)
+    return float(result.iterations.double().mean())

@@ -1,7 +1,8 @@
 """gymnasium-robotics' FetchPickAndPlace with cameras: a block has to be brought to a red mark.
 
-The policy sees two cameras and knows where the gripper is. Where block and mark are is in the images
-only. Importing this module registers ``--env.type=fetch_pick``.
+The policy sees two cameras, which move with the hand as wrist cameras do, and knows where the gripper
+is. Where block and mark are is in the images only. Importing this module registers
+``--env.type=fetch_pick``.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from lerobot.envs.configs import EnvConfig
 
 from sim.environment import Privileged
 
-VIEWS = {"front": (180.0, -30.0), "side": (90.0, -20.0)}  # azimuth and elevation [deg]
-CENTRE, DISTANCE = (1.33, 0.75, 0.58), 1.0  # what the cameras look at, and from how far [m]
+VIEWS = {"front": (180.0, -40.0), "side": (90.0, -15.0)}  # azimuth and elevation [deg]
+DISTANCE = 0.85  # of the cameras, which move with the hand, from the gripper [m]
 SPEED = 0.05  # of a full action [m per control step]
 OPEN, CLOSED = 1.0, -1.0
 HELD = 0.06  # distance of the fingers when the block, 5 cm wide, is held [m]
@@ -65,7 +66,8 @@ class FetchPick(gymnasium.Env):
 
     def render(self, view: str = "front") -> Any:
         camera = mujoco.MjvCamera()
-        camera.lookat[:], camera.distance = CENTRE, DISTANCE
+        camera.lookat[:] = self.seen["observation"][:3] + [0, 0, 0.08]
+        camera.distance = DISTANCE
         camera.azimuth, camera.elevation = VIEWS[view]
         self.fetch._render_callback()  # puts the red mark where the goal is
         self.renderer.update_scene(self.fetch.data, camera)
@@ -96,11 +98,13 @@ class FetchPick(gymnasium.Env):
         return np.concatenate(places).astype(np.float32)
 
     def scatter(self, rng: np.random.Generator) -> None:
-        """Move the gripper anywhere over the table."""
+        """Anywhere over the table, then a part of the expert's way: near the block, or with it."""
         goal = rng.uniform((1.15, 0.55, 0.43), (1.5, 0.95, 0.75))
-        for _ in range(8):
+        for _ in range(6):
             step = (goal - self.seen["observation"][:3]) / SPEED
             self.advance(np.append(np.clip(step, -1, 1), rng.choice([OPEN, CLOSED])))
+        for _ in range(rng.integers(0, 20)):
+            self.advance(self.expert_action() + np.append(rng.normal(0, 0.2, 3), 0))
 
     def retarget(self, rng: np.random.Generator) -> None:
         """Move the mark."""

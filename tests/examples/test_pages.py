@@ -67,7 +67,7 @@ def test_the_commands_of_the_page_for_own_data(tmp_path: Path) -> None:
     assert "Verdict: ready" in output  # inspect
     assert "0.7 minutes on this machine:" in output
     assert "Verdict: it follows the demonstrations" in output  # open-loop
-    assert output.count("held-out episode") == 2  # the summaries of teacher and student
+    assert output.count("held-out episode") >= 2  # the summaries of teacher and student
     report = json.loads((tmp_path / "eval" / "report.json").read_text())
     assert report["complete"]
     assert set(report["decoders"]) == {"teacher_ar", "ar", "jacobi", "ceed", "cap1"}

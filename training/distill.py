@@ -32,11 +32,12 @@ from training.distill_data import DistillData, OnlineData, StoredData, Trajector
 from training.losses import after_first_divergence, find_loss, needs
 from training.objective import DistillationObjective
 from training.run import ClosedLoop, Run
-from training.run_config import RunConfig
+from training.run_config import ANY_NUMBER, RunConfig
 from training.settings import BATCHES, NONE_OR_COUNTS, NONE_OR_RATES, RATES
 from training.summary import Summary
 from training.trajectories import guess_shares
 
+STEPS = 400  # without a budget
 SCORED = 64  # frames that say which prefix tokens matter
 
 
@@ -45,6 +46,7 @@ class DistillConfig(RunConfig):
     """Settings of `ceed-vla distill`.
 
     Attributes:
+        steps: Optimiser steps; 400 if not given, as many as fit with max_minutes.
         teacher_path: The teacher; the student starts from it.
         trajectories: Where the teacher's trajectories come from.
         roots: Comma-separated data sets; those that stored trajectories were collected on, in the same order.
@@ -80,7 +82,7 @@ class DistillConfig(RunConfig):
     max_iterations: int = ranged(2, "[1, 1e6]")
     confidence: float | None = ranged(None, "(0, 1]")
     device: str = "cpu"
-    steps: int = ranged(400, COUNTS)
+    steps: int | None = ranged(None, COUNTS)  # type: ignore[assignment]  # every run knows it in the end
     batch_size: int = ranged(48, BATCHES)
     lr: float = ranged(3e-4, RATES)
     muon_lr: float = ranged(3e-4, NONE_OR_RATES)
@@ -92,6 +94,8 @@ class DistillConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.steps is None:
+            self.steps = ANY_NUMBER if self.max_minutes else STEPS
         guess_shares(self.guesses)
         find_loss(self.loss)
         if self.curriculum != "uniform" and self.states == "stored":

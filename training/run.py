@@ -28,7 +28,7 @@ from ceed_vla.supervision import finish_training
 from training import states
 from training.budget import FEW_STEPS, STEP, StepTimer
 from training.optim import build_optimizers, computes_bfloat16, cosine_factor
-from training.run_config import RunConfig
+from training.run_config import ANY_NUMBER, RunConfig
 from training.settings import full_disk
 from training.summary import Summary
 
@@ -249,7 +249,7 @@ class Run:
         timing = self._mean_over_processes({"elapsed": elapsed, **seconds})  # the same in all processes
         left = 60 * self.settings.max_minutes - timing.pop("elapsed")
         self.total = max(min(planned, self.steps_in_budget(left, timing)), self.step)
-        if self.total < FEW_STEPS * planned and not self.warned:
+        if self.total < FEW_STEPS * planned and planned < ANY_NUMBER and not self.warned:
             logger.warning(
                 "--max_minutes %g allows about %d of --steps %d. A run that ends so early has rarely "
                 "learnt its task: give it more minutes, smaller images or a smaller --batch_size.",
@@ -259,7 +259,8 @@ class Run:
 
     def _end(self, final: Path, seconds: float, planned: int) -> None:
         """Measure on held-out episodes, log it, and print the summary."""
-        summary = Summary(self.step, planned, seconds, str(final), self.next_command(final))
+        asked = planned if planned < ANY_NUMBER else self.step
+        summary = Summary(self.step, asked, seconds, str(final), self.next_command(final))
         self.policy.eval()
         self.summarize(summary)
         if summary.measured:

@@ -12,6 +12,8 @@ from training.held_out import SHARE
 from training.held_out import SHARES as HELD_OUT_SHARES
 from training.settings import BATCHES, NONE_OR_COUNTS, NONE_OR_RATES, RATES, SHARES
 
+ANY_NUMBER = 10**9  # of steps: as many as a budget allows
+
 
 @dataclass
 class RunConfig(Checked):

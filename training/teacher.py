@@ -41,9 +41,10 @@ from training.defaults import Privileged, check_target, describe, named_terms, t
 from training.fit_tokens import fit_action_tokens
 from training.mixture import Mixture, check_compatible, check_fits
 from training.run import TAKEOVER, ClosedLoop, Run
+from training.run_config import ANY_NUMBER
 from training.settings import number_list, split_list
 from training.summary import NOTHING_HELD_OUT, Summary, find_held_out, held_out_batches, mean_forwards, token_accuracy
-from training.train_config import ANY_NUMBER, TrainConfig
+from training.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from training.run_config import RunConfig
 from training.settings import BATCHES, NONE_OR_COUNTS, NONE_OR_RATES, number_list, split_list
 
 STEPS, GROUNDING_STEPS, BATCH_SIZE, ROUNDS = 8000, 1000, 32, 2  # without a budget
-ANY_NUMBER = 10**9  # of steps, before a resumed run knows its own
 
 
 @dataclass

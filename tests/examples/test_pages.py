@@ -70,7 +70,7 @@ def test_the_commands_of_the_page_for_own_data(tmp_path: Path) -> None:
     assert output.count("held-out episode") >= 2  # the summaries of teacher and student
     report = json.loads((tmp_path / "eval" / "report.json").read_text())
     assert report["complete"]
-    assert set(report["decoders"]) == {"teacher_ar", "ar", "jacobi", "ceed", "cap1"}
+    assert set(report["decoders"]) == {"teacher_cap4", "teacher_ar", "ar", "jacobi", "ceed", "cap1"}
     assert report["decoders"]["ceed"]["episodes"] == 4
     rows = report["decoders"]
     assert rows["ceed"]["forwards_mean"] <= rows["jacobi"]["forwards_mean"] < rows["ar"]["forwards_mean"]

@@ -92,8 +92,8 @@ COMMANDS = {
         "distill the teacher into a student that decodes in few forwards",
         "training.distill DistillConfig distill",
         must="teacher.path trajectories.path roots output_dir",
-        may="trajectories.online steps batch_size lr loss states max_iterations confidence lora.rank device seed "
-        "threads resume",
+        may="trajectories.online steps max_minutes batch_size lr loss states max_iterations confidence env.type "
+        "lora.rank device seed threads resume",
         kept=f"the last saved state is in {{output_dir}}; {_RESUMABLE}",
         simulator="sim.hooks StudentSimulation",
     ),

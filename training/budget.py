@@ -19,18 +19,31 @@ GROUNDING_SHARE = 0.2  # of the time, where there are grounding frames
 TAKEOVER_SHARE = 0.1  # of the time, for each round
 BATCH, SMALL_BATCH = 32, 16  # frames of a step on actions
 FEWEST = 600  # steps on actions: with fewer, half a batch gives more of them
-ENOUGH = 1000  # steps on actions, in the runs of docs/own-data.md that learnt their task
+ENOUGH = 900  # steps on actions, in the runs of docs/own-data.md that learnt their task
 FEW_STEPS = 1 / 3  # of the steps asked for: a run says so at its start
 FEWEST_EPISODES = 100  # with fewer demonstrations the runs of docs/own-data.md failed
+SHORTEST = 1e-6  # [s] of a step
 _PROBES = 3  # steps of each kind, of which the first does not count
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Seconds of a step: on grounding frames, and on actions with `BATCH` frames."""
+    """Seconds of a step.
+
+    Attributes:
+        grounding: On twice `batch` grounding frames; 0 where there are none.
+        action: On `batch` frames with actions, and the grounding frames beside them.
+        batch: Frames.
+    """
 
     grounding: float
     action: float
+    batch: int = BATCH
+
+    def scaled(self, batch: int) -> Speeds:
+        """About the speeds with another batch."""
+        factor = batch / self.batch
+        return Speeds(self.grounding * factor, self.action * factor, batch)
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Plan:
         steps: Steps on actions.
         batch_size: Frames of a step on actions.
         rounds: Takeover rounds.
-        speeds: What it was computed from.
+        speeds: Of its steps.
         frames: Frames with actions.
         episodes: Demonstrated episodes.
     """
@@ -63,13 +76,21 @@ class Plan:
         return self.steps * self.batch_size >= ENOUGH * BATCH and self.episodes >= FEWEST_EPISODES
 
     @property
+    def expectation(self) -> str:
+        """What to expect of it, by what was measured."""
+        if self.enough:
+            return "With as many steps and episodes docs/own-data.md's task was learnt; others may need more."
+        return f"So little has rarely been enough for a task of one object: {self.advice}."
+
+    @property
     def advice(self) -> str:
         """What to change where it is not `enough`; else empty."""
         found = []
         if self.steps * self.batch_size < ENOUGH * BATCH:
-            action = self.speeds.action * ENOUGH / 60
+            action = self.speeds.scaled(BATCH).action * ENOUGH / 60
             spent = (GROUNDING_SHARE if self.grounding_steps else 0.0) + TAKEOVER_SHARE * self.rounds
-            found.append(f"give about {math.ceil(action / (1 - spent))} minutes, or smaller images")
+            minutes = math.ceil(action / (1 - spent))
+            found.append(f"give about {minutes} minutes" if minutes > self.minutes else "take more --steps")
         if self.episodes < FEWEST_EPISODES:
             found.append(f"record {FEWEST_EPISODES} episodes or more")
         return "; ".join(found)
@@ -83,7 +104,7 @@ class Plan:
             parts.append(counted(self.rounds, "takeover round"))
         return (
             f"{self.minutes:g} minutes on this machine: {', '.join(parts)} "
-            f"({self.speeds.action:.2f} s for a step of {BATCH} frames); every frame is seen about "
+            f"({self.speeds.action:.2f} s each); every frame is seen about "
             f"{seen:.1f} times"
         )
 
@@ -114,16 +135,19 @@ def divide(
         steps: Most steps on actions.
     """
     seconds = 60 * minutes
+    available = seconds * (1 - TAKEOVER_SHARE * rounds)
+    share = GROUNDING_SHARE * seconds if grounded else 0.0
+    if batch_size is None:
+        batch_size = BATCH if available - share >= FEWEST * speeds.scaled(BATCH).action else SMALL_BATCH
+    scaled = speeds.scaled(batch_size)
     if not grounded:
         grounding_steps = 0
     elif grounding_steps is None:
-        grounding_steps = max(1, int(GROUNDING_SHARE * seconds / speeds.grounding))
-    left = seconds * (1 - TAKEOVER_SHARE * rounds) - grounding_steps * speeds.grounding
-    if batch_size is None:
-        batch_size = BATCH if left >= FEWEST * speeds.action else SMALL_BATCH
-    fitting = max(1, int(left / (speeds.action * batch_size / BATCH)))
+        grounding_steps = max(1, int(share / max(scaled.grounding, SHORTEST)))
+    left = available - grounding_steps * scaled.grounding
+    fitting = max(1, int(left / max(scaled.action, SHORTEST)))
     steps = fitting if steps is None else min(steps, fitting)
-    return Plan(minutes, grounding_steps, steps, batch_size, rounds, speeds, frames, episodes)
+    return Plan(minutes, grounding_steps, steps, batch_size, rounds, scaled, frames, episodes)
 
 
 class StepTimer:

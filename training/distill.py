@@ -11,6 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from ceed_vla.checkpoints import load
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.decoding.exits import exit_rules
+from ceed_vla.discovery import discovered
 from ceed_vla.errors import ConfigError, DatasetError
 from ceed_vla.fields import COUNTS, chosen, ranged
 from ceed_vla.outputs import owned_folder
@@ -235,11 +237,12 @@ class DistillRun(Run):
 
     def after_step(self) -> None:
         every = self.config.eval_every
-        if self.step == self.total or (every and self.step % every == 0):
+        if every and self.step % every == 0 and self.step < self.total:
             self.log(self._measure())
 
     def summarize(self, summary: Summary) -> None:
         found = self._measure()
+        summary.measured |= found
         frames = counted(len(self.data.held_out), "frame")
         where = f"{frames} of held-out episodes" if self.data.whole_episodes else f"{frames} (no episode was held out)"
         summary.lines += [
@@ -252,15 +255,21 @@ class DistillRun(Run):
 
     def next_command(self, checkpoint: Path) -> str:
         env = getattr(self.config, "env", None)
+        policy = f"--policy.path {quote(str(checkpoint))}"
         if env is None or env.type == "none":
+            data = f"--roots {quote(self.config.roots)} --held_out {self.config.held_out:g}"
+            if not self.data.whole_episodes:
+                data = "--roots DATA_THAT_IT_WAS_NOT_TRAINED_ON"
             return (
-                f"ceed-vla open-loop --policy.path {checkpoint} --roots {self.config.roots} "
-                f"--held_out {self.config.held_out:g} --decoders jacobi,ceed --output_dir {self.output / 'open-loop'}"
+                f"ceed-vla open-loop {policy} {data} --decoders jacobi,ceed "
+                f"--output_dir {quote(str(self.output / 'open-loop'))}"
             )
+        where = f"--env.type={env.type}"
+        if packages := discovered():
+            where += f" --discover_packages_path={','.join(packages)}"
         return (
-            f"ceed-vla calibrate --policy.path {checkpoint} --env.type={env.type} --output_dir "
-            f"{self.output / 'calibrated'} (chooses the exit), or ceed-vla eval --policy.path {checkpoint} "
-            f"--env.type={env.type} --teacher.path {self.config.teacher_path}"
+            f"ceed-vla calibrate {policy} {where} --output_dir {quote(str(self.output / 'calibrated'))} "
+            f"(chooses the exit), or ceed-vla eval {policy} --teacher.path {quote(self.config.teacher_path)} {where}"
         )
 
     @torch.no_grad()

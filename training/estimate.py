@@ -44,12 +44,14 @@ def estimate(
     made = CeedVLAPolicy(settings, dataset_stats=stats)
     tasks = [task for store in (*stores, *grounding) for task in store.tasks]
     pre, _ = make_ceed_vla_pre_post_processors(settings, stats, instructions=tasks)
+    made.to(settings.device or "cpu")
     objective = TeacherObjective(made).train()
     regressed = made.backbone.auxiliary is not None and len(grounding) > 0
     mixtures = {ACTION: Mixture(stores, None, 0, settings.chunk_size)}
     if regressed:
         mixtures[GROUNDING] = Mixture(grounding, None, 0, settings.chunk_size)
-    bfloat16 = torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16("cpu"))
+    device = settings.device or "cpu"
+    bfloat16 = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=computes_bfloat16(device))
 
     def take(size: int, beside: int) -> Callable[[], None]:
         def step() -> None:
@@ -65,7 +67,7 @@ def estimate(
     kinds = {ACTION: take(BATCH, TrainConfig.grounding_batch)}
     if regressed:
         kinds[GROUNDING] = take(0, 2 * BATCH)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         seconds = probe(kinds)
     return divide(
         minutes,

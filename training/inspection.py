@@ -163,7 +163,8 @@ def _add_training(report: dict[str, Any], whole: FrameStore, config: InspectConf
     try:
         tokens = fit_policy(policy, whole)
         report["choices"] = choices(whole, policy, tokens)
-        check_actions(tokens, whole.action, MOST_CLIPPED)
+        if not tokens.normalised:  # whose range is that of no data set
+            check_actions(tokens, whole.action, MOST_CLIPPED)
     except CeedVLAError as error:
         report["faults"].append(str(error))
     if config.minutes and report["choices"]:
@@ -174,7 +175,7 @@ def _add_training(report: dict[str, Any], whole: FrameStore, config: InspectConf
         except CeedVLAError as error:
             report["faults"] += [] if str(error) in report["faults"] else [str(error)]
             return
-        report["budget"] = str(budget)
+        report["budget"] = f"{budget}. {budget.expectation if budget.enough else ''}".rstrip()
         if not budget.enough:
             report["warnings"].append(f"Time or data are scarce for {config.minutes:g} minutes: {budget.advice}.")
 

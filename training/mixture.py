@@ -27,7 +27,7 @@ class Mixture:
         weights: Their shares, by default in proportion to their frames.
         seed: Decides what is drawn, with the step.
         chunk_size: Steps m of an action chunk.
-        held_out: Share of every data set's episodes that is never drawn.
+        held_out: Share of each data set's episodes that is never drawn; None for nothing.
 
     `DatasetError` where they do not go together.
     """
@@ -38,14 +38,17 @@ class Mixture:
         weights: Sequence[float] | None,
         seed: int,
         chunk_size: int,
-        held_out: float = 0.0,
+        held_out: Sequence[float] | None = None,
     ) -> None:
         check_compatible(stores)
         self.stores, self.seed, self.chunk_size = list(stores), seed, chunk_size
         shares = np.asarray(weights if weights else [len(s) for s in stores], dtype=np.float64)
         self.shares = shares / shares.sum()
         pairs = zip(stores, self.shares.tolist(), strict=True)
-        self.rows = [np.flatnonzero(~held_out_frames(store, held_out)) for store in stores]
+        kept_out = held_out if held_out is not None else [0.0] * len(stores)
+        self.rows = [
+            np.flatnonzero(~held_out_frames(store, part)) for store, part in zip(stores, kept_out, strict=True)
+        ]
         self.windows = [
             sliding(_edges(store, rows), share * store.together, seed, rows)
             for (store, share), rows in zip(pairs, self.rows, strict=True)

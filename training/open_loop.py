@@ -30,7 +30,6 @@ from ceed_vla.fields import COUNTS, Checked, ranged
 from ceed_vla.files import replacing, write_text
 from ceed_vla.outputs import MADE_BY, claimed_folder, default_console
 from ceed_vla.tokens.base import ActionTokens
-from ceed_vla.wording import counted
 from training.held_out import SHARES, held_out_frames
 from training.mixture import check_compatible, check_fits
 from training.settings import full_disk, split_list
@@ -89,6 +88,11 @@ class _Row:
     seconds: list[float] = field(default_factory=list)
     drawn: list[NDArray[np.float32]] = field(default_factory=list)  # (steps, A) executed
 
+    @property
+    def errors_malformed(self) -> int:
+        """Chunks whose tokens stand for no chunk."""
+        return int(np.isnan(self.errors).sum())
+
 
 def open_loop(config: OpenLoopConfig) -> dict[str, Any]:
     """Decode a chunk after every `executed_steps` of an episode, and compare it with what was demonstrated.
@@ -115,6 +119,16 @@ def _open_loop(config: OpenLoopConfig, folder: Path) -> dict[str, Any]:
     rows = {name: _Row(policy.config.named(name)) for name in dict.fromkeys(["ar", *split_list(config.decoders)])}
     stores = [open_dataset(root) for root in roots]
     check_compatible(stores)
+    looked_at = [_looked_at(store, config.held_out) for store in stores]
+    some = [index for index, mask in enumerate(looked_at) if mask.any()]
+    if not some:
+        raise DatasetError(
+            f"{config.roots}: no episode was held out: data sets of fewer than ten spare none. Name a data set that "
+            "the policy was not trained on, without --held_out."
+        )
+    roots = [roots[index] for index in some]
+    stores = [stores[index] for index in some]
+    masks = [looked_at[index] for index in some]
     for store in stores:
         check_fits(store, policy.config, pre)
         if store.action is None:
@@ -124,7 +138,6 @@ def _open_loop(config: OpenLoopConfig, folder: Path) -> dict[str, Any]:
     width[width == 0] = 1.0
     most = math.ceil(config.chunks / len(stores))  # of a data set
     places = [np.arange(len(store)) - np.searchsorted(store.episode, store.episode) for store in stores]
-    masks = [_looked_at(store, config.held_out) for store in stores]
     plans = [np.flatnonzero((p % steps == 0) & mask)[:most] for p, mask in zip(places, masks, strict=True)]
     moments = [(store, int(frame)) for store, plan in zip(stores, plans, strict=True) for frame in plan]
     episodes = [(str(store.root), int(store.episode[frame])) for store, frame in moments]
@@ -153,12 +166,14 @@ def _open_loop(config: OpenLoopConfig, folder: Path) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     own, mean_error = (report["rows"][name]["error"] for name in ("ar", MEAN_ACTION))
-    report["ratio"] = round(own / mean_error, 4) if own is not None and mean_error else None
+    mostly_malformed = 2 * rows["ar"].errors_malformed > len(rows["ar"].errors)
+    known = own is not None and mean_error and not mostly_malformed
+    report["ratio"] = round(own / mean_error, 4) if known else None
     with full_disk(folder, "nothing was written"):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
         drawn = {name: np.concatenate(row.drawn[: len(plans[0])]) for name, row in rows.items()}
-        _draw(stores[0], drawn, folder / PICTURE)
+        _draw(stores[0], np.flatnonzero(masks[0])[:_DRAWN], drawn, folder / PICTURE)
     _print(report)
     print(f"Written: {folder / REPORT}, {folder / PICTURE}")
     print(verdict(report["ratio"], config.gate or LEARNT))
@@ -171,17 +186,8 @@ def _open_loop(config: OpenLoopConfig, folder: Path) -> dict[str, Any]:
 
 
 def _looked_at(store: FrameStore, held_out: float) -> NDArray[np.bool_]:
-    """Which frames (N,) are looked at; `DatasetError` where there are too few episodes to hold one out."""
-    if not held_out:
-        return np.ones(len(store), dtype=bool)
-    mask = held_out_frames(store, held_out)
-    if not mask.any():
-        episodes = len(np.unique(store.episode))
-        raise DatasetError(
-            f"{store.root}: none of its {counted(episodes, 'episode')} was held out: data sets of fewer than ten "
-            "spare none. Name a data set that the policy was not trained on, without --held_out."
-        )
-    return mask
+    """Which frames (N,) are looked at; none where there are too few episodes to hold one out."""
+    return held_out_frames(store, held_out) if held_out else np.ones(len(store), dtype=bool)
 
 
 def _passes(ratio: float | None, gate: float) -> bool:
@@ -268,19 +274,18 @@ def _print(report: dict[str, Any]) -> None:
     default_console().print(table)
 
 
-def _draw(store: FrameStore, actions: dict[str, NDArray[np.float32]], path: Path) -> None:
-    """Demonstrated and decoded actions of the first frames, a panel for every dimension."""
+def _draw(store: FrameStore, frames: NDArray[np.int64], actions: dict[str, NDArray[np.float32]], path: Path) -> None:
+    """Demonstrated and decoded actions of `frames` (F,), a panel for every dimension."""
     assert store.action is not None
-    frames = min(_DRAWN, len(store))
     names = store.labels.get(ACTION, [])
     names = names if len(names) == store.action.shape[1] else [f"action {i}" for i in range(store.action.shape[1])]
     with mpl.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(9.0, 1.3 * len(names) + 0.6), layout="constrained")
         panels = np.atleast_1d(figure.subplots(len(names), 1, sharex=True))
         for dim, (panel, label) in enumerate(zip(panels, names, strict=True)):
-            panel.plot(store.action[:frames, dim], color="black", linewidth=2.0, alpha=0.3, label="demonstrated")
+            panel.plot(store.action[frames, dim], color="black", linewidth=2.0, alpha=0.3, label="demonstrated")
             for name, found in actions.items():
-                panel.plot(found[:frames, dim], linewidth=0.8, label=name)
+                panel.plot(found[: len(frames), dim], linewidth=0.8, label=name)
             panel.set_ylabel(str(label))
         panels[0].legend(ncols=len(actions) + 1, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
         panels[-1].set_xlabel("frame")

@@ -5,7 +5,7 @@ What it knows is measured on episodes that it never saw.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,18 +84,16 @@ def find_held_out(stores: Sequence[FrameStore], share: float) -> HeldOut:
     return HeldOut(stores, found, episodes)
 
 
-def held_out_batches(held: HeldOut, pre: Any, chunk_size: int) -> list[dict[str, Any]]:
-    """Pre-processed batches of up to `PART` frames with their action chunks."""
-    batches = []
+def held_out_batches(held: HeldOut, pre: Any, chunk_size: int, size: int = PART) -> Iterator[dict[str, Any]]:
+    """Pre-processed batches of up to `size` frames with their action chunks."""
     for store, frames in zip(held.stores, held.frames, strict=True):
-        for part in np.split(frames, range(PART, len(frames), PART)):
+        for part in np.split(frames, range(size, len(frames), size)):
             if len(part):
-                batches.append(pre(store.batch(part, chunk_size)))
-    return batches
+                yield pre(store.batch(part, chunk_size))
 
 
 @torch.no_grad()
-def token_accuracy(policy: Any, forward: Any, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
+def token_accuracy(policy: Any, forward: Any, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Share of the tokens that the policy names, shown those before them; and of the best constant block.
 
     Args:
@@ -103,17 +101,27 @@ def token_accuracy(policy: Any, forward: Any, batches: Sequence[dict[str, Any]])
         forward: Pre-processed batch -> (loss, parts), as `CeedVLAPolicy.forward`.
         batches: Of held-out frames.
     """
-    hits, rows, labels = 0.0, 0, []
+    hits = 0.0
+    labels: list[Tensor] = []
+    weights: list[Tensor] = []
     for batch in batches:
-        labels.append(policy.tokenizer.encode(batch["action"]).cpu())
-        hits += len(labels[-1]) * forward(batch)[1]["token_accuracy"]
-        rows += len(labels[-1])
+        tokens = policy.tokenizer.encode(batch["action"])
+        weight = policy.tokenizer.weight(tokens, batch.get("action_is_pad")).cpu()
+        hits += float(weight.sum()) * forward(batch)[1]["token_accuracy"]
+        labels.append(tokens.cpu())
+        weights.append(weight)
     every = torch.cat(labels)  # (N, n)
-    constant = every.mode(0).values
+    live = torch.cat(weights)  # (N, n), 0 where nothing is learnt
+    # The most frequent token of every slot, where it is live.
+    constant = torch.stack([_mode(column[on > 0]) for column, on in zip(every.T, live.T, strict=True)])
     return {
-        "held_out_token_accuracy": hits / rows,
-        "constant_token_accuracy": (every == constant).double().mean().item(),
+        "held_out_token_accuracy": hits / float(live.sum()),
+        "constant_token_accuracy": float(((every == constant) * live).sum() / live.sum()),
     }
+
+
+def _mode(tokens: Tensor) -> Tensor:
+    return tokens.mode().values if len(tokens) else torch.tensor(-1)
 
 
 @torch.no_grad()

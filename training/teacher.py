@@ -7,7 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from training.budget import (
     FEW_STEPS,
     GROUNDING,
     GROUNDING_SHARE,
+    SHORTEST,
     TAKEOVER_SHARE,
     Speeds,
     divide,
@@ -43,7 +46,15 @@ from training.mixture import Mixture, check_compatible, check_fits
 from training.run import TAKEOVER, ClosedLoop, Run
 from training.run_config import ANY_NUMBER
 from training.settings import number_list, split_list
-from training.summary import NOTHING_HELD_OUT, Summary, find_held_out, held_out_batches, mean_forwards, token_accuracy
+from training.summary import (
+    NOTHING_HELD_OUT,
+    PART,
+    Summary,
+    find_held_out,
+    held_out_batches,
+    mean_forwards,
+    token_accuracy,
+)
 from training.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -154,12 +165,15 @@ class TeacherRun(Run):
         self.batch_size = config.batch_size or BATCH
         self.first = (config.grounding_steps or 0) if self.grounding else 0
         self.total = self.first + config.steps if config.steps else ANY_NUMBER
-        if not config.max_minutes or config.resume:  # a resumed run goes on with the sizes that it had
+        self.most_first = self.first
+        if not config.max_minutes:
             return
-        self.speeds = self._measure_speeds()
+        if config.resume:  # it goes on with the sizes that it had
+            self.total = ANY_NUMBER
+            return
         plan = divide(
             config.max_minutes,
-            self.speeds,
+            self._measure_speeds(),
             grounded=bool(self.grounding),
             frames=sum(len(store) for store in self.demonstrations),
             episodes=sum(len(np.unique(store.episode)) for store in self.demonstrations),
@@ -169,25 +183,27 @@ class TeacherRun(Run):
             steps=config.steps,
         )
         logger.info("%s", plan)
-        if plan.advice:
-            logger.warning("So little has rarely been enough for a task of one object: %s.", plan.advice)
+        logger.log(logging.INFO if plan.enough else logging.WARNING, "%s", plan.expectation)
         if config.steps and plan.steps < FEW_STEPS * config.steps:
             logger.warning(
                 "--max_minutes %g allows about %d of --steps %d.", config.max_minutes, plan.steps, config.steps
             )
-        self.warned = True
-        self.batch_size, self.first = plan.batch_size, plan.grounding_steps
+            self.warned = True
+        self.batch_size, self.speeds = plan.batch_size, plan.speeds
+        self.first = self.most_first = plan.grounding_steps
         self._check_split(self.batch_size, "batch_size")
         self.total = self.first + plan.steps
 
     def _measure_speeds(self) -> Speeds:
-        """Seconds of steps whose gradients are thrown away; random numbers come as if there were none."""
+        """Seconds of steps whose gradients are thrown away."""
+        size = self.batch_size
+        self._check_split(size, "batch_size")
 
-        def take(size: int, beside: int) -> Callable[[], None]:
+        def take(frames: int, beside: int) -> Callable[[], None]:
             def step() -> None:
-                batch, _ = self._draw(self.mixture, size, 0)
-                grounding, _ = self._draw(self.grounding_mixture, beside, 0)
-                with torch.random.fork_rng(devices=[]):
+                for part in self.parts:
+                    batch, _ = self._draw(self.mixture, frames, part)
+                    grounding, _ = self._draw(self.grounding_mixture, beside, part)
                     loss, _ = self.model(batch, grounding, 1.0, 1.0)
                     self.accelerator.backward(loss)
                 for optimizer in self.optimizers:
@@ -196,11 +212,12 @@ class TeacherRun(Run):
             return step
 
         self.model.train()
-        kinds = {ACTION: take(BATCH, self.config.grounding_batch)}
+        kinds = {ACTION: take(size, self.config.grounding_batch)}
         if self.grounding and self.config.grounding_steps != 0:
-            kinds[GROUNDING] = take(0, 2 * BATCH)
-        seconds = self._mean_over_processes(probe(kinds))
-        return Speeds(seconds.get(GROUNDING, 0.0), seconds[ACTION])
+            kinds[GROUNDING] = take(0, 2 * size)
+        with torch.random.fork_rng():
+            seconds = self._mean_over_processes(probe(kinds))
+        return Speeds(seconds.get(GROUNDING, 0.0), seconds[ACTION], size)
 
     def _check_data(self) -> None:
         if not self.demonstrations:
@@ -246,7 +263,8 @@ class TeacherRun(Run):
             share = config.takeover_weight / (1 - config.takeover_weight) * sum(weights)
             weights += [share * len(s) / frames for s in takeovers]
             stores += takeovers
-        return Mixture(stores, weights, config.seed + 2, self.policy.config.chunk_size, config.held_out)
+        held_out = [config.held_out] * len(self.demonstrations) + [0.0] * (len(stores) - len(self.demonstrations))
+        return Mixture(stores, weights, config.seed + 2, self.policy.config.chunk_size, held_out)
 
     # ---- steps --------------------------------------------------------------------------------------------------
 
@@ -271,13 +289,14 @@ class TeacherRun(Run):
         budget = 60 * config.max_minutes
         if self.step < self.first and GROUNDING in seconds and config.grounding_steps is None:
             remaining = GROUNDING_SHARE * budget - (budget - left)
-            self.first = max(self.step, self.step + int(remaining / seconds[GROUNDING]))
+            fitting = self.step + max(0, int(remaining / seconds[GROUNDING]))
+            self.first = min(self.most_first, fitting)
         if action is None:  # as fast as was measured at first, or slower by as much as the others
             slower = seconds[GROUNDING] / self.speeds.grounding if GROUNDING in seconds and self.speeds.grounding else 1
-            action = slower * self.speeds.action * self.batch_size / BATCH
+            action = slower * self.speeds.action
         left -= TAKEOVER_SHARE * budget * ((config.rounds or 0) - len(self.takeovers))
         left -= max(0, self.first - self.step) * seconds.get(GROUNDING, self.speeds.grounding)
-        return max(self.first + 1, max(self.first, self.step) + int(left / max(action, 1e-6)))
+        return max(self.first + 1, max(self.first, self.step) + int(left / max(action, SHORTEST)))
 
     def train_step(self) -> dict[str, float]:
         config = self.config
@@ -346,14 +365,17 @@ class TeacherRun(Run):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         rounds = state.get("takeovers")
-        rounds = rounds if isinstance(rounds, list) and len(rounds) <= (self.config.rounds or 0) else [None]
+        most = self.config.rounds or 0
+        if self.config.max_minutes and isinstance(rounds, list):
+            most = max(most, len(rounds))  # a shorter budget has none of its own
+        rounds = rounds if isinstance(rounds, list) and len(rounds) <= most else [None]
         folder = (self.output / TAKEOVER).resolve()
         for roots in rounds:
             inside = isinstance(roots, list) and all(isinstance(root, str) for root in roots)
             if not inside or not all(Path(root).resolve().is_relative_to(folder) for root in roots):
                 raise CheckpointError(
                     f"{self.output} cannot be resumed: its takeovers are {str(state.get('takeovers'))[:200]}; they "
-                    f"must be data sets in {folder}, of {self.config.rounds} rounds at most."
+                    f"must be data sets in {folder}, of {most} rounds at most."
                 )
         self.takeovers = rounds
         self.mixture = self._mixture()
@@ -373,7 +395,12 @@ class TeacherRun(Run):
                 f"{self.output} cannot be resumed with --max_minutes: its sizes are {str(sizes)[:200]}; they must be "
                 "those that a run with --max_minutes chose. Leave the flag out and give --steps, or start again."
             )
-        self.first, self.batch_size, self.speeds = first, batch_size, Speeds(grounding, action)
+        self._check_split(batch_size, "batch_size")
+        if self.config.grounding_steps is not None and self.grounding and self.config.grounding_steps > first:
+            self.total += self.config.grounding_steps - first  # a gate was not met, and more are given
+            first = self.config.grounding_steps
+        self.first = self.most_first = first
+        self.batch_size, self.speeds = batch_size, Speeds(grounding, action, batch_size)
 
     # ---- the end ------------------------------------------------------------------------------------------------
 
@@ -385,8 +412,9 @@ class TeacherRun(Run):
         if not held.count:
             summary.lines.append(NOTHING_HELD_OUT)
             return
-        batches = held_out_batches(held, self.pre, self.policy.config.chunk_size)
-        summary.measured |= token_accuracy(self.policy, lambda batch: self.model(batch, None, 1.0, 1.0), batches)
+        size = max(1, min(PART, self.batch_size // self.num_parts))  # what fitted into memory
+        batches = partial(held_out_batches, held, self.pre, self.policy.config.chunk_size, size)
+        summary.measured |= token_accuracy(self.policy, lambda batch: self.model(batch, None, 1.0, 1.0), batches())
         found = summary.measured
         summary.lines.append(
             f"Token accuracy {found['held_out_token_accuracy']:.3f} on {held}, shown the tokens before; "
@@ -394,13 +422,16 @@ class TeacherRun(Run):
         )
         if not self.sharded and self.policy.tokenizer.stop is None:
             block = self.policy.config.block_length
-            strict = mean_forwards(self.policy, batches[0], "jacobi")
+            strict = mean_forwards(self.policy, next(batches()), "jacobi")
             summary.measured["jacobi_forwards"] = strict
             summary.lines.append(f"Forwards a chunk: {block - 1} token by token, {strict:.1f} with strict Jacobi")
 
     def next_command(self, checkpoint: Path) -> str:
         config = self.config
+        data = f"--roots {quote(config.roots)} --held_out {config.held_out:g}"
+        if not find_held_out(self.demonstrations, config.held_out).count:
+            data = "--roots DATA_THAT_IT_WAS_NOT_TRAINED_ON"
         return (
-            f"ceed-vla open-loop --policy.path {checkpoint} --roots {config.roots} "
-            f"--held_out {config.held_out:g} --gate 0.5 --output_dir {self.output / 'open-loop'}"
+            f"ceed-vla open-loop --policy.path {quote(str(checkpoint))} {data} --gate 0.5 "
+            f"--output_dir {quote(str(self.output / 'open-loop'))}"
         )

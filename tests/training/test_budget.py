@@ -54,6 +54,7 @@ def test_a_fifth_goes_to_grounding_and_a_tenth_to_each_round() -> None:
     assert "seen about 9.6 times" in str(found)
     assert found.enough
     assert not found.advice
+    assert "was learnt" in found.expectation
 
 
 def test_few_steps_are_taken_with_half_the_batch() -> None:
@@ -63,8 +64,12 @@ def test_few_steps_are_taken_with_half_the_batch() -> None:
     found = plan(4, grounded=False)
     assert (found.batch_size, found.steps) == (SMALL_BATCH, 960)
     assert not found.enough
-    assert "about 9 minutes" in found.advice
+    assert "about 8 minutes" in found.advice
+    assert "rarely been enough" in found.expectation
     assert plan(4, grounded=False, batch_size=BATCH).steps == 480
+    found = plan(4)  # a grounding step of half the frames takes half the time
+    assert (found.batch_size, found.grounding_steps, found.steps) == (SMALL_BATCH, 96, 768)
+    assert "more --steps" in plan(60, steps=100).advice
     assert "record 100 episodes" in plan(60, episodes=20).advice
 
 
@@ -98,6 +103,49 @@ def test_a_run_ends_with_its_minutes_and_lowers_its_rate(
     assert (final / "model.safetensors").is_file()
     assert max(rates) > 0.9
     assert rates[-1] < 0.1 < rates[12]  # down to the end
+
+
+def test_a_resumed_run_with_steps_given_goes_on_to_its_end(studio: Any, tmp_path: Path, clock: Any) -> None:
+    """Stopped among the steps on actions, behind the number of --steps: those on grounding frames count too."""
+    settings: dict[str, Any] = {"steps": 20, "grounding_steps": None, "max_minutes": 1.0, "save_every": 1}
+    step = run_module.Run.optimize
+
+    def stop(self: Any, *arguments: Any) -> None:
+        step(self, *arguments)
+        if self.step == 25:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_module.Run, "optimize", stop)
+        train(studio.train_config(tmp_path / "run", **settings))
+    before = json.loads((tmp_path / "run" / "progress.json").read_text())
+    train(studio.train_config(tmp_path / "run", resume=True, **settings))
+    after = json.loads((tmp_path / "run" / "progress.json").read_text())
+    assert before["sizes"]["first"] == after["sizes"]["first"] > 0
+    assert after["step"] == after["sizes"]["first"] + 20
+
+
+def test_grounding_never_takes_more_steps_than_were_planned(studio: Any, tmp_path: Path, clock: Any) -> None:
+    run = TeacherRun(studio.train_config(tmp_path / "run", steps=None, grounding_steps=None, max_minutes=1.0))
+    planned = run.first
+    assert planned > 0
+    run.steps_in_budget(60.0, {"grounding": 1e-3})
+    assert run.first == planned
+    run.steps_in_budget(59.0, {"grounding": 10.0})
+    assert run.first < planned
+
+
+def test_a_shorter_budget_goes_on_after_a_takeover_round(
+    studio: Any, tmp_path: Path, clock: Any, write_dataset: Any
+) -> None:
+    def record(policy: Path, index: int, folder: Path, minutes: float) -> list[Path]:
+        return [write_dataset(folder / f"round_{index}", (5, 6), seed=20)]
+
+    settings: dict[str, Any] = {"steps": None, "grounding_steps": 2, "max_minutes": 0.2, "rounds": 1}
+    train(studio.train_config(tmp_path / "run", **settings), record_takeover=record)
+    run = TeacherRun(studio.train_config(tmp_path / "run", **{**settings, "rounds": 0}, resume=True))
+    run.run()
+    assert len(run.takeovers) == 1
 
 
 def test_a_takeover_round_is_told_its_minutes(studio: Any, tmp_path: Path, clock: Any, write_dataset: Any) -> None:

@@ -182,7 +182,7 @@ def test_how_many_steps_fit_into_the_time(sound: Path, tmp_path: Path, monkeypat
     monkeypatch.setitem(sys.modules, "training.estimate", SimpleNamespace(estimate=estimate))
     report = survey(InspectConfig(str(sound), str(tmp_path / "picture.png"), minutes=5))
     assert calls == [(1, 8, 5)]
-    assert report["budget"] == "5 minutes on this machine: about 90 steps"
+    assert report["budget"] == "5 minutes on this machine: about 90 steps."
     assert "Time or data are scarce for 5 minutes: give it an hour." in report["warnings"]
 
 

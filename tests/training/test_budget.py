@@ -115,9 +115,10 @@ def test_a_resumed_run_with_steps_given_goes_on_to_its_end(studio: Any, tmp_path
         if self.step == 25:
             raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module.Run, "optimize", stop)
-        train(studio.train_config(tmp_path / "run", **settings))
+        with pytest.raises(KeyboardInterrupt):
+            train(studio.train_config(tmp_path / "run", **settings))
     before = json.loads((tmp_path / "run" / "progress.json").read_text())
     train(studio.train_config(tmp_path / "run", resume=True, **settings))
     after = json.loads((tmp_path / "run" / "progress.json").read_text())

@@ -22,6 +22,7 @@ FEWEST = 600  # steps on actions: with fewer, half a batch gives more of them
 ENOUGH = 900  # steps on actions, in the runs of docs/own-data.md that learnt their task
 FEW_STEPS = 1 / 3  # of the steps asked for: a run says so at its start
 FEWEST_EPISODES = 100  # with fewer demonstrations the runs of docs/own-data.md failed
+OVERHEAD = 1.15  # of what a probe leaves out: the optimisers' updates, the log, saved states
 SHORTEST = 1e-6  # [s] of a step
 _PROBES = 3  # steps of each kind, of which the first does not count
 
@@ -169,11 +170,11 @@ class StepTimer:
 
 
 def probe(steps: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Seconds of each kind of step, measured by taking a few."""
+    """Seconds of each kind of step, measured by taking a few without an update, with `OVERHEAD`."""
     timer = StepTimer()
     for kind, take in steps.items():
         for _ in range(_PROBES):
             began = time.monotonic()
             take()
-            timer.add(kind, time.monotonic() - began)
+            timer.add(kind, OVERHEAD * (time.monotonic() - began))
     return timer.means()

@@ -48,7 +48,6 @@ def test_a_fifth_goes_to_grounding_and_a_tenth_to_each_round() -> None:
     assert plan(20, rounds=1).steps == (1200 - 240 - 120) * 2
     assert plan(20, grounding_steps=60).steps == (1200 - 60) * 2
     assert plan(20, steps=100).steps == 100
-    assert "each" not in str(found)
     assert "20 minutes" in str(found)
     assert "1,920 steps of 32 frames" in str(found)
     assert "seen about 9.6 times" in str(found)
@@ -93,7 +92,7 @@ def test_a_run_ends_with_its_minutes_and_lowers_its_rate(
         patch.setattr(run_module.Run, "optimize", spy)
         with pytest.raises(KeyboardInterrupt):
             train(studio.train_config(tmp_path / "run", **settings))
-        assert "0.4 minutes on this machine: 8 grounding steps, about 64 steps of 16 frames" in caplog.text
+        assert "0.4 minutes on this machine: 16 grounding steps, about 64 steps of 16 frames" in caplog.text
         assert "rarely been enough" in caplog.text
         final = train(studio.train_config(tmp_path / "run", resume=True, **settings))
     progress = json.loads((tmp_path / "run" / "progress.json").read_text())
@@ -166,7 +165,7 @@ def test_a_budget_below_a_third_of_the_steps_is_said_at_once(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         TeacherRun(studio.train_config(tmp_path / "run", steps=1000, grounding_steps=0, max_minutes=0.4))
-    assert "--max_minutes 0.4 allows about 160 of --steps 1000" in caplog.text
+    assert "--max_minutes 0.4 allows about 40 of --steps 1000" in caplog.text
 
 
 def test_damaged_sizes_are_not_resumed(studio: Any, tmp_path: Path, clock: Any) -> None:

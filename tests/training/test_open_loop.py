@@ -136,7 +136,7 @@ def test_the_picture_shows_the_first_data_set_alone(
     studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: dict[str, Any] = {}
-    monkeypatch.setattr("training.open_loop._draw", lambda store, actions, path: drawn.update(actions))
+    monkeypatch.setattr("training.open_loop._draw", lambda store, frames, actions, path: drawn.update(actions))
     roots = f"{studio.other},{studio.demo}"
     open_loop(OpenLoopConfig(str(studio.teacher), roots, str(tmp_path), "jacobi", chunks=6))
     assert drawn["ar"].shape == (6, 7)  # three chunks of two steps

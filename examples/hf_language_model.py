@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from ceed_vla import CeedVLAPolicy
 from ceed_vla.backbones.base import TrainableBackbone, check_features
-from ceed_vla.backbones.check import check_backbone
+from ceed_vla.backbones.check import check_untrained
 from ceed_vla.backbones.compact.words import PAD_ID, make_instruction_step
 from ceed_vla.backbones.config import BackboneConfig, PolicyShape
 from ceed_vla.backbones.pi0_fast.inputs import PromptTokensStep
@@ -129,20 +129,8 @@ class LanguageModelConfig(BackboneConfig, Checked, prefix="backbone."):
 # ---- used as any other ------------------------------------------------------------------------------------------
 
 
-def check(config: CeedVLAConfig, rows: int = 4) -> int:
-    """Decode random observations with random weights by all routes; returns the number of equal tokens."""
-    backbone = CeedVLAPolicy(config).backbone.eval()
-    for parameter in backbone.parameters():  # wide enough for every token to depend on those before it
-        nn.init.normal_(parameter, std=0.3)
-    observation = {
-        **{camera: torch.rand(rows, *config.image_features[camera].shape) for camera in config.cameras},
-        OBS_STATE: torch.randn(rows, *config.robot_state_feature.shape),
-        OBS_LANGUAGE_TOKENS: torch.randint(0, 256, (rows, 16)),  # some are padding
-    }
-    return check_backbone(backbone, observation, action_dim=config.action_dim)
-
-
 if __name__ == "__main__":
     config = CeedVLAConfig.read(resolve_checkpoint("student"))
     config.backbone, config.auxiliary_scale = LanguageModelConfig(), []
-    print(f"{check(config)} tokens by all routes: equal")
+    compared = check_untrained(CeedVLAPolicy(config).backbone, config, instruction_tokens=16)
+    print(f"{compared} tokens by all routes: equal")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ceed_vla import CeedVLAPolicy
 from ceed_vla.backbones.base import Prefix, TrainableBackbone, check_features
-from ceed_vla.backbones.check import check_backbone
+from ceed_vla.backbones.check import check_untrained
 from ceed_vla.backbones.compact.words import InstructionWordsStep, build_vocabulary
 from ceed_vla.backbones.config import BackboneConfig, PolicyShape
 from ceed_vla.cache import KVCache
@@ -123,20 +123,8 @@ class OwnConfig(BackboneConfig):
 # ---- used as any other ------------------------------------------------------------------------------------------
 
 
-def check(config: CeedVLAConfig, rows: int = 4) -> None:
-    """Decode random observations with random weights by all routes."""
-    backbone = CeedVLAPolicy(config).backbone.eval()
-    for parameter in backbone.parameters():  # wide enough for every token to depend on those before it
-        nn.init.normal_(parameter, std=0.3)
-    observation = {
-        **{camera: torch.rand(rows, *config.image_features[camera].shape) for camera in config.cameras},
-        STATE: torch.randn(rows, *config.robot_state_feature.shape),
-        WORDS: torch.randint(1, 256, (rows, 12)),
-    }
-    print(f"{check_backbone(backbone, observation, action_dim=config.action_dim)} tokens by all routes: equal")
-
-
 if __name__ == "__main__":
     config = CeedVLAConfig.read(resolve_checkpoint("student"))
     config.backbone, config.auxiliary_scale = OwnConfig(), []
-    check(config)
+    compared = check_untrained(CeedVLAPolicy(config).backbone, config, instruction_tokens=12)
+    print(f"{compared} tokens by all routes: equal")

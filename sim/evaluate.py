@@ -60,8 +60,8 @@ class EvalConfig(DrivenConfig):
             only=), and allows others.
         decoders: Comma-separated names: ar, ar_h (stops after the executed steps), jacobi (strict), ceed (the
             checkpoint's early exit), cap<K> (at most K forwards, e.g. cap2), conf<P>_cap<K> (or until confident, e.g.
-            conf0.2_cap3); Jacobi ones also with _mid or _random (the guess); all with teacher_ in front. With only=
-            before the names, as in only=ar,ceed, there are no rows beside these.
+            conf0.2_cap3); Jacobi ones also with _mid or _random (the guess); all with teacher_ in front. only=ar,ceed
+            evaluates these two rows and adds no others.
         episodes: Episodes a decoder.
         seed: First seed; every decoder runs seed, seed + 1, ... Seeds from 50000 up are for evaluation only.
         output_dir: Folder for the report, plots and clips. A report that we completed there earlier is replaced.

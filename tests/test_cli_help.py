@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ceed_vla import cli, cli_help
+from ceed_vla import cli, cli_help, cli_pages, commands
 
 
 @dataclass
@@ -52,7 +52,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_help_is_up_to_date() -> None:
     """The stored pages are those of the configurations; the output names the command that writes them anew."""
     root = Path(cli.__file__).parents[1]
-    command = [sys.executable, "-m", "ceed_vla.cli_help", "--check"]
+    command = [sys.executable, "-m", "ceed_vla.cli_pages", "--check"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=280)
     assert run.returncode == 0, run.stdout + run.stderr
 
@@ -70,17 +70,18 @@ def test_every_command_has_a_stored_page() -> None:
 def test_pages_are_written_and_compared(
     toy: types.ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cli, "COMMANDS", {"toy": cli.COMMANDS["toy"]})
+    for module in (cli, commands):
+        monkeypatch.setattr(module, "COMMANDS", {"toy": commands.COMMANDS["toy"]})
     monkeypatch.setattr(cli_help, "PAGES", tmp_path / "help")
     assert cli.main(["toy", "--help=all"]) == 0
     live = capsys.readouterr().out
-    assert cli_help.main(["--check"]) == 1
-    assert cli_help.REGENERATE in capsys.readouterr().out
-    assert cli_help.main([]) == cli_help.main(["--check"]) == 0
+    assert cli_pages.main(["--check"]) == 1
+    assert cli_pages.REGENERATE in capsys.readouterr().out
+    assert cli_pages.main([]) == cli_pages.main(["--check"]) == 0
     (tmp_path / "help" / "gone.json").touch()
-    assert cli_help.main(["--check"]) == 1
+    assert cli_pages.main(["--check"]) == 1
     assert "gone" in capsys.readouterr().out
-    assert cli_help.main([]) == 0
+    assert cli_pages.main([]) == 0
     assert [file.name for file in (tmp_path / "help").iterdir()] == ["toy.json"]
     capsys.readouterr()
     monkeypatch.delattr(toy, "ToyConfig")  # not needed

@@ -18,6 +18,7 @@ import torch
 
 import ceed_vla
 from ceed_vla import CeedVLAPolicy
+from ceed_vla.backbones.check import check_untrained
 from ceed_vla.checkpoints import save
 from ceed_vla.cli import main
 from ceed_vla.decoding import DecodingConfig, ExitRule, decode_block, named_config, register_decoder, register_exit
@@ -159,7 +160,9 @@ def language_model(plugins: Path) -> Any:
 def test_a_language_model_decodes_exactly(plugins: Path, language_model: Any) -> None:
     backbone = language_model.LanguageModelConfig(width=32, heads=2)
     sizes = {"chunk_size": 2, "n_action_steps": 1, "auxiliary_scale": []}
-    assert language_model.check(tabletop_config(backbone=backbone, **sizes), rows=2) == 2 * 14 * 7
+    config = tabletop_config(backbone=backbone, **sizes)
+    built = CeedVLAPolicy(config).backbone
+    assert check_untrained(built, config, instruction_tokens=16, rows=2) == 2 * 14 * 7
 
 
 def test_a_published_language_model(plugins: Path, language_model: Any) -> None:

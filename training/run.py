@@ -80,6 +80,7 @@ class Run:
         )
         set_seed(config.seed)
         self.step, self.total = 0, config.steps or 0
+        self.most = config.steps or ANY_NUMBER  # steps that a budget may allow
         self.warned = False  # that the budget is small
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         if config.batch_size:
@@ -228,7 +229,7 @@ class Run:
                     values = self._mean_over_processes({**values, "steps_per_s": (self.step - first) / elapsed})
                     self.log(values)
                     if settings.max_minutes:
-                        self._keep_to_budget(elapsed, timer.means(), planned)
+                        self._keep_to_budget(elapsed, timer.means())
                         bar.total = self.total
                     bar.set_postfix({key: f"{value:.3f}" for key, value in values.items()})
                 self.after_step()
@@ -244,16 +245,16 @@ class Run:
             self.accelerator.end_training()
         return final
 
-    def _keep_to_budget(self, elapsed: float, seconds: dict[str, float], planned: int) -> None:
+    def _keep_to_budget(self, elapsed: float, seconds: dict[str, float]) -> None:
         """Set the steps that the budget allows, `elapsed` seconds after the start."""
         timing = self._mean_over_processes({"elapsed": elapsed, **seconds})  # the same in all processes
         left = 60 * self.settings.max_minutes - timing.pop("elapsed")
-        self.total = max(min(planned, self.steps_in_budget(left, timing)), self.step)
-        if self.total < FEW_STEPS * planned and planned < ANY_NUMBER and not self.warned:
+        self.total = max(min(self.most, self.steps_in_budget(left, timing)), self.step)
+        if self.total < FEW_STEPS * self.most and self.most < ANY_NUMBER and not self.warned:
             logger.warning(
                 "--max_minutes %g allows about %d of --steps %d. A run that ends so early has rarely "
                 "learnt its task: give it more minutes, smaller images or a smaller --batch_size.",
-                self.settings.max_minutes, self.total, planned,
+                self.settings.max_minutes, self.total, self.most,
             )  # fmt: skip
             self.warned = True
 

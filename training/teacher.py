@@ -166,6 +166,7 @@ class TeacherRun(Run):
         self.first = (config.grounding_steps or 0) if self.grounding else 0
         self.total = self.first + config.steps if config.steps else ANY_NUMBER
         self.most_first = self.first
+        self.most = ANY_NUMBER  # `steps_in_budget` keeps to config.steps
         if not config.max_minutes:
             return
         if config.resume:  # it goes on with the sizes that it had
@@ -263,7 +264,9 @@ class TeacherRun(Run):
             share = config.takeover_weight / (1 - config.takeover_weight) * sum(weights)
             weights += [share * len(s) / frames for s in takeovers]
             stores += takeovers
-        held_out = [config.held_out] * len(self.demonstrations) + [0.0] * (len(stores) - len(self.demonstrations))
+        # The summary measures on demonstrations alone, so takeovers are all trained on.
+        held_out = [config.held_out] * len(self.demonstrations)
+        held_out += [0.0] * len(roots)
         return Mixture(stores, weights, config.seed + 2, self.policy.config.chunk_size, held_out)
 
     # ---- steps --------------------------------------------------------------------------------------------------
@@ -296,7 +299,10 @@ class TeacherRun(Run):
             action = slower * self.speeds.action
         left -= TAKEOVER_SHARE * budget * ((config.rounds or 0) - len(self.takeovers))
         left -= max(0, self.first - self.step) * seconds.get(GROUNDING, self.speeds.grounding)
-        return max(self.first + 1, max(self.first, self.step) + int(left / max(action, SHORTEST)))
+        total = max(self.first, self.step) + int(left / max(action, SHORTEST))
+        if config.steps:
+            total = min(total, self.first + config.steps)
+        return max(self.first + 1, total)
 
     def train_step(self) -> dict[str, float]:
         config = self.config

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from lerobot.utils.constants import OBS_LANGUAGE_TOKENS, OBS_STATE
+from torch import Tensor, nn
 
 from ceed_vla.backbones.base import TrainableBackbone
 from ceed_vla.decoding import BlockRequest, DecodingConfig, decode_autoregressive, decode_jacobi
@@ -49,6 +50,27 @@ def check_backbone(
         alone = decode_autoregressive(backbone, backbone.prefill(one), GREEDY).tokens
         compared += _compare(alone, greedy[row : row + 1], f"row {row} alone", "padding that is seen")
     return compared
+
+
+def check_untrained(backbone: TrainableBackbone, config: Any, *, instruction_tokens: int, rows: int = 4) -> int:
+    """As `check_backbone`, of random observations with random weights.
+
+    Args:
+        backbone: Gets weights so large that every token depends on those before it.
+        config: The policy's configuration, which has its features.
+        instruction_tokens: Length of an instruction.
+        rows: Observations.
+    """
+    backbone.eval()
+    for parameter in backbone.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    cameras = {camera: torch.rand(rows, *config.image_features[camera].shape) for camera in config.cameras}
+    observation = {
+        **cameras,
+        OBS_STATE: torch.randn(rows, *config.robot_state_feature.shape),
+        OBS_LANGUAGE_TOKENS: torch.randint(1, 256, (rows, instruction_tokens)),
+    }
+    return check_backbone(backbone, observation, action_dim=config.action_dim)
 
 
 def _compare(tokens: Tensor, greedy: Tensor, route: str, suspects: str) -> int:

@@ -43,7 +43,7 @@ class Info:
     names: str  # all features
     labels: dict[str, list[Any]]  # names of the dimensions of vectors, where they are a list
     ignored: tuple[str, ...]  # features that training leaves out, with dtype and shape
-    arrays: tuple[str, ...]  # those of several dimensions that are no images
+    arrays: tuple[str, ...]  # features with two or more dimensions, images excluded
 
 
 def readable(file: Path | str, remedy: str = "copy it again") -> AbstractContextManager[None]:

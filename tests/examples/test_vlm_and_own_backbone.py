@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ceed_vla.backbones.check import check_backbone
+from ceed_vla.backbones.check import check_backbone, check_untrained
 from ceed_vla.decoding import DecodingConfig
 from ceed_vla.errors import ConfigError
 from tests.helpers.tabletop import tabletop_config
@@ -83,7 +83,7 @@ def test_the_check_finds_what_is_wrong(own: Any) -> None:
     decoding = DecodingConfig(watch="executed")
     sizes = {"chunk_size": 2, "n_action_steps": 1, "decoding": decoding, "auxiliary_scale": []}
     config = tabletop_config(backbone=own.OwnConfig(), **sizes)
-    own.check(config)
+    check_untrained(config.backbone.build(config.shape), config, instruction_tokens=12)
     torch.manual_seed(0)
     backbone = config.backbone.build(config.shape).eval()
     for parameter in backbone.parameters():

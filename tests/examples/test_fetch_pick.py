@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SCENES = range(40_000, 40_020)
+SCENES = range(40_000, 40_100)
 STEPS = 50
 
 
@@ -37,13 +37,17 @@ def solved(env: Any, seed: int, act: Any) -> bool:
 
 
 def test_the_expert_solves_every_scene(env: Any) -> None:
-    assert all(solved(env, seed, env.expert_action) for seed in SCENES)
+    count = sum(solved(env, seed, env.expert_action) for seed in SCENES)
+    print(f"the expert solves {count} of {len(SCENES)} scenes")
+    assert count == len(SCENES)
 
 
 @pytest.mark.parametrize("action", [(0, 0, 0, 1), (0, 0, -1, 1), (0, 0, 0, -1)])
 def test_a_constant_action_solves_less_than_a_fifth(env: Any, action: tuple[float, ...]) -> None:
     constant = np.array(action, np.float32)
-    assert sum(solved(env, seed, lambda: constant) for seed in SCENES) < len(SCENES) / 5
+    count = sum(solved(env, seed, lambda: constant) for seed in SCENES)
+    print(f"{action} solves {count} of {len(SCENES)} scenes")
+    assert count < len(SCENES) / 5
 
 
 def test_block_and_mark_are_in_the_images_and_not_in_the_state(env: Any) -> None:
